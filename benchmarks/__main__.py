@@ -1,7 +1,7 @@
 """``python -m benchmarks [nf4 lora ...]``: runs the benchmarks, prints a table and writes a result file.
 
 A full run takes at most 20 minutes on two cores, ``--quick`` at most 3 minutes; the result file names the rows that
-were left out for lack of time. To measure another path of the CPU than its best one, force the path in peft_ext and in
+were left out for lack of time. To measure another CPU path than the best path, force the path in peft_ext and in
 PyTorch:
 
     PEFT_EXT_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
@@ -37,10 +37,10 @@ from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, 
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
 # Numbers of tokens, beside those of FULL and CUDA, at which only variants with their own list of numbers of tokens are
-# compared. On a CPU only the benchmark of a mixed batch lists 8 tokens.
+# compared. On a CPU only the benchmarks of a mixed batch and of packed weights list 8 tokens.
 FORWARD = {"cpu": (8,), "cuda": (1, 4, 8, 16, 32, 64)}
-# CUDA and CUDA_QUICK are like FULL and QUICK, for a GPU. On a GPU operators without tokens are compared at the shape
-# "wide" too.
+# CUDA and CUDA_QUICK are like FULL and QUICK, for a GPU. With CUDA, the operators without tokens whose variants have
+# ``everywhere`` are compared at the shape "wide" too.
 CUDA = ((8192, 2048, 512), (), (None,), ("wide",), ("rotating", "graph"), (2048,), 600.0, 0.6)
 CUDA_QUICK = ((8192,), (), (None,), (), ("rotating", "graph"), (), 120.0, 0.3)
 

@@ -1,5 +1,5 @@
-"""Times a gated activation's training step in bf16, and plain PyTorch's; gate and up are halves of one tensor, as in
-Phi-3.
+"""Times the training step of a gated activation in bf16, by peft_ext and by plain PyTorch; gate and up are halves of
+one tensor, as in Phi-3.
 
     y = act(gate) ∘ up
 

@@ -1,6 +1,6 @@
 """Times a bottleneck adapter's training step with bf16 activations and float32 parameters, compared with plain PyTorch.
 
-    Y = x + gelu(x Dᵀ) Vᵀ        M = 64; the adapter has no frozen weight, and N is K
+    Y = x + gelu(x Dᵀ) Vᵀ        D [64, K] and V [K, 64] are trained; N is K
 
 PEFT has no bottleneck adapters. The lower bound of the time counts that x and dY are read twice and that Y and dX are
 written.

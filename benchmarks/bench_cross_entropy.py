@@ -1,4 +1,5 @@
-"""Times a language model's loss from its last hidden states in bf16, and transformers' computation with logits.
+"""Times forward and backward of a language model's loss from its last hidden states in bf16, by peft_ext and by
+transformers' computation, which makes the logits.
 
     loss = Σ_t (log Σ_v exp z_tv - z_t[label]) / T        z = h Wᵀ,  V = 49,152; W [V, K] is frozen
 

@@ -4,10 +4,10 @@ Each step computes DoRA's norm, because the norm changes in every training step.
 products ``U = W Aᵀ`` and ``|W|²`` without another read of W, since the forward reads W for its product. In mode "peft"
 the dropout also acts on the base term: the lower bound adds the products of the dropped elements, in the forward and in
 the backward. In mode "lora" the dropout acts only on the low-rank term, so that peft_ext and PEFT compute different
-functions, and each is verified against a float64 result of its own.
+functions, and each of the two is verified against a float64 result of its own function.
 
-The norm is also timed by itself, compared with a contender "dense": peft_ext's operator dequantizes W, PyTorch forms W
-+ s B A, and PyTorch takes the norms of the rows.
+The norm is also timed by itself, compared with a contender "dense": peft_ext's operator dequantizes W if W is NF4,
+PyTorch forms W + s B A, and PyTorch takes the norms of the rows.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
             "lora_B": "lora_B.default.weight",
             "magnitude": "lora_magnitude_vector.default.weight",
         },
-        # Added bytes: the magnitude, the magnitude's gradient, and for this gradient one more read of the layer's
-        # result before scaling.
+        # Bytes in addition to those of a LoRA layer: the magnitude, the magnitude's gradient, and for this gradient one
+        # more read of the layer's result before scaling.
         bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem) + 2 * tokens * n + 2 * 4 * n,
         flops=round(4 * (1 + dropout * drops_base) * tokens * n * k) + low_rank_flops(problem) + 2 * n * k * (r + 1),
         dropout=dropout,

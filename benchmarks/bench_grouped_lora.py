@@ -2,8 +2,8 @@
 
 T tokens are eight samples of T / 8 tokens, or T samples of one token where T is below 8. With T = 8 each sample has one
 token, as in generation. For one adapter after the other, PEFT (``adapter_names``) takes the adapter's samples out of x
-and adds to these samples' rows of the output. The lower bound of the time counts the frozen layer's product and the two
-products of the low-rank term. The contender "frozen" is PyTorch's bf16 F.linear without adapters.
+and adds the adapter's term to these samples' rows of the output. The lower bound of the time counts the frozen layer's
+product and the two products of the low-rank term. The contender "frozen" is PyTorch's bf16 F.linear without adapters.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _mixed(base: str, problem: Problem, compile: bool) -> Comparison:
 
 
 def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, exact: Any) -> Contender:
-    """Returns PEFT's layer with one adapter for each sample, called with the samples' adapter names."""
+    """Returns the contender that calls PEFT's layer, which has one adapter for each sample, with the samples' adapter
+    names."""
     from peft import get_peft_model
 
     model, set_next_weight = stock_linear(problem, base)

@@ -1,4 +1,5 @@
-"""Times one IA3 layer's training step over a bf16 or NF4 base, compared with PEFT's layer, and the scaling by itself.
+"""Times one IA3 layer's training step over a bf16 or NF4 base, compared with PEFT's layer. Times IA3's scaling by
+itself, too.
 
     output: Y = l∘(x Wᵀ)        feedforward: Y = (l∘x) Wᵀ        l: float32
 
@@ -52,8 +53,8 @@ def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Com
 
 
 def _scale(problem: Problem, compile: bool) -> Comparison:
-    """Compares ``y = x∘l`` and its gradients; N is K. The lower bound counts two reads of x, one read of grad, and the
-    writes of y and dx."""
+    """Compares peft_ext's and PyTorch's ``y = x∘l`` and gradients; N is K. The lower bound counts two reads of x, one
+    read of grad, and the writes of y and dx."""
     problem = Problem(problem.tokens, problem.k, problem.k, device=problem.device)
 
     def eager(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:

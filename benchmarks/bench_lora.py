@@ -1,8 +1,9 @@
-"""Times one LoRA layer's training step with float32 adapters of rank 16, compared with PEFT's own layer.
+"""Times a LoRA or AdaLoRA layer's training step with float32 adapters of rank 16, compared with PEFT's own layer.
 
 The lower bound of the time counts the frozen layer's two products and the six products with A and B. The contender
 "frozen" is PyTorch's bf16 F.linear with only the two products: ``frozen 0.80x`` says that the frozen layer takes 0.80
-of the time of peft_ext's adapted layer. On a GPU Unsloth's autograd function, which has no dropout, is a peer.
+of the time of peft_ext's adapted layer. On a GPU, Unsloth's autograd function is a peer in the LoRA cases without
+dropout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Times NF4's quantize, dequantize and linear layer on one weight, compared with bitsandbytes and plain bf16.
+"""Times quantizing to NF4, dequantizing and an NF4 linear layer without adapter, compared with bitsandbytes and plain
+bf16.
 
 For bf16, quantizing reads 2 bytes an element and writes about half a byte; dequantizing does the reverse. Quantizing
 and dequantizing must give the reference's bits. The linear layer takes 2 T N K operations in the forward and as many

@@ -2,7 +2,8 @@
 
 The contender "frozen" is PyTorch's bf16 F.linear on a dense bf16 weight of the same shape, with the gradient of x in a
 training step. The contender "PyTorch decode" decodes the weight with PyTorch's operators, as the formats' own libraries
-do on a CPU, and multiplies in bf16. For FP4 alone, bitsandbytes' own product is a contender too.
+do on a CPU, and multiplies in bf16. In the forward over FP4, and over no other format, bitsandbytes' own product is a
+contender too.
 """
 
 from __future__ import annotations

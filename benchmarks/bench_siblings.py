@@ -3,8 +3,9 @@
     Y_i = x W_iᵀ + s · dropout_i(x) Aᵀ B_iᵀ        the three layers share A, of rank 16
 
 The layers have a half, a quarter and a quarter of the N outputs, a bf16 base and float32 adapters. Every contender
-concatenates the three results. The contender "frozen" is PyTorch's bf16 F.linear of all N outputs at once. The lower
-bound of the time counts the reads of W, x and dY, the writes of Y and dX, and the products with W, A and B.
+except "frozen" concatenates the three results. The contender "frozen" is PyTorch's bf16 F.linear of all N outputs at
+once. The lower bound of the time counts the reads of W, x and dY, the writes of Y and dX, and the products with W, A
+and B.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
         return torch.cat([F.linear(x, w) + SCALING * low_rank(b) for w, b in _parts(problem, weight, lora_B)], dim=-1)
 
     def masks() -> list[Any]:
-        """Returns the dropout mask of each layer, drawn in the order in which the operators draw their seeds."""
+        """Returns the dropout mask of each layer, or 1.0 without dropout. The masks are drawn in the order in which the
+        operators draw the layers' seeds."""
         return [philox_mask(problem, dropout)() for _ in range(3)] if dropout else [1.0] * 3
 
     def formula(linear: Any, x: Tensor, masks: list[Any], lora_A: Tensor, lora_B: Tensor) -> Tensor:

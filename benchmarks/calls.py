@@ -3,8 +3,8 @@
 ``python -m benchmarks.calls`` times a chain of 50 layers of 64 x 64 on one thread: frozen, with PEFT's layers, and with
 PEFT's layers after ``peft_ext.accelerate``. The chain gets two tokens; 4-bit layers get 40 tokens, since bitsandbytes
 dequantizes the weight only for an input of many tokens. The benchmark times a forward in training, a forward and
-backward in training ("step"), and a forward in evaluation, and runs the three models in turn. Microseconds a layer are
-medians over rounds; a ratio is the median of the ratios of each round.
+backward in training ("step"), and a forward in evaluation, and runs the three models in turn. The microseconds of a
+layer are the median over the rounds; a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def _about(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of a result file. ``times`` has each contender's time over the frozen bf16 layer's time, ``base`` a key of
-    BASES."""
+    """A row of a result file that a chart shows. ``times`` has each contender's time divided by the frozen bf16 layer's
+    time. ``base`` is a key of BASES."""
 
     label: str
     base: str
@@ -248,7 +248,8 @@ CURVES = {"ours": "ours thick", "twin": "stock"}
 
 
 def _notes(row: Result, exact: Optional[Result]) -> str:
-    """Returns notes on a panel: a twin that is not PEFT, and the largest difference of the curves in each dtype."""
+    """Returns the notes on a method's panel: the twin, if the twin is not PEFT, and the largest difference of the two
+    curves in each dtype."""
     lines = []
     for name, found in (("bf16", row), ("float32", exact)):
         if found and "twin" in found["losses"]:

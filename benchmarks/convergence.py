@@ -1,6 +1,7 @@
 """Records loss curves of methods on real data: of an accelerated run, and of its twin, which is not accelerated.
 
-Both runs of a method begin with equal weights and train on the same batches. Some methods have no twin in some dtypes.
+Both runs of a method begin with equal weights and train on the same batches. Diff Pruning has no twin; BitFit and
+partial fine-tuning have a twin only in float32.
 
 ``python -m benchmarks.convergence``          trains the methods that the result file lacks, and writes each result
 ``python -m benchmarks.convergence --draw``   writes docs/convergence.md from the newest result file
@@ -122,8 +123,8 @@ def compare(
         make_base: a function that makes a bfloat16 causal language model with Llama's module names, with equal weights
             in each call.
         train: a batch for each step of the whole run, see :func:`batches`.
-        held_out: batches of other examples.
-        dtype: dtype of the base, "bfloat16" or "float32"; the float32 start has the values of the bfloat16 start.
+        held_out: batches of examples that are not in ``train``.
+        dtype: dtype of the base, "bfloat16" or "float32"; a float32 run starts from the values of the bfloat16 run.
         steps: number of steps to train; the schedules of the method's configuration are planned for all batches.
 
     Returns: a row of the result file.
@@ -172,7 +173,8 @@ def compare(
 
 
 def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str, batch: Batch) -> dict[str, float]:
-    """Returns the largest difference of a logit before and after a reload, and the largest logit, without padding."""
+    """Returns the largest difference of a logit before and after a reload of the adapter, and the largest absolute
+    value of a logit, both over the tokens that are not padding."""
     import peft_ext
 
     def logits(model: nn.Module) -> Tensor:

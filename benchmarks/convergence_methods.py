@@ -88,7 +88,8 @@ TWINS = {"PEFT": "PEFT", "reference": "PyTorch", "parameters": "the model's own 
 
 
 def build(method: Method, make_base: MakeBase, steps: int, dtype: str) -> tuple[nn.Module, Optional[nn.Module]]:
-    """Returns the accelerated model, and its twin with equal weights; the twin is None where the dtype has no twin."""
+    """Returns the accelerated model and its twin with equal weights. The twin is None where the method has no twin in
+    ``dtype``."""
     import peft_ext
     from peft_ext.nn import BottleneckAdapter
 

@@ -13,7 +13,7 @@ from .e2e import PROMPT
 __all__ = ["DTYPES", "LONGEST", "Row", "curve_text", "differences", "draw", "held_out_text", "max_difference"]
 
 DTYPES = ("bfloat16", "float32")
-LONGEST = 80  # most characters of a question that is used
+LONGEST = 80  # largest number of characters of a question that the runs use
 ENDS = 5  # number of first and of last steps of a run whose mean losses the table shows
 
 Row = dict[str, Any]
@@ -69,7 +69,8 @@ def _table(rows: list[Row]) -> str:
 
 
 def _rounding_table(narrow: list[Row], wide: list[Row]) -> str:
-    """Returns a table of the distances of both bfloat16 runs' losses from the float32 twin's, over the twin's steps."""
+    """Returns a table of the differences between the losses of both bfloat16 runs and the losses of the float32 twin,
+    over the steps of the float32 twin."""
     exact = {row["method"]: row["losses"]["twin"] for row in wide if row["twin"]}
     lines = ["| method | peft_ext, mean (most) | twin, mean (most) |", "|---|---|---|"]
     for row in narrow:
@@ -81,7 +82,7 @@ def _rounding_table(narrow: list[Row], wide: list[Row]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """Returns names as a list in a sentence."""
+    """Returns the names, joined by commas and a last "and"."""
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 

@@ -1,10 +1,10 @@
-"""Times calls on a GPU with CUDA events, and measures the GPU's ceilings.
+"""Times calls on a GPU with CUDA events, and measures the GPU's rates of copies and of matrix products (ceilings).
 
 A call is timed between two events, or as a part of a CUDA graph of many calls. The host does not wait for the GPU
-between calls. Between events a short call takes the time of its launch on the host; in a graph a call takes the time of
-its kernels. The outputs of all calls of a sample between events are kept until the sample ends, so that no output
-reuses memory that is still in the GPU's cache. A :class:`Meter` samples the GPU's power and clock while calls are
-timed.
+between calls. For a short call, the time between events is the time of the call's launch on the host; the time in a
+graph is the time of the call's kernels. The outputs of all calls of a sample between events are kept until the sample
+ends, so that no output reuses memory that is still in the GPU's cache. A :class:`Meter` samples the GPU's power and
+clock while calls are timed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .harness import Contender
 __all__ = ["Meter", "about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
 
 CALLS, GRAPH_CALLS = 10, 32
-# The fields that nvidia-smi is asked for, by their names in a result file.
+# nvidia-smi's fields that describe a GPU, by their names in a result file.
 SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "max_sm_mhz": "clocks.max.sm",
        "max_memory_mhz": "clocks.max.mem", "power_limit_w": "power.limit"}  # fmt: skip
-# The fields of a Meter's samples, and their names in a row.
+# nvidia-smi's fields that a Meter samples, by their names in a row of a result file.
 SAMPLED = {"power_w": "power.draw", "sm_mhz": "clocks.sm", "temperature_c": "temperature.gpu"}
 SAMPLE_MS = 100
 
@@ -122,7 +122,7 @@ def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**3
 
 
 def about_gpu() -> dict[str, Any]:
-    """Returns the GPU's name, capability and sizes, and CUDA's version.
+    """Returns the GPU's name, capability, number of multiprocessors and memory size, and CUDA's version.
 
     Where nvidia-smi runs, also returns the driver's version and the GPU's clocks.
     """
@@ -160,7 +160,7 @@ def sample_of(line: str) -> dict[str, float]:
 
 
 class Meter:
-    """A context in which nvidia-smi samples the power, the clock and the temperature of the GPU ``uuid``.
+    """A context manager that lets nvidia-smi sample the power, the clock and the temperature of the GPU ``uuid``.
 
     A process of nvidia-smi prints a sample every :data:`SAMPLE_MS` milliseconds. Without nvidia-smi, or with None as
     ``uuid``, there are no samples.

@@ -46,7 +46,8 @@ def finetune(output: Path, *arguments: str) -> dict[str, Any]:
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs ``peft-ext finetune`` with and without ``--stock`` in turn. Ratios compare runs that follow each other.
+    """Runs ``peft-ext finetune`` with and without ``--stock`` in turn. A ratio compares the two runs of one turn, which
+    follow each other.
 
     The losses are compared in two more runs without dropout, since with dropout the contenders draw different masks.
     """
@@ -122,8 +123,8 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
-    """Returns the fraction of right answers of an adapter over the NF4 base, generated greedily, 32 questions at a
-    time.
+    """Returns the fraction of ``questions`` that the NF4 base with the adapter answers right. Answers are generated
+    greedily, for 32 questions at a time.
     """
     import torch
     from peft import PeftModel
@@ -156,7 +157,8 @@ def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """A PEFT method. With ``quantized`` both contenders' base layers are bitsandbytes' Linear4bit (nested NF4)."""
+    """A PEFT method. With ``quantized``, the base layers of "ours" and of "stock" are bitsandbytes' Linear4bit (nested
+    NF4), if bitsandbytes is installed."""
 
     peft_type: str
     quantized: bool = False
@@ -193,8 +195,8 @@ LLAMA_1B = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
-# Sizes of a Llama with the width of Llama 3 8B, and with 4 layers instead of 32. The vocabulary is smaller in the same
-# proportion, so that the head takes the part of a step that the head takes in the whole model.
+# Sizes of a Llama with the width of Llama 3 8B, and with 4 layers instead of 32. The vocabulary is smaller in nearly
+# the same proportion, so that the head takes the part of a step that the head takes in the whole model.
 LLAMA_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -321,7 +323,7 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Times ``steps`` training steps after one step that warms up.
 
-    The peak memory on a GPU is the peak of PyTorch's allocations, without the building of the model.
+    On a GPU, the peak memory is the peak of PyTorch's allocations after the model was built.
     """
     import torch
 
@@ -365,7 +367,8 @@ def train(
 
 
 def methods(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the contenders of each method in turn, each run in its own process. A ratio compares neighbouring runs.
+    """Runs the contenders of each method in turn, each run in its own process. A ratio compares runs of the same
+    repetition.
 
     The result file is written anew after each method. A run that fails, or that takes more than ``args.limit`` seconds,
     is named in "failed", and the method's row has the other runs.

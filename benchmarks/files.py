@@ -56,7 +56,7 @@ def newest(name: str) -> Optional[Result]:
 
 
 def newest_by_gpu() -> list[Result]:
-    """Returns, for each GPU, the newest result of ``python -m benchmarks --device cuda``."""
+    """Returns, for each GPU, the newest result of all benchmarks of ``python -m benchmarks --device cuda``."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("layer-all-*.json"))]
     return list({result["machine"]["gpu"]["name"]: result for result in found if is_of_a_gpu(result)}.values())
 

@@ -24,7 +24,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A comparison that can be built at any shape.
+    """A comparison of an operator in one case, which can be built for each layer shape and number of tokens.
 
     Attributes:
         build: a function ``(problem, compile) -> Comparison``.

@@ -45,8 +45,8 @@ __all__ = [
 ]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
-# Environment variables that choose the instructions of peft_ext and PyTorch. A result file records the variables in
-# this tuple that are set.
+# Environment variables that choose the instructions and the number of threads of peft_ext and PyTorch. A result file
+# records the variables in this tuple that are set.
 ENVIRONMENT = ("PEFT_EXT_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS",
                "OMP_NUM_THREADS")  # fmt: skip
 
@@ -59,7 +59,7 @@ class Comparison:
         bytes_moved, flops: bytes that the operator must move at least, and operations that it must compute at least.
         reads: whether nearly all of the bytes are read, so that the bandwidth of reading bounds the time.
         tolerance: largest relative error that "ours" may have; with 0 "ours" must have the bits of the exact result.
-        absent: the reason for each peer that cannot run.
+        absent: for each peer that cannot run, the reason.
     """
 
     contenders: dict[str, Contender]
@@ -93,7 +93,7 @@ class Row:
         quartiles: first and third quartile, over rounds, of the ratios in ``speedup``.
         errors: relative error of each contender's outputs to float64 (Frobenius norm), or the reason why the contender
             is not verified.
-        absent: the reason for each peer that could not run.
+        absent: for each peer that could not run, the reason.
         bytes_moved, flops, reads: the fields of the :class:`Comparison`.
         roofline: lower bound of the time (see :func:`floor_ms`) in percent of each contender's time.
         meter: the GPU's power, clock and temperature during the row; empty on a CPU.
@@ -237,9 +237,9 @@ def run(
     """Returns the rows, and the names of the cases that were left out.
 
     A row takes about ``row_s`` seconds of timing, or less where little time is left. The run takes about ``limit_s``
-    seconds, with set-up, verification and compilation. A case is left out if twice the lower bound of the time of five
-    rounds of five contenders would exceed the limit. An error of "ours" ends the run; where ``failed`` is a list, the
-    error is added to ``failed`` instead, and the run goes on.
+    seconds, with set-up, verification and compilation. A case is left out if the limit has passed, or if twice the
+    lower bound of the time of five rounds of five contenders would exceed the limit. An error of "ours" ends the run;
+    where ``failed`` is a list, the error is added to ``failed`` instead, and the run goes on.
     """
     cases = list(cases)
     check_kernels({case.op for case in cases}, device)
@@ -317,7 +317,7 @@ def save(
 
 
 def ratio_text(speedup: Mapping[str, float], quartiles: Mapping[str, Sequence[float]]) -> str:
-    """Returns the ratio and the quartiles of each peer as text."""
+    """Returns, as text, each peer's ratio (the peer's time divided by peft_ext's time) and the ratio's quartiles."""
     return ", ".join(f"{name} {ratio:.2f}x{spread_text(quartiles.get(name))}" for name, ratio in speedup.items())
 
 

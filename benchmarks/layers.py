@@ -153,8 +153,8 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             calls, order = _calls(tokens, k, n), list(contenders)
             for i in range(rounds + 1):
                 for name in order[i % len(order) :] + order[: i % len(order)]:
-                    # The first call of a contender is not timed, because the caches still hold the data of the previous
-                    # contender.
+                    # In each round, the first step of a contender is not timed, because the caches still hold the data
+                    # of the previous contender.
                     contenders[name].step(x, grad)
                     mean = statistics.mean(contenders[name].step(x, grad) for _ in range(calls))
                     if i > 0:  # the first round warms up

@@ -3,11 +3,11 @@
 ``python -m benchmarks.llama_cpp``                 every file type; writes a result file
 ``python -m benchmarks.llama_cpp --types Q4_0 F16``
 
-llama.cpp's own quantizer makes the files of the base, from a float16 file of the model of ``make demo``. LoRA of rank 8
-on all linear layers is trained for a few steps on Python's language reference, saved by PEFT, and exported by
-``write_gguf_adapter``. llama.cpp then computes the logits of all tokens of 20 prompts, without and with the adapter;
-peft_ext computes the logits of the same tokens in float32 over the same file (``load_gguf``), with PEFT's adapter,
-accelerated.
+llama.cpp's own quantizer makes each file of the base except F16 from F16, the float16 file of the model of ``make
+demo``. LoRA of rank 8 on all linear layers is trained for a few steps on Python's language reference, saved by PEFT,
+and exported by ``write_gguf_adapter``. llama.cpp then computes the logits of all tokens of 20 prompts, without and with
+the adapter; peft_ext computes the logits of the same tokens in float32 over the same file (``load_gguf``), with PEFT's
+adapter, accelerated.
 
 The logits of the base in llama.cpp and in peft_ext differ because llama.cpp rounds the inputs of each product, see
 :mod:`.llama_runner`. If an exported adapter is right, the difference of the logits does not grow with the adapter.
@@ -152,8 +152,9 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
 def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path], prompts: Any, stop: int) -> Any:
     """Yields a row for each of ``KINDS`` over the file ``base``.
 
-    The field ``decoded`` of a row is the largest difference of a logit when llama.cpp runs a file in which the package
-    gguf has decoded the weights to float32: llama.cpp then does not round the inputs of products.
+    The field ``decoded`` of a row is the largest difference of a logit between peft_ext over ``base`` and llama.cpp
+    over a file in which the package gguf has decoded the weights of ``base`` to float32. Over float32 weights,
+    llama.cpp does not round the inputs of products.
     """
     ours, decoded = Ours(base), base
     if kind != "F32":
@@ -161,7 +162,7 @@ def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path]
         float_file(base, decoded, np.float32)
     without = None
     for dtype in KINDS:
-        if dtype != KINDS[2]:  # peft_ext's logits are equal for both exports of the adapter
+        if dtype != KINDS[2]:  # peft_ext runs PEFT's adapter in place of both exports
             if dtype == KINDS[1]:
                 ours.adapt(adapter)
             wanted = [ours.logits(tokens) for tokens in prompts]

@@ -15,7 +15,7 @@ import numpy as np
 
 __all__ = ["FILE_TYPES", "LlamaError", "Runner", "quantize_file"]
 
-# Names of llama.cpp's file types, and the constants of llama_cpp.
+# By name of llama.cpp's file type, the name of the constant in the package llama_cpp.
 FILE_TYPES = {
     "F32": "LLAMA_FTYPE_ALL_F32", "F16": "LLAMA_FTYPE_MOSTLY_F16", "Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
     "Q6_K": "LLAMA_FTYPE_MOSTLY_Q6_K", "Q4_K_M": "LLAMA_FTYPE_MOSTLY_Q4_K_M", "Q4_1": "LLAMA_FTYPE_MOSTLY_Q4_1",
@@ -53,7 +53,8 @@ def _error(what: str) -> LlamaError:
 
 
 def quantize_file(source: Path, target: Path, kind: str, threads: int = 1) -> None:
-    """Writes the GGUF file ``target`` of the file type ``kind`` by llama.cpp's own quantizer. Raises LlamaError."""
+    """Writes the GGUF file ``target`` of the file type ``kind`` by llama.cpp's own quantizer. Raises LlamaError on
+    failure."""
     llama = _library()
     options = llama.llama_model_quantize_default_params()
     options.ftype, options.nthread = getattr(llama, FILE_TYPES[kind]), threads
@@ -70,7 +71,7 @@ class Runner:
         threads: number of llama.cpp's threads. More threads than free cores are slow, because the threads wait for each
             other in a busy loop.
 
-    Raises: LlamaError.
+    Raises: LlamaError if llama.cpp cannot load the model or the adapter.
     """
 
     def __init__(self, model: Path, adapter: Optional[Path] = None, threads: int = 1) -> None:
@@ -109,7 +110,7 @@ class Runner:
         if self._context:
             self._llama.llama_free(self._context)
         if self._model:
-            self._llama.llama_model_free(self._model)  # frees the adapter too
+            self._llama.llama_model_free(self._model)  # also frees the model's adapter
         self._context = self._model = None
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:

@@ -4,16 +4,16 @@
 ``python -m benchmarks.llama_speed --types Q4_K_M Q8_0 --rounds 1``
 ``python -m benchmarks.llama_speed --table``        prints the newest result file as a table
 
-The files are of SmolLM2-135M-Instruct and are made by llama.cpp's own quantizer. Each measurement is a process of its
-own, and the processes of a round run in turn:
+The files have the weights of SmolLM2-135M-Instruct; llama.cpp's own quantizer makes each file except F16 from F16. Each
+measurement is a process of its own, and the processes of a round run in turn:
 
 theirs      llama.cpp: a prompt of 512 tokens, and then 128 tokens, each time the most likely token; the cache is
             float16, and llama.cpp chooses whether attention is fused
-ours        peft_ext over the same file, in bfloat16, accelerated: a prompt and an answer of as many tokens, by
-            transformers' ``generate``
+ours        peft_ext over the same file, in bfloat16, accelerated: a prompt of 512 tokens by one forward, and 128
+            tokens by transformers' ``generate``, without the time of the prompt
 lora        as ``ours``, with a LoRA adapter of rank 16 on all linear layers
-train       a training step of LoRA with dropout over the same file: 4 x 256 tokens
-nf4, stock  the same step over the model in NF4 by peft_ext, and by PEFT alone over the decoded weights in bfloat16
+train       a forward and a backward of LoRA with dropout over the same file: 4 x 256 tokens
+nf4, stock  as ``train``, in peft_ext over the model in NF4, and in PEFT alone over the bfloat16 weights
 
 A figure of a process is the median of its repetitions; a row has the medians over the rounds.
 """
@@ -233,7 +233,8 @@ def measure(types: Sequence[str], rounds: int, threads: int, out: Optional[Path]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns a result as a Markdown table: tokens per second, and the ratios to llama.cpp, to NF4 and to PEFT."""
+    """Returns a result file as a Markdown table: tokens per second, the ratios of peft_ext to llama.cpp for prompt and
+    answer, and the ratios of the training to NF4 and to PEFT."""
     lines = [
         "| file | prompt: llama.cpp | peft_ext | ratio | with LoRA | answer: llama.cpp | peft_ext | ratio | with LoRA "
         "| training | over NF4's | over PEFT's |",

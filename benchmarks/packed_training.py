@@ -37,7 +37,7 @@ from .packed_formats import FORMATS, pack
 
 NAME = "run-packed-avx512_bf16"  # name of the result file that the table shows, without its date
 KINDS = ("packed", "decoded")
-WARM_UP = 3  # first steps, which are not timed
+WARM_UP = 3  # number of first steps, which are not timed
 
 
 def status_mib(field: str) -> float:
@@ -74,7 +74,8 @@ def perplexity(model: nn.Module, blocks: Sequence[torch.Tensor]) -> float:
 
 
 def train(name: str, kind: str, steps: int, batch: int, length: int, held_out: int) -> dict[str, Any]:
-    """Trains one run in this process, and returns losses, perplexities, tokens per second and memory."""
+    """Trains the run ``kind`` of the format ``name`` in this process. Returns losses, perplexities, tokens per second,
+    memory and counts of layers."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

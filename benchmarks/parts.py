@@ -1,8 +1,8 @@
 """Measures how long each part of a training step takes, with PyTorch's profiler.
 
 ``python -m benchmarks.e2e parts`` runs LoRA with dropout 0.05 in peft_ext and in PEFT, and the frozen model, at two
-widths. The time of a part of a step is the sum of the own times of its operators. An operator's name and the shapes of
-its inputs say to which part the operator belongs.
+widths. The time of a part of a step is the sum of its operators' own times, which leave out the operators that an
+operator calls. An operator's name and the shapes of its inputs say to which part the operator belongs.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _first(k: int, n: int, device: str) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _first_nf4(k: int, n: int, double_quant: bool, device: str) -> NF4Weight:
-    """Returns a weight that is quantized on the CPU, so that no error of a GPU's quantize kernel hides another
+    """Returns an NF4 weight that is quantized on the CPU, so that no error of a GPU's quantize kernel hides another
     error.
     """
     return ops.nf4_quantize(_first(k, n, device).cpu(), 64, double_quant).to(device)
@@ -149,7 +149,8 @@ def _adapter_pool(k: int, n: int, rank: int, count: int, device: str) -> list[di
 
 @lru_cache(maxsize=16)
 def _exact_products(problem_key: tuple, base: str) -> tuple[Tensor, Tensor]:
-    """Returns ``(x Wᵀ, grad W)`` in float64; most exact results of one shape use these products."""
+    """Returns ``(x Wᵀ, grad W)`` in float64. Most float64 results of one shape need these products, which are therefore
+    cached."""
     problem = Problem(*problem_key)
     weight = problem.wide_weight(base)
     return problem.x.detach().double() @ weight.t(), problem.grad.double() @ weight
@@ -198,8 +199,8 @@ class Problem:
         """Returns Turns of the weights in a base: a key of :data:`DTYPES` or :data:`.packed_bases.PACKED`, "nf4"
         (double-quantized) or "nf4-plain".
 
-        All contenders share the Turns, so that no contender finds a weight in a cache that another contender has just
-        read.
+        Contenders over one base share the Turns, so that no contender finds a weight in a cache that another contender
+        has just read.
         """
         if base not in self._turns:
             if base in DTYPES:
@@ -281,7 +282,8 @@ def _trained(
     problem: Problem, take: Callable[[], Any], forward: Callable[[Tensor], Tensor],
     parameters: Callable[[], dict[str, Tensor]], exact: Union[Exact, str],
 ) -> Contender:  # fmt: skip
-    """Returns a contender whose call drops the earlier gradients, then runs forward and backward."""
+    """Returns a contender whose call first sets the gradients of x and of the parameters to None, and then runs forward
+    and backward."""
     x, grad = problem.x, problem.grad
 
     def run() -> Tensor:
@@ -335,7 +337,7 @@ def functional(
 
 
 def entered_once(turns: Turns[Any], enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns a function that looks up ``enter(item)``.
+    """Returns a function that looks up the result of ``enter`` for an item of ``turns``.
 
     ``enter`` runs for all items at once, before the timing, because on a GPU it may wait for the device.
     """
@@ -508,7 +510,8 @@ def weightless_comparison(
     bytes_moved: int,
     flops: int = 0,
 ) -> Comparison:
-    """Returns the comparison of an operator without a frozen weight: a training step of peft_ext and of PyTorch."""
+    """Returns the comparison of an operator that uses no weight of a frozen linear layer: a training step of peft_ext
+    and of PyTorch, eager and, with ``compile``, compiled."""
     exact = problem.exact("bf16", formula, names)
 
     def contender(forward: Callable[..., Tensor]) -> Contender:

@@ -197,7 +197,8 @@ def experts_table(result: Result) -> str:
 
 
 def shown(*parts: tuple[str, Callable[[Result], str]]) -> str:
-    """Returns, for each ``(name of a result file, function that makes a table)``, the table and its run as text."""
+    """Returns, for each ``(name of a result file, function that makes a table)``, the table and a line about the run;
+    NOTHING if no such result file exists."""
     found = [(table, result) for name, table in parts if (result := newest(name)) is not None]
     return "\n\n".join(f"{table(result)}\n\n{about(result)}." for table, result in found) or NOTHING
 
@@ -262,7 +263,7 @@ DRAWN: dict[str, Callable[[], str]] = {
 def draw(text: str, where: str = "the document") -> str:
     """Returns ``text`` with every marked place drawn.
 
-    Raises SystemExit for an unknown NAME or without marked places.
+    Raises SystemExit if a place has an unknown NAME, or if ``text`` has no marked place.
     """
 
     def place(match: re.Match[str]) -> str:

@@ -3,9 +3,9 @@
     python tools/aarch64_tests.py [--paths neon_bf16,neon,scalar] [pytest arguments]
 
 The native library is cross-compiled on this machine. Debian's Python for Arm, PyTorch and the packages that the tests
-import are downloaded into build/aarch64 (5 GB, once); nothing outside of build/aarch64 changes. The program needs
-Debian, aarch64-linux-gnu-g++ and qemu-aarch64. The emulated CPU has bfloat16 instructions. The emulated run checks
-results and says nothing about speed.
+import are downloaded into build/aarch64 (5 GB, once); the program installs nothing outside of build/aarch64. The
+program needs Debian, aarch64-linux-gnu-g++ and qemu-aarch64. The emulated CPU has bfloat16 instructions. The emulated
+run checks results and says nothing about speed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ PACKAGES = ("python3", "libpython3-dev", "libgomp1", "libstdc++6")
 # Packages that the tests import in addition to the package's own requirements.
 OF_TESTS = ("numpy", "pytest>=9", "pytest-repeat", "pytest-xdist", "parameterized", "attrs")
 NEWEST_MANYLINUX = 40
-# setup.py's flags with a lower optimization level, because the emulator spends most of its time outside of the library.
+# The compiler's flags are setup.py's with -O2 in place of -O3, because the emulator spends most of its time outside of
+# the library.
 FLAGS = "-O2 -std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -g0"
 TESTS = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
-# The excluded tests need a compiler for the emulated machine, or compare threads, which share one emulated core.
+# NOT_THESE excludes the tests that need a compiler for the emulated machine, and the tests that run on two threads.
 NOT_THESE = "not compile and not opcheck and not two_threads"
 
 
@@ -124,7 +125,7 @@ def build(version: str) -> Path:
         f"-isystem {SYSTEM}/usr/include {native_build.module_flags(SYSTEM / 'usr/include' / f'python{version}')}"
     )
     group = Group(f"{FLAGS} {headers}", native_build.module_sources())
-    # The interpreter provides Python's symbols.
+    # The Python that loads the library has the symbols of Python, so that the linker leaves these symbols undefined.
     link = f"-L{libraries} -Wl,-rpath,{libraries} -Wl,--unresolved-symbols=ignore-all -ltorch_cpu"
     try:
         return native_build.build(BUILD / "libpeft_ext.so", [group], link, COMPILER)

@@ -1,4 +1,4 @@
-"""Computes the time of the tile kernels' inner loop on Arm cores. The loop has never run on an Arm core.
+"""Computes the time of the inner loop of tiles_bf16_neon.cpp on Arm cores. The loop has never run on an Arm core.
 
     python tools/arm_loop.py [--cores neoverse-v1,neoverse-v2,neoverse-n2,apple-m2]
 
@@ -53,8 +53,8 @@ def main() -> int:
 
 
 def inner_loop(listing: str) -> list[str]:
-    """Returns the instructions of the shortest loop around a product: from the target of a backward branch to the
-    branch.
+    """Returns the instructions of the shortest loop that contains a BFMMLA: from the target of a backward branch to the
+    instruction before the branch.
     """
     lines = [(int(found[1], 16), found[2]) for found in re.finditer(r"^ +([0-9a-f]+):\t(.+)$", listing, re.MULTILINE)]
     loops = []

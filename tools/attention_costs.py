@@ -1,18 +1,20 @@
-"""Computes what causal attention in bfloat16 costs on a core with AMX, with tiles and with the path AVX512-BF16.
+"""Computes the cycles of causal attention in bfloat16 on a core with AMX, by tiles and by the vectors of AVX512-BF16.
 
     python tools/attention_costs.py            prints the table
     python tools/attention_costs.py --write    writes the table to docs/performance.md
 
-No instruction is timed. The program repeats the loops of csrc/attention (forward.h, backward.h, product.h,
-product_amx.h) for one head, counts their instructions, and adds up cycles. tests/native/test_attention_costs.py
+No instruction is timed. The functions of this file have the same loops as csrc/attention (forward.h, backward.h,
+product.h, product_amx.h), and add up the cycles of the instructions of one head. tests/native/test_attention_costs.py
 compares the numbers of products, loads and stores with those that the kernels themselves make. The cycles are:
 
-    tiles     the largest of 16 cycles a product of 16 x 16 x 32, 8 cycles a loaded tile and 16 cycles a stored tile
-    vectors   half a cycle an arithmetic instruction of 512 bits, dot products (vdpbf16ps) included; in a transposition
-              of 16 x 16 words one cycle for each of 64 shuffles
+    tiles     the largest of three sums: 16 cycles for each product of 16 x 16 x 32, 8 for each loaded tile, and 16 for
+              each stored tile
+    vectors   half a cycle for each arithmetic instruction of 512 bits, dot products (vdpbf16ps) included; 64 cycles for
+              a transposition of 16 x 16 words, one for each shuffle
 
-The numbers of arithmetic instructions for a vector of scores are those in the loops that GCC 12 compiles. Tiles and
-vectors do not overlap in this model, and all operands are in L1. A real core is slower than the sums for both paths.
+FORWARD_SCORES and BACKWARD_SCORES are numbers of instructions in GCC 12's machine code of the loops over scores. Tiles
+and vectors do not overlap in this model, and all operands are in L1. A real core needs more cycles than the computed
+sums, with tiles and with vectors.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs/performance.md"
 BEGIN, END = "<!-- computed: python tools/attention_costs.py -->", "<!-- /computed -->"
 BLOCK, FORWARD_KEYS, BACKWARD_KEYS, ROWS, LANES = 64, 192, 128, {"avx512_bf16": 6, "amx": 32}, 16
 PRODUCT, LOAD, STORE = 16, 8, 16  # cycles of an AMX instruction that multiplies, loads or stores a tile
-FORWARD_SCORES, BACKWARD_SCORES = 15, 17  # arithmetic instructions for a vector of 16 scores
-RATE = 2.0  # arithmetic instructions of 512 bits in a cycle
+FORWARD_SCORES, BACKWARD_SCORES = 15, 17  # numbers of arithmetic instructions for a vector of 16 scores
+RATE = 2.0  # number of arithmetic instructions of 512 bits that a core runs in a cycle
 TRANSPOSED = 64.0  # cycles of a transposition of 16 x 16 words
 SIZES, TOKENS, GROUP = (64, 128), (1024, 4096), 4
 
 
 @dataclass
 class Cost:
-    """Cycles of one head: of products, of softmax and its gradient, and of making operands and writing results."""
+    """The computed cycles of one attention head: of products, of softmax and its gradient, and of making operands and
+    writing results."""
 
     amx: bool
     products: float = 0.0
@@ -43,7 +46,7 @@ class Cost:
     tiles: dict[str, int] = field(default_factory=lambda: {"products": 0, "loads": 0, "stores": 0})
 
     def multiply(self, rows: int, vecs: int, depth: int, add: bool) -> None:
-        """Counts the product of a matrix [rows, depth] with a matrix [depth, 16 * vecs]."""
+        """Counts the cycles (with AMX, also the tile instructions) of a product [rows, depth] by [depth, 16 * vecs]."""
         if not self.amx:
             self.products += rows * vecs * math.ceil(depth / 2) / RATE
             return
@@ -59,7 +62,8 @@ class Cost:
         self.operands += math.ceil(rows / 16) * math.ceil(words / 16) * TRANSPOSED
 
     def join(self, rows: int, columns: int) -> None:
-        """Counts the joining of rows in pairs: two conversions, a shift and an or for each vector of words."""
+        """Counts the cycles in which pairs of rows are joined into rows of 32-bit words: two conversions, a shift and
+        an or for each vector of words."""
         self.operands += math.ceil(rows / 2) * math.ceil(columns / LANES) * 4 / RATE
 
     @property
@@ -72,12 +76,14 @@ def _parts(count: int, most: int) -> list[int]:
 
 
 def _first(key: int, query: int) -> int:
-    """Returns the index of the first vector of 16 queries of which a query sees the key."""
+    """Returns the index, in the block of queries from ``query`` on, of the first vector of 16 queries that has a query
+    that sees the key ``key``."""
     return max(0, key - query) // LANES
 
 
 def _multiply_seen(cost: Cost, rows: int, key: int, here: int, query: int, add: bool) -> None:
-    """Counts the product over the keys of a block, in groups of 32 queries at the diagonal."""
+    """Counts a product that sums over the keys of a block (O or dq). In a block on the diagonal, 32 queries are
+    multiplied at a time, because these queries see different numbers of keys."""
     together = 2 if key + here > query + 32 else BLOCK // LANES
     for vec in range(0, BLOCK // LANES, together):
         seen = max(0, min(here, query + (vec + together) * LANES - key))
@@ -86,7 +92,7 @@ def _multiply_seen(cost: Cost, rows: int, key: int, here: int, query: int, add: 
 
 
 def forward(tokens: int, size: int, amx: bool) -> Cost:
-    """Counts the forward of one head; ``tokens`` is a multiple of 64."""
+    """Counts the cycles of the forward of one head; ``tokens`` is a multiple of 64."""
     cost, rows = Cost(amx), ROWS["amx" if amx else "avx512_bf16"]
     for query in range(0, tokens, BLOCK):
         cost.transpose(BLOCK, size // 2)
@@ -96,7 +102,7 @@ def forward(tokens: int, size: int, amx: bool) -> Cost:
                 cost.multiply(min(rows, here - r), BLOCK // LANES - _first(key + r, query), size, False)
             cost.scores += here * (BLOCK // LANES) * FORWARD_SCORES / RATE
             _multiply_seen(cost, size, key, here, query, False)
-            if key > 0:  # O = O · change + block: two loads and one FMA
+            if key > 0:  # rescales O and adds the block's product: two loads and an FMA for each vector
                 cost.operands += size * (BLOCK // LANES)
         cost.transpose(size, BLOCK)
     _copy(cost, tokens, size, rows=1, columns=1)
@@ -125,8 +131,8 @@ def backward(tokens: int, size: int, amx: bool) -> Cost:
 
 
 def _copy(cost: Cost, tokens: int, size: int, rows: int, columns: int) -> None:
-    """Counts the copies of k and v, of which a query head has the share 1 / GROUP. A row's copy is a load and a store
-    of 64 bytes, in one cycle."""
+    """Counts the cycles of a query head's share (1 / GROUP) of the copies of k and v, which GROUP query heads use. With
+    AMX, rows are copied too: a load and a store of 64 bytes take one cycle."""
     own = Cost(cost.amx)
     for _ in range(columns):
         own.join(tokens, size)

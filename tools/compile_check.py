@@ -1,7 +1,7 @@
-"""Compiles every CPU source with another compiler than the build's, or for another machine. Warnings are errors.
+"""Compiles the native library with another compiler than the build's, or for another machine. Warnings are errors.
 
     python tools/compile_check.py clang [pytest arguments]
-                                            compiles with clang++, and runs the operators' tests in bfloat16
+                                            compiles with clang++, and runs some tests of the operators in bfloat16
     python tools/compile_check.py aarch64   compiles with aarch64-linux-gnu-g++ and this machine's headers of Python
     python tools/compile_check.py macos     compiles and links with zig (pip install ziglang) for macOS on Apple silicon
 
@@ -26,8 +26,8 @@ BUILD = ROOT / "build/compilers"
 COMPILERS = {"clang": "clang++", "aarch64": "aarch64-linux-gnu-g++", "macos": "zig"}
 MEND = {"clang": "apt-get install clang", "aarch64": "apt-get install g++-aarch64-linux-gnu",
         "macos": "pip install ziglang"}  # fmt: skip
-# setup.py's flags, with warnings as errors. Only clang's kernels are optimized: code for another machine is not run,
-# and clang's warnings do not depend on the optimization.
+# The compilers get setup.py's flags, with warnings as errors. Only clang's kernels are optimized: code for another
+# machine is not run, and clang's warnings do not depend on the optimization.
 COMMON = "-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Werror -Wno-error=unused-function -g0"
 OPTIMIZATION = {"clang": "-O2", "aarch64": "-O0", "macos": "-O0"}
 TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16",
@@ -35,7 +35,7 @@ TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16",
 
 
 def compiler_of(kind: str) -> str:
-    """Returns the command of the compiler, which may have arguments."""
+    """Returns the compiler's command for ``kind``; the command of zig has arguments."""
     if kind != "macos" or importlib.util.find_spec("ziglang") is None:
         return COMPILERS[kind]
     import ziglang

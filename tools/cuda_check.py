@@ -2,15 +2,15 @@
 
 The kernels are those that the native library lists, compiled as on a user's machine (peft_ext/device_code.py), for
 sm_80, 90, 100 and 120; kernels with a hot loop also for sm_86 and 89. The check fails in these cases: a kernel does not
-compile without a warning; a kernel spills registers or keeps an array in local memory; a parameter has another offset
-or size in the machine code than on the host, where g++ lays out what a launch passes; the registers or the shared
-memory of a kernel differ from docs/ptxas.tsv; the instructions of a hot loop differ from docs/slots.tsv (see slots.py).
-A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables, so that
-a review sees each change. ``--archs`` compiles for some architectures alone, and compares only their rows. ``--only``
-compiles the kernels alone whose names contain one of the texts, and compares, or writes, only their rows. Of the
-kernels of packed weights, whose first template argument is the number of a format, the tables have those that decode to
-bfloat16, those for one token in bfloat16, and those with a hot loop. The other kernels of packed weights are compiled
-only with ``--formats``.
+compile without a warning; a kernel spills registers; a parameter has another offset or size in the machine code than on
+the host, where g++ lays out the parameters of a launch; the registers or the shared memory of a kernel differ from
+docs/ptxas.tsv; the row of a hot loop differs from docs/slots.tsv (see slots.py); a table or the kernel of a hot loop is
+missing. A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables,
+so that a review sees each change. ``--archs`` compiles for some architectures alone, and compares only these
+architectures' parts of the tables. ``--only`` compiles only the kernels whose names contain one of the given texts, and
+compares, or writes, only the rows of these kernels. Of the kernels of packed weights, whose first template argument is
+the number of a format, the tables have those that decode to bfloat16, those for one token in bfloat16, and those with a
+hot loop. The other kernels of packed weights are compiled only with ``--formats``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ ARCHS = ("80", "90", "100", "120")
 
 
 def kernel_rows(log: str) -> list[dict[str, object]]:
-    """Returns a row for each kernel and architecture: registers, shared, spilled and stack bytes, from ptxas -v."""
+    """Returns a row for each kernel and architecture in the log of ``ptxas -v``: registers, shared, spilled and stack
+    bytes."""
     rows: list[dict[str, object]] = []
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
@@ -56,7 +57,8 @@ def kernel_rows(log: str) -> list[dict[str, object]]:
 def hot_rows(
     image: device_code.Image, name: str, arch: str, nvdisasm: str, row: dict[str, object]
 ) -> list[dict[str, str]]:
-    """Returns the rows of slots.tsv for a kernel's machine code. ``row`` is the kernel's row of kernel_rows."""
+    """Returns a row of docs/slots.tsv for each hot loop in a kernel's machine code. ``row`` is the kernel's row of
+    kernel_rows."""
     loops = [hot for hot in slots.HOT if hot.kernel == name]
     if not loops:
         return []
@@ -69,7 +71,8 @@ def hot_rows(
 
 
 def ptxas_table(rows: list[dict[str, object]]) -> str:
-    """Returns a line for each kernel with its registers on each architecture and its shared memory."""
+    """Returns the text of docs/ptxas.tsv without its first line: for each kernel, its shared memory and its registers
+    on each architecture."""
     archs = sorted({str(row["arch"]) for row in rows}, key=int)
     found: dict[tuple[str, str], dict[str, dict[str, object]]] = {}
     for row in rows:
@@ -83,7 +86,8 @@ def ptxas_table(rows: list[dict[str, object]]) -> str:
 
 def in_tables(name: str) -> bool:
     """Returns whether the tables have a kernel: any kernel except most kernels of packed weights. Of the kernels of
-    packed weights, the tables have those that decode to bfloat16, those for one token, and those with a hot loop."""
+    packed weights, the tables have those that decode to bfloat16, those for one token in bfloat16, and those with a hot
+    loop."""
     loops = {entry.kernel for entry in slots.HOT}
     return not name.startswith("packed_") or name in loops or re.search(r"<\d+, bf16(, 1)?>", name) is not None
 
@@ -114,7 +118,8 @@ def split(table: str, only: set[str]) -> tuple[list[str], list[str]]:
 
 def compare(path: Path, table: str, nvrtc: str, write: bool, archs: list[str], only: set[str]) -> list[str]:
     """Returns the differences between ``table`` and the committed table at ``path``. A committed table of another NVRTC
-    release, which its first line names, is not compared. With ``write``, writes ``table`` and returns no difference.
+    release, which its first line names, is not compared. With ``write``, writes ``table`` (with ``only``, in place of
+    the same kernels' rows) and returns no difference.
     """
     wanted = f"# NVRTC {nvrtc}\n{table}"
     if write:
@@ -175,7 +180,8 @@ def main() -> int:
         except RuntimeError as error:
             failures.append(str(error))
             return
-        # Kernels of the same header that are no templates are compiled as well.
+        # The log also has the kernels of the same header that are no templates, because NVRTC compiles these kernels as
+        # well.
         (row,) = [row for row in kernel_rows(log) if row["kernel"] == image.symbol.decode()]
         failures.extend(parameters.differences(name, image.code, image.symbol.decode(), layouts[expression]))
         if "warning" in log.lower():
@@ -188,7 +194,7 @@ def main() -> int:
 
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", os.cpu_count() or 2))) as pool:
         for done in pool.map(lambda item: check(*item), work):
-            assert done is None  # pool.map raises the exception of a check
+            assert done is None  # pool.map raises an exception that check() raised
     if not failures:
         failures += compare(TABLE, ptxas_table(rows), device_code.version(), options.write, archs, only)
         wanted = {entry.name for entry in slots.HOT if not only or any(text in entry.kernel for text in only)}

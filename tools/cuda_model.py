@@ -2,20 +2,20 @@
 
 A pass over an activation takes the largest of these times:
 
-    memory     the bytes / the bandwidth that a kernel reaches
-    L2         the bytes, and the terms of the small matrix that each tile reads again / the bandwidth of L2
-    slots      a tile's warp instructions, one in each cycle; each of the four schedulers has a tile of its own
-    ALU, FMA   the ALU (FMA) instructions of a tile, two cycles each
-    tensor     the products of a tile, 2,048 multiplications each, at the rate of the tensor cores
-    L1         the rows of 128 bytes that four warps read and write, one in each cycle
-    waits      the time of a warp that runs alone / the number of warps of a scheduler
+    memory     the bytes that the pass moves / the bandwidth that a kernel reaches
+    L2         the same bytes, and the bfloat16 terms of A and B that each tile reads again / the bandwidth of L2
+    slots      the instructions of one of a tile's four warps, one in each cycle; each scheduler has one of these warps
+    ALU, FMA   the ALU (FMA) instructions of one of the four warps, two cycles each
+    tensor     the matrix products of the four warps, 2,048 multiplications each, at the rate of the tensor cores
+    L1         the rows of 128 bytes that the four warps read and write, one in each cycle
+    waits      the cycles of a warp that runs alone / the number of warps of a scheduler
 
-The multiprocessor with the most blocks decides how many tiles are counted. Each wave of blocks after the first adds the
-time in which a block waits for its first tile and writes its sums, as if all blocks of a wave began together. Each pass
-adds a microsecond for its launch, its first wave and its last blocks.
+The time of a pass counts the tiles of the multiprocessor with the most thread blocks. Each wave of blocks after the
+first adds the time in which a block waits for its first tile and writes its sums, as if all blocks of a wave began
+together. Each pass adds a microsecond for its launch, its first wave and its last blocks.
 
-docs/kernels.md shows the tables between two marks. ``--write`` draws the tables again, and a test compares the page
-with the computed tables.
+docs/kernels.md shows the computed tables between two marks. ``--write`` draws the tables again, and a test compares the
+page with the computed tables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAGE = ROOT / "docs/kernels.md"
 LAUNCH = 2.5e-6  # seconds of a small kernel, nearly all of them for the launch
 REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
 BLOCK_CYCLES = 1000  # cycles in which a block waits for its first tile and writes its sums, an assumption
-BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of a packed weight, scales included
+BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of one weight in each packed format, scales included
 SIZES = (512, 2048, 4096, 8192)
 MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens of a mixed batch
 
@@ -56,7 +56,8 @@ class Card:
     l2: float
 
 
-# "H100 at 800" has the rates that make adapters look worst: a product at 800 TFLOP/s, and kernels that reach 3.0 TB/s.
+# "H100 at 800" has the rates of an H100 at which an adapter takes the largest part of the time: a product at 800
+# TFLOP/s, and kernels that reach 3.0 TB/s.
 CARDS = {
     "A100": Card("80", 108, 1.41e9, 2.04e12, 1024, 250e12, 4.0e12),
     "H100": Card("90", 132, 1.755e9, 3.35e12, 1300, 650e12, 5.5e12),
@@ -75,7 +76,8 @@ def loops(card: Card) -> dict[str, dict[str, float]]:
 
 
 def tile_cycles(loop: dict[str, float], card: Card) -> float:
-    """Returns the cycles that a multiprocessor needs for a tile, without memory."""
+    """Returns the cycles that a multiprocessor needs for a tile of 64 x 64, if no warp waits for L2 or memory
+    bandwidth."""
     products = loop["mma"] * 4 * 2048 / card.tensor
     warps = loop["blocks"]  # warps of a scheduler: each block has one warp on each scheduler
     return max(loop["slots"], 2 * loop["alu"], 2 * loop["fma"], products, 4 * loop["transactions"],
@@ -83,13 +85,13 @@ def tile_cycles(loop: dict[str, float], card: Card) -> float:
 
 
 def terms_of_tile(name: str, rank: int = 16) -> float:
-    """Returns the bytes of small matrices that a tile of a pass reads from L2, in terms of 16 bits.
+    """Returns the bytes of small matrices, stored as bfloat16 terms, that a pass reads from L2 for each tile.
 
     In a pass for S or dA, a tile reads three terms of one matrix. In a pass for Y0 or dX0, a tile reads two terms of
     two matrices. In the pass for P and dB, a block reads the three terms of one matrix once for four tiles, and the
     three terms of the other matrix once; these reads count as half a matrix for each tile.
     """
-    matrix = 64 * rank * 2.0  # bytes of one term
+    matrix = 64 * rank * 2.0  # bytes of one term of the small matrix
     if name.startswith(("Y0", "dX0")):
         return 2 * 2 * matrix
     return 3 * matrix * (0.5 if name.startswith("P") else 1)
@@ -98,8 +100,8 @@ def terms_of_tile(name: str, rank: int = 16) -> float:
 def over_tiles(name: str, rows: int, columns: int, moved: float, card: Card, work: str | None = None) -> float:
     """Returns the seconds of a pass over an activation [rows, columns] that moves ``moved`` bytes.
 
-    ``work`` names how the pass is cut into blocks (see :func:`plan`); without it, all multiprocessors have equally many
-    tiles, and one wave of blocks.
+    ``work`` names how the pass is cut into blocks (see :func:`plan`); without ``work``, all multiprocessors have
+    equally many tiles, and one wave of blocks.
     """
     loop = loops(card)[name]
     tiles, waves = -(-rows // 64) * -(-columns // 64), 1
@@ -122,9 +124,9 @@ def product(t: int, n: int, k: int, card: Card) -> float:
 
 
 def plan(t: int, columns: int, work: str) -> tuple[int, int, int]:
-    """Returns the number of blocks of a rank pass, the most tiles of a block, and the rows of its partial sums.
-    For the kernels, csrc/linear/cuda/rank_plan.cuh chooses these numbers. ``work``: "rows" (S), "columns" (dA) or
-    "both" (P and dB).
+    """Returns the number of thread blocks of a rank pass, the largest number of tiles of a block, and the number of
+    rows of the pass's partial sums. For the kernels, csrc/linear/cuda/rank_plan.cuh chooses these numbers. ``work``:
+    "rows" (S), "columns" (dA) or "both" (P and dB).
     """
     row_tiles, column_tiles = -(-t // 64), -(-columns // 64)
     if work == "both":
@@ -139,12 +141,13 @@ def plan(t: int, columns: int, work: str) -> tuple[int, int, int]:
 
 
 def partial_sums(t: int, columns: int, rank: int, work: str) -> float:
-    """Returns the bytes of a pass's partial sums in float32, written and read."""
+    """Returns the bytes of a rank pass's float32 partial sums, each of which is written once and read once."""
     return 2 * 4.0 * plan(t, columns, work)[2] * rank
 
 
 def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> dict[str, float]:
-    """Returns the seconds of each part of a layer, bf16 with float32 adapters of rank 16."""
+    """Returns the computed seconds of each part of a training step of a bf16 layer [n, k] with ``t`` tokens and a
+    float32 adapter of rank ``rank``."""
     x, y, w = 2.0 * t * k, 2.0 * t * n, 2.0 * n * k
     rows, both, columns = (partial_sums(t, *of) for of in ((k, rank, "rows"), (n, rank, "both"), (k, rank, "columns")))
     return {
@@ -180,7 +183,8 @@ LAYERS: dict[str, list[str]] = {
 
 
 def ratio(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> float:
-    """Returns the time of a layer divided by the time of the frozen layer, forward and backward."""
+    """Returns the time of a layer with the adapter ``method`` divided by the time of the frozen layer, forward and
+    backward."""
     found = parts(card, t, n, k)
     frozen = 2 * found["product"]
     return (frozen + sum(found[part] for part in LAYERS[method])) / frozen
@@ -202,8 +206,8 @@ def limit(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> floa
 
 
 def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
-    """Returns the seconds of a forward with few tokens over NF4 or MXFP4: one launch that reads W once, without the
-    launch for S.
+    """Returns the seconds of a linear layer's forward with few tokens over NF4 or MXFP4: one launch that reads W once.
+    The launch that computes S for an adapter is not counted.
     """
     names = {"NF4": ("NF4, T <= 8", "NF4, T <= 16"), "MXFP4": ("MXFP4, T = 1", "MXFP4, T <= 8")}[base]
     loop = loops(card)[names[tokens > (8 if base == "NF4" else 1)]]
@@ -219,7 +223,7 @@ def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
 def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: bool, rank: int = 16) -> float:
     """Returns the seconds of the pass that computes S (``columns``: dA) of ``count`` layers with one input."""
     found = loops(card)[("dA" if columns else "S") + " of siblings" + (", dropout" if dropout else "")]
-    # A block has three warps, and so three quarters of a warp for each scheduler.
+    # A block of rank_siblings_kernel has three warps here, and so three quarters of a warp for each scheduler.
     loop = found | {"blocks": found["blocks"] * 3 / 4}
     tiles = -(-t // 64) * -(-k // 64)
     compute = tiles * count * tile_cycles(loop, card) / card.multiprocessors / card.clock
@@ -238,9 +242,10 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     """Returns the time of LLAMA_LAYER with adapters divided by its time without adapters, forward and backward. The
     two times leave out attention and norms.
 
-    Without adapters, separate passes add the gradients of layers with one input. ``together`` avoids these passes with
-    adapters: one pass writes the low-rank terms of all layers, and the products add to these terms. One pass over x
-    computes S of all layers, and one pass computes dA. Each small kernel is launched once for all layers.
+    Without adapters, separate passes add the gradients of layers with one input. With adapters and ``together``, these
+    passes are not needed: one pass writes the sum of the low-rank terms of dX of all layers with one input, and each
+    layer's product is added to this sum. One pass over x computes S of all these layers, and one pass computes dA of
+    all these layers. Each small kernel is launched once for all layers.
     """
     frozen, adapted = 0.0, 0.0
     for outputs, k in LLAMA_LAYER:
@@ -309,7 +314,7 @@ def experts(
     def over(loop: str, columns: int, moved: float) -> float:
         return over_tiles(loop + drawn if loop + drawn in loops(card) else loop, padded, columns, moved, card)
 
-    # A rank pass uses three terms and a product two terms, of two bytes each.
+    # A rank pass reads A or B as three terms, and a product as two terms, of two bytes a value.
     forward = 2 * LAUNCH + (a * 2.5 + b * 2) / bandwidth + LAUNCH
     forward += over("S of experts", k, 2.0 * rows * k + a * 1.5 + sums) + experts_product(
         card, rows, active, n, k, base
@@ -336,12 +341,12 @@ def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 
     """Returns the seconds of a mixed batch's forward with float32 adapters and equally many tokens for each adapter.
     With one adapter, the result is the time of lora_linear.
 
-    Adapters are read from memory. The terms of the adapters are read from L2, because the passes read the terms right
-    after they are written.
+    Adapters are read from memory. The bfloat16 terms of the adapters are read from L2, because the passes read the
+    terms right after another kernel has written them.
     """
     a, b = (4.0 * adapters * rank * size for size in (k, n))
     if t <= FEW:
-        # A and B are read once, by kernels of their own, whose time is added to the time of the product.
+        # Separate kernels read A and B once. The time of these kernels is added to the time of the product.
         adapter = 2 * LAUNCH + (a + b) / (card.bandwidth * REACHED)
         if base == "NF4":
             # The kernel that computes the product also adds the low-rank term, without a launch of its own.
@@ -390,13 +395,13 @@ KERNELS = {
     "finish": r"^finish_kernel",
     "g in W or in dY": r"^(scale_rows|column_pass)_kernel",
     "column pass, g and dg": r"^column_pass_kernel",
-    # The kernels that split matrices into terms, and the kernels that add partial sums.
+    # Small kernels: those that split matrices into terms, and those that add partial sums or scale ranks.
     "launch": r"^(split|rank_reduce|column_reduce|rank_scale)_kernel",
 }
 
 
 def card_of(name: str) -> Card | None:
-    """Returns the card for a GPU's name, such as "NVIDIA H100 80GB HBM3"."""
+    """Returns the card of CARDS for a GPU's name, such as "NVIDIA H100 80GB HBM3"; None for another GPU."""
     return next((card for known, card in CARDS.items() if known in name), None)
 
 
@@ -416,8 +421,8 @@ def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, floa
 
 
 def beside(result: dict, name: str) -> str:
-    """Returns a table of the measured times and of the goals for the rows of a result file. ``name`` is the card's
-    name. The goal is the time that the model computes, which no kernel can be expected to beat.
+    """Returns a table of the measured times and of the goals for the rows of a result file. ``name`` is the GPU's name.
+    The goal is the ratio of times that this module computes; no kernel can be expected to be faster.
     """
     card = card_of(name)
     lines = ["| time / the frozen layer's time | K -> N | T | measured | goal, computed | measured / goal |",
@@ -439,7 +444,7 @@ def microseconds(seconds: float) -> str:
 
 
 def tables() -> str:
-    """Returns the tables of docs/kernels.md."""
+    """Returns the computed tables that docs/kernels.md shows."""
     lines = ["| 4096 x 4096, T = 8192 | " + " | ".join(CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
     by_card = {name: parts(card, 8192) for name, card in CARDS.items()}
     for part in next(iter(by_card.values())):

@@ -34,7 +34,8 @@ def missing() -> str | None:
 
 
 def build(name: str, sources: list[Path], flags: str = "", libraries: str = "") -> Path:
-    """Builds a shared library of the emulator and ``sources``, which are instrumented, if a source changed."""
+    """Builds, if a source changed, a shared library of the emulator and of ``sources``, which are compiled with
+    ThreadSanitizer."""
     kernels = (  # the stack frame of a kernel has to fit a fiber's stack of 64 KiB
         f"{COMMON} {SANITIZE} -Wno-unknown-pragmas -Werror=frame-larger-than=32768 -DPEFT_EXT_EMULATE_CUDA "
         f"-include emulator/device.h {flags} -x c++"

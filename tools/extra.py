@@ -1,4 +1,5 @@
-"""Prints the requirements of an extra of the installed package, for pip to install without building the package.
+"""Prints the requirements of extras of the installed peft_ext, so that pip installs these packages without building
+peft_ext.
 
 python -m pip install $(python tools/extra.py docs examples)
 """

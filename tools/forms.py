@@ -1,9 +1,10 @@
 """Draws peft_ext/integrations/forms/forms.tsv, the table of known forms, and the coverage in docs/known-forms.md.
 
     python tools/forms.py            draws the table and the coverage, from the releases of transformers in RELEASES
-    python tools/forms.py --share    prints which share of the installed transformers' classes has a known form
+    python tools/forms.py --share    prints how many norms, attentions and MLPs of the installed transformers have a
+                                     known form
 
-pip installs each release into build/forms, and a process of its own reads the release. A form whose forward
+pip installs each release into a folder of build/forms, and a separate process reads each release. A form whose forward
 ``accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of
 peft_ext/integrations/model_blocks). Some rows need no proof: dropouts, and attentions that keep their own forward. The
 row of an attention also names the layers that receive one input, which this tool reads from the source of the
@@ -42,7 +43,7 @@ KINDS = {
     "MLP": ("mlp",),
 }
 
-# Why a class of these architectures has no known form.
+# By class of the architectures in DECODERS and ENCODERS, the reason why the class has no known form.
 _HOLDS = "holds another attention, which has a known form"
 REASONS = {
     "BertAttention": _HOLDS,
@@ -62,7 +63,7 @@ REASONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
-    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # two files: known rows, result
+    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # a file with known rows, and a file for the result
     args = parser.parse_args()
     logging.disable(logging.ERROR)  # transformers warns about packages that are not installed
     warnings.simplefilter("ignore")
@@ -98,7 +99,8 @@ def draw() -> None:
 
 
 def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the result of :func:`scan` in a process that imports this release of transformers."""
+    """Runs :func:`scan` in a process that imports transformers ``release``, and returns the result. ``found`` are known
+    rows."""
     place, out = ROOT / "build/forms" / release, ROOT / "build/forms" / f"{release}.json"
     known = out.with_name("known.json")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -190,8 +192,9 @@ def classes() -> Iterator[Any]:
 
 
 def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the rows for the imported transformers, and the coverage of each architecture. ``known`` are rows from
-    other releases, which are not proved again: a form with the same digest is the same code in each release.
+    """Returns the rows of the table for the imported transformers, the coverage of each architecture, and the counts of
+    :func:`_battery`. ``known`` are rows from other releases, which are not proved again: a form with the same digest is
+    the same code in each release.
     """
     from reads_of_attention import attention_formulas
 
@@ -257,9 +260,9 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    """Replaces everything that the forward of each known class of DECODERS and ENCODERS finds by name, one thing after
-    the other. Returns, by kind, the numbers of classes, of replacements, and of replacements after which the form was
-    still known."""
+    """For each class of DECODERS and ENCODERS with a known form, replaces everything that its forward finds by name,
+    one thing at a time. Returns, by kind, the numbers of classes, of replacements, and of replacements after which the
+    form was still known."""
     from unittest.mock import patch
 
     from peft_ext.integrations.forms import Unknown, form_of
@@ -293,7 +296,7 @@ def _architecture(cls: Any) -> str:
 
 
 def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict[str, list]]:
-    """Returns the number of known classes by architecture and kind, and the names of the unknown classes."""
+    """Returns, by architecture and kind, the number of classes with a known form and the names of the other classes."""
     found: dict[str, dict[str, list]] = {}
     for cls in classes():
         architecture, name = _architecture(cls), cls.__name__.lower()

@@ -62,7 +62,7 @@ if found["gpu"]:
     found |= {{"name": torch.cuda.get_device_name(), "arch": "%d.%d" % torch.cuda.get_device_capability()}}
 print(json.dumps(found))
 """
-PROBE_SECONDS = 90.0  # seconds after which PROBE is killed
+PROBE_SECONDS = 90.0  # seconds after which a process that runs PROBE or LOADS is killed
 IMPORT = """
 import json, sys, time
 took, last = {}, time.perf_counter()
@@ -94,11 +94,13 @@ for family in [name for name in prove.families(device.type.upper()) if name not 
 CORE = "tests/ops/test_covering.py"
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
 METHODS = "LoRA; QLoRA; DoRA"  # methods of the part "training", as benchmarks.e2e names them
-FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # the first benchmarks of "table"
-WORKERS = 8  # number of processes that run the tests of one part; all of them use one GPU
-# Cases of linear layers in bfloat16 with dropout or over NF4, with sizes that no tile divides.
+FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # benchmarks that "table" runs first
+WORKERS = 8  # largest number of processes that run the tests of one part; all of them use one GPU
+# The tests of the part "sanitizer": linear layers in bfloat16 with dropout or over NF4, with sizes that no tile
+# divides.
 SANITIZED = "test_values_and_gradients and -bfloat16] and 515 and linear and (dropout or nf4_linear)"
-# The environment of all commands. Without the proof at first use, the kernels run whatever the part "prove" has found.
+# The variables that are set for all commands. PEFT_EXT_PROVE=0 turns off the proof at first use, so that the kernels
+# run whatever the part "prove" has found.
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -106,7 +108,7 @@ ENVIRONMENT = {
     "PEFT_EXT_REQUIRE": "1",
 }
 GRACE = 5.0  # seconds between the interrupt of a command at its limit and its end by SIGKILL
-# A line of pytest's output with the result of a test. The first alternative is the form of pytest-xdist.
+# TEST matches a line of pytest's output with the result of a test. The first alternative is the form of pytest-xdist.
 TEST = re.compile(
     r"^\[gw\d+\] \[ *\d+%\] (?P<result>PASSED|FAILED|ERROR|SKIPPED) (?P<test>\S.*?)\s*$"
     r"|^(?P<test_>tests/\S+::.+?) (?P<result_>PASSED|FAILED|ERROR|SKIPPED)\b"
@@ -124,7 +126,7 @@ class Outcome:
         seconds, limit: seconds that the part took, and seconds that the part could take.
         rows: number of results: tests, families of kernels, rows of a measurement.
         failed: the names of the tests, families or rows that failed.
-        files: the files of measurements.
+        files: names of the result files that the part wrote.
     """
 
     part: str
@@ -146,7 +148,7 @@ class Outcome:
         return not wrong
 
     def see(self, line: str) -> None:
-        """Counts the result of a test that a line of pytest's output names."""
+        """If a line of pytest's output names the result of a test, counts this result."""
         if found := TEST.match(line):
             self.rows += 1
             if (found["result"] or found["result_"]) in ("FAILED", "ERROR"):
@@ -170,8 +172,8 @@ class Runner:
         self, command: list[str], limit: float, environment: Optional[dict[str, str]] = None,
         see: Callable[[str], None] = lambda line: None,
     ) -> tuple[str, bool]:  # fmt: skip
-        """Returns what went wrong, or "", and whether the command was cut off at its limit. ``see`` gets each line of
-        the output. At the limit, the command and all processes that it started are killed.
+        """Runs a command. Returns what went wrong, or "", and whether the command was cut off at its limit. ``see``
+        gets each line of the output. At the limit, the command and all processes that it started are killed.
         """
         self.say(f"$ {' '.join(command)}")
         process = subprocess.Popen(
@@ -189,7 +191,7 @@ class Runner:
         try:
             status = process.wait(timeout=max(1.0, limit))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)  # pytest then prints the failures so far
+            os.killpg(process.pid, signal.SIGINT)  # after SIGINT, pytest prints the failures so far
             try:
                 process.wait(timeout=GRACE)
             except subprocess.TimeoutExpired:
@@ -202,7 +204,7 @@ class Runner:
         return ("" if status == 0 else signalled), False
 
     def _end(self, process: subprocess.Popen) -> None:
-        """Kills what is left of a command's processes. A process that waits in the driver may outlive SIGKILL; the
+        """Kills the processes of a command that still run. A process that waits in the driver may outlive SIGKILL; the
         next command runs all the same.
         """
         try:
@@ -248,9 +250,9 @@ def driver_is_here() -> bool:
 def packages(here: Machine, outcome: Outcome) -> None:
     """Chooses the Python of the next parts: the running Python, .venv, or a new .venv.
 
-    Nothing is installed into the running Python. If the running Python has a CUDA build of torch, a new .venv sees the
-    packages of the running Python, and pip installs only what is missing. If pip fails, for example without a network,
-    the parts run without these packages.
+    Nothing is installed into the running Python, unless the running Python is .venv's. If the running Python has a CUDA
+    build of torch, a new .venv sees the packages of the running Python, and pip installs only what is missing. If pip
+    fails, for example without a network, the parts run without the missing packages; without torch, no part runs.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
     end = here.runner.clock() + outcome.limit
@@ -461,7 +463,7 @@ PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "core": (core, 35), "training": (training, 115), "kernels": (kernels, 40), "table": (table, 50),
     "battery": (battery, 55), "sanitizer": (sanitizer, 40),
 }  # fmt: skip
-ESSENTIAL = ("packages", "build")  # parts that may take half of the remaining time, because the others need them
+ESSENTIAL = ("packages", "build")  # may take half of the remaining time, because the other parts need their results
 REHEARSED = ("packages", "core", "training")  # the parts of --rehearse
 
 
@@ -545,7 +547,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if unknown := set(asked) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a part's processes with this program
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SIGTERM to this program also ends the running part
     if not (args.rehearse or driver_is_here() or probe(sys.executable).get("gpu")):
         print("gpu: no NVIDIA GPU is here", file=sys.stderr)
         return 1

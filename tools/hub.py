@@ -4,16 +4,17 @@
 
 The repository has a folder for each variant, ``build/torch-stable-abi211-<backend>-<arch>-linux``, and ``build.toml``,
 ``README.md`` and ``LICENSE``. A variant is a Python package: ``tools/hub_repository/package.py`` as its ``__init__``,
-``layers.py``, the modules of peft_ext that these two import, and the native library, which needs no Python ABI. All
-variants of an architecture hold the same library; a GPU's machine code is compiled on the GPU's machine.
+``layers.py``, ``_C.py``, the modules of peft_ext that these files import directly or indirectly, the native library,
+which needs no Python ABI, and files that this program writes, such as ``metadata.json``. All variants of an
+architecture hold the same library; a GPU's machine code is compiled on the GPU's machine.
 
 With ``--wheels`` the libraries are those of the wheels in a folder, so that the repository has variants for each
 architecture of the wheels, and may be published: the program fails if a library breaks one of the hub's rules. Without
-``--wheels`` the library is the checkout's, for this machine's architecture alone; the library may need a newer C++
-runtime than the hub allows.
+``--wheels`` the library is the file of ``--library``, by default the checkout's, for this machine's architecture alone;
+the library may need a newer C++ runtime than the hub allows.
 
-The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the variant's files.
-``metadata.json`` holds the SHA-256 of each file.
+The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the native library and of the
+copied Python files. ``metadata.json`` holds the SHA-256 of each other file of the variant.
 
 The format of the repository is described in docs/source/kernel-requirements.md of huggingface/kernels.
 """
@@ -44,12 +45,13 @@ LIBRARY = "_kernels.so"
 
 NAME = "peft-ext"
 MODULE = NAME.replace("-", "_")
-# The hub's version is a major version, and the version is 0 as long as the interface may change.
+# The version on the hub is the major version of peft_ext, which is 0 as long as peft_ext's interface may change.
 VERSION = int(re.search(r'__version__ = "(\d+)', (PACKAGE / "_version.py").read_text())[1])
 # The oldest release of torch that the library loads on, and the first release of `kernels` that can load the variants.
 TORCH, KERNELS = "2.11", "0.15.1"
-# By backend: the names of the backend in the variants' names, and the GPU architectures. With torch for CUDA a.b, the
-# package ``kernels`` loads a variant for CUDA a.c with c <= b. torch 2.11 and later are built for CUDA 12.6 and later.
+# By backend: the words for the backend in the variants' names, and the GPU architectures in ``metadata.json``. With
+# torch for CUDA a.b, the package ``kernels`` loads a variant for CUDA a.c with c <= b. torch 2.11 and later are built
+# for CUDA 12.6 and later.
 BACKENDS = {"cpu": (("cpu",), None), "cuda": (("cu126", "cu130"), ["8.0+PTX"])}
 
 # The newest versions of the runtimes' symbols in manylinux_2_28, which the hub asks for.
@@ -58,7 +60,8 @@ NEWEST = {"GLIBC": "2.28", "GLIBCXX": "3.4.24", "CXXABI": "1.3.11", "GCC": "7.0.
 # The number of each architecture in an ELF file, e_machine.
 MACHINES = {"x86_64": 62, "aarch64": 183}
 
-# A `kernels` release that imports <variant>/<module>/__init__.py gets the same module.
+# The text of <variant>/<module>/__init__.py: a `kernels` release that imports this file gets the module of
+# <variant>/__init__.py.
 OLD_IMPORT = '''"""The kernel, for a loader that imports this folder instead of the folder above."""
 
 import importlib.util
@@ -132,7 +135,7 @@ def sha256(path: Path) -> str:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of each file of a variant, in base64, as ``metadata.json`` holds the files' digests."""
+    """Returns the SHA-256, in base64, of each file of a variant except ``metadata.json``, which holds these digests."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "metadata.json")
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
@@ -141,7 +144,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def abi_faults(library: Path, newest: Mapping[str, str] = NEWEST) -> list[str]:
-    """Returns a line for each rule of ``kernel-builder check-abi``, and of peft_ext, that a library breaks.
+    """Returns a line for each fact by which a library breaks a rule of ``kernel-builder check-abi`` or of peft_ext.
 
     The rules for a library: no symbol of Python, because the library has no Python ABI; of torch only the stable ABI of
     the release ``TORCH``; no symbol of a C or C++ runtime newer than ``newest``. A library may export only functions
@@ -165,9 +168,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def from_wheels(wheels_folder: Path, output: Path) -> dict[str, Path]:
-    """Copies the native libraries of the wheels in a folder to ``output``. Returns the libraries by architecture.
+    """Copies the native libraries of the manylinux wheels in a folder to ``output``. Returns the libraries by
+    architecture.
 
-    Exits if the folder has no wheel with a library, if two wheels of an architecture hold different libraries, or if a
+    Exits if the folder has no manylinux wheel, if two wheels of an architecture hold different libraries, or if a
     library is of another architecture than its wheel.
     """
     found: dict[str, Path] = {}

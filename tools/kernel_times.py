@@ -2,10 +2,10 @@
 
     python tools/kernel_times.py [--tokens 8192,2048] [--out benchmarks/results]
 
-A step is a forward and a backward of a layer of 4096 x 4096 with float32 adapters of rank 16, by peft_ext's operators.
-Each call uses another copy of the weight, as in ``python -m benchmarks``. The result file
-kernel-layers-<GPU>-<date>.json has a row for each part of a layer, and is written anew after each layer. The profiler's
-time of a kernel does not include its launch.
+A step is a forward and a backward, by peft_ext's operators, of a layer of 4096 x 4096 with a float32 adapter (LoRA or
+DoRA of rank 16, or IA3). For 1 and 16 tokens over NF4, a step is a forward without adapter. Each call uses another copy
+of the weight, as in ``python -m benchmarks``. The result file kernel-layers-<GPU>-<date>.json has a row for each part
+of a layer, and is written anew after each layer. The profiler's time of a kernel does not include its launch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from benchmarks import cuda, files, harness
 from benchmarks.peers import Problem
 
-CALLS = 10  # profiled steps of a layer
+CALLS = 10  # number of profiled steps of each layer
 FEW_TOKENS = (1, 16)  # numbers of tokens of a forward over NF4
 SIZE = 4096
 Times = dict[str, tuple[int, float]]  # by kernel: launches, and microseconds of all launches together
@@ -59,7 +59,8 @@ def profiled(contender: harness.Contender, calls: int = CALLS) -> Times:
 
 
 def by_kernel(events: Iterable[Any]) -> Times:
-    """Returns the events on the GPU by the names of the kernels, as slots.kernel_name shortens the names."""
+    """Returns the launches and the time of each kernel in the profiler's events, by the kernel's name as
+    slots.kernel_name shortens the name."""
     found: Times = {}
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA:

@@ -9,15 +9,16 @@ The parts of the table:
 - shard: the runs of the part one with ``--shard fsdp2``.
 - two: two agents of torchrun with two processes each, like two machines; CASES lists the runs.
 
-A row has the moment in seconds after the start, what got which signal, the last line that the run had printed, the
-number of processes whose failure torchrun reports, what made the run continue, and the largest differences of losses
-and weights from those of the unbroken run. What makes the run continue is torchrun (by ``--max-restarts``), a new agent
-in the place of the agent that ended, the same command with ``--resume``, which the error or the last line names, or,
-where the run has no checkpoint yet, the same command with ``--overwrite``.
+A row has the moment in seconds after the start, the signal, the process or agent that got the signal, the last line
+that the run had printed, the number of processes whose failure torchrun reports, what made the run continue, and the
+largest differences of losses and weights from those of the unbroken run. What makes the run continue is torchrun (by
+``--max-restarts``), a new agent in the place of the agent that ended, the same command with ``--resume``, which the
+error or the last line names, or, where the run has no checkpoint yet, the same command with ``--overwrite``.
 
-The exit code is 1 if a run failed, if a difference is too large, if an error is missing, or if a run left a hidden
-file. With two processes, no difference is allowed. With four processes, DDP adds the gradients in another order in the
-first step after a start, so that the losses may differ by 4e-5. ``make nightly`` runs this script.
+The exit code is 1 if a run failed, if a difference is too large, if an error is missing or names the wrong option, if a
+process outlived its agent, or if a run left a hidden file other than ``.lock`` and ``.metadata``. With two processes,
+no difference is allowed. With four processes, DDP adds the gradients in another order in the first step after a start,
+so that the losses may differ by 4e-5. ``make nightly`` runs this script.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ COLUMNS = (
     "losses differ by", "weights differ by", "result",
 )  # fmt: skip
 OPTIONS = ("--dropout", "0.1", "--max-steps", "60")
-LOSS = 4e-5  # largest difference of losses near 5 with four processes
+LOSS = 4e-5  # largest allowed difference of losses, which are near 5, with four processes
 # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that
 # joins later.
 ENVIRONMENT = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -56,8 +57,8 @@ ENVIRONMENT = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STOR
 
 @dataclass(frozen=True)
 class Case:
-    """One run: ``to``, a rank or agent 0 or 1, gets the signal ``number``. With ``whole``, an agent's processes get
-    SIGKILL too.
+    """A run of the part two, in which ``to`` (a rank, or agent 0 or 1) gets the signal ``number``. With ``whole``, the
+    processes of the agent ``to`` get SIGKILL too.
 
     ``at``: seconds after the start, or a step that the run has begun to log, or the beginning of a line of its log.
     ``restarts``: value of --max-restarts. ``then``: what makes the run continue.
@@ -90,7 +91,8 @@ CASES = (
 def row_of(
     head: list[str], whole: Path, output: Path, codes: list[int], processes: int, wrong: str
 ) -> list[str]:  # fmt: skip
-    """Returns a row: the head, the differences from the run in ``whole``, and the result."""
+    """Returns a row of the table: ``head``, the differences of losses and weights from the run in ``whole``, and the
+    result."""
     if any(codes):
         return [*head, "", "", f"exit codes {codes}"]
     losses, weights = differences(whole, output)

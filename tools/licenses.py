@@ -46,7 +46,8 @@ def _pyproject() -> dict:
 
 
 def direct() -> dict[str, set[str]]:
-    """Returns, for each direct dependency, the purposes: "run", "build", "tools", or the name of an extra."""
+    """Returns, for each direct dependency, what peft_ext needs it for: "run", "build", "tools", or the name of an
+    extra."""
     project = _pyproject()
     wanted = {"run": project["project"]["dependencies"], "build": project["build-system"]["requires"], "tools": TOOLS}
     wanted |= project["project"]["optional-dependencies"]
@@ -71,7 +72,8 @@ def licence(metadata: Message) -> str:
 
 
 def closure(names: Iterable[str]) -> dict[str, importlib.metadata.Distribution]:
-    """Returns those of ``names``, and of the packages that ``names`` need on this machine, that are installed."""
+    """Returns the installed packages among ``names`` and the packages that ``names`` need on this machine, directly or
+    indirectly, without peft_ext."""
     found: dict[str, importlib.metadata.Distribution] = {}
     waiting = [(name, "") for name in names]
     seen = set(waiting)

@@ -4,8 +4,9 @@ ended.
     python tools/limit.py SECONDS COMMAND...
 
 The exit status is the command's, or 124 if the command was ended. A Python process receives SIGABRT first, so that a
-process with faulthandler (as under pytest) writes the stack of every thread before it ends. The program needs psutil.
-Ctrl-C also reaches the command.
+process with faulthandler (as under pytest) writes the stack of every thread before the process ends; another process
+receives SIGTERM. What still runs after 10 seconds, or when the command itself has ended, receives SIGKILL. The program
+needs psutil. Ctrl-C also reaches the command.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 
 import psutil
 
-ENDED = 124  # the exit status of timeout(1)
-GRACE = 10.0  # seconds that a process has to write its stacks
+ENDED = 124  # the exit status after a timeout, as of timeout(1)
+GRACE = 10.0  # largest number of seconds from the first signals until SIGKILL
 
 
 def run(command: Sequence[str], seconds: float, **how: Any) -> int:

@@ -1,8 +1,8 @@
 """Computes what the operators of a training step cost on 16 to 192 threads, from records of their parallel loops.
 
-    python tools/many_cores.py               record everything, write many_cores.json, and draw docs/performance.md
-    python tools/many_cores.py --trace 64    record lines and pages on 64 threads for a later record
-    python tools/many_cores.py --draw        draw docs/performance.md from many_cores.json
+    python tools/many_cores.py               record everything, write many_cores.json, draw docs/performance.md's tables
+    python tools/many_cores.py --trace 64    record the cache lines and pages of 64 threads, for a later record
+    python tools/many_cores.py --draw        draw the tables of docs/performance.md from many_cores.json
     python tools/many_cores.py --loops 64    print each operator's loops on 64 threads from many_cores.json
 
 tools/recorded_loops.py runs the operators themselves, so that many_cores.py has no second description of how an
@@ -34,11 +34,11 @@ class Machine:
 
     sockets: int
     l3_rate: float  # rate of one core that reads from L3
-    group_rate: float  # rate of the cores of one L3 together, reading from DRAM
+    group_rate: float  # rate at which the cores of one L3 together read from DRAM
     socket_rate: float  # rate of the DRAM of one socket
     link_rate: float  # rate from one socket to the other
     empty: float  # time of an empty loop on two threads
-    transfer: float  # time of a line that another core of the socket wrote; twice as long from the other socket
+    transfer: float  # time to get a line that another core of the socket wrote; twice as long from the other socket
 
     def line_seconds(self) -> float:
         return self.transfer * (1.5 if self.sockets == 2 else 1.0)
@@ -47,15 +47,15 @@ class Machine:
         """Returns the time that the start and the end of a loop take, for threads that wait actively.
 
         libgomp's first thread writes a record for each other thread, and each thread adds to one counter at the end:
-        two lines are transferred for each further thread, one after the other.
+        two cache lines are transferred for each thread after the second, one line after the other.
         """
         return self.empty + 2 * (threads - 2) * self.line_seconds()
 
 
-# Data sheets of AMD's EPYC 9004: 8 cores and 32 MiB of L3 to a die, 1 MiB of L2, 12 channels of DDR5-4800 to a socket
-# (460 GB/s), four xGMI links of 32 GB/s, and 32 bytes a clock of 1.8 GHz between a die and the memory. Assumed: 80% of
-# the DRAM's rate, 16 bytes a clock of 3 GHz from L3 to a core, and 0.1 µs for the transfer of a line. Measured by
-# recorded_loops.time_here on two cores: 0.6 µs for an empty loop.
+# From the data sheets of AMD's EPYC 9004: 8 cores and 32 MiB of L3 to a die, 1 MiB of L2, 12 channels of DDR5-4800 to a
+# socket (460 GB/s), four xGMI links of 32 GB/s, and 32 bytes a clock of 1.8 GHz between a die and the memory. Assumed:
+# 80% of the DRAM's rate, 16 bytes a clock of 3 GHz from L3 to a core, and 0.1 µs for the transfer of a line. Measured
+# by recorded_loops.time_here on two cores: 0.6 µs for an empty loop.
 ONE_SOCKET = Machine(1, 48e9, 57e9, 368e9, 128e9, 6e-7, 1e-7)
 TWO_SOCKETS = replace(ONE_SOCKET, sockets=2)
 
@@ -69,7 +69,7 @@ def plan_of(row: dict[str, Any]) -> list[Any]:
 
 
 def summary(timed: dict[str, Any], traced: Optional[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the counts of an operator's loops, from a record with times and, if given, a record with lines."""
+    """Returns the counts of an operator's loops, from a record with times and, if given, a record with cache lines."""
     where = {key: timed[key] for key in ("operator", "direction", "threads", "isa")}
     if traced is not None and plan_of(timed) != plan_of(traced):
         raise AssertionError(f"{where}: the two libraries divide the work differently")
@@ -99,7 +99,7 @@ def summary(timed: dict[str, Any], traced: Optional[dict[str, Any]]) -> dict[str
 def loop_seconds(loop: dict[str, Any], machine: Machine) -> float:
     """Returns the seconds of a loop without its start and end: the time of its slowest thread or of the memory,
     whichever is longer."""
-    if "dram" not in loop:  # the record has times alone
+    if "dram" not in loop:  # the record has no counts of cache lines
         return loop["most"]
     thread = max(loop["most"], loop["most_l3"] / machine.l3_rate) + loop["most_taken"] * machine.line_seconds()
     of_socket = loop["dram"] / machine.sockets
@@ -112,11 +112,11 @@ def loop_seconds(loop: dict[str, Any], machine: Machine) -> float:
 class Cost:
     """The time of an operator on many threads, in units of its time on one thread divided by the number of threads."""
 
-    work: float  # the loops' work, if all threads had the same part
-    uneven: float  # the wait for the busiest thread of each loop
+    work: float  # the time of the loops if their work were divided equally among all threads
+    uneven: float  # the time in which the other threads wait for the busiest thread of each loop
     memory: float  # the wait for L3, DRAM and lines that another thread wrote
-    starts: float
-    serial: float  # the code between the loops
+    starts: float  # the time in which loops start and end
+    serial: float  # the time of the code between the loops
 
     @property
     def total(self) -> float:
@@ -137,10 +137,10 @@ def cost(rows: list[dict[str, Any]], one: list[dict[str, Any]], machine: Machine
 
 
 def busy(row: dict[str, Any]) -> float:
-    """Returns the mean number of accesses of a thread divided by the number of the busiest thread, for all loops of a
-    row.
+    """Returns the mean number of a thread's memory accesses divided by the number of the busiest thread's accesses, for
+    all loops of a row.
 
-    The CPU time takes the place of accesses where the record has times alone.
+    Where the record has no counts of accesses, CPU times take the place of the accesses.
     """
     loops = row["loops"]
     most, total = ("most_accesses", "accesses") if all("dram" in loop for loop in loops) else ("most", "sum")
@@ -216,7 +216,8 @@ def counts_table(records: Records) -> str:
 
 
 def check_table(records: Records) -> str:
-    """Returns the measured and computed milliseconds on the two cores of the recorded machine, which share one L3."""
+    """Returns a table of the measured and computed milliseconds on one core and on two cores, which share an L3, of the
+    machine that made the records."""
     rows = {}
     for operator in records.operators:
         for direction in DIRECTIONS:
@@ -235,7 +236,8 @@ def check_table(records: Records) -> str:
 
 
 def loops_text(records: Records, threads: int) -> str:
-    """Returns each operator's loops, with the lost time of each in units of the operator's ideal time."""
+    """Returns a text with each operator's loops and the time that each loop loses, in units of the operator's time on
+    one thread divided by the number of threads."""
     lines = []
     for operator in records.operators:
         ideal = sum(row["serial"] for row in records.at(operator, 1)) / threads
@@ -255,7 +257,7 @@ def loops_text(records: Records, threads: int) -> str:
 
 
 def table(records: Records) -> str:
-    """Returns the tables of docs/performance.md."""
+    """Returns the computed tables that docs/performance.md shows."""
     return "\n\n".join([
         "**Computed cost** of a forward and a backward. A figure in parentheses leaves out the code between the loops, "
         "except where this code calls PyTorch's products. A figure after ≥ leaves out the time of the memory:",
@@ -276,14 +278,15 @@ def key_of(row: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def record() -> dict[str, Any]:
-    """Returns the records of all operators, and times on this machine."""
+    """Returns the records of all operators, and the measured times of the operators on this machine."""
     traced = {key_of(row): row for threads in THREADS for row in recorded_loops.traced_rows(threads)}
     times = recorded_loops.child("time_here", repeats=5)
     timed = recorded_loops.child("record_here", names=[], threads=[1, 2, *THREADS], repeats=4)
     rows = [summary(row, traced.get(key_of(row))) for row in timed]
     # The code between the loops is the same for two threads and more, but the caches are cold for this code after a
-    # loop that many threads ran on two cores. If an operator calls PyTorch's functions, the time of PyTorch's own loops
-    # is part of the time between the loops.
+    # loop that many threads ran on two cores. Rows of two and more threads therefore get the least measured time of
+    # this code. Rows of an operator that calls PyTorch's own loops keep their times, because these loops are a part of
+    # the time.
     least: dict[tuple[str, str], float] = {}
     for row in rows:
         if row["threads"] > 1 and row["teams"] == len(row["loops"]):

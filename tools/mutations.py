@@ -5,15 +5,16 @@
 
 The mutations are written by hand in tests/mutations.ini: mutmut and cosmic-ray mutate no C++, and the build and the
 tests of one mutation take minutes, so that few mutations can run. Results are in tests/mutations.tsv, which is updated
-after each mutation. --only-unknown leaves out mutations that have a result and have not changed, so that several nights
-can share one run.
+after each mutation. --only-unknown leaves out mutations that have a result of the tier and have not changed, so that
+several nights can share one run.
 
 The tool works on a copy of the checkout in build/mutations, with the files of the working tree, committed or not. The
 copy has its own build folder: the first mutation of C++ builds the whole library in this build folder, and each further
 mutation of C++ builds the files of this mutation and of the mutation before. The tests that a mutation names as likely
-run first. If these tests pass, the whole tier runs. Each run stops at the first failure. A mutation is killed by a
-failing test, by a failing build, or by a timeout. At the end, the tests that killed a mutation run on the restored
-code. If such a test fails on the restored code as well, the result of the mutation is removed.
+run first. If these tests pass, the whole tier runs, except with --likely. Each run stops at the first failure. A
+mutation is killed by a failing test, by a failing build, by a timeout, or by another failure of pytest. At the end, the
+tests that killed a mutation run on the restored code. If such a test fails on the restored code as well, the result of
+the mutation is removed.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Mutation:
 
     @property
     def digest(self) -> str:
-        """Returns a checksum of file, old and new text. A result with another checksum belongs to another mutation."""
+        """Returns a checksum of file, old and new text. A result with another checksum is of an earlier version of the
+        mutation."""
         return f"{zlib.crc32(chr(10).join((self.file, self.old, self.new)).encode()):08x}"
 
     @property
@@ -82,7 +84,7 @@ def read_mutations(path: Path = MUTATIONS) -> list[Mutation]:
 
 
 def problems(mutations: Iterable[Mutation], root: Path = ROOT) -> list[str]:
-    """Returns a line for each error in the list of mutations."""
+    """Returns a line for each error in ``mutations``, such as an old text that its file does not hold."""
     wrong = []
     for each in mutations:
         file = root / each.file
@@ -123,7 +125,7 @@ def _facts(each: Mutation) -> dict[str, str]:
 
 
 def collected(tier: str, files: Iterable[str], root: Path = ROOT) -> set[str]:
-    """Returns the tests of the files that pytest collects in the tier."""
+    """Returns the names of the tests that pytest collects in ``files`` for the tier."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *TIERS[tier], *files]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode not in (PYTEST_PASSED, PYTEST_NO_TESTS):
@@ -191,7 +193,7 @@ class Copy:
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        if path.suffix == ".py":  # Python would use the bytecode of an older source with the same size and second
+        if path.suffix == ".py":  # Python would use old bytecode if the size and the second of the change are equal
             Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
     def restore(self) -> None:
@@ -204,7 +206,7 @@ class Copy:
         self._write(path, path.read_bytes().replace(mutation.old.encode(), mutation.new.encode()))
 
     def run(self, command: Sequence[str], seconds: float) -> tuple[int, str]:
-        """Returns the exit status, limit.ENDED after a timeout, and what the command printed."""
+        """Returns the exit status (limit.ENDED after a timeout) and what the command printed."""
         environment = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out:
             code = limit.run(command, seconds, cwd=self.folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -281,7 +283,7 @@ def run(chosen: Sequence[Mutation], mutations: Sequence[Mutation], tier: str, li
         if row.get("digest") != each.digest:
             row.clear()
         row |= _facts(each) | {tier: found, f"{tier}_seconds": seconds}
-        if tier == "fast" and found not in ("", SURVIVED):  # the whole suite has the fast tier's tests
+        if tier == "fast" and found not in ("", SURVIVED):  # the tier "all" has the tests of "fast", too
             row |= {"all": row.get("all") or found, "all_seconds": row.get("all_seconds") or seconds}
         write_results(results, mutations)
         print(f"{each.name}: {found or 'its likely tests pass'} ({seconds} s)", flush=True)

@@ -1,6 +1,7 @@
-"""Builds shared libraries of csrc/ other than those of setup.py, one at a time, with ninja.
+"""Builds shared libraries of csrc/ other than those of setup.py, with ninja. A lock lets one process at a time build a
+library.
 
-Only changed sources are compiled.
+A source is compiled only if the source, its headers or its flags have changed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Group:
 
 
 def missing_tools(compiler: str = "g++") -> str | None:
-    """Returns which of the two tools, the compiler and ninja, is missing, or None."""
+    """Returns a message that the compiler or ninja is missing; None if both are found."""
     if shutil.which(compiler) is None:
         return f"{compiler} not found"
     return "ninja not found" if _ninja() is None else None
@@ -92,16 +93,19 @@ def module_sources() -> list[Path]:
     return [*sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator"), embedded]
 
 
-# Sources with the loops over a tensor's elements: the kernels of one instruction set.
+# KERNELS matches the sources with the loops over a tensor's elements: the sources for one instruction set, and those of
+# csrc/linear/cpu/tiles.
 KERNELS = re.compile(r"_(scalar|avx2|avx512|amx|neon)\.cpp$|/tiles/")
 
 
 def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> list[Group]:
-    """Returns the sources in two groups: KERNELS with the optimization ``kernels``, the other sources with ``others``.
+    """Returns two groups: the sources that KERNELS matches, with the optimization flag ``kernels``, and the other
+    sources, with the optimization flag ``others``.
 
     The sources that KERNELS does not match check arguments and call kernels: their code takes a small part of the time
     of an operator's call. Most of these sources include torch's headers, so that compiling these sources takes most of
-    the time of a build. A library that only runs tests therefore has these sources without optimization.
+    the time of a build. A build whose library is only tested, such as that of tools/sanitize.py, therefore compiles
+    these sources without optimization.
     """
     held = {True: [], False: []}
     for source in sources:
@@ -112,7 +116,7 @@ def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> li
 def package(folder: Path, library: Path, suffix: str | None = None) -> Path:
     """Makes ``folder`` a package for PYTHONPATH, with links to this checkout's Python files and to ``library``.
 
-    ``library`` is both the native library and the module: the loader opens a file once under both names.
+    ``library`` is both the native library and the module ``_C``: the loader opens a file once under both names.
     ``suffix`` is the suffix of an extension module, by default of this Python.
     """
     inside = folder / "peft_ext"
@@ -135,7 +139,8 @@ def build(library: Path, groups: Iterable[Group], link: str | None = "", compile
     """Builds ``library`` from the groups' sources. The objects are in a folder with the library's name, beside the
     library.
 
-    ``link`` are flags of the linker; None compiles and links nothing. Raises RuntimeError with the compiler's output.
+    ``link`` are flags of the linker; None compiles and links nothing. Raises RuntimeError with ninja's output if the
+    build fails.
     """
     folder = library.parent / library.name.removeprefix("lib").partition(".")[0]
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,8 +62,8 @@ def main() -> int:
     if newest == here and not options.always:
         print(f"newest: SAME as in this environment, whose tests say what holds: {said}")
         return 0
-    # The tests use as many processes as `make test`. The tests import peft_ext from this checkout, which is first in
-    # PYTHONPATH.
+    # As in `make test`, at most four processes run the tests. The tests import peft_ext from this checkout, which is
+    # first in PYTHONPATH.
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "4",
                *(rest or TESTS)]  # fmt: skip
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode

@@ -4,9 +4,9 @@
 
 A linker takes the newest version of each symbol that the libraries of its system have, and the linked library then
 needs a system that is as new as the linker's. A stand-in has the names and versions of a system's library without its
-code, and only the versions that a manylinux_2_28 system has. A compiler links to the stand-ins by ``linker_flags``. The
-code of the C++ runtime's functions that are newer than manylinux_2_28 is taken from the compiler's libstdc++.a. If a
-library needs a C function that is newer than manylinux_2_28, the linker fails with ``-Wl,-z,defs``.
+code, and only the versions that a manylinux_2_28 system has. With the flags of ``linker_flags``, a compiler links to
+the stand-ins. The code of the C++ runtime's functions that are newer than manylinux_2_28 is taken from the compiler's
+libstdc++.a. If a library needs a C function that is newer than manylinux_2_28, the linker fails with ``-Wl,-z,defs``.
 
 The shared C++ runtime stays in use, because exceptions pass between the linked library and torch.
 """

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The entry of a kernel's section .nv.info that describes a parameter: EIFMT_SVAL, EIATTR_KPARAM_INFO.
 _WITH_SIZE, _PARAMETER = 4, 0x17
-_HAS_VALUE = (1, 2, 3)  # formats of entries without a size: the entry takes four bytes
+_HAS_VALUE = (1, 2, 3)  # formats of entries without a size field, which take four bytes
 
-Layout = list[tuple[int, int]]  # by parameter: offset and size in bytes
+Layout = list[tuple[int, int]]  # for each parameter of a kernel: offset and size in bytes
 
 PROGRAM = """
 #include <stdio.h>
@@ -64,7 +64,8 @@ def in_code(code: bytes, symbol: str) -> Layout:
 
 
 def on_host(kernels: Iterable[tuple[str, str]], compiler: str = "g++") -> dict[str, Layout]:
-    """Returns the layouts of the parameters of kernels, each ``(expression, file)``, as g++ makes them.
+    """Returns, by expression, the offsets and sizes that g++ gives the parameters of ``kernels``, each ``(expression,
+    file)``.
 
     Each file is compiled by itself, because no host source includes all files.
     """

@@ -1,4 +1,5 @@
-"""Runs a few steps of the default fine-tuning on each CPU path of the build, to show what a user of each CPU would get.
+"""Runs a few steps of the default fine-tuning on each CPU path that this CPU supports, to show each path's speed and
+loss.
 
     python tools/paths.py [--steps 5] [--seconds 600] [--paths avx2,avx512_bf16] [--dtype auto] [--json FILE]
 
@@ -39,7 +40,8 @@ LIMITS = {
     "neon_bf16": {},
 }  # fmt: skip
 AT_MOST = 4.0  # limit of the AVX2 time, as a multiple of the AVX512-BF16 time
-# Largest relative difference of held-out losses. bfloat16's rounding changes a loss by about 1e-3 in a few steps.
+# Largest allowed relative difference of the held-out losses of two paths. bfloat16's rounding changes a loss by about
+# 1e-3 in a few steps.
 APART = 0.01
 EVAL_FRACTION = 0.02
 COMMAND = "import sys; from peft_ext.cli.main import main; sys.exit(main())"
@@ -60,7 +62,8 @@ class Result:
 
 
 def environment(path: str) -> dict[str, str]:
-    """Returns the environment of this process with the path forced, and without other limits."""
+    """Returns the environment of this process with the settings that force the path, and without settings of other
+    paths."""
     ours = {name for limits in LIMITS.values() for name in limits} | {"DNNL_MAX_CPU_ISA"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | LIMITS[path] | {"PEFT_EXT_CPU_ISA": path, "PEFT_EXT_REQUIRE": "1"}

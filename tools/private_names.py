@@ -1,4 +1,5 @@
-"""Fails if a module of peft_ext uses a private name of another module: a name that modules share is public.
+"""Fails if a module of peft_ext uses a private name (``_name``) of another module: a name that modules share must be
+public.
 
     python tools/private_names.py
 

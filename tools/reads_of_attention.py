@@ -44,7 +44,8 @@ def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, s
 
 
 def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) -> Iterator[dict[str, str]]:
-    """Yields the formulas of peft_ext's forward for rotary positions that may fit the class; the proof decides."""
+    """Yields the formulas of peft_ext's forward for rotary positions that may fit the class; the proof finds which
+    formula fits."""
     reads = set(form.reads) - set(groups[0]) - _READS
     norms = {"q_norm", "k_norm"} <= reads
     reads -= {"q_norm", "k_norm"}

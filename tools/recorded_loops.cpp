@@ -1,7 +1,8 @@
 // Records the parallel loops of peft_ext's operators, for tools/many_cores.py. The library is preloaded (LD_PRELOAD):
-// torch_parallel_for and GOMP_parallel below stand in front of torch's and libgomp's functions of these names and call
-// them, so that torch itself divides each loop among torch's threads. Only one part of a loop runs at a time. A part's
-// CPU time is then the time of a thread that shares no core, for any number of threads on any number of cores.
+// its functions torch_parallel_for and GOMP_parallel replace the functions of these names in torch and libgomp, and
+// call the replaced functions, so that torch itself divides each loop among torch's threads. Only one part of a loop
+// runs at a time. A part's CPU time is then the time of a thread that shares no core, for any number of threads on any
+// number of cores.
 //
 // The CPU library may also be compiled with g++ -fsanitize=thread. The compiled code then calls __tsan_read and
 // __tsan_write for each access to memory that is not certainly a local variable. Each thread has a model of an L1 and
@@ -11,7 +12,7 @@
 //   bytes from L3    lines that were not in the thread's L2, or that another thread wrote since
 //   bytes from DRAM  lines that the threads of one L3 use for the first time in this loop
 //
-// Gathers, masked accesses and accesses of torch itself are not seen.
+// Gathers, masked accesses and accesses of torch itself are not recorded.
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>

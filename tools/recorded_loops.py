@@ -2,8 +2,8 @@
 
 While an operator is recorded, torch divides each loop among the wanted number of threads, however many cores the
 machine has, and the threads' parts of a loop run one after another. The library as it is installed gives the loops, the
-parts and the CPU time of each part. A library that is compiled with -fsanitize=thread gives the lines and pages that
-each thread uses. Needs Linux, g++ and ninja.
+parts and the CPU time of each part. A library that is compiled with -fsanitize=thread gives the cache lines and the
+memory pages that each thread uses. Needs Linux, g++ and ninja.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import native_build
 from native_build import ROOT, Group
 
 BUILD = ROOT / "build/recorded"
-TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"  # for sources whose accesses are recorded
+TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"  # flags of sources whose accesses are recorded
 GROUP, L2 = 8, 1 << 20  # number of threads that share an L3, and bytes of an L2
 RANK, TOKENS = 16, 512
-# The fields of a part: thread, first and last unit, nanoseconds of CPU time, accesses, and numbers of lines. TAKEN is
-# the number of cache lines that another thread of the same parallel loop wrote before.
+# The fields of a thread's part of a loop: thread, first and last unit of work, nanoseconds of CPU time, memory
+# accesses, and numbers of cache lines that came from L2, L3 and DRAM. TAKEN is the number of cache lines that another
+# thread of the same parallel loop wrote before.
 THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 
 
@@ -37,7 +38,7 @@ THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 
 
 def _steps() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[Any], Any]]]]:
-    """Returns the operators by name. Each value makes the operands and returns a forward and its backward."""
+    """Returns, by name of an operator, a function that makes the operands and returns a forward and its backward."""
     import torch
 
     from peft_ext import ops
@@ -204,10 +205,11 @@ def build_recorder() -> Path:
 
 
 def build_traced() -> Path:
-    """Builds a folder with the package, whose library calls the recorder for each memory access of this machine's CPU
-    path.
+    """Builds a folder with the package, whose library calls the recorder for each memory access of the AVX-512 and AMX
+    kernels and of the code that all CPU paths share.
 
-    The sources of other paths and of CUDA are compiled without optimization.
+    The other sources, such as those of CUDA and of the other paths, are compiled without these calls and without
+    optimization.
     """
     flags, libraries = native_build.torch_flags()
     common = f"-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC {native_build.module_flags()} {flags}"
@@ -241,14 +243,15 @@ def _function_of_loop(symbol: str) -> str:
 
 
 def loop_names(library: Path) -> dict[int, str]:
-    """Returns the name of the function that starts the loop, for each address of a loop's body in the library."""
+    """Returns, for each address of a loop's body in the library, the name of the function that starts the loop."""
     lines = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True).stdout.splitlines()
     symbols = [line.split() for line in lines if "12parallel_forIZN8peft_ext12parallel_for" in line and "_FUN" in line]
     return {int(address, 16): _function_of_loop(symbol) for address, _, symbol in symbols}
 
 
 def child(function: str, site: Path = ROOT, **how: Any) -> list[dict[str, Any]]:
-    """Runs :func:`record_here` or :func:`time_here` in a process that has the recorder preloaded, and names loops.
+    """Runs :func:`record_here` or :func:`time_here` in a process that has the recorder preloaded, and adds the names of
+    the loops to the rows.
 
     ``site`` is the folder of the package, by default this checkout.
     """
@@ -278,8 +281,8 @@ def child(function: str, site: Path = ROOT, **how: Any) -> list[dict[str, Any]]:
 
 
 def traced_rows(threads: int) -> list[dict[str, Any]]:
-    """Returns :func:`record_here` of the traced library. The rows are kept in build/recorded until the
-    traced library, recorded_loops.py or recorded_loops.cpp changes."""
+    """Returns the rows of :func:`record_here` with the traced library on ``threads`` threads. The rows are kept in
+    build/recorded until the traced library, recorded_loops.py or recorded_loops.cpp changes."""
     kept, site = BUILD / f"traced{threads}.json", build_traced()
     sources = (BUILD / "libtraced.so", *(ROOT / "tools" / f"recorded_loops.{kind}" for kind in ("py", "cpp")))
     if not kept.exists() or any(path.stat().st_mtime > kept.stat().st_mtime for path in sources):

@@ -1,4 +1,4 @@
-"""Checks that a tag, the package's version and the changelog name one release, and that the release's files are there.
+"""Checks that a tag, the package's version and the changelog name the same release, and that the release's files exist.
 
     python tools/release_check.py v1.2.3 [--files dist]
 

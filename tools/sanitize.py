@@ -28,7 +28,8 @@ FLAGS = {
 }
 RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 OPTIONS = {
-    # Python and torch leave memory allocated at exit. Some tests provoke a failed allocation and expect an error.
+    # Leaks are not reported, because Python and torch leave memory allocated at exit. Some tests provoke a failed
+    # allocation and expect an error.
     "address": {
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
@@ -38,7 +39,7 @@ OPTIONS = {
 
 
 def missing(kind: str) -> str | None:
-    """Returns the reason why ``kind`` cannot run here, or None."""
+    """Returns the reason why the sanitizer ``kind`` cannot run on this machine, or None."""
     if sys.platform != "linux":
         return f"the sanitizers are for Linux, this is {sys.platform}"
     return native_build.missing_tools() or next(
@@ -77,7 +78,8 @@ def command(kind: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]
     return ["setarch", "--addr-no-randomize", sys.executable, *arguments], environment
 
 
-# Planted faults that the sanitizer must report. The instrumented library gets the memory of a torch tensor.
+# Planted faults that the sanitizer must report. PLANT passes the memory of a torch tensor to a function of the
+# instrumented library.
 PLANTED = {"address": ("address", "undefined"), "thread": ("thread",)}
 WANTED = {"address": "heap-buffer-overflow", "undefined": "signed integer overflow", "thread": "data race"}
 PLANT = """

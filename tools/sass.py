@@ -1,9 +1,9 @@
-"""Analyses the machine code of a compiled kernel: the warp instructions of its hot loop, by pipe, and its waits.
+"""Analyses the machine code of a kernel: the warp instructions of the kernel's hot loop, by pipe, and the loop's waits.
 
-nvdisasm prints a kernel's instructions. The hot loop is the outermost loop that holds all matrix products that any loop
-holds (or the whole kernel, if there is no loop). The instructions of an inner loop with products are counted ``trips``
-times. For a kernel that multiplies by FMAs, the products are its FFMA instructions. Each instruction takes one issue
-slot of a warp.
+nvdisasm prints a kernel's instructions. The hot loop is the loop with the most matrix products; of several such loops,
+the longest. If no loop has a product, the whole kernel counts as the hot loop. The instructions of an inner loop with
+products are counted ``trips`` times. For a kernel that multiplies by FMAs, the products are its FFMA instructions. Each
+instruction takes one issue slot of a warp.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Instruction:
 
     @property
     def _width(self) -> int:
-        """Returns the number of registers of the result."""
+        """Returns the number of registers of the instruction's result."""
         if self.pipe == "mma" or re.search(r"\.128|LDSM.*\.4", self.name):
             return 4
         return 2 if re.search(r"\.64|\.WIDE", self.name) else 1
@@ -68,7 +68,8 @@ class Instruction:
     def reads(self) -> set[int]:
         found: set[int] = set()
         for position, part in enumerate(self._operands()[1]):
-            # A matrix product reads four, two and four registers; a store of 128 bits reads four.
+            # A matrix product reads four, two and four registers for its three operands; a store of 128 bits reads four
+            # registers.
             span = (4, 2, 4)[min(position, 2)] if self.pipe == "mma" else 1
             if self.name.startswith(("STG", "STS")) and not part.startswith(("[", "desc")):
                 span = self._width
@@ -77,8 +78,8 @@ class Instruction:
         return found
 
 
-# Approximate cycles from the issue of an instruction until its result can be read, by kind of instruction. Other warps
-# have to hide the additional time of an L1 miss.
+# Approximate cycles from the issue of an instruction until its result can be read, by kind of instruction. LATENCY
+# leaves out the additional time of an L1 miss, which other warps have to hide.
 LATENCY = {"global": 200, "memory": 30, "mma": 24, "special": 20}
 ARITHMETIC = 5
 
@@ -137,7 +138,7 @@ class Loop:
 
 
 def disassemble(cubin: Path, nvdisasm: str) -> dict[str, list[Instruction]]:
-    """Returns the instructions of each kernel of a cubin, by its mangled name."""
+    """Returns the instructions of each kernel of a cubin file, by the kernel's mangled name."""
     text = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     labels: dict[str, int] = {}

@@ -31,10 +31,11 @@ COLUMNS = ("loop", "arch", "slots", "alu", "fma", "mma", "memory", "uniform", "t
 class Hot:
     """A kernel's hot loop.
 
-    ``kernel``: the kernel's demangled name and template arguments. ``units``: tiles, or weights of a lane, in an
-    iteration. ``trips``: how often an inner loop with products runs. ``threads``: threads of a block. ``fmas``: whether
-    the kernel multiplies by FMA instructions and not on tensor cores. ``others``: how often the inner loops without
-    products run. ``dynamic``: bytes of shared memory that the launch asks for in addition to the kernel's own.
+    ``kernel``: the kernel's demangled name and template arguments. ``units``: tiles, weights of a lane, or rows in an
+    iteration, by which the counts are divided. ``trips``: how often an inner loop with products runs. ``threads``:
+    threads of a block. ``fmas``: whether the kernel multiplies by FMA instructions and not on tensor cores. ``others``:
+    how often the inner loops without products run. ``dynamic``: bytes of shared memory that the launch asks for in
+    addition to the kernel's own.
     """
 
     name: str
@@ -61,9 +62,10 @@ def _runs(name: str, work: str, mask: str = "kNone", *, terms: int = 3) -> Hot:
 
 
 def _siblings(name: str, ranks: int, columns: bool, dropped: bool, *, terms: int = 3) -> Hot:
-    # The counted loop is the loop for three layers with one input. A warp computes a tile of its layer (with 32 ranks:
-    # half of a tile), and the tables count a tile for four warps. A thread copies every twelfth row of a tile of x
-    # (with 32 ranks: every 24th row). An iteration of the inner loop that draws the mask covers 16 rows.
+    # The counted loop is the loop for three layers with one input. In an iteration a warp computes a whole tile of its
+    # layer (with 32 ranks: half of a tile). The counts are divided by four (two), as if four warps shared a tile. A
+    # thread copies every twelfth row of a tile of x (with 32 ranks: every 24th row). An iteration of the inner loop
+    # that draws the mask covers 16 rows.
     warps = 3 if ranks == 16 else 6
     copies, draws = -(-64 // (4 * warps)), (2, 2) if ranks == 16 else (2,)
     return Hot(
@@ -169,7 +171,7 @@ def enumerators() -> dict[str, list[str]]:
 
 
 def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int:
-    """Returns the number of blocks that a multiprocessor holds."""
+    """Returns the number of a kernel's blocks that a multiprocessor can hold at a time."""
     most_threads, kilobytes, most_blocks = ARCHS[arch]
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = 65536 // (of_warp * (threads // 32))
@@ -192,7 +194,8 @@ def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dic
 
 
 def table(rows: Iterable[dict[str, str]]) -> str:
-    """Returns the text of the table, with the rows in the order of HOT and of the architectures."""
+    """Returns the text of docs/slots.tsv without its first line, with the rows in the order of HOT and of the
+    architectures."""
     order = [hot.name for hot in HOT]
     found = sorted(rows, key=lambda row: (order.index(row["loop"]), int(row["arch"])))
     lines = ["\t".join(COLUMNS), *("\t".join(row[name] for name in COLUMNS) for row in found)]

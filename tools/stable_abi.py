@@ -21,13 +21,15 @@ _SHIM_SYMBOL = re.compile(r"\b(?:aoti_torch|torch)_\w+")
 
 
 def torch_include() -> Path | None:
-    """Returns the headers of the installed torch, which is not imported."""
+    """Returns the folder of the headers of the installed torch, without importing torch; None if torch is not
+    installed."""
     spec = importlib.util.find_spec("torch")
     return None if spec is None else Path(spec.submodule_search_locations[0], "include")
 
 
 def declared_since(text: str) -> dict[str, tuple[int, int]]:
-    """Returns each function that a shim header declares, with the torch version of its guard."""
+    """Returns each function that the text of a shim header declares, with the torch version in the ``#if`` around the
+    declaration; (0, 0) for a declaration outside of such an ``#if``."""
     since: dict[str, tuple[int, int]] = {}
     guards: list[tuple[int, int]] = []
     for line in text.splitlines():
@@ -46,8 +48,8 @@ def declared_since(text: str) -> dict[str, tuple[int, int]]:
 
 
 def undefined_symbols(path: Path, dynamic: bool = False) -> list[str]:
-    """Returns the symbols that an object needs from other objects, or, with ``dynamic``, a shared library; C++ names
-    demangled.
+    """Returns the symbols that an object file, or with ``dynamic`` a shared library, needs from other files, with C++
+    names demangled.
     """
     command = ["nm", "-uC", *(["-D"] if dynamic else []), str(path)]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -55,7 +57,7 @@ def undefined_symbols(path: Path, dynamic: bool = False) -> list[str]:
 
 
 def defined_symbols(path: Path) -> set[str]:
-    """Returns the symbols that an object defines for others; C++ names demangled."""
+    """Returns the symbols that an object file defines, with C++ names demangled."""
     listing = subprocess.run(
         ["nm", "-C", "--defined-only", str(path)], check=True, capture_output=True, text=True
     ).stdout

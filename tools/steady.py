@@ -25,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
 
-# Tests that take some seconds. Many repetitions run in one process, so that the process imports the packages once.
+# Tests that take some seconds each. Several repetitions of a test run in one process, so that the packages are imported
+# only once.
 SHORT = (
     "tests/ops/test_determinism.py::test_steps_of_every_operator_leave_nothing_behind",
     "tests/ops/test_determinism.py::test_steps_of_a_training_leave_nothing_behind",
@@ -72,7 +73,7 @@ LONG = (  # tests of memory, processes, a terminal, a browser, threads; whole fi
 
 @contextlib.contextmanager
 def load(runs: int) -> Iterator[None]:
-    """Runs ``runs`` test runs in other processes while the code in the context runs.
+    """Runs the tests of LOAD in ``runs`` other processes while the code in the context runs.
 
     A test run that ends is started again.
     """

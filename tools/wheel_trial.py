@@ -145,7 +145,8 @@ def _purelib(python: str | Path) -> Path:
 
 
 def trial(wheel: Path, python: str, torch: str | None = None) -> str:
-    """Tries the wheel in a new environment of ``python``, and returns what the environment's program printed.
+    """Tries the wheel in a new environment of ``python``. Returns what PROGRAM printed in this environment, and a
+    summary of the fine-tuning.
 
     ``torch``: a requirement; pip installs the requirement and the wheel's dependencies into an empty environment. With
     ``torch`` None, the environment sees the packages of ``python``.
@@ -194,7 +195,7 @@ def emulated_version() -> str:
 
 
 def emulated(wheel: Path) -> str:
-    """Tries a wheel for 64-bit Arm under qemu-user, and returns what the program printed."""
+    """Tries a wheel for 64-bit Arm under qemu-user. Returns what PROGRAM printed, and a summary of the fine-tuning."""
     import aarch64_tests
 
     version = emulated_version()

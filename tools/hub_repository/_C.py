@@ -16,13 +16,13 @@ _INT, _TEXT = ctypes.c_int, ctypes.c_char_p
 
 
 class _Image(ctypes.Structure):
-    """PeftExtImage: the machine code of a kernel."""
+    """The struct PeftExtImage of csrc/common/api.h: the machine code of a kernel, or an error."""
 
     _fields_ = [("symbol", _TEXT), ("data", ctypes.c_void_p), ("error", _TEXT)]
 
 
 _IMAGE_SOURCE = ctypes.CFUNCTYPE(None, _TEXT, _TEXT, _INT, ctypes.POINTER(_Image))
-_SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result's type, and the arguments' types
+_SIGNATURES: dict[str, tuple[Any, ...]] = {  # by function: the result's type, and the arguments' types
     "version": (_TEXT,),
     "built_for_torch": (_TEXT,),
     "oldest_torch": (_TEXT,),
@@ -46,8 +46,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # by name: the result's type, and t
     "parallel_loops": (ctypes.c_uint64,),
 }
 
-# For each thread, what the last call of the image source returned. The library reads the bytes until the thread's next
-# call.
+# For each thread, the machine code, or the error, of the last call of the image source (see :func:`set_image_source`).
+# The library reads these bytes until the thread's next call.
 _held = threading.local()
 _callback: Any = None
 
@@ -95,7 +95,7 @@ def set_isa(name: str) -> None:
 
 
 def kernels() -> list[tuple[str, str]]:
-    """Returns the CUDA kernels: the C++ expression that names an instance, and the source that holds the kernel."""
+    """Returns, for each CUDA kernel, the C++ expression that names an instance, and the path of the kernel's source."""
     return [(_call("kernel_name", at), _call("kernel_file", at)) for at in range(_call("kernel_count"))]
 
 
@@ -113,7 +113,7 @@ def set_image_source(function: Callable[[str, str, int], tuple[bytes, bytes]]) -
             _held.image = symbol, code = function(name.decode(), file.decode(), capability)
             image[0].symbol = symbol
             image[0].data = ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p)
-        except BaseException as error:  # an exception can't pass through the library
+        except BaseException as error:  # a Python exception can't pass through the native library
             _held.image = (str(error) or type(error).__name__).encode()
             image[0].error = _held.image
 

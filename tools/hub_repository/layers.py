@@ -1,8 +1,9 @@
 """Layers whose forward ``kernels.kernelize`` gives to a model's layers.
 
 ``kernels`` puts the forward of a class in this file in place of a model layer's forward, and reads the flags
-``has_backward`` and ``can_torch_compile``. The forward reads the attributes of the model's layer. A call that the
-operators do not compute runs the replaced layer's own forward.
+``has_backward`` and ``can_torch_compile``. The forward reads the attributes of the model's layer. In a call that the
+operators do not compute, LoRALinear and NF4Linear run the replaced layer's own forward, and MLP calls act_fn; RMSNorm
+always calls its operator.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # PyTorch has no public name for it
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # PyTorch has no public name for this
 
 from . import ops
 from .ops.checks import autocast_dtype
@@ -43,8 +44,9 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """``y = down_proj(act_fn(gate_proj(x)) ∘ up_proj(x))``, the MLP of transformers' Llama.
 
-    If gate_proj and up_proj both have the forward of :class:`LoRALinear`, one operator computes both layers. SiLU, GELU
-    and ReLU are multiplied with up_proj(x) in one pass; another act_fn is called.
+    If gate_proj and up_proj both have the forward of :class:`LoRALinear` and an operator can compute both layers, one
+    operator computes the two layers together. If act_fn is SiLU, GELU or ReLU without hooks, one operator computes
+    act_fn and the product with up_proj(x); another act_fn is called as a module.
     """
 
     gate_proj: nn.Module
@@ -65,9 +67,10 @@ class MLP(nn.Module):
 class LoRALinear(nn.Module):
     """``y = x Wᵀ + b + scaling · (dropout(x) Aᵀ) Bᵀ``, for PEFT's ``lora.Linear`` and ``lora.Linear4bit``.
 
-    The base layer's weight is a dense frozen weight or bitsandbytes' NF4. Over another base layer, the base layer's own
-    forward runs, and the low-rank term is added to its result. PEFT's own forward runs if adapters are disabled, merged
-    or chosen per sample, if no adapter or several are active, and for variants such as DoRA.
+    If the base layer's weight is a dense frozen weight or bitsandbytes' NF4, one operator computes the layer. Over
+    another base layer, the base layer's own forward runs, and the low-rank term is added to its result. PEFT's own
+    forward runs, among other cases, if adapters are disabled, merged or chosen per sample, if no adapter or several are
+    active, and for variants such as DoRA.
     """
 
     base_layer: nn.Module
@@ -95,7 +98,8 @@ class LoRALinear(nn.Module):
 class NF4Linear(nn.Module):
     """``y = x Wᵀ + b`` over an NF4 weight, for bitsandbytes' ``Linear4bit``.
 
-    An FP4 weight, and a weight that bitsandbytes repacked for its CPU inference, run bitsandbytes' own forward.
+    bitsandbytes' own forward runs, among other cases, for an FP4 weight and for a weight that bitsandbytes repacked for
+    its CPU inference.
     """
 
     weight: Tensor
@@ -208,7 +212,7 @@ def _nf4(layer: Any, x: Tensor) -> Optional[_Frozen]:
     state = getattr(weight, "quant_state", None) or layer.quant_state
     if why_not_nf4(state) is not None or state.absmax.is_meta:
         return None
-    if not layer.compute_type_is_set:  # bitsandbytes' own forward does the same
+    if not layer.compute_type_is_set:  # as bitsandbytes' own forward does in its first call
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
     compute = layer.compute_dtype or x.dtype
