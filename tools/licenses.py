@@ -32,8 +32,8 @@ its own licence. The tables below show for each package the licence that the met
 `tools/licenses.py` draws this page.
 
 A CUDA build of torch installs NVIDIA's libraries (`nvidia-*`), most of them under NVIDIA's own terms. peft_ext links to
-torch's CUDA runtime and ships no library of NVIDIA. The packages marked "tools" build, check or test peft_ext, and
-peft_ext ships no part of these packages.
+no library of NVIDIA and ships none. The packages marked "tools" build, check or test peft_ext, and peft_ext ships no
+part of these packages.
 """
 
 
