@@ -64,7 +64,7 @@ STATE = NativeState()
 
 
 def build_identity() -> str:
-    """Returns a digest of the names, sizes and times of change of the native libraries that exist."""
+    """Returns a digest of the names, sizes and times of change of the native libraries in the package's folder."""
     folder, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted([*folder.glob("_C*"), *folder.glob("_kernels*")]):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())

@@ -119,8 +119,8 @@ def _config(method: str, rank: int) -> Any:
 
 
 class _Problem:
-    """The inputs, the frozen weight and the adapter values of one case, from which methods make PEFT's layers and the
-    float64 result."""
+    """The inputs, the frozen weight and the adapter values of one case, which is a PEFT method over a base. Builds
+    PEFT's layers of the case, and computes the case's float64 result."""
 
     def __init__(self, method: str, base: str, hidden: int, tokens: int, rank: int) -> None:
         self.method, self.base, self.rank, self.hidden = method, base, rank, hidden

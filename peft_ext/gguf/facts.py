@@ -37,7 +37,7 @@ _SIZE_FIELDS = {
 _EPSILON_FIELDS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 _GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of the model with 27 billion parameters
 _PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate only a part of each head
-# Keys that transformers reads for the architectures of integrations.gguf (Qwen 3.5 and LFM2).
+# Keys of the metadata that transformers' module integrations.gguf reads, for the architectures Qwen 3.5 and LFM2.
 _READ_BY_FUNCTIONS = {
     "attention.key_length", "rope.dimension_count", "rope.dimension_sections", "nextn_predict_layers",
     "expert_feed_forward_length", "expert_shared_feed_forward_length",
@@ -158,7 +158,8 @@ class _Facts:
         changes["vocab_size"] = rows
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             number = getattr(config, name, None)
-            if type(number) is int and number >= rows:  # the class's default, and not a value of the file
+            # The number is the default of the configuration's class, and not a value of the file.
+            if type(number) is int and number >= rows:
                 changes[name] = None
         for key, field in _SIZE_FIELDS.items():
             if (size := self.get(key)) is not None and self.has(field):
@@ -271,7 +272,8 @@ class _Facts:
             kind = "linear"
         if kind in (None, "none") or (kind == "longrope" and ROTARY_FACTORS[1] in self.header.tensors):
             return
-        if kind == "linear" and factor in (None, 0.0, 1.0):  # a linear scaling with such a factor changes nothing
+        # A linear scaling without a factor, or with the factor 0 or 1, changes nothing.
+        if kind == "linear" and factor in (None, 0.0, 1.0):
             return
         if kind not in ("linear", "yarn") or self.architecture == "phi3" or type(factor) is not float or factor <= 0:
             raise self.header.error(f"{self.architecture}.rope.scaling.type is {kind!r:.60} with the factor {factor}, "

@@ -339,7 +339,8 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                if reason is None and target not in found.tensors:  # once for gate, up and down together
+                # gate, up and down of a block are packed together, at the first of them
+                if reason is None and target not in found.tensors:
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
                 changes = _CHANGED if touched and changed.rows is None else None
@@ -355,7 +356,8 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
             found.dense[target] = reason
         _decode(header, info, target, names, processor, touched, dtype, found.tensors)
         made = found.tensors.get(target)
-        # Some converters keep sizes of 1 and some do not, for example in the gate of Qwen 2's shared expert.
+        # Some converters of a model to GGUF keep sizes of 1 and some do not, for example in the gate of Qwen 2's shared
+        # expert.
         if made is not None and _without_ones(made.shape) == _without_ones(shapes[target]):
             found.tensors[target] = made = made.reshape(shapes[target])
         if made is not None and made.shape != shapes[target]:
@@ -442,7 +444,8 @@ class _Source(NamedTuple):
 
 
 def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
-    """Returns the source of each parameter. Its tensors are those that transformers' ``get_gguf_plan`` finds."""
+    """Returns the source of each parameter, with the tensors that transformers' ``get_gguf_plan`` finds for the
+    parameter."""
     mapping = copy.deepcopy(mapping)  # a copy, because rename_source_key changes the conversions
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

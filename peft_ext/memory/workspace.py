@@ -30,8 +30,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
 
     The scratch of a linear layer is the scratch of its product, see :func:`_of_product`. In the backward of a layer
     that scales its output or its input, the scratch also has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings`
-    and :func:`_of_experts` compute the scratch of a loss, of siblings and of experts. An operator that has no argument
-    ``shape`` counts as 0 bytes.
+    and :func:`_of_experts` compute the scratch of a loss, of siblings and of experts. Any other operator that has no
+    argument ``shape`` counts as 0 bytes.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     if func is LOSS:
@@ -47,7 +47,7 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     size = _of_product(given, by.dtype, by.numel() // max(1, by.shape[-1]), device, backward)
     if backward and ("ia3_l" in given or "out_scale" in given):
         feedforward = bool(given.get("feedforward"))
-        # For feedforward in 16 bits on the CPU, _of_product has counted the scaled tensor.
+        # For a feed-forward layer of IA3 in 16 bits on the CPU, _of_product has counted the scaled tensor.
         if not (feedforward and device == "cpu" and by.element_size() == 2):
             size += given["x" if feedforward else "grad"].numel() * by.element_size()
     return size

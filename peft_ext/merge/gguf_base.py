@@ -34,7 +34,7 @@ class GgufBase:
         tensors: name in the model's ``state_dict`` -> name of the tensor in the file, for all tensors of the file that
             the model has.
 
-    Raises: MergeError for a file whose model can't be read; OSError.
+    Raises: MergeError for a file whose model can't be read; OSError where the file can't be opened.
     """
 
     def __init__(self, path: Union[str, Path]) -> None:
