@@ -47,8 +47,8 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
     """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``.
 
-    Each rank computes the losses of a share of the examples. The sum of an example's losses does not depend on the
-    number of ranks.
+    Each rank computes the losses of a share of the examples. A signal during training ends the function early, with
+    fewer losses, unless the run is sharded. The sum of an example's losses does not depend on the number of ranks.
     """
     model.eval()
     examples, ranks, found = run.examples.held_out, run.ranks, {}

@@ -443,7 +443,8 @@ def _count_steps(run: Run) -> int:
 def _count_parameters(run: Run) -> tuple[int, int]:
     """Returns the number of parameters of the base, and the number of trainable parameters of the adapter.
 
-    Raises RunError where transformers refuses the model's configuration, or PEFT the adapter's.
+    Raises RunError where transformers refuses the model's configuration, PEFT refuses the adapter's configuration, or
+    the packed format ``quant`` does not fit a layer.
     """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -477,7 +478,8 @@ def _count_parameters(run: Run) -> tuple[int, int]:
 def meta_base(run: Run) -> Any:
     """Returns the base on the meta device, with packed layers where the model's files are packed.
 
-    Raises RunError where the packed files are not supported, or where a packed model is no folder.
+    Raises RunError where the packed files are not supported, or where the files of a packed model are not on this
+    machine.
     """
     from transformers import AutoModelForCausalLM
 
