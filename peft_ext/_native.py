@@ -168,7 +168,8 @@ def release_scratch() -> int:
 
 
 def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
-    """Loads the native library if its file exists. ``import peft_ext`` calls this function once.
+    """Loads the native library, if its file exists, and registers the library's operators. ``import peft_ext`` calls
+    this function once.
 
     ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
     """

@@ -47,11 +47,11 @@ class Result:
     """Times and errors of one layer's step. The keys of the mappings are the contenders' names.
 
     Attributes:
-        milliseconds: median time of a step.
+        milliseconds: median time of a contender's step.
         ratio: a contender's time divided by our layer's time, the median over rounds (above 1: our layer is faster).
         quartiles: first and third quartile over rounds of a contender's time divided by our layer's time.
         error: largest relative error to float64 over y and all gradients (Frobenius norm).
-        absent: the reason why a contender could not run.
+        absent: for each contender that could not run, the reason.
     """
 
     method: str
@@ -65,7 +65,8 @@ class Result:
 
 
 def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, seconds: float) -> Result:
-    """Times a layer's step in at least three rounds that take about ``seconds`` in all. Raises NotFused or NotRight."""
+    """Times a layer's step in at least three rounds that take about ``seconds`` in all. Raises NotFused where our layer
+    would not run fused, and NotRight where our layer's error is too large."""
     from ..integrations.peft import explain
 
     problem = _Problem(method, base, hidden, tokens, rank)

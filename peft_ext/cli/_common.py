@@ -132,9 +132,8 @@ def held_model(
 
     A base whose files have bitsandbytes' 4-bit weights is neither moved nor cast. Any other base is cast to ``dtype``
     (None: no cast), is quantized as ``quant`` says if its files are dense, and is widened from bfloat16 to float32 on a
-    CPU if ``_cpu.why_float32`` gives a reason (no bfloat16 instructions may be used). Raises CliError where the files
-    lack a weight and ``config`` has no ``modules_to_save``, or where the packed format ``quant`` does not fit the
-    model.
+    CPU if ``_cpu.why_float32`` says that no bfloat16 instructions can be used. Raises CliError where the files lack a
+    weight and ``config`` has no ``modules_to_save``, or where the packed format ``quant`` does not fit the model.
     """
     if loaded.absent and not getattr(config, "modules_to_save", None):
         raise CliError(f"the base's files lack {loaded.absent[0]}, which would be random")

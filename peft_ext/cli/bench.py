@@ -88,7 +88,8 @@ def _check(
     method: Optional[Sequence[str]], base: Optional[Sequence[str]], seconds: float, chart: Optional[Path],
     output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Checks the options and returns pairs of method and base without repetition. Raises CliError for a wrong value."""
+    """Checks the options and returns pairs of method and base without repetition. Raises CliError for a wrong value of
+    an option."""
     cases: list[tuple[str, str]] = []
     for name in method or METHODS:
         plain = name if name in METHODS else name.removeprefix("q")

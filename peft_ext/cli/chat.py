@@ -1,4 +1,4 @@
-"""``peft-ext chat``: answers of a base model and of the adapted model to one prompt, side by side.
+"""``peft-ext chat``: prints the answers of a base model and of the adapted model to one prompt, side by side.
 
 One model is in memory, by default in the quantization that the adapter was trained on. The base's answer comes from the
 model with its adapter disabled. Some adapters, such as PiSSA's, change the base's weights; ``chat`` then shows a reason

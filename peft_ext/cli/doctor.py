@@ -1,4 +1,4 @@
-"""``peft-ext doctor``: versions, native libraries, CPU path, operators, packages and environment."""
+"""``peft-ext doctor``: prints versions, native libraries, CPU path, operators, packages and environment variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peft-ext finetune --dry-run``: the plan of a run as tables."""
+"""``peft-ext finetune --dry-run``: prints the plan of a run as tables."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ class _Facts:
     def _take_factors(self, rotary: dict[str, Any]) -> None:
         """Reads the tensors with the factors by which rotary frequencies are divided.
 
-        A file has one tensor of factors (Llama 3), or one for long texts and one for short texts (Phi 3).
+        A file with such factors has one tensor (Llama 3), or one for long texts and one for short texts (Phi 3).
         """
         count = int(self.head * rotary.get("partial_rotary_factor", 1.0)) // 2
         if self.architecture == "phi3":

@@ -55,7 +55,8 @@ class _Changes(NamedTuple):
     """The tensors whose values or rows a class of TENSOR_PROCESSORS changes.
 
     Attributes:
-        digest: :func:`_digest` of the class for which the other attributes are true, or "" for a class of this module.
+        digest: the result of :func:`_digest` for the class whose changes the other attributes describe; "" for a class
+            of this module, whose code is known.
         names: regular expression of the names of the tensors.
         rows: if the class only reorders rows: a function of a tensor's name, its number of rows and the configuration,
             which returns ``order``. Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
@@ -188,7 +189,8 @@ def _shapes(model: Any) -> dict[str, torch.Size]:
 
 
 def _check_all(model: Any, header: GgufHeader, shapes: dict[str, torch.Size], found: Iterable[str]) -> None:
-    """Raises GgufError for a parameter without a tensor, before transformers allocates memory for the parameter."""
+    """Raises GgufError for a parameter that has no tensor in the file, before transformers allocates memory for the
+    parameter."""
     found = set(found)
     tied = {name for pair in model.all_tied_weights_keys.items() if set(pair) & found for name in pair}
     if missing := [name for name in shapes if name not in found and name not in tied]:
@@ -264,7 +266,7 @@ def _weight(header: GgufHeader, info: TensorInfo, dtype: torch.dtype) -> PackedW
 
 
 def _values(header: GgufHeader, info: TensorInfo) -> Tensor:
-    """Returns the values of a tensor, float32 where the tensor is quantized."""
+    """Returns the values of a tensor: in float32 where the tensor is quantized, else in the tensor's own dtype."""
     if info.dtype is not None:
         return header.data(info.name)
     return _weight(header, info, torch.float32).dequantize(torch.float32).reshape(info.shape)
@@ -274,7 +276,7 @@ def _values(header: GgufHeader, info: TensorInfo) -> Tensor:
 
 
 def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
-    """Returns the model's names of the parameters by the file's names of the tensors.
+    """Returns a dict from the file's name of each tensor to the model's name of the parameter.
 
     The names are those of transformers' ``get_gguf_hf_weights_map``, which builds the table of names anew for each
     module of the model; this function builds the table once.

@@ -1,4 +1,4 @@
-"""Bytes of the optimizers' states and of their temporary tensors."""
+"""Computes the bytes of the optimizers' states, and names the optimizers whose step makes temporary tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Upper bound of the scratch memory that operators allocate in addition to their outputs, which a trace does not see.
 
-The bound leaves out a few MB a thread. Partial sums of an adapter's gradients are counted for a loss, and on CUDA for
-experts, but for no other operator.
+The bound leaves out a few MB of scratch memory in each thread. Partial sums of an adapter's gradients are counted for a
+loss, and on CUDA for experts, but for no other operator.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def _of_experts(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of the operators of experts.
 
     On a CPU the scratch is contiguous copies of the adapters that are not contiguous, and in the backward as many bytes
-    again for gradients. On a GPU the scratch is the adapters' terms, of up to six bytes an element, and in the backward
-    partial sums of the adapters' gradients.
+    again for gradients. On a GPU the scratch is the bfloat16 terms of the adapters, of up to six bytes for each
+    element, and in the backward partial sums of the adapters' gradients.
     """
     held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
     if device == "cuda":
@@ -189,8 +189,8 @@ def _of_experts(given: dict[str, Any], device: str) -> int:
 def _of_siblings(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of siblings, which are layers of one input.
 
-    On the CPU in bfloat16, where peft_ext's tiles multiply, the scratch is x packed once in the forward, and the packed
-    gradients of all layers in the backward. In all other cases the scratch is that of the layer with the most outputs.
+    On a CPU path with tiles, in bfloat16, the scratch is x packed once in the forward, and the packed gradients of all
+    layers in the backward. In all other cases the scratch is that of the layer with the most outputs.
     """
     x, sizes = given["x"], given["sizes"]
     packed = [grad for grad in given.get("grads", [x]) if grad is not None]
