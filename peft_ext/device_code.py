@@ -37,7 +37,8 @@ from .files import atomic_file, cache_folder
 
 __all__ = ["compile_kernel", "folder", "image", "kernels", "missing", "prepare", "version", "warm"]
 
-LOCK_SECONDS = 120  # a process that has waited this long for the file of another process compiles the kernel itself
+# a process that has waited so many seconds for the file of another process compiles the kernel itself
+LOCK_SECONDS = 120
 
 # With at least this many cores, ``prepare`` compiles all kernels at once, which takes less than half a minute.
 WARM_CORES = 8

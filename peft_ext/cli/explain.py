@@ -136,7 +136,7 @@ def _adapter_folder(what: str) -> Optional[Path]:
     try:
         folder = Path(what).expanduser()
         return folder if (folder / "adapter_config.json").is_file() else None
-    except (OSError, RuntimeError):  # raised if the name is too long, or has "~" with an unknown user
+    except (OSError, RuntimeError):  # the name is too long, or begins with "~" and the name of an unknown user
         return None
 
 

@@ -193,7 +193,8 @@ def _check_shapes(header: GgufHeader) -> None:
     # The names of T5's tensors begin with enc.blk.N in the encoder and with dec.blk.N in the decoder.
     pattern = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]{1,9})\.")
     found = {int(match[1]) for name in header.tensors if (match := pattern.match(name))}
-    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)  # a file may lack the nextn layers
+    # a file may lack the layers for multi-token prediction (nextn)
+    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)
     problem = next((f"layer {index} has no tensors" for index in range(present) if index not in found), None)
     if problem is None and max(found, default=0) >= layers:
         problem = f"layer {max(found)} has tensors"

@@ -35,7 +35,7 @@ _SIZE_FIELDS = {
 }
 # Names that configurations give to the eps of the norms. A configuration's class has at most one of these fields.
 _EPSILON_FIELDS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
-_GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of the model with 27 billion parameters
+_GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of Gemma 2, and of Gemma 3, with 27 billion parameters
 _PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate only a part of each head
 # Keys of the metadata that transformers' module integrations.gguf reads, for the architectures Qwen 3.5 and LFM2.
 _READ_BY_FUNCTIONS = {
@@ -236,7 +236,7 @@ class _Facts:
             return
         nested = "full_attention" in held
         rotary = dict(held["full_attention"] if nested else held)
-        if self.architecture == "gpt-oss":  # by default, the configuration's class scales positions by 32
+        if self.architecture == "gpt-oss":  # the class of gpt-oss's configuration scales positions by 32 by default
             rotary = {"rope_type": "default"}
         rotary["rope_theta"] = float(self.get("rope.freq_base", 10_000.0))
         self._take_part(rotary)
@@ -255,7 +255,7 @@ class _Facts:
         """Reads how many features of each head rotary positions rotate."""
         count = self.get("rope.dimension_count")
         if count is None or self.config.model_type in ("minimax_m2", "qwen3_5_text", "qwen3_5_moe_text"):
-            return  # for these models, transformers itself reads rope.dimension_count
+            return  # for MiniMax-M2 and Qwen 3.5, transformers itself reads rope.dimension_count
         if count == self.head or self.architecture in _PARTIAL:
             if count > self.head or int(self.head * (count / self.head)) != count:
                 raise self.refuse("rope.dimension_count", f"wanted a part of the {self.head} features of a head")

@@ -38,7 +38,8 @@ with required("transformers", "a model in a GGUF file"):
 __all__ = ["Packed", "pack"]
 
 _LINEAR = ("FalconLinear",)  # names of transformers' classes that compute what nn.Linear computes
-_SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")  # embeddings with a factor, scalar_embed_scale
+# names of classes of embeddings with a factor, the attribute scalar_embed_scale
+_SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")
 _CHANGED = "transformers changes its values as it reads the file"
 
 
@@ -113,7 +114,7 @@ _CHANGES: dict[type, _Changes] = {
     legacy.MiniMaxM2TensorProcessor: _Changes("5f329bd3c6ef3167b431", r"_exps"),
     _GptOss: _Changes("", r"_exps"),
 }
-_PARTS = ("gate", "up", "down")  # tensors of a block's experts
+_PARTS = ("gate", "up", "down")  # parts of the names of the tensors of a block's experts
 _EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(gate|up|down)_exps\.(?P<leaf>weight|bias)")
 # Tensors that are not loaded: rotary factors, which are in the configuration, and rotary frequencies of old files.
 _UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.attn_rot_embd(\.weight)?")))

@@ -78,7 +78,9 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     is_packed, panel_rows = bool(given.get("layout")), min(_WIDE_PANEL, out_features)
     if device != "cpu" or dtype.itemsize != 2:
         size = out_features * in_features * dtype.itemsize if is_packed else 0
-        if device == "cpu" and drops:  # float32: the dropped x or scaled dY, the sum added to the product, a panel of W
+        # in float32 the scratch also has the dropped x or the scaled dY, the sum to which the product is added, and a
+        # panel of W
+        if device == "cpu" and drops:
             size += 4 * (rows * (out_features + in_features) + panel_rows * in_features)
         return size
     products = 2 if drops else 1
@@ -91,7 +93,8 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     # On the scalar path PyTorch multiplies in 16 bits, and the other terms are added to PyTorch's product.
     if STATE.isa == "scalar" and products == 1 and not _scales(given):
         return out_features * in_features * 2 if is_packed else 0
-    panel = panel_rows * in_features  # elements of a panel of W in float32; a packed W is first decoded to 16 bits
+    # number of elements of a float32 panel of W; a packed W is first decoded to 16 bits
+    panel = panel_rows * in_features
     size = products * 4 * (rows * (out_features + in_features) + panel) + (2 * panel if is_packed else 0)
     # If W has more rows than one panel, the backward copies the gradient's columns that belong to a panel.
     return size + (4 * rows * panel_rows if backward and out_features > _WIDE_PANEL else 0)
@@ -118,7 +121,7 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
     forward = backward = 0
     if not in_place:
         forward, backward = (_of_product(given, dtype, rows, device, back) for back in (False, True))
-        backward += 2 * rows * features * dtype.itemsize  # dX, and an empty tensor of dX's size
+        backward += 2 * rows * features * dtype.itemsize  # the scratch also has dX, and an empty tensor of dX's size
     elif device == "cpu" and _packs_weight(dtype):
         forward = vocab * features * dtype.itemsize
     if given["lora_A"] is None:

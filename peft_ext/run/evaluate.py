@@ -210,7 +210,8 @@ class Check:
     """The largest absolute differences between logits, computed for at most two held-out examples.
 
     Attributes:
-        max_difference: difference between the trained model on its stock path and the saved adapter read by stock PEFT.
+        max_difference: difference between the trained model and a fresh base with the saved adapter, both run by stock
+            PEFT except for the models that :func:`reread` names.
         bound: the difference that rounding may cause: 4 eps of the computation's dtype, times the largest logit.
         ok: whether ``max_difference`` is at most ``bound``.
         largest: largest absolute logit of the trained model.

@@ -303,7 +303,8 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
 
 
 def facts_of(run: Run) -> dict[str, Any]:
-    """Returns what must be equal in all processes of a run: options, versions, data, and the model's files.
+    """Returns what must be equal in all processes of a run: the options but output, threads, model and data; versions;
+    the data; the model's files; the dtype; and the checkpoint.
 
     The facts about a file of weights are the size of the file and its header, which has the tensors' names and shapes.
     """
@@ -468,10 +469,10 @@ def _count_parameters(run: Run) -> tuple[int, int]:
         register_layers(config, model)
         model = get_peft_model(model, config)
         if not o.stock:
-            freeze_ranknum(model)  # accelerate() freezes ``ranknum`` too, AdaLoRA's number of ranks
+            freeze_ranknum(model)  # accelerate() freezes AdaLoRA's divisor ``ranknum`` too
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if o.quant == "checkpoint" and Path(run.folder).exists():
-        meta_base(run)  # raises RunError for files that are not supported
+        meta_base(run)  # meta_base raises RunError for files that are not supported
     return parameters, trainable
 
 

@@ -401,7 +401,7 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         store, name = (None, "") if exists else _start_group(launch)
         ranks = _of_group(launch, store, name)
     except Elsewhere:
-        time.sleep(_SETTLE)  # the rank with the error prints it first
+        time.sleep(_SETTLE)  # waits, so that the rank with the error prints the error first
         raise
     except (RuntimeError, ValueError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -487,7 +487,7 @@ def _name_of_start(store: Any, launch: Launch) -> str:
     name, answered, end = f"peft_ext/{secrets.token_hex(8)}", set(), time.monotonic() + wait_seconds()
     while (count := store.add(f"{name}/confirmed", 0)) < launch.world - 1:
         for number in set(range(1, store.add(calls, 0) + 1)) - answered:
-            if store.check([f"{calls}/{number}"]):  # a process may have ended after it took a number, before its call
+            if store.check([f"{calls}/{number}"]):  # a process may have taken its number and ended before it called
                 store.set(f"{calls}/{store.get(f'{calls}/{number}').decode()}", name)
                 answered.add(number)
         if time.monotonic() > end:

@@ -171,7 +171,7 @@ def train(run: Run) -> Result:
             write_config(run.options.output / CONFIG_FILE, run.options)
         try:
             return _train(run, record, model)
-        except BaseException:  # for example after a second Ctrl-C: run.json keeps the results so far
+        except BaseException:  # also after a second Ctrl-C, run.json keeps the results so far
             with contextlib.suppress(Exception):
                 record.write()
             raise

@@ -349,7 +349,8 @@ class _Loader:
     # --- DoRA over the weights of a packed checkpoint -----------------------------------------------------------------
 
     def _packed_doras(self, module: nn.Module, attribute: str) -> list[Adapted]:
-        """Returns the DoRA adapters whose magnitude needs the packed weight with the codes ``attribute``."""
+        """Returns the DoRA adapters whose magnitude needs the packed weight whose codes ``module`` holds as
+        ``attribute``."""
         if not self._stays_packed(module):
             return []
         if isinstance(module, HoldsPacked):

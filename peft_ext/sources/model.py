@@ -197,7 +197,8 @@ def quant_method(about: Any) -> str:
 
 
 def loading_arguments(quant: str) -> dict[str, Any]:
-    """Returns the arguments with which ``from_pretrained`` keeps a packed checkpoint packed; for others {}."""
+    """Returns the arguments with which ``from_pretrained`` keeps a packed checkpoint packed; {} for any other
+    ``quant``."""
     if quant != "checkpoint":
         return {}
     from ..integrations.packed import PackedConfig
@@ -347,7 +348,7 @@ def _load_gguf(name: str, file: Path, config: Any, shapes: Mapping[str, tuple[in
 
 def load_tokenizer(folder: str, **kwargs: Any) -> Any:
     """Returns the tokenizer in a folder or a GGUF file, and sets a padding token if the tokenizer has none. Raises the
-    errors of transformers."""
+    errors of transformers, or for a GGUF file those of :func:`gguf_tokenizer`."""
     from transformers import AutoTokenizer
 
     if (file := gguf_path(folder)) is not None:
