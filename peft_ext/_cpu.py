@@ -4,10 +4,10 @@ Every CPU has instructions for float32. On x86-64, CPUs with AVX512-BF16 or AMX 
 with AVX512-FP16 or AMX-FP16 for float16. On aarch64, CPUs with FEAT_BF16 have instructions for bfloat16, and CPUs with
 FEAT_FP16 for float16.
 
-On CPUs without such instructions, PyTorch's product of bfloat16 or float16 is oneDNN's emulation (with AVX-512) or a
-plain loop (AVX2 and less), tens of times slower than the product of float32. This module asks PyTorch which
-instructions the CPU has. Instructions that an environment variable forbids count as missing: ``ONEDNN_MAX_CPU_ISA``
-limits PyTorch's oneDNN, ``PEFT_EXT_CPU_ISA`` limits peft_ext's kernels.
+On x86-64 CPUs without instructions for a 16-bit dtype, PyTorch's product of that dtype is oneDNN's emulation (with
+AVX-512) or a plain loop (AVX2 and less), tens of times slower than the product of float32. This module asks PyTorch
+which instructions the CPU has. Instructions that an environment variable forbids count as missing:
+``ONEDNN_MAX_CPU_ISA`` limits PyTorch's oneDNN, ``PEFT_EXT_CPU_ISA`` limits peft_ext's kernels.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from . import _native
 # limit.
 _LIMITS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
            "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")  # fmt: skip
-# For each dtype: the name of PyTorch's check function, the lowest limit in _LIMITS that allows the dtype's
-# instructions, and PyTorch's names of these instructions on x86-64 and on Arm. AVX-NE-CONVERT (some CPUs without
-# AVX-512) only converts bfloat16 to float32.
+# _WANTED has for each 16-bit dtype: the name of PyTorch's check function, the lowest limit in _LIMITS that allows the
+# dtype's instructions, and PyTorch's names of these instructions on x86-64 and on Arm. AVX-NE-CONVERT (some CPUs
+# without AVX-512) only converts bfloat16 to float32.
 _WANTED = {
     torch.bfloat16: ("_is_mkldnn_bf16_supported", "AVX512_CORE_BF16", ("avx512_bf16", "amx_bf16"), ("bf16",)),
     torch.float16: ("_is_mkldnn_fp16_supported", "AVX512_CORE_FP16", ("avx512_fp16", "amx_fp16"), ("fp16_arith",)),
@@ -64,7 +64,8 @@ def _onednn_multiplies(check: str) -> bool:
 def multiplies(dtype: torch.dtype) -> bool:
     """Returns whether PyTorch's matrix product of ``dtype`` uses instructions of this CPU that are made for ``dtype``.
 
-    Returns False if the CPU has no such instructions or if ONEDNN_MAX_CPU_ISA or DNNL_MAX_CPU_ISA forbids them.
+    Returns False if the CPU has no such instructions, if PyTorch has no oneDNN, or if on x86-64 ONEDNN_MAX_CPU_ISA or
+    DNNL_MAX_CPU_ISA forbids the instructions. For dtypes other than bfloat16 and float16 returns True.
     """
     if dtype not in _WANTED:
         return True
@@ -98,7 +99,7 @@ def compute_dtype() -> torch.dtype:
     """Returns the default compute dtype: bfloat16 where :func:`why_float32` has no reason against it, else float32.
 
     The reasons for float32: this CPU has no instructions for bfloat16 products, the environment forbids these
-    instructions (ONEDNN_MAX_CPU_ISA, DNNL_MAX_CPU_ISA), or the kernels of the CPU path in use have no such
+    instructions (ONEDNN_MAX_CPU_ISA, DNNL_MAX_CPU_ISA), or the kernels of the CPU path in use have no bfloat16
     instructions.
     """
     return torch.bfloat16 if not why_float32() else torch.float32
@@ -130,7 +131,8 @@ def instruction_sets() -> list[str]:
 
 
 def model_facts() -> str:
-    """Returns the facts by which Linux names the first processor; without these facts, the architecture."""
+    """Returns the first processor's model name, stepping and part numbers from /proc/cpuinfo; if there are none, the
+    architecture."""
     facts = []
     try:
         with open("/proc/cpuinfo") as file:

@@ -30,8 +30,8 @@ def version(package: str) -> str:
 
 
 def say_missing(package: str, what: str, cost: str) -> None:
-    """Warns once that an installed package differs from the known releases. ``cost``: the effect of the difference
-    ``what``."""
+    """Warns once that an installed package differs from the releases that peft_ext knows. ``cost``: the effect of the
+    difference ``what``."""
     text = f"{version(package)} is not as peft_ext knows it: {what}; {cost}"
     if text not in MISSING:
         MISSING.append(text)

@@ -64,7 +64,7 @@ STATE = NativeState()
 
 
 def build_identity() -> str:
-    """Returns a digest of the names, sizes and times of change of the native libraries that exist."""
+    """Returns a digest of the names, sizes and times of change of the native libraries in the package's folder."""
     folder, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted([*folder.glob("_C*"), *folder.glob("_kernels*")]):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
@@ -168,7 +168,8 @@ def release_scratch() -> int:
 
 
 def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
-    """Loads the native library if its file exists. ``import peft_ext`` calls this function once.
+    """Loads the native library, if its file exists, and registers the library's operators. ``import peft_ext`` calls
+    this function once.
 
     ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
     """

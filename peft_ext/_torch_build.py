@@ -12,7 +12,8 @@ _GPUS = {"CUDA": "NVIDIA GPUs", "ROCm": "AMD GPUs", "XPU": "Intel GPUs", "MPS": 
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """``name``: "CUDA", "ROCm", "XPU", "MPS" or "CPU". ``version``: the release that torch was built with, or ""."""
+    """``name``: "CUDA", "ROCm", "XPU", "MPS" or "CPU". ``version``: the release of CUDA, ROCm or XPU that torch was
+    built with; "" for MPS and CPU."""
 
     name: str
     version: str = ""

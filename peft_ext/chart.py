@@ -78,7 +78,8 @@ def span(values: Sequence[float], zero: bool) -> Scale:
 
 
 def path(points: Iterable[Optional[Point]], digits: int = 1) -> str:
-    """Returns an SVG path with a gap at each None. A point between two gaps becomes a line of length 0."""
+    """Returns the data of an SVG path through ``points``, with a gap at each None. A point between two gaps becomes a
+    line of length 0."""
     parts, run = [], []
     for point in [*points, None]:
         if point is not None:
@@ -171,7 +172,8 @@ class Picture:
         self._parts.append(element)
 
     def text(self, x: float, y: float, text: str, look: str = "", anchor: str = "start", after: str = "") -> None:
-        """Adds the lines of ``text``. ``y``: base line of the first line. ``after``: grey text after each line."""
+        """Adds the lines of ``text`` to the picture. ``y``: base line of the first line. ``after``: grey text after
+        each line."""
         where = "" if anchor == "start" else f' text-anchor="{anchor}"'
         kind = f' class="{look}"' if look else ""
         rest = f'<tspan class="small soft after" dx="5">{escape(after)}</tspan>' if after else ""
@@ -213,7 +215,7 @@ class Picture:
         return made
 
     def caption(self, *paragraphs: str) -> None:
-        """Adds small text at the bottom. Empty paragraphs are left out."""
+        """Adds small text at the bottom of the picture. Empty paragraphs are left out."""
         self.below += 16
         for paragraph in filter(None, paragraphs):
             self._said.append(paragraph)
@@ -315,7 +317,7 @@ class Panel:
                 self.beside(row, value, form.format(value), "bold" if look == "ours" else "")
 
     def reference(self, name: str, x: float, look: str = "ink dash") -> None:
-        """Draws a vertical line at ``x`` from top to bottom."""
+        """Draws a vertical line at ``x`` from the top to the bottom of the panel."""
         at = self.left + self.width * self.x(x)
         self.picture.line(name, [(at, self.top), (at, self.top + self.height)], look)
 

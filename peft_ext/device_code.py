@@ -7,7 +7,7 @@ torch, and so does the package ``cuda-bindings``, by which Python calls NVRTC. N
 
 The cache has a folder for each combination of compiler, sources and architecture, and the folder has a file for each
 kernel. A file of machine code is written whole or not at all. If several processes need the same kernel, one of them
-compiles the kernel, and the others wait for the file.
+compiles the kernel, and the others wait for the file, at most two minutes.
 
 Environment:
     ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If
@@ -37,9 +37,11 @@ from .files import atomic_file, cache_folder
 
 __all__ = ["compile_kernel", "folder", "image", "kernels", "missing", "prepare", "version", "warm"]
 
-LOCK_SECONDS = 120  # a process that has waited this long for the file of another process compiles the kernel itself
+# a process that has waited so many seconds for the file of another process compiles the kernel itself
+LOCK_SECONDS = 120
 
-WARM_CORES = 8  # a machine with this many cores compiles all kernels in less than half a minute
+# With at least this many cores, ``prepare`` compiles all kernels at once, which takes less than half a minute.
+WARM_CORES = 8
 
 # NVRTC has no standard headers. The texts below replace the standard headers, and declare only the names that the
 # kernels use.
@@ -88,8 +90,8 @@ HEADERS = {
 def missing() -> Optional[str]:
     """Returns why kernels can't be compiled on this machine, or None."""
     if any(importlib.util.find_spec(name) is None for name in ("cuda", "cuda.bindings")):
-        # The package must have the major CUDA release that torch is built for: a newer package looks for a newer NVRTC
-        # than the one that torch has.
+        # The package cuda-bindings must have the major CUDA release that torch is built for: a newer cuda-bindings
+        # looks for a newer NVRTC than the one that torch has.
         major = (torch.version.cuda or "").partition(".")[0]
         named = f'"cuda-bindings=={major}.*"' if major else "cuda-bindings"
         return f"the package cuda-bindings is missing: pip install {named}"
@@ -116,8 +118,8 @@ def image(kernel: str, file: str, capability: int) -> Image:
     """Returns a kernel's machine code from the cache; if the cache lacks the kernel, compiles the kernel first.
 
     ``kernel``: the C++ expression that names an instance of a kernel template. ``file``: the path of the file in csrc
-    that defines the kernel. ``capability``: 10 · major + minor of the GPU's compute capability. Raises RuntimeError
-    with NVRTC's messages if the kernel does not compile.
+    that defines the kernel. ``capability``: 10 · major + minor of the GPU's compute capability. Raises RuntimeError if
+    NVRTC is missing, and RuntimeError with NVRTC's messages if the kernel does not compile.
     """
     if why := missing():
         raise RuntimeError(why)
@@ -315,7 +317,7 @@ def _digest(found: Image) -> bytes:
 
 def _alone(path: Path) -> AbstractContextManager[Any]:
     """Returns a lock for the file ``path``, which only one thread of one process holds at a time. If the folder can't
-    be written, the returned context manager locks nothing.
+    be written, or if another process holds the lock for LOCK_SECONDS, the returned context manager locks nothing.
     """
     from filelock import FileLock
 

@@ -277,7 +277,8 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         part = _hidden(target, _PART)
         part.mkdir()
         handle = None
-        # OSError is raised on Windows, where a folder can't be opened, and on a file system without locks.
+        # os.open raises OSError on Windows, where a folder can't be opened; lock_descriptor raises OSError on a file
+        # system without locks.
         with contextlib.suppress(OSError):
             handle = os.open(part, os.O_RDONLY)
             lock_descriptor(handle)

@@ -39,7 +39,7 @@ class Method:
         config_class: full name of the class of the method's configuration.
         learning_rate: default learning rate of a run. Methods that train few parameters have a larger default.
         page: name of the page in docs/methods that has the method's formula.
-        fields: default values of the configuration's fields other than ``task_type``.
+        fields: values that peft_ext sets for fields of the configuration, besides ``task_type``.
         quant: default quantization of a run's frozen base: "nf4" or "none".
         can_quantize: whether the method's target layers may be NF4.
         can_merge: whether the adapter can be merged into the base.

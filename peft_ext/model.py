@@ -136,10 +136,10 @@ def load_adapter(
 ) -> PeftModel:
     """Loads a saved adapter onto ``model``, makes the adapter active, then calls :func:`peft_ext.accelerate`.
 
-    This function checks the adapter's files before PEFT reads them, and differs from PEFT in three points. An AdaLoRA
-    adapter with pruned ranks over a base that is not float32 keeps the bits of the adapter's file (unless
-    ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is frozen. A model with tied embeddings and a
-    second adapter of trainable tokens runs, although PEFT wraps the head of this model twice.
+    This function checks the adapter's files before PEFT reads them, and differs from PEFT in three points, among
+    others. An AdaLoRA adapter with pruned ranks over a base that is not float32 keeps the bits of the adapter's file
+    (unless ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is frozen. A model with tied embeddings and
+    a second adapter of trainable tokens runs, although PEFT wraps the head of this model twice.
 
     Args:
         model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets another adapter.
@@ -159,8 +159,9 @@ def load_adapter(
 
     Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as
     it is read) or are not finite; where the configuration has a field of a wrong type, asks for larger tensors than the
-    file has, or has a regular expression that does not end in ten seconds; where the file lacks a tensor; or where the
-    PeftModel has an adapter of this name. FileNotFoundError where the weights or the configuration are missing.
+    file has, trains a packed weight, or has a regular expression that does not end in ten seconds; where the file lacks
+    a tensor; or where the PeftModel has an adapter of this name. FileNotFoundError where the weights or the
+    configuration are missing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model is {type(model).__name__}, wanted a model or a PeftModel")

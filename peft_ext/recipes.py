@@ -172,8 +172,8 @@ def load_and_merge_adapter(base_model_name: Union[str, Path], adapter_path: Unio
 
 
 def _load(name: Union[str, Path]) -> nn.Module:
-    """Returns a causal language model from safetensors, on a GPU if there is one, in a dtype that is fast on the
-    device."""
+    """Returns a causal language model from safetensors, on a GPU if there is one, in bfloat16, or in float32 on a CPU
+    that has no bfloat16 instructions in use."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if not torch.cuda.is_available() and _cpu.why_float32() else torch.bfloat16

@@ -26,7 +26,8 @@ METHODS = ("lora", "dora", "ia3")  # methods whose adapted layer this module can
 BASES = ("bf16", "nf4")
 OURS, FROZEN = "ours", "frozen layer"
 
-_TOLERANCE = 1e-2  # largest accepted relative error (norm) of our layer; bfloat16's rounding alone is 2e-3 to 4e-3
+# largest accepted relative error of our layer (Frobenius norm); bfloat16's rounding alone gives 2e-3 to 4e-3
+_TOLERANCE = 1e-2
 _SCALING = 2.0
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
 
@@ -47,11 +48,11 @@ class Result:
     """Times and errors of one layer's step. The keys of the mappings are the contenders' names.
 
     Attributes:
-        milliseconds: median time of a step.
+        milliseconds: median time of a contender's step.
         ratio: a contender's time divided by our layer's time, the median over rounds (above 1: our layer is faster).
         quartiles: first and third quartile over rounds of a contender's time divided by our layer's time.
         error: largest relative error to float64 over y and all gradients (Frobenius norm).
-        absent: the reason why a contender could not run.
+        absent: for each contender that could not run, the reason.
     """
 
     method: str
@@ -65,7 +66,8 @@ class Result:
 
 
 def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, seconds: float) -> Result:
-    """Times a layer's step in at least three rounds that take about ``seconds`` in all. Raises NotFused or NotRight."""
+    """Times a layer's step in at least three rounds that take about ``seconds`` in all. Raises NotFused where our layer
+    would not run fused, and NotRight where our layer's error is too large."""
     from ..integrations.peft import explain
 
     problem = _Problem(method, base, hidden, tokens, rank)
@@ -119,8 +121,8 @@ def _config(method: str, rank: int) -> Any:
 
 
 class _Problem:
-    """The inputs, the frozen weight and the adapter values of one case, from which methods make PEFT's layers and the
-    float64 result."""
+    """The inputs, the frozen weight and the adapter values of one case, which is a PEFT method over a base. Builds
+    PEFT's layers of the case, and computes the case's float64 result."""
 
     def __init__(self, method: str, base: str, hidden: int, tokens: int, rank: int) -> None:
         self.method, self.base, self.rank, self.hidden = method, base, rank, hidden

@@ -26,9 +26,9 @@ from torch import Tensor
 from ..sources.json_file import first_line
 
 SEED = 0  # seed of each call in ``verify``, and of the dropout mask in the call's float64 result
-LONGEST_CALL_S = 5.0  # a peer whose call takes more seconds is timed only once
-SHORT_CALL_S = 5e-3  # a call that takes fewer seconds is repeated
-# A short call is repeated until the repetitions take so many seconds together, but at most so many times.
+LONGEST_CALL_S = 5.0  # a peer whose call takes more than LONGEST_CALL_S seconds is timed only once
+SHORT_CALL_S = 5e-3  # a call that takes fewer than SHORT_CALL_S seconds is repeated
+# A short call is repeated until the repetitions take SHORT_CALLS_S seconds together, but at most SHORT_CALLS times.
 SHORT_CALLS_S, SHORT_CALLS = 20e-3, 200
 
 
@@ -56,7 +56,7 @@ Clock = Callable[[Contender], Callable[[], float]]
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
-    """Returns the seconds of a call. Where CUDA is in use, the work on the GPU is included."""
+    """Returns the seconds that a call of ``run`` takes. Where CUDA is in use, the work on the GPU is included."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_initialized():
@@ -65,7 +65,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def host_clock(contender: Contender) -> Callable[[], float]:
-    """Returns a function that measures the host's seconds of a call.
+    """Returns a function that measures, by the host's clock, the seconds of a contender's call.
 
     For a call shorter than ``SHORT_CALL_S``, the function returns the mean of several calls after a first call.
     """
@@ -144,7 +144,8 @@ def verify(
 def interleave(
     samples: Mapping[str, Callable[[], float]], budget_s: float, *, least: int, most: int
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each sample by round; the rounds take about ``budget_s`` seconds in all.
+    """Returns, for each function in ``samples``, the seconds that it returned in each round; the rounds take about
+    ``budget_s`` seconds in all.
 
     A first round, which warms up, is not counted. The number of counted rounds, from ``least`` to ``most``, follows
     from the seconds of the first round. A sample that takes longer than ``LONGEST_CALL_S`` in the first round, such as

@@ -104,7 +104,7 @@ def chosen_quant(option: str, folder: Path, stored: str, asked: Optional[str], t
         stored: how the files in ``folder`` store the weights, see :func:`peft_ext.sources.model.stored_quant`.
         trained: see :func:`peft_ext.sources.adapter.training_options`.
 
-    Raises CliError where ``asked`` does not fit the files.
+    Raises CliError where ``asked``, or the quantization of the adapter's training, does not fit the files.
     """
     quant = asked or trained.get("quant", "none")
     if stored != "none":
@@ -130,10 +130,10 @@ def held_model(
 ) -> Any:
     """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, ready for an adapter.
 
-    A base whose files have bitsandbytes' 4-bit weights stays unchanged. Any other base is cast to ``dtype`` (None: no
-    cast), is quantized as ``quant`` says if its files are dense, and is widened from bfloat16 to float32 on a CPU if
-    ``_cpu.why_float32`` gives a reason (no bfloat16 instructions may be used). Raises CliError where a weight is
-    missing.
+    A base whose files have bitsandbytes' 4-bit weights is neither moved nor cast. Any other base is cast to ``dtype``
+    (None: no cast), is quantized as ``quant`` says if its files are dense, and is widened from bfloat16 to float32 on a
+    CPU if ``_cpu.why_float32`` says that no bfloat16 instructions can be used. Raises CliError where the files lack a
+    weight and ``config`` has no ``modules_to_save``, or where the packed format ``quant`` does not fit the model.
     """
     if loaded.absent and not getattr(config, "modules_to_save", None):
         raise CliError(f"the base's files lack {loaded.absent[0]}, which would be random")
@@ -172,7 +172,8 @@ def dense_config(config: Any) -> Any:
 
 
 def drop_output() -> None:
-    """Redirects standard output to the null device, so that the last flush succeeds after the reader has ended."""
+    """Redirects standard output to the null device, so that Python's last flush succeeds after the output's reader has
+    ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -32,7 +32,8 @@ def verified(
         data: value of the option ``--data`` of ``peft-ext finetune``.
         batch_size, length: number of examples of the batch, and most tokens of an example.
 
-    Raises CliError where the adapter does not fit, or where the model can't be verified.
+    Raises CliError where a weight of the base is missing, where the adapter does not fit, where the model has no
+    tokenizer, or where the model can't be verified.
     """
     from ..model import get_peft_model, load_adapter
     from ..verification import verify

@@ -1,7 +1,7 @@
 """``peft-ext bench``: times an adapted layer's training step on this machine, fused and with PEFT and bitsandbytes.
 
-The docstring of :mod:`peft_ext.bench` documents the measurement. ``--output FOLDER`` writes the JSON that ``--json``
-prints as ``bench.json`` and draws ``bench.svg``.
+The docstrings of :mod:`peft_ext.bench.layer` and :mod:`peft_ext.bench.timer` document the measurement. ``--output
+FOLDER`` writes ``bench.json``, the JSON that ``--json`` prints, and a chart, ``bench.svg``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _check(
     method: Optional[Sequence[str]], base: Optional[Sequence[str]], seconds: float, chart: Optional[Path],
     output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Checks the options and returns pairs of method and base without repetition. Raises CliError for a wrong value."""
+    """Checks the options and returns pairs of method and base without repetition. Raises CliError for a wrong value of
+    an option."""
     cases: list[tuple[str, str]] = []
     for name in method or METHODS:
         plain = name if name in METHODS else name.removeprefix("q")

@@ -1,4 +1,4 @@
-"""``peft-ext chat``: answers of a base model and of the adapted model to one prompt, side by side.
+"""``peft-ext chat``: prints the answers of a base model and of the adapted model to one prompt, side by side.
 
 One model is in memory, by default in the quantization that the adapter was trained on. The base's answer comes from the
 model with its adapter disabled. Some adapters, such as PiSSA's, change the base's weights; ``chat`` then shows a reason
@@ -218,7 +218,8 @@ def _base(
 ) -> tuple[Any, Path, str, Optional[str]]:
     """Returns the base, the base's folder, its quantization in words, and the kind of the adapter's training data.
 
-    ``quant`` and ``blocksize`` of None mean the quantization of the adapter's training.
+    If ``quant`` or ``blocksize`` is None, the value of the adapter's training is used. A base whose files store
+    quantized weights keeps the files' quantization.
     """
     from ..sources.adapter import training_options
 
@@ -271,7 +272,8 @@ def _adapted(base: Any, adapter: Path) -> Any:
 
 
 def _printable(text: str) -> str:
-    """Returns ``text`` with each unprintable character replaced, such as escape codes that a terminal would obey."""
+    """Returns ``text`` with U+FFFD in place of each unprintable character but newline and tab: a terminal obeys escape
+    codes."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -1,4 +1,4 @@
-"""``peft-ext doctor``: versions, native libraries, CPU path, operators, packages and environment."""
+"""``peft-ext doctor``: prints versions, native libraries, CPU path, operators, packages and environment variables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _ENVIRONMENT = (
     "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME",
 )  # fmt: skip
 
-# Numbers of tokens, input features and output features of the calls that --measure times, and number of calls of each.
+# MEASURED: numbers of tokens, input features and output features of the calls that --measure times. ROUNDS: number of
+# calls of each operator and of each reference; the first call is not counted.
 MEASURED, ROUNDS = (512, 1024, 1024), 6
 
 
@@ -44,7 +45,7 @@ def doctor(
     ] = None,
 ) -> int:
     """Show versions, the native library, the CPU path in use and which operators have kernels."""
-    # The exit code is 1 where the native library can't be loaded.
+    # The exit code is 1 where the native library can't be loaded, or where the proof of the kernels raises an error.
     if warm or capability:
         _warm(capability or [])
     state = _native.STATE

@@ -1,9 +1,9 @@
-"""``peft-ext explain``: fused layers, trainable parameters, file size and memory of an adapter on a model.
+"""``peft-ext explain``: prints fused layers, trainable parameters, file size and memory of an adapter on a model.
 
 Without ``--verify`` the command builds the model on the meta device from configuration files, and reads no weight; see
 :func:`peft_ext.run.plan.preview`. The command does not see the state of a live model (hooks, shards, offloading,
 autocast, a merged or disabled adapter); the function :func:`peft_ext.explain` sees this state. With ``--verify`` the
-command also reads the weights, and runs a training step.
+command also reads the weights, and compares a fused training step with a stock one.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _adapter_folder(what: str) -> Optional[Path]:
     try:
         folder = Path(what).expanduser()
         return folder if (folder / "adapter_config.json").is_file() else None
-    except (OSError, RuntimeError):  # raised if the name is too long, or has "~" with an unknown user
+    except (OSError, RuntimeError):  # the name is too long, or begins with "~" and the name of an unknown user
         return None
 
 

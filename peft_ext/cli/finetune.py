@@ -64,7 +64,8 @@ def _signature() -> inspect.Signature:
     hints = get_type_hints(run.Options)
 
     def add(name: str, default: Any, kind: Any, **about: Any) -> None:
-        flag = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without a flag's name typer adds a --no- form
+        # typer adds a --no- form to a flag without an explicit name
+        flag = [f"--{name.replace('_', '-')}"] if kind is bool else []
         annotation = Annotated[kind, typer.Option(*flag, **about)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default,
                                             annotation=annotation))  # fmt: skip

@@ -73,7 +73,7 @@ def _common(
 
 
 def _register(name: str) -> None:
-    """Makes a command of the function ``name`` in the module ``name``.
+    """Makes a command of the function ``name`` in the module ``peft_ext.cli.name``.
 
     The function returns the command's exit code, or None for 0.
     """

@@ -18,7 +18,9 @@ from ._common import QUANT_HELP, AdapterFolder, BaseBlocksize, base_of, named_ba
 if TYPE_CHECKING:
     from ..merge.gguf import MergedTensor
 
-_SMALL_ERROR = 0.01  # if a relative rounding error is larger, the summary suggests --type q8_0
+# If --type is "same" and the relative rounding error of all merged weights together is larger than _SMALL_ERROR, the
+# summary suggests --type q8_0.
+_SMALL_ERROR = 0.01
 _MODEL_HELP = 'Base: folder, hub name, or "smollm2"; with --gguf a GGUF file. Default: the adapter\'s own.'
 
 

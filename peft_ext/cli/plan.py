@@ -1,4 +1,4 @@
-"""``peft-ext finetune --dry-run``: the plan of a run as tables."""
+"""``peft-ext finetune --dry-run``: prints the plan of a run as tables."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ def _remarks(plan: Plan) -> Iterator[str]:
         mends += ["--dtype bf16"] * (o.quant == "none" and run.dtype == torch.float32)
         mends += ["a smaller --batch-size or --block-size"]
         mends += ["--gradient-checkpointing"] * (not o.gradient_checkpointing and method.can_checkpoint)
-        if adapter.memory is None or plan.check_bytes > plan.step_bytes:  # the batch size is not the cause
+        # A smaller batch does not help if the last check needs more memory than a step.
+        if adapter.memory is None or plan.check_bytes > plan.step_bytes:
             mends = ["--quant nf4"] * dense + ["a smaller model"]
         yield f"warning: it needs more memory than is free; {' or '.join(mends)} takes less"
     if run.packed:

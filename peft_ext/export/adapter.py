@@ -66,7 +66,7 @@ class Pair:
     Attributes:
         module: name of the module in transformers' model.
         a, b: names of the tensors in PEFT's file.
-        e: name of AdaLoRA's singular values ``[rank, 1]``, which multiply the rows of A; None for LoRA.
+        e: name of the tensor of AdaLoRA's singular values ``[rank, 1]``, which multiply the rows of A; None for LoRA.
         embedding: whether the module is an embedding, whose inputs are the tokens of the vocabulary.
         scale: factor of the product ``B @ A``.
     """
@@ -142,7 +142,7 @@ def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict
     file.
 
     PEFT saves the frozen weight of an embedding or head that the adapter changes, dense or packed. The export leaves
-    these tensors out, because llama.cpp has the base's weights in the base's own file.
+    the base's frozen tensors out, because llama.cpp has the base's weights in the base's own file.
     """
     endings = _LORA if config.peft_type == "LORA" else _ADALORA
     found: dict[str, dict[str, str]] = {}

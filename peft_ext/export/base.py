@@ -40,7 +40,7 @@ class Base:
 
     def tensor_of(self, module: str) -> str:
         """Returns the name of a module's weight in llama.cpp's file. Raises ExportError where the base has no such
-        weight."""
+        weight, or where the weight is shared by the embedding and the head."""
         tensor = self.names.tensor(module)
         if tensor is None:
             fail(f"the adapter changes {module}, for which llama.cpp's {self.names.architecture} has no tensor")
@@ -58,14 +58,16 @@ class Base:
         return name
 
     def shape_of(self, module: str) -> tuple[int, ...]:
-        """Returns the shape of a module's weight. Raises ExportError where the base has no such weight."""
+        """Returns the shape of a module's weight. Call :meth:`tensor_of` first, which raises ExportError for a missing
+        weight."""
         return self.shapes[self.tensor_of(module) if self.is_file else module]
 
 
 def base_of(given: Union[str, Path, None], config: PeftConfig) -> Base:
     """Returns names and sizes of the base ``given``: a GGUF file, a folder or a hub name. Reads no weight.
 
-    ``given`` None means the base that ``config`` names. Raises ExportError.
+    ``given`` None means the base that ``config`` names. Raises ExportError where the base is not named, can't be found,
+    is damaged or has an architecture that is not supported.
     """
     name = given if given is not None else config.base_model_name_or_path
     if not name:

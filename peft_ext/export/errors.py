@@ -9,7 +9,8 @@ from ..sources.json_file import raised_as
 
 
 class ExportError(ValueError):
-    """Raised where an export is impossible. The message is one line with the given value and the wanted value."""
+    """Raised where an export is impossible. The message is one line that names the given value and mostly the wanted
+    value."""
 
 
 def fail(text: str) -> NoReturn:

@@ -208,7 +208,8 @@ def _text(name: str) -> str:
 
 
 def _matrices(opened: Any, pair: Pair, name: str, base: Base, alpha: float) -> tuple[Tensor, Tensor]:
-    """Returns lora_a and lora_b of a pair as the adapter file has them, in float32."""
+    """Returns lora_a and lora_b of a pair, in float32, with the values and the layout that llama.cpp's adapter file
+    has."""
     first, second = opened.get_tensor(pair.a).float(), opened.get_tensor(pair.b).float()
     if pair.e is not None:
         first = first * opened.get_tensor(pair.e).float()

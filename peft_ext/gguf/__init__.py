@@ -1,4 +1,4 @@
-"""GGUF, the file format of llama.cpp: reading files, and models whose weights stay packed as in the file.
+"""Reads GGUF, the file format of llama.cpp, and loads models whose weights stay packed as in the file.
 
 header    the checked header of a file: metadata, and the place of each tensor
 checks    whether a header is of a model that transformers and the package gguf can read

@@ -16,9 +16,13 @@ from .header import GgufHeader, TensorInfo
 __all__ = ["MOST_LAYERS", "check_model", "check_tokenizer"]
 
 MOST_LAYERS = 10_000
-_LONGEST_TOKEN = 1024  # characters of a token; in a file without merges, transformers tries every split of each token
+# Largest accepted number of characters of a token. In a file without merges, transformers tries every split of each
+# token.
+_LONGEST_TOKEN = 1024
 _MOST = (1 << 31) - 1
-_MOST_MASKS = 1 << 28  # bytes of all masks; transformers' GPT-2 makes a mask of context_length ** 2 bytes in each layer
+# Largest accepted number of bytes of all attention masks together. transformers' GPT-2 makes a mask of context_length
+# ** 2 bytes in each layer.
+_MOST_MASKS = 1 << 28
 
 # Fields of an architecture whose values must be integers -> the smallest and the largest value.
 _SIZES: dict[str, tuple[int, int]] = {
@@ -189,7 +193,8 @@ def _check_shapes(header: GgufHeader) -> None:
     # The names of T5's tensors begin with enc.blk.N in the encoder and with dec.blk.N in the decoder.
     pattern = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]{1,9})\.")
     found = {int(match[1]) for name in header.tensors if (match := pattern.match(name))}
-    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)  # a file may lack the nextn layers
+    # a file may lack the layers for multi-token prediction (nextn)
+    present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)
     problem = next((f"layer {index} has no tensors" for index in range(present) if index not in found), None)
     if problem is None and max(found, default=0) >= layers:
         problem = f"layer {max(found)} has tensors"

@@ -35,9 +35,9 @@ _SIZE_FIELDS = {
 }
 # Names that configurations give to the eps of the norms. A configuration's class has at most one of these fields.
 _EPSILON_FIELDS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
-_GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of the model with 27 billion parameters
+_GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of Gemma 2, and of Gemma 3, with 27 billion parameters
 _PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate only a part of each head
-# Keys that transformers reads for the architectures of integrations.gguf (Qwen 3.5 and LFM2).
+# Keys of the metadata that transformers' module integrations.gguf reads, for the architectures Qwen 3.5 and LFM2.
 _READ_BY_FUNCTIONS = {
     "attention.key_length", "rope.dimension_count", "rope.dimension_sections", "nextn_predict_layers",
     "expert_feed_forward_length", "expert_shared_feed_forward_length",
@@ -158,7 +158,8 @@ class _Facts:
         changes["vocab_size"] = rows
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             number = getattr(config, name, None)
-            if type(number) is int and number >= rows:  # the class's default, and not a value of the file
+            # The number is the default of the configuration's class, and not a value of the file.
+            if type(number) is int and number >= rows:
                 changes[name] = None
         for key, field in _SIZE_FIELDS.items():
             if (size := self.get(key)) is not None and self.has(field):
@@ -235,7 +236,7 @@ class _Facts:
             return
         nested = "full_attention" in held
         rotary = dict(held["full_attention"] if nested else held)
-        if self.architecture == "gpt-oss":  # by default, the configuration's class scales positions by 32
+        if self.architecture == "gpt-oss":  # the class of gpt-oss's configuration scales positions by 32 by default
             rotary = {"rope_type": "default"}
         rotary["rope_theta"] = float(self.get("rope.freq_base", 10_000.0))
         self._take_part(rotary)
@@ -254,7 +255,7 @@ class _Facts:
         """Reads how many features of each head rotary positions rotate."""
         count = self.get("rope.dimension_count")
         if count is None or self.config.model_type in ("minimax_m2", "qwen3_5_text", "qwen3_5_moe_text"):
-            return  # for these models, transformers itself reads rope.dimension_count
+            return  # for MiniMax-M2 and Qwen 3.5, transformers itself reads rope.dimension_count
         if count == self.head or self.architecture in _PARTIAL:
             if count > self.head or int(self.head * (count / self.head)) != count:
                 raise self.refuse("rope.dimension_count", f"wanted a part of the {self.head} features of a head")
@@ -271,7 +272,8 @@ class _Facts:
             kind = "linear"
         if kind in (None, "none") or (kind == "longrope" and ROTARY_FACTORS[1] in self.header.tensors):
             return
-        if kind == "linear" and factor in (None, 0.0, 1.0):  # a linear scaling with such a factor changes nothing
+        # A linear scaling without a factor, or with the factor 0 or 1, changes nothing.
+        if kind == "linear" and factor in (None, 0.0, 1.0):
             return
         if kind not in ("linear", "yarn") or self.architecture == "phi3" or type(factor) is not float or factor <= 0:
             raise self.header.error(f"{self.architecture}.rope.scaling.type is {kind!r:.60} with the factor {factor}, "
@@ -290,7 +292,7 @@ class _Facts:
     def _take_factors(self, rotary: dict[str, Any]) -> None:
         """Reads the tensors with the factors by which rotary frequencies are divided.
 
-        A file has one tensor of factors (Llama 3), or one for long texts and one for short texts (Phi 3).
+        A file with such factors has one tensor (Llama 3), or one for long texts and one for short texts (Phi 3).
         """
         count = int(self.head * rotary.get("partial_rotary_factor", 1.0)) // 2
         if self.architecture == "phi3":

@@ -45,7 +45,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _U32, _STRING, _ARRAY = 4, 8, 9
 _LENGTH = struct.Struct("<Q")  # format of the length of a string
 
-# ggml's types of integers.
+# Number of one of ggml's integer types in the file -> PyTorch's dtype.
 _INTEGERS = {24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64}
 
 

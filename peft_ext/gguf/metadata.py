@@ -1,4 +1,4 @@
-"""The configuration and the tokenizer that a GGUF file describes, read by transformers.
+"""Reads the configuration and the tokenizer that a GGUF file describes, with transformers.
 
 transformers 5.24 takes seconds to read the metadata of a file, because transformers converts the strings of the
 vocabulary one by one. :func:`read_config` therefore gives transformers the metadata without the vocabulary.
@@ -95,7 +95,8 @@ def _read_by_function(header: GgufHeader) -> Any:
         for key in header.keys
         if not key.startswith("tokenizer.") or key.endswith("_token_id")  # the lists of the vocabulary are left out
     }
-    metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]  # transformers needs only a number
+    # get_gguf_config takes the number of tokens in place of the list of tokens.
+    metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]
     fields = get_gguf_config(metadata, tuple(header.tensors))
     return AutoConfig.for_model(**fields)
 

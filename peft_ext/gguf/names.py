@@ -43,7 +43,7 @@ class GgufNames:
     Args:
         architecture: GGUF's name of the architecture, a value of ``ARCHITECTURES``.
         layers: number of layers.
-        heads, kv_heads: attention heads and key-value heads of each layer.
+        heads, kv_heads: numbers of attention heads and of key-value heads of each layer.
 
     Raises: ValueError for an architecture that ``ARCHITECTURES`` does not have.
     """
@@ -62,7 +62,7 @@ class GgufNames:
 
     @classmethod
     def of_file(cls, header: GgufHeader) -> GgufNames:
-        """Returns the names in a model's file.
+        """Returns the names of the tensors of the model in a file.
 
         Raises GgufError for an architecture that ``ARCHITECTURES`` does not have, and where the metadata has no number
         of layers or heads.

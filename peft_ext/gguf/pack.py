@@ -38,7 +38,8 @@ with required("transformers", "a model in a GGUF file"):
 __all__ = ["Packed", "pack"]
 
 _LINEAR = ("FalconLinear",)  # names of transformers' classes that compute what nn.Linear computes
-_SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")  # embeddings with a factor, scalar_embed_scale
+# names of classes of embeddings with a factor, the attribute scalar_embed_scale
+_SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")
 _CHANGED = "transformers changes its values as it reads the file"
 
 
@@ -55,7 +56,8 @@ class _Changes(NamedTuple):
     """The tensors whose values or rows a class of TENSOR_PROCESSORS changes.
 
     Attributes:
-        digest: :func:`_digest` of the class for which the other attributes are true, or "" for a class of this module.
+        digest: the result of :func:`_digest` for the class whose changes the other attributes describe; "" for a class
+            of this module, whose code is known.
         names: regular expression of the names of the tensors.
         rows: if the class only reorders rows: a function of a tensor's name, its number of rows and the configuration,
             which returns ``order``. Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
@@ -112,7 +114,7 @@ _CHANGES: dict[type, _Changes] = {
     legacy.MiniMaxM2TensorProcessor: _Changes("5f329bd3c6ef3167b431", r"_exps"),
     _GptOss: _Changes("", r"_exps"),
 }
-_PARTS = ("gate", "up", "down")  # tensors of a block's experts
+_PARTS = ("gate", "up", "down")  # parts of the names of the tensors of a block's experts
 _EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(gate|up|down)_exps\.(?P<leaf>weight|bias)")
 # Tensors that are not loaded: rotary factors, which are in the configuration, and rotary frequencies of old files.
 _UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.attn_rot_embd(\.weight)?")))
@@ -188,7 +190,8 @@ def _shapes(model: Any) -> dict[str, torch.Size]:
 
 
 def _check_all(model: Any, header: GgufHeader, shapes: dict[str, torch.Size], found: Iterable[str]) -> None:
-    """Raises GgufError for a parameter without a tensor, before transformers allocates memory for the parameter."""
+    """Raises GgufError for a parameter that has no tensor in the file, before transformers allocates memory for the
+    parameter."""
     found = set(found)
     tied = {name for pair in model.all_tied_weights_keys.items() if set(pair) & found for name in pair}
     if missing := [name for name in shapes if name not in found and name not in tied]:
@@ -264,7 +267,7 @@ def _weight(header: GgufHeader, info: TensorInfo, dtype: torch.dtype) -> PackedW
 
 
 def _values(header: GgufHeader, info: TensorInfo) -> Tensor:
-    """Returns the values of a tensor, float32 where the tensor is quantized."""
+    """Returns the values of a tensor: in float32 where the tensor is quantized, else in the tensor's own dtype."""
     if info.dtype is not None:
         return header.data(info.name)
     return _weight(header, info, torch.float32).dequantize(torch.float32).reshape(info.shape)
@@ -274,7 +277,7 @@ def _values(header: GgufHeader, info: TensorInfo) -> Tensor:
 
 
 def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
-    """Returns the model's names of the parameters by the file's names of the tensors.
+    """Returns a dict from the file's name of each tensor to the model's name of the parameter.
 
     The names are those of transformers' ``get_gguf_hf_weights_map``, which builds the table of names anew for each
     module of the model; this function builds the table once.
@@ -339,7 +342,8 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                if reason is None and target not in found.tensors:  # once for gate, up and down together
+                # gate, up and down of a block are packed together, at the first of them
+                if reason is None and target not in found.tensors:
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
                 changes = _CHANGED if touched and changed.rows is None else None
@@ -355,7 +359,8 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
             found.dense[target] = reason
         _decode(header, info, target, names, processor, touched, dtype, found.tensors)
         made = found.tensors.get(target)
-        # Some converters keep sizes of 1 and some do not, for example in the gate of Qwen 2's shared expert.
+        # Some converters of a model to GGUF keep sizes of 1 and some do not, for example in the gate of Qwen 2's shared
+        # expert.
         if made is not None and _without_ones(made.shape) == _without_ones(shapes[target]):
             found.tensors[target] = made = made.reshape(shapes[target])
         if made is not None and made.shape != shapes[target]:
@@ -442,7 +447,8 @@ class _Source(NamedTuple):
 
 
 def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
-    """Returns the source of each parameter. Its tensors are those that transformers' ``get_gguf_plan`` finds."""
+    """Returns the source of each parameter, with the tensors that transformers' ``get_gguf_plan`` finds for the
+    parameter."""
     mapping = copy.deepcopy(mapping)  # a copy, because rename_source_key changes the conversions
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -43,7 +43,8 @@ def adapt_on_meta(
     config = copy.deepcopy(config)
     config.inference_mode = False
     if isinstance(getattr(config, "init_lora_weights", None), str):
-        config.init_lora_weights = True  # PEFT's default initialization gives tensors of the same shapes as any other
+        # PEFT's default initialization gives tensors of the same shapes as any other initialization
+        config.init_lora_weights = True
     if hasattr(config, "prompt_tuning_init"):
         config.prompt_tuning_init = peft.PromptTuningInit.RANDOM
     register_layers(config, model)

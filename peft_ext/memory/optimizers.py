@@ -1,4 +1,4 @@
-"""Bytes of the optimizers' states and of their temporary tensors."""
+"""Computes the bytes of the optimizers' states, and names the optimizers whose step makes temporary tensors."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def _adafactor(p: Tensor) -> list[int]:
     return [4 * p[..., 0].numel(), 4 * p[..., 0, :].numel()]
 
 
-# By an optimizer's name: the function that returns the bytes of each state of one parameter, and the number of
-# temporary copies of all gradients in a step on CUDA, where torch.optim updates all parameters at once. On a CPU, if
-# this number is above 0, a step has two temporary copies of the largest gradient.
+# OPTIMIZERS maps an optimizer's name to the function that returns the bytes of each state of one parameter, and to the
+# number of temporary copies of all gradients in a step on CUDA, where torch.optim updates all parameters at once. On a
+# CPU, a step of an optimizer with the number 1 has two temporary copies of the largest gradient.
 OPTIMIZERS: dict[str, tuple[Callable[[Tensor], list[int]], int]] = {
     "adamw": (_plain(2), 1),
     "adam": (_plain(2), 1),

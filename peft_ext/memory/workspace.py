@@ -1,7 +1,7 @@
 """Upper bound of the scratch memory that operators allocate in addition to their outputs, which a trace does not see.
 
-The bound leaves out a few MB a thread. Partial sums of an adapter's gradients are counted for a loss, and on CUDA for
-experts, but for no other operator.
+The bound leaves out a few MB of scratch memory in each thread. Partial sums of an adapter's gradients are counted for a
+loss, and on CUDA for experts, but for no other operator.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
 
     The scratch of a linear layer is the scratch of its product, see :func:`_of_product`. In the backward of a layer
     that scales its output or its input, the scratch also has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings`
-    and :func:`_of_experts` compute the scratch of a loss, of siblings and of experts. An operator that has no argument
-    ``shape`` counts as 0 bytes.
+    and :func:`_of_experts` compute the scratch of a loss, of siblings and of experts. Any other operator that has no
+    argument ``shape`` counts as 0 bytes.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     if func is LOSS:
@@ -47,7 +47,7 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     size = _of_product(given, by.dtype, by.numel() // max(1, by.shape[-1]), device, backward)
     if backward and ("ia3_l" in given or "out_scale" in given):
         feedforward = bool(given.get("feedforward"))
-        # For feedforward in 16 bits on the CPU, _of_product has counted the scaled tensor.
+        # For a feed-forward layer of IA3 in 16 bits on the CPU, _of_product has counted the scaled tensor.
         if not (feedforward and device == "cpu" and by.element_size() == 2):
             size += given["x" if feedforward else "grad"].numel() * by.element_size()
     return size
@@ -78,7 +78,9 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     is_packed, panel_rows = bool(given.get("layout")), min(_WIDE_PANEL, out_features)
     if device != "cpu" or dtype.itemsize != 2:
         size = out_features * in_features * dtype.itemsize if is_packed else 0
-        if device == "cpu" and drops:  # float32: the dropped x or scaled dY, the sum added to the product, a panel of W
+        # in float32 the scratch also has the dropped x or the scaled dY, the sum to which the product is added, and a
+        # panel of W
+        if device == "cpu" and drops:
             size += 4 * (rows * (out_features + in_features) + panel_rows * in_features)
         return size
     products = 2 if drops else 1
@@ -91,7 +93,8 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     # On the scalar path PyTorch multiplies in 16 bits, and the other terms are added to PyTorch's product.
     if STATE.isa == "scalar" and products == 1 and not _scales(given):
         return out_features * in_features * 2 if is_packed else 0
-    panel = panel_rows * in_features  # elements of a panel of W in float32; a packed W is first decoded to 16 bits
+    # number of elements of a float32 panel of W; a packed W is first decoded to 16 bits
+    panel = panel_rows * in_features
     size = products * 4 * (rows * (out_features + in_features) + panel) + (2 * panel if is_packed else 0)
     # If W has more rows than one panel, the backward copies the gradient's columns that belong to a panel.
     return size + (4 * rows * panel_rows if backward and out_features > _WIDE_PANEL else 0)
@@ -118,7 +121,7 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
     forward = backward = 0
     if not in_place:
         forward, backward = (_of_product(given, dtype, rows, device, back) for back in (False, True))
-        backward += 2 * rows * features * dtype.itemsize  # dX, and an empty tensor of dX's size
+        backward += 2 * rows * features * dtype.itemsize  # the scratch also has dX, and an empty tensor of dX's size
     elif device == "cpu" and _packs_weight(dtype):
         forward = vocab * features * dtype.itemsize
     if given["lora_A"] is None:
@@ -174,8 +177,8 @@ def _of_experts(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of the operators of experts.
 
     On a CPU the scratch is contiguous copies of the adapters that are not contiguous, and in the backward as many bytes
-    again for gradients. On a GPU the scratch is the adapters' terms, of up to six bytes an element, and in the backward
-    partial sums of the adapters' gradients.
+    again for gradients. On a GPU the scratch is the bfloat16 terms of the adapters, of up to six bytes for each
+    element, and in the backward partial sums of the adapters' gradients.
     """
     held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
     if device == "cuda":
@@ -189,8 +192,8 @@ def _of_experts(given: dict[str, Any], device: str) -> int:
 def _of_siblings(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of siblings, which are layers of one input.
 
-    On the CPU in bfloat16, where peft_ext's tiles multiply, the scratch is x packed once in the forward, and the packed
-    gradients of all layers in the backward. In all other cases the scratch is that of the layer with the most outputs.
+    On a CPU path with tiles, in bfloat16, the scratch is x packed once in the forward, and the packed gradients of all
+    layers in the backward. In all other cases the scratch is that of the layer with the most outputs.
     """
     x, sizes = given["x"], given["sizes"]
     packed = [grad for grad in given.get("grads", [x]) if grad is not None]

@@ -52,7 +52,7 @@ class MergeReport:
         files: names of the weight files in the folder.
         nbytes: bytes of the tensors that were written.
         base: the base's folder or name.
-        model_class: class of the model that was written.
+        model_class: name of the class of the model that was written.
         base_quant: quantization of the base's weights: one of ``QUANTIZATIONS`` of peft_ext.weights.quantizers.
         base_quant_text: ``base_quant`` and the reason for it, in words.
         method: PEFT's name of the adapter's method.
@@ -60,7 +60,8 @@ class MergeReport:
         merged: number of modules that the adapter changed.
         tensors, parameters: numbers of tensors and of elements that were written.
         untied: names of weights that were tied in the base and are separate now, because the adapter changed one.
-        largest_change: name of the tensor with the largest ‖W' − W‖ / ‖W‖, and this ratio; (None, 0.0): none measured.
+        largest_change: name of the tensor with the largest ‖W' − W‖ / ‖W‖, and this ratio; (None, 0.0) where no change
+            was measured.
         seconds: seconds that the merge took.
     """
 
@@ -110,12 +111,13 @@ def merge_to_dense(
             model in memory is not changed. With ``model`` None, the base is the model that the adapter's configuration
             names.
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
-        output: a folder, new or empty. The finished folder appears in one step, see
-            :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the merged model.
+        output: a folder, new or empty, or with ``overwrite`` an existing folder of a model. The finished folder appears
+            in one step, see :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the
+            merged model.
         dtype: dtype of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the
             base's. Tensors that the model's class keeps in float32 for this dtype are written in float32. Tensors of
             integers keep their dtypes.
-        max_shard_size: bytes of a weight file, as a number or as "5GB".
+        max_shard_size: largest number of bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
             the adapter is added; "mxfp4", "nvfp4", "fp8", "int4": the same as quantize_packed does; "none": the weights
             are taken as they are; "checkpoint": ``model`` has packed weights. base_quant None: the quantization of the
@@ -123,7 +125,7 @@ def merge_to_dense(
             beside the adapter, or "none" without a run.json.
         blocksize, double_quant: options of base_quant "nf4"; blocksize None: run.json's, or else 64.
         overwrite: True: the output may be an existing folder of a model, which is replaced.
-        progress: show a progress bar, on a terminal only.
+        progress: whether to show a progress bar, on a terminal only.
 
     Returns: a report of the merge.
 
@@ -132,7 +134,7 @@ def merge_to_dense(
         MergeError: a method, an initialization or a quantization that can't be merged; an adapter of another
             architecture, of other shapes, with missing or unknown tensors, or in a pickle; a wrong option.
         OSError: ``output`` is a folder that is not empty and overwrite is False, or can't be written, or the model does
-            not fit on the disk. No partial folder is left.
+            not fit on the disk. After an error no partial folder is left.
     """
     started = time.perf_counter()
     dtype = _dtype(dtype)

@@ -9,8 +9,7 @@ from ..sources.json_file import raised_as
 
 
 class MergeError(ValueError):
-    """Raised if a merge is impossible. The message is one line with the value that came and the value that was
-    wanted."""
+    """Raised if a merge is impossible. The message is one line that says what came and mostly what was wanted."""
 
 
 def fail(text: str) -> NoReturn:

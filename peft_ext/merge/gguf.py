@@ -80,8 +80,8 @@ class MergedTensor:
         name: name in the file; "" for all tensors.
         type: ggml's type of the written tensor, by name; "" for all tensors.
         error: ‖Q − W'‖ / ‖W'‖.
-        type_error: ‖Q(N) − N‖ / ‖N‖ of the base tensor's own type, for normally distributed values N. NaN if the type
-            has no quantizer.
+        type_error: ‖N' − N‖ / ‖N‖ for normally distributed values N and the values N' that N has after quantization to
+            the base tensor's own type. NaN if the type has no quantizer.
         moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. ``moved`` is below 1 if the rounding has undone changes of
             many elements, and above 1 if the rounding has changed elements by more than the adapter.
         kept: ⟨Q − W, D⟩ / ‖D‖², the part of the adapter's change that is in the file. ``kept`` is 1 where Q is exact,
@@ -106,7 +106,7 @@ class GgufMergeReport:
         base: the base's file.
         architecture: GGUF's name of the model's architecture.
         method: PEFT's name of the adapter's method.
-        type: the argument ``type``.
+        type: the argument ``type`` of :func:`merge_to_gguf`.
         merged: number of modules that the adapter changed.
         tensors: errors of each tensor that the adapter changed, in the file's order.
         whole: errors over all elements of all tensors that the adapter changed.
@@ -163,7 +163,7 @@ def merge_to_gguf(
             keep their types. Where most elements of the new file's matrices have another type than in the base's file,
             ``general.file_type`` is changed to name the new type.
         overwrite: True: the output may be an existing GGUF file, which is replaced.
-        progress: show a progress bar, on a terminal only.
+        progress: whether to show a progress bar, on a terminal only.
 
     Returns: a report of the merge, with the errors of each merged tensor.
 
@@ -282,7 +282,8 @@ class _Merge:
         self.file_type = self._new_file_type(wanted)
 
     def _source(self, tensor: str) -> TensorInfo:
-        """Returns the base's tensor that a tensor of the new file replaces; for a new head the embedding."""
+        """Returns the base's tensor that a tensor of the new file replaces; for a head that the base's file lacks, the
+        embedding."""
         return self.header.tensors[tensor if tensor in self.header.tensors else _EMBEDDING]
 
     def _new_file_type(self, wanted: Optional[int]) -> Optional[int]:

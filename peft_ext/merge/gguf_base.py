@@ -34,7 +34,7 @@ class GgufBase:
         tensors: name in the model's ``state_dict`` -> name of the tensor in the file, for all tensors of the file that
             the model has.
 
-    Raises: MergeError for a file whose model can't be read; OSError.
+    Raises: MergeError for a file whose model can't be read; OSError where the file can't be opened.
     """
 
     def __init__(self, path: Union[str, Path]) -> None:
@@ -118,7 +118,8 @@ def decoded(data: Tensor, type: int) -> Tensor:
 
 
 def _model(header: GgufHeader, config: Any) -> PreTrainedModel:
-    """Returns the model of a file on the meta device. Changes ``config`` to the sizes of the file's tensors."""
+    """Returns the model of a file on the meta device. Sets tied embeddings, vocabulary size, padding token and head
+    size in ``config`` as the file has them."""
     architecture, embedding = header.architecture, header.tensors["token_embd.weight"]
     config.tie_word_embeddings = "output.weight" not in header.tensors
     config.vocab_size, config.pad_token_id = embedding.shape[0], None

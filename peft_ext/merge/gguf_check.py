@@ -54,7 +54,7 @@ def compare_logits(
 
     If the base's file has no tokenizer, 64 random tokens take the place of ``text``.
 
-    Raises: MergeError where a model can't be loaded; OSError.
+    Raises: MergeError where a model can't be loaded; OSError where a file can't be read.
     """
     with hushed(), torch.no_grad(), as_merge_error(GgufError, ValueError, TypeError, about="comparing logits: "):
         model = _load(base)

@@ -36,7 +36,8 @@ def _head(header: GgufHeader) -> bytearray:
 
 
 def file_type_offset(header: GgufHeader) -> Optional[int]:
-    """Returns the offset of the value of ``general.file_type``; None unless exactly one such key has a uint32."""
+    """Returns the offset of the value of ``general.file_type``; None unless the metadata has exactly one key of this
+    name with a uint32 as its value."""
     key = b"general.file_type"
     entry = struct.pack("<Q", len(key)) + key + struct.pack("<I", _UINT32)
     head = _head(header)

@@ -196,7 +196,7 @@ class Plan:
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
-        """The tensors of the files, on the meta device, by name."""
+        """The tensors of the output's files, on the meta device, by name."""
         return {name: tensor for _, outputs in self.groups for name, tensor in outputs.items()}
 
     @cached_property

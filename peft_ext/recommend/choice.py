@@ -46,7 +46,7 @@ def recommend_peft_method(
 ) -> Recommendation:
     """Recommends the best-ranked method for the task and the data that fits the card, in the first setting that fits.
 
-    The number of examples decides the method:
+    The number of examples and the kind of model decide the method:
 
     - For fewer than 100 examples: IA3, which was designed for few examples and does better than in-context learning
       (arXiv 2205.05638).

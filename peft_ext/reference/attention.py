@@ -37,7 +37,8 @@ def _scores(
 
 
 def _dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
-    """Returns D ∘ x for ``x [B, H, T, S]``. The dropout draws are indexed by the transposed layout ``[B, H, S, T]``."""
+    """Returns D ∘ x for ``x [B, H, T, S]``; D is 1 / (1 - p) for a key that dropout keeps, and 0 for a dropped key. The
+    dropout draws are indexed by the transposed layout ``[B, H, S, T]``."""
     return dropped(x.mT, p, seed).mT
 
 
@@ -83,9 +84,9 @@ def scaled_dot_product_attention_backward(
     seed: Optional[Tensor] = None,
     bias: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``,
-    ``dQ = scale dS k``, ``dK = scale dSᵀ q``. P is computed from S and lse. The gradients of k and v are summed over
-    the query heads that share a key head.
+    """Returns the gradients of q, k and v: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale
+    dS k``, ``dK = scale dSᵀ q``. The probabilities P are computed from the scores S and their log-sum-exp lse. The
+    gradients of k and v are summed over the query heads that share a key head.
     """
     wide, heads = sum_dtype(q.dtype), q.shape[1]
     wide_k, wide_v = (_per_head(x, heads, wide) for x in (k, v))

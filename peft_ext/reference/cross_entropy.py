@@ -22,7 +22,8 @@ __all__ = ["cross_entropy_rows", "linear_cross_entropy"]
 
 
 def capped(logits: Tensor, scale: float, softcap: float) -> Tensor:
-    """Returns ``c tanh(a x / c)`` for the logits x, or ``a x`` if the cap c is 0, in float32 or float64."""
+    """Returns ``c tanh(a x / c)`` for the logits x, the factor a and the cap c, or ``a x`` if c is 0, in float32 or
+    float64."""
     z = logits.to(sum_dtype(logits.dtype)) * scale
     return softcap * torch.tanh(z / softcap) if softcap else z
 

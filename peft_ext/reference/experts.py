@@ -80,7 +80,8 @@ def lora_experts_forward(
     seed: Optional[Tensor],
     out_scale: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``(Y [T, N], S [T, R], Z [T, N])`` for T rows of x. Rows that belong to no expert are zeros.
+    """Returns ``(Y [T, N], S [T, R], Z [T, N])`` for T rows of x. The results of rows that belong to no expert are
+    zeros.
 
     S is ``dropout(x_t) A_eᵀ``, and Z is the value that DoRA's g multiplies. With out_scale, which is DoRA's g
     ``[E, N]``, the adapters are DoRA adapters. S (the product with A) is empty without adapters, and Z (the value
@@ -118,7 +119,7 @@ def lora_experts_backward(
     out_scale: Optional[Tensor] = None,
     z: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, lora_A, lora_B and g.
+    """Returns the gradients of x, lora_A, lora_B and out_scale, which is DoRA's g.
 
     The adapter of an expert without rows has zeros as gradients. The gradient of an argument that is None is empty,
     ``[0]``.

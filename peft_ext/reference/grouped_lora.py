@@ -21,7 +21,7 @@ __all__ = ["grouped_lora_linear", "grouped_lora_linear_forward", "samples_of"]
 
 
 def samples_of(adapters: Sequence[int], group: int) -> list[int]:
-    """Returns the indices of the samples whose adapter is ``group``."""
+    """Returns the indices of the samples whose adapter has the number ``group``."""
     return [i for i, adapter in enumerate(adapters) if adapter == group]
 
 
@@ -36,7 +36,7 @@ def grouped_lora_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(Y [samples, ..., N], S [T, R])``; S is ``x Aᵀ`` with the A of each token's adapter.
 
-    R is the largest rank. S is 0 in the columns beyond the rank of the token's adapter.
+    R is the largest rank of the adapters. S is 0 in the columns beyond the rank of the token's adapter.
     """
     wide = sum_dtype(x.dtype)
     y = F.linear(x, dense(weight, x.dtype), bias).to(wide)

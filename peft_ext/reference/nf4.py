@@ -201,7 +201,7 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False
 
 
 def nf4_dequantize(nf4: PackedWeight, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """See :func:`peft_ext.ops.nf4_dequantize`. Also decodes packed weights of other formats."""
+    """See :func:`peft_ext.ops.nf4_dequantize`. This function also decodes packed weights of other formats than NF4."""
     dtype = dtype or nf4.dtype
     return dequantize(*nf4.op_args(), dtype) if isinstance(nf4, NF4Weight) else decoded(nf4, dtype)
 

@@ -71,8 +71,8 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
     """Checks the output folder and returns the checkpoint to resume from; None without --resume.
 
     Raises RunError where the folder can't be written to, and where it is not empty and neither --resume nor --overwrite
-    is given. With --resume, raises RunError where no checkpoint is whole, or where an option in SAME_ON_RESUME differs
-    from the option of the earlier run.
+    is given. With --resume, raises RunError where no checkpoint is whole, or where the number of examples of a step or
+    an option in SAME_ON_RESUME differs from the earlier run.
     """
     existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():

@@ -138,7 +138,7 @@ def _read(spec: str) -> Iterator[Row]:
     try:
         path = Path(spec).expanduser()
         path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # raised if the name is too long, or has "~" with an unknown user
+    except (OSError, RuntimeError) as error:  # the name is too long, or begins with "~" and the name of an unknown user
         raise RunError(f"--data {spec[:60]}: {getattr(error, 'strerror', None) or error}") from None
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
@@ -237,8 +237,8 @@ def read_records(
 ) -> tuple[str, list[Any]]:  # fmt: skip
     """Returns the kind ("text" or "chat") and the records of the rows, as :class:`Corpus` has them.
 
-    Detects the columns where neither ``text`` nor ``prompt`` names a column. Leaves out empty texts and completions.
-    Raises RunError for a missing column and for a value of a wrong type.
+    Detects the columns where neither ``text`` nor ``prompt`` names a column. Leaves out records with an empty text or
+    an empty completion. Raises RunError for a missing column and for a value of a wrong type.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     there = ", ".join(columns)

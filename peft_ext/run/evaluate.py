@@ -47,8 +47,8 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
     """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``.
 
-    Each rank computes the losses of a share of the examples. The sum of an example's losses does not depend on the
-    number of ranks.
+    Each rank computes the losses of a share of the examples. A signal during training ends the function early, with
+    fewer losses, unless the run is sharded. The sum of an example's losses does not depend on the number of ranks.
     """
     model.eval()
     examples, ranks, found = run.examples.held_out, run.ranks, {}
@@ -210,7 +210,8 @@ class Check:
     """The largest absolute differences between logits, computed for at most two held-out examples.
 
     Attributes:
-        max_difference: difference between the trained model on its stock path and the saved adapter read by stock PEFT.
+        max_difference: difference between the trained model and a fresh base with the saved adapter, both run by stock
+            PEFT except for the models that :func:`reread` names.
         bound: the difference that rounding may cause: 4 eps of the computation's dtype, times the largest logit.
         ok: whether ``max_difference`` is at most ``bound``.
         largest: largest absolute logit of the trained model.

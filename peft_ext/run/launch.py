@@ -105,7 +105,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def check_settings(has_gpu: bool, environment: Mapping[str, str] = os.environ) -> str:
-    """Returns what the log says about a configuration of ``accelerate launch``, or "".
+    """Returns a line for the log about a configuration of ``accelerate launch``, or "".
 
     Raises RunError where the configuration asks for an engine, a precision, a compiler or a device that a run does not
     take from the configuration.

@@ -204,7 +204,8 @@ def preview(
             quantization=quant, blocksize=blocksize, accelerated=not stock,
             gradient_checkpointing=gradient_checkpointing, padding=padding,
         )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # for a forward that can't be traced
+    # estimate_memory raises these for a forward that can't be traced
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         why = first_line(error).removeprefix("estimate_memory: ")
     sharded = None if shards is None else sharded_memory(model, shards, memory, quant)
     return Preview(rows, trainable, size, memory, why, sharded)

@@ -303,7 +303,8 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
 
 
 def facts_of(run: Run) -> dict[str, Any]:
-    """Returns what must be equal in all processes of a run: options, versions, data, and the model's files.
+    """Returns what must be equal in all processes of a run: the options but output, threads, model and data; versions;
+    the data; the model's files; the dtype; and the checkpoint.
 
     The facts about a file of weights are the size of the file and its header, which has the tensors' names and shapes.
     """
@@ -443,7 +444,8 @@ def _count_steps(run: Run) -> int:
 def _count_parameters(run: Run) -> tuple[int, int]:
     """Returns the number of parameters of the base, and the number of trainable parameters of the adapter.
 
-    Raises RunError where transformers refuses the model's configuration, or PEFT the adapter's.
+    Raises RunError where transformers refuses the model's configuration, PEFT refuses the adapter's configuration, or
+    the packed format ``quant`` does not fit a layer.
     """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -467,17 +469,18 @@ def _count_parameters(run: Run) -> tuple[int, int]:
         register_layers(config, model)
         model = get_peft_model(model, config)
         if not o.stock:
-            freeze_ranknum(model)  # accelerate() freezes ``ranknum`` too, AdaLoRA's number of ranks
+            freeze_ranknum(model)  # accelerate() freezes AdaLoRA's divisor ``ranknum`` too
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if o.quant == "checkpoint" and Path(run.folder).exists():
-        meta_base(run)  # raises RunError for files that are not supported
+        meta_base(run)  # meta_base raises RunError for files that are not supported
     return parameters, trainable
 
 
 def meta_base(run: Run) -> Any:
     """Returns the base on the meta device, with packed layers where the model's files are packed.
 
-    Raises RunError where the packed files are not supported, or where a packed model is no folder.
+    Raises RunError where the packed files are not supported, or where the files of a packed model are not on this
+    machine.
     """
     from transformers import AutoModelForCausalLM
 

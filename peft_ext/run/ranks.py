@@ -229,7 +229,9 @@ class Ranks:
         except BaseException as error:
             if self.world == 1:
                 raise
-            stop.ending = True  # the launcher's SIGTERM, which follows the first rank that ends, stops no message
+            # When one rank has ended, the launcher sends SIGTERM to the others; with ``ending``, SIGTERM interrupts no
+            # error message.
+            stop.ending = True
             self._report(error, hint)
             raise
 
@@ -240,7 +242,7 @@ class Ranks:
             raise error
         lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST + _LATE)
         if lost:
-            with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
+            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
                 self._store.set(f"{self._key}/waited/{self.rank}", "")
         if lost and (told := self._told(_SETTLE)):
             self._let_speak()
@@ -268,7 +270,7 @@ class Ranks:
         """Returns the error that a rank has written into the store; waits for such an error up to ``seconds``; else
         None."""
         end = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             while True:
                 if self._store.check([f"{self._key}/error"]):
                     return json.loads(self._store.get(f"{self._key}/error"))
@@ -283,7 +285,7 @@ class Ranks:
         mine = {"rank": self.rank, "text": text}
         try:
             return json.loads(self._store.compare_set(f"{self._key}/error", "", json.dumps(mine)))
-        except RuntimeError:  # raised if the process of the store has ended
+        except RuntimeError:  # the process that holds the store may have ended
             return mine
 
     def _let_speak(self) -> None:
@@ -309,7 +311,7 @@ class Ranks:
         function never returns this rank, because only the exchange of this rank was late.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
-        with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             waited = [rank for rank in others if self._store.check([f"{self._key}/waited/{rank}"])]
             gone = gone or [rank for rank in others if rank not in waited]
         places = {rank: self._place(rank)[0] for rank in gone or others}
@@ -322,7 +324,7 @@ class Ranks:
 
     def _gone(self) -> list[int]:
         """Returns the ranks that give no sign of life within _SETTLE seconds."""
-        with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             before = self._beats()
             time.sleep(_SETTLE)
             after = self._beats()
@@ -336,7 +338,7 @@ class Ranks:
         """Starts a thread that gives a sign of life each _BEAT seconds, also while the rank waits for another rank."""
 
         def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # raised if the process of the store has ended
+            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
                 while not self._ended.wait(_BEAT):
                     self._store.add(f"{self._key}/beat/{self.rank}", 1)
 
@@ -399,7 +401,7 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         store, name = (None, "") if exists else _start_group(launch)
         ranks = _of_group(launch, store, name)
     except Elsewhere:
-        time.sleep(_SETTLE)  # the rank with the error prints it first
+        time.sleep(_SETTLE)  # waits, so that the rank with the error prints the error first
         raise
     except (RuntimeError, ValueError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -409,7 +411,7 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
     try:
         with _silent(not ranks.speaks):
             yield ranks
-        ranks.wait()  # the store would end with a rank that ends earlier
+        ranks.wait()  # waits for all ranks, because the store ends with the rank that holds it
         ended_well = True
     except BaseException:
         ended_well = ranks.world == 1
@@ -485,7 +487,7 @@ def _name_of_start(store: Any, launch: Launch) -> str:
     name, answered, end = f"peft_ext/{secrets.token_hex(8)}", set(), time.monotonic() + wait_seconds()
     while (count := store.add(f"{name}/confirmed", 0)) < launch.world - 1:
         for number in set(range(1, store.add(calls, 0) + 1)) - answered:
-            if store.check([f"{calls}/{number}"]):  # a process may have ended after it took a number, before its call
+            if store.check([f"{calls}/{number}"]):  # a process may have taken its number and ended before it called
                 store.set(f"{calls}/{store.get(f'{calls}/{number}').decode()}", name)
                 answered.add(number)
         if time.monotonic() > end:
@@ -525,7 +527,8 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
 
 
 def _gpu_of(ranks: Ranks, node: str) -> int:
-    """Returns the index of this process's GPU: the rank on the machine, or 0 where the launcher shows one GPU to each.
+    """Returns the index of this process's GPU: the rank on the machine, or 0 where the launcher shows one GPU to each
+    process.
 
     Raises RunError where two processes of a machine would share a GPU.
     """

@@ -1,4 +1,4 @@
-"""The adapter file of llama.cpp that a run writes with ``--export gguf``, and the commands that use the file."""
+"""Writes the adapter file of llama.cpp for a run with ``--export gguf``, and gives the commands that use the file."""
 
 from __future__ import annotations
 

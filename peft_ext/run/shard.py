@@ -61,7 +61,8 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
 
 
 def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
-    """Sets the values of a saved adapter. DoRA's magnitudes, which are on the meta device, first get memory."""
+    """Gives the adapter of ``model`` the values of the saved adapter in ``folder``. DoRA's magnitudes, which are on the
+    meta device, first get memory."""
     from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     for layer in model.modules():

@@ -48,12 +48,12 @@ class ShardedMemory:
 
     @property
     def step(self) -> int:
-        """Bytes of a training step."""
+        """Bytes of a training step in the process with the largest shards."""
         return self.frozen + self.adapter + self.gradients + self.optimizer + self.gathered + self.other
 
     @property
     def load(self) -> int:
-        """Bytes while the base loads."""
+        """Bytes of the process with the largest shards while the base loads."""
         return self.frozen + self.adapter + self.reading
 
     @property
@@ -65,7 +65,7 @@ class ShardedMemory:
 def sharded_memory(
     model: nn.Module, shards: int, memory: Optional[MemoryEstimate], quant: Optional[str] = None
 ) -> ShardedMemory:
-    """Returns the memory of a process.
+    """Returns the memory of the process with the largest shards.
 
     Args:
         model: the base with its adapter, as it is trained, on the meta device or with tensors without values.
@@ -73,7 +73,8 @@ def sharded_memory(
         memory: estimate of the memory of a training step in an unsharded process; None: no estimate was possible.
         quant: the format to which the run quantizes weights as it reads them; None: the run quantizes no weight.
     """
-    from ..sharded.base import decoder_layers  # needs PEFT, which doctor and --version do without
+    # this import needs PEFT, which `peft-ext doctor` and `peft-ext --version` do without
+    from ..sharded.base import decoder_layers
 
     parameters, buffers = _unique(model.parameters()), _unique(model.buffers())
     trained = [p for p in parameters if p.requires_grad]

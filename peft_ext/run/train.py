@@ -171,7 +171,7 @@ def train(run: Run) -> Result:
             write_config(run.options.output / CONFIG_FILE, run.options)
         try:
             return _train(run, record, model)
-        except BaseException:  # for example after a second Ctrl-C: run.json keeps the results so far
+        except BaseException:  # also after a second Ctrl-C, run.json keeps the results so far
             with contextlib.suppress(Exception):
                 record.write()
             raise
@@ -198,7 +198,8 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         if run.ranks.speaks:
             save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
-            if (export := checkpoints.old_export(o)) is not None:  # it was exported from an earlier adapter
+            # this adapter.gguf was exported from an earlier adapter
+            if (export := checkpoints.old_export(o)) is not None:
                 export.unlink()
         size = (o.output / "adapter_model.safetensors").stat().st_size if run.ranks.speaks else 0
         results["adapter_bytes"] = run.ranks.gather(size)[0]
@@ -381,7 +382,8 @@ def fit(run: Run, record: Record, model: Any) -> int:
             return done
         set_peft_model_state_dict(model, load_peft_weights(str(run.checkpoint), device=str(run.device)))
         return done
-    if run.ranks.world > 1:  # each process draws its own masks; a checkpoint restores the state of its processes
+    # each process draws its own dropout masks; a checkpoint restores the random state of each process
+    if run.ranks.world > 1:
         torch.manual_seed(run.options.seed + run.ranks.rank)
     try:
         run.stop.training = True

@@ -122,7 +122,7 @@ def meta_base(
 
 
 def _initialize_buffers(model: Any, names: set[str]) -> None:
-    """Gives values to the buffers that are in no file with the model's ``_init_weights``, as ``from_pretrained`` does.
+    """Gives values, by the model's ``_init_weights``, to the buffers that are in no file, as ``from_pretrained`` does.
 
     ``names``: the names of the state dict's buffers that the files lack.
     """

@@ -36,8 +36,8 @@ SHARDS_BYTES = torch.__version__ >= (2, 13)
 def shard_and_load(
     model: nn.Module, base: MetaBase, mesh: Any, *, node: Optional[Union[int, str]] = None, **options: Any
 ) -> nn.Module:
-    """Shards ``model`` with FSDP2, and reads the weights of the base. Each decoder layer is one unit, and the rest is
-    one.
+    """Shards ``model`` with FSDP2, and reads the weights of the base. Each decoder layer is one unit of FSDP2, and the
+    rest of the model is another unit.
 
     All processes of the default process group must call the function together, after each process made ``base``. If one
     process can't read or make a tensor, all processes raise an error, at the latest at the end of the decoder layer.
@@ -349,7 +349,8 @@ class _Loader:
     # --- DoRA over the weights of a packed checkpoint -----------------------------------------------------------------
 
     def _packed_doras(self, module: nn.Module, attribute: str) -> list[Adapted]:
-        """Returns the DoRA adapters whose magnitude needs the packed weight with the codes ``attribute``."""
+        """Returns the DoRA adapters whose magnitude needs the packed weight whose codes ``module`` holds as
+        ``attribute``."""
         if not self._stays_packed(module):
             return []
         if isinstance(module, HoldsPacked):

@@ -1,7 +1,7 @@
 """Checks the files of an untrusted adapter before PEFT reads them. The message of each error is one line.
 
 adapter_config.json must be a JSON object with a known method, fields of the right types, and no size larger than the
-sizes of the saved weights. adapter_model.safetensors must have a header that the safetensors library accepts, and
+saved weights allow. adapter_model.safetensors must have a header that the safetensors library accepts, and
 floating-point dtypes for tensors that PEFT would cast. run.json is optional, and records in which format the base's
 weights were stored in training. No code in an adapter's folder is imported, and no file is unpickled.
 """
@@ -45,7 +45,7 @@ _TRUNCATING = ("pissa", "olora")
 def read_config(file: Path) -> PeftConfig:
     """Returns the configuration in ``file`` and checks the types of its fields.
 
-    Raises: OSError as ``open`` does; ValueError, one line, for a file that is no configuration of a known method.
+    Raises: OSError as ``open`` does; ValueError, one line, for a file that is no valid configuration of a known method.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
@@ -68,7 +68,7 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    # PEFT does not read the file at this path when it loads a saved adapter.
+    # PEFT does not read the file prompt_tuning_init_state_dict_path when PEFT loads a saved adapter.
     path = values.get("prompt_tuning_init_state_dict_path")
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
@@ -164,8 +164,8 @@ def training_options(adapter: Path) -> dict[str, Any]:
 
     Returns an empty dict if there is no run.json of ``peft-ext finetune``.
 
-    Raises SourceError where run.json can't be read, because a merge without the options in run.json could use another
-    base than the training.
+    Raises SourceError where run.json can't be read or has an unknown quantization or block size, because a merge
+    without the options in run.json could use another base than the training.
     """
     for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
         file = folder / "run.json"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _SECONDS = 10.0  # time limit, in seconds, of the child process that matches the expressions
-_BYTES = 1 << 30  # memory limit of the child process
+_BYTES = 1 << 30  # memory limit, in bytes, of the child process that matches the expressions
 
 # For each field: the patterns that PEFT and peft_ext.tuners build around an expression in the field to match module
 # names.
@@ -68,7 +68,7 @@ def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
         if field.name in _FORMS:
             forms = _FORMS[field.name]
             if not isinstance(value, str) and forms == (_WHOLE,):
-                continue  # PEFT does not match the names of a list as regular expressions
+                continue  # PEFT does not match the names of a list in such a field as regular expressions
             given = [value] if isinstance(value, str) else list(value or ())
         elif field.name.endswith("_pattern") and isinstance(value, dict):
             forms, given = _OF_A_KEY, list(value)

@@ -26,7 +26,8 @@ def gguf_path(name: Union[str, Path, None]) -> Optional[Path]:
 
 
 def read_gguf(path: Path, error: type[Exception]) -> GgufHeader:
-    """Returns the checked header of a GGUF file. Raises ``error``, one line, if it is damaged or can't be read."""
+    """Returns the checked header of a GGUF file. Raises ``error``, one line, if the file is damaged or can't be
+    read."""
     with raised_as(error, "", OSError, ValueError):
         return read_header(path)
 
@@ -41,7 +42,8 @@ def gguf_config(path: Path, error: type[Exception]) -> Any:
 
 
 def gguf_tokenizer(path: Path, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a GGUF file. Raises OSError, or ValueError with one line."""
+    """Returns the tokenizer in a GGUF file. Raises OSError where the file can't be read, and ValueError, one line,
+    where the file has no tokenizer that transformers can read."""
     from ..gguf.metadata import read_tokenizer
 
     return read_tokenizer(read_header(path), **kwargs)

@@ -49,7 +49,8 @@ _HEAD_KEY = re.compile(r"\.(?:score|classifier|qa_outputs)(?:\.out_proj)?\.weigh
 
 
 class SourceError(ValueError):
-    """Raised where a model or an adapter can't be used. The message is one line with the given and the wanted value."""
+    """Raised where a model or an adapter can't be used. The message is one line that names the given value and mostly
+    the wanted value."""
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -196,7 +197,8 @@ def quant_method(about: Any) -> str:
 
 
 def loading_arguments(quant: str) -> dict[str, Any]:
-    """Returns the arguments with which ``from_pretrained`` keeps a packed checkpoint packed; for others {}."""
+    """Returns the arguments with which ``from_pretrained`` keeps a packed checkpoint packed; {} for any other
+    ``quant``."""
     if quant != "checkpoint":
         return {}
     from ..integrations.packed import PackedConfig
@@ -230,7 +232,7 @@ def model_class(about: Any, config: Any) -> Any:
 
     For an adapter without a task, returns the class that the adapter's auto_mapping names, if this class has the base's
     class of configurations, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the base's own
-    class if the class can generate. For other tasks, returns the Auto class of the task.
+    class if the class can generate. In all other cases, returns the Auto class of the task.
 
     Args: about: the base's configuration. config: the adapter's configuration.
     """
@@ -252,7 +254,8 @@ def model_class(about: Any, config: Any) -> Any:
 
 
 def head_labels(about: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Optional[int]:
-    """Returns the number of labels of the adapter's head where the base's configuration has another number; else None.
+    """Returns the number of labels of an adapter's head, for the tasks SEQ_CLS and TOKEN_CLS, where the base's
+    configuration has another number; else None.
 
     Args: about: the base's configuration. config: the adapter's configuration. shapes: shapes of the adapter's tensors,
     by name.
@@ -345,7 +348,7 @@ def _load_gguf(name: str, file: Path, config: Any, shapes: Mapping[str, tuple[in
 
 def load_tokenizer(folder: str, **kwargs: Any) -> Any:
     """Returns the tokenizer in a folder or a GGUF file, and sets a padding token if the tokenizer has none. Raises the
-    errors of transformers."""
+    errors of transformers, or for a GGUF file those of :func:`gguf_tokenizer`."""
     from transformers import AutoTokenizer
 
     if (file := gguf_path(folder)) is not None:
@@ -407,8 +410,8 @@ def task_of(model: nn.Module) -> Optional[str]:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Within the context, hides transformers' progress bars, and all warnings, such as PEFT's warnings about tied
-    weights or about a new head."""
+    """Within the context, hides transformers' progress bars and its log messages below level ERROR, and all warnings,
+    such as PEFT's warnings about tied weights or about a new head."""
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()

@@ -20,8 +20,8 @@ DTYPES = {
 
 
 def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors in a safetensors file, from its header. Raises ValueError with one line, or
-    OSError."""
+    """Returns the shapes of the tensors in a safetensors file, from its header. Raises ValueError, one line, where the
+    file is damaged or the weights are a pickle, and OSError where the file can't be read."""
     if not file.is_file():
         if (pickle := file.with_suffix(".bin")).is_file():
             raise ValueError(f"{file.parent} has {pickle.name}, a pickle, and no {file.name}. A pickle runs code as it "

@@ -126,8 +126,8 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Optional[Tensor], Results]:
-    """Runs a forward. Returns the loss, or None, and the other float outputs, or of these only the logits if there are
-    any."""
+    """Runs a forward. Returns the loss, or None without a loss, and the logits, or without logits all other float
+    outputs."""
     seed(value)
     output = model(**_mapped(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     named: dict[str, Any] = {}

@@ -84,7 +84,8 @@ def _inverse(values: Tensor) -> Tensor:
 
 
 class _Searched(NamedTuple):
-    """Scales ``[G]``, offsets ``[G]`` that are subtracted, and codes float ``[n, G]``."""
+    """The found scales ``[G]``, offsets ``[G]`` and codes float ``[n, G]`` of G groups: ``x ≈ scale · code −
+    offset``."""
 
     scale: Tensor
     offset: Tensor
@@ -141,8 +142,8 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Searches ``x ≈ scale · (code − most)`` with codes from 0 to ``2 · most − 1`` and errors weighted by x².
 
-    The trial scales are near the scale with which the value with the largest absolute value has the code 0.
-    Returns scales ``[G]`` and codes float ``[n, G]``.
+    The trial scales are near the scale with which the value with the largest absolute value has the code 0. Returns
+    scales ``[G]`` and codes float ``[n, G]`` of G groups of n columns.
     """
     largest = _first_largest(x)
     zero = largest.abs() < _LEAST
@@ -244,7 +245,7 @@ def _search_iq4(x: Tensor) -> Tensor:
 
 
 def _grouped(rows: Tensor, size: int) -> Tensor:
-    """Returns rows ``[..., K]`` as groups ``[size, G]``."""
+    """Returns rows ``[..., K]`` as G groups of ``size`` neighbouring columns, ``[size, G]``."""
     return rows.reshape(-1, size).t().contiguous()
 
 

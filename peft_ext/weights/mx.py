@@ -21,7 +21,7 @@ __all__ = ["MXFP4", "NVFP4", "from_compressed_tensors", "mxfp4", "nvfp4", "quant
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
 _RECIPROCAL, _TWO_GLOBALS = 1, 2  # flags of NVFP4, as kReciprocal and kTwoGlobals in csrc/weight/formats/nvfp4.h
 _CHUNK = 1 << 22  # number of elements of a weight that a quantizer holds in float32 at a time
-_LARGEST = 6.0  # of e2m1
+_LARGEST = 6.0  # largest value of an e2m1 float
 
 
 def _check_parts(
@@ -65,8 +65,8 @@ def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -
 
     The weight has the layout of the file: rows are output features. transformers' ``convert_moe_packed_tensors``
     returns the transposed weights ``[E, K, N]`` of this file, because gpt-oss multiplies activations with ``[K, N]``.
-    The scale byte 255 is 2^128, as in transformers; the specification makes this byte a NaN, and no quantizer writes
-    this byte.
+    The scale byte 255 is 2^128, as in transformers; the specification makes this byte a NaN, and :func:`quantize_mxfp4`
+    does not write this byte.
 
     Args:
         blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. gpt-oss:
@@ -177,7 +177,7 @@ def _codes(scaled: Tensor) -> Tensor:
 def _quantized(
     weight: Tensor, group: int, scales_of: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Returns codes ``[N, K/2]`` and scales ``[N, K/group]`` of ``weight``, a few rows at a time.
+    """Returns codes ``[N, K/2]`` and scales ``[N, K/group]`` of ``weight``, computed for one chunk of rows at a time.
 
     ``scales_of`` gets the largest magnitudes of the groups, and returns the scales to store and float32 divisors.
     """

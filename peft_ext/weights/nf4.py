@@ -126,7 +126,7 @@ class NF4Weight(PackedWeight):
             raise ValueError(f"NF4Weight: blocksize is {self.blocksize!r}, wanted one of {BLOCKSIZES}")
         if self.dtype not in FLOATS:
             raise TypeError(f"NF4Weight: dtype is {self.dtype!r}, wanted one of {', '.join(map(str, FLOATS))}")
-        n = math.prod(shape)  # not torch.Size.numel(), which overflows 64 bits
+        n = math.prod(shape)  # math.prod and not torch.Size.numel(), which overflows 64 bits
         if n < 0 or (n and min(shape, default=1) < 0):
             raise ValueError(f"NF4Weight: shape is {tuple(shape)}, wanted sizes of 0 or more")
         if self.stacked and len(shape) != 3:

@@ -85,7 +85,8 @@ def format_of(layout: int) -> Optional[str]:
 
 
 def _made(weight: PackedWeight) -> None:
-    """Is called with each new weight, and does nothing until :func:`when_made` replaces this function."""
+    """Is called with each new PackedWeight but an NF4Weight, and does nothing until :func:`when_made` replaces this
+    function."""
 
 
 def when_made(call: Callable[[PackedWeight], None]) -> None:
@@ -115,7 +116,8 @@ class PackedWeight:
         parts: the weight's tensors, in the order of ``format.parts``; None for a tensor that this weight does not have.
         shape: ``(N, K)``, output and input features, or ``(E, N, K)`` if ``stacked``.
         dtype: dtype to which the format's own library decodes, and default dtype of :meth:`dequantize`.
-        group: number of columns that share a scale; 0: all columns of a row.
+        group: number of columns that share a scale; 0: all columns of a row. In FP4, NF4 and HQQ: number of elements of
+            the flat weight that share a scale.
         option: dtype of the scales, bits of a code, and the format's flags; see :func:`option_of`.
         stacked: whether the weight holds the weights of experts, so that each part consists of the experts' parts, one
             after the other.

@@ -33,7 +33,8 @@ def nvfp4(parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, opti
     packed, scales, total = parts
     scales = scales.reshape(shape[0], -1).view(torch.float8_e4m3fn).float()
     reciprocal = option >> 8 & 1
-    total = total.reshape(-1).repeat_interleave(shape[0] // total.numel())[:, None]  # one or two global scales
+    # a weight has one or two global scales
+    total = total.reshape(-1).repeat_interleave(shape[0] // total.numel())[:, None]
     factors = scales / total if reciprocal else scales * total
     values = _values(packed, shape)
     if not reciprocal:

@@ -28,7 +28,7 @@ def short(value: Any, digits: int = 4) -> str:
     """Returns a number as text with ``digits`` significant digits; "–" for no finite number.
 
     The function ``short`` of script.js returns the same texts for four digits, except for a number halfway between two
-    texts, which it rounds up.
+    texts, which script.js rounds up.
     """
     if (value := number(value)) is None:
         return NONE
