@@ -144,7 +144,8 @@ def scaled_dot_product_attention(
         q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype.
             H is a multiple of Hkv: each head of k and v serves H / Hkv heads of q. A tensor whose last dimension is
             contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel. The CPU
-            kernel packs k and v into the layout of its products.
+            kernels pack k and v into the layout of their products, except in calls of few queries, and where a product
+            reads a tensor as it is stored.
         mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: no mask hides a key. On a
             CPU, the result of a query that sees no key is zero.
         is_causal: True: query i sees only the keys j <= i. A call with is_causal may not have a mask.

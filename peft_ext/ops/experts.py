@@ -6,7 +6,8 @@
 Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
 Saved for the backward: x, S, the seed and, for dg, Z, besides W, A and B. No matrix W + s B A is stored. The operators
-do not read the weight of an expert without rows, and do not compute the norm of this weight.
+that multiply rows do not read the weight of an expert without rows, and :func:`dora_experts` does not compute the norm
+of this weight.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
@@ -205,7 +206,8 @@ def _backward(ctx, grad, _grad_s, _grad_z):
 
 
 def _sums(grad: Tensor, offsets: Tensor) -> Tensor:
-    """Returns ``[E, N]``: the sum of each expert's rows, added in order and in float32 and rounded to grad's dtype."""
+    """Returns the bias's gradient ``[E, N]``: each expert's rows of grad, added in float32 and in order, and
+    rounded."""
     rows, wide = grad.shape[0], grad.to(common.sum_dtype(grad.dtype))
     if grad.is_cuda:  # index_add_ on a GPU adds in no fixed order
         ends = F.pad(offsets.long().clamp(0, rows).cummax(0).values, (1, 1))

@@ -3,8 +3,9 @@
 A layer has up to ten tensors: weight, absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
 rank_scale and seed. Autograd accepts no None in a list of tensors, so the list ``tensors`` has, layer after layer, only
 the tensors that are present. The list ``sizes`` has four integers for each layer: a bit mask of the tensors that are
-present (bit 0: weight), blocksize, N and K. The list ``numbers`` has two floats for each layer: scaling and dropout_p.
-A layer without lora_A has no adapter.
+present (bit 0: weight), the weight's layout, N and K. The layout is 0 for a dense weight, the blocksize for an NF4
+weight, or the number of another packed format. The list ``numbers`` has two floats for each layer: scaling and
+dropout_p. A layer without lora_A has no adapter.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def listed(
         if len(values) != count:
             raise ValueError(f"{op}: {argument} has {len(values)} entries, wanted {count}, as weights")
     layers: list[tuple[list[Any], list[Any]]] = []
-    without_seed: list[int] = []  # numbers of the layers whose seed must be drawn
+    without_seed: list[int] = []  # indices of the layers whose seed must be drawn
     sizes: list[Any] = []
     numbers: list[float] = []
     is_wide = checks.wants_reference(x, *lora_As, *lora_Bs, *rank_scales)

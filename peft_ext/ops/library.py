@@ -184,7 +184,7 @@ def _function(name: str, forward: Callable, backward: Callable) -> Callable[...,
     """Returns the ``apply`` of a new autograd Function.
 
     The returned ``apply`` is the C++ method of the base class. PyTorch's Python ``apply``, which is not used, supports
-    torch.func's transforms and takes a tenth of the time of a call.
+    torch.func's transforms and would take a tenth of the time of an operator's eager call.
     """
     made = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return super(torch.autograd.Function, type(name, (torch.autograd.Function,), made)).apply

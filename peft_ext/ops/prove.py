@@ -1,9 +1,10 @@
 """Proves kernels on the hardware on which the kernels first run, and drops the families of kernels that fail.
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
-reference in float64. A family fails if its kernels differ from the reference by more than rounding or raise an error.
-The proof ignores the speed of kernels; ``peft-ext doctor --measure`` measures the times. The operators of a failed
-family run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped families.
+reference in float64. On a GPU, the proof repeats the first of these calls with larger inputs. A family fails if its
+kernels differ from the reference by more than rounding, or raise an error other than a lack of memory. The proof
+ignores the speed of kernels; ``peft-ext doctor --measure`` measures the times. The operators of a failed family run the
+reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped families.
 
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
@@ -189,7 +190,8 @@ def proved(device: str, *names: str) -> Optional[str]:
 
 def proved_eagerly(device: str, *names: str) -> Optional[str]:
     """Returns the result of :func:`proved`, for a caller that torch.compile never compiles."""
-    unproved = _gates.get(device.upper())  # compiled code, which never runs this line, has no guard on _gates
+    # torch.compile never traces this line, so compiled code has no guard on _gates.
+    unproved = _gates.get(device.upper())
     if unproved and not unproved.keys().isdisjoint(wanted := _families_of(names)):
         if not torch._C._len_torch_dispatch_stack():
             settle(device.upper(), wanted)
@@ -210,17 +212,19 @@ def report(key: str) -> dict[str, dict[str, str]]:
 
 
 def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
-    """Proves families for a dispatch key, removes their gates, and drops those that fail. Default: all families,
-    on a GPU without the formats.
+    """Proves families for a dispatch key, removes their gates, and drops those that fail. Default: all families; on a
+    GPU, all families of operators, and no packed formats.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
-    is set; KernelFault; torch.OutOfMemoryError if memory does not suffice for the proof. After an error, the families
-    are still unproved.
+    is set; ValueError if PEFT_EXT_PROVE has another value than 0, 1 or always; KernelFault if a kernel leaves the GPU
+    unusable; torch.OutOfMemoryError if memory does not suffice for the proof. After an error, the families are still
+    unproved.
     """
     asked = _asked()
     with _lock:  # other threads that need the family wait here for its proof
         gates = _gates[key]
-        every = gates if key == "CPU" else families(key)  # a GPU's kernels of all formats take minutes to compile
+        # On a GPU, the kernels of all packed formats take minutes to compile.
+        every = gates if key == "CPU" else families(key)
         left = [family for family in (every if wanted is None else wanted) if family in gates]
         if not left:
             return
@@ -360,7 +364,7 @@ def _by_format(key: str, family: str, name: str) -> Callable[..., Any]:
     """Returns a function that calls the operator's kernel, or the reference for a weight of a format that failed."""
 
     def call(*args: Any) -> Any:
-        settle(key, [family])  # this function replaces the family's gate
+        settle(key, [family])  # settle is called here because this function has replaced the family's gate
         failed = (key, name) in DROPPED or any((key, of) in DROPPED for of in format_proofs.families_in(args))
         return (OPERATORS[name].reference if failed else native_op(key, name))(*args)
 
@@ -538,7 +542,7 @@ def _prove_family(family: str, device: torch.device, key: str, large: bool) -> s
                 return f"{why}, of {' x '.join(map(str, LARGE))}"
     except torch.OutOfMemoryError:
         raise  # a lack of memory is no fault of the kernels
-    except Exception as error:  # a kernel may raise anything on a GPU that the kernel does not fit
+    except Exception as error:  # on a GPU for which a kernel was not made, the kernel may raise any error
         if any(text in str(error) for text in _NO_MEMORY):
             raise torch.OutOfMemoryError(str(error)) from error
         said = str(error).strip().splitlines()
@@ -593,7 +597,8 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each:
                 return f"differs in {(got != want).sum().item()} of {want.numel()} elements of result {index}"
             continue
         error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
-        normal = torch.finfo(dtype).smallest_normal  # subnormal values have fewer bits
+        # Subnormal values have fewer bits, so their relative error may be larger.
+        normal = torch.finfo(dtype).smallest_normal
         wrong = each and ((got.double() - want).abs() > WITHIN[dtype] * want.abs().clamp(min=normal)).any()
         if wrong or not error <= WITHIN[dtype] * size + 1e-30:
             return f"is off by {error / (size or 1):.2g} of result {index}, wanted at most {WITHIN[dtype]}"
