@@ -1,9 +1,9 @@
 """Proves kernels on the hardware on which the kernels first run, and drops the families of kernels that fail.
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
-reference in float64. On a GPU, the proof repeats the first of these calls with larger inputs. A family fails if its
+reference in float64. On a GPU, the first call is repeated with larger inputs. A family fails if its
 kernels differ from the reference by more than rounding, or raise an error other than a lack of memory. The proof
-ignores the speed of kernels; ``peft-ext doctor --measure`` measures the times. The operators of a failed family run the
+ignores the speed of kernels, which ``peft-ext doctor --measure`` measures. The operators of a failed family run the
 reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped families.
 
 When a family is proved:
@@ -190,8 +190,7 @@ def proved(device: str, *names: str) -> Optional[str]:
 
 def proved_eagerly(device: str, *names: str) -> Optional[str]:
     """Returns the result of :func:`proved`, for a caller that torch.compile never compiles."""
-    # torch.compile never traces this line, so compiled code has no guard on _gates.
-    unproved = _gates.get(device.upper())
+    unproved = _gates.get(device.upper())  # torch.compile never traces this line, and so puts no guard on _gates
     if unproved and not unproved.keys().isdisjoint(wanted := _families_of(names)):
         if not torch._C._len_torch_dispatch_stack():
             settle(device.upper(), wanted)
@@ -216,15 +215,13 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
     GPU, all families of operators, and no packed formats.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
-    is set; ValueError if PEFT_EXT_PROVE has another value than 0, 1 or always; KernelFault if a kernel leaves the GPU
-    unusable; torch.OutOfMemoryError if memory does not suffice for the proof. After an error, the families are still
-    unproved.
+    is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault; torch.OutOfMemoryError if memory does not
+    suffice for the proof. After an error, the families are still unproved.
     """
     asked = _asked()
     with _lock:  # other threads that need the family wait here for its proof
         gates = _gates[key]
-        # On a GPU, the kernels of all packed formats take minutes to compile.
-        every = gates if key == "CPU" else families(key)
+        every = gates if key == "CPU" else families(key)  # on a GPU, all formats' kernels take minutes to compile
         left = [family for family in (every if wanted is None else wanted) if family in gates]
         if not left:
             return
@@ -597,8 +594,7 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each:
                 return f"differs in {(got != want).sum().item()} of {want.numel()} elements of result {index}"
             continue
         error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
-        # Subnormal values have fewer bits, so their relative error may be larger.
-        normal = torch.finfo(dtype).smallest_normal
+        normal = torch.finfo(dtype).smallest_normal  # subnormal values have fewer bits and larger relative errors
         wrong = each and ((got.double() - want).abs() > WITHIN[dtype] * want.abs().clamp(min=normal)).any()
         if wrong or not error <= WITHIN[dtype] * size + 1e-30:
             return f"is off by {error / (size or 1):.2g} of result {index}, wanted at most {WITHIN[dtype]}"
