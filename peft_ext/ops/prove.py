@@ -1,10 +1,10 @@
 """Proves kernels on the hardware on which the kernels first run, and drops the families of kernels that fail.
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
-reference in float64. On a GPU, the first call is repeated with larger inputs. A family fails if its kernels differ from
-the reference by more than rounding, or raise an error other than a lack of memory. The proof ignores the speed of
-kernels, which ``peft-ext doctor --measure`` measures. The operators of a failed family run the reference. A warning,
-``peft-ext explain`` and ``peft-ext doctor`` name the dropped families.
+reference in float64. A family fails if its kernels differ from the reference by more than rounding, or raise an error
+other than a lack of memory. The proof ignores the speed of kernels, which ``peft-ext doctor --measure`` measures. The
+operators of a failed family run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped
+families.
 
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
