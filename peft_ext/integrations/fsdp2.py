@@ -1,4 +1,5 @@
-"""FSDP2 of the library accelerate for transformers' Trainer and its subclasses, with decoder layers as units.
+"""Shards the model of transformers' Trainer, or of a subclass, by FSDP2 of the library accelerate, with one FSDP unit
+for each decoder layer.
 
 :meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. The library accelerate itself
 would make FSDP units of the embedding and of the head. If the head is a unit of its own, ``fully_shard`` gives the head
@@ -57,8 +58,9 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     (``SHARDED_STATE_DICT``) and have PEFT's files too.
 
     Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,
-    context or sequence parallelism, offloaded activation checkpointing, mixed precision over a base in FP8, an
-    optimizer or a model_init of the trainer, no decoder layer, a trained parameter that is not sharded.
+    context or sequence parallelism, offloaded activation checkpointing, mixed precision over a base in FP8,
+    ``cpu_ram_efficient_loading`` over bitsandbytes' weights, an optimizer of unsharded parameters or a model_init of
+    the trainer, no decoder layer, a trained parameter that has hooks or is not sharded.
     """
     plugin = _plugin(trainer)
     if plugin is None:
@@ -94,7 +96,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
         # FSDP2 would not reduce the gradient of a trained parameter that is not sharded.
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise ValueError(f"prepare_fsdp2: {name} is trained and not sharded; add adapters before fully_shard")
-    plugin.auto_wrap_policy = None  # accelerate would look for the decoder layers by their names before fully_shard
+    # By this policy accelerate would look for decoder layers by the names that their classes had before fully_shard.
+    plugin.auto_wrap_policy = None
     _keep_parameters(accelerator)
     _save_adapters(trainer, plugin)
     return True
@@ -217,7 +220,8 @@ def _keep_parameters(accelerator: Any) -> None:
 
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], FSDPModule):  # an evaluation before the training calls prepare
+        # An evaluation before the training calls prepare with the model alone.
+        if len(args) == 1 and isinstance(args[0], FSDPModule):
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
         if not all(isinstance(model, FSDPModule) for model in models):  # accelerate's own prepare then shards the model

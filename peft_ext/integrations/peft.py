@@ -255,13 +255,13 @@ class Row:
 class Explanation:
     """The result of :func:`peft_ext.explain`. ``str`` of an Explanation is a table.
 
-    ``rows``: a row for each adapter layer, and for each other quantized layer or frozen linear layer that computes in a
-    16-bit dtype for whose products the CPU has no instructions. ``blocks``: a row for each part of a block (norm, MLP,
-    attention, decoder layer, dropout) and for each loss of a language model. ``fused_share`` counts ``rows`` and not
-    ``blocks``.
+    ``rows``: a row for each adapter layer, for each other quantized layer, and for each other frozen linear layer that
+    computes in a 16-bit dtype for whose products the CPU has no instructions. ``blocks``: a row for each part of a
+    block (norm, MLP, attention, decoder layer, dropout) and for each loss of a language model. ``fused_share`` counts
+    ``rows`` and not ``blocks``.
 
-    ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers lacks, and for what is
-    not fused without this name.
+    ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers lacks, which says what
+    is not fused without this name.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -405,7 +405,7 @@ def _lacking(module: nn.Module, fused: type) -> Optional[str]:
         for name in path.split("."):
             if not hasattr(found, name):
                 return f"{type(found).__module__}.{type(found).__qualname__} has no {name}"
-            if (found := getattr(found, name)) is None:  # the quant_state of a weight that is not quantized yet
+            if (found := getattr(found, name)) is None:  # the quant_state is None while the weight is not quantized yet
                 break
     return None
 

@@ -2,7 +2,7 @@
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
 reference in float64. A family fails if its kernels differ from the reference by more than rounding, or raise an error
-other than a lack of memory. The proof ignores the speed of kernels, which ``peft-ext doctor --measure`` measures. The
+other than a lack of memory. The proof ignores the kernels' speed, which ``peft-ext doctor --measure`` measures. The
 operators of a failed family run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped
 families.
 

@@ -115,8 +115,8 @@ class BitFitModel(ReplacingTuner):
     A bias that several modules share, as in BERT's output head, is one trained tensor. If a module holds submodules
     with parameters, the module's own bias stays frozen, with a warning, unless a submodule shares that bias.
 
-    Raises: ValueError if no bias is found, or if a shared bias belongs both to a target and to a module that is not a
-    target.
+    Raises: ValueError if no bias is found, if ``add_bias`` names no linear layer among the targets, if a bias is a
+    shard, or if a shared bias belongs both to a target and to a module that is not a target.
     """
 
     prefix = "bitfit_"

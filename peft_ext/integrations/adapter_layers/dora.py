@@ -118,7 +118,7 @@ def forward(
         y = ops.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=p, training=True,
                             dropout_mode=mode, weight_norm=norm)  # fmt: skip
     if x.dim() == 1:
-        y = y.unsqueeze(0)  # PEFT multiplies by a scale [1, N], so PEFT's result has two dimensions too
+        y = y.unsqueeze(0)  # PEFT multiplies by a scale [1, N], so for an x of one dimension PEFT's result has two
     dtype = layer.dora_dtype(dtype, magnitude)
     return y if y.dtype is dtype else y.to(dtype)
 

@@ -337,7 +337,7 @@ def _has_hooks(act: Any) -> bool:
 
 class MergesExperts:
     """Defines ``merge`` and ``unmerge`` of a wrapper over :class:`NF4Experts`. Over dense experts the stock class's
-    methods run."""
+    methods run; over experts in another packed format ``merge`` raises RuntimeError."""
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Merges adapters into each expert's NF4 weight, starting from the NF4 weight that was kept at the first

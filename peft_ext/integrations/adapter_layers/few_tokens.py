@@ -6,7 +6,7 @@ the checks read. The next call of the block runs the plan if each object that th
 otherwise the block makes a new plan. A layer that :func:`direct` does not know is called as a module, with its own
 checks.
 
-:func:`is_few` tells whether plans are for a call.
+:func:`is_few` tells whether a call may run a plan.
 
 :func:`plan_of` returns the plan of a block, and makes a new plan if the facts have changed.
 
@@ -55,9 +55,9 @@ _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), ke
 
 
 def is_few(x: Any) -> bool:
-    """Returns whether a call on x ``[B, T, K]`` may run a plan: the call is eager, on a CPU, in a dtype of the
-    operators, has fewer tokens than MANY_TOKENS, and runs without a gradient, autocast, global hooks and transforms of
-    torch.func."""
+    """Returns whether a call on x ``[B, T, K]`` may run a plan: x is contiguous, on a CPU and in a dtype of the
+    operators, with fewer tokens than MANY_TOKENS, and the call is eager and runs without a gradient, autocast, global
+    hooks and transforms of torch.func."""
     return (
         not torch.is_grad_enabled()
         and type(x) in reasons.plain_types()
@@ -163,7 +163,7 @@ class Facts:
 class _Plan(NamedTuple):
     kind: type
     dtype: torch.dtype
-    trials: int  # plans made in a row for the block, of one class and dtype
+    trials: int  # number of plans made in a row for the block with this class and dtype
     facts: Facts
     made: Any
 

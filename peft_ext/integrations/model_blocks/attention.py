@@ -8,8 +8,8 @@ that get one input tensor (``inputs`` of the row) are computed together.
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
 ``sdpa``. peft_ext's function calls :func:`peft_ext.ops.scaled_dot_product_attention` for the calls that the operator
-accepts, and otherwise the function that is registered as ``sdpa``. On a GPU, PyTorch's own kernels compute
-softmax(q kᵀ) v.
+accepts and computes faster, and otherwise the function that is registered as ``sdpa``. On a GPU, PyTorch's own kernels
+compute softmax(q kᵀ) v.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    _IS_REGISTERED = True  # this file registers its attention function further below
+    # transformers has the registry, in which this file registers its attention function further below.
+    _IS_REGISTERED = True
 
 __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 
@@ -86,9 +87,9 @@ _SDPA: dict[Any, Optional[bool]] = {}
 class Attention(Block):
     """A fused attention.
 
-    Values of an attention's row in the table of forms: ``inputs``, groups of layers that get one tensor; ``interface``,
-    whether the forward takes its attention function from transformers' registry; ``forward``, "rotary" if
-    ``_rotary_forward`` can replace the module's own forward.
+    Some values of an attention's row in the table of forms: ``inputs``, groups of layers that get one tensor;
+    ``interface``, whether the forward takes its attention function from transformers' registry; ``forward``, "rotary"
+    if ``_rotary_forward`` can replace the module's own forward. :func:`.proof.register_form` explains the other values.
     """
 
     block_kind = "attention"
@@ -96,7 +97,8 @@ class Attention(Block):
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         cache_name, _, cache_style = row.get("cache").partition(":")
-        names = inspect.unwrap(stock.forward).__globals__  # the live globals of the Python file of the forward
+        # The globals of the Python module of the forward, in which a function that is replaced later shows.
+        names = inspect.unwrap(stock.forward).__globals__
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
         return {**super().settled(stock, row), "groups": groups,
                 "asks": row.get("interface") == "yes", "own": row.get("forward"), "norms": row.get("norms"),

@@ -96,7 +96,8 @@ def fuse_blocks(model: nn.Module) -> None:
             module.__class__ = class_of(MIXINS[row.kind], _stock(module), row, form)
             set_view(module)
             if isinstance(module, Mlp):
-                activation_name(getattr(module, row.get("act"), None))  # caches the name before torch.compile runs
+                # Caches the activation's name now, before torch.compile may trace the MLP.
+                activation_name(getattr(module, row.get("act"), None))
         elif isinstance(module, Block) and type(module).peft_ext_known.row.kind in MIXINS:
             _plain(module)
 

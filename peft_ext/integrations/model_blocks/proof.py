@@ -498,7 +498,8 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
             For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the
             weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the multiplication by the weight;
             ``mixed``, whether the formula also holds if x and the weight have different dtypes.
-            For float_layer_norm: ``weight`` and ``eps``, the names of the attributes.
+            For float_layer_norm: ``weight`` and ``eps``, the names of the attributes; or, without a weight, ``eps``, a
+            number, and ``shape``, the name of the attribute that holds the normalized shape.
             For mlp: ``inner``, the name of the first layer, or the names of gate and up; ``out``, the name of the last
             layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
             "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
@@ -514,9 +515,9 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
 
     Returns: the row, which the next call of :func:`peft_ext.accelerate` uses.
 
-    Raises: ValueError if the kind or the name of a value is unknown, if the class's code has no form, or if the formula
-    and the class give different values or gradients. The error's message says for which input the formula and the class
-    differ.
+    Raises: ValueError if the kind or the name of a value is unknown, if the formula of an attention lacks ``inputs`` or
+    ``o``, if the class's code has no form, or if the formula and the class give different values or gradients. The
+    error's message says for which input the formula and the class differ.
     """
     if kind not in _REGISTRABLE:
         # register_form refuses all other kinds, because they have no proof that a formula of the caller could fail.

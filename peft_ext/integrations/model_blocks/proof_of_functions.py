@@ -46,7 +46,7 @@ def unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole:
 
 
 def _sdpa_disproof(function: Callable) -> Optional[str]:
-    """Returns an input for which the operator and an attention function differ, or None.
+    """Returns how the operator and an attention function differ, and for which input, as text; None if they agree.
 
     Finite results are compared with results in float64: the operator's error may be twice the function's error, plus a
     few units of rounding.
