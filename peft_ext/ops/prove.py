@@ -2,8 +2,8 @@
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
 reference in float64. A family fails if its kernels differ from the reference by more than rounding, or raise an error
-other than a lack of memory. The proof ignores the kernels' speed, which ``peft-ext doctor --measure`` measures. The
-operators of a failed family run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped
+other than a lack of memory. ``peft-ext doctor --measure`` measures the kernels' speed, which the proof ignores. A
+failed family's operators run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name dropped
 families.
 
 When a family is proved:
