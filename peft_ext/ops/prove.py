@@ -2,9 +2,8 @@
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
 reference in float64. A family fails if its kernels differ from the reference by more than rounding, or raise an error
-other than a lack of memory. ``peft-ext doctor --measure`` measures the kernels' speed, which the proof ignores. A
-failed family's operators run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name dropped
-families.
+while memory suffices. ``peft-ext doctor --measure`` measures the kernels' speed, which the proof ignores. A failed
+family's operators run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
 
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
