@@ -265,8 +265,8 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
 
 
 def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
-    """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Only process 0 gets
-    tensors."""
+    """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Process 0 gets the tensors,
+    and every other process gets an empty dict."""
     model = getattr(model, "_orig_mod", model)  # a compiled model
     adapters = set(getattr(model, "peft_config", ()))
     units = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, FSDPModule))

@@ -108,7 +108,8 @@ def accelerate(
             fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and
             the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with
             labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output
-            computes its logits at the first read. With blocks False, only layers are fused.
+            computes its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen
+            linear layers are fused.
         dora_dropout: the tensor that DoRA's dropout acts on in training. With "peft", the dropout acts on x in the
             low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
             product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped
@@ -121,8 +122,9 @@ def accelerate(
             adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
             of ``accelerate``, or until ``restore``.
 
-    The kernels that the model needs are proved before ``accelerate`` returns (``peft_ext.ops.prove``). ``accelerate``
-    waits for no other process, unless tensor parallelism of transformers splits layers of the model.
+    Before ``accelerate`` returns, the kernels that the model needs are proved, that is compared with the reference
+    (``peft_ext.ops.prove``). ``accelerate`` waits for no other process, unless tensor parallelism of transformers
+    splits layers of the model.
 
     Returns: the same model. ``accelerate`` may be called again on the same model. Without dropout, the outputs and
     gradients of a fused layer agree with PEFT's up to rounding. A fused dropout uses the same random generator as PEFT,
@@ -174,8 +176,9 @@ def accelerate(
             "it after peft.get_peft_model",
             stacklevel=2,
         )
-    # The checks of the layers prove the kernels that the model needs. Layers that tensor parallelism splits make other
-    # sums over the processes on the operators than on PEFT's code, so all processes have to choose alike.
+    # ``explain`` runs the checks of the layers, and the checks prove the kernels that the model needs. Layers that
+    # tensor parallelism splits make other sums over the processes on the operators than on PEFT's code, so all
+    # processes have to choose alike.
     (prove.agree if any(map(is_split, model.modules())) else prove.settle_by)(lambda: explain(model))
     return model
 

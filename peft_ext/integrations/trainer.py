@@ -122,7 +122,8 @@ class PeftExtCallback(TrainerCallback):
     callbacks that the user passes. :meth:`attach` moves this callback before the reporters, so that the reporters get
     the four values too.
 
-    Raises: ValueError if warmup_steps is negative. When training begins, the errors of :func:`peft_ext.accelerate`.
+    Raises: ValueError if warmup_steps is negative. When training begins, the callback raises the errors of
+    :func:`peft_ext.accelerate` and :func:`peft_ext.agree`.
     """
 
     def __init__(

@@ -59,9 +59,12 @@ def own_gradients(
 ) -> list[Optional[Tensor]]:  # fmt: skip
     """Returns the gradients of the tensors in the list ``tensors``.
 
-    Args: needs: for each tensor, whether the tensor needs a gradient. layers: the layers' :func:`places`. given: for
-    each layer, whether the layer's result has a gradient. gradients: the gradients of lora_A, lora_B and rank_scale,
-    layer after layer, or None. bias_gradient: computes the gradient of a bias from the layer's number.
+    Args:
+        needs: for each tensor, whether the tensor needs a gradient.
+        layers: the result of :func:`places` for the layers.
+        given: for each layer, whether the layer's result has a gradient.
+        gradients: the gradients of lora_A, lora_B and rank_scale, layer after layer, or None.
+        bias_gradient: function that computes the gradient of a bias from the layer's index.
     """
     found: list[Optional[Tensor]] = [None] * len(needs)
     for i, layer in enumerate(layers):

@@ -45,7 +45,8 @@ class Operator:
 
     Attributes:
         reference: the function that runs where no kernel is registered.
-        family: name of a group of operators whose kernels are proved together, and dropped together.
+        family: name of a group of operators whose kernels are proved (compared with the reference) together, and
+            replaced by the reference together.
         composed: whether the reference calls other operators and therefore runs on every device, so that the operator
             needs no kernel of its own.
         cuda: whether csrc has a CUDA kernel of the operator. For an operator without a CUDA kernel, PyTorch's function,

@@ -98,7 +98,7 @@ _proving = threading.local()  # `depth`: number of proofs that run in this threa
 
 
 class Place(NamedTuple):
-    """A model of hardware, on which kernels are proved. ``cpu_path``: the CPU path in use; "" for a GPU."""
+    """A model of CPU or GPU, on which kernels are proved. ``cpu_path``: the CPU path in use; "" for a GPU."""
 
     key: str
     model: str
@@ -115,7 +115,7 @@ class Place(NamedTuple):
 
 @functools.cache
 def families(key: str) -> dict[str, list[str]]:
-    """Returns by family the names of the operators that have kernels for a dispatch key."""
+    """Returns a dict from each family to the names of its operators that have kernels for a dispatch key."""
     found: dict[str, list[str]] = {}
     for op in OPERATORS.values():
         if op.cuda if key == "CUDA" else has_kernel(op.name, key):
@@ -124,7 +124,7 @@ def families(key: str) -> dict[str, list[str]]:
 
 
 def arm() -> None:
-    """Registers a gate before each native kernel. ``import peft_ext`` calls this function once."""
+    """Replaces each native kernel by a gate, which first proves it. ``import peft_ext`` calls this function once."""
     if hasattr(os, "register_at_fork"):  # Windows has no fork
         os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden, as gates do
@@ -243,7 +243,7 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
 
 
 def settle_by(ask: Callable[[], object]) -> None:
-    """Calls ``ask``, which settles families, if a family is unproved."""
+    """Calls ``ask``, which proves families by :func:`settle`, if any family is not proved yet."""
     if any(_gates.values()):
         ask()
 
@@ -371,7 +371,7 @@ def _by_format(key: str, family: str, name: str) -> Callable[..., Any]:
 
 
 def agree(ask: Callable[[], object]) -> None:
-    """Calls ``ask``, which settles families, and makes all ranks drop the families that failed on any rank.
+    """Calls ``ask``, which proves families, and makes all ranks drop the families that failed on any rank.
 
     All ranks of the default process group have to call this function, each for its device. A rank without kernels for
     a dispatch key has no kernels of this key to drop. The ranks exchange their results through the group's store, so
@@ -489,7 +489,7 @@ class KernelFault(RuntimeError):
 def prove(
     device: torch.device, wanted: Optional[Iterable[str]] = None, *, key: str = "", large: bool = True
 ) -> dict[str, str]:
-    """Proves families on a device. Returns, by family, "" or the reason why the family failed.
+    """Compares families' kernels with the reference on a device. Returns, by family, "" or why the family failed.
 
     The caller's default device, autograd mode, autocast and precision of products have no influence. The proof sets
     thread-local state only, and restores this state.
@@ -575,7 +575,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
-    """Calls ``function`` with copies of the arguments that it writes to. Returns its results and these copies."""
+    """Calls ``function`` with copies of the arguments that it writes to. Returns the results and the copies."""
     written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
     arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
     found = function(*arguments)

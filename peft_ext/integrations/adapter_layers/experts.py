@@ -1,8 +1,9 @@
 """LoRA and DoRA on the experts of a mixture (PEFT's ``target_parameters``).
 
-The operators are :func:`peft_ext.ops.lora_experts` and :func:`peft_ext.ops.dora_experts`. PEFT computes W + s B A of
-all experts on each forward, and the experts' own forward uses these sums. The fused forward multiplies the rows of each
-expert with the expert's weight (dense or packed) and the expert's adapter, and does not compute W + s B A:
+The fused forward runs the operators :func:`peft_ext.ops.lora_experts` and :func:`peft_ext.ops.dora_experts`. PEFT
+computes W + s B A of all experts on each forward, and the experts' own forward uses these sums. The fused forward
+multiplies the rows of each expert with the expert's weight (dense or packed) and the expert's adapter, and does not
+compute W + s B A:
 
     sort tokens by expert → gate and up (adapted) → the model's own gate → down (adapted) → times the routing weights
     → back in order, summed over a token's experts

@@ -56,10 +56,10 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a forward, or of a function.
+    """The form of a forward or of a function: a digest of the code, and what the code reads and writes of the instance.
 
     Attributes:
-        digest: 20 hexadecimal digits.
+        digest: the digest of the code, 20 hexadecimal digits.
         reads: sorted names of the attributes that the code reads from the instance and that the class does not define.
         of_class: sorted names of the attributes that the code finds on the class. No instance may override an attribute
             in ``of_class``.

@@ -1,9 +1,9 @@
 """Fused attention of transformers' models: q, k and v from one operator, rotary positions in one pass, softmax(q kᵀ) v.
 
-An attention module with a known form runs one of two forwards. If the row of the form says ``forward=rotary``,
-``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache, attention, and the output
-projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers
-that get one input tensor (``inputs`` of the row) are computed together.
+An attention module with a known form runs one of two forwards. If the form's row in the table of known forms says
+``forward=rotary``, ``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache,
+attention, and the output projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own
+code runs, and the layers that get one input tensor (``inputs`` of the row) are computed together.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
@@ -149,7 +149,7 @@ class Attention(Block):
 
     def _takes(self, given: dict[str, Any]) -> bool:
         """Returns whether ``_rotary_forward`` accepts a call: hidden states, a pair of position tensors, and no cache
-        under a keyword that the row does not name."""
+        under another keyword than the one that the row of the table of forms names."""
         positions = given.get("position_embeddings")
         return (
             accepts_input(given.get("hidden_states"))
@@ -165,7 +165,7 @@ class Attention(Block):
     ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
         """Returns the output and the attention weights of attention with rotary positions.
 
-        The norms of q and k are applied if the row names them in ``norms``.
+        The norms of q and k are applied if the row of the table of forms names them in ``norms``.
         """
         known, modules, shape = self.peft_ext_known, self._modules, hidden_states.shape[:-1]
         heads = (*shape, -1, self.head_dim)

@@ -42,7 +42,8 @@ def _stock(module: nn.Module) -> type:
 
 
 def _found(module: nn.Module, rows: Rows) -> Union[tuple[Row, Form], str, None]:
-    """Returns the row and form of a module that is a block, or the reason why the module can't be fused as a block.
+    """Returns the row in the table of forms, and the form, of a module that is a block; or the reason why the module
+    can't be fused as a block.
 
     Returns None for a module that is no block to fuse or to report, such as a linear layer or a dropout with p = 0.
     """

@@ -55,8 +55,8 @@ class NormCall(NamedTuple):
 
 
 class RMSNorm(Norm):
-    """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row has ``rounds``,
-    the normalized x is rounded to x's dtype before the multiplication by the weight."""
+    """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row of the table of
+    forms has ``rounds``, the normalized x is rounded to x's dtype before the multiplication by the weight."""
 
     block_kind = "RMSNorm"
 

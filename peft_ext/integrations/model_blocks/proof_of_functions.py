@@ -25,10 +25,10 @@ MAGNITUDES = (1e-4, 1.0, 1e2, 1e4)
 def unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole: bool = False) -> Optional[str]:
     """Returns how two tensors differ beyond rounding, or None.
 
-    Elements that are not finite must agree. Finite elements may differ by ``tolerance`` times the largest finite value
-    of the row, or of the whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and both
-    infinities count as equal: for an infinite input, PyTorch's activations give NaN or infinity, depending on the
-    instruction set.
+    Elements that are not finite must be at the same places in both tensors and, if ``strict``, be equal (NaN, or the
+    same infinity). Finite elements may differ by ``tolerance`` times the largest finite value of the row, or of the
+    whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and both infinities count as
+    equal: for an infinite input, PyTorch's activations give NaN or infinity, depending on the instruction set.
     """
     if found.shape != wanted.shape or found.dtype is not wanted.dtype:
         return f"{found.dtype} {tuple(found.shape)}, wanted {wanted.dtype} {tuple(wanted.shape)}"

@@ -130,7 +130,8 @@ class PackedQuantizer(HfQuantizer):
                              "places it on the disk, wanted another device")  # fmt: skip
 
     def _scheme(self, name: str, module: nn.Module) -> Scheme:
-        """Returns how the layer is stored. Raises ValueError if the config says that the layer is dense."""
+        """Returns the scheme in which the layer's weight is stored. Raises ValueError if the config says that the layer
+        is dense."""
         if (scheme := self.rules.scheme(name, module)) is None:
             raise ValueError(f"PackedConfig: the quantization_config leaves {name} dense, and the file has packed "
                              "tensors of it")  # fmt: skip
