@@ -174,7 +174,7 @@ def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.
 
 
 def _mesh(accelerator: Any) -> Any:
-    if getattr(accelerator, "torch_device_mesh", None) is not None:  # accelerate 1.10 and newer has a mesh
+    if getattr(accelerator, "torch_device_mesh", None) is not None:  # accelerate 1.10 and newer makes a device mesh
         return accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
@@ -280,7 +280,7 @@ def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
             and adapters.isdisjoint(name.split("."))
         ):
             continue
-        if isinstance(tensor, DTensor):  # an offloaded shard is on the CPU
+        if isinstance(tensor, DTensor):  # an offloaded shard is on the CPU, and is gathered on its mesh's device
             tensor = tensor.to(tensor.device_mesh.device_type)
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if dist.get_rank() == 0:

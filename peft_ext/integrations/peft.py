@@ -87,8 +87,8 @@ def accelerate(
     If the CPU has no instructions for products in a 16-bit dtype, or the environment forbids these instructions, the
     frozen ``nn.Linear`` layers of a CPU model that compute in this dtype, for example the head of a language model, run
     :func:`peft_ext.ops.frozen_linear`.
-    :func:`peft_ext.explain` lists the frozen ``nn.Linear`` layers that run ``frozen_linear`` and are not the base layer
-    of an adapter.
+    :func:`peft_ext.explain` lists those of these layers that are not the base layer of an adapter. On the CPU path
+    ``avx512_bf16``, large frozen bfloat16 layers run ``frozen_linear`` too, in calls of few tokens without a gradient.
 
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
@@ -348,7 +348,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             bases.add(module.get_base_layer())
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}{_format(base)}"
-            if parameter := getattr(module, "parameter_name", None):  # a wrapper of one parameter of the experts
+            # The layer wraps one parameter of a mixture's experts.
+            if parameter := getattr(module, "parameter_name", None):
                 kind = f"{method} over {class_name(type(module.get_base_layer()))}.{parameter}"
             if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
                 reason = _unmatched_reason(module, method, kind)

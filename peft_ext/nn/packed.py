@@ -108,8 +108,8 @@ class HoldsPacked(nn.Module):
         """The module's weight, which shares the module's tensors. The property returns one PackedWeight object until a
         tensor of the module is replaced.
 
-        Raises: RuntimeError if the codes require a gradient, although codes never get a gradient, or if ZeRO-3 has
-        partitioned the codes and not gathered them.
+        Raises: RuntimeError if the codes require a gradient while autograd records, because codes can't get a gradient,
+        or if ZeRO-3 has partitioned the codes and not gathered them.
         """
         parts = self._parts()
         if is_zero3_shard(parts[0]):

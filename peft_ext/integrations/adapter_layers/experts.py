@@ -236,7 +236,8 @@ def _adapter(wrapper: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
     found = [(*factors(wrapper, name), float(wrapper.scaling[name])) for name in names]
     if len(found) == 1:
         return found[0]
-    with torch.autocast(found[0][0].device.type, enabled=False):  # a CPU's bfloat16 autocast rejects float16 in cat
+    # A CPU's bfloat16 autocast raises an error for float16 tensors in torch.cat.
+    with torch.autocast(found[0][0].device.type, enabled=False):
         return torch.cat([a for a, _, _ in found], 1), torch.cat([b * scale for _, b, scale in found], 2), 1.0
 
 

@@ -411,7 +411,7 @@ if LoraLinear is not None:
                 raise NotImplementedError(f"{variant_name(variant)} over a packed weight can't be merged")
             if self.lora_bias[name]:
                 if bias is None:
-                    raise RuntimeError(  # PEFT's own error text
+                    raise RuntimeError(  # the error has the text of PEFT's own error
                         "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
                     )
                 bias = bias + self.lora_B[name].bias * self.scaling[name]

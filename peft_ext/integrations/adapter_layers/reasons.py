@@ -47,7 +47,7 @@ from .foreign import foreign_reason, is_foreign
 
 def native_kernels() -> dict[str, dict[str, bool]]:
     """Returns for each public operator, and for each device ("cpu", "cuda"), whether the loaded library has kernels for
-    all native operators that the public operator calls."""
+    the main operators that the public operator calls (``library.PUBLIC``)."""
     return {
         op: {key.lower(): all(has_kernel(name, key) for name in called) for key in ("CPU", "CUDA")}
         for op, called in PUBLIC.items()

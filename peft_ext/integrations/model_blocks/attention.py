@@ -551,7 +551,8 @@ def _fits(
 
 
 def _are_few(queries: int, dropout: float, others: dict[str, Any]) -> bool:
-    """Returns whether a call has few enough queries for the operator's kernel for few queries, and no gradient."""
+    """Returns whether the operator's kernel for few queries can compute a call: few enough queries, no dropout, no bias
+    of the scores and no gradient."""
     return (
         queries <= _FEW_QUERIES and dropout == 0 and others.get("position_bias") is None and not torch.is_grad_enabled()
     )

@@ -63,7 +63,8 @@ def _sdpa_disproof(function: Callable) -> Optional[str]:
         how: dict[str, Any] = {"dropout": 0.0, "scaling": scaling}
         if with_bias:
             how["position_bias"] = torch.randn(1, 4, queries, keys, generator=generator).to(dtype)
-            mask = None if mask is None else mask | torch.eye(queries, keys, dtype=torch.bool)  # each query sees a key
+            # The diagonal lets each query see at least one key.
+            mask = None if mask is None else mask | torch.eye(queries, keys, dtype=torch.bool)
         if causal and mask is None and keys != queries:
             continue  # transformers gives a mask if there are more keys than queries
         exact = {name: value.double() if name == "position_bias" else value for name, value in how.items()}
