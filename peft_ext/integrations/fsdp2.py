@@ -197,7 +197,7 @@ def _send_trained(model: nn.Module, device: torch.device) -> None:
 def _send_from_first(model: nn.Module, device: torch.device) -> None:
     """Sends parameters and buffers of process 0 to all processes. With ``cpu_ram_efficient_loading``, only process 0
     needs to have loaded the parameters and buffers."""
-    for module in model.modules():  # transformers leaves tensors on the meta device that the files lack
+    for module in model.modules():  # transformers leaves a tensor on the meta device if the files lack it
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None and tensor.is_meta:

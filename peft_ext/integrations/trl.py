@@ -1,4 +1,4 @@
-"""TRL's trainers with the head's loss on :func:`peft_ext.ops.linear_cross_entropy`.
+"""TRL's trainers with the loss of the head computed by :func:`peft_ext.ops.linear_cross_entropy`.
 
 ::
 

@@ -133,7 +133,8 @@ def in_layers(config: TargetConfig, name: str) -> bool:
 
 
 def targeted(config: TargetConfig, name: str) -> bool:
-    """Returns whether the module ``name`` is a target. If ``target_modules`` is None, every module counts as named."""
+    """Returns whether the module ``name`` is a target. If ``target_modules`` is None, every module in the chosen layers
+    that is not excluded is a target."""
     named = config.target_modules is None or matches(config.target_modules, name)
     return named and in_layers(config, name) and not excluded(config, name)
 

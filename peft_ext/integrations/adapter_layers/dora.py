@@ -1,4 +1,4 @@
-"""DoRA on :func:`peft_ext.ops.dora_linear`, and a variant of PEFT's own DoRA that works over an NF4Linear."""
+"""DoRA computed by :func:`peft_ext.ops.dora_linear`, and a variant of PEFT's own DoRA that works over an NF4Linear."""
 
 from __future__ import annotations
 

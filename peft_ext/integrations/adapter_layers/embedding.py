@@ -1,4 +1,4 @@
-"""PEFT's LoRA over an ``nn.Embedding`` or a ``PackedEmbedding`` on :func:`peft_ext.ops.lora_embedding`."""
+"""PEFT's LoRA over an ``nn.Embedding`` or a ``PackedEmbedding``, computed by :func:`peft_ext.ops.lora_embedding`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`.
+"""PEFT's (IA)³ layers, computed by :func:`peft_ext.ops.ia3_linear`.
 
 If several adapters are active, their vectors are first multiplied with each other. If the base layer's own forward has
-to run, only the product with the vector is fused, on :func:`peft_ext.ops.ia3_scale`. Nothing is fused if PEFT's class
+to run, only the product with the vector is fused, by :func:`peft_ext.ops.ia3_scale`. Nothing is fused if PEFT's class
 for ``Linear4bit`` is over a base layer whose weight the operators can't read.
 """
 

@@ -1,8 +1,8 @@
-"""PEFT's LoRA and DoRA layers on :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
+"""PEFT's LoRA and DoRA layers, computed by :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
 
 Several active LoRA adapters run as one adapter whose rank is the sum of their ranks: A and B are concatenated, and
 different scales become a scale per rank. If the base layer's own forward has to run (8-bit, another class, hooks), only
-LoRA's low-rank part is fused, on :func:`peft_ext.ops.lora_residual`. A mixed batch runs on
+LoRA's low-rank part is fused, by :func:`peft_ext.ops.lora_residual`. A mixed batch is computed by
 :func:`peft_ext.ops.grouped_lora_linear`.
 """
 

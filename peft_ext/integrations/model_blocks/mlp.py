@@ -1,4 +1,4 @@
-"""MLPs on fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
+"""MLPs computed by fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
 
 The activation's operator runs in one pass, and saves the outputs of ``gate`` and ``up`` for the backward. If ``down``
 needs its input in the backward and has no hooks, the backward computes this input again.

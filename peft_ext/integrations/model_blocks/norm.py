@@ -1,5 +1,5 @@
-"""RMSNorm and LayerNorm on fused operators. The backward needs x, the weight and one or two numbers per row, and no
-float32 copy of x."""
+"""RMSNorm and LayerNorm computed by fused operators. The backward needs x, the weight and one or two numbers per row,
+and no float32 copy of x."""
 
 from __future__ import annotations
 
