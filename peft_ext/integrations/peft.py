@@ -189,7 +189,7 @@ def agree(model: nn.Module) -> None:
     Each rank proves its kernels alone (see the section "The proof on the machine" in docs/reliability.md). If a family
     of kernels failed on one rank, the operators of this family compute with the reference on that rank alone, and the
     gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
-    the default process group, and drops each family that failed on any rank on all ranks. In a training loop of your
+    the default process group, and drops on all ranks each family that failed on any rank. In a training loop of your
     own, call this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
     ``PeftExtCallback`` does the same when training begins.
 

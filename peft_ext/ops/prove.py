@@ -254,7 +254,7 @@ def _open(key: str, family: str) -> None:
 
 
 def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
-    """Returns by family the result of the wanted families at a place, and of the families whose results are saved."""
+    """Returns the results at a place, by family, of the wanted families and of those whose results are saved."""
     if place.key == "CUDA":
         if (capability := torch.cuda.get_device_capability(place.device.index)) < CAPABILITY:
             came, least = (".".join(map(str, version)) for version in (capability, CAPABILITY))

@@ -233,8 +233,8 @@ class Plan:
 
     Attributes:
         units: full name of a wrapped module -> names, within that module, of the tensors that the adapter owns there.
-        tied: full name of a wrapped module -> name of a shared tensor in that module -> the unit that owns the tensor,
-            and the tensor's name in that unit.
+        tied: full name of a wrapped module -> name of a shared tensor in that module -> the name of the wrapped module
+            that owns the tensor, and the tensor's name in the owner.
         excluded: full names of the modules that ``exclude_modules`` and ``modules_to_save`` excluded.
     """
 

@@ -121,8 +121,9 @@ class Facts:
         return self.plain_block(module)
 
     def plain_block(self, module: nn.Module) -> bool:
-        """Returns what :meth:`plain` returns, for the block to which these facts belong. :func:`plan_of` compares the
-        block's class. The facts of a block must not hold the block itself, so that the block can be freed."""
+        """Returns whether the block to which these facts belong has no hooks and no forward of its own, as
+        :meth:`plain` does for another module. :func:`plan_of` compares the block's class. The facts of a block must not
+        hold the block itself, so that the block can be freed."""
         held, kind = module.__dict__, type(module)
         self._forwards[kind] = kind.forward
         if (stock := getattr(kind, "stock_class", None)) is not None:

@@ -62,7 +62,7 @@ class IA3Layer(Fused):
         return x.dtype, None
 
     def _common(self, x: Any) -> Optional[tuple]:
-        """Returns the facts (see :mod:`.known`) of a call with one active adapter, the base layer, and ia3_l.
+        """Returns a tuple for a call with one active adapter: the facts (see :mod:`.known`), the base layer, and ia3_l.
 
         Returns None if the call is not common; the checks then have to run.
         """

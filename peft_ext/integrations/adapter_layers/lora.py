@@ -152,8 +152,8 @@ class LowRank(Fused):
         raise NotImplementedError
 
     def _common(self, x: Any) -> Optional[tuple]:
-        """Returns the facts (see :mod:`.known`) of a call with one active adapter, the adapter's name, the base layer,
-        lora_A, lora_B and the dropout's p.
+        """Returns a tuple for a call with one active adapter: the facts (see :mod:`.known`), the adapter's name, the
+        base layer, lora_A, lora_B and the dropout's p.
 
         Returns None if the call is not common; the checks then have to run.
         """

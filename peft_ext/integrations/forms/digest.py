@@ -399,7 +399,7 @@ def _canonical(node: Any) -> Any:
 
 def _paths(node: ast.AST, code: types.CodeType, this: Optional[str]) -> set[tuple[str, ...]]:
     """Returns the names that a function's code finds outside of the function, each with the attributes that the code
-    reads from it.
+    reads from the named value.
 
     For the instance ``this`` a path has one attribute, as ("self", "weight"). The path is ("self",) where the code uses
     the instance itself, and ("self", "=") where the code assigns to an attribute or item of the instance.
