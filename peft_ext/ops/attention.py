@@ -164,7 +164,7 @@ def scaled_dot_product_attention(
     ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a dropout and a ``seed``,
     the reference computes the result on a GPU.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
     """

@@ -149,7 +149,7 @@ def bottleneck_adapter(
     to all tensors, in their own dtypes; saved for backward: x, U in float32, and the two weights. Under autocast x and
     residual are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter, He
     and others (arXiv 2110.04366).

@@ -252,8 +252,8 @@ def linear_cross_entropy(
     reduction "none", the arguments, from which the backward computes the logits again. Under autocast hidden,
     lora_input, bias and a dense weight are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted. A label out of range raises
-    RuntimeError on a CPU, and makes the loss NaN on a GPU.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected. A label out
+    of range raises RuntimeError on a CPU, and makes the loss NaN on a GPU.
 
     Sources: transformers' causal loss; Gemma 2 (arXiv 2408.00118); cut cross entropy (arXiv 2411.09009).
     """

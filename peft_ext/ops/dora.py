@@ -231,7 +231,7 @@ def dora_weight_norm(
     Returns: ``[N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. Gradients flow to lora_A and
     lora_B, in their own dtypes, and are 0 through a norm of 0; saved for backward: the norm and U ``[N, R]`` float32.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: DoRA (arXiv 2402.09353).
     """
@@ -290,7 +290,7 @@ def dora_linear(
     if Z can be computed from Y); with norm_grad U ``[N, R]`` float32. Under autocast x, bias and a dense weight are
     cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: DoRA (arXiv 2402.09353).
     """

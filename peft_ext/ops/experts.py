@@ -260,7 +260,7 @@ def lora_experts(
     their own dtypes; the gradients of an expert without rows are 0. Saved for backward: x, S ``[S, R]`` float32 and the
     seed. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapters are not cast.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); mixtures of experts (arXiv 1701.06538).
     """
@@ -299,7 +299,7 @@ def dora_experts(
     constant. Saved for backward: x, S ``[S, R]`` float32, the seed and, where magnitude needs a gradient, Z ``[S, N]``
     of x's dtype. Autocast casts the same arguments as in :func:`lora_experts`.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
     """
@@ -330,7 +330,7 @@ def dora_experts_weight_norm(
     Returns: ``[E, N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. No gradient flows to lora_A and
     lora_B, because DoRA treats the norm as a constant.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: DoRA (arXiv 2402.09353).
     """
@@ -361,7 +361,7 @@ def experts_linear(
 
     The arguments, gradients and sources are those of :func:`lora_experts`.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
     """
     return _call("experts_linear", x, weight, offsets, bias, _Adapter())
 

@@ -174,7 +174,7 @@ def grouped_lora_linear(
 
     An infinity or a NaN in an adapter changes only the results of the samples with this adapter.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
     """

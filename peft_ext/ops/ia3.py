@@ -187,7 +187,7 @@ def ia3_linear(
     ``Z = x Wᵀ + b`` ``[T, N]`` of x's dtype (with save_output on a CPU, Y instead of Z). Under autocast x, bias and a
     dense weight are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: IA3 (arXiv 2205.05638).
     """
@@ -228,7 +228,7 @@ def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:
     Returns: ``[..., K]`` of x's dtype. Gradients flow to x and ia3_l, in their own shapes and dtypes; saved for
     backward: x and ia3_l alone.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: IA3 (arXiv 2205.05638).
     """

@@ -248,7 +248,7 @@ def nf4_merge(
     is in float32, and no gradient flows. The error is that of the 4-bit codes alone; double quantization of the scales
     adds an error of some 0.1% of W'.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
     """
     op = "nf4_merge"
     if not isinstance(nf4, NF4Weight):
@@ -303,7 +303,7 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the NF4 weight
     alone. Under autocast x and bias are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
     """
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4_linear: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
@@ -331,8 +331,8 @@ def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional
     Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the weight
     alone. Under autocast x, a dense weight and bias are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted; also where a dense weight
-    requires a gradient.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected; also if a
+    dense weight requires a gradient.
     """
     op = "frozen_linear"
     checks.check_float(op, "x", x)

@@ -205,7 +205,7 @@ def lora_linears(
     backward computes nothing for a layer whose result is not used. Under autocast x, biases and dense weights are cast
     to the autocast dtype, and the adapters are not cast.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: as :func:`lora_linear`.
     """

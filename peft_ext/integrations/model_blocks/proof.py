@@ -193,7 +193,8 @@ def _fill_attention(made: Any, row: Row, training: bool) -> None:
         setattr(made, option.split(":")[1], 7 if training else None)
 
 
-# A summary of the mask and the keyword arguments of each call of :func:`_noted`, in the order of the calls.
+# A summary of the arguments of each call of :func:`_noted` and of a :class:`_NotedAttention`, in the order of the
+# calls.
 _CALLS: list[Any] = []
 
 
