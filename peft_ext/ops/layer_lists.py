@@ -4,8 +4,8 @@ A layer has up to ten tensors: weight, absmax, nested_absmax, nested_code, neste
 rank_scale and seed. Autograd accepts no None in a list of tensors, so the list ``tensors`` has, layer after layer, only
 the tensors that are present. The list ``sizes`` has four integers for each layer: a bit mask of the tensors that are
 present (bit 0: weight), the weight's layout, N and K. The layout is 0 for a dense weight, the blocksize for an NF4
-weight, or the number of another packed format. The list ``numbers`` has two floats for each layer: scaling and
-dropout_p. A layer without lora_A has no adapter.
+weight, or a number that stands for another packed format. The list ``numbers`` has two floats for each layer: scaling
+and dropout_p. A layer without lora_A has no adapter.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 If several adapters are active, their vectors are first multiplied with each other. If the base layer's own forward has
 to run, only the product with the vector is fused, by :func:`peft_ext.ops.ia3_scale`. Nothing is fused if PEFT's class
-for ``Linear4bit`` is over a base layer whose weight the operators can't read.
+for ``Linear4bit`` is over a base layer that the operators can't compute.
 """
 
 from __future__ import annotations
