@@ -8,11 +8,11 @@ family's operators run the reference. A warning, ``peft-ext explain`` and ``peft
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
     no call reaches an unproved kernel, neither from compiled code nor from ``torch.ops``. A packed format has no gate:
-    its first weight on a device proves the format. The first call of an operator, the first check of an accelerated
-    layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove the family and remove its
-    gates. Later calls have no gate. A family's proof takes milliseconds on a CPU. On a GPU, a family's first proof
-    takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr names each family.
-    While a CUDA graph is captured, nothing can be proved, and a call of an unproved operator raises RuntimeError.
+    the first weight of the format on a device starts the proof. The first call of an operator, the first check of an
+    accelerated layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove the family and
+    remove its gates. A family's proof takes milliseconds on a CPU. On a GPU, a family's first proof takes seconds,
+    because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr names each family. While a CUDA
+    graph is captured, kernels can't be tested, and a call of an unproved operator raises RuntimeError.
 
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
