@@ -1,4 +1,5 @@
-"""FSDP2 of the library accelerate for transformers' Trainer and its subclasses, with decoder layers as units.
+"""Shards the model of transformers' Trainer, or of a subclass, by FSDP2 of the library accelerate, with one FSDP unit
+for each decoder layer.
 
 :meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. The library accelerate itself
 would make FSDP units of the embedding and of the head. If the head is a unit of its own, ``fully_shard`` gives the head
@@ -57,8 +58,9 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     (``SHARDED_STATE_DICT``) and have PEFT's files too.
 
     Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,
-    context or sequence parallelism, offloaded activation checkpointing, mixed precision over a base in FP8, an
-    optimizer or a model_init of the trainer, no decoder layer, a trained parameter that is not sharded.
+    context or sequence parallelism, offloaded activation checkpointing, mixed precision over a base in FP8,
+    ``cpu_ram_efficient_loading`` over bitsandbytes' weights, an optimizer of unsharded parameters or a model_init of
+    the trainer, no decoder layer, a trained parameter that has hooks or is not sharded.
     """
     plugin = _plugin(trainer)
     if plugin is None:
@@ -94,7 +96,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
         # FSDP2 would not reduce the gradient of a trained parameter that is not sharded.
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise ValueError(f"prepare_fsdp2: {name} is trained and not sharded; add adapters before fully_shard")
-    plugin.auto_wrap_policy = None  # accelerate would look for the decoder layers by their names before fully_shard
+    # By this policy accelerate would look for decoder layers by the names that their classes had before fully_shard.
+    plugin.auto_wrap_policy = None
     _keep_parameters(accelerator)
     _save_adapters(trainer, plugin)
     return True
@@ -171,7 +174,7 @@ def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.
 
 
 def _mesh(accelerator: Any) -> Any:
-    if getattr(accelerator, "torch_device_mesh", None) is not None:  # accelerate 1.10 and newer has a mesh
+    if getattr(accelerator, "torch_device_mesh", None) is not None:  # accelerate 1.10 and newer makes a device mesh
         return accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
@@ -194,7 +197,7 @@ def _send_trained(model: nn.Module, device: torch.device) -> None:
 def _send_from_first(model: nn.Module, device: torch.device) -> None:
     """Sends parameters and buffers of process 0 to all processes. With ``cpu_ram_efficient_loading``, only process 0
     needs to have loaded the parameters and buffers."""
-    for module in model.modules():  # transformers leaves tensors on the meta device that the files lack
+    for module in model.modules():  # transformers leaves a tensor on the meta device if the files lack it
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None and tensor.is_meta:
@@ -217,7 +220,8 @@ def _keep_parameters(accelerator: Any) -> None:
 
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], FSDPModule):  # an evaluation before the training calls prepare
+        # An evaluation before the training calls prepare with the model alone.
+        if len(args) == 1 and isinstance(args[0], FSDPModule):
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
         if not all(isinstance(model, FSDPModule) for model in models):  # accelerate's own prepare then shards the model
@@ -261,8 +265,8 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
 
 
 def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
-    """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Only process 0 gets
-    tensors."""
+    """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Process 0 gets the tensors,
+    and every other process gets an empty dict."""
     model = getattr(model, "_orig_mod", model)  # a compiled model
     adapters = set(getattr(model, "peft_config", ()))
     units = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, FSDPModule))
@@ -276,7 +280,7 @@ def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
             and adapters.isdisjoint(name.split("."))
         ):
             continue
-        if isinstance(tensor, DTensor):  # an offloaded shard is on the CPU
+        if isinstance(tensor, DTensor):  # an offloaded shard is on the CPU, and is gathered on its mesh's device
             tensor = tensor.to(tensor.device_mesh.device_type)
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if dist.get_rank() == 0:

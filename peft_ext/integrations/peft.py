@@ -87,8 +87,8 @@ def accelerate(
     If the CPU has no instructions for products in a 16-bit dtype, or the environment forbids these instructions, the
     frozen ``nn.Linear`` layers of a CPU model that compute in this dtype, for example the head of a language model, run
     :func:`peft_ext.ops.frozen_linear`.
-    :func:`peft_ext.explain` lists the frozen ``nn.Linear`` layers that run ``frozen_linear`` and are not the base layer
-    of an adapter.
+    :func:`peft_ext.explain` lists those of these layers that are not the base layer of an adapter. On the CPU path
+    ``avx512_bf16``, large frozen bfloat16 layers run ``frozen_linear`` too, in calls of few tokens without a gradient.
 
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
@@ -108,7 +108,8 @@ def accelerate(
             fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and
             the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with
             labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output
-            computes its logits at the first read. With blocks False, only layers are fused.
+            computes its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen
+            linear layers are fused.
         dora_dropout: the tensor that DoRA's dropout acts on in training. With "peft", the dropout acts on x in the
             low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
             product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped
@@ -121,8 +122,9 @@ def accelerate(
             adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
             of ``accelerate``, or until ``restore``.
 
-    The kernels that the model needs are proved before ``accelerate`` returns (``peft_ext.ops.prove``). ``accelerate``
-    waits for no other process, unless tensor parallelism of transformers splits layers of the model.
+    Before ``accelerate`` returns, the kernels that the model needs are proved, that is compared with the reference
+    (``peft_ext.ops.prove``). ``accelerate`` waits for no other process, unless tensor parallelism of transformers
+    splits layers of the model.
 
     Returns: the same model. ``accelerate`` may be called again on the same model. Without dropout, the outputs and
     gradients of a fused layer agree with PEFT's up to rounding. A fused dropout uses the same random generator as PEFT,
@@ -174,8 +176,9 @@ def accelerate(
             "it after peft.get_peft_model",
             stacklevel=2,
         )
-    # The checks of the layers prove the kernels that the model needs. Layers that tensor parallelism splits make other
-    # sums over the processes on the operators than on PEFT's code, so all processes have to choose alike.
+    # ``explain`` runs the checks of the layers, and the checks prove the kernels that the model needs. Layers that
+    # tensor parallelism splits make other sums over the processes on the operators than on PEFT's code, so all
+    # processes have to choose alike.
     (prove.agree if any(map(is_split, model.modules())) else prove.settle_by)(lambda: explain(model))
     return model
 
@@ -186,7 +189,7 @@ def agree(model: nn.Module) -> None:
     Each rank proves its kernels alone (see the section "The proof on the machine" in docs/reliability.md). If a family
     of kernels failed on one rank, the operators of this family compute with the reference on that rank alone, and the
     gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
-    the default process group, and drops each family that failed on any rank on all ranks. In a training loop of your
+    the default process group, and drops on all ranks each family that failed on any rank. In a training loop of your
     own, call this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
     ``PeftExtCallback`` does the same when training begins.
 
@@ -255,13 +258,13 @@ class Row:
 class Explanation:
     """The result of :func:`peft_ext.explain`. ``str`` of an Explanation is a table.
 
-    ``rows``: a row for each adapter layer, and for each other quantized layer or frozen linear layer that computes in a
-    16-bit dtype for whose products the CPU has no instructions. ``blocks``: a row for each part of a block (norm, MLP,
-    attention, decoder layer, dropout) and for each loss of a language model. ``fused_share`` counts ``rows`` and not
-    ``blocks``.
+    ``rows``: a row for each adapter layer, for each other quantized layer, and for each other frozen linear layer that
+    computes in a 16-bit dtype for whose products the CPU has no instructions. ``blocks``: a row for each part of a
+    block (norm, MLP, attention, decoder layer, dropout) and for each loss of a language model. ``fused_share`` counts
+    ``rows`` and not ``blocks``.
 
-    ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers lacks, and for what is
-    not fused without this name.
+    ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers lacks, which says what
+    is not fused without this name.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -345,7 +348,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             bases.add(module.get_base_layer())
             method, base = _method(module), getattr(module, "base_layer", module)
             kind = f"{method} over {class_name(type(base))}{_format(base)}"
-            if parameter := getattr(module, "parameter_name", None):  # a wrapper of one parameter of the experts
+            # The layer wraps one parameter of a mixture's experts.
+            if parameter := getattr(module, "parameter_name", None):
                 kind = f"{method} over {class_name(type(module.get_base_layer()))}.{parameter}"
             if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
                 reason = _unmatched_reason(module, method, kind)
@@ -405,7 +409,7 @@ def _lacking(module: nn.Module, fused: type) -> Optional[str]:
         for name in path.split("."):
             if not hasattr(found, name):
                 return f"{type(found).__module__}.{type(found).__qualname__} has no {name}"
-            if (found := getattr(found, name)) is None:  # the quant_state of a weight that is not quantized yet
+            if (found := getattr(found, name)) is None:  # the quant_state is None while the weight is not quantized yet
                 break
     return None
 

@@ -122,7 +122,8 @@ class PeftExtCallback(TrainerCallback):
     callbacks that the user passes. :meth:`attach` moves this callback before the reporters, so that the reporters get
     the four values too.
 
-    Raises: ValueError if warmup_steps is negative. When training begins, the errors of :func:`peft_ext.accelerate`.
+    Raises: ValueError if warmup_steps is negative. When training begins, the callback raises the errors of
+    :func:`peft_ext.accelerate` and :func:`peft_ext.agree`.
     """
 
     def __init__(
@@ -147,9 +148,10 @@ class PeftExtCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> PeftExtCallback:
         """Makes this callback the first callback of ``trainer``, and returns this callback.
 
-        A callback that the trainer already has is moved. If accelerate's configuration asks for FSDP2, this method also
-        shards the trainer's model (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call
-        this method, before the training.
+        A callback that the trainer already has is moved. If accelerate's configuration or
+        ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
+        (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call this method, before the
+        training.
 
         Raises: TypeError if ``trainer`` is no transformers Trainer; the errors of ``prepare_fsdp2``.
         """

@@ -1,4 +1,4 @@
-"""TRL's trainers with the head's loss on :func:`peft_ext.ops.linear_cross_entropy`.
+"""TRL's trainers with the loss of the head computed by :func:`peft_ext.ops.linear_cross_entropy`.
 
 ::
 
@@ -260,12 +260,12 @@ class _NoGradient(torch.autograd.Function):
 class LinearLoss:
     """Mixin for one of TRL's trainers: log probabilities come from :func:`peft_ext.ops.linear_cross_entropy`.
 
-    The trainer logs the same metrics as TRL's. The entropy has no gradient: the backward of a loss that contains the
-    entropy raises RuntimeError.
+    The trainer logs the same metrics as TRL's own trainer. The entropy has no gradient: the backward of a loss that
+    contains the entropy raises RuntimeError.
 
-    ``loss_reason``: the reason why TRL's own code computes the loss, or None. A warning at construction has the reason,
-    too. TRL's code computes the loss for example if the head is trained or computes in float16, if processes share the
-    model (FSDP, DeepSpeed), or if an option is not known to give TRL's numbers.
+    ``loss_reason``: the reason why TRL's own code computes the loss, or None. If there is a reason, a warning gives it
+    when the trainer is made. TRL's code computes the loss for example if the head is trained or computes in float16, if
+    processes share the model (FSDP, DeepSpeed), or if an option is not known to give TRL's numbers.
     """
 
     loss_reason: Optional[str]

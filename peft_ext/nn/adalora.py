@@ -19,13 +19,13 @@ class AdaLoRALinear(LowRankLinear):
     Args:
         in_features, out_features, bias, device, dtype: arguments of the frozen base layer.
         r: initial rank. lora_alpha: ``s = lora_alpha`` if lora_alpha is positive, otherwise ``s = r``, as in PEFT.
-        lora_dropout: probability that an element of x is dropped on the low-rank path, in training.
+        lora_dropout: probability that, in training, an element of x is dropped before the product with lora_A.
         adapter_dtype: dtype of the adapter's parameters; default float32 for every dtype of the base.
 
     ``lora_A [r, in_features]`` and ``lora_B [out_features, r]`` start as normal random numbers (std 0.02), and
     ``lora_E [r, 1]`` starts at zero, so the new layer computes the same output as its base. The buffer ``ranknum [1]``
     holds r until a rank allocator changes ``ranknum``. A rank that the allocator removes has ``lora_E`` 0. Raises
-    ValueError for r < 1 or for lora_dropout outside [0, 1).
+    ValueError for r < 1, for a lora_alpha that is not finite, or for lora_dropout outside [0, 1).
 
     Source: AdaLoRA (arXiv 2303.10512).
     """

@@ -34,7 +34,9 @@ class BottleneckAdapter(nn.Module):
     (Pfeiffer); if a LayerNorm follows the sum, call ``norm(adapter(norm(sum), sum))``.
     ``adapter(sublayer_input, sublayer_output)`` is an adapter parallel to a sublayer.
 
-    Raises: ValueError for a bottleneck below 1, an unknown activation or an unknown init.
+    Raises: ValueError for features or a bottleneck below 1, a reduction_factor that is not above 0, a scale that is not
+    finite, an unknown activation or an unknown init; TypeError for a size that is no integer or a dtype that is no
+    float dtype.
 
     Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter and
     "mam", He and others (arXiv 2110.04366).

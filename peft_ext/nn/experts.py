@@ -195,7 +195,8 @@ _COMPUTING: ContextVar[tuple[Any, Optional[_Run]]] = ContextVar("_COMPUTING", de
 
 @contextmanager
 def computing(experts: FrozenExperts, run: _Run) -> Iterator[None]:
-    """Makes ``experts.forward`` compute ``run(rows, offsets)`` within the context, except under torch.compile.
+    """Within the context, ``experts.forward`` computes the experts' outputs by ``run(rows, offsets)``, see
+    :func:`route`, except under torch.compile.
 
     The forwards of PEFT's wrappers around ``experts`` still run, so that hooks of the wrappers and of the experts are
     called.
@@ -223,7 +224,8 @@ def is_computing(experts: nn.Module) -> bool:
 class FrozenExperts:
     """A mixture's experts with packed weights: a mixin for the experts' class in transformers, applied at run time.
 
-    A subclass defines :meth:`frozen`, and stores a parameter's codes under the name of the dense parameter.
+    A subclass defines :meth:`frozen` and :meth:`frozen_shapes`, and stores a parameter's codes under the name of the
+    dense parameter.
     """
 
     stock_class: type
@@ -327,7 +329,8 @@ class NF4Experts(FrozenExperts):
 
     def set_extra_state(self, state: Any) -> None:
         came, own = (json.loads(bytes(value.tolist())) for value in (state, self.get_extra_state()))
-        dtype = getattr(torch, str(came.get("dtype")), None)  # dtype of the dense weights in the loaded state
+        # Dtype from which the weights of the loaded state were quantized.
+        dtype = getattr(torch, str(came.get("dtype")), None)
         if {**came, "dtype": ""} != {**own, "dtype": ""} or not isinstance(dtype, torch.dtype):
             raise ValueError(f"{self.stock_class.__name__}: the state has the format {came}, wanted {own}")
         self.quant_dtype = dtype

@@ -20,11 +20,12 @@ class LoRALinear(LowRankLinear):
     Args:
         in_features, out_features, bias, device, dtype: arguments of the frozen base layer.
         r: rank. lora_alpha: ``s = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
-        lora_dropout: probability that an element of x is dropped on the low-rank path, in training.
+        lora_dropout: probability that, in training, an element of x is dropped before the product with lora_A.
         adapter_dtype: dtype of ``lora_A`` and ``lora_B``; default float32 for every dtype of the base.
 
     ``lora_A [r, in_features]`` starts Kaiming-uniform (a = sqrt 5) and ``lora_B [out_features, r]`` starts at zero, so
-    the new layer computes the same output as its base. Raises ValueError for r < 1 or lora_dropout outside [0, 1).
+    the new layer computes the same output as its base. Raises ValueError for r < 1, a lora_alpha that is not finite, or
+    lora_dropout outside [0, 1).
     """
 
     def __init__(

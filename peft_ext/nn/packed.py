@@ -108,8 +108,8 @@ class HoldsPacked(nn.Module):
         """The module's weight, which shares the module's tensors. The property returns one PackedWeight object until a
         tensor of the module is replaced.
 
-        Raises: RuntimeError if the codes require a gradient, although codes never get a gradient, or if ZeRO-3 has
-        partitioned the codes and not gathered them.
+        Raises: RuntimeError if the codes require a gradient while autograd records, because codes can't get a gradient,
+        or if ZeRO-3 has partitioned the codes and not gathered them.
         """
         parts = self._parts()
         if is_zero3_shard(parts[0]):
@@ -125,7 +125,8 @@ class HoldsPacked(nn.Module):
             )
         if torch.compiler.is_compiling() or parts[0].is_meta or type(parts[0].data) is not Tensor:
             return self._template.replaced(parts)
-        if hasattr(parts[0], "ds_id"):  # a kept weight would keep the codes that ZeRO-3 gathers and frees
+        # A cached PackedWeight would keep the codes in memory that ZeRO-3 gathers and frees.
+        if hasattr(parts[0], "ds_id"):
             return self._template.replaced(parts)
         key = [(id(part), part.data_ptr()) for part in parts if part is not None]
         known = self.__dict__.get("_packed")
@@ -176,12 +177,15 @@ class HoldsPacked(nn.Module):
             if not isinstance(came, Tensor) or came.dtype is not own.dtype or came.shape != own.shape:
                 what = f"{came.dtype} {tuple(came.shape)}" if isinstance(came, Tensor) else type(came).__name__
                 errors.append(f"{prefix}{name} is {what}, wanted {own.dtype} {tuple(own.shape)}")
-                found[prefix + _attribute(name)] = own.detach()  # so that the key is not reported as missing
+                # The layer's own tensor takes the place of the wrong one, because without an entry the key would be
+                # reported as missing, too.
+                found[prefix + _attribute(name)] = own.detach()
         known = len(missing)
         super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)
         back = {prefix + attribute: prefix + name for name, attribute in dotted.items()}
         missing[known:] = [back.get(key, key) for key in missing[known:]]
-        for parameter in self._parameters.values():  # load_state_dict(assign=True) may replace the parameter
+        # load_state_dict(assign=True) may have replaced the parameter by one that requires a gradient.
+        for parameter in self._parameters.values():
             if parameter is not None and parameter is not self._parameters.get("bias"):
                 parameter.requires_grad_(False)
 
@@ -214,8 +218,8 @@ class PackedLinear(HoldsPacked, nn.Linear):
         Args:
             weight: shape ``(N, K)``.
             names: the file's names of ``weight.parts``, in their order, for example
-                ``("weight_packed", "weight_scale")``. The name of a part that is None is None, or is left out at the
-                end.
+                ``("weight_packed", "weight_scale")``. A part that is None has the name None; the names of such parts at
+                the end may be left out.
             bias: ``[N]``; the layer shares a bias that is an nn.Parameter.
             extra: tensors of the file that the weight's format does not need, by name. The state dict of the layer
                 contains the extra tensors.

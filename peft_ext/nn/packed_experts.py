@@ -99,11 +99,14 @@ class PackedExperts(FrozenExperts):
             if isinstance(came, Tensor) and (came.dtype is not own.dtype or came.shape != own.shape):
                 errors.append(f"{prefix}{name} is {came.dtype} {tuple(came.shape)}, wanted {own.dtype} "
                               f"{tuple(own.shape)}")  # fmt: skip
-                found[key] = own.detach()  # so that the key is not reported as missing
+                # The module's own tensor takes the place of the wrong one, because without an entry the key would be
+                # reported as missing, too.
+                found[key] = own.detach()
         known = len(missing)
         super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)
         missing[known:] = [back.get(key, key) for key in missing[known:]]
-        for name in self.packed_names:  # load_state_dict(assign=True) may replace the parameter
+        # load_state_dict(assign=True) may have replaced the parameter by one that requires a gradient.
+        for name in self.packed_names:
             self._parameters[name].requires_grad_(False)
 
     def extra_repr(self) -> str:

@@ -151,7 +151,7 @@ def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Ten
     Returns: ``[..., F]`` of gate's dtype, contiguous. Gradients flow to gate and up; saved for backward: gate and up
     alone. Unlike PyTorch, this operator does not round act(gate) before the product. Autocast changes nothing.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: gated units (arXiv 2002.05202).
     """
@@ -173,7 +173,7 @@ def activation(x: Tensor, activation: str) -> Tensor:
 
     Returns: ``[..., F]`` of x's dtype, contiguous. The gradient flows to x; saved for backward: x alone.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
     """
     op = "activation"
     checks.check_float(op, "x", x)

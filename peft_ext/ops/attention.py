@@ -144,7 +144,8 @@ def scaled_dot_product_attention(
         q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype.
             H is a multiple of Hkv: each head of k and v serves H / Hkv heads of q. A tensor whose last dimension is
             contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel. The CPU
-            kernel packs k and v into the layout of its products.
+            kernels pack k and v into the layout of their products, except in calls of few queries, and where a product
+            reads a tensor as it is stored.
         mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: no mask hides a key. On a
             CPU, the result of a query that sees no key is zero.
         is_causal: True: query i sees only the keys j <= i. A call with is_causal may not have a mask.
@@ -163,7 +164,7 @@ def scaled_dot_product_attention(
     ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a dropout and a ``seed``,
     the reference computes the result on a GPU.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
     """

@@ -143,13 +143,13 @@ def bottleneck_adapter(
             are the sublayer's output. For a parallel adapter, x is the sublayer's input and residual is the sublayer's
             output.
 
-    Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. Exception, for x on a CPU:
-    if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two tokens, then x Dᵀ
-    (with b_d, if b_d has this dtype), s H and residual + s b_v are rounded to this dtype too. Gradients flow to all
-    tensors, in their own dtypes; saved for backward: x, U in float32, and the two weights. Under autocast x and
+    Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. For x on a CPU there is an
+    exception: if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two tokens,
+    then x Dᵀ (with b_d, if b_d has this dtype), s H and residual + s b_v are rounded to this dtype too. Gradients flow
+    to all tensors, in their own dtypes; saved for backward: x, U in float32, and the two weights. Under autocast x and
     residual are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter, He
     and others (arXiv 2110.04366).

@@ -1,5 +1,5 @@
-"""Argument checks that the public operators share. An error names the operator and the argument, and says what came
-and what was wanted."""
+"""Argument checks that the public operators share. An error message names the operator and the argument, and says which
+value was passed and which values are allowed."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scali
 def adapted_operands(
     op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any
 ) -> tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor]]:
-    """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias, which are cast to autocast's
-    dtype under autocast."""
+    """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias. Under autocast, x, a dense
+    weight and bias are cast to autocast's dtype."""
     if not fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
         check_float(op, "x", x)
         x, weight, bias = cast_for_autocast(x, weight, bias)
@@ -449,7 +449,7 @@ def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
 
 
 def weight_args(weight: Union[Tensor, PackedWeight]) -> tuple:
-    """Returns a dense or packed weight as the seven arguments of an operator's schema, ``library.WEIGHT``."""
+    """Returns the seven arguments that stand for a dense or packed weight in a schema, see ``library.WEIGHT``."""
     if isinstance(weight, PackedWeight):
         return weight.op_args()
     return (weight, None, None, None, None, 0, list(weight.shape))
@@ -473,7 +473,7 @@ def unpack_weight(weight: Tensor, *args: Any) -> Union[Tensor, PackedWeight]:
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
     """Returns the dtype that autocast computes linear layers in on x's device, or None outside autocast."""
     device = x.device.type
-    if device == "meta":  # torch.is_autocast_enabled refuses the meta device
+    if device == "meta":  # torch.is_autocast_enabled raises an error for the meta device
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

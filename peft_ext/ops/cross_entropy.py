@@ -97,7 +97,8 @@ def _plain_product(x, weight):
 
 
 def _empty_grads(hidden, bias, lora_input, lora_A, lora_B, needs_hidden, needs_adapter, needs_bias):
-    """Returns empty tensors for the gradients in the operator's order. A gradient that is not needed has no elements.
+    """Returns uninitialized tensors for the gradients, in the order of the operator's results. The tensor of a gradient
+    that is not needed has no elements.
 
     The gradient of the bias is float32, because it is a sum over tokens that is scaled only in the backward: the sum
     may exceed float16's range.
@@ -242,16 +243,17 @@ def linear_cross_entropy(
         num_items_in_batch: the divisor of the sum of losses with the reductions "mean" and "sum", for gradient
             accumulation; default: for "mean" the number of labels that are not ``ignore_index``, for "sum" 1. With the
             reduction "none", num_items_in_batch must be None.
-        chunk: number of tokens whose logits are computed together; default: as many tokens as have 64 MiB of logits on
-            a CPU, 256 MiB on a GPU.
+        chunk: number of tokens whose logits are computed together; default: the tokens are divided into the fewest
+            equal chunks with at most 64 MiB of logits on a CPU, 256 MiB on a GPU, and the chunk is rounded up to whole
+            tokens.
 
     Returns: the loss, float32, of no dimensions, or ``[...]`` where reduction is "none". Gradients flow to hidden,
     lora_input, lora_A, lora_B and bias. Saved for backward: the gradients of these arguments, up to a factor; with the
     reduction "none", the arguments, from which the backward computes the logits again. Under autocast hidden,
     lora_input, bias and a dense weight are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted. A label out of range raises
-    RuntimeError on a CPU, and makes the loss NaN on a GPU.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected. A label out
+    of range raises RuntimeError on a CPU, and makes the loss NaN on a GPU.
 
     Sources: transformers' causal loss; Gemma 2 (arXiv 2408.00118); cut cross entropy (arXiv 2411.09009).
     """
@@ -284,8 +286,12 @@ def linear_cross_entropy(
     needs = [torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
              for values in ((hidden, lora_input), (lora_A, lora_B), (bias,))]  # fmt: skip
     if not summed:
-        needs = [False] * 3  # for "none", the backward computes the gradients: it knows each token's factor
-    if hidden.dtype is torch.float16:  # the adapter's gradients are sums over tokens, scaled only in the backward
+        # With the reduction "none", the backward computes the gradients, because only the backward receives the factor
+        # of each token's loss.
+        needs = [False] * 3
+    # The gradients of lora_A and lora_B are sums over tokens that are scaled only in the backward: such a sum may
+    # exceed float16's range.
+    if hidden.dtype is torch.float16:
         lora_A, lora_B = (value if value is None else value.float() for value in (lora_A, lora_B))
     labels, row_weight = labels.contiguous(), None
     items = num_items_in_batch if num_items_in_batch is not None else (labels != ignore_index).sum()

@@ -7,7 +7,7 @@
 Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``; ``dX = G W + mask/(1-p) ∘ (P A)`` (with dropout
 on the base: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. Backward of the norm, with
 ``c = dn / n``: ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
-The forward saves x, S, the seed, vectors, W, A and B for the backward. If dg is needed, the forward also saves Z, or,
+The forward saves x, S, the seed, W, A, B and g for the backward. If dg is needed, the forward also saves Z, or,
 on a CPU for a caller that promises not to change Y, it saves Y instead of Z (``Z = Y/g``). If the norm's gradient is
 needed, the forward also saves U.
 
@@ -231,7 +231,7 @@ def dora_weight_norm(
     Returns: ``[N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. Gradients flow to lora_A and
     lora_B, in their own dtypes, and are 0 through a norm of 0; saved for backward: the norm and U ``[N, R]`` float32.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: DoRA (arXiv 2402.09353).
     """
@@ -281,14 +281,16 @@ def dora_linear(
             (:func:`dora_weight_norm` of the weight in x's dtype); default: computed.
         save_output: True: the caller promises not to change the result in place. With True, the forward saves Y instead
             of Z if Z can be computed from Y (on a CPU, without a bias and without dropout on the base), which saves T·N
-            elements. For outputs with ``|g| < 2^-60`` (in float16 ``|g| < 2^-6``), the backward computes Z again.
+            elements. If Y was saved, the backward computes Z again for outputs with ``|g| < 2^-60`` (in float16 ``|g| <
+            2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
-    and bias, in their own dtypes. Saved for backward: x, S ``[T, R]`` float32, the seed and float32 vectors; if g needs
-    a gradient, Z ``[T, N]`` of x's dtype (with save_output Y, if Z can be computed from Y); with norm_grad U ``[N, R]``
-    float32. Under autocast x, bias and a dense weight are cast to the autocast dtype.
+    and bias, in their own dtypes. Saved for backward: x, S ``[T, R]`` float32, the seed and the vector g ``[N]``
+    float32, besides the weight and the adapter; if g needs a gradient, Z ``[T, N]`` of x's dtype (with save_output Y,
+    if Z can be computed from Y); with norm_grad U ``[N, R]`` float32. Under autocast x, bias and a dense weight are
+    cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: DoRA (arXiv 2402.09353).
     """

@@ -74,7 +74,7 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
     differentiated again. Saved for backward: the seed. Autocast changes nothing. On a GPU without a seed, PyTorch's
     dropout runs, with PyTorch's mask.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: Dropout (Srivastava et al., JMLR 2014).
     """

@@ -155,8 +155,8 @@ def lora_embedding(
     indices, lora_A and lora_B. Autocast changes nothing. peft_ext has no kernel of lora_embedding for a GPU: PyTorch's
     operators run, which sum the gradient of lora_A in no fixed order.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted. On a CPU, an index out of
-    range raises IndexError, or RuntimeError in a compiled call.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected. On a CPU, an
+    index out of range raises IndexError, or RuntimeError in a compiled call.
 
     Source: LoRA (arXiv 2106.09685).
     """

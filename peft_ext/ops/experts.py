@@ -6,7 +6,8 @@
 Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
 Saved for the backward: x, S, the seed and, for dg, Z, besides W, A and B. No matrix W + s B A is stored. The operators
-do not read the weight of an expert without rows, and do not compute the norm of this weight.
+that multiply rows do not read the weight of an expert without rows, and :func:`dora_experts` does not compute the norm
+of this weight.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
@@ -205,7 +206,8 @@ def _backward(ctx, grad, _grad_s, _grad_z):
 
 
 def _sums(grad: Tensor, offsets: Tensor) -> Tensor:
-    """Returns ``[E, N]``: the sum of each expert's rows, added in order and in float32 and rounded to grad's dtype."""
+    """Returns the bias's gradient ``[E, N]``: each expert's rows of grad, added in float32 and in order, and
+    rounded."""
     rows, wide = grad.shape[0], grad.to(common.sum_dtype(grad.dtype))
     if grad.is_cuda:  # index_add_ on a GPU adds in no fixed order
         ends = F.pad(offsets.long().clamp(0, rows).cummax(0).values, (1, 1))
@@ -258,7 +260,7 @@ def lora_experts(
     their own dtypes; the gradients of an expert without rows are 0. Saved for backward: x, S ``[S, R]`` float32 and the
     seed. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapters are not cast.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314); mixtures of experts (arXiv 1701.06538).
     """
@@ -297,7 +299,7 @@ def dora_experts(
     constant. Saved for backward: x, S ``[S, R]`` float32, the seed and, where magnitude needs a gradient, Z ``[S, N]``
     of x's dtype. Autocast casts the same arguments as in :func:`lora_experts`.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
     """
@@ -328,7 +330,7 @@ def dora_experts_weight_norm(
     Returns: ``[E, N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. No gradient flows to lora_A and
     lora_B, because DoRA treats the norm as a constant.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: DoRA (arXiv 2402.09353).
     """
@@ -359,7 +361,7 @@ def experts_linear(
 
     The arguments, gradients and sources are those of :func:`lora_experts`.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
     """
     return _call("experts_linear", x, weight, offsets, bias, _Adapter())
 

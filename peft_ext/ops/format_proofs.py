@@ -1,4 +1,4 @@
-"""The proof of the kernels that decode packed weights, with one family of kernels for each format.
+"""The proof of the kernels that decode packed weights, with one family of kernels for each packed format but NF4.
 
 The proof of a format's family calls the kernels that decode the format: the kernel that decodes a whole weight, and the
 kernels of linear layers for few and for many tokens, forward and backward. All operators on weights of a format use the
@@ -24,8 +24,8 @@ __all__ = ["CALLED", "FAMILIES", "families_in", "family_of", "listed", "takes_we
 
 CALLED = ["nf4_dequantize", "nf4_linear", "nf4_linear_backward"]  # the operators that a format's proof calls
 
-# Least numbers of rows and columns of a weight in a proof: more than the 64 rows that are decoded together, and two of
-# the largest blocks.
+# Least numbers of rows and columns of a weight in a proof: more rows than the 64 that are decoded together, and as many
+# columns as two of the largest blocks of a format.
 ROWS, COLUMNS = 72, 512
 RAGGED = 6  # number of columns beyond a multiple of 32, in formats that allow such numbers of columns
 
@@ -143,7 +143,8 @@ _WEIGHTS: dict[str, list[Make]] = {
     "nvfp4": [
         lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37),
         lambda inputs, n, k: _nvfp4(inputs, n, k, 37.0, reciprocal=True),
-        lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37, 1 / 90),  # one scale for gate, one for up
+        # Two scales of the tensor: one for the rows of gate, one for the rows of up.
+        lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37, 1 / 90),
     ],
     "fp8": [_FP8, functools.partial(_fp8, block=(1, 0), of=torch.bfloat16), _ragged(_FP8),
             functools.partial(_fp8, block=(128, 128), of=torch.float8_e8m0fnu)],
@@ -203,7 +204,8 @@ def listed(families: list[str]) -> str:
 
 
 def takes_weights(operator: str) -> bool:
-    """Returns whether an operator's schema has packed weights, ``library.WEIGHT`` or ``layer_lists.LAYERS``."""
+    """Returns whether an operator can have packed weights: whether ``library.WEIGHT`` or ``layer_lists.LAYERS`` is part
+    of its schema."""
     schema = getattr(getattr(torch.ops, NAMESPACE), operator).default._schema
     return any(argument.name in ("layout", "sizes") for argument in schema.arguments)
 

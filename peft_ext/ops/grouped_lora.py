@@ -174,7 +174,7 @@ def grouped_lora_linear(
 
     An infinity or a NaN in an adapter changes only the results of the samples with this adapter.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
     """
@@ -213,7 +213,8 @@ def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -
     for group in adapters:
         try:
             found.append(operator.index(group))
-        except (TypeError, RuntimeError):  # a tensor raises one or the other, by torch's version
+        # For a tensor that is no integer, some versions of torch raise TypeError and others RuntimeError.
+        except (TypeError, RuntimeError):
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}") from None
         if not -1 <= found[-1] < count:
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}")

@@ -179,15 +179,15 @@ def ia3_linear(
         ia3_l: ``[N]`` or ``[N, 1]``; with ``feedforward`` ``[K]`` or ``[1, K]``; of any float dtype.
         bias: ``[N]`` of x's dtype.
         save_output: True: the caller promises not to change the result in place. With True, the forward on a CPU saves
-            Y instead of Z if ia3_l scales the output and needs a gradient, which saves T·N elements. For outputs with
-            ``|ia3_l| < 2^-60`` (in float16 ``|ia3_l| < 2^-6``), the backward computes Z again.
+            Y instead of Z if ia3_l scales the output and needs a gradient, which saves T·N elements. If Y was saved,
+            the backward computes Z again for outputs with ``|ia3_l| < 2^-60`` (in float16 ``|ia3_l| < 2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, ia3_l and bias, in their
     own shapes and dtypes; saved for backward: x and, where ia3_l scales the output and needs a gradient,
     ``Z = x Wᵀ + b`` ``[T, N]`` of x's dtype (with save_output on a CPU, Y instead of Z). Under autocast x, bias and a
     dense weight are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: IA3 (arXiv 2205.05638).
     """
@@ -228,7 +228,7 @@ def ia3_scale(x: Tensor, ia3_l: Tensor) -> Tensor:
     Returns: ``[..., K]`` of x's dtype. Gradients flow to x and ia3_l, in their own shapes and dtypes; saved for
     backward: x and ia3_l alone.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: IA3 (arXiv 2205.05638).
     """

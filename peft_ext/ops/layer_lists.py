@@ -3,8 +3,9 @@
 A layer has up to ten tensors: weight, absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
 rank_scale and seed. Autograd accepts no None in a list of tensors, so the list ``tensors`` has, layer after layer, only
 the tensors that are present. The list ``sizes`` has four integers for each layer: a bit mask of the tensors that are
-present (bit 0: weight), blocksize, N and K. The list ``numbers`` has two floats for each layer: scaling and dropout_p.
-A layer without lora_A has no adapter.
+present (bit 0: weight), the weight's layout, N and K. The layout is 0 for a dense weight, the blocksize for an NF4
+weight, or a number that stands for another packed format. The list ``numbers`` has two floats for each layer: scaling
+and dropout_p. A layer without lora_A has no adapter.
 """
 
 from __future__ import annotations
@@ -58,9 +59,12 @@ def own_gradients(
 ) -> list[Optional[Tensor]]:  # fmt: skip
     """Returns the gradients of the tensors in the list ``tensors``.
 
-    Args: needs: for each tensor, whether the tensor needs a gradient. layers: the layers' :func:`places`. given: for
-    each layer, whether the layer's result has a gradient. gradients: the gradients of lora_A, lora_B and rank_scale,
-    layer after layer, or None. bias_gradient: computes the gradient of a bias from the layer's number.
+    Args:
+        needs: for each tensor, whether the tensor needs a gradient.
+        layers: the result of :func:`places` for the layers.
+        given: for each layer, whether the layer's result has a gradient.
+        gradients: the gradients of lora_A, lora_B and rank_scale, layer after layer, or None.
+        bias_gradient: function that computes the gradient of a bias from the layer's index.
     """
     found: list[Optional[Tensor]] = [None] * len(needs)
     for i, layer in enumerate(layers):
@@ -113,7 +117,7 @@ def listed(
         if len(values) != count:
             raise ValueError(f"{op}: {argument} has {len(values)} entries, wanted {count}, as weights")
     layers: list[tuple[list[Any], list[Any]]] = []
-    without_seed: list[int] = []  # numbers of the layers whose seed must be drawn
+    without_seed: list[int] = []  # indices of the layers whose seed must be drawn
     sizes: list[Any] = []
     numbers: list[float] = []
     is_wide = checks.wants_reference(x, *lora_As, *lora_Bs, *rank_scales)

@@ -219,7 +219,7 @@ def lora_linear(
     float32 and the seed. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapter is
     not cast.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314), AdaLoRA (arXiv 2303.10512);
     dropout: :mod:`peft_ext.reference.philox`.
@@ -280,7 +280,7 @@ def lora_residual(
     residual, lora_A, lora_B and rank_scale; saved for backward, besides the adapter: x, S ``[T, R]`` float32 and the
     seed. Under autocast x and residual are cast to the autocast dtype, and the adapter is not cast.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: as :func:`lora_linear`.
     """

@@ -248,7 +248,7 @@ def nf4_merge(
     is in float32, and no gradient flows. The error is that of the 4-bit codes alone; double quantization of the scales
     adds an error of some 0.1% of W'.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
     """
     op = "nf4_merge"
     if not isinstance(nf4, NF4Weight):
@@ -303,7 +303,7 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the NF4 weight
     alone. Under autocast x and bias are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
     """
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4_linear: nf4 is {type(nf4).__name__}, wanted an NF4Weight")
@@ -321,7 +321,7 @@ def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional
     """``Y = X Wᵀ + b`` over a frozen weight, dense or packed, computed by the operator ``peft_ext::nf4_linear``.
 
     On a CPU without instructions for products in 16 bits, the kernel widens a dense 16-bit weight to float32, one panel
-    of rows at a time. (If the CPU has no AVX-512, PyTorch multiplies with a 16-bit weight in a plain loop.) Y is
+    of rows at a time. On a CPU without AVX-512, PyTorch's own product with a 16-bit weight is a plain, slow loop. Y is
     rounded once.
 
     Args:
@@ -331,8 +331,8 @@ def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional
     Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the weight
     alone. Under autocast x, a dense weight and bias are cast to the autocast dtype.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted; also where a dense weight
-    requires a gradient.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected; also if a
+    dense weight requires a gradient.
     """
     op = "frozen_linear"
     checks.check_float(op, "x", x)

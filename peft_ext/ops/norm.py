@@ -189,7 +189,7 @@ def rms_norm(
     transformers' sum, the result has the same bits as transformers' result. Gradients flow to x and weight, in their
     own dtypes; saved for backward: x, weight and one float32 number for each row. Autocast changes nothing.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: RMSNorm (arXiv 1910.07467).
     """
@@ -214,7 +214,7 @@ def layer_norm(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps:
     two float32 numbers for each row. Autocast changes nothing, although ``F.layer_norm`` may return float32 under
     autocast.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: LayerNorm (arXiv 1607.06450).
     """

@@ -1,4 +1,4 @@
-"""Small random operands. From these operands, each family of operators makes the calls that prove the family's kernels.
+"""Random operands, from which each family of operators makes the calls that prove the family's kernels.
 
 See :func:`.library.proof` and :mod:`.prove`.
 """
@@ -49,7 +49,7 @@ class ProofInputs:
         return values.to(self.device, self.dtype if of is None else of)
 
     def vector(self, *size: int) -> Tensor:
-        """Returns float32 factors near 1."""
+        """Returns a vector of float32 factors near 1."""
         return 1 + self.draw(*size, of=torch.float32, scale=0.1)
 
     def integers(self, low: int, high: int, *size: int) -> Tensor:
@@ -58,7 +58,8 @@ class ProofInputs:
 
 
 def widened(value: Any, dtype: torch.dtype) -> Any:
-    """Returns an operator's arguments with float tensors as float64 and with the dtype ``dtype`` as torch.float64.
+    """Returns an operator's arguments with float tensors cast to float64, and with torch.float64 in place of an
+    argument that is the dtype ``dtype``.
 
     The scales of a packed weight keep their dtype; they are the tensors of less than two dimensions that follow the
     codes.

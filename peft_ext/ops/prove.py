@@ -1,18 +1,18 @@
 """Proves kernels on the hardware on which the kernels first run, and drops the families of kernels that fail.
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
-reference in float64. A family fails if its kernels differ from the reference by more than rounding or raise an error.
-The proof ignores the speed of kernels; ``peft-ext doctor --measure`` measures the times. The operators of a failed
-family run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name the dropped families.
+reference in float64. A family fails if its kernels differ from the reference by more than rounding, or raise an error
+while memory suffices. ``peft-ext doctor --measure`` measures the kernels' speed, which the proof ignores. A failed
+family's operators run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
 
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
     no call reaches an unproved kernel, neither from compiled code nor from ``torch.ops``. A packed format has no gate:
-    its first weight on a device proves the format. The first call of an operator, the first check of an accelerated
-    layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove the family and remove its
-    gates. Later calls have no gate. A family's proof takes milliseconds on a CPU. On a GPU, a family's first proof
-    takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr names each family.
-    While a CUDA graph is captured, nothing can be proved, and a call of an unproved operator raises RuntimeError.
+    the first weight of the format on a device starts the proof. The first call of an operator, the first check of an
+    accelerated layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove the family and
+    remove its gates. A family's proof takes milliseconds on a CPU. On a GPU, a family's first proof takes seconds,
+    because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr names each family. While a CUDA
+    graph is captured, kernels can't be tested, and a call of an unproved operator raises RuntimeError.
 
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
@@ -98,7 +98,7 @@ _proving = threading.local()  # `depth`: number of proofs that run in this threa
 
 
 class Place(NamedTuple):
-    """A model of hardware, on which kernels are proved. ``cpu_path``: the CPU path in use; "" for a GPU."""
+    """A model of CPU or GPU, on which kernels are proved. ``cpu_path``: the CPU path in use; "" for a GPU."""
 
     key: str
     model: str
@@ -115,7 +115,7 @@ class Place(NamedTuple):
 
 @functools.cache
 def families(key: str) -> dict[str, list[str]]:
-    """Returns by family the names of the operators that have kernels for a dispatch key."""
+    """Returns a dict from each family to the names of its operators that have kernels for a dispatch key."""
     found: dict[str, list[str]] = {}
     for op in OPERATORS.values():
         if op.cuda if key == "CUDA" else has_kernel(op.name, key):
@@ -124,7 +124,7 @@ def families(key: str) -> dict[str, list[str]]:
 
 
 def arm() -> None:
-    """Registers a gate before each native kernel. ``import peft_ext`` calls this function once."""
+    """Replaces each native kernel by a gate, which first proves it. ``import peft_ext`` calls this function once."""
     if hasattr(os, "register_at_fork"):  # Windows has no fork
         os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden, as gates do
@@ -189,7 +189,7 @@ def proved(device: str, *names: str) -> Optional[str]:
 
 def proved_eagerly(device: str, *names: str) -> Optional[str]:
     """Returns the result of :func:`proved`, for a caller that torch.compile never compiles."""
-    unproved = _gates.get(device.upper())  # compiled code, which never runs this line, has no guard on _gates
+    unproved = _gates.get(device.upper())  # torch.compile never traces this line, and so puts no guard on _gates
     if unproved and not unproved.keys().isdisjoint(wanted := _families_of(names)):
         if not torch._C._len_torch_dispatch_stack():
             settle(device.upper(), wanted)
@@ -210,17 +210,17 @@ def report(key: str) -> dict[str, dict[str, str]]:
 
 
 def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
-    """Proves families for a dispatch key, removes their gates, and drops those that fail. Default: all families,
-    on a GPU without the formats.
+    """Proves families for a dispatch key, removes their gates, and drops those that fail. Default: all families; on a
+    GPU, all families of operators, and no packed formats.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
-    is set; KernelFault; torch.OutOfMemoryError if memory does not suffice for the proof. After an error, the families
-    are still unproved.
+    is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault; torch.OutOfMemoryError if memory does not
+    suffice for the proof. After an error, the families are still unproved.
     """
     asked = _asked()
     with _lock:  # other threads that need the family wait here for its proof
         gates = _gates[key]
-        every = gates if key == "CPU" else families(key)  # a GPU's kernels of all formats take minutes to compile
+        every = gates if key == "CPU" else families(key)  # on a GPU, all formats' kernels take minutes to compile
         left = [family for family in (every if wanted is None else wanted) if family in gates]
         if not left:
             return
@@ -243,7 +243,7 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
 
 
 def settle_by(ask: Callable[[], object]) -> None:
-    """Calls ``ask``, which settles families, if a family is unproved."""
+    """Calls ``ask``, which proves families by :func:`settle`, if any family is not proved yet."""
     if any(_gates.values()):
         ask()
 
@@ -254,7 +254,7 @@ def _open(key: str, family: str) -> None:
 
 
 def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
-    """Returns by family the result of the wanted families at a place, and of the families whose results are saved."""
+    """Returns the results at a place, by family, of the wanted families and of those whose results are saved."""
     if place.key == "CUDA":
         if (capability := torch.cuda.get_device_capability(place.device.index)) < CAPABILITY:
             came, least = (".".join(map(str, version)) for version in (capability, CAPABILITY))
@@ -360,7 +360,7 @@ def _by_format(key: str, family: str, name: str) -> Callable[..., Any]:
     """Returns a function that calls the operator's kernel, or the reference for a weight of a format that failed."""
 
     def call(*args: Any) -> Any:
-        settle(key, [family])  # this function replaces the family's gate
+        settle(key, [family])  # settle is called here because this function has replaced the family's gate
         failed = (key, name) in DROPPED or any((key, of) in DROPPED for of in format_proofs.families_in(args))
         return (OPERATORS[name].reference if failed else native_op(key, name))(*args)
 
@@ -371,7 +371,7 @@ def _by_format(key: str, family: str, name: str) -> Callable[..., Any]:
 
 
 def agree(ask: Callable[[], object]) -> None:
-    """Calls ``ask``, which settles families, and makes all ranks drop the families that failed on any rank.
+    """Calls ``ask``, which proves families, and makes all ranks drop the families that failed on any rank.
 
     All ranks of the default process group have to call this function, each for its device. A rank without kernels for
     a dispatch key has no kernels of this key to drop. The ranks exchange their results through the group's store, so
@@ -489,7 +489,7 @@ class KernelFault(RuntimeError):
 def prove(
     device: torch.device, wanted: Optional[Iterable[str]] = None, *, key: str = "", large: bool = True
 ) -> dict[str, str]:
-    """Proves families on a device. Returns, by family, "" or the reason why the family failed.
+    """Compares families' kernels with the reference on a device. Returns, by family, "" or why the family failed.
 
     The caller's default device, autograd mode, autocast and precision of products have no influence. The proof sets
     thread-local state only, and restores this state.
@@ -538,7 +538,7 @@ def _prove_family(family: str, device: torch.device, key: str, large: bool) -> s
                 return f"{why}, of {' x '.join(map(str, LARGE))}"
     except torch.OutOfMemoryError:
         raise  # a lack of memory is no fault of the kernels
-    except Exception as error:  # a kernel may raise anything on a GPU that the kernel does not fit
+    except Exception as error:  # on a GPU for which a kernel was not made, the kernel may raise any error
         if any(text in str(error) for text in _NO_MEMORY):
             raise torch.OutOfMemoryError(str(error)) from error
         said = str(error).strip().splitlines()
@@ -575,7 +575,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
-    """Calls ``function`` with copies of the arguments that it writes to. Returns its results and these copies."""
+    """Calls ``function`` with copies of the arguments that it writes to. Returns the results and the copies."""
     written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
     arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
     found = function(*arguments)
@@ -593,7 +593,7 @@ def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each:
                 return f"differs in {(got != want).sum().item()} of {want.numel()} elements of result {index}"
             continue
         error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
-        normal = torch.finfo(dtype).smallest_normal  # subnormal values have fewer bits
+        normal = torch.finfo(dtype).smallest_normal  # subnormal values have fewer bits and larger relative errors
         wrong = each and ((got.double() - want).abs() > WITHIN[dtype] * want.abs().clamp(min=normal)).any()
         if wrong or not error <= WITHIN[dtype] * size + 1e-30:
             return f"is off by {error / (size or 1):.2g} of result {index}, wanted at most {WITHIN[dtype]}"

@@ -103,7 +103,7 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
     arithmetic is in float32 and the result is rounded once, while PyTorch rounds the two products and their sum.
     Gradients flow to q and k; saved for backward: cos and sin.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Source: RoFormer (arXiv 2104.09864), in the form of transformers' Llama, which rotates the halves of a head.
     """

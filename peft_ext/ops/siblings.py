@@ -194,7 +194,7 @@ def lora_linears(
         x: ``[..., K]``, float32, bfloat16 or float16.
         weights: frozen ``[N_i, K]`` each: a dense tensor of x's dtype, or a PackedWeight.
         lora_As: ``[R_i, K]`` each; lora_Bs: ``[N_i, R_i]`` each; of any float dtype. For a layer without an adapter,
-            both are None.
+            the entries of lora_As and lora_Bs are None.
         biases: ``[N_i]`` of x's dtype each, or None.
         rank_scales: ``[R_i]`` of any float dtype each, or None: ones.
         scalings, dropout_ps: a number for each layer, or one number for all layers.
@@ -205,7 +205,7 @@ def lora_linears(
     backward computes nothing for a layer whose result is not used. Under autocast x, biases and dense weights are cast
     to the autocast dtype, and the adapters are not cast.
 
-    Raises: TypeError or ValueError that names the argument, what came and what was wanted.
+    Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
     Sources: as :func:`lora_linear`.
     """

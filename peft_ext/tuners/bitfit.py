@@ -40,7 +40,8 @@ def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
     if any(_ATTENTION.search(part) for part in parts):
         return {"all", "attention", "query"} if _QUERY.fullmatch(parts[-1]) else {"all", "attention"}
     if any(_MLP.search(part) for part in parts):
-        inner = getattr(module, "in_features", getattr(module, "nx", 0))  # nx, nf: in and out features of Conv1D
+        # Conv1D calls its numbers of input and output features nx and nf.
+        inner = getattr(module, "in_features", getattr(module, "nx", 0))
         widens = getattr(module, "out_features", getattr(module, "nf", 0)) > inner
         return {"all", "mlp", "mlp_up"} if widens else {"all", "mlp"}
     return {"all", "other"}
@@ -51,10 +52,10 @@ class BitFitConfig(TargetConfig):
     """BitFit: trains a bias ``b`` for each target module, which replaces the module's own parameter ``bias``.
 
     Args:
-        bias_kinds: which biases of the targets are trained: "all", or a list of "attention" (the attention's output
-            layer included), "query" (a layer that computes only queries; the paper's b_q), "mlp", "mlp_up" (the
-            feed-forward layer that widens; the paper's b_m2), "norm" and "other". The paper's smaller set of trained
-            biases is ["query", "mlp_up"].
+        bias_kinds: which biases of the targets are trained: one kind or a list of kinds, out of "all", "attention" (the
+            attention's output layer included), "query" (a layer that computes only queries; the paper's b_q), "mlp",
+            "mlp_up" (the feed-forward layer that widens; the paper's b_m2), "norm" and "other". The paper's smaller set
+            of trained biases is ["query", "mlp_up"].
         add_bias: linear layers that get a bias of zeros if these layers have no bias, like Llama's layers. ``add_bias``
             is names, a regular expression, or "all-linear" for all linear layers but the output head. ``add_bias`` may
             name quantized layers (NF4Linear, bitsandbytes' 4 and 8 bits). If a layer that ``add_bias`` names already
@@ -115,8 +116,8 @@ class BitFitModel(ReplacingTuner):
     A bias that several modules share, as in BERT's output head, is one trained tensor. If a module holds submodules
     with parameters, the module's own bias stays frozen, with a warning, unless a submodule shares that bias.
 
-    Raises: ValueError if no bias is found, or if a shared bias belongs both to a target and to a module that is not a
-    target.
+    Raises: ValueError if no bias is found, if ``add_bias`` names no linear layer among the targets, if a bias is a
+    shard, or if a shared bias belongs both to a target and to a module that is not a target.
     """
 
     prefix = "bitfit_"

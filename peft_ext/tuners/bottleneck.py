@@ -87,7 +87,8 @@ class BottleneckConfig(TargetConfig):
             feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum (BERT) LayerNorm(v + s
             · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the residual sum. "parallel":
             parallel to the feed-forward.
-        bottleneck_dim: M, the width of the bottleneck; default: the adapted module's width / ``reduction_factor``.
+        bottleneck_dim: M, the width of the bottleneck; default: the adapted module's width / ``reduction_factor``,
+            rounded down, but at least 1.
         activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s.
         adapter_bias: whether the two projections have biases.
         init_weights: "normal", "bert" or "mam", see :class:`peft_ext.nn.BottleneckAdapter`.
@@ -127,7 +128,9 @@ class BottleneckConfig(TargetConfig):
 
 
 class BottleneckLayer(Wrapper):
-    """Applies the active adapters, in turn, to the output of ``base_layer``; adds the outputs of parallel adapters.
+    """Applies the active adapters, in turn, to the output of ``base_layer``, and adds the outputs of parallel adapters.
+    Under "pfeiffer", an adapter of a LayerNorm changes the LayerNorm's input, as the module's docstring shows for
+    "around".
 
     In an adapter's file the keys of an adapter's tensors are ``bottleneck_adapters.{down,up}.{weight,bias}`` after the
     layer's name. If the base layer returns a tuple, the first item is adapted. A bottleneck adapter is not linear, and
@@ -233,7 +236,8 @@ _UNMERGEABLE = "a bottleneck adapter is not linear and can't be merged into the 
 class BottleneckModel(Tuner):
     """A model with bottleneck adapters, made by ``peft.get_peft_model``; see :class:`peft_ext.BottleneckConfig`.
 
-    Raises: ValueError if the placement has no default for the model type, or if the width of a target is unknown.
+    Raises: ValueError if the placement has no default for the model type, if a target has no parameters or an unknown
+    width, if a target of "parallel" has other numbers of input and output features, or if adapters are to be merged.
     """
 
     prefix = "bottleneck_"
@@ -291,7 +295,8 @@ class BottleneckModel(Tuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if next(base.parameters(), None) is None:
             raise ValueError(f"BottleneckConfig: {key} is a {type(base).__name__} without parameters; target another")
-        width = getattr(base, "out_features", None) or getattr(base, "nf", None)  # Conv1D (GPT-2) has only nf
+        # Conv1D (GPT-2) has nf and no out_features.
+        width = getattr(base, "out_features", None) or getattr(base, "nf", None)
         if width is None and isinstance(base, nn.LayerNorm) and len(base.normalized_shape) == 1:
             width = base.normalized_shape[0]
         if width is None:

@@ -191,8 +191,8 @@ class DiffPruningModel(ReplacingTuner):
     :meth:`penalty` to that loss. Until pruning, w and α each have the size of the tensor that they change; gradients
     and optimizer state of w and α need memory too. The gates need a larger learning rate, see :meth:`parameter_groups`.
 
-    Raises: ValueError if a target is quantized, or if a shared tensor belongs both to a target and to a module that is
-    not a target.
+    Raises: ValueError if no parameter is a target, if ``kept`` names a tensor that is no target, if a target is
+    quantized or a shard, or if a shared tensor belongs both to a target and to a module that is not a target.
     """
 
     prefix = "diff_pruning_"
@@ -365,7 +365,8 @@ class DiffPruningModel(ReplacingTuner):
             old = [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
             held = [parameter for tensors in old for parameter in tensors.parameters()]
             trained = any(parameter.requires_grad for parameter in held)
-            dtypes = {parameter.dtype for parameter in held}  # the new entries get this dtype
+            # The new entries get the dtype of the old entries if these have one dtype.
+            dtypes = {parameter.dtype for parameter in held}
             for key, layer in model.named_modules():
                 if isinstance(layer, DiffPruningLayer) and adapter_name in layer.adapters:
                     new = _allocate(layer, key.removeprefix(_PEFT), layer.names[adapter_name], config)

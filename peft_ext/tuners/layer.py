@@ -31,7 +31,8 @@ with required("peft", "peft_ext.tuners"):
 
 
 def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
-    """Returns a module that holds ``items`` under their names. A dot in a name makes a submodule.
+    """Returns a module that holds ``items`` under their names. A name with a dot, such as "a.b", becomes the item b of
+    a submodule a.
 
     Parameters and modules are registered as parameters and modules, other tensors as buffers.
     """

@@ -76,7 +76,7 @@ class PartialModel(ReplacingTuner):
     frozen weight of the named layer; ``save_pretrained(..., save_embedding_layers=False)`` prevents this.
 
     Raises: ValueError if the configuration names no modules or layers to train, if nothing is left to train, if a
-    target is quantized, or if a shared tensor belongs both to a target and to a module that is not a target.
+    target is quantized or a shard, or if a shared tensor belongs both to a target and to a module that is not a target.
     """
 
     prefix = "partial_"

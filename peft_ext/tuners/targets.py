@@ -133,7 +133,8 @@ def in_layers(config: TargetConfig, name: str) -> bool:
 
 
 def targeted(config: TargetConfig, name: str) -> bool:
-    """Returns whether the module ``name`` is a target. If ``target_modules`` is None, every module counts as named."""
+    """Returns whether the module ``name`` is a target. If ``target_modules`` is None, every module in the chosen layers
+    that is not excluded is a target."""
     named = config.target_modules is None or matches(config.target_modules, name)
     return named and in_layers(config, name) and not excluded(config, name)
 
@@ -232,8 +233,8 @@ class Plan:
 
     Attributes:
         units: full name of a wrapped module -> names, within that module, of the tensors that the adapter owns there.
-        tied: full name of a wrapped module -> name of a shared tensor in that module -> the unit that owns the tensor,
-            and the tensor's name in that unit.
+        tied: full name of a wrapped module -> name of a shared tensor in that module -> the name of the wrapped module
+            that owns the tensor, and the tensor's name in the owner.
         excluded: full names of the modules that ``exclude_modules`` and ``modules_to_save`` excluded.
     """
 

@@ -40,7 +40,8 @@ class Tuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own method needs a weight, which a feed-forward block lacks
+        # PEFT's own method reads the weight of the replaced module, and a feed-forward block has no weight.
+        setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

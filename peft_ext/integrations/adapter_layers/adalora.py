@@ -1,4 +1,4 @@
-"""PEFT's AdaLoRA layers on :func:`peft_ext.ops.lora_linear`, which gets the singular values as a scale per rank."""
+"""PEFT's AdaLoRA layers, computed by :func:`peft_ext.ops.lora_linear`, which gets the scaled singular values."""
 
 from __future__ import annotations
 

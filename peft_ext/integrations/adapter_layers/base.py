@@ -2,9 +2,9 @@
 
 A fused class is a subclass of a layer class of PEFT, bitsandbytes or PyTorch. The method ``stock_reason`` of a fused
 class returns why the next call takes the stock path (see :mod:`.reasons`). The method ``_fused`` of an adapter layer
-computes a call on an operator. :func:`peft_ext.accelerate` replaces the class of a layer. Beside the class,
-``accelerate`` changes few attributes of a layer: a chosen dora_dropout or experts_dropout, and the variant of DoRA over
-an NF4Linear.
+computes a call by an operator. :func:`peft_ext.accelerate` replaces the class of a layer. Beside the class,
+``accelerate`` changes few attributes of an adapter layer: a chosen dora_dropout or experts_dropout, and the variant of
+DoRA over an NF4Linear.
 """
 
 from __future__ import annotations

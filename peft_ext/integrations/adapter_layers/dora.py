@@ -1,4 +1,4 @@
-"""DoRA on :func:`peft_ext.ops.dora_linear`, and a variant of PEFT's own DoRA that works over an NF4Linear."""
+"""DoRA computed by :func:`peft_ext.ops.dora_linear`, and a variant of PEFT's own DoRA that works over an NF4Linear."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def forward(
         y = ops.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=p, training=True,
                             dropout_mode=mode, weight_norm=norm)  # fmt: skip
     if x.dim() == 1:
-        y = y.unsqueeze(0)  # PEFT multiplies by a scale [1, N], so PEFT's result has two dimensions too
+        y = y.unsqueeze(0)  # PEFT multiplies by a scale [1, N], so for an x of one dimension PEFT's result has two
     dtype = layer.dora_dtype(dtype, magnitude)
     return y if y.dtype is dtype else y.to(dtype)
 

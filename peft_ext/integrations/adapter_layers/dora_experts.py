@@ -199,7 +199,8 @@ if ParamWrapper is not None:
                     del held[-1]
 
         def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-            """Merges like PEFT's wrapper. For a DoRA adapter, the norm before the merge is kept for ``unmerge``."""
+            """Merges the adapters into the parameter, as PEFT's wrapper does. For a DoRA adapter, the norm before the
+            merge is kept for ``unmerge``."""
             for name in check_adapters_to_merge(self, adapter_names):
                 if name not in self.lora_A:
                     continue

@@ -1,4 +1,4 @@
-"""PEFT's LoRA over an ``nn.Embedding`` or a ``PackedEmbedding`` on :func:`peft_ext.ops.lora_embedding`."""
+"""PEFT's LoRA over an ``nn.Embedding`` or a ``PackedEmbedding``, computed by :func:`peft_ext.ops.lora_embedding`."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ if LoraEmbedding is not None:
                 return None
             if not torch.compiler.is_compiling() and (under_a_transform() or torch._C._is_tracing()):
                 return None
-            if autocast_dtype(x) is not None or self._reason() is not None:  # autocast rounds PEFT's product
+            # Under autocast PEFT rounds its low-rank product, which the operator does not.
+            if autocast_dtype(x) is not None or self._reason() is not None:
                 return None
             (name,), base = active_in(self, self.lora_embedding_A), self._modules["base_layer"]
             packed = type(base) is PackedEmbedding

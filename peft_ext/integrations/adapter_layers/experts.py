@@ -1,8 +1,9 @@
 """LoRA and DoRA on the experts of a mixture (PEFT's ``target_parameters``).
 
-The operators are :func:`peft_ext.ops.lora_experts` and :func:`peft_ext.ops.dora_experts`. PEFT computes W + s B A of
-all experts on each forward, and the experts' own forward uses these sums. The fused forward multiplies the rows of each
-expert with the expert's weight (dense or packed) and the expert's adapter, and does not compute W + s B A:
+The fused forward runs the operators :func:`peft_ext.ops.lora_experts` and :func:`peft_ext.ops.dora_experts`. PEFT
+computes W + s B A of all experts on each forward, and the experts' own forward uses these sums. The fused forward
+multiplies the rows of each expert with the expert's weight (dense or packed) and the expert's adapter, and does not
+compute W + s B A:
 
     sort tokens by expert → gate and up (adapted) → the model's own gate → down (adapted) → times the routing weights
     → back in order, summed over a token's experts
@@ -235,7 +236,8 @@ def _adapter(wrapper: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
     found = [(*factors(wrapper, name), float(wrapper.scaling[name])) for name in names]
     if len(found) == 1:
         return found[0]
-    with torch.autocast(found[0][0].device.type, enabled=False):  # a CPU's bfloat16 autocast rejects float16 in cat
+    # A CPU's bfloat16 autocast raises an error for float16 tensors in torch.cat.
+    with torch.autocast(found[0][0].device.type, enabled=False):
         return torch.cat([a for a, _, _ in found], 1), torch.cat([b * scale for _, b, scale in found], 2), 1.0
 
 
@@ -337,7 +339,7 @@ def _has_hooks(act: Any) -> bool:
 
 class MergesExperts:
     """Defines ``merge`` and ``unmerge`` of a wrapper over :class:`NF4Experts`. Over dense experts the stock class's
-    methods run."""
+    methods run; over experts in another packed format ``merge`` raises RuntimeError."""
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Merges adapters into each expert's NF4 weight, starting from the NF4 weight that was kept at the first

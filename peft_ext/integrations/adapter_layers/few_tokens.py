@@ -6,7 +6,7 @@ the checks read. The next call of the block runs the plan if each object that th
 otherwise the block makes a new plan. A layer that :func:`direct` does not know is called as a module, with its own
 checks.
 
-:func:`is_few` tells whether plans are for a call.
+:func:`is_few` tells whether a call may run a plan.
 
 :func:`plan_of` returns the plan of a block, and makes a new plan if the facts have changed.
 
@@ -55,9 +55,9 @@ _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), ke
 
 
 def is_few(x: Any) -> bool:
-    """Returns whether a call on x ``[B, T, K]`` may run a plan: the call is eager, on a CPU, in a dtype of the
-    operators, has fewer tokens than MANY_TOKENS, and runs without a gradient, autocast, global hooks and transforms of
-    torch.func."""
+    """Returns whether a call on x ``[B, T, K]`` may run a plan: x is contiguous, on a CPU and in a dtype of the
+    operators, with fewer tokens than MANY_TOKENS, and the call is eager and runs without a gradient, autocast, global
+    hooks and transforms of torch.func."""
     return (
         not torch.is_grad_enabled()
         and type(x) in reasons.plain_types()
@@ -121,8 +121,9 @@ class Facts:
         return self.plain_block(module)
 
     def plain_block(self, module: nn.Module) -> bool:
-        """Returns what :meth:`plain` returns, for the block to which these facts belong. :func:`plan_of` compares the
-        block's class. The facts of a block must not hold the block itself, so that the block can be freed."""
+        """Returns whether the block to which these facts belong has no hooks and no forward of its own, as
+        :meth:`plain` does for another module. :func:`plan_of` compares the block's class. The facts of a block must not
+        hold the block itself, so that the block can be freed."""
         held, kind = module.__dict__, type(module)
         self._forwards[kind] = kind.forward
         if (stock := getattr(kind, "stock_class", None)) is not None:
@@ -140,7 +141,7 @@ class Facts:
         return held
 
     def add(self, other: Facts) -> None:
-        """Adds the facts of ``other``."""
+        """Adds the facts of ``other`` to these facts."""
         for mine, its in zip(vars(self).values(), vars(other).values(), strict=True):
             if isinstance(mine, list):
                 mine.extend(its)
@@ -163,7 +164,7 @@ class Facts:
 class _Plan(NamedTuple):
     kind: type
     dtype: torch.dtype
-    trials: int  # plans made in a row for the block, of one class and dtype
+    trials: int  # number of plans made in a row for the block with this class and dtype
     facts: Facts
     made: Any
 
@@ -233,8 +234,9 @@ def listed(calls: Sequence[Kernel]) -> tuple[list[Tensor], list[int], list[float
 def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns the function that computes the linear layer ``layer`` for tensors of x's dtype and leading sizes.
 
-    If the layer's class and tensors are known, the function calls a kernel, or F.linear for a dense weight. Otherwise
-    the function is the layer itself.
+    If the layer's class and tensors are known, the function calls a kernel, or F.linear for a dense weight where
+    :func:`.linear.is_ahead` is false. For a layer whose class or tensors are not known, the function is the layer
+    itself.
     """
     found, own = None, Facts()
     if isinstance(layer, nn.Module):

@@ -1,5 +1,5 @@
-"""Quantized linear layers of other packages whose packed weight the operators read: GPTQModel's layers for GPTQ and
-AWQ, hqq's layers, and transformers' layers over GGUF's blocks.
+"""Quantized linear layers of other packages whose packed weight the operators read: GPTQModel's layers for GPTQ and AWQ
+that compute in PyTorch, hqq's layers, and transformers' layers over GGUF's blocks.
 
 A layer is recognized by the exact name of its class and of the class's module. This module imports none of the other
 packages.

@@ -1,7 +1,8 @@
-"""PEFT's (IA)³ layers on :func:`peft_ext.ops.ia3_linear`.
+"""PEFT's (IA)³ layers, computed by :func:`peft_ext.ops.ia3_linear`.
 
 If several adapters are active, their vectors are first multiplied with each other. If the base layer's own forward has
-to run, only the product with the vector is fused, on :func:`peft_ext.ops.ia3_scale`.
+to run, only the product with the vector is fused, by :func:`peft_ext.ops.ia3_scale`. Nothing is fused if PEFT's class
+for ``Linear4bit`` is over a base layer that the operators can't compute.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class IA3Layer(Fused):
         return x.dtype, None
 
     def _common(self, x: Any) -> Optional[tuple]:
-        """Returns the facts (see :mod:`.known`) of a call with one active adapter, the base layer, and ia3_l.
+        """Returns a tuple for a call with one active adapter: the facts (see :mod:`.known`), the base layer, and ia3_l.
 
         Returns None if the call is not common; the checks then have to run.
         """

@@ -3,8 +3,8 @@
 :func:`facts_of` returns one tuple with everything that the checks of a common call read: types, dtypes, shapes,
 devices, flags and numbers. After the checks accepted a call, a later call for which :func:`facts_of` returns an equal
 tuple is fused without the checks. An accepted tuple stays valid, because each call makes its own tuple, and a tuple
-holds no module and no tensor. A call of a layer with hooks, a call under autocast and a call under torch.compile have
-no tuple, and are checked each time.
+holds no module and no tensor. A call under autocast or torch.compile, and a call of a layer whose base layer or adapter
+has hooks, among others, have no tuple, and are checked each time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ KNOWN: set[tuple] = set()
 
 _is_tracing = torch._C._is_tracing
 
-_MOST = 4096  # most tuples in KNOWN; a schedule of scaling or dropout makes new tuples at each step
+# KNOWN is cleared when it has this many tuples; a schedule of scaling or dropout makes new ones at each step.
+_MOST = 4096
 
 
 def remember(facts: tuple) -> None:

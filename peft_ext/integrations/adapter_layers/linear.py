@@ -29,7 +29,7 @@ LEAST_ELEMENTS = 1 << 20
 
 @fuses(nn.Linear)
 class FusedLinear(nn.Linear):
-    """A frozen ``nn.Linear`` on :func:`peft_ext.ops.frozen_linear`, for example the head of a language model.
+    """A frozen ``nn.Linear`` that runs :func:`peft_ext.ops.frozen_linear`, for example the head of a language model.
 
     frozen_linear runs for calls that compute in a dtype of ``reasons.WIDENED`` (PyTorch has no fast product in these
     dtypes on this CPU), except for a single token without a gradient: PyTorch multiplies a single token without

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit linear layers on :func:`peft_ext.ops.frozen_linear`."""
+"""bitsandbytes' 4-bit linear layers, computed by :func:`peft_ext.ops.frozen_linear`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if FOUR_BIT:
 
     @fuses(Linear4bit)
     class FusedLinear4bit(Linear4bit):
-        """bitsandbytes' ``Linear4bit``, with an NF4 or an FP4 weight, on :func:`peft_ext.ops.frozen_linear`."""
+        """bitsandbytes' ``Linear4bit`` with an NF4 or an FP4 weight, computed by :func:`peft_ext.ops.frozen_linear`."""
 
         reads = (
             "compute_dtype", "compute_type_is_set", "quant_state", "set_compute_type", "weight.quant_state.absmax",

@@ -1,8 +1,8 @@
-"""PEFT's LoRA and DoRA layers on :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
+"""PEFT's LoRA and DoRA layers, computed by :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
 
 Several active LoRA adapters run as one adapter whose rank is the sum of their ranks: A and B are concatenated, and
 different scales become a scale per rank. If the base layer's own forward has to run (8-bit, another class, hooks), only
-LoRA's low-rank part is fused, on :func:`peft_ext.ops.lora_residual`. A mixed batch runs on
+LoRA's low-rank part is fused, by :func:`peft_ext.ops.lora_residual`. A mixed batch is computed by
 :func:`peft_ext.ops.grouped_lora_linear`.
 """
 
@@ -152,8 +152,8 @@ class LowRank(Fused):
         raise NotImplementedError
 
     def _common(self, x: Any) -> Optional[tuple]:
-        """Returns the facts (see :mod:`.known`) of a call with one active adapter, the adapter's name, the base layer,
-        lora_A, lora_B and the dropout's p.
+        """Returns a tuple for a call with one active adapter: the facts (see :mod:`.known`), the adapter's name, the
+        base layer, lora_A, lora_B and the dropout's p.
 
         Returns None if the call is not common; the checks then have to run.
         """
@@ -377,8 +377,8 @@ if LoraLinear is not None:
         """Fused ``peft.tuners.lora.Linear``: LoRA and DoRA."""
 
         def known_call(self, x: Tensor) -> Optional[tuple]:
-            """Returns what :meth:`_common` returns. A block that calls the layer's kernel directly (see
-            :mod:`.few_tokens`) uses this method."""
+            """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None. A block
+            that calls the layer's kernel directly (see :mod:`.few_tokens`) uses this method."""
             return self._common(x)
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:
@@ -411,7 +411,7 @@ if LoraLinear is not None:
                 raise NotImplementedError(f"{variant_name(variant)} over a packed weight can't be merged")
             if self.lora_bias[name]:
                 if bias is None:
-                    raise RuntimeError(  # PEFT's own error text
+                    raise RuntimeError(  # the error has the text of PEFT's own error
                         "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
                     )
                 bias = bias + self.lora_B[name].bias * self.scaling[name]

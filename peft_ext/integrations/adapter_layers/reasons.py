@@ -47,7 +47,7 @@ from .foreign import foreign_reason, is_foreign
 
 def native_kernels() -> dict[str, dict[str, bool]]:
     """Returns for each public operator, and for each device ("cpu", "cuda"), whether the loaded library has kernels for
-    all native operators that the public operator calls."""
+    the main operators that the public operator calls (``library.PUBLIC``)."""
     return {
         op: {key.lower(): all(has_kernel(name, key) for name in called) for key in ("CPU", "CUDA")}
         for op, called in PUBLIC.items()
@@ -152,7 +152,7 @@ def _gathered_ids(model: nn.Module) -> Iterator[int]:
             for parameter in getattr(group, "fsdp_params", ()):
                 if not parameter.is_dtensor:  # with tensor parallelism a gathered parameter is still a DTensor
                     yield id(parameter.sharded_param)
-                    owner = parameter._module_info  # the parameter may have been replaced since fully_shard
+                    owner = parameter._module_info  # the module may hold another parameter object since fully_shard
                     yield id(owner.module._parameters.get(owner.param_name))
 
 
@@ -493,7 +493,8 @@ def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
 
 
 def scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
-    """Returns why the operators can't use an adapter's scaling, or None. ``like``: the adapter's lora_A."""
+    """Returns why the operators can't use an adapter's scaling, or None. ``like``: the adapter's lora_A, whose device a
+    scaling that is a tensor must have."""
     # PEFT's hotswap makes the scaling a tensor of one element.
     if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
         return "scaling is a tensor that requires grad" if scaling.requires_grad else None
@@ -558,7 +559,7 @@ def freed_reason(layer: nn.Module) -> Optional[str]:
     """
     if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
         return "ZeRO-3 frees its weight after the forward"
-    if not getattr(layer, "_is_fsdp_managed_module", False):  # set by FSDP1 and FSDP2
+    if not getattr(layer, "_is_fsdp_managed_module", False):  # FSDP1 and FSDP2 set this attribute
         return None
     held = {id(parameter) for parameter in layer.parameters()}
     wrapped, is_held = _fully_sharded(), False

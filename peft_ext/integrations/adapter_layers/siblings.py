@@ -1,4 +1,4 @@
-"""Adapter layers of one module that get the same tensor, computed together on :func:`peft_ext.ops.lora_linears`.
+"""Adapter layers of one module that get the same tensor, computed together by :func:`peft_ext.ops.lora_linears`.
 
 The row of a module's form names the children that are called with one input tensor, as in ``self.q_proj(x)``,
 ``self.k_proj(x)``. While the module's forward runs, the first of these children to be called computes the outputs of

@@ -97,15 +97,16 @@ class Rows:
         self._found: dict[Any, Union[tuple[Row, Form], str]] = {}
 
     def of(self, subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str]:
-        """Returns what :func:`row_of` finds for a method of a class, or for a function. The result is cached."""
+        """Returns the result of :func:`row_of` for a method of a class or for a function: the row of the table and the
+        form, or the reason why there is no row. A second call returns the cached result."""
         if (subject, method) not in self._found:
             self._found[subject, method] = row_of(subject, method)
         return self._found[subject, method]
 
 
 def row_of(subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str]:
-    """Returns the row and the form of the current code of a class's method (by default the forward) or of a Python
-    function; or the reason why the code has no row."""
+    """Returns the row in the table of known forms, and the form, of the current code of a class's method (by default
+    the forward) or of a Python function; or the reason why the code has no row."""
     try:
         form = form_of(subject, method)
     except Unknown as unknown:

@@ -36,8 +36,8 @@ def activation_name(act: Any, dtype: Optional[torch.dtype] = None) -> Optional[s
     """Returns the name of the activation that ``act`` computes in ``dtype``.
 
     Returns None if the code of the activation is no known form or the form does not hold in ``dtype``. Returns None
-    also if the class got another ``forward`` after the first call for this class, or if the instance has a ``forward``
-    of its own or an attribute that hides a class attribute which the form reads.
+    also, among other cases, if the class got another ``forward`` after the first call for this class, or if the
+    instance has a ``forward`` of its own or an attribute that hides a class attribute which the form reads.
     """
     if not isinstance(act, nn.Module):
         return (

@@ -56,10 +56,10 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a forward, or of a function.
+    """The form of a forward or of a function: a digest of the code, and what the code reads and writes of the instance.
 
     Attributes:
-        digest: 20 hexadecimal digits.
+        digest: the digest of the code, 20 hexadecimal digits.
         reads: sorted names of the attributes that the code reads from the instance and that the class does not define.
         of_class: sorted names of the attributes that the code finds on the class. No instance may override an attribute
             in ``of_class``.
@@ -399,7 +399,7 @@ def _canonical(node: Any) -> Any:
 
 def _paths(node: ast.AST, code: types.CodeType, this: Optional[str]) -> set[tuple[str, ...]]:
     """Returns the names that a function's code finds outside of the function, each with the attributes that the code
-    reads from it.
+    reads from the named value.
 
     For the instance ``this`` a path has one attribute, as ("self", "weight"). The path is ("self",) where the code uses
     the instance itself, and ("self", "=") where the code assigns to an attribute or item of the instance.

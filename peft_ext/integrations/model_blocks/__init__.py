@@ -1,1 +1,2 @@
-"""Blocks of transformers' models on fused operators: norms, MLPs, attentions, decoder layers, dropouts and losses."""
+"""Blocks of transformers' models, computed by fused operators: norms, MLPs, attentions, decoder layers, dropouts and
+losses."""

@@ -1,15 +1,15 @@
 """Fused attention of transformers' models: q, k and v from one operator, rotary positions in one pass, softmax(q kᵀ) v.
 
-An attention module with a known form runs one of two forwards. If the row of the form says ``forward=rotary``,
-``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache, attention, and the output
-projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers
-that get one input tensor (``inputs`` of the row) are computed together.
+An attention module with a known form runs one of two forwards. If the form's row in the table of known forms says
+``forward=rotary``, ``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache,
+attention, and the output projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own
+code runs, and the layers that get one input tensor (``inputs`` of the row) are computed together.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
 ``sdpa``. peft_ext's function calls :func:`peft_ext.ops.scaled_dot_product_attention` for the calls that the operator
-accepts, and otherwise the function that is registered as ``sdpa``. On a GPU, PyTorch's own kernels compute
-softmax(q kᵀ) v.
+accepts and computes faster, and otherwise the function that is registered as ``sdpa``. On a GPU, PyTorch's own kernels
+compute softmax(q kᵀ) v.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    _IS_REGISTERED = True  # this file registers its attention function further below
+    # transformers has the registry, in which this file registers its attention function further below.
+    _IS_REGISTERED = True
 
 __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 
@@ -86,9 +87,9 @@ _SDPA: dict[Any, Optional[bool]] = {}
 class Attention(Block):
     """A fused attention.
 
-    Values of an attention's row in the table of forms: ``inputs``, groups of layers that get one tensor; ``interface``,
-    whether the forward takes its attention function from transformers' registry; ``forward``, "rotary" if
-    ``_rotary_forward`` can replace the module's own forward.
+    Some values of an attention's row in the table of forms: ``inputs``, groups of layers that get one tensor;
+    ``interface``, whether the forward takes its attention function from transformers' registry; ``forward``, "rotary"
+    if ``_rotary_forward`` can replace the module's own forward. :func:`.proof.register_form` explains the other values.
     """
 
     block_kind = "attention"
@@ -96,7 +97,8 @@ class Attention(Block):
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         cache_name, _, cache_style = row.get("cache").partition(":")
-        names = inspect.unwrap(stock.forward).__globals__  # the live globals of the Python file of the forward
+        # The globals of the Python module of the forward, in which a function that is replaced later shows.
+        names = inspect.unwrap(stock.forward).__globals__
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
         return {**super().settled(stock, row), "groups": groups,
                 "asks": row.get("interface") == "yes", "own": row.get("forward"), "norms": row.get("norms"),
@@ -147,7 +149,7 @@ class Attention(Block):
 
     def _takes(self, given: dict[str, Any]) -> bool:
         """Returns whether ``_rotary_forward`` accepts a call: hidden states, a pair of position tensors, and no cache
-        under a keyword that the row does not name."""
+        under another keyword than the one that the row of the table of forms names."""
         positions = given.get("position_embeddings")
         return (
             accepts_input(given.get("hidden_states"))
@@ -163,7 +165,7 @@ class Attention(Block):
     ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
         """Returns the output and the attention weights of attention with rotary positions.
 
-        The norms of q and k are applied if the row names them in ``norms``.
+        The norms of q and k are applied if the row of the table of forms names them in ``norms``.
         """
         known, modules, shape = self.peft_ext_known, self._modules, hidden_states.shape[:-1]
         heads = (*shape, -1, self.head_dim)
@@ -549,7 +551,8 @@ def _fits(
 
 
 def _are_few(queries: int, dropout: float, others: dict[str, Any]) -> bool:
-    """Returns whether a call has few enough queries for the operator's kernel for few queries, and no gradient."""
+    """Returns whether the operator's kernel for few queries can compute a call: few enough queries, no dropout, no bias
+    of the scores and no gradient."""
     return (
         queries <= _FEW_QUERIES and dropout == 0 and others.get("position_bias") is None and not torch.is_grad_enabled()
     )

@@ -1,8 +1,8 @@
 """The base classes of fused blocks: modules whose forward is a known form, under a class that runs fused operators.
 
 The fused class is a subclass of the module's class, is made once per stock class and row of the table of forms, and
-adds no state to an instance. The model's own code runs if the fused forward does not accept a call, or if the module no
-longer fits its row.
+adds no state to an instance. The model's own code runs if the fused forward does not accept a call, or if the module's
+forward is no longer the code of its known form.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Block:
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        """Returns the facts of the row that the fused class holds, as a dict from name to value. ``class_of`` calls
-        this method when it makes the fused class."""
+        """Returns the facts that the fused class keeps about its form, taken from the row of the table of forms, as a
+        dict from name to value. ``class_of`` calls this method when it makes the fused class."""
         return {"row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
     def block_reason(self) -> Optional[str]:
@@ -55,7 +55,8 @@ class Block:
         raise NotImplementedError
 
     def replaced_reason(self) -> Optional[str]:
-        """Returns why the module's forward is not, or no longer, the code that its row describes; else None."""
+        """Returns why the module's forward is not, or no longer, the code of the known form for which the class was
+        made; else None."""
         held, known = self.__dict__, self.peft_ext_known
         if replaced_on_instance(self):
             return "its forward was replaced on the instance"
@@ -70,7 +71,7 @@ class Block:
         return None
 
     def holds(self, facts: Facts) -> bool:
-        """Returns whether the module has no hooks, and its forward is the code that its row describes. ``facts`` hold
+        """Returns whether the module has no hooks, and its forward is the code of its known form. ``facts`` hold
         as long as this method would return the same result."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.of_class:
@@ -92,8 +93,8 @@ class Block:
 
 
 class Fused(Block):
-    """The base class of blocks of one input. A subclass defines ``_fused``, which computes the block if
-    ``block_reason`` returns None."""
+    """The base class of fused blocks whose forward takes one tensor. A subclass defines ``_fused``, which computes the
+    block if ``block_reason`` returns None."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
@@ -122,7 +123,8 @@ def _new(mixin: type, stock: type, row: Row) -> nn.Module:
 
 
 def class_of(mixin: type, stock: type, row: Row, form: Form) -> type:
-    """Returns the fused class of ``stock`` for ``row``; the first call makes the class."""
+    """Returns the fused class of the class ``stock``, whose form has the row ``row``; the first call makes the
+    class."""
     if (made := _CLASSES.get((mixin, stock, row))) is None:
         known = Known(**mixin.settled(stock, row))
         held = {"stock_class": stock, "peft_ext_known": known, "__doc__": stock.__doc__, "__module__": stock.__module__}

@@ -42,7 +42,8 @@ def _stock(module: nn.Module) -> type:
 
 
 def _found(module: nn.Module, rows: Rows) -> Union[tuple[Row, Form], str, None]:
-    """Returns the row and form of a module that is a block, or the reason why the module can't be fused as a block.
+    """Returns the row in the table of forms, and the form, of a module that is a block; or the reason why the module
+    can't be fused as a block.
 
     Returns None for a module that is no block to fuse or to report, such as a linear layer or a dropout with p = 0.
     """
@@ -96,7 +97,8 @@ def fuse_blocks(model: nn.Module) -> None:
             module.__class__ = class_of(MIXINS[row.kind], _stock(module), row, form)
             set_view(module)
             if isinstance(module, Mlp):
-                activation_name(getattr(module, row.get("act"), None))  # caches the name before torch.compile runs
+                # Caches the activation's name now, before torch.compile may trace the MLP.
+                activation_name(getattr(module, row.get("act"), None))
         elif isinstance(module, Block) and type(module).peft_ext_known.row.kind in MIXINS:
             _plain(module)
 

@@ -40,7 +40,8 @@ from ..adapter_layers.reasons import (
 from ..forms import row_of
 from .pending import Call, Pending, computed, real
 
-ModelOutput: Any = ()  # isinstance(x, ()) is False for every x
+# Without transformers, isinstance(x, ModelOutput) is isinstance(x, ()), which is False for every x.
+ModelOutput: Any = ()
 with optional("transformers", "the loss of a language model takes whole logits"):
     from transformers.utils import ModelOutput
 
@@ -449,7 +450,8 @@ def defer_losses(model: nn.Module) -> None:
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
         if has_points and _is_known_loss(owner.loss_function):
             layer.__class__ = HEADS[type(layer)]
-            if not isinstance(owner, LanguageModel):  # a fused model keeps its class, as under FSDP2
+            # A model that is fused already keeps its class, also if FSDP2 has derived another class from it.
+            if not isinstance(owner, LanguageModel):
                 owner.__class__ = _on_loss(type(owner))
 
 

@@ -1,4 +1,4 @@
-"""MLPs on fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
+"""MLPs computed by fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
 
 The activation's operator runs in one pass, and saves the outputs of ``gate`` and ``up`` for the backward. If ``down``
 needs its input in the backward and has no hooks, the backward computes this input again.
@@ -34,7 +34,7 @@ class MlpCall(NamedTuple):
     """Computes a gated MLP for few tokens without a gradient."""
 
     layers: tuple[Callable[[Tensor], Tensor], ...]  # functions that compute gate, up and down
-    both: Callable[[Tensor], Any]  # computes gate and up
+    both: Callable[[Tensor], Any]  # function that computes gate and up of one input
     are_direct: bool  # whether neither gate nor up is called as a module
     act: nn.Module
     number: int

@@ -1,5 +1,5 @@
-"""RMSNorm and LayerNorm on fused operators. The backward needs x, the weight and one or two numbers per row, and no
-float32 copy of x."""
+"""RMSNorm and LayerNorm computed by fused operators. The backward needs x, the weight and one or two numbers per row,
+and no float32 copy of x."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .block import Fused, strides_of
 
 __all__ = ["LEAST", "FloatLayerNorm", "LayerNorm", "RMSNorm"]
 
-# Fewest elements of x for which a LayerNorm on a CPU runs the operator, by dtype. For fewer elements PyTorch's
-# layer_norm is faster, because its call has less overhead.
 _rms_norm = kernel_of("rms_norm")
+# Fewest elements of x for which an nn.LayerNorm on a CPU runs the operator, by dtype. For fewer elements PyTorch's
+# layer_norm is faster, because its call has less overhead.
 LEAST = {torch.bfloat16: 1 << 17, torch.float16: 1 << 17, torch.float32: 1 << 20}
 
 
@@ -55,8 +55,8 @@ class NormCall(NamedTuple):
 
 
 class RMSNorm(Norm):
-    """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row has ``rounds``,
-    the normalized x is rounded to x's dtype before the multiplication by the weight."""
+    """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row of the table of
+    forms has ``rounds``, the normalized x is rounded to x's dtype before the multiplication by the weight."""
 
     block_kind = "RMSNorm"
 
@@ -144,7 +144,8 @@ class FloatLayerNorm(Norm):
 class LayerNorm(Norm):
     """A fused nn.LayerNorm over the last dimension.
 
-    PyTorch's layer_norm runs under autocast, which computes it in float32, and for few elements on a CPU (see LEAST).
+    PyTorch's layer_norm runs under autocast, which computes it in float32, for few elements on a CPU (see LEAST), and
+    where the dtype or the last size of x differs from the weight's.
     """
 
     block_kind = "LayerNorm"

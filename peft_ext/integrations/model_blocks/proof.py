@@ -1,10 +1,10 @@
 """The proof that the formula of a row of the table of forms gives the values and gradients of a class's own code, for
 extreme inputs, in each dtype.
 
-The proof makes an instance of the class from the row alone, with layers and random weights that the proof chooses, and
-runs the class's forward and the fused forward. The tests repeat the proof of a row that replaces a computation for one
-or two classes of the installed transformers that have the form. ``register_form`` and the command ``python -m
-peft_ext.integrations.model_blocks`` prove a formula for a class without a known form.
+The proof makes an instance of the class from the formula alone, with layers and random weights that the proof chooses,
+and runs the class's forward and the fused forward. The tests repeat the proof of each row whose formula replaces a
+computation, with one or two classes of the installed transformers that have the row's form. ``register_form`` and the
+command ``python -m peft_ext.integrations.model_blocks`` prove a formula for a class without a known form.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
     if form.writes:
         return "its forward assigns to attributes of the module"
     others = sorted(set(form.reads) - _reads_of(row))
-    hands_itself_on = form.passes_itself and row.kind != "attention"  # an attention passes itself to a function
+    # An attention passes itself to its attention function.
+    hands_itself_on = form.passes_itself and row.kind != "attention"
     if row.kind != "decoder_layer" and (hands_itself_on or others):
         return f"its forward reads {others[0]}, which is not in the formula" if others else "it hands itself on"
     with torch.device("cpu"), torch.random.fork_rng([]), torch.inference_mode(False), torch.enable_grad():
@@ -192,7 +193,8 @@ def _fill_attention(made: Any, row: Row, training: bool) -> None:
         setattr(made, option.split(":")[1], 7 if training else None)
 
 
-# A summary of the mask and the keyword arguments of each call of :func:`_noted`, in the order of the calls.
+# A summary of the arguments of each call of :func:`_noted` and of a :class:`_NotedAttention`, in the order of the
+# calls.
 _CALLS: list[Any] = []
 
 
@@ -494,11 +496,12 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     Args:
         cls: the class. :func:`peft_ext.accelerate` fuses all classes that have the form of ``cls``.
         kind: "rms_norm", "float_layer_norm", "mlp" or "attention".
-        formula: the values of the row's formula.
+        formula: the values of the formula, by name.
             For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the
             weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the multiplication by the weight;
             ``mixed``, whether the formula also holds if x and the weight have different dtypes.
-            For float_layer_norm: ``weight`` and ``eps``, the names of the attributes.
+            For float_layer_norm: ``weight`` and ``eps``, the names of the attributes; or, without a weight, ``eps``, a
+            number, and ``shape``, the name of the attribute that holds the normalized shape.
             For mlp: ``inner``, the name of the first layer, or the names of gate and up; ``out``, the name of the last
             layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
             "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
@@ -512,14 +515,14 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
             For rms_norm and mlp: ``needs``, attributes of the module that must have the given value, as
             "with_scale:True".
 
-    Returns: the row, which the next call of :func:`peft_ext.accelerate` uses.
+    Returns: the new row of the table of known forms, which the next call of :func:`peft_ext.accelerate` uses.
 
-    Raises: ValueError if the kind or the name of a value is unknown, if the class's code has no form, or if the formula
-    and the class give different values or gradients. The error's message says for which input the formula and the class
-    differ.
+    Raises: ValueError if the kind or the name of a value is unknown, if the formula of an attention lacks ``inputs`` or
+    ``o``, if the class's code has no form, or if the formula and the class give different values or gradients. The
+    error's message says for which input the formula and the class differ.
     """
     if kind not in _REGISTRABLE:
-        # register_form refuses all other kinds, because they have no proof that a formula of the caller could fail.
+        # register_form refuses all other kinds, because no proof of these kinds tests a formula of the caller.
         raise ValueError(f"register_form: kind is {kind!r}, wanted one of {', '.join(_REGISTRABLE)}")
     formula = {**_REGISTRABLE[kind], **formula}
     if kind == "attention":

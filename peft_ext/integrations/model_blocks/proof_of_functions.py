@@ -25,10 +25,10 @@ MAGNITUDES = (1e-4, 1.0, 1e2, 1e4)
 def unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole: bool = False) -> Optional[str]:
     """Returns how two tensors differ beyond rounding, or None.
 
-    Elements that are not finite must agree. Finite elements may differ by ``tolerance`` times the largest finite value
-    of the row, or of the whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and both
-    infinities count as equal: for an infinite input, PyTorch's activations give NaN or infinity, depending on the
-    instruction set.
+    Elements that are not finite must be at the same places in both tensors and, if ``strict``, be equal (NaN, or the
+    same infinity). Finite elements may differ by ``tolerance`` times the largest finite value of the row, or of the
+    whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and both infinities count as
+    equal: for an infinite input, PyTorch's activations give NaN or infinity, depending on the instruction set.
     """
     if found.shape != wanted.shape or found.dtype is not wanted.dtype:
         return f"{found.dtype} {tuple(found.shape)}, wanted {wanted.dtype} {tuple(wanted.shape)}"
@@ -46,7 +46,7 @@ def unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole:
 
 
 def _sdpa_disproof(function: Callable) -> Optional[str]:
-    """Returns an input for which the operator and an attention function differ, or None.
+    """Returns how the operator and an attention function differ, and for which input, as text; None if they agree.
 
     Finite results are compared with results in float64: the operator's error may be twice the function's error, plus a
     few units of rounding.
@@ -63,7 +63,8 @@ def _sdpa_disproof(function: Callable) -> Optional[str]:
         how: dict[str, Any] = {"dropout": 0.0, "scaling": scaling}
         if with_bias:
             how["position_bias"] = torch.randn(1, 4, queries, keys, generator=generator).to(dtype)
-            mask = None if mask is None else mask | torch.eye(queries, keys, dtype=torch.bool)  # each query sees a key
+            # The diagonal lets each query see at least one key.
+            mask = None if mask is None else mask | torch.eye(queries, keys, dtype=torch.bool)
         if causal and mask is None and keys != queries:
             continue  # transformers gives a mask if there are more keys than queries
         exact = {name: value.double() if name == "position_bias" else value for name, value in how.items()}

@@ -32,8 +32,8 @@ class PackedConfig(QuantizationConfigMixin):
     Layers that the checkpoint stores dense stay dense. bitsandbytes' 4-bit weights become bitsandbytes' own layers,
     which keep the weights packed, too.
 
-    A layer computes with the decoded weight. Where the checkpoint's own library also quantizes the layer's input while
-    the model runs (``activation_scheme`` "dynamic"), the packed layer does not quantize the input, and
+    A packed layer multiplies by the decoded weight. Where the checkpoint's own library also quantizes the layer's input
+    while the model runs (``activation_scheme`` "dynamic"), the packed layer does not quantize the input, and
     ``peft_ext.explain`` says so.
 
     ``model.save_pretrained`` writes the tensors with the names and bytes of the checkpoint, and the checkpoint's own

@@ -2,8 +2,9 @@
 
 transformers calls :meth:`PackedQuantizer._process_model_before_weight_loading` with the model on the meta device. The
 headers of the checkpoint's files say which layers are stored packed, and with which tensors. Each of these layers
-becomes a packed layer with the names, dtypes and shapes of the stored tensors. transformers then reads each tensor into
-the attribute of the tensor's name, without a conversion.
+becomes a packed layer with the names, dtypes and shapes of the stored tensors. transformers then reads each tensor,
+without a cast, into the attribute of the tensor's name; tensors of a mixture's experts may be merged first (see
+:mod:`.merging`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class PackedQuantizer(HfQuantizer):
         self._merged: dict[str, Scheme] = {}  # maps a layout to the scheme of experts that transformers merges
         self._apart = False  # whether some layers of the model have dense experts
         self._experts: list[str] = []  # names of the modules whose experts are packed
-        self._common: list[Common] = []  # the operations that keep one of equal tensors of experts
+        self._common: list[Common] = []  # the operations that keep one of several equal tensors of an expert
 
     @property
     def rules(self) -> Rules:
@@ -129,7 +130,8 @@ class PackedQuantizer(HfQuantizer):
                              "places it on the disk, wanted another device")  # fmt: skip
 
     def _scheme(self, name: str, module: nn.Module) -> Scheme:
-        """Returns how the layer is stored. Raises ValueError if the config says that the layer is dense."""
+        """Returns the scheme in which the layer's weight is stored. Raises ValueError if the config says that the layer
+        is dense."""
         if (scheme := self.rules.scheme(name, module)) is None:
             raise ValueError(f"PackedConfig: the quantization_config leaves {name} dense, and the file has packed "
                              "tensors of it")  # fmt: skip
