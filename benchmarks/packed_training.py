@@ -5,8 +5,8 @@
 ``python -m benchmarks.packed_training --table``          prints the newest result file as a table
 
 Each run is a process of its own: the process quantizes the linear layers of the bfloat16 model (or reads the packed
-weights of the model's GGUF file), adds LoRA of rank 16 to all linear layers, and trains on the language reference of
-Python, which is the data of ``make demo``. The run "packed" trains over the packed layers. The run "decoded" replaces
+weights of the model's GGUF file, or loads a checkpoint that GPTQModel wrote), adds LoRA of rank 16 to all linear
+layers, and trains on the language reference of Python, which is the data of ``make demo``. The run "packed" trains over the packed layers. The run "decoded" replaces
 each packed layer by an ``nn.Linear`` with the decoded weight in bfloat16. Both runs are accelerated, begin with equal
 adapters and see the same batches.
 """
@@ -21,6 +21,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,9 +74,14 @@ def perplexity(model: nn.Module, blocks: Sequence[torch.Tensor]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def train(name: str, kind: str, steps: int, batch: int, length: int, held_out: int) -> dict[str, Any]:
+def train(
+    name: str, kind: str, steps: int, batch: int, length: int, held_out: int, checkpoint: Optional[Path] = None
+) -> dict[str, Any]:
     """Trains the run ``kind`` of the format ``name`` in this process. Returns losses, perplexities, tokens per second,
-    memory and counts of layers."""
+    memory and counts of layers.
+
+    ``checkpoint``: the folder of a quantized checkpoint, which PackedConfig loads; None to pack the bfloat16 model.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -99,9 +105,12 @@ def train(name: str, kind: str, steps: int, batch: int, length: int, held_out: i
 
     _trimmed()
     before = status_mib("VmRSS")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().requires_grad_(False)
+    packed = {} if checkpoint is None else {"quantization_config": peft_ext.PackedConfig()}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint or folder, dtype=torch.bfloat16, **packed)
+    model.eval().requires_grad_(False)
     model.config.use_cache = False
-    pack(name, model)
+    if checkpoint is None:
+        pack(name, model)
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     bits = 8 * sum(layer.packed.nbytes for layer in layers) / sum(math.prod(layer.packed.shape) for layer in layers)
     formats = sorted({layer.packed.format.name for layer in layers})
@@ -151,6 +160,12 @@ def train(name: str, kind: str, steps: int, batch: int, length: int, held_out: i
     }
 
 
+def _call(*arguments: str) -> str:
+    """Runs this program with other arguments, and returns the program's output."""
+    command = [sys.executable, "-m", "benchmarks.packed_training", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 def measure(options: argparse.Namespace, out: Path) -> None:
     """Trains the runs of the formats that the result file ``out`` lacks, and writes the file after each format."""
     settings = {name: getattr(options, name) for name in ("steps", "batch", "length", "held_out")}
@@ -167,11 +182,13 @@ def measure(options: argparse.Namespace, out: Path) -> None:
             print(f"{name}: left out, {reason}", flush=True)
             continue
         row: dict[str, Any] = {"format": name, "quantized_by": FORMATS[name].quantized_by}
-        for kind in KINDS:
+        with tempfile.TemporaryDirectory() as folder:
             given = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
-            command = [sys.executable, "-m", "benchmarks.packed_training", "--run", name, kind, *given]
-            done_run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            row[kind] = json.loads(done_run.stdout.splitlines()[-1])
+            if FORMATS[name].write:
+                given.append(f"--checkpoint={folder}/model")
+                _call("--write", name, f"{folder}/model")
+            for kind in KINDS:
+                row[kind] = json.loads(_call("--run", name, kind, *given).splitlines()[-1])
         row["max_loss_difference"] = max(
             abs(a - b) for a, b in zip(*(row[kind]["losses"] for kind in KINDS), strict=True)
         )
@@ -216,6 +233,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, metavar="NAME", help=f"of {', '.join(FORMATS)}")
     parser.add_argument("--table", action="store_true", help="print the newest result as a table; train nothing")
     parser.add_argument("--run", nargs=2, metavar=("FORMAT", "KIND"), help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--write", nargs=2, metavar=("FORMAT", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
@@ -226,7 +245,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     options = parser.parse_args(argv)
     if options.run:
         name, kind = options.run
-        print(json.dumps(train(name, kind, options.steps, options.batch, options.length, options.held_out)))
+        settings = (options.steps, options.batch, options.length, options.held_out, options.checkpoint)
+        print(json.dumps(train(name, kind, *settings)))
+        return
+    if options.write:
+        from peft_ext.run.demo_model import demo_model
+
+        FORMATS[options.write[0]].write(demo_model(), Path(options.write[1]))
         return
     if options.table:
         found = json.loads(options.out.read_text()) if options.out else newest(NAME)
