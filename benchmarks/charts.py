@@ -59,7 +59,8 @@ def _tokens(result: Result) -> int:
 
 
 def _label(op: str, case: str) -> tuple[str, str]:
-    """Returns a chart's label and the base for a case such as "T=512 4096->4096, bf16 base, dropout 0.05"."""
+    """Returns a layer's label in a chart and its base, for a case such as "T=512 4096->4096, bf16 base, dropout
+    0.05"."""
     _, *parts = case.split(", ")
     base = next(key for key, text in BASES.items() if text in parts)
     rest = [part for part in parts if part not in BASES.values()]

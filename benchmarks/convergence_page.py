@@ -169,7 +169,8 @@ def draw(result: dict[str, Any]) -> str:
         means that the method has no twin.""",
         f"""**Columns.** A loss is the mean over the label tokens, without the terms that AdaLoRA and Diff Pruning add.
         "loss" gives the mean of the first {ENDS} steps and of the last {ENDS}. "fused" counts the layers that `explain`
-        reports as fused. "difference" is the difference of the two curves at one step. "reloaded" is the largest
+        reports as fused. "difference" is the absolute difference of
+        the two curves at a step: the largest one, and in parentheses the mean over the steps. "reloaded" is the largest
         difference of a logit between the trained model and a new base with the saved adapter.""",
         "![Training losses of each method, accelerated and not](images/losses.svg)",
         f"## bfloat16 base, float32 adapter\n\n{_table(narrow)}",

@@ -6,9 +6,9 @@
 
 Each run is a process of its own: the process quantizes the linear layers of the bfloat16 model (or reads the packed
 weights of the model's GGUF file, or loads a checkpoint that GPTQModel wrote), adds LoRA of rank 16 to all linear
-layers, and trains on the language reference of Python, which is the data of ``make demo``. The run "packed" trains over the packed layers. The run "decoded" replaces
-each packed layer by an ``nn.Linear`` with the decoded weight in bfloat16. Both runs are accelerated, begin with equal
-adapters and see the same batches.
+layers, and trains on the language reference of Python, which is the data of ``make demo``. The run "packed" trains
+over the packed layers. The run "decoded" replaces each packed layer by an ``nn.Linear`` with the decoded weight in
+bfloat16. Both runs are accelerated, begin with equal adapters and see the same batches.
 """
 
 from __future__ import annotations

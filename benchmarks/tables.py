@@ -261,7 +261,7 @@ DRAWN: dict[str, Callable[[], str]] = {
 
 
 def draw(text: str, where: str = "the document") -> str:
-    """Returns ``text`` with every marked place drawn.
+    """Returns ``text`` with newly drawn tables in every marked place.
 
     Raises SystemExit if a place has an unknown NAME, or if ``text`` has no marked place.
     """

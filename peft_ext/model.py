@@ -155,7 +155,7 @@ def load_adapter(
 
     Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. If PEFT can't load the adapter
     into a PeftModel, the function removes the new adapter again and restores the modes and classes of the modules.
-    Warns if the adapter's file has a tensor that the model lacks.
+    Warns if the adapter's file has a tensor that the model lacks, except for prompt learning.
 
     Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as
     it is read) or are not finite; where the configuration has a field of a wrong type, asks for larger tensors than the

@@ -35,7 +35,7 @@ REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
 BLOCK_CYCLES = 1000  # cycles in which a block waits for its first tile and writes its sums, an assumption
 BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of one weight in each packed format, scales included
 SIZES = (512, 2048, 4096, 8192)
-MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens of a mixed batch
+MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens, of all adapters together, of a batch for several adapters
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,8 @@ def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
 def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: bool, rank: int = 16) -> float:
     """Returns the seconds of the pass that computes S (``columns``: dA) of ``count`` layers with one input."""
     found = loops(card)[("dA" if columns else "S") + " of siblings" + (", dropout" if dropout else "")]
-    # A block of rank_siblings_kernel has three warps here, and so three quarters of a warp for each scheduler.
+    # The row in docs/slots.tsv is for three layers, so a block of rank_siblings_kernel has three warps, which are three
+    # quarters of a warp for each scheduler. The same row is used for two layers.
     loop = found | {"blocks": found["blocks"] * 3 / 4}
     tiles = -(-t // 64) * -(-k // 64)
     compute = tiles * count * tile_cycles(loop, card) / card.multiprocessors / card.clock

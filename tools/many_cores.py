@@ -156,7 +156,8 @@ DIRECTIONS = ("forward", "backward")
 
 
 class Records:
-    """The rows of tools/many_cores.json."""
+    """The rows of tools/many_cores.json by operator, direction and number of threads: ``times`` has measured seconds,
+    ``rows`` has the records of parallel loops."""
 
     def __init__(self, found: dict[str, Any]) -> None:
         self.times = {key_of(row): row["seconds"] for row in found["times"]}

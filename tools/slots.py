@@ -29,7 +29,7 @@ COLUMNS = ("loop", "arch", "slots", "alu", "fma", "mma", "memory", "uniform", "t
 
 @dataclass(frozen=True)
 class Hot:
-    """A kernel's hot loop.
+    """A kernel's hot loop, whose instructions are counted.
 
     ``kernel``: the kernel's demangled name and template arguments. ``units``: tiles, weights of a lane, or rows in an
     iteration, by which the counts are divided. ``trips``: how often an inner loop with products runs. ``threads``:

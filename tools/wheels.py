@@ -16,12 +16,12 @@ only. Each of these steps must succeed:
     the wheel has no misplaced file, and its libraries have none of the ``faults``
     wheel_trial.py installs the wheel, uses the package, installs the wheel again, uninstalls, and no file remains
 
-A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. A wheel for 64-bit Arm is
-tried only for the version of Debian's Python for Arm, and only if qemu-user is installed. ``--pure`` adds the wheel
-without native library, which pip chooses on a system for which there is no other wheel. With ``--link-checkout`` the
-native library for this machine's architecture is linked from the objects of the checkout's last build, after sources
-that changed since are compiled; the sources in the source distribution must be the checkout's. ``--report`` writes the
-sizes of the files, and the runtimes that the libraries need, into a table.
+A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. On another machine, a wheel
+for 64-bit Arm is tried only for the version of Debian's Python for Arm, and only if qemu-user is installed. ``--pure``
+adds the wheel without native library, which pip chooses on a system for which there is no other wheel. With
+``--link-checkout`` the native library for this machine's architecture is linked from the objects of the checkout's last
+build, after sources that changed since are compiled; the sources in the source distribution must be the checkout's.
+``--report`` writes the sizes of the files, and the runtimes that the libraries need, into a table.
 """
 
 from __future__ import annotations

@@ -188,8 +188,8 @@ struct Call {
     work.value_sums = work.key_sums + of_keys;
   }
 
-  // Allocates the sums of dQ [slots, blocks of queries, size, 64] in the calling thread's scratch; a slot is the part
-  // for one stream.
+  // Allocates the sums of dQ [slots, blocks of queries, size, 64] in the calling thread's scratch; a slot holds the
+  // sums of one stream (see attention/plan.h).
   void take_query_sums(int64_t slots) {
     const int64_t count = slots * ceil_div(work.queries, kPlanBlock) * kPlanBlock * work.size;
     work.query_sums =

@@ -150,7 +150,8 @@ struct BackwardPlan {
 
   int64_t parts(const BackwardRegion& region) const { return std::min(threads, region.cells()); }
 
-  // Returns the first cell of a part of a region. The parts of a region have nearly equal costs.
+  // Returns the index, among the cells of a region, of the first cell of part `part`. The cells of a region are divided
+  // into parts(region) parts, which run at the same time. The parts of a region have nearly equal costs.
   int64_t first_cell(const BackwardRegion& region, int64_t part) const {
     const int64_t all = parts(region);
     if (region.next == 0) return region.count * part / all;

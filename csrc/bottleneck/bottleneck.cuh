@@ -4,9 +4,10 @@
 //   activate: computes U = sums + b_d and H = act(U), and writes U, and the scaled H as terms;
 //   gradient: computes dU = P ∘ act'(U), and writes dU, and dU as terms
 //
-// The terms (linear/cuda/terms.cuh) of H as the left operand of expand are stored row by row. As the operand L of a
-// rank pass, H is transposed and has a row of ones after its M rows: the product of dYᵀ with the row of ones is the
-// gradient of the up bias. A thread computes two adjacent columns. All arithmetic is float32.
+// Terms are bfloat16 matrices whose sum is nearly the float32 matrix (linear/cuda/terms.cuh). The terms of H as the
+// left operand of expand are stored row by row. As the operand L of a rank pass, which computes dYᵀ L
+// (linear/cuda/rank_pass.cuh), H is transposed and has a row of ones after its M rows: the product of dYᵀ with the row
+// of ones is the gradient of the up bias. A thread computes two adjacent columns. All arithmetic is float32.
 #pragma once
 
 #include "cuda/activation.cuh"

@@ -136,7 +136,7 @@ inline Vec Vec::rounded<f16>() const {
   return {_mm256_cvtph_ps(round_f16(v))};
 }
 
-// A vector of four 64-bit lanes for Philox (see philox_impl.h); each lane holds a 32-bit word.
+// A vector of four 64-bit lanes for Philox (see philox_impl.h); the low half of each lane is a 32-bit word.
 struct Lanes {
   static constexpr int kWidth = 4;
   __m256i v;

@@ -131,7 +131,7 @@ inline Vec Vec::rounded<f16>() const {
   return {_mm512_cvtph_ps(round_f16(v))};
 }
 
-// A vector of eight 64-bit lanes for Philox (see philox_impl.h); each lane holds a 32-bit word.
+// A vector of eight 64-bit lanes for Philox (see philox_impl.h); the low half of each lane is a 32-bit word.
 struct Lanes {
   static constexpr int kWidth = 8;
   __m512i v;

@@ -118,7 +118,7 @@ inline Vec Vec::rounded<f16>() const {
   return {widen_f16(round_f16(v))};
 }
 
-// A vector of two 64-bit lanes for Philox (see philox_impl.h); each lane holds a 32-bit word.
+// A vector of two 64-bit lanes for Philox (see philox_impl.h); the low half of each lane is a 32-bit word.
 struct Lanes {
   static constexpr int kWidth = 2;
   uint64x2_t v;

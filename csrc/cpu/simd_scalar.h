@@ -65,7 +65,7 @@ struct Vec {
   Vec first(int64_t) const { return zero(); }
 };
 
-// One 64-bit lane for Philox (see philox_impl.h), which holds a 32-bit word.
+// One 64-bit lane for Philox (see philox_impl.h), whose low half is a 32-bit word.
 struct Lanes {
   static constexpr int kWidth = 1;
   uint64_t v;

@@ -217,8 +217,8 @@ inline bool contains(const Memory::Range& range, uintptr_t address, size_t bytes
 inline bool foreign(const Machine& machine, uint32_t stamp) {
   if (stamp <= machine.memory->base || stamp == machine.block_stamp) return false;
   if (!machine.acquired || machine.published == nullptr) return true;
-  // The stamp kManyBlocks names no block, and is not a conflict in this function: only by atomics do several blocks
-  // write one element.
+  // Here the stamp kManyBlocks, which names no block, is not a conflict: several blocks have written the element, by
+  // atomics only, or several blocks have read the element.
   return stamp >= machine.memory->base + kFirstBlock && !machine.published[stamp - machine.memory->base - kFirstBlock];
 }
 

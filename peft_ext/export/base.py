@@ -26,7 +26,8 @@ class Base:
         name: the file, folder or hub name of the base.
         title: the model's name for people, which is written into the adapter file.
         names: names of the modules' weights in llama.cpp's files.
-        shapes: shape of each weight. The keys are the names in the file for a GGUF file, else the names of the modules.
+        shapes: shape of each weight. The keys are the weights' names in the file if the base is a GGUF file, else the
+        names of the modules that have the weights.
         is_file: whether the base is a GGUF file.
         tied: whether the head and the embedding share one weight.
     """

@@ -221,8 +221,8 @@ def restore(model: nn.Module) -> nn.Module:
             is_fully_sharded(kinds[0])
             and kinds[0] not in STOCK
             and any(
-                # A decoder layer may keep its fused class: when its norms, attention and MLP have their stock classes,
-                # it runs its stock forward.
+                # A sharded decoder layer may keep its fused class after restore: once its norms, attention and MLP have
+                # their stock classes again, the decoder layer runs its stock forward.
                 kind in STOCK and not issubclass(kind, DecoderLayer)
                 for kind in kinds
             )

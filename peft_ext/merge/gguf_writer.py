@@ -73,7 +73,8 @@ def write_gguf(
     take: Callable[[str], Tensor],
     file_type: Optional[int] = None,
 ) -> None:
-    """Writes a GGUF file with the metadata of ``header``'s file, byte for byte, and other tensors.
+    """Writes a GGUF file with other tensors and with the metadata of ``header``'s file, byte for byte except for
+    ``file_type``.
 
     Args:
         tensors: the new file's tensors by name, in order.

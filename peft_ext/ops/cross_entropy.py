@@ -307,7 +307,7 @@ def linear_cross_entropy(
     if not summed:
         return losses.view(labels.shape)
     if divides and not torch.compiler.is_compiling() and labels.numel() == 0:
-        inside = False  # without tokens, the division at the end gives the loss 0 / 0 = NaN, as in PyTorch
+        inside = False  # without tokens, the division below gives NaN (0 / 0), as in PyTorch, if items is 0
     return losses / items if divides and not inside else losses
 
 

@@ -181,8 +181,8 @@ def _families_of(names: tuple[str, ...]) -> frozenset[str]:
 def proved(device: str, *names: str) -> Optional[str]:
     """Returns why the kernels of one of these operators were dropped on a type of device, or None.
 
-    A name may also be a format's family. First proves the families that are not proved yet, except under torch.compile
-    and with fake tensors. Compiled code meets the operators' gates when it runs.
+    A name may also be a packed format's family (format_proofs.py). First proves the families that are not proved yet,
+    except under torch.compile and with fake tensors. Compiled code meets the operators' gates when it runs.
     """
     return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
 
@@ -301,9 +301,9 @@ def _asked() -> str:
 
 
 def _places(key: str) -> list[Place]:
-    """Returns the CPU path in use, or one GPU of each model that this process sees, the current device first.
+    """Returns the CPU path in use, or the current GPU and one GPU of each other model that this process sees.
 
-    No CUDA context is made on a GPU that is too old, or for which the results of all families are saved.
+    No CUDA context is made on a GPU that is too old, which is left out, or whose results are saved for all families.
     """
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
@@ -495,7 +495,7 @@ def prove(
     thread-local state only, and restores this state.
 
     Args:
-        wanted: the families; default: all families of operators with kernels.
+        wanted: the families whose kernels are compared; default: all families that have kernels.
         key: the dispatch key whose kernels run; default: the device's key.
         large: whether to prove CUDA kernels with inputs of LARGE too.
     """

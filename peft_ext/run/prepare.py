@@ -479,8 +479,7 @@ def _count_parameters(run: Run) -> tuple[int, int]:
 def meta_base(run: Run) -> Any:
     """Returns the base on the meta device, with packed layers where the model's files are packed.
 
-    Raises RunError where the packed files are not supported, or where the files of a packed model are not on this
-    machine.
+    Raises RunError if the files are packed (hold quantized weights) and are not supported or not on this machine.
     """
     from transformers import AutoModelForCausalLM
 

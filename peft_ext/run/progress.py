@@ -41,7 +41,7 @@ def shows_bars() -> bool:
 
 
 def status(text: str) -> AbstractContextManager[Any]:
-    """Returns a context manager that shows ``text`` with a spinner, where standard error is a terminal."""
+    """Returns a context manager that shows ``text`` with a spinner, where :func:`shows_bars` returns True."""
     if not shows_bars():
         return contextlib.nullcontext()
     from rich.console import Console

@@ -103,8 +103,10 @@ def finetune(options: Options) -> Result:
 
     Signals, in the main thread only: SIGINT, SIGTERM and SIGHUP (unless SIGHUP was ignored, as under nohup) end
     training after the current step, with a checkpoint, and ``stopped_by`` is the number of the signal. A second SIGINT,
-    SIGTERM or SIGHUP, or one of these signals outside of training, ends the run at once. SIGUSR1, which batch systems
-    send ahead of a time limit, writes a checkpoint after the current step, and training continues.
+    SIGTERM or SIGHUP, or one of these signals outside of training, ends the run at once. If the run has several
+    processes, a SIGTERM or SIGHUP in the 20 seconds after another signal is ignored, because a launcher may have passed
+    it on. SIGUSR1, which batch systems send ahead of a time limit, writes a checkpoint after the current step, and
+    training continues.
 
     The logger ``peft_ext.run`` reports the progress. In this process the function turns off transformers' progress
     bars, and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.

@@ -286,7 +286,8 @@ class ReplacingTuner(Tuner):
         raise NotImplementedError
 
     def make(self, layer: Any, key: str, names: list[str], config: Any) -> nn.Module:
-        """Returns a module with the tensors of a new adapter. ``names``: the tensors of ``layer`` that are replaced.
+        """Returns a module with the tensors of a new adapter. ``names``: the names of the tensors of ``layer`` that the
+        adapter replaces.
 
         ``key``: the full name of ``layer`` in the model.
         """

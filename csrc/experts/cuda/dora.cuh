@@ -12,7 +12,7 @@ namespace peft_ext {
 // --- the norm
 
 struct StackNorm {
-  StackView weight;                   // W_e; a column of the view is an output of the layer, that is a row of W_e
+  StackView weight;                   // W_e of expert e; a column of the view is an output of the layer, a row of W_e
   Terms left, right;                  // B and Aᵀ of the first expert, in the number of terms of a float32 result
   int64_t left_stride, right_stride;  // distances to the next expert's terms, in units of 16 bytes
   // ends of the experts' rows, see has_rows; the norms of an expert without rows are zeros

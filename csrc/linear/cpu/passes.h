@@ -53,8 +53,8 @@ KeepBits keep_bits(int64_t tokens, int64_t columns);
 // Returns x̃ = mask ∘ x times dropout's scale, in x's dtype and shape. x is contiguous.
 Tensor dropped_elements(const char* op, const Tensor& x, const Dropout& dropout);
 
-// Results of column_pass, which makes one pass over m. scaled: m ∘ (scale + shift) in m's dtype and shape; [0] if scale
-// [K] is null. sums: float32 [K], sum_t m[t, k] other[t, k]; [0] if other is null.
+// Results of column_pass, which makes one pass over m. scaled: m ∘ (scale + shift) in the dtype and shape of m [...,
+// K]; [0] if scale [K] is null. sums: float32 [K], sum_t m[t, k] other[t, k]; [0] if other is null.
 struct ColumnSums {
   Tensor scaled, sums;
 };

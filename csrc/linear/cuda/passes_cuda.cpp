@@ -167,7 +167,7 @@ PassInput weight_input(const DeviceWeight& weight, ScalarType type) {
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants) {
   const int64_t rank = right != nullptr ? right->terms.outer : left->terms.outer;
   // Two passes over D compute P = D F and Q = Dᵀ L if the sums of P and Q together do not fit in registers (more than
-  // 32 ranks), or if F and L have different ranks.
+  // 32 ranks), or if F and L have different padded ranks.
   if (right != nullptr && left != nullptr && (rank > 32 || left->terms.outer != rank)) {
     PassSums both = rank_pass(input, right, nullptr);
     both.columns = rank_pass(input, nullptr, left).columns;

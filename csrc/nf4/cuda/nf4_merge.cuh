@@ -26,7 +26,7 @@ constexpr int kMergeRanks = 16;     // number of ranks in a slab of A and B
 constexpr int kMergePitch = kMergeRows + 4;
 constexpr int kMergeThreads = 256;
 constexpr int kMergeThreadRows = 4;
-constexpr int kMergeChunk = 4;  // number of neighbouring columns that a thread computes
+constexpr int kMergeChunk = 4;  // number of neighbouring columns in a chunk; a thread has kMergeChunks chunks in a row
 constexpr int kMergeChunks = 2;
 constexpr int kMergeLanes = kMergeColumns / (kMergeChunk * kMergeChunks);  // number of threads along a row of the tile
 static_assert(kMergeLanes * (kMergeRows / kMergeThreadRows) == kMergeThreads, "the threads cover the tile once");

@@ -244,7 +244,8 @@ struct Q6_KStep : GgufStep<BlockQ6_K> {
   }
 };
 
-// IQ4_XS: a phase reads 64 bytes of codes, which have the layout of the codes of four Q4_0 blocks.
+// IQ4_XS: each of the two phases of a step (row_products_avx512.h) reads 64 bytes of codes, which have the layout of
+// the codes of four Q4_0 blocks.
 struct IQ4_XSStep : GgufStep<BlockIQ4_XS> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kBytes = BlockIQ4_XS::kBytes;
   static int column_of(int reg, int word) { return halves_column(reg, word); }

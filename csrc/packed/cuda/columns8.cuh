@@ -2,8 +2,8 @@
 // PackedView& w, int64_t row, int64_t column, float (&out)[8])`, a kernel calls value8; otherwise a kernel calls
 // `value` for each column. value8 gives the bits of `value` for 8 columns from a multiple of 8 on, all of which exist.
 // OnCuda<Format> may also have a `value` of its own, which returns the same bits as Format's `value`. The first
-// weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow without gaps. A format may
-// define value8 itself, or get value8 from a specialization of OnCuda.
+// weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow without gaps. A specialization
+// of OnCuda adds value8 to a format.
 #pragma once
 
 #include "cuda/ptx.cuh"

@@ -43,7 +43,8 @@ _READERS: dict[str, Callable[[nn.Module], PackedWeight]] = {
     "hqq.core.quantize.HQQLinear": from_hqq,
 }
 
-# Maps each layer whose weight was read to the addresses of the layer's tensors and to the weight.
+# Maps each layer whose weight was read to the addresses of the layer's tensors and to the PackedWeight that shares
+# their memory.
 _HELD: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], PackedWeight]] = weakref.WeakKeyDictionary()
 
 

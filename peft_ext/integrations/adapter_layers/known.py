@@ -3,8 +3,8 @@
 :func:`facts_of` returns one tuple with everything that the checks of a common call read: types, dtypes, shapes,
 devices, flags and numbers. After the checks accepted a call, a later call for which :func:`facts_of` returns an equal
 tuple is fused without the checks. An accepted tuple stays valid, because each call makes its own tuple, and a tuple
-holds no module and no tensor. A call under autocast or torch.compile, and a call of a layer whose base layer or adapter
-has hooks, among others, have no tuple, and are checked each time.
+holds no module and no tensor. For a call under autocast or torch.compile, and for a call of a layer whose base layer or
+adapter has hooks, among others, :func:`facts_of` returns None, and the checks run each time.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a forward or of a function: a digest of the code, and what the code reads and writes of the instance.
+    """The form of a forward or of a function: a digest of its code, the attributes of ``self`` that the code reads, and
+    whether the code writes to ``self``.
 
     Attributes:
         digest: the digest of the code, 20 hexadecimal digits.

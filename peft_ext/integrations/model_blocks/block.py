@@ -71,8 +71,8 @@ class Block:
         return None
 
     def holds(self, facts: Facts) -> bool:
-        """Returns whether the module has no hooks, and its forward is the code of its known form. ``facts`` hold
-        as long as this method would return the same result."""
+        """Returns whether the module has no hooks, and its forward is the code of its known form. Adds to ``facts`` the
+        objects on which this result depends."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.of_class:
             facts.value(held, name)

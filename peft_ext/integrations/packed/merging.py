@@ -123,7 +123,8 @@ def operations_of(layout: Layout, scheme: Scheme, part: str, dense: Sequence[Any
 def merged_shape(
     layout: Layout, scheme: Scheme, part: str, dense: Sequence[Any], sources: int, experts: int, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Returns the shape of the merged tensor of all experts, from the ``shape`` of the tensor of one expert and layer.
+    """Returns the shape of the merged tensor of all experts, from the ``shape`` of the tensor of one layer of one
+    expert.
 
     ``sources``: the number of layers whose rows are appended. Raises ValueError if transformers merges the experts in
     another way, or if the tensors of the layout can't be merged.

@@ -43,7 +43,7 @@ struct BlockSums {
 // of the depth.
 struct Block {
   float* c;
-  int left, right;  // numbers of strips: `left` in rows, `right` in lanes
+  int left, right;  // `left`: number of strips of rows; `right`: number of strips of lanes
 
   float* part(int i, int j) { return c + (i * kBlockStrips + j) * kStrip * kStrip; }
   void copy_from(const Block& from) {
