@@ -69,7 +69,8 @@ void image_of(const char* name, const char* file, int capability, PeftExtImage* 
     image->symbol = symbol.c_str();
     image->data = data.data();
   } catch (py::error_already_set& caught) {
-    if (caught.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();  // Python raises KeyboardInterrupt again later
+    // PyErr_SetInterrupt makes Python raise KeyboardInterrupt again after the call of the operator.
+    if (caught.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();
     error = caught.what();
     image->error = error.c_str();
   } catch (const std::exception& caught) {

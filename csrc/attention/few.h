@@ -27,7 +27,8 @@ inline bool sees(const Attention& work, int64_t batch, int64_t head, int64_t que
              0;
 }
 
-// Computes out and lse of the rows [row, row + kRowsOfUnit). A key head has H / Hkv · T rows.
+// Computes out and lse of the rows [row, row + kRowsOfUnit). The query heads that share a key head have H / Hkv · T
+// rows in all.
 template <typename T, int kRowsOfUnit>
 void few_rows(const Attention& work, int64_t batch, int64_t kv_head, int64_t row, Parts parts) {
   const FewParts own(&parts, work);

@@ -9,9 +9,10 @@
 // j, i] of a contiguous tensor [B, H, keys, queries].
 //
 // Except in the kernel for few queries (few.h), a thread holds S, P and dS for one block of queries and keys at a time,
-// and transposed: a row is a key, and the lanes of a vector are queries, so that sums over keys are sums of rows. Also
-// except in the kernel for few queries, the paths with AVX512-BF16 and AMX multiply bfloat16 operands in pairs, and
-// round P and dS to bfloat16. Scores, sums and lse are float32.
+// and transposed: a row is a key, and the lanes of a vector are queries, so that sums over keys are sums of rows. For
+// bfloat16 tensors, also except in the kernel for few queries, the paths with AVX512-BF16 and AMX (also emulated)
+// multiply bfloat16 operands in pairs, and round P and dS to bfloat16. For other dtypes these paths use the kernels for
+// AVX-512. Scores, sums and lse are float32.
 //
 // Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth. A
 // product broadcasts each word of the left operand [rows, depth], and loads vectors of words of the right operand

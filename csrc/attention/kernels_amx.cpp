@@ -1,5 +1,5 @@
-// The attention kernels of attention/kernels.h with AMX-BF16. The code in cpu/isa.cpp requests the tile registers from
-// the operating system, once per process.
+// The attention kernels of attention/kernels.h for bfloat16 tensors, with AMX-BF16. The code in cpu/isa.cpp requests
+// the tile registers from the operating system, once per process.
 #if defined(__x86_64__)
 #include <math.h>
 

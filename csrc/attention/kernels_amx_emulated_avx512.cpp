@@ -1,4 +1,5 @@
-// The attention kernels of attention/kernels.h with emulated AMX tiles, on a CPU with AVX512-BF16.
+// The attention kernels of attention/kernels.h for bfloat16 tensors, with emulated AMX tiles, on a CPU with
+// AVX512-BF16.
 #if defined(__x86_64__)
 #include <math.h>
 

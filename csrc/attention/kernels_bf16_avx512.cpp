@@ -1,4 +1,4 @@
-// The attention kernels of attention/kernels.h with the dot product of AVX512-BF16.
+// The attention kernels of attention/kernels.h for bfloat16 tensors, with the dot product of AVX512-BF16.
 #if defined(__x86_64__)
 #include <math.h>
 

@@ -40,7 +40,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
       if (work.bias_key == 1)
         for_vectors(keys, [&](auto lanes, int64_t j) {
           const Vec value = lanes.load(from + j), over = Vec::mul(value, Vec::broadcast(factor));
-          const Vec finite = Vec::add(value, Vec::broadcast(INFINITY));  // NaN if value is -inf or NaN, otherwise inf
+          // `finite` is NaN if value is -inf or NaN, else inf
+          const Vec finite = Vec::add(value, Vec::broadcast(INFINITY));
           lanes.store(to + j, Vec::positive(finite, Vec::max(over, Vec::broadcast(kLeast)), over));
         });
       else
@@ -59,7 +60,7 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
 [[gnu::noinline]] inline void draw_kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys,
                                         int64_t query, int64_t count, const uint64_t* bits, uint64_t* keeps) {
   // The draws of a key are in at most kBlocks counter blocks of Philox, which have eight draws each. The counter blocks
-  // of kTogether keys are computed together, so that no lane computes draws that nobody reads.
+  // of kTogether keys are computed together, so that few lanes compute draws that nobody reads.
   constexpr int64_t kTogether = 16, kBlocks = kMaskBits / kDrawsPerBlock + 1;
   static_assert(kTogether * kBlocks % kPhiloxBlocks == 0, "the list of counter blocks must hold whole groups");
   const uint64_t flat = static_cast<uint64_t>((batch * work.heads + head) * work.keys);

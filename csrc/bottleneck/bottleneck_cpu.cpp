@@ -2,13 +2,13 @@
 //
 //   U = x Dᵀ + b_d [T, M];   H = act(U);   Y = residual + s (H Vᵀ + b_v) [T, N]
 //
-// In float32, with mixed dtypes, or in a 16-bit dtype that multiplies_in (linear/cpu/base_product.h) refuses, the
-// forward is one pass over x, and one pass that reads the residual and writes Y; for up to kUnpackedTokens tokens D and
-// V are not packed. The backward is one or two passes over dY for P = s dY V, dV and db_v, one pass over x for dD, and
-// one pass that reads dY and writes dX = dY + dU D (only dU D if the residual is not x). PyTorch's matrix products
-// compute the gradients of up to eight tokens in every dtype, and the forward and the gradients of more than two tokens
-// in a 16-bit dtype that multiplies_in accepts. Tensors [T, M] are float32. PyTorch's operators compute erf, tanh, exp,
-// SiLU and ReLU of these tensors.
+// In float32, with mixed dtypes, in a 16-bit dtype that multiplies_in (linear/cpu/base_product.h) refuses, or for up to
+// two tokens, the forward is one pass over x, and one pass that reads the residual and writes Y; for up to
+// kUnpackedTokens tokens D and V are not packed. For more than eight tokens in these dtypes, the backward is one or two
+// passes over dY for P = s dY V, dV and db_v, one pass over x for dD, and one pass that reads dY and writes dX = dY +
+// dU D (only dU D if the residual is not x). PyTorch's matrix products compute the gradients of up to eight tokens in
+// every dtype, and the forward and the gradients of more than two tokens in a 16-bit dtype that multiplies_in accepts.
+// Tensors [T, M] are float32. PyTorch's operators compute erf, tanh, exp, SiLU and ReLU of these tensors.
 #include <algorithm>
 #include <tuple>
 

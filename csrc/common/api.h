@@ -14,8 +14,9 @@ PEFT_EXT_API const char* peft_ext_oldest_torch();     // the oldest version of t
 PEFT_EXT_API const char* peft_ext_compiler();
 PEFT_EXT_API int peft_ext_isa_count();
 PEFT_EXT_API const char* peft_ext_isa_name(int isa);
-PEFT_EXT_API int peft_ext_isa_compiled(int isa);   // 1 if the library has kernels of the path
-PEFT_EXT_API int peft_ext_isa_available(int isa);  // 1 if the library has the path and this CPU has its instructions
+PEFT_EXT_API int peft_ext_isa_compiled(int isa);  // 1 if the library has kernels of the path
+// 1 if the library has the path and this process may run its instructions
+PEFT_EXT_API int peft_ext_isa_available(int isa);
 PEFT_EXT_API int peft_ext_isa();
 PEFT_EXT_API void peft_ext_set_isa(int isa);  // chooses the CPU path of later calls; the path must be available
 

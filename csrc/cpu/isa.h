@@ -49,8 +49,8 @@ class IsaOfCall {
 };
 
 // A kernel table holds the function pointers of an operator. Each instruction set has one table, or a null pointer if
-// the instruction set has no kernels of its own. For a null pointer the table of the next lower instruction set is
-// used.
+// the instruction set has no kernels of its own. For a null pointer, and on a path with bfloat16 products or AMX, the
+// table of the next lower instruction set is used.
 template <typename Table>
 const Table& select_kernels(const Table* scalar, const Table* avx2, const Table* avx512) {
   const Isa isa = current_isa();

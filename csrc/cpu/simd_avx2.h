@@ -44,7 +44,7 @@ struct Vec {
   static Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   Vec reciprocal() const { return {_mm256_div_ps(_mm256_set1_ps(1.0f), v)}; }
-  // If a or b is NaN, the result is b.
+  // min and max return b if a or b is NaN.
   static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   // Returns b in the lanes where a is above 0, and c in the other lanes.

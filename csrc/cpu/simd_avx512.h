@@ -51,7 +51,7 @@ struct Vec {
     const __m512 r = _mm512_rcp14_ps(v);
     return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(v, r, _mm512_set1_ps(1.0f)), r)};
   }
-  // If a or b is NaN, the result is b.
+  // min and max return b if a or b is NaN.
   static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   // Returns b in the lanes where a is above 0, and c in the other lanes.
@@ -70,11 +70,14 @@ struct Vec {
   // Returns a vector whose lane i is the sum of all lanes of of[i].
   static Vec sums_of(const Vec (&of)[kWidth]) {
     __m512 two[8], four[4];
-    for (int i = 0; i < 8; ++i) {  // four lanes each: sums from of[2 i], of[2 i + 1], of[2 i], of[2 i + 1]
+    // In each 128-bit part of two[i], the four lanes have sums of two lanes of of[2 i], of[2 i + 1], of[2 i] and
+    // of[2 i + 1].
+    for (int i = 0; i < 8; ++i) {
       const __m512 a = of[2 * i].v, b = of[2 * i + 1].v;
       two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
-    for (int i = 0; i < 4; ++i) {  // four lanes each: sums from of[4 i] to of[4 i + 3]
+    // In each 128-bit part of four[i], the four lanes have sums of four lanes of of[4 i] to of[4 i + 3].
+    for (int i = 0; i < 4; ++i) {
       const __m512 a = two[2 * i], b = two[2 * i + 1];
       four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
     }

@@ -47,7 +47,7 @@ struct Vec {
   static Vec sub(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
   Vec reciprocal() const { return {vdivq_f32(vdupq_n_f32(1.0f), v)}; }
-  // If a or b is NaN, the result is b.
+  // min and max return b if a or b is NaN.
   static Vec min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   // Returns b in the lanes where a is above 0, and c in the other lanes.

@@ -21,7 +21,7 @@ struct Vec {
   static Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
   static Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
   Vec reciprocal() const { return {1.0f / v}; }
-  // If a or b is NaN, the result is b.
+  // min and max return b if a or b is NaN.
   static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   // Returns b if a is above 0, otherwise c.
@@ -41,8 +41,8 @@ struct Vec {
   float largest() const { return v; }
   void store(float* x) const { *x = v; }
 
-  // Loads a value of any element type. The functions with `count` are never called, because a vector of one lane leaves
-  // no rest.
+  // Loads a value of any element type. The overloads with an argument `count` are never called, because a vector of one
+  // lane leaves no rest.
   template <typename T>
   static Vec load_as(const T* x) {
     return {to_float(*x)};

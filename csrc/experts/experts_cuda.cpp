@@ -9,9 +9,9 @@
 //              sums are added. One more pass computes dg, and G = g ∘ dY, from which dX is computed.
 //   DoRA's norm: terms; one pass over W (dora).
 //
-// With many rows per expert and dense bfloat16 weights, on GPUs of compute capability 9.x and 10.x, PyTorch's grouped
-// product computes x W_eᵀ in the forward and dY W_e (with DoRA G W_e) in the backward, and a kernel computes the other
-// operations: the low-rank term, DoRA's g and the bias.
+// With many rows per expert and dense, aligned bfloat16 weights (see takes_grouped_mm), on GPUs of compute capability
+// 9.x and 10.x, PyTorch's grouped product computes x W_eᵀ in the forward and dY W_e (with DoRA G W_e) in the backward,
+// and a kernel computes the other operations: the low-rank term, DoRA's g and the bias.
 #include <array>
 #include <tuple>
 

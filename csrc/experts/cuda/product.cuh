@@ -24,8 +24,8 @@
 // line % 8 of the line, so that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums. float32
 // uses FMAs, where a thread computes 8 rows and 4 columns. At the end, each warp reads sums from shared memory, adds
 // the low-rank term, which is computed as in expand.cuh, rounds once, and stores 8 elements per lane. Shared memory: 48
-// KiB. Bytes moved: D, W (of experts that have rows) and out, once each. From L2, D is read C / 128 times, and W once
-// per 64 rows.
+// KiB. Bytes moved: D, W (of experts that have rows), out, and z if given, once each. From L2, D is read C / 128 times,
+// and W once per 64 rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"

@@ -3,8 +3,8 @@
 //   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
 //
 // With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, the base
-// product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is left out: a missing g or l counts as
-// 1, a missing b₀ or b₁ counts as 0, and S is computed only if there is an adapter.
+// product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is left out: a missing g, l or rank_scale
+// counts as 1, a missing b₀ or b₁ counts as 0, and S is computed only if there is an adapter.
 #pragma once
 
 #include <optional>
@@ -89,8 +89,9 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
 
 // Result of the backward of several layers with the same input: the sum of all dX, and each layer's own gradients. If
 // the tile kernels accept all layers, the layers' panels of W fit the cache together and there are at most kMostLayers
-// layers, the sum is rounded once. In all other cases, the dX of some layers is added to the sum of the previous
-// layers, which is already rounded to dX's dtype. A layer whose dY is missing gets no gradients.
+// layers, the sum is rounded once. In all other cases of two or more layers, the dX of some layers is added to the sum
+// of the previous layers, which is already rounded to dX's dtype. A layer whose dY is missing adds nothing to dX, and
+// all of its gradients have shape [0].
 struct SiblingsBackward {
   Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<AdaptedBackward> layers;

@@ -3,7 +3,8 @@
 //
 //   tiles    If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
 //            the tile kernels writes Y with all terms of Y.
-//   few      For few tokens, W (its codes, if W is packed), A and B are read row by row, without panels.
+//   few      For few tokens, W (its codes, if W is packed), A and B are read in the order in which they are stored, and
+//            W is not copied or decoded into panels.
 //   mm       In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
 //            and dropout on the base). If the product runs in x's dtype and Y is only the sum of the product, the
 //            low-rank term and the bias, PyTorch adds the product in place to the other terms. Otherwise another pass
@@ -19,8 +20,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns whether forward_few_tokens computes a call: dropout does not act on the base, W can be read row by row, and
-// there are few tokens.
+// Returns whether forward_few_tokens computes a call: dropout does not act on the base, W is contiguous or
+// skinny_accepts accepts the packed W, and there are few tokens.
 bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
   if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
   if (weight.is_packed()) return skinny_accepts(weight, type, tokens);
@@ -154,16 +155,16 @@ struct TileOperands {
 // Returns whether the second base product of PEFT's DoRA uses only the elements that dropout drops.
 bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropped(f.adapter.dropout, f.size.in); }
 
-// Returns the number of tiles in a part of the depth, which is the number of x's columns. With dropout on the base, one
-// part has the whole depth.
+// Returns the number of tiles in a part of the depth; the depth is the number of x's columns. With dropout on the base,
+// one part has the whole depth.
 int64_t tiles_in_part(const ForwardCall& f) {
   const int64_t tiles = ceil_div(f.size.in, kTileDepth);
   return f.drop_base() ? tiles : depth_part(kForwardCut, tiles);
 }
 
-// Reads x once for all calls, which have the same x: computes S and the strips of S of each call, the strips of mask ∘
-// x of a call with drop_base(), and the right strips of x, which the function returns. If `apart` is true (the dropped
-// elements are multiplied separately), no strips of x are made.
+// Reads x once for all calls, which have the same x (for a mixed batch, a second time for S): computes S and the strips
+// of S of each call, the strips of mask ∘ x of a call with drop_base(), and the right strips of x, which the function
+// returns. If `apart` is true (the dropped elements are multiplied separately), no strips of x are made.
 const bf16* shrink_on_tiles(const std::vector<ForwardCall>& calls, bool apart, std::vector<TileOperands>* operands) {
   const ForwardCall& first_call = calls[0];
   const LinearSizes& size = first_call.size;

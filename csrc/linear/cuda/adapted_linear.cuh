@@ -15,7 +15,7 @@
 namespace peft_ext {
 
 // The adapter of a frozen linear layer on a GPU. rank_scale, out_scale and in_scale are float32 and contiguous. ρ, the
-// factors of the ranks, is scaling times rank_scale.
+// factors of the ranks, is scaling times rank_scale (ones if rank_scale is missing).
 struct DeviceAdapter {
   std::optional<Tensor> lora_A, lora_B;  // lora_A is [R, K], lora_B is [N, R]; the two dtypes may differ
   std::optional<Tensor> rank_scale;      // [R]
@@ -87,8 +87,8 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
 
 // Result of the backward of several layers with the same input. dX is the sum over the layers: expand_dropped writes
 // the sum of all dropped low-rank terms, and each layer's product dY W is added to that sum. If a layer has no lora_A,
-// lora_B or rank_scale, the gradient of the missing tensor has shape [0]. A layer whose dY is missing gets no
-// gradients.
+// lora_B or rank_scale, the gradient of the missing tensor has shape [0]. A layer whose dY is missing adds nothing to
+// dX, and all of its gradients have shape [0].
 struct DeviceSiblingsBackward {
   Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<DeviceBackward> layers;

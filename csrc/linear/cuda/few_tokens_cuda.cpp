@@ -4,9 +4,9 @@
 // kernels for few tokens accept only 16-bit dtypes of x. A call of up to kFewTokens tokens with an NF4 weight needs one
 // launch for S and one launch for all other work (nf4_few_tokens.cuh), if the weight's block size and number of inputs
 // are multiples of kFewSlab = 64 and the weight has fewer than 2^32 slabs. Every other call that few_tokens_accept
-// accepts needs two launches after S is computed (nf4_skinny.cuh). A mixed batch of few tokens that few_tokens_accept
-// refuses uses only skinny_finish_kernel, which computes the low-rank term and the bias, to which PyTorch's product is
-// added.
+// accepts needs two launches after S is computed (nf4_skinny.cuh). For a mixed batch of few tokens that
+// few_tokens_accept refuses, skinny_finish_kernel computes the low-rank term and the bias, to which PyTorch's product
+// is added.
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/shrink_few.cuh"
 #include "nf4/cuda/nf4_skinny.cuh"

@@ -1,5 +1,5 @@
 // Computes the low-rank term (S ∘ ρ) Bᵀ and the gradients of this term, as a part of the adapted layer, and alone for
-// the operator lora_residual. The factors ρ [R] are scaling times rank_scale.
+// the operator lora_residual. The factors ρ [R] are scaling times rank_scale (ones if rank_scale is missing).
 #include "linear/cuda/call.cuh"
 #include "linear/cuda/rank_scale.cuh"
 

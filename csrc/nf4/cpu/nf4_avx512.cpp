@@ -47,7 +47,8 @@ struct Bins {
 constexpr Bins kBins;
 static_assert(kBins.are_sound());
 
-// Computes codes * step for scaled values that are not NaN, one value per 32-bit lane.
+// Computes the NF4 codes of scaled values that are not NaN, one value per 32-bit lane. Each code is multiplied by the
+// integer `step`.
 struct Encoder {
   __m512 bounds[2];
   __m512i below[2], step;

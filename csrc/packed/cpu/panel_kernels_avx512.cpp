@@ -60,8 +60,8 @@ inline void copy(const __m512 (&sums)[kSums][kTokens], __m512 (&out)[kSums][kTok
     for (int t = 0; t < kTokens; ++t) out[i][t] = sums[i][t];
 }
 
-// The constants that GptqPanel and AwqPanel share. The function `order` of row_products_avx512.h reads them. `order`
-// writes one sum of x for each 32 columns.
+// The constants that GptqPanel and AwqPanel share. The function `order` of row_products_avx512.h reads these constants.
+// `order` writes one sum of x for each 32 columns.
 struct PanelStep {
   static constexpr int kColumns = 32, kAddColumns = 32;
   static constexpr AddsAt kAdds = AddsAt::kInChunk;

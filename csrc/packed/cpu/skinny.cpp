@@ -33,8 +33,8 @@ SkinnyKernel skinny_kernel(bool bf16_x) {
   return {nf4_kernels().skinny, nf4_kernels().skinny_tokens};
 }
 
-// Largest number of W's rows that a kernel for NF4 multiplies at a time. The number of rows in a chunk is a multiple of
-// kRowsTogether, except for the last chunk.
+// Largest number of W's rows that a kernel for NF4 multiplies at a time. If the weight is double-quantized, a thread's
+// rows are divided into chunks (skinny_chunk) of a multiple of kRowsTogether rows, except for the thread's last chunk.
 constexpr int64_t kRowsTogether = 4;
 
 // Returns the number of rows of a double-quantized NF4 weight whose scales are decoded at a time.

@@ -1,5 +1,6 @@
-// Computes the forward for one panel of W's rows: Y = g (x Wᵀ + S (ρB)ᵀ + b₀) + b₁. Include this file after the target
-// pragma (cpu/target_<isa>.h) and the files of an instruction set (see block.h).
+// Computes the forward for one panel of W's rows: Y = g (x Wᵀ + S (ρB)ᵀ + b₀) + b₁, or the formula of TileForward
+// (tiles.h) if dropout acts on the base too. Include this file after the target pragma (cpu/target_<isa>.h) and the
+// files of an instruction set (see block.h).
 #pragma once
 
 #include "linear/cpu/tiles/block.h"

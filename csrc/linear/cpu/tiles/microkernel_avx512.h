@@ -3,10 +3,10 @@
 //
 // The sums of 8 rows by 2 strips of lanes are in 16 registers. For each pair of elements of the depth, the kernel loads
 // two registers of lanes and broadcasts eight pairs of rows. These are 10 loads for 16 products, so that the products
-// limit the speed, at one product per cycle. A single strip of tokens is multiplied with 16 rows of an NF4 weight
-// without making a panel: 64 columns are decoded into L1, one row after every 32 products with the previous 64 columns.
-// Decoding uses the shuffle and store units, which the products leave idle. (For a dense W, copying row after row into
-// a panel is faster.)
+// limit the speed, at one product per cycle. A single strip of tokens is multiplied with 16 rows of an NF4 weight that
+// aligned_blocks accepts, without making a panel: 64 columns are decoded into L1, one row after every 32 products with
+// the previous 64 columns. Decoding uses the shuffle and store units, which the products leave idle. (For a dense W,
+// copying row after row into a panel is faster.)
 #pragma once
 
 #include <immintrin.h>

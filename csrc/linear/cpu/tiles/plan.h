@@ -29,9 +29,10 @@ constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
 constexpr int64_t kPlanDeep = 4096;
 
 // A DepthCut says how the depth of a product is cut into parts. The depths in a DepthCut count elements, not tiles.
-// Panels that are decoded together have at most kPlanPanel elements of the depth in all, which take 512 KiB of L2. If
-// several panels are decoded together, each load of the tokens, which a deep layer reads from L3 or from memory, is
-// used for all of these panels. If the depth is not cut, no sums are loaded and stored between parts.
+// Panels that are decoded together have at most kPlanPanel elements of the depth in all, which take 512 KiB of L2,
+// unless a single panel of an uncut depth has more. If several panels are decoded together, each load of the tokens,
+// which a deep layer reads from L3 or from memory, is used for all of these panels. If the depth is not cut, no sums
+// are loaded and stored between parts.
 struct DepthCut {
   int64_t whole;     // largest depth that is not cut into parts
   int64_t part;      // largest number of elements in a part of a deeper depth
@@ -43,7 +44,8 @@ constexpr DepthCut kForwardCut{kPlanPanel, 1024, 4};
 // of the runs lie in different pages, and if the length of a row is a multiple of a large power of two, the runs share
 // few sets of a cache. Parts of few rows and panels of many columns have longer runs and fewer pages.
 constexpr DepthCut kBackwardCut{kPlanPanel, 512, 8};
-// Smallest number of units that a thread has in each block, if there are several blocks. With so many units, it costs
+// If there are several blocks, the largest block that is allowed has this number of units or more for each thread.
+// Blocks are equally large, so that a thread may have about half as many units in a block. With so many units, it costs
 // little if a thread has one unit more than the other threads.
 constexpr int64_t kPlanUnits = 32;
 

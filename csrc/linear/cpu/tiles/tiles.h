@@ -11,18 +11,19 @@
 //
 // One microkernel serves the forward and the backward: C [rows, lanes] += left [rows, depth] right [depth, lanes],
 // where the depth is summed in float32 from first to last. A panel of a deep W does not fit L2. The depth is therefore
-// cut into parts, and a panel has one part of the depth at a time: all tokens of a call are multiplied with the first
-// part, then with the second part, and the float32 sums of a block are carried from part to part in scratch memory. The
-// cut does not change the order of a sum, and so does not change the results. Operands are stored in tiles of 1 KiB.
-// The tiles of a strip are in the order of the depth, with zeros beyond the end of the matrix:
+// cut into parts, and a panel has one part of the depth at a time: all tokens of a kernel's call are multiplied with
+// the first part, then with the second part, and the float32 sums of a block are carried from part to part in scratch
+// memory. The cut does not change the order of a sum, and so does not change the results. Operands are stored in tiles
+// of 1 KiB. The tiles of a strip are in the order of the depth, with zeros beyond the end of the matrix:
 //   left   A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
 //   right  A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
 //          operand is AMX's VNNI layout, of which vdpbf16ps reads one register for each pair.
 // With these layouts, the forward reads and decodes W's rows in row-major order, and transposes x once. The backward
 // interleaves pairs of W's rows and copies G without transposing. On Arm the tiles of both operands are 8 steps of the
-// depth x 8 pairs x 2 x 4, see microkernel_neon.h. A panel of W is decoded into scratch memory that stays in L2 while
-// all tokens are multiplied with the panel. No repacked copy of the whole W is made. A call of a kernel writes and
-// rounds each element of Y or dX once.
+// depth x 8 pairs x 2 x 4, see microkernel_neon.h. A panel of W is copied or decoded into scratch memory that stays in
+// L2 while all tokens of a kernel's call are multiplied with the panel; for few strips of tokens, the forward may read
+// or decode W's rows without a panel (rows_of and decoded_rows in block.h). No repacked copy of the whole W is made. A
+// call of a kernel writes and rounds each element of Y or dX once.
 #pragma once
 
 #include <stdint.h>
