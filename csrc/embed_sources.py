@@ -3,7 +3,8 @@
     python csrc/embed_sources.py OUTPUT
 
 The native library carries the sources, so that NVRTC can compile a kernel on the machine that runs it. The file holds
-each header that defines a kernel, and the headers of csrc/ that those headers include.
+each header that defines a kernel, and the headers of csrc/ that those headers include, except the headers in
+OF_THE_HOST.
 """
 
 from __future__ import annotations

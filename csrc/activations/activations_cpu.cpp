@@ -1,5 +1,5 @@
 // Plain and gated activations on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. One thread
-// owns a row, so that the bits are equal for every number of threads.
+// computes a row, so that the bits are equal for every number of threads.
 #include <tuple>
 
 #include "common/registration.h"

@@ -1,5 +1,5 @@
-// The choice of the CPU path: detected once from the features of the CPU, or set by set_isa (from Python: by the
-// environment variable PEFT_EXT_CPU_ISA). The file does not depend on torch.
+// The choice of the CPU path: detected once from the features of the CPU, or set by set_current_isa (from Python: by
+// the environment variable PEFT_EXT_CPU_ISA). The file does not depend on torch.
 #pragma once
 
 // Clang before 16 supports Arm's bfloat16 only if the command line enables it.
@@ -16,7 +16,8 @@ enum class Isa : int { kScalar = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmula
 constexpr int kIsaCount = 8;
 
 const char* isa_name(Isa isa);
-// Returns whether the path belongs to the architecture that this library was compiled for.
+// Returns whether the library has the path: the path belongs to the architecture of the build, and for kNeonBf16 the
+// compiler supported Arm's bfloat16.
 constexpr bool isa_compiled(Isa isa) {
 #if defined(__x86_64__)
   return isa < Isa::kNeon;

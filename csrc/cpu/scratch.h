@@ -1,8 +1,8 @@
 // Scratch memory that a thread keeps from one call of an operator to the next call. A new block of megabytes costs a
-// page fault per 4 KiB, about a tenth of a small layer's time. A block above kKeptScratchBytes is released at the end
-// of the call: the page faults of a large block cost little compared with the call's products, and otherwise a thread
-// would keep memory for the longest batch that the thread ever saw. release_scratch() releases the blocks of all
-// threads that are in no call. This file does not depend on torch.
+// page fault per 4 KiB, about a tenth of a small layer's time. A block of the calling thread that is above
+// kKeptScratchBytes is released at the end of the call: the page faults of a large block cost little compared with the
+// call's products, and otherwise a thread would keep memory for the longest batch that the thread ever saw.
+// release_scratch() releases the blocks of all threads that are in no call. This file does not depend on torch.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@
 namespace peft_ext {
 
 // Uses of scratch memory. On one thread, no two functions use the block of one `Scratch` value at the same time. The
-// threads of a parallel loop have blocks for the uses kPanel and kRows; the thread that calls an operator has a block
-// for each use.
+// thread that calls an operator may have a block for each use. The other threads of a parallel loop have blocks for the
+// uses kPanel and kRows, and for every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and

@@ -36,10 +36,10 @@ inline int64_t loop_threads() { return within_a_loop() ? 1 : static_cast<int64_t
 // Number of parallel loops that woke other threads since the library was loaded.
 inline std::atomic<uint64_t> parallel_loops{0};
 
-// Calls f(begin, end) on all threads for parts of [begin, end) with at least `grain` iterations. A loop of at most
-// `grain` iterations runs on the calling thread alone. If f throws, the first exception is rethrown with its own
-// message: PyTorch's loop would replace the message, and trainers look for the allocator's message. All threads use the
-// CPU path of the calling thread.
+// Calls f(begin, end) in parallel for at most ceil((end - begin) / grain) parts of [begin, end), one for each thread at
+// most. A loop of at most `grain` iterations, or within a WithinALoop object, runs on the calling thread alone. If f
+// throws, the first exception is rethrown with its own message: PyTorch's loop would replace the message, and trainers
+// look for the allocator's message. All threads use the CPU path of the calling thread.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (begin >= end) return;
@@ -70,7 +70,7 @@ class Loops {
     loops_.push_back({count, std::max<int64_t>(1, work), total_, std::move(f)});
     total_ += count * loops_.back().work;
   }
-  // Runs the loops. grain: the least work of a thread, in the unit of `work`.
+  // Runs the loops. grain: the work that one more thread is started for, in the unit of `work`.
   void run(int64_t grain) const {
     parallel_for(0, total_, grain, [&](int64_t begin, int64_t end) {
       for (const Loop& loop : loops_) {

@@ -4,14 +4,14 @@
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z);
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
-// A block owns a row, and a thread owns every kThreads-th group of eight columns. The first reading of the row gives
-// each thread its largest z and its sum of exp(z - largest); these values are combined over lanes and then over warps
-// in a fixed order. The second reading of the row, if needs_grad, gives the gradient. If a row has more than 64 KiB,
-// the block keeps up to 96 KiB from the start of the row in shared memory for the second reading, and reads the rest of
-// the row from L2 again: with two blocks of 1,024 threads on each of the 132 multiprocessors of an H100, the rests of
-// the rows need 42 MB of L2 if a row has 128,000 16-bit logits. The L2 cache of an H100 has 50 MB. Arithmetic is in
-// float32, and each result is rounded once. Bytes moved with the gradient: the row is read once from memory, and
-// written once.
+// A block of kThreads threads computes a row, and a thread reads every kThreads-th group of eight columns. The first
+// reading of the row gives each thread its largest z and its sum of exp(z - largest); these values are combined over
+// lanes and then over warps in a fixed order. The second reading of the row, if needs_grad, gives the gradient. If a
+// row has more than 64 KiB, the block keeps up to 96 KiB from the start of the row in shared memory for the second
+// reading, and reads the rest of the row from L2 again: with two blocks of 1,024 threads on each of the 132
+// multiprocessors of an H100, the rests of the rows need 42 MB of L2 if a row has 128,000 16-bit logits. The L2 cache
+// of an H100 has 50 MB. Arithmetic is in float32, and each result is rounded once. Bytes moved with the gradient: the
+// row is read once from memory, and written once.
 #pragma once
 
 #include <math.h>

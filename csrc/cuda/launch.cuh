@@ -1,7 +1,7 @@
 // Launches kernels from host functions. A Launcher runs kernels on a tensor's device, on PyTorch's current stream of
 // the device, checks errors, and returns the pointers that kernels may use. Under the emulator (PEFT_EXT_EMULATE_CUDA)
 // the same host functions take CPU tensors: a kernel may then read the tensors given to in(), read and write the
-// tensors given to out() and scratch(), and access no other memory of the host.
+// tensors given to out() and scratch(), read constants, and access no other memory of the host.
 #pragma once
 
 #ifdef PEFT_EXT_EMULATE_CUDA

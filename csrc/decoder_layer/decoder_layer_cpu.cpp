@@ -1,10 +1,10 @@
 // A decoder layer of few tokens on the CPU, without a gradient:
 //
-//   q, k, v = projections(norm₁(x));   the rotated k and v are written to the cache, after its keys and values;
+//   q, k, v = projections(norm₁(x));   the rotated k, and v, are written to the cache, after its keys and values;
 //   h = x + o(attention(rotated q, all keys, all values));   y = h + down(act(gate(norm₂(h))) ∘ up(norm₂(h)))
 //
-// Each step calls the CPU function of the step's own operator, and gives the same bits as this operator. One call from
-// Python runs all steps.
+// Each step, except the copy of v to the cache and the two additions, calls the CPU function of the step's own
+// operator, and gives the same bits as this operator. One call from Python runs all steps.
 #include <vector>
 
 #include "activations/operators.h"

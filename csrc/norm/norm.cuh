@@ -4,12 +4,12 @@
 //   dX = r (g - mean g - x̂ mean (g ∘ x̂));   g = dY ∘ (w + offset);   dw = Σ_t dY ∘ x̂;   db = Σ_t dY;
 //   RMSNorm has no term mean g
 //
-// A warp owns a row of up to kWarpColumns columns, and a block owns a longer row. A row is read from memory once, eight
-// columns per thread at a time (16 bytes of a 16-bit dtype), and after that from L1: a thread reads again only the
-// columns that it has read before. Sums are float32: over a thread's columns, then over lanes, then over warps, in
-// order. The row kernels use shared memory for one sum per warp. For dw and db a block sums 256 columns over a chunk of
-// rows; a second kernel adds the partial sums [chunks][K] in order. Bytes moved: x once, dY once, y or dX once; dw and
-// db read x and dY once more.
+// A warp computes a row of up to kWarpColumns columns, and a block computes a longer row. A row is read from memory
+// once, eight columns per thread at a time (16 bytes of a 16-bit dtype), and after that from L1: a thread reads again
+// only the columns that it has read before. Sums are float32: over a thread's columns, then over lanes, then over
+// warps, in order. The row kernels use shared memory for one sum per warp. For dw and db a block sums 256 columns over
+// a chunk of rows; a second kernel adds the partial sums [chunks][K] in order. Bytes moved: x once, dY once, y or dX
+// once; dw and db read x and dY once more.
 #pragma once
 
 #include "linear/cuda/column_reduce.cuh"
@@ -33,7 +33,7 @@ struct NormWork {
   DType bias_type;
   bool bias_whole;
   void* out;           // y in the forward, dX in the gradient
-  float *mean, *rstd;  // μ and r [rows]; the forward writes both, the gradient reads both
+  float *mean, *rstd;  // μ and r [rows] (RMSNorm has no μ); the forward writes both, the gradient reads both
   float eps;
   bool round_first;  // whether x̂ is rounded to x's dtype before it is multiplied by the weight
   int64_t rows, columns;

@@ -3,8 +3,8 @@
 //
 //   y₁ = x₁ c₁ - x₂ s₁;   y₂ = x₂ c₂ + x₁ s₂;   with kBack, the inverse: x₁ = y₁ c₁ + y₂ s₂;   x₂ = y₂ c₂ - y₁ s₁
 //
-// A block owns a token with all heads of q and k, so that the block reads cos and sin of the token from memory once. A
-// thread rotates eight columns of both halves at a time. The dimensions B, H and T may have any strides; a head is
+// A block rotates all heads of q and k of one token, so that the block reads cos and sin of the token from memory once.
+// A thread rotates eight columns of both halves at a time. The dimensions B, H and T may have any strides; a head is
 // contiguous. Arithmetic is in float32, and each result is rounded once. Bytes moved: q and k are read and written
 // once; cos and sin are read once for each batch.
 #pragma once

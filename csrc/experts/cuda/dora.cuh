@@ -67,8 +67,8 @@ __device__ __forceinline__ void load_weights(const StackView& view, const T* den
   }
 }
 
-// A block of 4 warps owns 64 rows of an expert's W, a warp owns 16 rows, and goes through the rows in tiles of 64
-// columns. Each element of W is added to its element of s B A, which is computed as in expand_kernel; the sum is
+// A block of 4 warps computes 64 rows of an expert's W. A warp computes 16 rows, and goes through the rows in tiles of
+// 64 columns. Each element of W is added to its element of s B A, which is computed as in expand_kernel; the sum is
 // squared. During the products a lane loads its part of W: elements of a dense W of this tile, or NF4 codes and scales
 // of the next tile. Sums are float32. Bytes moved: W once, for experts that have rows. Grid: x has a block for each
 // tile of rows; y has a block for each expert.
@@ -204,9 +204,9 @@ struct ScaleShared {
   float sums[kScaleWarps][kScaleColumns];
 };
 
-// A block owns a tile of 64 rows and 256 columns, a warp owns every eighth row, and a lane owns 8 columns. Grid: x has
-// a block for each tile of rows; y has a block for each tile of columns. Bytes moved: dY and Z are read once, and G is
-// written once.
+// A block computes a tile of 64 rows and 256 columns; a warp computes every eighth row of the tile, and a lane 8
+// columns. Grid: x has a block for each tile of rows; y has a block for each tile of columns. Bytes moved: dY and Z are
+// read once, and G is written once.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns work) {
   PEFT_EXT_KERNEL;

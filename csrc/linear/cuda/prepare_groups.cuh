@@ -4,8 +4,8 @@
 //
 // The launch's arguments tell which tokens and matrices belong together, so that nothing is copied from the host and a
 // CUDA graph can contain the launch. If the arguments can't hold all adapters or runs of tokens, there are more
-// launches. Bytes moved: A and B once, the terms of A and B once, and 4 T bytes for the table, where T is the number of
-// tokens.
+// launches. Bytes moved: A and B once, the terms of A and B once, and about 4 T bytes for the table, where T is the
+// number of tokens.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"

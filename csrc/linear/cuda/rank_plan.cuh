@@ -20,7 +20,8 @@ constexpr int64_t kRankBlocksWanted = 768;
 constexpr int64_t kRankBlocksOfBoth = 384;
 
 // Smallest number of tiles that a thread block reads in a pass that computes only P or only Q, if D has that many
-// tiles. With two tiles, the block can load one tile while multiplying the other tile.
+// tiles; the last thread block of a row or column of blocks may read fewer. With two tiles, the block can load one tile
+// while multiplying the other tile.
 constexpr int64_t kRankTilesAtLeast = 2;
 
 struct RankPlan {

@@ -4,9 +4,11 @@
 //   absmax_b = max |w| over block b of the flat tensor       q_i = #{thresholds < w_i / absmax_b}
 //   w_i = code[q_i] * absmax_b, float32, rounded once        packed: high nibble = even element
 //
-// quantize and dequantize handle the blocks [begin, end) of a tensor of n elements. Blocks are independent, so that
-// callers can divide the blocks among threads in any way without changing the results. blocksize is a multiple of 32,
-// so that a block starts at a whole byte.
+// In a full block, w_i / absmax_b is computed as w_i * (1 / max(absmax_b, 1e-38)); in an incomplete block at the end of
+// the tensor, w_i is divided by max(absmax_b, 1e-38), which is also the stored scale. quantize and dequantize handle
+// the blocks [begin, end) of a tensor of n elements. Blocks are independent, so that callers can divide the blocks
+// among threads in any way without changing the results. blocksize is a multiple of 32, so that a block starts at a
+// whole byte.
 #pragma once
 
 #include <stdint.h>

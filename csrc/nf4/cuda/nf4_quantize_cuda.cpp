@@ -1,5 +1,5 @@
 // Defines peft_ext::nf4_quantize and peft_ext::nf4_quantize_absmax on CUDA. Each of the two operators checks the
-// arguments and launches one kernel.
+// arguments and, if the tensor has elements, launches one kernel.
 #include "nf4/cuda/nf4_quantize.cuh"
 #include "nf4/cuda/nf4_weight.cuh"
 

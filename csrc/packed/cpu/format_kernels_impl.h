@@ -7,7 +7,7 @@
 // all columns of a weight that F::runs refuses, are decoded one by one. few_tokens: each step of kRunColumns columns of
 // a row is decoded to a buffer that stays in registers or L1, and multiplied with all tokens of the group. Of a format
 // with decode_rows, both kernels decode up to 16 rows together, `decode` only if `begin` and `end` are multiples of 32.
-// One thread owns whole rows, so that a sum has one order for every number of threads. Sums are float32.
+// One thread computes whole rows, so that a sum has one order for every number of threads. Sums are float32.
 #pragma once
 
 #include "cpu/token_groups.h"

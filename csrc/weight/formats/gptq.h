@@ -56,8 +56,8 @@ struct Gptq {
     decode_rows(w, row, 1, column, out, 32);
   }
 
-  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. If the 32
-  // columns are of one group, the function reads each word once: a cache line has the words of 16 rows.
+  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. If
+  // one_group_in_32 returns true, the function reads each word once: a cache line has the words of 16 rows.
   static void decode_rows(const PackedView& w, int64_t row, int64_t rows, int64_t column, float* out, int64_t stride) {
     with_scale_type(scale_type(w.option), [&](auto scale) {
       switch (code_bits(w.option)) {

@@ -2,7 +2,8 @@
 // argument `layout` and in peft_ext/weights/; 0 is NF4, which csrc/nf4 decodes. Each struct has the following members:
 //
 //   const char* refused(w)         returns null, or a text with the group, option or shape that the format wants of w.
-//   int64_t part_bytes(w, part)    returns the bytes of a part: 0 if it must be absent, negated if it may be absent.
+//   int64_t part_bytes(w, part)    returns the bytes of a part; negated if the part may be absent, 0 if the part must
+//                                  be absent or empty.
 //   float value(w, row, column)    returns W[row, column] in float32, by the operations of the format's own library.
 //   bool runs(w)                   returns whether decode32 decodes the weight w.
 //   void decode32(w, row, column, float* out)   writes the values of 32 columns from a multiple of 32 on.
