@@ -44,9 +44,9 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor
   return dtype_of(op, argument, tensor.scalar_type());
 }
 
-// Asks the system for huge pages before the first touch of a large result. In each call a large result is new memory
-// from the system, and page faults of 4 KiB would take a large part of the time. On a system without huge pages the
-// function does nothing.
+// Asks the system for huge pages before the first touch of a large result or block of scratch. In each call a large
+// result is new memory from the system, and page faults of 4 KiB would take a large part of the time. For less than 4
+// MiB, and on a system without huge pages, the function does nothing.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

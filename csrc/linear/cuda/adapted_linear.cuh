@@ -81,8 +81,8 @@ struct DeviceLayer {
 };
 
 // Computes the forward of several layers with the same input x. If siblings_read(x) is true, one pass over x computes S
-// of several layers whose padded rank is the same and at most 32, and whose lora_A have equally many bfloat16 terms. A
-// layer that few_tokens_accept accepts computes its own S.
+// of up to six layers (three if the padded rank is 32) whose padded rank is the same and at most 32, and whose lora_A
+// have equally many bfloat16 terms. A layer that few_tokens_accept accepts computes its own S.
 std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, const std::vector<DeviceLayer>& layers);
 
 // Result of the backward of several layers with the same input. dX is the sum over the layers: expand_dropped writes

@@ -219,12 +219,14 @@ struct SiblingTerm {
   const DeviceAdapter* adapter;
 };
 
-// Returns whether siblings_pass can read x, which must have a 16-bit dtype and be readable in vectors of eight.
+// Returns whether siblings_pass can read x, which must have a 16-bit dtype, be readable in vectors of eight, and have
+// fewer than kMaxRankColumns columns.
 bool siblings_read(const Tensor& x);
 
 // Divides layers into groups, each of which one siblings_pass can compute. kinds: a number for each layer. The layers
 // of a group have the same number, whose lower 32 bits are the padded rank. The number is -1 for a layer that needs no
-// pass. A layer with more than 32 ranks has a group of its own.
+// pass. A layer with more than 32 ranks has a group of its own; a group has at most six layers, or three of padded rank
+// 32.
 std::vector<std::vector<size_t>> sibling_groups(const std::vector<int64_t>& kinds);
 
 struct SiblingSums {

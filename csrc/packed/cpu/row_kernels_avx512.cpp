@@ -18,7 +18,8 @@ namespace {
 constexpr Words kHighNibbles = nibble_numbers([](int code) { return 16 * (code - 8); });
 constexpr Words kMiddleNibbles = nibble_numbers([](int code) { return code - 8; });
 
-// Returns 64 bytes of codes of a row. If `blocks` is 1, the row has 32 bytes from `codes` on, and the others are 0.
+// Returns 64 bytes of codes of a row. If `blocks` is 1, the row has only 32 bytes from `codes` on, and the other 32
+// bytes of the result are 0.
 inline __m512i load_bytes(const uint8_t* codes, int blocks) {
   return blocks >= 2 ? _mm512_loadu_si512(codes)
                      : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
