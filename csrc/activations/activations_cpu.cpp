@@ -37,7 +37,7 @@ Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& 
             rows_apart(torch::stable::narrow(whole, last, columns, columns)), shape, rows_of(gate), columns};
   }
   if (!up.has_value()) return {rows_apart(gate), std::nullopt, shape, rows_of(gate), columns};
-  STD_TORCH_CHECK(up->scalar_type() == gate.scalar_type() && up->numel() == gate.numel() && up->dim() == gate.dim(), op,
+  STD_TORCH_CHECK(up->scalar_type() == gate.scalar_type() && has_sizes(*up, shape), op,
                   ": up is not of gate's shape and type");
   return {rows_apart(gate), rows_apart(*up), shape, rows_of(gate), columns};
 }
@@ -73,8 +73,8 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad, const Te
                                     const std::optional<Tensor>& up, int64_t activation, bool halves) {
   const Parts parts = parts_of(op, gate, up, halves);
   const ScalarType type = gate.scalar_type();
-  STD_TORCH_CHECK(grad.scalar_type() == type && grad.numel() == parts.rows * parts.columns && grad.dim() == gate.dim(),
-                  op, ": grad is not of the result's shape and type");
+  STD_TORCH_CHECK(grad.scalar_type() == type && has_sizes(grad, parts.shape), op,
+                  ": grad is not of the result's shape and type");
   const RowsApart dy = rows_apart(grad);
   GatedRows work = work_of(op, parts, activation);
   Tensor grad_gate = empty({gate.sizes().begin(), gate.sizes().end()}, type);

@@ -24,7 +24,7 @@ Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& 
   }
   if (!up.has_value()) return {rows_apart(gate), std::nullopt, shape, device_rows(gate), columns};
   check_matrix(op, "up", *up, gate);
-  STD_TORCH_CHECK(up->scalar_type() == gate.scalar_type() && up->numel() == gate.numel() && up->dim() == gate.dim(), op,
+  STD_TORCH_CHECK(up->scalar_type() == gate.scalar_type() && has_sizes(*up, shape), op,
                   ": up is not of gate's shape and type");
   return {rows_apart(gate), rows_apart(*up), shape, device_rows(gate), columns};
 }
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad, const Te
   const Parts parts = parts_of(op, gate, up, halves);
   const Activation kind = checked_gate(op, activation);
   const ScalarType type = gate.scalar_type();
-  STD_TORCH_CHECK(on_device(grad) && grad.scalar_type() == type && grad.numel() == parts.rows * parts.columns, op,
+  STD_TORCH_CHECK(on_device(grad) && grad.scalar_type() == type && has_sizes(grad, parts.shape), op,
                   ": grad is not of the result's shape and type on gate's device");
   const RowsApart dy = rows_apart(grad);
   const bool two = up.has_value();

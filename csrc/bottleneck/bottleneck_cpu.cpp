@@ -310,8 +310,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
   Tensor flat_grad = flat(grad), flat_x = flat(x);
   const Tensor flat_u = as_contiguous(u);
-  STD_TORCH_CHECK(flat_grad.size(0) == size.tokens && flat_grad.size(1) == size.out, kOp, ": grad is not [..., ",
-                  size.out, "]");
+  STD_TORCH_CHECK(
+      flat_grad.size(0) == size.tokens && flat_grad.size(1) == size.out && grad.scalar_type() == x.scalar_type(), kOp,
+      ": grad is not [..., ", size.out, "] of x's type");
+  STD_TORCH_CHECK(!own || size.in == size.out, kOp, ": x is the residual, and up_weight has ", size.out,
+                  " rows, wanted ", size.in);
   STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.numel() == size.tokens * size.size, kOp, ": u has ",
                   u.numel(), " elements, wanted ", size.tokens * size.size);
   const ScalarType type = x.scalar_type();

@@ -96,6 +96,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(grad.scalar_type() == type && grad.numel() == size.tokens * size.out, kOp, ": grad has ",
                   grad.numel(), " elements, wanted ", size.tokens * size.out, " of x's type");
+  STD_TORCH_CHECK(!own || size.in == size.out, kOp, ": x is the residual, and up_weight has ", size.out,
+                  " rows, wanted ", size.in);
   STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.numel() == size.tokens * size.size, kOp, ": u has ",
                   u.numel(), " elements, wanted ", size.tokens * size.size);
   Tensor grad_x = device_empty(x, {0}, type);

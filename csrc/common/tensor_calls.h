@@ -15,6 +15,7 @@
 #include <dlfcn.h>
 #endif
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -43,6 +44,14 @@ inline std::vector<int64_t> row_major_strides(const std::vector<int64_t>& shape)
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * (shape[d] > 1 ? shape[d] : 1);
   return strides;
+}
+
+inline bool has_sizes(const torch::stable::Tensor& tensor, const std::vector<int64_t>& sizes) {
+  return std::equal(tensor.sizes().begin(), tensor.sizes().end(), sizes.begin(), sizes.end());
+}
+
+inline bool same_sizes(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  return std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin(), b.sizes().end());
 }
 
 inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& tensor) {

@@ -2,10 +2,13 @@
 // call; release_scratch() claims the blocks of the other threads one after the other. An entry of the list is never
 // removed: a new thread takes over the entry of an ended thread. Because no entry is ever removed, the list is also
 // complete in a forked process. A claim that another thread held at the time of the fork stays in the forked process
-// for ever.
+// for ever, see after_fork.
 #include "cpu/scratch.h"
 
 #include <stdlib.h>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
@@ -67,7 +70,17 @@ struct EndOfThread {
   }
 };
 
+// Runs in a forked process, in the thread that forked. If another thread was in release_scratch() and held the entry of
+// this thread, nobody gives the claim back: this thread takes a new entry.
+void after_fork() {
+  if (own != nullptr && !in_use && own->claimed.load(std::memory_order_relaxed)) own = nullptr;
+}
+
 ThreadScratch* take_entry() {
+#if !defined(_WIN32)
+  static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+  static_cast<void>(registered);
+#endif
   static thread_local EndOfThread end;
   for (ThreadScratch* entry = all.load(std::memory_order_acquire); entry != nullptr; entry = entry->next) {
     bool owned = false;

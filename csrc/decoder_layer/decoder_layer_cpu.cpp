@@ -82,7 +82,7 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   for (const Tensor* held : {&keys, &values})
     STD_TORCH_CHECK(held->size(0) == batch && held->size(1) == keys.size(1) && held->size(3) == size && size > 0 &&
                         held->stride(3) == 1 && held->scalar_type() == x.scalar_type() && past >= 0 &&
-                        past + tokens <= held->size(2),
+                        past <= held->size(2) - tokens,
                     kOp, ": keys or values have no room for the tokens of x behind ", past, " tokens");
   const std::vector<Layer> layers =
       lora_layers(kOp, {tensors.begin() + kNorms, tensors.end()}, {sizes.begin() + kOwnSizes, sizes.end()},
@@ -98,6 +98,9 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
                   kOp, ": the layers do not give the heads of the keys, or the columns of x");
   const bool rounds = sizes[1] != 0;
   const Tensor residual = as_contiguous(x);
+  for (size_t i = 0; i < kNorms; ++i)  // with another dtype, rms_norm_cpu returns float32
+    STD_TORCH_CHECK(!rounds || tensors[i].scalar_type() == x.scalar_type(), kOp,
+                    ": a norm's weight is not of x's type");
   const Tensor normed = std::get<0>(rms_norm_cpu(residual, tensors[0], numbers[0], numbers[2], rounds));
   const std::vector<AdaptedForward> projected = adapted_forwards(kOp, normed, of(0, 3));
   const Tensor q = heads_of(projected[0].y, size);

@@ -63,6 +63,7 @@ Tensor ia3_scale_cpu(Tensor x, Tensor ia3_l) {
 std::tuple<Tensor, Tensor> ia3_scale_backward_cpu(Tensor grad, Tensor x, Tensor ia3_l, bool needs_grad_x,
                                                   bool needs_grad_l) {
   constexpr const char* kOp = "ia3_scale_backward";
+  STD_TORCH_CHECK(same_sizes(grad, x), kOp, ": grad is not of x's shape");
   const Tensor scale = float_vector(kOp, "ia3_l", ia3_l, x.size(x.dim() - 1));
   ColumnSums out = column_pass(kOp, grad, needs_grad_x ? &scale : nullptr, 0.0f, needs_grad_l ? &x : nullptr);
   return {out.scaled, needs_grad_l ? like(out.sums, ia3_l) : empty({0}, ia3_l.scalar_type())};

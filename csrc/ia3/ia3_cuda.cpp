@@ -59,6 +59,7 @@ std::tuple<Tensor, Tensor> ia3_scale_backward_cuda(const Tensor& grad, const Ten
                                                    bool needs_grad_x, bool needs_grad_l) {
   constexpr const char* kOp = "ia3_scale_backward";
   STD_TORCH_CHECK(on_device(grad), kOp, ": grad is not on a CUDA device");
+  STD_TORCH_CHECK(same_sizes(grad, x), kOp, ": grad is not of x's shape");
   std::optional<Tensor> scale, other;
   if (needs_grad_x) scale = device_vector(kOp, "ia3_l", ia3_l, x.size(x.dim() - 1), x);
   if (needs_grad_l) other = x;

@@ -34,6 +34,8 @@ Heads heads_of(const Tensor& x, const Tensor& y) {
 void rotate_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                   const Tensor& y_q, const Tensor& y_k, bool back) {
   check_rotary(op, q, k, cos, sin);
+  STD_TORCH_CHECK(y_q.scalar_type() == q.scalar_type() && y_k.scalar_type() == k.scalar_type(), op,
+                  ": the results are not of q's and k's types");
   const Tensor held_q = with_whole_rows(q), held_k = with_whole_rows(k);
   const Tensor held_cos = as_contiguous(cos), held_sin = as_contiguous(sin);
   Rotary work;

@@ -115,6 +115,19 @@ def _backward(ctx, grad, _grad_lse):
 _attention = register_autograd("scaled_dot_product_attention", _backward, setup_context=_setup_context)
 
 
+def _near_zero(bias: Tensor) -> Tensor:
+    """Returns the bias minus the largest entry of a row, for the rows whose largest entry is beyond ±1,024.
+
+    Softmax does not change if a number is added to a row. The backward computes ``P = exp(S - lse)`` from S and lse in
+    float32. If all entries of a row are about -1e9, as in a row in which a finite mask hides all keys, lse has no bits
+    left for the logarithm of the sum.
+    """
+    if bias.shape[-1] == 0:
+        return bias
+    largest = bias.amax(-1, keepdim=True)
+    return bias - largest.masked_fill((largest.abs() <= 1024) | ~largest.isfinite(), 0.0)
+
+
 def _as_one(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias: Tensor) -> Tensor:
     """Returns the bias, the mask and is_causal as one additive mask for PyTorch's ``scaled_dot_product_attention``."""
     seen = reference.seen(q, k, mask, is_causal)
@@ -185,6 +198,8 @@ def scaled_dot_product_attention(
             k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)
+    if bias is not None and torch.is_grad_enabled() and any(value.requires_grad for value in (q, k, v)):
+        bias = _near_zero(bias)
     how = (is_causal, scale, float(dropout_p) if seed is not None else 0.0, seed, bias)
     if checks.wants_reference(q):
         return by_reference(reference.scaled_dot_product_attention, q, k, v, mask, *how)[0]

@@ -42,6 +42,17 @@ def norm(lora_A: Tensor, lora_B: Tensor) -> object:
         (lambda: RAW.cross_entropy_rows(B.T, torch.zeros(4, dtype=torch.int64), None, 1.0, 0.0, 0.0, -100, True),
          r"logits is not \[T, V\] .* contiguous"),
         (lambda: RAW.gated_activation(torch.randn(3, 5), None, 0), "gate has 5 columns, wanted an even count"),
+        (lambda: RAW.gated_activation(torch.randn(12, 1), torch.randn(1, 12), 3), "up is not of gate's shape"),
+        (lambda: RAW.gated_activation_backward(torch.randn(3, 4), torch.randn(2, 6), torch.randn(2, 6), 3),
+         "grad is not of the result's shape"),
+        (lambda: RAW.ia3_scale_backward(torch.randn(3, 64), torch.randn(3, 8), torch.ones(8), True, False),
+         "grad is not of x's shape"),
+        (lambda: RAW.bottleneck_adapter_backward(torch.randn(9, 8).bfloat16(), torch.randn(9, 8), torch.zeros(9, 3),
+                                                 torch.randn(3, 8), torch.randn(8, 3), 1.0, 0, True, True),
+         "grad is not .* of x's type"),
+        (lambda: RAW.bottleneck_adapter_backward(torch.randn(9, 6), torch.randn(9, 8), torch.zeros(9, 3),
+                                                 torch.randn(3, 8), torch.randn(6, 3), 1.0, 0, True, True),
+         "up_weight has 6 rows, wanted 8"),
         (lambda: RAW.ia3_linear(X, *FLAT, None, G, False, False), "ia3_linear: .* wanted"),
         (lambda: RAW.nf4_linear_backward(torch.randn(3, 8), *FLAT), "grad has 24 elements, wanted rows of 0"),
         (lambda: RAW.bottleneck_adapter(X, X, torch.randn(3, 16), torch.zeros(3), torch.randn(16, 3), torch.zeros(3),
@@ -119,6 +130,28 @@ def test_what_hides_all_keys_by_a_finite_bias_hides_none() -> None:
         bias[0, 0, 3, 5] = 0.0
         wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.1)
         torch.testing.assert_close(ops.scaled_dot_product_attention(q, k, v, bias=bias, scale=0.1), wanted)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.125, 1.0])
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -1e9, -1e5, 3e4])
+def test_the_gradients_of_a_query_whose_keys_all_have_a_large_bias(hidden: float, scale: float) -> None:
+    bias = torch.randn(1, 1, 16, 33)
+    bias[0, 0, 3:7] = hidden
+    bias[0, 0, 7] = -torch.inf
+    bias[0, 0, 7, 0] = 0.0
+    torch.manual_seed(0)
+    operands = [torch.randn(1, 1, count, 8) for count in (16, 33, 33)]
+    found, wanted = [], []
+    for dtype, gradients in ((torch.float32, found), (torch.float64, wanted)):
+        moved = bias.to(dtype)
+        moved[0, 0, 3:7] = hidden if dtype is torch.float32 else 0.0  # a constant changes no softmax
+        leaves = [value.to(dtype).requires_grad_() for value in operands]
+        attention = ops.scaled_dot_product_attention if dtype is torch.float32 else F.scaled_dot_product_attention
+        y = attention(*leaves, **{"bias" if dtype is torch.float32 else "attn_mask": moved}, scale=scale)
+        y.cos().sum().backward()
+        gradients += [leaf.grad for leaf in leaves]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_scale_s_gradient_holds_no_more_than_itself() -> None:

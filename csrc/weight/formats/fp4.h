@@ -17,6 +17,9 @@ namespace {
 // The values that Fp4::code_value returns for the 16 codes.
 constexpr float kFp4Code[16] = {0.0f, 0.0625f / 12,  8.0f / 12,  1.0f,  4.0f / 12,  0.5f,  2.0f / 12,  0.25f,
                                 0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -0.5f, -2.0f / 12, -0.25f};
+// Three times the values of kFp4Code, which bfloat16 holds exactly.
+constexpr float kFp4Triple[16] = {0.0f, 1.0f / 64,  2.0f,  3.0f,  1.0f,  1.5f,  0.5f,  0.75f,
+                                  0.0f, -1.0f / 64, -2.0f, -3.0f, -1.0f, -1.5f, -0.5f, -0.75f};
 #endif
 
 struct Fp4 {
@@ -82,7 +85,7 @@ struct Fp4 {
   static constexpr bool kContiguous = true;
   static constexpr int kScaleColumns = 32;
   static bool has_nibbles(const PackedView&) { return true; }
-  static const float* table16() { return kFp4Code; }
+  static const float* table16() { return kFp4Triple; }
   static const uint8_t* codes32(const PackedView& w, int64_t row, int64_t column) {
     return static_cast<const uint8_t*>(w.part[0]) + (row * w.columns + column) / 2;
   }
@@ -90,19 +93,20 @@ struct Fp4 {
     const float factor = scale(w, (row * w.columns + column) >> format_flags(w.option));
     for (int i = 0; i < 16; ++i) out[i] = kFp4Code[i] * factor;
   }
+  // Writes the scales divided by three, because table16 returns kFp4Triple.
   static void scales(const PackedView& w, int64_t row, int64_t column, int64_t count, float* factors) {
     const int shift = format_flags(w.option);
     const int64_t first = row * w.columns + column;
     if (shift == 6 && first % 64 == 0 && w.part[2] == nullptr) {  // a loop that compilers vectorize
       const float* absmax = static_cast<const float*>(w.part[1]) + first / 64;
-      for (int64_t i = 0; i < count / 2; ++i) factors[2 * i] = factors[2 * i + 1] = absmax[i];
-      if (count % 2) factors[count - 1] = absmax[count / 2];
+      for (int64_t i = 0; i < count / 2; ++i) factors[2 * i] = factors[2 * i + 1] = absmax[i] / 3.0f;
+      if (count % 2) factors[count - 1] = absmax[count / 2] / 3.0f;
       return;
     }
     for (int64_t i = 0; i < count;) {
       const int64_t block = (first + 32 * i) >> shift;
       const int64_t stop = min_i64(count, (((block + 1) << shift) - first + 31) / 32);
-      for (const float factor = scale(w, block); i < stop; ++i) factors[i] = factor;
+      for (const float factor = scale(w, block) / 3.0f; i < stop; ++i) factors[i] = factor;
     }
   }
 #endif

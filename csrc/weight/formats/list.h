@@ -35,9 +35,10 @@
 // formats where a value is table16()[code] * scale reads the following members:
 //
 //   constexpr bool kContiguous tells whether the codes of a row follow one another without gaps.
-//   const float* table16() returns the values of the 16 codes without a scale.
-//   void scales(w, row, column, count, float* scale) writes the scales of `count` blocks of kScaleColumns columns, from
-//       `column` on.
+//   const float* table16() returns numbers that bfloat16 holds exactly: the values of the 16 codes without a scale,
+//       or a multiple of these values.
+//   void scales(w, row, column, count, float* scale) writes the scales (divided by the factor of the multiple) of
+//       `count` blocks of kScaleColumns columns, from `column` on.
 //
 // This file is included after the target pragma of an instruction set.
 #pragma once
