@@ -464,7 +464,7 @@ PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "battery": (battery, 55), "sanitizer": (sanitizer, 40),
 }  # fmt: skip
 ESSENTIAL = ("packages", "build")  # may take half of the remaining time, because the other parts need their results
-REHEARSED = ("packages", "core", "training")  # the parts of --rehearse
+REHEARSED = ("packages", "core", "training")  # the parts that run with --rehearse, on a machine without a GPU
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
