@@ -65,7 +65,7 @@ class GgufNames:
         """Returns the names of the tensors of the model in a file.
 
         Raises GgufError for an architecture that ``ARCHITECTURES`` does not have, and where the metadata has no number
-        of layers or heads.
+        of layers or heads, or a number below 1 or above ``MOST_LAYERS``.
         """
         architecture = header.architecture
 

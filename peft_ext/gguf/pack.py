@@ -166,9 +166,9 @@ def pack(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
     Decodes only tensors that stay dense, and copies only tensors whose rows are reordered or joined. A layer whose
     weight was decoded gets the reason as its attribute ``note``.
 
-    Raises GgufError where a tensor of the file does not fit the model or is not of the model, and where the file lacks
-    a tensor of the model. The file may have tensors that the model does not use, such as rotary factors, and may lack a
-    tensor that is tied to another one.
+    Raises GgufError where a tensor of the file does not fit the model or is not of the model, where the file lacks a
+    tensor of the model, and where transformers can't read the tensors. The file may have tensors that the model does
+    not use, such as rotary factors, and may lack a tensor that is tied to another one.
     """
     # transformers calls pack in a context that puts new tensors on the meta device.
     with torch.device("cpu"):
