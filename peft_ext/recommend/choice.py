@@ -89,7 +89,8 @@ def recommend_peft_method(
     Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` name a
     larger card, a shorter sequence or a smaller model that would fit, where there is one.
 
-    Raises: TypeError or ValueError for a wrong argument; the message names the argument and the wanted values.
+    Raises: TypeError or ValueError for a wrong argument; the message names the argument and the wanted values. If no
+    method works for the given model, the first error of the estimates is raised.
     """
     _check_arguments(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
     check_arguments(

@@ -7,8 +7,8 @@
 
 The digest is computed from the function and class objects of the running process. The source of a function is used only
 if compiling the source gives the code object of the function. Code that this module cannot read completely (for example
-an instance of an unknown class, an import inside of a function, a tensor among the defaults) raises :class:`Unknown`:
-the forward then has no form.
+an instance of an unknown class, an import inside of a function of another module than those in ``_IMPORTED``, a tensor
+among the defaults) raises :class:`Unknown`: the forward then has no form.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def form_of(subject: Any, method: str = "forward") -> Form:
 def digest_of(functions: Iterable[types.FunctionType]) -> str:
     """Returns the digest of the syntax trees of functions alone, without the values that the functions find by name.
 
-    Raises: Unknown if the source of a function is not the code that runs.
+    Raises: Unknown if a function has no source, or if its source is not the code that runs.
     """
     trees = [_canonical(_tree(function)) for function in functions]
     return hashlib.sha256(repr(trees).encode()).hexdigest()[:20]
@@ -330,7 +330,8 @@ _FILES: dict[str, tuple[str, dict[tuple[str, int], list[tuple[types.CodeType, as
 
 
 def _tree(function: types.FunctionType) -> Any:
-    """Returns the syntax tree of a function. Raises Unknown if the source does not compile to the function's code."""
+    """Returns the syntax tree of a function. Raises Unknown if the function has no source, or if the source does not
+    compile to the function's code."""
     code = function.__code__
     linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename, function.__globals__))

@@ -2,8 +2,9 @@
 
 An attention module with a known form runs one of two forwards. If the form's row in the table of known forms says
 ``forward=rotary``, ``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache,
-attention, and the output projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own
-code runs, and the layers that get one input tensor (``inputs`` of the row) are computed together.
+attention, and the output projection. (``_rotary_few`` is its variant for few tokens without a gradient.) Otherwise, or
+if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers that get one input tensor
+(``inputs`` of the row) are computed together. If the module's forward was replaced, only the replaced forward runs.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as

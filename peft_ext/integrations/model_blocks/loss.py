@@ -1,7 +1,8 @@
 """Computes the loss of a language model without whole logits, by changes at two public points of transformers: the call
 of the head, and ``loss_function``.
 
-While a model trains with labels, the model's head returns a :class:`.pending.Pending` in place of logits.
+While a model with a known loss function trains with labels, the model's head returns a :class:`.pending.Pending` in
+place of logits, unless the logits have to be computed whole (see ``DefersLoss.head_reason``).
 ``PreTrainedModel.loss_function`` computes the loss from a Pending that nothing has used, by
 :func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` at the first read.
 """
@@ -443,8 +444,8 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def defer_losses(model: nn.Module) -> None:
-    """Gives each language model with a known loss function, and the model's head, the fused classes with which the loss
-    is computed without whole logits."""
+    """Gives each language model with a known loss function and a head of a class in ``HEADS``, and the head, the fused
+    classes with which the loss is computed without whole logits."""
     _LOSSES.clear()
     for owner, layer in list(_owners(model)):
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)
