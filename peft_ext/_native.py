@@ -161,8 +161,8 @@ def release_scratch() -> int:
     """Releases the scratch memory that threads keep between calls of CPU operators. Returns the number of released
     bytes.
 
-    A thread keeps at most six blocks of 32 MiB each, one for each use of scratch memory; a thread that only runs parts
-    of parallel loops keeps at most two blocks. The blocks of a thread that is inside an operator's call are not
+    A thread keeps at most six blocks of up to 32 MiB each, one for each use of scratch memory; a thread that only runs
+    parts of parallel loops keeps at most two blocks. The blocks of a thread that is inside an operator's call are not
     released.
     """
     return 0 if STATE.module is None else STATE.module.release_scratch()

@@ -107,7 +107,7 @@ def verify(
 
     Where a peer has no float64 result, its entry in ``errors`` is the reason. Raises AssertionError where an error of
     the first contender, which is ours, is above ``tolerance``; with tolerance 0, our outputs must equal the float64
-    results. Raises ValueError where our contender has no float64 result, or where the names or shapes of a contender's
+    results. Raises ValueError where our contender has no float64 result, or where the names or sizes of a contender's
     outputs differ from those of its float64 results. An error of our own call is raised unchanged.
     """
     errors: dict[str, Union[dict[str, float], str]] = {}

@@ -163,8 +163,9 @@ class Packed(NamedTuple):
 def pack(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
     """Replaces the layers of a model on the meta device by packed layers, and returns the tensors to load.
 
-    Decodes only tensors that stay dense, and copies only tensors whose rows are reordered or joined. A layer whose
-    weight was decoded gets the reason as its attribute ``note``.
+    Decodes only tensors that stay dense. Copies only tensors whose rows are reordered or joined, dense tensors whose
+    values transformers changes, and dense tensors that are not aligned in the file. A layer whose weight was decoded
+    gets the reason as its attribute ``note``.
 
     Raises GgufError where a tensor of the file does not fit the model or is not of the model, where the file lacks a
     tensor of the model, and where transformers can't read the tensors. The file may have tensors that the model does

@@ -98,8 +98,8 @@ class AdaptedLinear(nn.Module):
         restores both bit for bit.
 
         Raises: RuntimeError if ``base_layer.weight`` is not a parameter of ``base_layer``, as under
-        torch.nn.utils.parametrize or prune; if no quantizer makes the layout of a PackedLinear's weight; or if FSDP2,
-        tensor parallelism or ZeRO-3 has split the codes of a packed weight.
+        torch.nn.utils.parametrize or prune; if no quantizer makes the layout of a PackedLinear's weight; or if the
+        codes of an NF4Linear are a DTensor shard, or ZeRO-3 has partitioned the codes of a packed weight.
         """
         if self.merged:
             return

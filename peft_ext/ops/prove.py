@@ -125,7 +125,7 @@ def families(key: str) -> dict[str, list[str]]:
 
 
 def arm() -> None:
-    """Replaces each native kernel by a gate, which first proves it. ``import peft_ext`` calls this function once."""
+    """Replaces each native kernel by a gate, which first proves the kernel. ``import peft_ext`` calls ``arm`` once."""
     if hasattr(os, "register_at_fork"):  # Windows has no fork
         os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden, as gates do

@@ -233,7 +233,8 @@ class _Loader:
         """Makes the tensors of a group in one process of the node and sends them; each process keeps its own shard."""
         self.turn, owner = self.turn + 1, self.turn % self.ranks
         doras = self._doras(places)
-        factors = [whole_factors(layer, name) for layer, name in doras]  # all processes of the mesh gather the factors
+        # All processes of the mesh gather the adapters' A and B together.
+        factors = [whole_factors(layer, name) for layer, name in doras]
         targets = [target for module, attribute in places for target in self._targets(module, attribute)]
         targets += [(layer.lora_magnitude_vector[name], "weight") for layer, name in doras]
         self._send(group, owner, targets, lambda: self._made(group, doras, factors))

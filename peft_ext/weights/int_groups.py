@@ -36,9 +36,9 @@ __all__ = [
 ]
 
 # Flags in the integer ``option`` of a PackedWeight, by format.
-INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": each code is an int8 element; the weight has only one scale
-V1 = 1  # "gptq": 1 was subtracted from each zero before the zeros were packed
-HQQ_AXIS0 = 1  # "hqq" with G groups: code f of the flat weight is of group f % G
+INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": flag 1: each code is an int8 element; flag 2: the weight has only one scale
+V1 = 1  # "gptq": flag of a weight for which 1 was subtracted from each zero before the zeros were packed
+HQQ_AXIS0 = 1  # "hqq": flag of a weight of G groups in which code f of the flat weight is of group f % G
 
 # Bits by which the code of row n is shifted in a word of AWQ, which has the codes of eight rows, for n % 8 from 0 to 7.
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)

@@ -1,4 +1,4 @@
-"""NF4Weight: a frozen weight [N, K] in bitsandbytes' NF4 layout. peft_ext never repacks an NF4 weight.
+"""NF4Weight: a frozen weight [N, K] in bitsandbytes' NF4 layout, which peft_ext's kernels read without repacking.
 
 Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 

@@ -2,7 +2,7 @@
 
 A weight has up to five tensors (``parts``) and two small integers (``group`` and ``option``), whose meaning the
 weight's :class:`Format` defines. The kernels read the codes and scales from these tensors and decode them in each call.
-peft_ext never repacks a weight.
+peft_ext converts no weight to another layout for its kernels.
 """
 
 from __future__ import annotations

@@ -328,7 +328,8 @@ def _settled_in_graph(output: Any, _: Forward) -> Any:
 def _without_pending(value: Any) -> Any:
     if pytree.tree_any(lambda one: type(one) is Pending, value):
         return pytree.tree_map(real, value)
-    for name, one in list(getattr(value, "__dict__", {}).items()):  # an output that pytree does not know as a container
+    # The loop is for an output that pytree does not know as a container.
+    for name, one in list(getattr(value, "__dict__", {}).items()):
         if type(one) is Pending and name != _PENDING:
             setattr(value, name, real(one))
     return value
@@ -428,7 +429,7 @@ _USED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 def _head_of(owner: Any) -> Optional[nn.Module]:
     try:
         found = owner.get_output_embeddings()
-    except Exception:  # the model has no head, or a class outside of transformers has a method of this name
+    except Exception:  # the model has no head, or a class outside of transformers has its own get_output_embeddings
         return None
     return found if isinstance(found, nn.Module) else None
 
