@@ -46,7 +46,7 @@ class Verification:
 
     Attributes:
         rows: comparisons of the loss, of the outputs, and of the gradient of each trained parameter.
-        blocks: one comparison for each fused layer or block that could be run alone.
+        blocks: one comparison for each fused layer, packed linear layer or block that could be run alone.
         about: one sentence with the model's class, dtype and mode, and the model against which errors are measured.
         notes: further sentences, for example why the yardstick (the stock model in a wider dtype) could not run.
     """
