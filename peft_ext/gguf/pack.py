@@ -344,7 +344,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                # gate, up and down of a block are packed together, at the first of them
+                # gate, up and down of a block are packed together when the loop comes to the first of the three tensors
                 if reason is None and target not in found.tensors:
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:

@@ -361,7 +361,7 @@ def experts_linear(
 ) -> Tensor:
     """``Y_t = x_t W_eᵀ + b_e`` for every row t of expert e, over frozen weights: :func:`lora_experts` without adapters.
 
-    The arguments, gradients and sources are those of :func:`lora_experts`.
+    The arguments, gradients and sources are those of :func:`lora_experts`, without those of the adapters.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
     """

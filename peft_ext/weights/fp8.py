@@ -16,7 +16,7 @@ from .packed import SCALE_TYPES, Format, PackedWeight, option_of, register
 
 __all__ = ["FP8", "block_size", "fp8", "from_compressed_tensors", "from_transformers", "quantize_fp8"]
 
-_ALL = 63  # log2 of the size of a block that has all rows or columns, as kAll in csrc/weight/formats/fp8.h says
+_ALL = 63  # stands for the log2 of a block's size if the block has all rows or columns; kAll in the C++ file fp8.h
 _MAX = torch.finfo(torch.float8_e4m3fn).max
 _CHUNK = 1 << 22  # number of elements of a weight that quantize_fp8 holds in float32 at a time
 

@@ -40,7 +40,8 @@ INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": flag 1: each code is an int8 element; 
 V1 = 1  # "gptq": flag of a weight for which 1 was subtracted from each zero before the zeros were packed
 HQQ_AXIS0 = 1  # "hqq": flag of a weight of G groups in which code f of the flat weight is of group f % G
 
-# Bits by which the code of row n is shifted in a word of AWQ, which has the codes of eight rows, for n % 8 from 0 to 7.
+# A word of AWQ has the codes of eight rows. AWQ_SHIFTS[n % 8] is the number of bits by which the code of row n is
+# shifted in its word.
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 SCALES = (torch.float32, torch.bfloat16, torch.float16)

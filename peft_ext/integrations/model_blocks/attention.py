@@ -98,7 +98,8 @@ class Attention(Block):
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         cache_name, _, cache_style = row.get("cache").partition(":")
-        # The globals of the Python module of the forward, in which a function that is replaced later shows.
+        # The globals of the forward's Python module. If a function of the module is replaced later, the globals have
+        # the new function.
         names = inspect.unwrap(stock.forward).__globals__
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
         return {**super().settled(stock, row), "groups": groups,

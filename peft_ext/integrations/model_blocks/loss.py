@@ -408,7 +408,8 @@ class _Waits:
 
 @functools.cache
 def _waiting(kind: type) -> type:
-    """Returns the subclass of an output's class whose logits are computed at the first read, made once per class.
+    """Returns the subclass of an output's class ``kind`` in which the logits are computed at the first read. The first
+    call for a class makes the subclass.
 
     All outputs of one stock class share one subclass. If each output had a class of its own, hidden states would stay
     in memory until the garbage collector frees this class.

@@ -520,8 +520,8 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
 
     Raises: ValueError if the kind or the name of a value is unknown, if the formula of an attention lacks ``inputs`` or
     ``o``, or has another ``forward`` or ``interface``, if the class's code has no form, if its forward reads or writes
-    other attributes than the formula has, or if the formula and the class give different values or gradients. In the
-    last case, the error's message says for which input the formula and the class differ.
+    other attributes than the formula has, or if the formula and the class give different values or gradients. If values
+    or gradients differ, the error's message says for which input.
     """
     if kind not in _REGISTRABLE:
         # register_form refuses all other kinds, because no proof of these kinds tests a formula of the caller.
