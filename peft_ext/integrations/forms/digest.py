@@ -1,13 +1,13 @@
 """The digest of the code of a forward: the key of the table of known forms.
 
     digest = SHA-256 of  the syntax tree of the forward, without docstrings, comments, annotations and decorators,
-                         and of each value that the code finds by name: the syntax tree of a Python function, the repr
-                         of a plain value, the name of a builtin, of a function or class of PyTorch, or of a class of
-                         transformers
+                         and of each value that the code finds by name: among others the repr of a plain value, the
+                         name of a builtin, of a function or class of PyTorch, or of a class of transformers, and
+                         for another Python function its syntax tree and the values that it finds itself
 
 The digest is computed from the function and class objects of the running process. The source of a function is used only
 if compiling the source gives the code object of the function. Code that this module cannot read completely (for example
-an instance of an unknown class, an import inside of a function of another module than those in ``_IMPORTED``, a tensor
+an instance of an unknown class, an import in a function's body of a module that ``_IMPORTED`` does not name, a tensor
 among the defaults) raises :class:`Unknown`: the forward then has no form.
 """
 
