@@ -86,7 +86,8 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
     makers["frozen"] = partial(frozen, problem)
     contenders, absent = gather(makers)
     tokens, k = problem.tokens, problem.k
-    # The three layers compute S, dA and the low-rank part of dX separately, since their dropout masks differ.
+    # The operations of S, dA and the low-rank part of dX count for each of the three layers, since the dropout masks of
+    # the layers differ.
     flops = 4 * tokens * problem.n * k + low_rank_flops(problem) + 2 * 6 * tokens * problem.rank * k
     return Comparison(contenders, layer_bytes(problem, "bf16") + low_rank_bytes(problem), flops, absent=absent)
 

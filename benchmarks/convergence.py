@@ -92,7 +92,8 @@ class _Run:
         self.losses: list[float] = []
 
     def step(self, number: int, batch: Batch) -> None:
-        torch.manual_seed(number)  # so that two models that run the same dropout code draw equal masks
+        # Two models that run the same dropout code draw equal masks from equal seeds.
+        torch.manual_seed(number)
         output = self.model(**batch)
         output.loss.backward()
         self.optimizer.step()

@@ -199,7 +199,7 @@ class Meter:
             while True:
                 try:
                     read = lines.read(4096)
-                except OSError:  # raised when the process has closed the terminal
+                except OSError:  # raised when nvidia-smi has closed its end of the terminal
                     return
                 if not read:
                     return

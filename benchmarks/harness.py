@@ -237,9 +237,10 @@ def run(
     """Returns the rows, and the names of the cases that were left out.
 
     A row takes about ``row_s`` seconds of timing, or less where little time is left. The run takes about ``limit_s``
-    seconds, with set-up, verification and compilation. A case is left out if the limit has passed, or if twice the
-    lower bound of the time of five rounds of five contenders would exceed the limit. An error of "ours" ends the run;
-    where ``failed`` is a list, the error is added to ``failed`` instead, and the run goes on.
+    seconds, with set-up, verification and compilation. A case is left out if the limit has passed, or if the remaining
+    time is shorter than twice the lower bound of the time of five rounds of five contenders, where a call counts as at
+    least 20 ms. An error of "ours" ends the run; where ``failed`` is a list, the error is added to ``failed`` instead,
+    and the run goes on.
     """
     cases = list(cases)
     check_kernels({case.op for case in cases}, device)

@@ -25,7 +25,8 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be compared
+# With PEFT_EXT_REQUIRE=1 a missing kernel is an error; otherwise llama.cpp would be compared with the reference.
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")
 
 from peft_ext.machine import versions
 

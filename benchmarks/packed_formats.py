@@ -91,7 +91,7 @@ def _hqq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-_CALIBRATION, _LENGTH = 48, 256  # number of sequences, and tokens of a sequence
+_CALIBRATION, _LENGTH = 48, 256  # calibration of GPTQ: number of sequences, and tokens of a sequence
 
 
 def _gptq_checkpoint(folder: Path, out: Path) -> None:

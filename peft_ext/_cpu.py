@@ -53,8 +53,8 @@ def _limit() -> str:
 
 
 def _onednn_multiplies(check: str) -> bool:
-    """Returns the answer of PyTorch's function ``check``: whether oneDNN multiplies matrices of a dtype. On a CPU with
-    AVX2 and without AVX-512, the answer is False."""
+    """Returns the answer of PyTorch's function ``check``: whether oneDNN multiplies matrices of a dtype. Returns False
+    if PyTorch was built without oneDNN. On a CPU with AVX2 and without AVX-512, the answer is False."""
     try:
         return bool(getattr(torch.ops.mkldnn, check)())
     except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN

@@ -55,8 +55,8 @@ def _is_absent(package: str) -> bool:
 
 @contextmanager
 def optional(package: str, cost: str) -> Iterator[None]:
-    """Warns of a failed import, with ``cost`` in the warning, and continues. Callers give the imported names a default
-    value before the import."""
+    """Continues after a failed import, and warns once, with ``cost`` in the warning, unless the package is not
+    installed. Callers give the imported names a default value before the import."""
     try:
         yield
     except ImportError as error:
@@ -66,9 +66,8 @@ def optional(package: str, cost: str) -> Iterator[None]:
 
 @contextmanager
 def required(package: str, user: str) -> Iterator[None]:
-    """Raises an ImportError for a failed import, with the package's version and ``user``, the code that needs the name.
-
-    If the package is not installed, the original error is raised.
+    """If an import fails within the context, raises an ImportError with the package's version and ``user``, the code
+    that needs the name; if the package is not installed, raises the original error.
     """
     try:
         yield

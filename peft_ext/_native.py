@@ -7,9 +7,10 @@ the operators run the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
-        Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error.
-    ``PEFT_EXT_REQUIRE=1``: a native library that is missing or does not match, and kernels that fail their proof
-        (:mod:`peft_ext.ops.prove`), are an error instead of a warning.
+        Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error. Without the library, the variable is
+        ignored.
+    ``PEFT_EXT_REQUIRE=1``: a native library that is missing, does not load or does not match, and kernels that fail
+        their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning.
 """
 
 from __future__ import annotations
@@ -160,8 +161,8 @@ def release_scratch() -> int:
     """Releases the scratch memory that threads keep between calls of CPU operators. Returns the number of released
     bytes.
 
-    A thread keeps at most six blocks of 32 MiB each, one for each use of scratch memory; a thread that only runs parts
-    of parallel loops keeps at most two blocks. The blocks of a thread that is inside an operator's call are not
+    A thread keeps at most six blocks of up to 32 MiB each, one for each use of scratch memory; a thread that only runs
+    parts of parallel loops keeps at most two blocks. The blocks of a thread that is inside an operator's call are not
     released.
     """
     return 0 if STATE.module is None else STATE.module.release_scratch()

@@ -119,7 +119,8 @@ def image(kernel: str, file: str, capability: int) -> Image:
 
     ``kernel``: the C++ expression that names an instance of a kernel template. ``file``: the path of the file in csrc
     that defines the kernel. ``capability``: 10 · major + minor of the GPU's compute capability. Raises RuntimeError if
-    NVRTC is missing, and RuntimeError with NVRTC's messages if the kernel does not compile.
+    NVRTC or cuda-bindings is missing, if NVRTC has no target for the GPU, or, with NVRTC's messages, if the kernel does
+    not compile.
     """
     if why := missing():
         raise RuntimeError(why)
@@ -151,7 +152,8 @@ def _compile(wanted: list[tuple[str, str]], capability: int, progress: Callable[
 
 @functools.cache
 def prepare(capability: int, say: Callable[[str], None]) -> None:
-    """Compiles kernels for a compute capability at once, if the machine has many cores and the cache lacks kernels.
+    """Compiles kernels for a compute capability at once, if the cache lacks kernels and its folder can be written, the
+    machine has at least ``WARM_CORES`` cores, and the native library and NVRTC are there; otherwise does nothing.
 
     A first training step needs about a hundred kernels. One core compiles these kernels in about the time in which many
     cores compile all kernels. The kernels of packed formats other than NF4 are left out: a model has weights of one or
@@ -166,7 +168,7 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     with contextlib.suppress(OSError):
         folder(arch).mkdir(mode=0o755, parents=True, exist_ok=True)
     if not os.access(folder(arch), os.W_OK):
-        # A folder that can't be written does not keep the machine code for later runs.
+        # The machine code can't be kept for later runs, so each kernel is compiled at its first launch.
         return
     held = {path.name for path in folder(arch).glob("*.image")}
     lacking = [kernel for kernel in kernels() if "packed/cuda/" not in kernel[1] and _name(kernel[0]) not in held]

@@ -24,7 +24,8 @@ def cpu_name() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Returns the installed versions of ``packages``; default: the packages that a training run uses."""
+    """Returns the versions of those of ``packages`` that are installed; default: the packages that a training run
+    uses."""
     found = {}
     for name in packages or _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -33,8 +34,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
-    """Returns three numbers of bytes: the device's memory, its free memory, and the memory of this process (0 on a
-    GPU)."""
+    """Returns three numbers of bytes: the device's memory, its free memory, and the memory that this process uses (0 on
+    a GPU). On a CPU, the limit of a container bounds the first two numbers."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return total, free, 0

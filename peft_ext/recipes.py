@@ -49,7 +49,7 @@ def apply_lora_to_model(
 
     Returns a PeftModel around ``model``, whose own weights are frozen.
 
-    Raises: ValueError where no layer has one of the names.
+    Raises: ValueError where no layer has one of the names; PEFT's errors for other arguments that do not fit.
     """
     from peft import LoraConfig
 

@@ -42,8 +42,9 @@ def weights_read_past(model: nn.Module) -> set[str]:
 def _reads(kind: type) -> frozenset[str]:
     """Returns the dotted paths of submodules whose ``weight`` a method of the class reads.
 
-    A read of ``weight.device`` does not count, nor a read of ``weight.dtype`` in a method that uses a name of
-    ``_KNOWS_BYTES``, because such a method expects weights of dtype uint8.
+    These reads do not count: reads of ``weight.device``; reads of ``weight.dtype`` in a method that uses a name of
+    ``_KNOWS_BYTES``, because such a method expects weights of dtype uint8; reads in a method of ``_SET_UP``, in a class
+    of PEFT or peft_ext, in a call of ``isinstance``, and in a branch for the option ``_NEVER``.
     """
     found: set[str] = set()
     for owner in kind.__mro__:
@@ -83,7 +84,7 @@ def _classes(file: str) -> dict[str, list[ast.stmt]]:
 
 def _weights(node: ast.AST, of: str = "") -> Iterator[tuple[str, str]]:
     """Yields the path of each expression ``self.path.weight``, and the attribute of the weight that the code reads; ""
-    if the code reads the weight itself."""
+    if the code reads the weight itself. Leaves out calls of ``isinstance`` and branches for the option ``_NEVER``."""
     if isinstance(node, ast.Attribute):
         path = _path(node.value) if node.attr == "weight" else None
         if path:

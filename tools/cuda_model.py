@@ -91,7 +91,7 @@ def terms_of_tile(name: str, rank: int = 16) -> float:
     two matrices. In the pass for P and dB, a block reads the three terms of one matrix once for four tiles, and the
     three terms of the other matrix once; these reads count as half a matrix for each tile.
     """
-    matrix = 64 * rank * 2.0  # bytes of one term of the small matrix
+    matrix = 64 * rank * 2.0  # bytes of one bfloat16 term of 64 rows of a small matrix (A, B, S or P)
     if name.startswith(("Y0", "dX0")):
         return 2 * 2 * matrix
     return 3 * matrix * (0.5 if name.startswith("P") else 1)
@@ -340,7 +340,7 @@ FEW = 64  # largest number of tokens of a mixed batch for which plain FMA kernel
 
 def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 4096, rank: int = 16) -> float:
     """Returns the seconds of a mixed batch's forward with float32 adapters and equally many tokens for each adapter.
-    With one adapter, the result is the time of lora_linear.
+    With one adapter and more than FEW tokens, the result is the time of lora_linear.
 
     Adapters are read from memory. The bfloat16 terms of the adapters are read from L2, because the passes read the
     terms right after another kernel has written them.

@@ -18,7 +18,7 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build/emulated"
 NAMESPACE = "peft_ext_emulated"
 
-_libraries: list[object] = []  # keeps the definitions of the operators alive
+_libraries: list[object] = []  # torch.library.Library objects, which keep the operators defined
 
 # ThreadSanitizer's hooks at function entry and exit are off, because these hooks would check nothing.
 SANITIZE = "-fsanitize=thread,bounds-strict,alignment --param tsan-instrument-func-entry-exit=0"

@@ -63,7 +63,8 @@ REASONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
-    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)  # a file with known rows, and a file for the result
+    # The two values of --scan: a file with known rows of the table, and the file for the rows that the process finds.
+    parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.disable(logging.ERROR)  # transformers warns about packages that are not installed
     warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ The parts, in this order:
     build      compiles the native library with the C++ compiler; nvcc is not needed
     import     loads torch, the GPU and the native library, and says how long each takes
     warm       compiles all CUDA kernels for this GPU
-    prove      compares each family of kernels with plain PyTorch
+    prove      compares each family of kernels, except those of packed formats, with plain PyTorch
     core       calls of every operator that cover each pair of dtype, shape and layout, against float64
     training   a training step of LoRA, QLoRA and DoRA at Llama 3 8B's width, against PEFT: time and memory
     kernels    the time of each kernel of a layer, beside the time that cuda_model.py computes
@@ -82,7 +82,8 @@ sys.exit(not state.cuda_loaded)
 """
 # Succeeds if the native library loads and has CUDA kernels.
 LOADS = "import sys; from peft_ext import _native; sys.exit(not _native.STATE.cuda_loaded)"
-# Proves the families of kernels that are not named in the arguments, and prints a line before and after each family.
+# Proves the families of kernels that are not named in the arguments, without those of packed formats, and prints a line
+# before and after each family.
 PROVE = """
 import json, sys, torch
 from peft_ext.ops import prove
@@ -323,7 +324,8 @@ def warm(here: Machine, outcome: Outcome) -> None:
 
 
 def prove(here: Machine, outcome: Outcome) -> None:
-    """Proves each family of kernels. After a crash or a hang, a new process proves the families that are left."""
+    """Proves each family of kernels, except those of packed formats. After a crash or a hang, a new process proves the
+    families that are left."""
     done: dict[str, str] = {}
     begun: list[str] = []
     last = ""
@@ -464,7 +466,7 @@ PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "battery": (battery, 55), "sanitizer": (sanitizer, 40),
 }  # fmt: skip
 ESSENTIAL = ("packages", "build")  # may take half of the remaining time, because the other parts need their results
-REHEARSED = ("packages", "core", "training")  # the parts of --rehearse
+REHEARSED = ("packages", "core", "training")  # the parts that run with --rehearse, on a machine without a GPU
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def record_here(library: str, traces: bool, names: list[str], threads: list[int]
         forward, backward = make()
         for count in threads:
             torch.set_num_threads(count)
-            backward(forward())  # allocates the scratch memory and starts the threads
+            backward(forward())  # this unrecorded call allocates scratch memory and starts the threads
             for turn in range(repeats):
                 y = recorder.record(f"forward{turn}", count, forward)
                 recorder.record(f"backward{turn}", count, partial(backward, y))

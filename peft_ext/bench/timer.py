@@ -105,9 +105,10 @@ def verify(
     """Returns ``(errors, absent)``, two mappings with the contenders' names as keys: the relative errors by output, and
     why a peer can't run.
 
-    Where a contender has no float64 result, its entry in ``errors`` is the reason. Raises AssertionError where an error
-    of the first contender, which is ours, is above ``tolerance``; with tolerance 0, our outputs must equal the float64
-    results.
+    Where a peer has no float64 result, its entry in ``errors`` is the reason. Raises AssertionError where an error of
+    the first contender, which is ours, is above ``tolerance``; with tolerance 0, our outputs must equal the float64
+    results. Raises ValueError where our contender has no float64 result, or where the names or sizes of a contender's
+    outputs differ from those of its float64 results. An error of our own call is raised unchanged.
     """
     errors: dict[str, Union[dict[str, float], str]] = {}
     absent: dict[str, str] = {}

@@ -43,7 +43,7 @@ def model_config(model: str) -> tuple[Path, Any]:
     """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
     For a hub name fetches only the JSON files. Raises :class:`peft_ext.sources.model.SourceError` where there is no
-    such model.
+    such model, or where its configuration is damaged or not known to transformers.
     """
     if model == DEMO_MODEL:
         model = str(demo_model())

@@ -32,8 +32,9 @@ def verified(
         data: value of the option ``--data`` of ``peft-ext finetune``.
         batch_size, length: number of examples of the batch, and most tokens of an example.
 
-    Raises CliError where a weight of the base is missing, where the adapter does not fit, where the model has no
-    tokenizer, or where the model can't be verified.
+    Raises CliError where a weight of the base is missing, where the packed format ``quant`` does not fit the model,
+    where the adapter does not fit, where the model has no tokenizer, or where the model can't be verified. Errors of
+    reading the model (SourceError) and the data (RunError) are raised unchanged.
     """
     from ..model import get_peft_model, load_adapter
     from ..verification import verify

@@ -142,7 +142,8 @@ class _Pair:
     def answers(self, prompt: str) -> tuple[str, str]:
         """Returns the base's answer, or the reason why the base can't answer, and the adapted model's answer.
 
-        Raises CliError where the prompt is too long for the model.
+        Raises CliError where the prompt is too long for the model, where the chat template fails or takes too long, or
+        where ``generate`` refuses the base's generation_config.
         """
         inputs = self._tokens(prompt)
         if self.no_base is not None:

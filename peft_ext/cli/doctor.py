@@ -139,7 +139,8 @@ def _proofs(key: str, measure: bool) -> bool:
     """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to print the
     median times too.
 
-    Returns False if the proof raised an error: a memory fault, or, with PEFT_EXT_REQUIRE, a family that failed.
+    Returns False if the proof raised an error: a kernel's fault that leaves the GPU unusable, too little memory, or,
+    with PEFT_EXT_REQUIRE, a family that failed.
     """
     raised = False
     try:

@@ -30,7 +30,8 @@ def finetune(
     **values: Any,
 ) -> int:
     """Train an adapter and check it. Without arguments: SmolLM2-135M, NF4, LoRA, Python's reference."""
-    # The exit code is 1 where the last check of the saved adapter fails, and 128 + n where signal n stopped the run.
+    # The exit code is 0 after a dry run, or if the last check of the saved adapter passes; 128 + n if signal n stopped
+    # the run; 1 if the last check fails or did not run.
     flags = {name: value for name, value in values.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"}
     for name in _OFF:
         if flags.pop(f"no_{name}", False):

@@ -32,7 +32,8 @@ app = typer.Typer(
 def _errors() -> Iterator[None]:
     """Ends the command with one printed line and an exit code where the block raises an error that the user can fix.
 
-    The exit code is 2, or 128 + n after signal n: Ctrl-C gives 130.
+    If another process of the run prints the error, this process prints no line. The exit code is 2, or 128 + n after
+    signal n: Ctrl-C gives 130.
     """
     try:
         yield
@@ -96,7 +97,7 @@ for _name in ("doctor", "finetune", "report", "merge", "export", "recommend", "e
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs the command line ``argv`` (None: the arguments in ``sys.argv``) and returns the exit code.
 
-    After wrong usage, the function prints one line on standard error.
+    After wrong usage, the function prints one line on standard error, unless typer has shown the help.
     """
     command = typer.main.get_command(app)
     try:

@@ -95,7 +95,8 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, list[Pair]]:
     """Returns the configuration of an adapter and its pairs of matrices, in the order of the layers.
 
     Leaves out pairs of rank 0, which AdaLoRA makes by pruning all ranks of a module. Raises ExportError for files that
-    are damaged and for everything that llama.cpp's adapter files can't hold.
+    are missing or damaged, for an adapter without low-rank matrices, for a task other than CAUSAL_LM, and for
+    everything that llama.cpp's adapter files can't hold.
     """
     with as_export_error(ValueError, OSError, RecursionError):  # with a few damaged fields, PEFT recurses without end
         config = checked_config(folder)

@@ -30,9 +30,11 @@ def load_gguf_adapter(
     """Loads llama.cpp's adapter file onto ``model`` as a LoRA adapter of PEFT, then calls :func:`peft_ext.accelerate`.
 
     The configuration of the new adapter names each adapted module. ``lora_alpha`` is the file's alpha, and rank_pattern
-    has the ranks that differ from the most frequent rank. The matrices are converted to float32, and the rows of lora_B
-    are reordered to transformers' order. A file that :func:`peft_ext.write_gguf_adapter` wrote in "f32" therefore gives
-    exactly the values of the saved adapter, except where the export multiplied a matrix with a factor.
+    has the ranks that differ from the most frequent rank. If the file's alpha is 0 or missing, each module's alpha is
+    its rank, because llama.cpp then adds ``B @ A`` without a factor. The matrices are converted to float32, and the
+    rows of lora_B are reordered to transformers' order. A file that :func:`peft_ext.write_gguf_adapter` wrote in "f32"
+    therefore gives exactly the values of the saved adapter, except where the export multiplied a matrix with a factor
+    or with AdaLoRA's singular values.
 
     Args:
         model: a transformers model, or a PeftModel, which gets another adapter.
@@ -45,8 +47,8 @@ def load_gguf_adapter(
     Raises:
         TypeError: ``model`` is no transformers model.
         OSError: the file can't be read.
-        peft_ext.gguf.GgufError: the file is damaged, is no adapter file, holds other tensors than pairs of matrices, or
-            does not fit the model.
+        peft_ext.gguf.GgufError: the file is damaged, is no adapter file of plain LoRA, holds other tensors than pairs
+            of matrices of finite floats, or does not fit the model.
         ValueError: the model's architecture is not known; the errors of :func:`peft_ext.load_adapter`.
     """
     base = base_model(model) if isinstance(model, nn.Module) else model

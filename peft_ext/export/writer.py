@@ -72,10 +72,11 @@ def write_gguf_adapter(
     """Writes llama.cpp's adapter file: ``W + alpha / r · B @ A`` for each adapted weight of the base's GGUF file.
 
     The function exports LoRA with rsLoRA, rank_pattern and alpha_pattern, and AdaLoRA, over the architectures of
-    ``peft_ext.gguf.names.ARCHITECTURES``. llama.cpp's file has one alpha: the most frequent value of scaling · rank. If
-    a module's scaling · rank is not the file's alpha, the module's lora_B is multiplied with (scaling · rank) / alpha,
-    and rounded once to float32. AdaLoRA's singular values are multiplied into lora_A. The rows of lora_B of attn_q and
-    attn_k have the order of the base's GGUF file. The matrices of one module at a time are in memory.
+    ``peft_ext.gguf.names.ARCHITECTURES``. llama.cpp's file has one alpha: the most frequent value of scaling · rank
+    other than 0, or 1 if all values are 0. If a module's scaling · rank is not the file's alpha, the module's lora_B is
+    multiplied with (scaling · rank) / alpha, and rounded once to float32. AdaLoRA's singular values are multiplied into
+    lora_A. The rows of lora_B of attn_q and attn_k have the order of the base's GGUF file. The matrices of one module
+    at a time are in memory.
 
     Args:
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The tensors must be in safetensors.
@@ -89,10 +90,11 @@ def write_gguf_adapter(
     Returns: a report of the export.
 
     Raises:
-        ExportError: a method other than LoRA and AdaLoRA; DoRA, biases, whole modules or trained tokens in the adapter;
-            an initialization that changed the base; a module that llama.cpp does not have or can't adapt (a tied
-            embedding or head); sizes that do not fit; a value that float16 does not hold; damaged files; a wrong
-            argument.
+        ExportError: a method other than LoRA and AdaLoRA, or a task other than CAUSAL_LM; DoRA, biases, whole modules
+            or trained tokens in the adapter; an initialization that changed the base; a base that is not named, not
+            found or of an architecture that is not supported; a module that llama.cpp does not have or can't adapt (a
+            tied embedding or head); sizes that do not fit; a value that ``dtype`` does not hold; missing or damaged
+            files; a wrong argument.
         OSError: ``file`` exists and overwrite is False, or can't be written.
     """
     started = time.perf_counter()
@@ -132,7 +134,9 @@ def _check_file(file: Path, overwrite: bool, base: Base) -> None:
 
 
 def _places(pairs: list[Pair], base: Base) -> list[str]:
-    """Returns the name of each pair's weight in the base's GGUF file. Raises ExportError where the sizes do not fit."""
+    """Returns the name of each pair's weight in the base's GGUF file. Raises ExportError where the base has no such
+    weight, where sizes do not fit, where a pair of an embedding meets a linear layer or the reverse, and where two
+    pairs are for one weight."""
     names: dict[str, str] = {}
     for pair in pairs:
         name = base.tensor_of(pair.module)

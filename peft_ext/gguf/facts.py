@@ -167,7 +167,7 @@ class _Facts:
                 self.taken.add(key)
             elif size is not None and key == "expert_feed_forward_length" and size == config.intermediate_size:
                 self.taken.add(key)
-        if self.architecture == "gpt2":  # transformers sets only n_ctx, which GPT-2 does not use
+        if self.architecture == "gpt2":  # transformers puts the context length into n_ctx, which GPT-2 does not use
             changes["n_positions"] = self.get("context_length")
         field = next(filter(self.has, _EPSILON_FIELDS), None)
         if (epsilon := self.get("attention.layer_norm_epsilon")) is not None and field is not None:

@@ -108,7 +108,8 @@ class GgufPackedConfig(QuantizationConfigMixin):
     Attributes:
         file: the GGUF file.
         header: the file's header while the model is loaded, and None later.
-        tensors: the model's state dict while the model is loaded, and empty later.
+        tensors: the tensors that transformers loads (see :class:`.pack.Packed`) while the model is loaded, and empty
+            later.
     """
 
     header: Optional[GgufHeader] = None

@@ -66,8 +66,8 @@ def read_config(header: GgufHeader) -> Any:
 
 
 def read_tokenizer(header: GgufHeader, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a file, with its chat template. Raises GgufError where transformers can't read the
-    tokenizer."""
+    """Returns the tokenizer in a file, with its chat template. Raises GgufError where the file is no model, has no
+    tokenizer, or has a tokenizer that transformers can't read."""
     check_model(header)
     check_tokenizer(header)
     if "tokenizer.ggml.tokens" not in header:

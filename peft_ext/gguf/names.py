@@ -41,11 +41,12 @@ class GgufNames:
     """The names of one model's tensors in GGUF files, and the order of the rows of these tensors.
 
     Args:
-        architecture: GGUF's name of the architecture, a value of ``ARCHITECTURES``.
+        architecture: GGUF's name of the architecture: the first item of a value of ``ARCHITECTURES``.
         layers: number of layers.
         heads, kv_heads: numbers of attention heads and of key-value heads of each layer.
 
-    Raises: ValueError for an architecture that ``ARCHITECTURES`` does not have.
+    Raises: ValueError for an architecture that ``ARCHITECTURES`` or the installed package gguf does not have;
+        ImportError without the package gguf.
     """
 
     def __init__(self, architecture: str, layers: int, heads: int, kv_heads: int) -> None:
@@ -65,7 +66,7 @@ class GgufNames:
         """Returns the names of the tensors of the model in a file.
 
         Raises GgufError for an architecture that ``ARCHITECTURES`` does not have, and where the metadata has no number
-        of layers or heads.
+        of layers or heads, or a number below 1 or above ``MOST_LAYERS``.
         """
         architecture = header.architecture
 

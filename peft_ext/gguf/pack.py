@@ -163,12 +163,13 @@ class Packed(NamedTuple):
 def pack(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
     """Replaces the layers of a model on the meta device by packed layers, and returns the tensors to load.
 
-    Decodes only tensors that stay dense, and copies only tensors whose rows are reordered or joined. A layer whose
-    weight was decoded gets the reason as its attribute ``note``.
+    Decodes only tensors that stay dense. Copies only tensors whose rows are reordered or joined, dense tensors whose
+    values transformers changes, and dense tensors that are not aligned in the file. A layer whose weight was decoded
+    gets the reason as its attribute ``note``.
 
-    Raises GgufError where a tensor of the file does not fit the model or is not of the model, and where the file lacks
-    a tensor of the model. The file may have tensors that the model does not use, such as rotary factors, and may lack a
-    tensor that is tied to another one.
+    Raises GgufError where a tensor of the file does not fit the model or is not of the model, where the file lacks a
+    tensor of the model, and where transformers can't read the tensors. The file may have tensors that the model does
+    not use, such as rotary factors, and may lack a tensor that is tied to another one.
     """
     # transformers calls pack in a context that puts new tensors on the meta device.
     with torch.device("cpu"):
@@ -343,7 +344,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                # gate, up and down of a block are packed together, at the first of them
+                # gate, up and down of a block are packed together when the loop comes to the first of the three tensors
                 if reason is None and target not in found.tensors:
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:

@@ -69,9 +69,10 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
 
 
 def set_checkpointing(model: nn.Module, wanted: bool) -> None:
-    """Turns checkpointing on if ``wanted`` or if the model has checkpointing on already.
+    """Turns gradient checkpointing on if ``wanted`` or if the model has checkpointing on already.
 
-    The checkpoints do not save the state of the random generator, because a trace draws no random numbers.
+    The checkpoints do not save the state of the random generator, because a trace draws no random numbers. Raises
+    ValueError if the model has no method that turns checkpointing on.
     """
     if not wanted and not is_checkpointing(model):
         return

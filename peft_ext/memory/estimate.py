@@ -77,7 +77,7 @@ def estimate_memory(
             the step runs PEFT's own layers, over bitsandbytes' Linear4bit for an NF4 base, which dequantizes a weight
             on each use.
         autocast: dtype of autocast around the forward, as in the Trainer with ``bf16=True``.
-        padding: the sequences have unequal lengths, so that attention takes a mask; False: no mask.
+        padding: True: the sequences have unequal lengths, so that attention gets a mask; False: attention gets no mask.
         device: device of the step, "cuda" or "cpu"; default: the model's device, "cuda" for a model on the meta device.
         task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default: config's
             task, or the task of the first class in the configuration's ``architectures``, or language modelling.

@@ -25,7 +25,8 @@ class AdaLoRALinear(LowRankLinear):
     ``lora_A [r, in_features]`` and ``lora_B [out_features, r]`` start as normal random numbers (std 0.02), and
     ``lora_E [r, 1]`` starts at zero, so the new layer computes the same output as its base. The buffer ``ranknum [1]``
     holds r until a rank allocator changes ``ranknum``. A rank that the allocator removes has ``lora_E`` 0. Raises
-    ValueError for r < 1, for a lora_alpha that is not finite, or for lora_dropout outside [0, 1).
+    ValueError for r < 1, for a lora_alpha that is not finite, or for lora_dropout outside [0, 1); TypeError for an r
+    that is no integer, or for an adapter_dtype that is no float dtype.
 
     Source: AdaLoRA (arXiv 2303.10512).
     """

@@ -98,7 +98,8 @@ class AdaptedLinear(nn.Module):
         restores both bit for bit.
 
         Raises: RuntimeError if ``base_layer.weight`` is not a parameter of ``base_layer``, as under
-        torch.nn.utils.parametrize or prune; or if no quantizer makes the layout of a PackedLinear's weight.
+        torch.nn.utils.parametrize or prune; if no quantizer makes the layout of a PackedLinear's weight; or if the
+        codes of an NF4Linear are a DTensor shard, or ZeRO-3 has partitioned the codes of a packed weight.
         """
         if self.merged:
             return
@@ -126,7 +127,8 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restores the weight and bias from before :meth:`merge`, bit for bit.
+        """Restores the weight and bias from before :meth:`merge`, bit for bit. Does nothing if the adapter is not
+        merged.
 
         Raises: RuntimeError if another layer over the same base was merged after this layer and is still merged.
         """

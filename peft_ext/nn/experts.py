@@ -157,9 +157,9 @@ def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     """Returns the output ``[T, H]`` of the experts for tokens x ``[T, H]``.
 
     The tokens are sorted by expert (Llama 4's tokens are sorted and scaled already, so that only ``run`` is called).
-    ``run(rows, offsets)`` computes the experts' outputs, which are multiplied by the routing weights, put back in the
-    order of the tokens, and summed over the experts of each token. The expert index ``num_experts``, which expert
-    parallelism uses, stands for no expert.
+    ``run(rows, offsets)`` computes the experts' outputs, which go through the module's ``post_expert_norm`` if it has
+    one, are multiplied by the routing weights, put back in the order of the tokens, and summed over the experts of each
+    token. The expert index ``num_experts``, which expert parallelism uses, stands for no expert.
     """
     count = experts.num_experts
     if is_llama4(experts):
@@ -181,7 +181,8 @@ def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
 
 
 def gate(experts: Any, rows: Tensor) -> Tensor:
-    """Returns the input of the experts' second linear layer: the activation of the first layer's output ``rows``."""
+    """Returns the input of the experts' second linear layer, computed from the first layer's output ``rows``: the
+    activation of rows, or, if the experts have a gate, the activation of the gate half times the up half."""
     if not getattr(experts, "has_gate", True):
         return experts.act_fn(rows)
     if hasattr(experts, "_apply_gate"):
@@ -279,10 +280,11 @@ class FrozenExperts:
 class NF4Experts(FrozenExperts):
     """A mixture's experts with frozen NF4 weights: a mixin for the experts' class in transformers, applied at run time.
 
-    Each dense parameter ``[E, N, K]`` becomes a uint8 parameter ``[E, bytes]`` of NF4 codes, with the buffer
-    ``<name>_absmax``. Double quantization adds the buffers ``<name>_nested_absmax``, ``<name>_nested_code`` and
-    ``<name>_nested_offset``. Each expert has the layout that bitsandbytes uses for one weight, see
-    :meth:`peft_ext.NF4Weight.stack`. A cast of the module to another float dtype does not change codes and scales.
+    Each of the two dense weights, for E experts ``[E, N, K]``, becomes a uint8 parameter ``[E, bytes]`` of NF4 codes,
+    with the buffer ``<name>_absmax``; biases stay dense. Double quantization adds the buffers ``<name>_nested_absmax``,
+    ``<name>_nested_code`` and ``<name>_nested_offset``. Each expert has the layout that bitsandbytes uses for one
+    weight, see :meth:`peft_ext.NF4Weight.stack`. A cast of the module to another float dtype does not change codes and
+    scales.
     PEFT's ``target_parameters`` adds adapters to the parameters. :func:`peft_ext.accelerate` fuses these adapters.
     """
 

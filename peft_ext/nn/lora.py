@@ -25,7 +25,7 @@ class LoRALinear(LowRankLinear):
 
     ``lora_A [r, in_features]`` starts Kaiming-uniform (a = sqrt 5) and ``lora_B [out_features, r]`` starts at zero, so
     the new layer computes the same output as its base. Raises ValueError for r < 1, a lora_alpha that is not finite, or
-    lora_dropout outside [0, 1).
+    lora_dropout outside [0, 1); TypeError for an r that is no integer, or an adapter_dtype that is no float dtype.
     """
 
     def __init__(

@@ -106,7 +106,8 @@ class HoldsPacked(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The module's weight, which shares the module's tensors. The property returns one PackedWeight object until a
-        tensor of the module is replaced.
+        tensor of the module is replaced, but a new object for each read under torch.compile, on the meta device, and if
+        ZeRO-3 or a tensor subclass holds the codes.
 
         Raises: RuntimeError if the codes require a gradient while autograd records, because codes can't get a gradient,
         or if ZeRO-3 has partitioned the codes and not gathered them.
@@ -251,7 +252,7 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
     """An embedding ``[V, N]`` whose table is frozen and packed, in the layout of a checkpoint's file.
 
     On a CPU, the kernel decodes only the rows that a call looks up. The decoded values are rounded once, to
-    ``compute_dtype``, the dtype of the result.
+    ``compute_dtype``, the dtype of the result; the product with a ``scale`` other than 1 is rounded again.
 
     Attributes:
         scale: factor of the result, such as the square root of the width in Gemma.

@@ -40,8 +40,9 @@ class PrefixEncoder(VirtualTokens):
         device, dtype: device and dtype of the parameters; default dtype float32 for every dtype of the model.
 
     The state dict has the keys and row layout of ``peft.tuners.PrefixEncoder``: ``embedding.weight`` and, with
-    ``projection``, ``transform.0.*`` and ``transform.2.*``. Raises ValueError for a size below 1, and for hidden_size
-    or token_dim without ``projection``. Raises TypeError for a dtype that is not a float dtype.
+    ``projection``, ``transform.0.*`` and ``transform.2.*``. Raises ValueError for a size below 1, for hidden_size or
+    token_dim without ``projection``, and for an unknown init_weights. Raises TypeError for a dtype that is not a float
+    dtype.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ class PrefixEncoder(VirtualTokens):
         The other arguments are arguments of PrefixEncoder. The sizes are the decoder's in an encoder-decoder model, and
         the text model's in a multimodal model. If layers differ in head_dim (Gemma 4), the widest head_dim is used, and
         a layer with a smaller head_dim reads the first numbers of each head. A layer with more key heads than
-        num_kv_heads gets no prefix, with a warning. Raises ValueError if the configuration lacks a size, or if keys and
-        values have different widths (multi-head latent attention).
+        num_kv_heads gets no prefix, with a warning. Raises ValueError if the configuration lacks a size, if its
+        hidden_size gives no whole head_dim, or if keys and values have different widths (multi-head latent attention),
+        and the errors of PrefixEncoder.
         """
         layers = _layers(model_config)
         sizes = _widest(layers)
@@ -149,7 +151,8 @@ class PrefixEncoder(VirtualTokens):
         return module.train(self.training)
 
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """Copies ``prompt_embeddings`` into the embedding; see :meth:`PromptEmbedding.load_prompt_embeddings`.
+        """Copies ``prompt_embeddings`` into the embedding; see :meth:`PromptEmbedding.load_prompt_embeddings`, whose
+        errors this method raises too.
 
         Raises ValueError with ``projection``, because the MLP's parameters can't be computed from P.
         """
@@ -180,9 +183,9 @@ class PrefixEncoder(VirtualTokens):
 
         Args:
             config: the model's configuration. With ``config``, a sliding-window layer drops positions outside of the
-                window, a layer that stores no keys gets no prefix, and an encoder-decoder model gets an
-                EncoderDecoderCache with the prefix in the decoder's self-attention. Without ``config``, the cache is a
-                plain DynamicCache.
+                window, a layer that stores no keys or has more key heads than the prefix gets no prefix, and an
+                encoder-decoder model gets an EncoderDecoderCache with the prefix in the decoder's self-attention.
+                Without ``config``, the cache is a plain DynamicCache.
             dtype: dtype that the model computes in; default config's dtype, or else the parameters' dtype. Give
                 ``model.dtype`` for a model that was cast after it was made.
             peft_order: in an encoder-decoder model, whether layer i gets the prefix ``2i mod num_layers``, as in PEFT,

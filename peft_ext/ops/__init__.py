@@ -2,7 +2,8 @@
 
 The frozen weight of a linear layer is a dense Tensor ``[N, K]`` (of experts: ``[E, N, K]``) or a PackedWeight such as
 :class:`peft_ext.NF4Weight`. The docstring of a function names the dtypes for which there are kernels. For float64
-operands, the functions run the reference, in plain PyTorch; ``nf4_quantize`` converts float64 to float32.
+operands, the functions run the reference, in plain PyTorch; ``nf4_quantize`` and ``nf4_merge`` convert float64 to
+float32.
 """
 
 from . import decoder_layer  # noqa: F401  declares an operator without a public function

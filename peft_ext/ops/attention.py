@@ -168,8 +168,8 @@ def scaled_dot_product_attention(
         seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
         bias: ``[B or 1, H or 1, T or 1, S or 1]``, of any float dtype, added to the scores of the keys that a query
-            sees, as T5 adds relative positions. bias gets no gradient. Where bias is -inf, a query does not see the
-            key.
+            sees, as T5 adds relative positions. bias gets no gradient: while gradients are enabled, a bias that
+            requires a gradient is an error. Where bias is -inf, a query does not see the key.
 
     Returns: ``[B, H, T, Dv]`` of q's dtype. The CPU kernel stores the result as ``[B, T, H, Dv]``. On an x86-64 CPU
     with AVX512-BF16, bfloat16 operands are multiplied in bfloat16, after the probabilities are rounded to bfloat16;

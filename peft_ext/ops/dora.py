@@ -229,7 +229,8 @@ def dora_weight_norm(
             its own dtype is accepted.
 
     Returns: ``[N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. Gradients flow to lora_A and
-    lora_B, in their own dtypes, and are 0 through a norm of 0; saved for backward: the norm and U ``[N, R]`` float32.
+    lora_B, in their own dtypes, and are 0 through a norm of 0; saved for backward, besides the weight, lora_A and
+    lora_B: the norm and U ``[N, R]`` float32.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 

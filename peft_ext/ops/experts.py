@@ -5,9 +5,9 @@
 
 Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
-Saved for the backward: x, S, the seed and, for dg, Z, besides W, A and B. No matrix W + s B A is stored. The operators
-that multiply rows do not read the weight of an expert without rows, and :func:`dora_experts` does not compute the norm
-of this weight.
+Saved for the backward: x, S, the seed and, for dg, Z, besides W, A, B, g and the offsets. No matrix W + s B A is
+stored. The operators that multiply rows do not read the weight of an expert without rows, and :func:`dora_experts` does
+not compute the norm of this weight.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
@@ -257,8 +257,9 @@ def lora_experts(
             is drawn for the rows of expert e alone, with e added to the seed's second number.
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and bias, in
-    their own dtypes; the gradients of an expert without rows are 0. Saved for backward: x, S ``[S, R]`` float32 and the
-    seed. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapters are not cast.
+    their own dtypes; the gradients of an expert without rows are 0. Saved for backward, besides the weight, the offsets
+    and the adapters: x, S ``[S, R]`` float32 and the seed. Under autocast x, bias and a dense weight are cast to the
+    autocast dtype, and the adapters are not cast.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -296,8 +297,9 @@ def dora_experts(
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude and
     bias, in their own dtypes; the gradients of an expert without rows are 0. The backward treats the norm as a
-    constant. Saved for backward: x, S ``[S, R]`` float32, the seed and, where magnitude needs a gradient, Z ``[S, N]``
-    of x's dtype. Autocast casts the same arguments as in :func:`lora_experts`.
+    constant. Saved for backward, besides the weight, the offsets, the adapters and g: x, S ``[S, R]`` float32, the seed
+    and, where magnitude needs a gradient, Z ``[S, N]`` of x's dtype. Autocast casts the same arguments as in
+    :func:`lora_experts`.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -359,7 +361,7 @@ def experts_linear(
 ) -> Tensor:
     """``Y_t = x_t W_eᵀ + b_e`` for every row t of expert e, over frozen weights: :func:`lora_experts` without adapters.
 
-    The arguments, gradients and sources are those of :func:`lora_experts`.
+    The arguments, gradients and sources are those of :func:`lora_experts`, without those of the adapters.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
     """

@@ -42,7 +42,7 @@ def _bits(inputs: ProofInputs, *size: int, of: torch.dtype = torch.uint8) -> Ten
 
 
 def _scales(inputs: ProofInputs, *size: int, of: torch.dtype = torch.float32) -> Tensor:
-    """Returns random scales from 2^-7 to 2^-6, which all dtypes of scales except e8m0 represent exactly."""
+    """Returns random scales from 2^-7 to 2^-6, which float32, bfloat16 and float16 represent exactly."""
     return ((inputs.integers(8, 16, *size).float()) * 2.0**-10).to(of)
 
 

@@ -183,9 +183,9 @@ def ia3_linear(
             the backward computes Z again for outputs with ``|ia3_l| < 2^-60`` (in float16 ``|ia3_l| < 2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, ia3_l and bias, in their
-    own shapes and dtypes; saved for backward: x and, where ia3_l scales the output and needs a gradient,
-    ``Z = x Wᵀ + b`` ``[T, N]`` of x's dtype (with save_output on a CPU, Y instead of Z). Under autocast x, bias and a
-    dense weight are cast to the autocast dtype.
+    own shapes and dtypes; saved for backward, besides the weight, the bias and ia3_l: x and, where ia3_l scales the
+    output and needs a gradient, ``Z = x Wᵀ + b`` ``[T, N]`` of x's dtype (with save_output on a CPU, Y instead of Z).
+    Under autocast x, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 

@@ -204,8 +204,9 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False
     """Quantizes a weight to NF4: the 4-bit codes and the float32 scales have the bits of bitsandbytes' result.
 
     ``absmax_b = max |w|`` over each block of the flat tensor. Each element gets the code, of the 16 NF4 codes, that is
-    nearest to ``w · (1 / max(absmax, 1e-38))``; if two codes are equally near, the element gets the lower code. With
-    ``double_quant`` the scales, minus their mean, are quantized to 8 bits in blocks of 256.
+    nearest to ``w · (1 / max(absmax, 1e-38))`` (in an incomplete last block, to ``w / max(absmax, 1e-38)``); if two
+    codes are equally near, the element gets the lower code. With ``double_quant`` the scales, minus their mean, are
+    quantized to 8 bits in blocks of 256.
 
     Args:
         weight: any shape, float32, bfloat16, float16 (or float64, through float32); gradients do not flow.

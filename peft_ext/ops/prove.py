@@ -2,8 +2,8 @@
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
 reference in float64. A family fails if its kernels differ from the reference by more than rounding, or raise an error
-while memory suffices. ``peft-ext doctor --measure`` measures the kernels' speed, which the proof ignores. A failed
-family's operators run the reference. A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
+while memory suffices. The proof ignores speed. A failed family's operators run the reference (for a packed format: only
+for weights of the format). A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
 
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
@@ -29,7 +29,8 @@ Environment:
         saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is proved again
         by the next process, because an error may have a temporary cause. A family whose kernels ended a process by a
         fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and reads no saved
-        result. With ``0``, no family is proved, and the ranks exchange no results. Any other value raises ValueError.
+        result. With ``0``, no family is proved, and the ranks exchange no results; the kernels for a GPU that is too
+        old, and all CUDA kernels without NVRTC, are dropped with ``0`` too. Any other value raises ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -124,7 +125,7 @@ def families(key: str) -> dict[str, list[str]]:
 
 
 def arm() -> None:
-    """Replaces each native kernel by a gate, which first proves it. ``import peft_ext`` calls this function once."""
+    """Replaces each native kernel by a gate, which first proves the kernel. ``import peft_ext`` calls ``arm`` once."""
     if hasattr(os, "register_at_fork"):  # Windows has no fork
         os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden, as gates do
@@ -301,17 +302,15 @@ def _asked() -> str:
 
 
 def _places(key: str) -> list[Place]:
-    """Returns the CPU path in use, or the current GPU and one GPU of each other model that this process sees.
-
-    No CUDA context is made on a GPU that is too old, which is left out, or whose results are saved for all families.
-    """
+    """Returns the CPU path in use; or the current GPU and one GPU of each other model that this process sees, except
+    models older than ``CAPABILITY``. No CUDA context is made on a GPU that is too old, or whose results are saved for
+    all families."""
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
     if not torch.cuda.is_available():
         return []
     here, found = torch.cuda.current_device(), {}
     cards = sorted(range(torch.cuda.device_count()), key=lambda index: index != here)
-    # A GPU that is not the current one and has no kernels, such as an old display card, is left out.
     fit = [index for index in cards if index == here or torch.cuda.get_device_capability(index) >= CAPABILITY]
     for index in fit:
         found.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
@@ -335,7 +334,8 @@ def _drop_all(key: str, settled: dict[str, dict[str, str]]) -> None:
 
 
 def drop(dropped: list[str], why: str, key: str = "CUDA") -> None:
-    """Makes the operators of the families ``dropped`` run the reference for the dispatch key ``key``, and warns."""
+    """Makes the operators of the families ``dropped`` run the reference for the dispatch key ``key`` (for a packed
+    format's family: only for weights of the format), and warns."""
     warnings.warn(
         f"peft_ext: {format_proofs.listed(dropped)}: {why}. The reference, plain PyTorch, is used.",
         RuntimeWarning,
@@ -371,14 +371,14 @@ def _by_format(key: str, family: str, name: str) -> Callable[..., Any]:
 
 
 def agree(ask: Callable[[], object]) -> None:
-    """Calls ``ask``, which proves families, and makes all ranks drop the families that failed on any rank.
+    """Calls ``ask`` if a family is not proved yet, and makes all ranks drop the families that failed on any rank.
 
     All ranks of the default process group have to call this function, each for its device. A rank without kernels for
     a dispatch key has no kernels of this key to drop. The ranks exchange their results through the group's store, so
     that the exchange needs no device. Without a process group of several ranks, and with ``PEFT_EXT_PROVE=0``, nothing
     is exchanged.
 
-    Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``.
+    Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``; the errors of ``ask``.
     """
     settle_by(ask)
     if _world() == 1 or _asked() == "0":
@@ -492,7 +492,7 @@ def prove(
     """Compares families' kernels with the reference on a device. Returns, by family, "" or why the family failed.
 
     The caller's default device, autograd mode, autocast and precision of products have no influence. The proof sets
-    thread-local state only, and restores this state.
+    thread-local state only, and restores it. Raises KernelFault, and torch.OutOfMemoryError for a lack of memory.
 
     Args:
         wanted: the families whose kernels are compared; default: all families that have kernels.

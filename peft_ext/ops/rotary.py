@@ -99,8 +99,9 @@ def rotary_embedding(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
         cos: ``[B, T, D]`` or ``[1, T, D]`` of q's dtype. sin: a tensor of cos's shape and dtype. cos and sin are
             constants, without a gradient.
 
-    Returns: ``(q, k)``, of the arguments' shapes and dtype, with the arguments' order of dimensions in memory. The
-    arithmetic is in float32 and the result is rounded once, while PyTorch rounds the two products and their sum.
+    Returns: ``(q, k)``, of the arguments' shapes and dtype, with the arguments' order of dimensions in memory, or
+    contiguous if the argument's last dimension is not the innermost one in memory. The arithmetic is in float32 and the
+    result is rounded once, while PyTorch rounds the two products and their sum.
     Gradients flow to q and k; saved for backward: cos and sin.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.

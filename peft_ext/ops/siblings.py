@@ -6,11 +6,12 @@ without an adapter.
 Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, and each layer's own gradients as in :mod:`.lora`.
 Saved for the backward: x, S of each layer, and the seeds, besides the weights and the adapters.
 
-On the CPU paths with bfloat16 tiles, x is packed once for all weights that the tiles multiply. If the panels of the
-layers' weights fit into a core's cache together, the layers' terms of dX are summed in float32 and rounded once;
-otherwise each layer's dX is added to the rounded sum of the layers before. On a GPU, one pass over a 16-bit x computes
-the S_i of layers with up to 32 ranks, and one pass computes the gradients of A_i of these layers. The backward on a GPU
-writes the low-rank terms of dX first, and adds the products with the weights to these terms.
+On the CPU paths with bfloat16 tiles, x is packed once for all weights that the tiles multiply. If the tiles multiply
+all weights, there are at most 8 layers, and the panels of the weights fit into a core's cache together, the layers'
+terms of dX are summed in float32 and rounded once; otherwise the dX of some layers is added to the rounded sum of the
+layers before. On a GPU, layers with equal ranks of at most 32 can share their passes over a 16-bit x (see
+csrc/linear/cuda/siblings_pass_cuda.cpp): one pass computes the S_i of these layers, and one pass the gradients of their
+A_i. The backward on a GPU writes the low-rank terms of dX first, and adds the products with the weights to these terms.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """

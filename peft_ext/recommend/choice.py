@@ -55,8 +55,9 @@ def recommend_peft_method(
       fine-tuning (QLoRA, arXiv 2305.14314, section 4).
     - For 50,000 examples or more: rsLoRA of rank 64, since LoRA lacks capacity on large data (arXiv 2405.09673) and a
       larger rank learns no more without rsLoRA's scale (arXiv 2312.03732).
-    - For an encoder with biases and fewer than a billion parameters that classifies, with 100 to 9,999 examples or an
-      unknown number: BitFit, which is competitive with full fine-tuning for small encoders (arXiv 2106.10199).
+    - For an encoder with biases and fewer than a billion parameters that classifies or marks spans, with 100 to 9,999
+      examples or an unknown number: BitFit, which is competitive with full fine-tuning for small encoders (arXiv
+      2106.10199).
 
     With ``prefer="quality"`` and at least 100 examples, or an unknown number, DoRA comes first (arXiv 2402.09353); its
     rank is 32 where LoRA's rank would be 16. Prompt tuning is competitive only from about 10 billion parameters
@@ -89,7 +90,8 @@ def recommend_peft_method(
     Returns: a Recommendation of a method that fits. Where no method fits, ``method`` is None, and ``reasons`` name a
     larger card, a shorter sequence or a smaller model that would fit, where there is one.
 
-    Raises: TypeError or ValueError for a wrong argument; the message names the argument and the wanted values.
+    Raises: TypeError or ValueError for a wrong argument; the message names the argument and the wanted values. If no
+    method works for the given model, the first error of the estimates is raised.
     """
     _check_arguments(gpu_memory_gb, num_examples, sequence_length, prefer, headroom)
     check_arguments(

@@ -187,7 +187,8 @@ class Search:
         """Returns the recommendation where no method fits the card.
 
         The recommendation has the memory of the method that needs the least memory. The reasons name a larger card, a
-        shorter sequence or a smaller model that would fit, where there is one.
+        shorter sequence or a smaller model that would fit, where there is one. If no method works for the model, the
+        first error of the estimates is raised.
         """
         setting = self.settings[-1]
         needs = [(candidate, self._memory(candidate, setting)) for candidate in ranked]

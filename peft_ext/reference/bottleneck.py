@@ -21,7 +21,7 @@ from .common import rows, sum_dtype
 
 __all__ = ["ACTIVATIONS", "bottleneck_adapter", "bottleneck_adapter_backward", "bottleneck_adapter_forward"]
 
-ACTIVATIONS = GATES[:4]  # "gelu", "gelu_tanh", "relu", "silu"
+ACTIVATIONS = GATES[:4]  # the activations of a bottleneck adapter: "gelu", "gelu_tanh", "relu", "silu"
 
 
 def bottleneck_adapter_forward(

@@ -21,7 +21,8 @@ __all__ = ["embedding_rows", "lora_embedding", "lora_embedding_backward"]
 
 
 def embedding_rows(indices: Tensor, weight: Union[Tensor, PackedWeight]) -> Tensor:
-    """Returns the rows ``W[i]``, ``[..., N]``. Of an NF4 weight, only the rows that ``indices`` names are decoded."""
+    """Returns the rows ``W[i]``, ``[..., N]``. Of an NF4 weight, only the rows that ``indices`` names are decoded; a
+    weight in another packed format is decoded whole."""
     columns = weight.shape[1]
     if not isinstance(weight, PackedWeight):
         return F.embedding(indices, weight)

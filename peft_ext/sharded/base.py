@@ -133,7 +133,7 @@ def _initialize_buffers(model: Any, names: set[str]) -> None:
             model.get_submodule(owner)._buffers[local] = torch.empty_like(buffer, device="cpu")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name not in kept:
-            tensor._is_hf_initialized = True  # transformers initializes tensors that lack this attribute
+            tensor._is_hf_initialized = True  # transformers initializes tensors without _is_hf_initialized
     model.initialize_weights()
 
 

@@ -49,7 +49,8 @@ def shard_and_load(
     DoRA's magnitude, a process also holds the dequantized weight and one copy of this weight in the adapter's dtype, or
     three copies if B is not zero.
 
-    With HSDP inside of one node, the processes of each replica of the model read the dense weights from the files.
+    With HSDP inside of one node, the processes of each replica of the model read the weights that need no conversion
+    from the files: each such weight is read once for each replica.
 
     Args:
         model: ``base.model``, or a PeftModel around ``base.model``.
@@ -112,7 +113,7 @@ def _raise_first(errors: list[Optional[str]], own: Optional[Exception]) -> None:
 
 
 class _Loader:
-    """Fills the shards of one model. All processes of a node must call the methods in the same order."""
+    """Fills the shards of one model. All processes of the mesh must call the methods in the same order."""
 
     def __init__(self, model: nn.Module, base: MetaBase, mesh: Any, group: Any) -> None:
         self.model, self.base, self.group = model, base, group
@@ -230,10 +231,11 @@ class _Loader:
     # --- tensors that one process of the node makes -------------------------------------------------------------------
 
     def _share(self, group: Group, places: list[tuple[nn.Module, str]]) -> None:
-        """Makes the tensors of a group in one process of the node and sends them; each process keeps its own shard."""
+        """Makes the tensors of a group in one process of the node and sends them, see :meth:`_send`."""
         self.turn, owner = self.turn + 1, self.turn % self.ranks
         doras = self._doras(places)
-        factors = [whole_factors(layer, name) for layer, name in doras]  # all processes of the mesh gather the factors
+        # All processes of the mesh gather the adapters' A and B together.
+        factors = [whole_factors(layer, name) for layer, name in doras]
         targets = [target for module, attribute in places for target in self._targets(module, attribute)]
         targets += [(layer.lora_magnitude_vector[name], "weight") for layer, name in doras]
         self._send(group, owner, targets, lambda: self._made(group, doras, factors))
@@ -241,8 +243,8 @@ class _Loader:
     def _send(
         self, group: Group, owner: int, targets: list[tuple[nn.Module, str]], make: Callable[[], list[Tensor]]
     ) -> None:  # fmt: skip
-        """Sends the tensors that ``make`` returns in the process ``owner``; each process keeps its own shard of each
-        tensor."""
+        """Sends the tensors that ``make`` returns in the process ``owner``. Each process keeps its own shard of each
+        tensor, and keeps whole a tensor that FSDP2 does not shard."""
         made: list[Optional[Tensor]] = [None] * len(targets)
         if self.rank == owner:
             try:

@@ -46,7 +46,7 @@ class Verification:
 
     Attributes:
         rows: comparisons of the loss, of the outputs, and of the gradient of each trained parameter.
-        blocks: one comparison for each fused layer or block that could be run alone.
+        blocks: one comparison for each fused layer, packed linear layer or block that could be run alone.
         about: one sentence with the model's class, dtype and mode, and the model against which errors are measured.
         notes: further sentences, for example why the yardstick (the stock model in a wider dtype) could not run.
     """
@@ -133,10 +133,10 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
             no loss, as without labels, the loss is the sum of the outputs times fixed random numbers.
 
     Raises: TypeError if model is not an nn.Module, or batch is not a mapping with string keys. ValueError if batch has
-    no tensor or a tensor on another device; if no parameter of model is trained; or if model is sharded, is wrapped
-    for several devices, is on the meta device, can't be copied, holds a closure that calls the model instead of the
-    copy, returns no float tensor, or draws random numbers in evaluation mode too. An error of the model's own forward
-    is raised unchanged.
+    no tensor, or, for a model on one device, a tensor on another device; if no parameter of model is trained, or none
+    takes part in the loss; or if model is sharded, is wrapped for several devices, is on the meta device, can't be
+    copied, holds a closure that calls the model instead of the copy, returns no float tensor, or draws random numbers
+    in evaluation mode too. An error of the model's own forward is raised unchanged.
     """
     check_module("verify", model)
     model = model._modules.get("_orig_mod") or model

@@ -193,8 +193,8 @@ def blocks_alone(
     fused: nn.Module, stock: nn.Module, yardstick: Optional[nn.Module], batch: Any, wide: torch.dtype,
     narrow: torch.dtype, seed: Seed,
 ) -> list[Compared]:  # fmt: skip
-    """Compares each fused module that can be called alone with its stock module. Returns one comparison for each
-    module.
+    """Compares each fused module, and each packed linear layer, that can be called alone with its stock module. Returns
+    one comparison for each module.
 
     The stock module, the fused module and the yardstick's module all run on the input that the stock module gets in a
     forward of ``stock``.

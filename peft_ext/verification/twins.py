@@ -115,8 +115,9 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
 
 
 def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.dtype], writes: bool) -> Any:
-    """Returns a new Parameter on the storage of ``parameter``, or on a copy of it if ``writes`` or if ``wide`` is
-    given."""
+    """Returns a new Parameter on the storage of ``parameter``, or on a copy of the storage if ``writes``, or if
+    ``wide`` casts the parameter. A quantized parameter of bitsandbytes' 4-bit class is copied with the same storage; a
+    parameter of any other class than nn.Parameter gets its own storage."""
     if (state := getattr(parameter, "quant_state", None)) is not None:
         # The copy of a parameter of bitsandbytes shares the parameter's quant_state.
         memo[id(state)] = state
@@ -144,7 +145,8 @@ def _dequantized(name: str, module: nn.Module, seen: Optional[torch.dtype], memo
 
 
 def dequantizing(model: nn.Module) -> nn.Module:
-    """Replaces peft_ext's packed layers and experts in ``model`` by plain PyTorch, in place. Returns ``model``."""
+    """Replaces peft_ext's packed linear layers and experts in ``model`` by plain PyTorch, in place; packed embeddings
+    stay. Returns ``model``."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, (NF4Linear, PackedLinear)):

@@ -68,6 +68,7 @@ def fp4(
         nested: state that decodes a double-quantized ``absmax``.
 
     Raises:
+        TypeError: a part is not a tensor, or ``dtype`` is not a float dtype.
         ValueError: a size or a dtype does not fit the other arguments.
     """
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
@@ -89,8 +90,8 @@ def from_params4bit(weight: Tensor, quant_state: Any = None) -> PackedWeight:
 
     Raises:
         TypeError: ``weight`` is not a tensor.
-        ValueError: ``weight`` is not quantized yet, is not FP4, has another table of codes, or was repacked for
-            bitsandbytes' CPU inference.
+        ValueError: ``weight`` is not quantized yet, is not FP4, has another table of codes, has double-quantized scales
+            in blocks of another size than 256, or was repacked for bitsandbytes' CPU inference.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"fp4.from_params4bit: weight is {type(weight).__name__}, wanted a Tensor")

@@ -16,7 +16,7 @@ from .packed import SCALE_TYPES, Format, PackedWeight, option_of, register
 
 __all__ = ["FP8", "block_size", "fp8", "from_compressed_tensors", "from_transformers", "quantize_fp8"]
 
-_ALL = 63  # log2 of the size of a block that has all rows or columns, as kAll in csrc/weight/formats/fp8.h says
+_ALL = 63  # stands for the log2 of a block's size if the block has all rows or columns; kAll in the C++ file fp8.h
 _MAX = torch.finfo(torch.float8_e4m3fn).max
 _CHUNK = 1 << 22  # number of elements of a weight that quantize_fp8 holds in float32 at a time
 
@@ -70,7 +70,7 @@ def fp8(
     """Returns an FP8 weight: ``W[n, k] = e4m3(weight[n, k]) · scales[n // rows, k // columns]``.
 
     Args:
-        weight: float8_e4m3fn ``[N, K]``, or ``[E, N, K]`` of a stacked weight.
+        weight: float8_e4m3fn ``[N, K]``, or ``[E, N, K]`` of a stacked weight; the bytes may be given as uint8.
         scales: float32, bfloat16, float16 or e8m0 ``[ceil(N/rows), ceil(K/columns)]``, for each expert of a stacked
             weight. Scales in e8m0 may be given as uint8. The byte 255 of e8m0 is a NaN, also in uint8, where
             transformers' ``Fp8Dequantize`` makes an infinity from this byte.
@@ -79,8 +79,8 @@ def fp8(
         dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
 
     Raises:
-        TypeError: ``weight`` or ``scales`` has another dtype.
-        ValueError: a size does not fit, or a size of a block is not a power of two.
+        TypeError: ``weight`` or ``scales`` has another dtype, or ``dtype`` is not a float dtype.
+        ValueError: a size does not fit, a size of a block is not a power of two, or ``scales`` is e4m3.
     """
     if weight.dtype not in (torch.float8_e4m3fn, torch.uint8):
         raise TypeError(f"PackedWeight: weight of fp8 is {weight.dtype}, wanted torch.float8_e4m3fn")

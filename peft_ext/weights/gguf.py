@@ -97,7 +97,7 @@ def dense_dtype(type: int | str) -> Optional[torch.dtype]:
 
 
 def has_kernel(type: int | str) -> bool:
-    """Returns whether peft_ext's kernels decode the type. Other types are decoded by the package gguf."""
+    """Returns whether peft_ext's kernels decode the type. The package gguf decodes the other quantized types."""
     number = type_number(type)
     return number in TYPES and TYPES[number].kernel
 
@@ -124,7 +124,8 @@ def _check(number: int, parts: Sequence[Optional[Tensor]], shape: torch.Size, gr
 
 
 def decoded_by_gguf(number: int, parts: Sequence[Optional[Tensor]], shape: torch.Size) -> Tensor:
-    """Returns the float32 values of a weight, decoded by the package gguf, on the CPU.
+    """Returns the float32 values of a weight, on the device of the weight. The package gguf decodes the weight on the
+    CPU.
 
     Raises: ImportError if the package is not installed.
     """
@@ -169,9 +170,9 @@ def gguf_weight(
             float32.
 
     Raises:
-        TypeError: ``data`` is not a tensor.
-        ValueError: the type is unknown or dense, K is not a multiple of the type's block, or the number of bytes does
-            not fit the shape.
+        TypeError: ``data`` is not a tensor, or ``dtype`` is not a float dtype.
+        ValueError: the type is unknown or dense, ``data`` is not uint8, K is not a multiple of the type's block, or the
+            number of bytes does not fit the shape.
 
     Source: gguf ``quants.py``, llama.cpp ``ggml-common.h``.
     """
@@ -233,7 +234,7 @@ def permuted_rows(weight: PackedWeight, order: Tensor) -> PackedWeight:
 
     The function copies whole rows of bytes, and decodes or quantizes no value.
 
-    Raises ValueError for another format, for a stacked weight, or if ``order`` does not hold N row numbers.
+    Raises ValueError for another format, for a stacked weight, or if ``order`` does not have the shape ``(N,)``.
     """
     if weight.format not in _FORMATS.values() or weight.stacked:
         raise ValueError(f"permuted_rows: the weight is {weight!r}, wanted a GGUF weight (N, K)")

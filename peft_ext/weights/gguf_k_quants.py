@@ -23,7 +23,8 @@ from torch import Tensor
 
 __all__ = ["QUANTIZERS"]
 
-_LEAST = 1e-15  # a group whose largest absolute value is below this value counts as zeros
+# For Q3_K, Q6_K, IQ4_NL and IQ4_XS, a group whose largest absolute value is below _LEAST counts as zeros.
+_LEAST = 1e-15
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -96,8 +97,9 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
     """Searches ``x ≈ scale · code − offset`` with codes from 0 to ``most`` and ``offset >= 0``.
 
     Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
-    error for these codes. The scale and the offset that give the minimum the code 0 and the maximum the code ``most``
-    are a trial, too. The result is the trial with the least error.
+    error for these codes. The scale and the offset that give the smallest value the code 0 and the largest value the
+    code ``most`` are a trial, too. The smallest value is at most 0, and the largest value at least 0. The result is the
+    trial with the least error.
 
     Args:
         weights: weight of each column's error.

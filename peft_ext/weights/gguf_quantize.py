@@ -34,8 +34,8 @@ def quantize_gguf(values: Tensor, type: int | str) -> Tensor:
 
     Raises:
         TypeError: ``values`` is not a float tensor.
-        ValueError: there is no quantizer for the type, K is not a multiple of the type's block, or a value is NaN or
-            infinite.
+        ValueError: there is no quantizer for the type, ``values`` has no elements, K is not a multiple of the type's
+            block, or a value is NaN or infinite.
 
     Sources: for the types in ``QUANTIZED_BY_GGUF``, ``quantize`` in gguf's ``quants.py``; for the other quantized
     types, llama.cpp, with equal bits, see ``peft_ext.weights.gguf_k_quants``.

@@ -36,11 +36,12 @@ __all__ = [
 ]
 
 # Flags in the integer ``option`` of a PackedWeight, by format.
-INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": each code is an int8 element; the weight has only one scale
-V1 = 1  # "gptq": 1 was subtracted from each zero before the zeros were packed
-HQQ_AXIS0 = 1  # "hqq" with G groups: code f of the flat weight is of group f % G
+INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": flag 1: each code is an int8 element; flag 2: the weight has only one scale
+V1 = 1  # "gptq": flag of a weight for which 1 was subtracted from each zero before the zeros were packed
+HQQ_AXIS0 = 1  # "hqq": flag of a weight of G groups in which code f of the flat weight is of group f % G
 
-# Bits by which the code of row n is shifted in a word of AWQ, which has the codes of eight rows, for n % 8 from 0 to 7.
+# A word of AWQ has the codes of eight rows. AWQ_SHIFTS[n % 8] is the number of bits by which the code of row n is
+# shifted in its word.
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,9 +142,11 @@ HQQ = register(Format("hqq", 8, ("W_q", "scale", "zero"), _check_hqq, "hqq"))
 
 
 def _checked_order(format: str, g_idx: Optional[Tensor], group: int, count: int, columns: int) -> Optional[Tensor]:
-    """Returns int32 ``g_idx``, or None if each group is of consecutive columns. Reads the data of ``g_idx``.
+    """Returns int32 ``g_idx``, or None if each group is of consecutive columns. Reads the data of ``g_idx``, except on
+    the meta device, where ``g_idx`` is returned unchecked.
 
-    Raises ValueError if a column's group is not from 0 to ``count - 1``.
+    Raises ValueError if ``g_idx`` is not int32 with ``columns`` elements in its last dimension, or if a column's group
+    is not from 0 to ``count - 1``.
     """
     if g_idx is None or g_idx.is_meta or not g_idx.numel():
         return g_idx if g_idx is not None and g_idx.numel() else None
@@ -233,7 +236,7 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
         in_features: K; default: the number of codes of a column of qweight.
         dtype: dtype of the weight; default: the scales' dtype, to which GPTQModel decodes.
 
-    Raises: TypeError or ValueError if a tensor's dtype, shape or values do not fit, or if bits is 3.
+    Raises: TypeError or ValueError if a tensor's dtype, shape or values do not fit, or if bits is not 2, 4 or 8.
     """
     kind = _scale_dtype("gptq", scales)
     if bits not in (2, 4, 8):
@@ -303,7 +306,8 @@ def hqq(W_q: Tensor, scale: Tensor, zero: Tensor, shape: Sequence[int], *, bits:
         axis: 0 or 1, the axis of hqq's groups.
         dtype: dtype of the weight; default: the scales' dtype.
 
-    Raises: TypeError or ValueError if a tensor's dtype or number of elements does not fit.
+    Raises: TypeError or ValueError if a tensor's dtype or number of elements does not fit, if bits, group or axis has
+    another value, or if the number of groups is odd with 4 bits (with axis 0: if group is odd).
     """
     kind = _scale_dtype("hqq", scale)
     if axis not in (0, 1):
@@ -329,7 +333,8 @@ def from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: 
         shape: ``(N, K)``; may be omitted if the tensors give the shape.
         dtype: dtype of the weight; default: the scales' dtype.
 
-    Raises: ValueError that names what came and what was wanted, for a layout that is not supported, too.
+    Raises: TypeError for scales of another dtype than float32, bfloat16 and float16; ValueError, whose text names what
+    came and what was wanted, for other arguments that do not fit, and for a layout that is not supported.
     """
     method = str(config.get("quant_method"))
     read = _READERS.get(method)
@@ -471,7 +476,7 @@ def from_compressed_tensors(module: torch.nn.Module, dtype: Optional[torch.dtype
     The module has ``weight_packed``, ``weight_scale`` and ``weight_shape``, or an int8 ``weight`` and ``weight_scale``,
     and compressed-tensors' ``quantization_scheme``.
 
-    Raises: ValueError as in :func:`from_state`.
+    Raises: TypeError or ValueError as in :func:`from_state`; ValueError for a module without a quantization_scheme.
     """
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is None or scheme.weights is None:
@@ -493,7 +498,7 @@ def from_gptq(module: torch.nn.Module, v1: Optional[bool] = None, dtype: Optiona
         v1: whether the module's zeros are of the first version. Default: whether ``module.qzero_format()`` is 1, a
             number that GPTQModel changes when it loads a model; True for a module without this method.
 
-    Raises: ValueError as in :func:`gptq`, and for a module whose words are planar.
+    Raises: TypeError or ValueError as in :func:`from_state`; ValueError for a module whose words are planar.
     """
     if getattr(module, "planar", False):
         raise ValueError("from_gptq: the module's words are planar, wanted checkpoint_format 'gptq' or 'gptq_v2'")
@@ -510,7 +515,7 @@ def from_awq(module: torch.nn.Module, dtype: Optional[torch.dtype] = None) -> Pa
     """Returns the weight of an AWQ module in the GEMM layout (GPTQModel's AwqTorchLinear, AutoAWQ's WQLinear_GEMM), in
     the module's memory.
 
-    Raises: ValueError as in :func:`awq`.
+    Raises: TypeError or ValueError as in :func:`from_state`.
     """
     bits = getattr(module, "bits", None) or getattr(module, "w_bit", 4)
     tensors = _tensors_of(module, "qweight", "qzeros", "scales")
@@ -520,7 +525,7 @@ def from_awq(module: torch.nn.Module, dtype: Optional[torch.dtype] = None) -> Pa
 def from_hqq(module: torch.nn.Module, dtype: Optional[torch.dtype] = None) -> PackedWeight:
     """Returns the weight of an ``hqq.core.quantize.HQQLinear``, in the module's memory.
 
-    Raises: ValueError for a module that is not quantized yet, and as in :func:`from_state`.
+    Raises: ValueError for a module that is not quantized yet; TypeError or ValueError as in :func:`from_state`.
     """
     meta, codes = getattr(module, "meta", None), getattr(module, "W_q", None)
     if not meta or codes is None:

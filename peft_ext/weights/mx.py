@@ -76,7 +76,8 @@ def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -
         dtype: dtype that transformers decodes the weight to.
 
     Raises:
-        ValueError: a size or a dtype does not fit.
+        TypeError: ``blocks`` is not a tensor, or ``dtype`` is not a float dtype.
+        ValueError: a size or a tensor's dtype does not fit.
     """
     shape = (*scales.shape[:-1], scales.shape[-1] * _MXFP4_GROUP)
     return PackedWeight(MXFP4, (blocks, scales), shape, dtype, group=_MXFP4_GROUP, stacked=len(shape) == 3)
@@ -125,7 +126,8 @@ def nvfp4(
             compressed-tensors decodes code 8 to -0.
 
     Raises:
-        ValueError: a size or a dtype does not fit.
+        TypeError: ``packed`` is not a tensor, or ``dtype`` is not a float dtype.
+        ValueError: a size or a tensor's dtype does not fit.
     """
     shape = (*scales.shape[:-1], scales.shape[-1] * _NVFP4_GROUP)
     count = shape[0] if len(shape) == 3 else 1

@@ -1,4 +1,4 @@
-"""NF4Weight: a frozen weight [N, K] in bitsandbytes' NF4 layout. peft_ext never repacks an NF4 weight.
+"""NF4Weight: a frozen weight [N, K] in bitsandbytes' NF4 layout, which peft_ext's kernels read without repacking.
 
 Layout (source: bitsandbytes ``quantize_4bit``, QLoRA, arXiv 2305.14314):
 
@@ -302,9 +302,10 @@ class NF4Weight(PackedWeight):
             quant_state: bitsandbytes' ``QuantState``; default ``weight.quant_state``.
 
         Raises:
-            TypeError: ``weight`` is not a tensor.
-            ValueError: ``weight`` is not quantized yet, is not NF4, has another table of codes, or was repacked for
-                bitsandbytes' CPU inference; or scales are not valid, see :meth:`check_scales`.
+            TypeError: ``weight`` is not a tensor, and a ``quant_state`` is given.
+            ValueError: there is no quant_state; ``weight`` is not NF4, has another table of codes, has double-quantized
+                scales in blocks of another size than 256, or was repacked for bitsandbytes' CPU inference; or scales
+                are not valid, see :meth:`check_scales`.
         """
         nf4 = nf4_from_params4bit(weight, quant_state)
         if not is_nf4_table((quant_state if quant_state is not None else weight.quant_state).code):
@@ -323,7 +324,9 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
     The keys of ``found`` have no prefix. ``found[QUANT_STATE]`` holds JSON text, one byte per element. The function
     checks the kind and the layout of the other tensors; :class:`NF4Weight` checks their sizes.
 
-    Raises: TypeError for an entry that is not a tensor; ValueError that says what came and what was wanted.
+    Raises: KeyError without ``QUANT_STATE``; ValueError, whose text says what came and what was wanted, if
+    ``QUANT_STATE`` is no tensor of JSON bytes, or if a value or an entry does not fit; TypeError for another entry that
+    is not a tensor.
     """
     held = found[QUANT_STATE]
     if not isinstance(held, Tensor) or held.dtype != torch.uint8 or held.dim() != 1 or held.is_meta:
@@ -372,7 +375,8 @@ def read_nf4(found: Mapping[str, Any]) -> NF4Weight:
     """Returns the weight from a layer's state dict in bitsandbytes' format, whose keys are "weight", "weight.absmax"
     and so on. No data is copied.
 
-    Raises: the errors of :func:`read_quant_state`, and ValueError if sizes or scales do not fit.
+    Raises: the errors of :func:`read_quant_state`; KeyError if "weight" or "weight.absmax" is missing; TypeError or
+    ValueError if sizes or scales do not fit.
     """
     shape, dtype, blocksize, offset = read_quant_state(found)
     nested = None

@@ -2,7 +2,7 @@
 
 A weight has up to five tensors (``parts``) and two small integers (``group`` and ``option``), whose meaning the
 weight's :class:`Format` defines. The kernels read the codes and scales from these tensors and decode them in each call.
-peft_ext never repacks a weight.
+peft_ext converts no weight to another layout for its kernels.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ _BY_NUMBER: dict[int, Format] = {}
 
 
 def register(format: Format) -> Format:
-    """Adds a format to ``FORMATS``. Raises ValueError if the name or the number is taken."""
+    """Adds a format to ``FORMATS``. Raises ValueError if the name or the number is taken, or if the format has more
+    than ``MOST_PARTS`` parts."""
     if format.name in FORMATS or format.number in _BY_NUMBER:
         raise ValueError(f"PackedWeight: the format {format.name} ({format.number}) exists")
     if len(format.parts) > MOST_PARTS:
@@ -124,7 +125,8 @@ class PackedWeight:
 
     Raises:
         TypeError: a part is not a tensor, or dtype is not a float dtype.
-        ValueError: a part's size, dtype or device does not fit.
+        ValueError: the shape, the group or the option does not fit the format, or a part's size, dtype, layout or
+            device does not fit.
     """
 
     def __init__(

@@ -22,7 +22,9 @@ class _Image(ctypes.Structure):
 
 
 _IMAGE_SOURCE = ctypes.CFUNCTYPE(None, _TEXT, _TEXT, _INT, ctypes.POINTER(_Image))
-_SIGNATURES: dict[str, tuple[Any, ...]] = {  # by function: the result's type, and the arguments' types
+# For each function of csrc/common/api.h, without the prefix of its name: the type of its result, and the types of its
+# arguments.
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "version": (_TEXT,),
     "built_for_torch": (_TEXT,),
     "oldest_torch": (_TEXT,),

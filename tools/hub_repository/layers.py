@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # PyTorch has no public name for this
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # PyTorch has no public function for this
 
 from . import ops
 from .ops.checks import autocast_dtype
@@ -45,8 +45,9 @@ class MLP(nn.Module):
     """``y = down_proj(act_fn(gate_proj(x)) ∘ up_proj(x))``, the MLP of transformers' Llama.
 
     If gate_proj and up_proj both have the forward of :class:`LoRALinear` and an operator can compute both layers, one
-    operator computes the two layers together. If act_fn is SiLU, GELU or ReLU without hooks, one operator computes
-    act_fn and the product with up_proj(x); another act_fn is called as a module.
+    operator computes the two layers together. If act_fn is a module of SiLU, GELU or ReLU that :func:`_activation_name`
+    knows, without hooks, one operator computes act_fn and the product with up_proj(x); another act_fn is called as a
+    module.
     """
 
     gate_proj: nn.Module
@@ -67,10 +68,11 @@ class MLP(nn.Module):
 class LoRALinear(nn.Module):
     """``y = x Wᵀ + b + scaling · (dropout(x) Aᵀ) Bᵀ``, for PEFT's ``lora.Linear`` and ``lora.Linear4bit``.
 
-    If the base layer's weight is a dense frozen weight or bitsandbytes' NF4, one operator computes the layer. Over
-    another base layer, the base layer's own forward runs, and the low-rank term is added to its result. PEFT's own
-    forward runs, among other cases, if adapters are disabled, merged or chosen per sample, if no adapter or several are
-    active, and for variants such as DoRA.
+    If the base layer has no hooks, and its weight is bitsandbytes' NF4 or a dense frozen weight in x's dtype (under
+    autocast, in any dtype), one operator computes the layer. Over any other base layer, the base layer's own forward
+    runs, and one operator adds the low-rank term to the base layer's result. PEFT's own forward runs, among other
+    cases, if adapters are disabled, merged or chosen per sample, if no adapter or several are active, and for variants
+    such as DoRA.
     """
 
     base_layer: nn.Module

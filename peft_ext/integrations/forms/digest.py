@@ -1,14 +1,14 @@
 """The digest of the code of a forward: the key of the table of known forms.
 
     digest = SHA-256 of  the syntax tree of the forward, without docstrings, comments, annotations and decorators,
-                         and of each value that the code finds by name: the syntax tree of a Python function, the repr
-                         of a plain value, the name of a builtin, of a function or class of PyTorch, or of a class of
-                         transformers
+                         and of each value that the code finds by name: among others the repr of a plain value, the
+                         name of a builtin, of a function or class of PyTorch, or of a class of transformers, and
+                         for another Python function its syntax tree and the values that it finds itself
 
 The digest is computed from the function and class objects of the running process. The source of a function is used only
 if compiling the source gives the code object of the function. Code that this module cannot read completely (for example
-an instance of an unknown class, an import inside of a function, a tensor among the defaults) raises :class:`Unknown`:
-the forward then has no form.
+an instance of an unknown class, an import in a function's body of a module that ``_IMPORTED`` does not name, a tensor
+among the defaults) raises :class:`Unknown`: the forward then has no form.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def form_of(subject: Any, method: str = "forward") -> Form:
 def digest_of(functions: Iterable[types.FunctionType]) -> str:
     """Returns the digest of the syntax trees of functions alone, without the values that the functions find by name.
 
-    Raises: Unknown if the source of a function is not the code that runs.
+    Raises: Unknown if a function has no source, or if its source is not the code that runs.
     """
     trees = [_canonical(_tree(function)) for function in functions]
     return hashlib.sha256(repr(trees).encode()).hexdigest()[:20]
@@ -330,7 +330,8 @@ _FILES: dict[str, tuple[str, dict[tuple[str, int], list[tuple[types.CodeType, as
 
 
 def _tree(function: types.FunctionType) -> Any:
-    """Returns the syntax tree of a function. Raises Unknown if the source does not compile to the function's code."""
+    """Returns the syntax tree of a function. Raises Unknown if the function has no source, or if the source does not
+    compile to the function's code."""
     code = function.__code__
     linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename, function.__globals__))

@@ -2,8 +2,9 @@
 
 An attention module with a known form runs one of two forwards. If the form's row in the table of known forms says
 ``forward=rotary``, ``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache,
-attention, and the output projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own
-code runs, and the layers that get one input tensor (``inputs`` of the row) are computed together.
+attention, and the output projection. (``_rotary_few`` is its variant for few tokens without a gradient.) Otherwise, or
+if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers that get one input tensor
+(``inputs`` of the row) are computed together. If the module's forward was replaced, only the replaced forward runs.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
@@ -97,7 +98,8 @@ class Attention(Block):
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         cache_name, _, cache_style = row.get("cache").partition(":")
-        # The globals of the Python module of the forward, in which a function that is replaced later shows.
+        # The globals of the forward's Python module. If a function of the module is replaced later, the globals have
+        # the new function.
         names = inspect.unwrap(stock.forward).__globals__
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
         return {**super().settled(stock, row), "groups": groups,

@@ -79,8 +79,8 @@ def _joins(module: nn.Module, row: Row) -> bool:
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Gives each block of ``model`` whose current code is a known form its fused class, and sets the stock class of
-    each fused block whose current code is no known form."""
+    """Gives each block of ``model`` for which :func:`_found` returns a row of the table of forms its fused class, and
+    sets the stock class of each other fused block. A fused block that ``fully_shard`` has wrapped keeps its class."""
     rows, skipped = Rows(), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()

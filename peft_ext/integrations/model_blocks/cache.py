@@ -5,7 +5,8 @@ keys and values into memory with room for later tokens, and makes ``keys`` and `
 filled part. New tokens are written behind the filled part only while the layer still holds the view that this module
 made, so a tensor that was taken from the layer before keeps its values.
 
-transformers' update runs for a cache or a layer whose ``update`` is no known form, and for tensors that do not fit.
+transformers' update runs for a cache or a layer whose ``update`` is no known form, for a cache that offloads, for a
+layer that holds no tokens yet, and for tensors that do not fit or are not on the CPU.
 """
 
 from __future__ import annotations

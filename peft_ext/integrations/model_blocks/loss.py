@@ -1,7 +1,8 @@
 """Computes the loss of a language model without whole logits, by changes at two public points of transformers: the call
 of the head, and ``loss_function``.
 
-While a model trains with labels, the model's head returns a :class:`.pending.Pending` in place of logits.
+While a model with a known loss function trains with labels, the model's head returns a :class:`.pending.Pending` in
+place of logits, unless the logits have to be computed whole (see ``DefersLoss.head_reason``).
 ``PreTrainedModel.loss_function`` computes the loss from a Pending that nothing has used, by
 :func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` at the first read.
 """
@@ -327,7 +328,8 @@ def _settled_in_graph(output: Any, _: Forward) -> Any:
 def _without_pending(value: Any) -> Any:
     if pytree.tree_any(lambda one: type(one) is Pending, value):
         return pytree.tree_map(real, value)
-    for name, one in list(getattr(value, "__dict__", {}).items()):  # an output that pytree does not know as a container
+    # The loop is for an output that pytree does not know as a container.
+    for name, one in list(getattr(value, "__dict__", {}).items()):
         if type(one) is Pending and name != _PENDING:
             setattr(value, name, real(one))
     return value
@@ -406,7 +408,8 @@ class _Waits:
 
 @functools.cache
 def _waiting(kind: type) -> type:
-    """Returns the subclass of an output's class whose logits are computed at the first read, made once per class.
+    """Returns the subclass of an output's class ``kind`` in which the logits are computed at the first read. The first
+    call for a class makes the subclass.
 
     All outputs of one stock class share one subclass. If each output had a class of its own, hidden states would stay
     in memory until the garbage collector frees this class.
@@ -427,7 +430,7 @@ _USED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 def _head_of(owner: Any) -> Optional[nn.Module]:
     try:
         found = owner.get_output_embeddings()
-    except Exception:  # the model has no head, or a class outside of transformers has a method of this name
+    except Exception:  # the model has no head, or a class outside of transformers has its own get_output_embeddings
         return None
     return found if isinstance(found, nn.Module) else None
 
@@ -443,8 +446,8 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def defer_losses(model: nn.Module) -> None:
-    """Gives each language model with a known loss function, and the model's head, the fused classes with which the loss
-    is computed without whole logits."""
+    """Gives each language model with a known loss function and a head of a class in ``HEADS``, and the head, the fused
+    classes with which the loss is computed without whole logits."""
     _LOSSES.clear()
     for owner, layer in list(_owners(model)):
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)

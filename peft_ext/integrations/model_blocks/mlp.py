@@ -1,7 +1,8 @@
 """MLPs computed by fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
 
-The activation's operator runs in one pass, and saves the outputs of ``gate`` and ``up`` for the backward. If ``down``
-needs its input in the backward and has no hooks, the backward computes this input again.
+The activation's operator runs in one pass, and saves its inputs for the backward: the outputs of ``gate`` and ``up``,
+or of ``up`` alone. If ``down`` needs its input in the backward and has no hooks, the backward computes this input
+again.
 """
 
 from __future__ import annotations

@@ -144,8 +144,9 @@ class FloatLayerNorm(Norm):
 class LayerNorm(Norm):
     """A fused nn.LayerNorm over the last dimension.
 
-    PyTorch's layer_norm runs under autocast, which computes it in float32, for few elements on a CPU (see LEAST), and
-    where the dtype or the last size of x differs from the weight's.
+    PyTorch's layer_norm runs under autocast, which computes it in float32, for few elements on a CPU (see LEAST), where
+    the dtype or the last size of x differs from the weight's, and where ``block_reason`` returns a reason, for example
+    for a LayerNorm without a weight or over several dimensions.
     """
 
     block_kind = "LayerNorm"

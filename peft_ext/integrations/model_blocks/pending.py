@@ -1,10 +1,10 @@
 """The logits of a language model's head that are not computed before something uses them.
 
-In a training step the head returns a :class:`Pending`, a plain object, in place of logits. If a loss function gets a
-Pending that nothing has used, :meth:`Call.loss` computes the loss without whole logits. A scale, a soft cap and a cast
-to float32 are steps that the Pending records and that :meth:`Call.loss` computes. Reading the shape, dtype or device of
-a Pending computes nothing. Other uses of the Pending, such as indexing, compute the real logits; the real logits are
-computed once.
+In a training step a fused head (see :mod:`.loss`) returns a :class:`Pending`, a plain object, in place of logits. If a
+loss function gets a Pending that nothing has used, :meth:`Call.loss` computes the loss without whole logits. A scale, a
+soft cap and a cast to float32 are steps that the Pending records and that :meth:`Call.loss` computes. Reading the
+shape, dtype or device of a Pending computes nothing. Other uses of the Pending, such as indexing, compute the real
+logits; the real logits are computed once.
 
 torch.compile traces a Pending: a compiled forward has the operator of the loss in its graph, and no logits. The
 ``logits`` of a compiled forward's output is the Pending, which computes the logits outside of the graph when it is
@@ -113,7 +113,8 @@ class Call:
         return self._settings() != self._settings_then or _state_of(found) != state
 
     def compute(self) -> Tensor:
-        """Returns the real logits with their autograd graph; the first call computes them by the head's own forward."""
+        """Returns the real logits with their autograd graph; the first call computes them by ``forward``. Raises
+        RuntimeError if the inputs, the head or its adapters have changed since the head's call."""
         if self.logits is None:
             if self._is_changed():
                 raise RuntimeError(

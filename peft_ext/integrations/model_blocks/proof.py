@@ -471,7 +471,8 @@ def _layers(cls: type, reads: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
 def proposed(cls: type) -> tuple[Optional[Row], str]:
     """Returns the row of the first proposed formula that passes the proof for ``cls``, and "".
 
-    If no formula passes, returns None and the reason why the last formula failed.
+    If no formula passes, returns None and the reason why the last formula failed. Raises Unknown if the code of ``cls``
+    has no form.
     """
     form, why = form_of(cls), "no kind's formula fits what its forward reads"
     for kind, formula in proposals(cls, form):
@@ -518,8 +519,9 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     Returns: the new row of the table of known forms, which the next call of :func:`peft_ext.accelerate` uses.
 
     Raises: ValueError if the kind or the name of a value is unknown, if the formula of an attention lacks ``inputs`` or
-    ``o``, if the class's code has no form, or if the formula and the class give different values or gradients. The
-    error's message says for which input the formula and the class differ.
+    ``o``, or has another ``forward`` or ``interface``, if the class's code has no form, if its forward reads or writes
+    other attributes than the formula has, or if the formula and the class give different values or gradients. If values
+    or gradients differ, the error's message says for which input.
     """
     if kind not in _REGISTRABLE:
         # register_form refuses all other kinds, because no proof of these kinds tests a formula of the caller.
