@@ -145,7 +145,7 @@ def test_the_gradients_of_a_query_whose_keys_all_have_a_large_bias(hidden: float
     for dtype, gradients in ((torch.float32, found), (torch.float64, wanted)):
         moved = bias.to(dtype)
         moved[0, 0, 3:7] = hidden if dtype is torch.float32 else 0.0  # a constant changes no softmax
-        leaves = [value.to(dtype).requires_grad_() for value in operands]
+        leaves = [value.detach().clone().to(dtype).requires_grad_() for value in operands]
         attention = ops.scaled_dot_product_attention if dtype is torch.float32 else F.scaled_dot_product_attention
         y = attention(*leaves, **{"bias" if dtype is torch.float32 else "attn_mask": moved}, scale=scale)
         y.cos().sum().backward()
