@@ -470,3 +470,12 @@ def test_malformed_weights_are_refused_by_name(make, message):
 def test_operators_refuse_options_that_do_not_fit(format, layout):
     with pytest.raises(RuntimeError, match="nf4_dequantize: .* weight .* has group .* and option .*, wanted"):
         torch.ops.peft_ext.nf4_dequantize(BYTE, FLOAT, None, None, None, layout | format << 32, [2, 64], torch.float32)
+
+
+def test_few_tokens_multiply_exact_codes_of_fp4() -> None:
+    """2/3 rounded to bfloat16 would make the second product 0.2% larger, and its result one ulp larger."""
+    weight = fp4.fp4(torch.full((16 * 32,), 0x22, dtype=torch.uint8), torch.full((16,), 3.0), (16, 64))
+    x = torch.zeros(1, 64)
+    x[0, 0], x[0, 40] = 255 / 256, 2**-10
+    wanted = (2 * x.double().sum()).bfloat16()
+    assert torch.equal(ops.frozen_linear(x.bfloat16(), weight), wanted.expand(1, 16))
