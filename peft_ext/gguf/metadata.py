@@ -40,8 +40,8 @@ _UNREADABLE = {
 def read_config(header: GgufHeader) -> Any:
     """Returns the transformers configuration of the model in a file.
 
-    Raises GgufError where transformers does not know the architecture, where a value that changes the model's function
-    can't be put into the configuration, or where the metadata is damaged.
+    Raises GgufError where the file is not a whole model, where transformers can't read the architecture, where a value
+    that changes the model's function can't be put into the configuration, or where the metadata is damaged.
     """
     check_model(header)
     architecture = header.architecture

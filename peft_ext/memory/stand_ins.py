@@ -83,7 +83,7 @@ def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bo
         memo[id(t)] = _like(t, _meta)
         # A cast leaves packed codes, of which some are 8-bit floats, as they are.
         if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point() and t.element_size() > 1:
-            if not (partly and t.requires_grad):  # the parameters of an adapter keep their dtypes
+            if not (partly and t.requires_grad):  # a cast to dtype does not change the parameters of an adapter
                 memo[id(t)].data = memo[id(t)].data.to(dtype)
     for module in model.modules():
         if (other := _of_bitsandbytes(module, accelerated)) is not None:

@@ -210,7 +210,8 @@ class Plan:
         A group is a list of names in the model, and a dictionary of the group's tensors in the files.
 
         The groups are the smallest that give the right result: each tensor by itself; or, if transformers' conversion
-        joins tensors, the tensors of each layer together; or all tensors together.
+        joins tensors of a layer, the tensors of each layer together; or, if the conversion joins tensors of several
+        layers, all tensors together.
         """
         model, meta = self.base.model, self.meta
         whole = revert_weight_conversion(model, dict(meta))

@@ -360,7 +360,7 @@ def _by_format(key: str, family: str, name: str) -> Callable[..., Any]:
     """Returns a function that calls the operator's kernel, or the reference for a weight of a format that failed."""
 
     def call(*args: Any) -> Any:
-        settle(key, [family])  # settle is called here because this function has replaced the family's gate
+        settle(key, [family])  # proves the family, because this function may have replaced the family's gate
         failed = (key, name) in DROPPED or any((key, of) in DROPPED for of in format_proofs.families_in(args))
         return (OPERATORS[name].reference if failed else native_op(key, name))(*args)
 

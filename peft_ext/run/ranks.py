@@ -53,7 +53,8 @@ class Ranks:
         rank, world: rank of this process, and number of processes.
         local_rank, local_world: rank among the processes of this machine, and their number.
         node, nodes: number of this machine among the machines of the run, and number of machines.
-        identity: the name of the launch, which a restart keeps. ``has_own_name``: whether no other launch has the name.
+        identity: the name of the launch, which a restart keeps. ``has_own_name``: whether no other launch can have the
+        same ``identity``.
         restarts: how often the launcher has started one of the processes again.
         gpu: index of this process's GPU among the GPUs that the process sees; None without a GPU.
         launch: the numbers and names that the launcher gave to this process.

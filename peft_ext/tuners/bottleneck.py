@@ -276,7 +276,7 @@ class BottleneckModel(Tuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         found = super()._check_target_module_exists(peft_config, key)
-        return found and in_layers(peft_config, key)  # PEFT ignores layers_to_transform if target_modules is a regex
+        return found and in_layers(peft_config, key)  # for a regex, PEFT's own check ignores layers_to_transform
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,

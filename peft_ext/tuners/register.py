@@ -66,7 +66,8 @@ def peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Adds a method to PEFT's mappings under ``name``, in lower case. A second call for one method does nothing.
+    """Adds a method to PEFT's mappings under ``name``, which must be in lower case. A second call for one method does
+    nothing.
 
     After the call ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and other
     functions of PEFT accept the method. The modules of :mod:`peft_ext.tuners` call this function on import.

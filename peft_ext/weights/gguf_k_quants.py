@@ -145,7 +145,7 @@ def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Searches ``x ≈ scale · (code − most)`` with codes from 0 to ``2 · most − 1`` and errors weighted by x².
 
     The trial scales are near the scale with which the value with the largest absolute value has the code 0. Returns
-    scales ``[G]`` and codes float ``[n, G]`` of G groups of n columns.
+    scales ``[G]`` and codes ``[n, G]``, as floats, of G groups of n values.
     """
     largest = _first_largest(x)
     zero = largest.abs() < _LEAST

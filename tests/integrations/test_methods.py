@@ -483,8 +483,8 @@ def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
 @column("compile", first=("LoRA", "IA3"))
 def test_compile(name: str) -> Cell:
     """`torch.compile(fullgraph=True)` compiles the adapted MLP of the last layer, forward and backward. If the method
-    adapts the layer itself, the layer is compiled. For prefix and prompt tuning, the whole PeftModel is compiled.
-    Outputs and gradients agree with those of eager mode.
+    adapts decoder layers as a whole, the last decoder layer is compiled. For prefix and prompt tuning, the whole
+    PeftModel is compiled. Outputs and gradients agree with those of eager mode.
     """
     model = adapted(name).train()
     if tuners(model):

@@ -169,7 +169,7 @@ struct ChunkSums {
   }
 
   // Records that the chunks [start, start + count) are computed. If `now` is true, the function also adds the sums of
-  // these chunks to the total.
+  // these chunks to the total; otherwise the sums are added later (see LateSums).
   void finish(int64_t start, int64_t count, bool now) {
     const int64_t in_place = start == 0 ? 1 : 0;
     for (LateSums* of : {&sums, &totals}) {

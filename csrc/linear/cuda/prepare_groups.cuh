@@ -36,7 +36,7 @@ constexpr int kPreparedRuns = 64;
 struct PrepareGroups {
   int64_t inputs, outputs;
   TermsOut lora_A, lora_B;     // memory for the terms of A and of B of the launch's first adapter
-  int64_t stride_A, stride_B;  // distance from one adapter's terms to the next adapter's terms, in words of 4 bytes
+  int64_t stride_A, stride_B;  // distance from one adapter's bfloat16 terms to the next one's, in words of 4 bytes
   int32_t* rows;               // receives the rows of the table
   RowTile* tiles;
   int adapters, runs;  // numbers of adapters and of runs in this launch

@@ -42,7 +42,7 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
 enum class TermsOrder : int {
   // Operand B of a rank pass (F or L): outer = ranks, inner = summed dimension; a lane's part has two steps of 16.
   kPass,
-  kLeft,   // operand A of expand (L): outer = rows, inner = ranks
+  kLeft,   // operand A of expand, the factor L of expand.cuh: outer = rows, inner = ranks
   kRight,  // operand B of expand (F): outer = columns, inner = ranks; a lane's part has two tiles of 8 columns
 };
 

@@ -196,7 +196,8 @@ def _weight_4bit(weight: Tensor, state: Any) -> PackedWeight:
 def operands(
     base: nn.Module, x: Tensor, seen: Optional[torch.dtype] = None
 ) -> Optional[tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor], torch.dtype]]:
-    """Returns x, weight and bias as the base layer's forward multiplies them, and the dtype of that forward's result.
+    """Returns x, weight and bias as the base layer's forward passes them to its product, before a cast by autocast, and
+    the dtype of that forward's result.
 
     Returns None if the stock forward has to run, for example because the stock forward raises an error for the dtype of
     x, or because PEFT's sum of the base layer's result and the adapter's result has another dtype. ``seen`` is the

@@ -266,7 +266,8 @@ def _direct(facts: Facts, layer: Any, x: Tensor) -> Optional[Callable[[Tensor], 
 
 def _operands(facts: Facts, layer: Any, dtype: torch.dtype) -> Optional[tuple[tuple, Optional[Tensor]]]:
     """Returns the weight of a linear layer without adapters, as arguments of an operator, and the bias; None if the
-    layer's class or its tensors are not known, or if the layer would cast its bias."""
+    layer's class or its tensors are not known, if the layer would cast its bias, or if the weight is dense and
+    ``dtype`` is in ``reasons.WIDENED``."""
     kind, parameters, buffers = type(layer), layer.__dict__["_parameters"], layer.__dict__["_buffers"]
     if kind is not FusedLinear and kind.forward is not reasons.own_forward(kind):
         return None

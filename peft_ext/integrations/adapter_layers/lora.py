@@ -377,8 +377,8 @@ if LoraLinear is not None:
         """Fused ``peft.tuners.lora.Linear``: LoRA and DoRA."""
 
         def known_call(self, x: Tensor) -> Optional[tuple]:
-            """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None. A block
-            that calls the layer's kernel directly (see :mod:`.few_tokens`) uses this method."""
+            """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None if the call
+            is not common. A block that calls the layer's kernel directly (see :mod:`.few_tokens`) uses this method."""
             return self._common(x)
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:

@@ -31,7 +31,8 @@ _decoder_layer = kernel_of("decoder_layer")
 
 
 def layer_of_parts(x: Tensor, first_norm: Part, attention: Part, second_norm: Part, mlp: Part, given: dict) -> Tensor:
-    """Returns the output of a decoder layer. ``given``: the keyword arguments of the attention."""
+    """Returns the output of a decoder layer. ``given``: the keyword arguments of the attention besides
+    ``hidden_states``."""
     x = x + attention(hidden_states=first_norm(x), **given)[0]
     return x + mlp(second_norm(x))
 

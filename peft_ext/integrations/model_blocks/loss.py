@@ -244,7 +244,7 @@ def _new(stock: type) -> Any:
 @functools.cache
 def _on_loss(stock: type) -> type:
     """Returns the fused subclass of a model's class ``stock``, which computes the loss without whole logits. The first
-    call makes the subclass."""
+    call for a class makes the subclass, and later calls return the same subclass."""
     names = list(inspect.signature(stock.forward).parameters)
     at = names.index("labels") - 1 if "labels" in names else sys.maxsize
 

@@ -105,7 +105,7 @@ class Call:
         """Returns whether the inputs, the head or its adapters have changed since the head's call, so that logits
         computed now would differ from the logits of that call."""
         if torch.compiler.is_compiling():
-            return False  # a trace covers one forward, in which the head's tensors do not change
+            return False  # torch.compile traces one forward, in which the head's tensors do not change
         found, then = self._tensors(), self._tensors_then
         if len(found) != len(then) or any(one is not other for one, other in zip(found, then, strict=True)):
             return True
