@@ -279,7 +279,7 @@ class Panel:
             self.picture.text(self.left - 8, y, label, anchor="end")
 
     def bar(self, name: str, row: float, value: float, thick: float, look: str) -> None:
-        """Draws a bar from 0 to ``value``; ``thick`` is the bar's part of the row's height."""
+        """Draws a bar from 0 to ``value``; ``thick`` is the bar's height divided by the row's height."""
         (start, y), (end, _) = self.at(0, row), self.at(value, row)
         high = thick * self.height / abs(self.y.high - self.y.low)
         self.picture.add(f'<rect id="{name}" class="bar {look}" x="{_number(start)}" y="{_number(y - high / 2)}" '

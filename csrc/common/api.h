@@ -14,7 +14,7 @@ PEFT_EXT_API const char* peft_ext_oldest_torch();     // the oldest version of t
 PEFT_EXT_API const char* peft_ext_compiler();
 PEFT_EXT_API int peft_ext_isa_count();
 PEFT_EXT_API const char* peft_ext_isa_name(int isa);
-PEFT_EXT_API int peft_ext_isa_compiled(int isa);  // 1 if the library has kernels of the path
+PEFT_EXT_API int peft_ext_isa_compiled(int isa);  // 1 if the library has kernels of the CPU path `isa`
 // 1 if the library has the path and this process may run its instructions
 PEFT_EXT_API int peft_ext_isa_available(int isa);
 PEFT_EXT_API int peft_ext_isa();

@@ -15,7 +15,7 @@ constexpr int kPhiloxSets = 2;
 constexpr int kPhiloxBlocks = kPhiloxSets * Lanes::kWidth;  // number of counter blocks computed at a time
 constexpr int kDrawsPerBlock = 8;
 
-// Writes the draws of kPhiloxBlocks counter blocks. counters(s) returns the Philox counters of set s.
+// Writes the 16-bit draws of kPhiloxBlocks counter blocks to `out`. counters(s) returns the Philox counters of set s.
 template <typename Counters>
 inline void philox_rounds(const Dropout& dropout, const Counters& counters, uint16_t* out) {
   Lanes c0[kPhiloxSets], c1[kPhiloxSets], c2[kPhiloxSets], c3[kPhiloxSets];

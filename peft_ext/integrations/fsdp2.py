@@ -96,7 +96,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
         # FSDP2 would not reduce the gradient of a trained parameter that is not sharded.
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise ValueError(f"prepare_fsdp2: {name} is trained and not sharded; add adapters before fully_shard")
-    # By this policy accelerate would look for decoder layers by the names that their classes had before fully_shard.
+    # With the plugin's auto_wrap_policy, accelerate would look for decoder layers by the names of their classes, which
+    # fully_shard has changed.
     plugin.auto_wrap_policy = None
     _keep_parameters(accelerator)
     _save_adapters(trainer, plugin)

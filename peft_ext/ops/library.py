@@ -1,7 +1,8 @@
 """Declares operators to PyTorch, and keeps the registry of all operators of peft_ext.
 
-:func:`define` declares an operator's schema, reference, fake and family, :func:`proof` the calls that prove a family's
-kernels on new hardware, :func:`register_autograd` the backward, and :func:`public` the function that users call.
+:func:`define` declares an operator's schema, reference, fake implementation and family (the operators whose kernels are
+proved together). :func:`proof` declares the calls that prove a family's kernels on new hardware,
+:func:`register_autograd` declares the backward, and :func:`public` declares the function that users call.
 
 The native code only adds kernels for the CPU and CUDA dispatch keys. The reference is registered for every backend:
 without the native code, and on a device without a kernel, the dispatcher calls the reference.

@@ -180,7 +180,7 @@ def _families_of(names: tuple[str, ...]) -> frozenset[str]:
 
 
 def proved(device: str, *names: str) -> Optional[str]:
-    """Returns why the kernels of one of these operators were dropped on a type of device, or None.
+    """Returns why the kernels of one of the operators ``names`` were dropped on the device type ``device``, or None.
 
     A name may also be a packed format's family (format_proofs.py). First proves the families that are not proved yet,
     except under torch.compile and with fake tensors. Compiled code meets the operators' gates when it runs.

@@ -261,7 +261,8 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
   }
 }
 
-// Number of thread blocks that must fit on a multiprocessor. The compiler limits the registers for this number.
+// Number of thread blocks that must fit on a multiprocessor. The compiler limits the registers of a thread so that this
+// number of blocks fits.
 template <typename T, bool kNf4, StackOrder kOrder>
 constexpr int kProductBlocks =
     kOrder == StackOrder::kAny || (sizeof(T) == 4 && !kNf4 && kOrder == StackOrder::kAcross) ? 1 : 2;

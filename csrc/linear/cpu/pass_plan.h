@@ -36,7 +36,7 @@ inline int64_t chunk_tokens(int64_t tokens) {
   return shares(std::max(kMinChunkTokens, shares(tokens, kMaxChunks)), kTokenStep) * kTokenStep;
 }
 
-// Returns the number of chunks whose sums are kept at once.
+// Returns the number of chunks of tokens whose sums are kept in memory at once.
 inline int64_t chunks_together(int64_t tokens, int64_t columns, int64_t rank) {
   const int64_t chunks = shares(tokens, chunk_tokens(tokens));
   return std::min(chunks, std::max<int64_t>(1, kMostSums / std::max<int64_t>(1, columns * rank)));

@@ -39,7 +39,7 @@ inline void lane_sums(const Vec (&sums)[kCount], float scale, float* totals) {
   }
 }
 
-constexpr int kRows = 16;  // largest number of rows of m in a block
+constexpr int kRows = 16;  // largest number of rows of RowPass::m in a block
 // Number of columns in a block if dropout is active. For a 16-bit m and up to 16 ranks, the copy of the block, the
 // random draws and the columns of `acc` together fit an L1 cache of 32 KiB.
 constexpr int kDroppedPanel = kPanel / 2;

@@ -60,9 +60,11 @@ DroppedTokens dropped_tokens_of(const Tensor& m, int64_t tokens, int64_t depth, 
 // Returns the calling thread's scratch for a panel of W with `elements` elements.
 bf16* panel_scratch(int64_t elements);
 
-// Calls run(begin, end, first strip, last strip, panel, sums) over all panels of W and all token strips, on all
-// threads. strip_step: number of token strips in a unit of the plan (see plan.h). part: number of tiles in a part of
-// the depth, which is cut by `cut`. turns: whether the scratch of a panel also holds the transpose of the panel.
+// Divides all panels of W and all token strips into the ranges of a plan, and calls run(begin, end, first, last, panel,
+// sums) for each range, on all threads: [begin, end) are rows of W (in the backward, columns of W), [first, last) are
+// token strips, and panel and sums are the thread's scratch memory. strip_step: number of token strips in a unit of the
+// plan (see plan.h). part: number of tiles in a part of the depth, which is cut by `cut`. turns: whether the scratch of
+// a panel also holds the transpose of the panel.
 template <typename Run>
 void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, const DepthCut& cut, int64_t part,
                 bool turns, const Run& run) {
