@@ -55,13 +55,14 @@ class SourceError(ValueError):
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
+def find_folder(what: str, name: Union[str, Path], patterns: list[str], revision: Optional[str] = None) -> Path:
     """Returns the path of the folder or GGUF file ``name``; for a repository on the hub, the repository's folder in the
     hub's cache, after a download.
 
     Args:
         what: the argument's name in an error's message.
         patterns: name patterns of the files of a repository that are downloaded.
+        revision: branch, tag or commit of a repository; None: the default branch. A folder has no revisions.
 
     Raises: SourceError.
     """
@@ -84,17 +85,25 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
     # Every error of the download is raised as a SourceError about the argument ``what``.
     about = f"{what} is {text}: there is no such folder, and the hub gives none ("
     with raised_as(SourceError, about, Exception, after=")"):
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
 
 
-def model_folder(name: Union[str, Path], patterns: list[str]) -> Path:
+def model_folder(name: Union[str, Path], patterns: list[str], revision: Optional[str] = None) -> Path:
     """Returns the result of :func:`find_folder` for a model. Raises SourceError if the folder has no config.json."""
-    folder = find_folder("model", name, patterns)
+    folder = find_folder("model", name, patterns, revision)
     if folder.is_file():
         return folder
     if not (folder / "config.json").is_file():
         raise SourceError(f"no config.json in {folder}, wanted a model in transformers' format")
     return folder
+
+
+def named_base(config: Any) -> tuple[Optional[str], Optional[str]]:
+    """Returns the name of the base in an adapter's configuration, and the base's revision on the hub.
+
+    None stands for no name, and for the default branch.
+    """
+    return config.base_model_name_or_path or None, config.revision or None
 
 
 def read_model_config(folder: Path) -> Any:
@@ -301,10 +310,10 @@ def load_model(
         shapes: shapes of the adapter's tensors, by name.
         trained: see :func:`peft_ext.sources.adapter.training_options`.
     """
-    name = name if name is not None else config.base_model_name_or_path
+    name, revision = (name, None) if name is not None else named_base(config)
     if not name:
         raise SourceError(f"{adapter / 'adapter_config.json'} names no base model, give one")
-    folder = model_folder(name, MODEL_FILES)
+    folder = model_folder(name, MODEL_FILES, revision)
     if folder.is_file():
         return _load_gguf(str(name), folder, config, shapes)
     if not any(folder.glob("*.safetensors")):
