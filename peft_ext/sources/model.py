@@ -21,6 +21,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
+from ..methods import METHODS
 from ..nn import PackedExperts
 from ..nn.packed import HoldsPacked
 from .gguf_file import gguf_config, gguf_path, gguf_quantization, gguf_tokenizer, is_packed, pack_meta, read_gguf
@@ -400,6 +401,37 @@ def output_head(model: nn.Module) -> Optional[nn.Module]:
     layer."""
     get = getattr(base_model(model), "get_output_embeddings", None)
     return get() if callable(get) else None
+
+
+def beside_text(model: nn.Module) -> list[str]:
+    """Returns the names of the modules beside the text decoder of a model for text and for images or sounds, such as a
+    vision tower and the projection of its outputs. A model of text alone has none.
+
+    The result of a forward of text alone does not depend on these modules.
+    """
+    if getattr(getattr(model, "config", None), "text_config", None) is None or not hasattr(model, "get_decoder"):
+        return []
+    inner, decoder, head = getattr(model, "base_model", model), model.get_decoder(), output_head(model)
+    path = next((name for name, module in inner.named_modules() if module is decoder), "")
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is inner and name), "")
+    steps = path.split(".") if path else []
+    on_path = [".".join(steps[: i + 1]) for i in range(len(steps))]
+    found = []
+    for parent in ["", *on_path[:-1]] if path else []:
+        for name, child in inner.get_submodule(parent).named_children():
+            full = f"{parent}.{name}" if parent else name
+            if full not in on_path and child is not head and next(child.parameters(), None) is not None:
+                found.append(prefix + full)
+    return found
+
+
+def text_targets(model: nn.Module, method: str) -> dict[str, Any]:
+    """Returns the fields of the PEFT configuration of ``method`` that keep an adapter out of the modules of
+    :func:`beside_text`; {} where the model has no such modules, and for a prompt method, which adapts no module."""
+    names = beside_text(model)
+    if not names or METHODS[method].kind == "prompt":
+        return {}
+    return {"exclude_modules": rf"(?:{'|'.join(map(re.escape, names))})(?:\..*)?"}
 
 
 def task_of(model: nn.Module) -> Optional[str]:

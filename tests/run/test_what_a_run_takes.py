@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers as hf
+from safetensors.torch import load_file
+from tiny_run import write_gemma3
 
 import peft_ext
 from peft_ext.integrations.model_blocks.mlp import activation_name
@@ -24,6 +26,7 @@ from peft_ext.run import Options, RunError, dry_run, finetune, train
 from peft_ext.run.data import Corpus, prompt_ids, read_corpus, tokenize
 from peft_ext.run.plan import preview
 from peft_ext.run.prepare import adapter_config, meta_base, prepare
+from peft_ext.sources.model import beside_text
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -310,6 +313,41 @@ def test_a_model_without_sdpa_trains(tiny: Path, tmp_path: Path) -> None:
     gemma = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=16))
     model = model_folder(tiny, tmp_path / "gemma2", gemma)
     assert finetune(options_of(tiny, tmp_path / "run", model=model)).check.ok
+
+
+@pytest.fixture(scope="module")
+def gemma3(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_gemma3(tiny, tmp_path_factory.mktemp("gemma3")))
+
+
+def test_modules_beside_text_get_no_adapter_by_default(tiny: Path, gemma3: str, tmp_path: Path) -> None:
+    beside = ["model.vision_tower", "model.multi_modal_projector"]
+    for method in ("lora", "dora", "adalora", "bitfit", "diff-pruning"):
+        run = prepare(options_of(tiny, tmp_path / "run", model=gemma3, method=method))
+        base = meta_base(run)
+        assert beside_text(base) == beside
+        model = peft_ext.get_peft_model(base, adapter_config(run, base), accelerate=False)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert trained and not any(part in name for name in trained for part in beside), method
+        assert not train._may_leave_unused(model)
+    named = prepare(options_of(tiny, tmp_path / "run", model=gemma3, target_modules="q_proj"))
+    base = meta_base(named)
+    model = peft_ext.get_peft_model(base, adapter_config(named, base), accelerate=False)
+    assert train._may_leave_unused(model) and any("vision_tower" in name for name in model.targeted_module_names)
+
+
+def test_models_of_text_alone_have_nothing_beside_text(tiny: Path, tmp_path: Path) -> None:
+    run = prepare(options_of(tiny, tmp_path / "run"))
+    base = meta_base(run)
+    assert beside_text(base) == [] and getattr(adapter_config(run, base), "exclude_modules", None) is None
+    assert not train._may_leave_unused(peft_ext.get_peft_model(base, adapter_config(run, base), accelerate=False))
+
+
+@pytest.mark.slow
+def test_a_model_for_images_trains_on_text(tiny: Path, gemma3: str, tmp_path: Path) -> None:
+    assert finetune(options_of(tiny, tmp_path / "run", model=gemma3)).check.ok
+    weights = load_file(tmp_path / "run/adapter_model.safetensors")
+    assert len(weights) == 2 * 7 and not any("vision" in name for name in weights)
 
 
 def test_an_encoder_is_no_causal_model(tiny: Path, tmp_path: Path) -> None:
