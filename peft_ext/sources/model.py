@@ -40,8 +40,9 @@ AUTO_CLASSES = {
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-# Name patterns of the files of a hub repository that are downloaded for a model and its tokenizer.
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm"]
+# Name patterns of the files of a hub repository to download, for a tokenizer and for a model with its tokenizer.
+TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.spm"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 MOST_LAYERS = 10_000
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
