@@ -265,6 +265,12 @@ def test_the_revision_that_the_adapter_names(tiny, of_revision, tmp_path, monkey
     assert asked and set(asked) == {("owner/other", None)}
 
 
+def test_a_folder_has_no_revisions(tiny):
+    from peft_ext.sources.model import model_folder
+
+    assert model_folder(tiny / "model", ["*.json"], "v2") == tiny / "model"
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
