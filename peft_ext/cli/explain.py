@@ -26,7 +26,16 @@ from ..run.options import quant_name
 from ..run.plan import Preview, preview
 from ..run.progress import quiet, status
 from ..sources.json_file import raised_as
-from ..sources.model import head_labels, model_class, named_base, pack_as_stored, quant_method, stored_quant, task_of
+from ..sources.model import (
+    head_labels,
+    model_class,
+    named_base,
+    pack_as_stored,
+    quant_method,
+    stored_quant,
+    task_of,
+    text_targets,
+)
 from ..text import dtype_name, format_bytes
 from . import CliError
 from ._common import (
@@ -192,6 +201,7 @@ def _of_model(
     configs = []
     for method in chosen:
         path, fields = method_config(method, task_of(model))
+        fields |= text_targets(model, method)
         if rank is not None and method in _LOW_RANK:
             fields |= {"init_r": rank + rank // 2, "target_r": rank} if method == "adalora" else {"r": rank}
         configs.append((method, make_config(path, fields)))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tiny_run import write_gemma3
 
 import peft_ext
+from peft_ext.cli.main import main
 from peft_ext.integrations.model_blocks.mlp import activation_name
 from peft_ext.methods import make_config, method_config
 from peft_ext.run import Options, RunError, dry_run, finetune, train
@@ -334,6 +335,16 @@ def test_modules_beside_text_get_no_adapter_by_default(tiny: Path, gemma3: str, 
     base = meta_base(named)
     model = peft_ext.get_peft_model(base, adapter_config(named, base), accelerate=False)
     assert train._may_leave_unused(model) and any("vision_tower" in name for name in model.targeted_module_names)
+
+
+@pytest.mark.slow
+def test_explain_adapts_the_modules_that_a_run_adapts(
+    tiny: Path, gemma3: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()
+    assert main(["explain", gemma3, "--json", "--rank", "4", "--sequence-length", "16"]) == 0
+    (method,) = json.loads(capsys.readouterr().out)["methods"]
+    assert method["trainable"] == prepare(options_of(tiny, tmp_path / "run", model=gemma3)).trainable
 
 
 def test_models_of_text_alone_have_nothing_beside_text(tiny: Path, tmp_path: Path) -> None:
