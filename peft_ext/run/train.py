@@ -467,14 +467,16 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 def _may_leave_unused(model: nn.Module) -> bool:
     """Returns whether a step may leave trainable parameters unused, so that DDP has to search for unused parameters.
 
-    Experts may get no token of a batch. Text uses no vision tower and the like. In a model whose vision tower is a part
-    of the text decoder, :func:`beside_text` does not find the tower, which may have an adapter.
+    Experts may get no token of a batch. Text uses no vision tower, no audio tower, and no layer of cross attention to
+    images (Llama 3.2 Vision). Where a tower is a part of the text decoder (Phi-4-multimodal), :func:`beside_text` does
+    not find the tower, which may have an adapter.
     """
     if any(isinstance(module, nn.ModuleList) and "experts" in name for name, module in model.named_modules()):
         return True
     base = base_model(model)
     if not (beside := tuple(f"{name}." for name in beside_text(base))):
-        return any(getattr(base.config, f"{kind}_config", None) is not None for kind in ("vision", "audio"))
+        config = vars(base.config)
+        return any(config.get(name) for name in ("vision_config", "audio_config", "cross_attention_layers"))
     return any(p.requires_grad and name.startswith(beside) for name, p in base.named_parameters())
 
 

@@ -337,6 +337,15 @@ def test_modules_beside_text_get_no_adapter_by_default(tiny: Path, gemma3: str, 
     assert train._may_leave_unused(model) and any("vision_tower" in name for name in model.targeted_module_names)
 
 
+def test_ddp_searches_where_a_part_of_the_decoder_is_for_images() -> None:
+    with torch.device("meta"):
+        sizes = {**SIZES, "num_hidden_layers": 2}
+        llama = hf.MllamaForCausalLM(hf.MllamaTextConfig(**sizes, cross_attention_layers=[1], pad_token_id=1))
+        git = hf.GitForCausalLM(hf.GitConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    assert beside_text(llama) == beside_text(git) == []
+    assert train._may_leave_unused(llama) and train._may_leave_unused(git)
+
+
 @pytest.mark.slow
 def test_explain_adapts_the_modules_that_a_run_adapts(
     tiny: Path, gemma3: str, tmp_path: Path, capsys: pytest.CaptureFixture
