@@ -39,15 +39,16 @@ Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: PyTo
 # --- models and packages ----------------------------------------------------------------------------------------------
 
 
-def model_config(model: str) -> tuple[Path, Any]:
+def model_config(model: str, revision: Optional[str] = None) -> tuple[Path, Any]:
     """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
-    For a hub name fetches only the JSON files. Raises :class:`peft_ext.sources.model.SourceError` where there is no
-    such model, or where its configuration is damaged or not known to transformers.
+    For a hub name fetches only the JSON files, of ``revision`` or of the default branch. Raises
+    :class:`peft_ext.sources.model.SourceError` where there is no such model, or where its configuration is damaged or
+    not known to transformers.
     """
     if model == DEMO_MODEL:
         model = str(demo_model())
-    folder = model_folder(model, ["*.json"])
+    folder = model_folder(model, ["*.json"], revision)
     return folder, read_model_config(folder)
 
 

@@ -17,13 +17,13 @@ from ._common import held_model
 
 
 def verified(
-    name: str, config: Any, adapter: Optional[Path], dtype: torch.dtype, quant: str, blocksize: int, data: str,
-    batch_size: int, length: int,
+    name: Optional[str], config: Any, adapter: Optional[Path], dtype: torch.dtype, quant: str, blocksize: int,
+    data: str, batch_size: int, length: int,
 ) -> Any:  # fmt: skip
     """Returns the :class:`peft_ext.verification.Verification` of a training step of an adapter on a model.
 
     Args:
-        name: folder or hub name of the model.
+        name: folder or hub name of the model; None: the base that the adapter's configuration names.
         config: PEFT configuration of the adapter.
         adapter: folder of a saved adapter; None: a new adapter. Tensors of a new adapter that are zero get small random
             numbers, because a gradient through a zero tensor is zero.
@@ -41,7 +41,7 @@ def verified(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with status("loading"), hushed():
-        loaded = load_model(name, config, adapter or Path(name), {}, {})
+        loaded = load_model(name, config, adapter or Path(name or ""), {}, {})
         base = held_model(loaded, config, device, quant, blocksize, dtype)
         with raised_as(CliError, "--verify: the adapter does not fit: ", *REFUSALS):
             if adapter is not None:

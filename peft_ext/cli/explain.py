@@ -26,7 +26,16 @@ from ..run.options import quant_name
 from ..run.plan import Preview, preview
 from ..run.progress import quiet, status
 from ..sources.json_file import raised_as
-from ..sources.model import head_labels, model_class, pack_as_stored, quant_method, stored_quant, task_of
+from ..sources.model import (
+    head_labels,
+    model_class,
+    named_base,
+    pack_as_stored,
+    quant_method,
+    stored_quant,
+    task_of,
+    text_targets,
+)
 from ..text import dtype_name, format_bytes
 from . import CliError
 from ._common import (
@@ -51,9 +60,13 @@ _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "lo
 
 @dataclass(frozen=True)
 class _Base:
-    """A base model on the meta device, with the dtype and the quantization that the base has in the preview."""
+    """A base model on the meta device, with the dtype and the quantization that the base has in the preview.
+
+    ``given``: the base's name; None where the adapter's configuration names the base, and perhaps the base's revision.
+    """
 
     name: str
+    given: Optional[str]
     model: Any
     dtype: Any
     quant: str
@@ -116,7 +129,7 @@ def explain(
     for name, config in configs if verify else ():
         if name in found:
             checks[name] = verified(
-                base.name, config, adapter, base.dtype, _quant(name, base), base.blocksize, data or PYTHON_DOCS,
+                base.given, config, adapter, base.dtype, _quant(name, base), base.blocksize, data or PYTHON_DOCS,
                 batch_size, length,
             )  # fmt: skip
     if as_json:
@@ -188,10 +201,11 @@ def _of_model(
     configs = []
     for method in chosen:
         path, fields = method_config(method, task_of(model))
+        fields |= text_targets(model, method)
         if rank is not None and method in _LOW_RANK:
             fields |= {"init_r": rank + rank // 2, "target_r": rank} if method == "adalora" else {"r": rank}
         configs.append((method, make_config(path, fields)))
-    return _base(what, model, own, dtype, quant, blocksize, about, folder, config), configs
+    return _base(what, what, model, own, dtype, quant, blocksize, about, folder, config), configs
 
 
 def _of_adapter(
@@ -203,10 +217,11 @@ def _of_adapter(
 
     with raised_as(CliError, "", OSError, ValueError):
         adapter = checked_config(folder)
-    name = base_of(folder, model) or adapter.base_model_name_or_path
-    if not name:
+    given = base_of(folder, model) or None
+    name, revision = (given, None) if given is not None else named_base(adapter)
+    if name is None:
         raise CliError(f"{folder / 'adapter_config.json'} names no base model: give --model")
-    base_folder, config = model_config(name)
+    base_folder, config = model_config(name, revision)
     trained = training_options(folder)
     quant, blocksize, about = _quantization(base_folder, config, quant, blocksize, trained)
     if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
@@ -220,7 +235,7 @@ def _of_adapter(
     with raised_as(CliError, f"{folder / 'adapter_config.json'}: ", ValueError):
         check_expressions(adapter, built)
     method = str(getattr(adapter.peft_type, "value", adapter.peft_type))
-    return _base(name, built, own, dtype, quant, blocksize, about, base_folder, config), [(method, adapter)]
+    return _base(name, given, built, own, dtype, quant, blocksize, about, base_folder, config), [(method, adapter)]
 
 
 def _quantization(
@@ -240,8 +255,9 @@ def _quantization(
 
 
 def _base(
-    name: str, model: Any, own: Any, dtype: str, quant: str, blocksize: int, about: str, folder: Path, config: Any
-) -> _Base:
+    name: str, given: Optional[str], model: Any, own: Any, dtype: str, quant: str, blocksize: int, about: str,
+    folder: Path, config: Any,
+) -> _Base:  # fmt: skip
     from ..merge import DTYPES
 
     wanted = DTYPES[dtype] or own
@@ -252,7 +268,7 @@ def _base(
     model = model.to(wanted)
     if quant == "checkpoint":
         pack_as_stored(model, folder, config, wanted)
-    return _Base(name, model, wanted, quant, blocksize, about, parameters)
+    return _Base(name, given, model, wanted, quant, blocksize, about, parameters)
 
 
 def _quant(name: str, base: _Base) -> str:

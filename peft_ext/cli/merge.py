@@ -76,6 +76,8 @@ def merge(
     if done.untied:
         print(f"no longer tied, since the adapter changed one of the tied weights: {', '.join(done.untied)}")
     print(f"written: {done.parameters:,} parameters, {done.tensors} tensors, {size}, {files}, {dtype}")
+    whose = "the adapter's" if done.tokenizer == adapter.expanduser() else "the base's"
+    print(f"tokenizer: {'none' if done.tokenizer is None else whose}")
     print(f"saved: {done.output} in {done.seconds:.1f} s")
 
 
@@ -102,6 +104,8 @@ def _merge_gguf(
           f"{format_bytes(done.nbytes, binary=False)}")  # fmt: skip
     if done.added:
         print(f"no longer tied, since the adapter changed the tied embedding or head: {', '.join(done.added)} is new")
+    if (adapter / "tokenizer_config.json").is_file():
+        print("tokenizer: the base's; the tokenizer in the adapter's folder is not written into a GGUF file")
     if done.file_type is not None:
         print(f"general.file_type: {done.file_type}, since most weights have another type than in the base")
     if done.tensors:

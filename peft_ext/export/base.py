@@ -11,7 +11,7 @@ import torch
 from .._imports import required
 from ..gguf import GgufError, check_model, is_gguf, read_header
 from ..gguf.names import GgufNames
-from ..sources.model import SourceError, hushed, model_class, model_folder, read_model_config
+from ..sources.model import SourceError, hushed, model_class, model_folder, named_base, read_model_config
 from .errors import as_export_error, fail
 
 with required("peft", "peft_ext.write_gguf_adapter"):
@@ -70,14 +70,14 @@ def base_of(given: Union[str, Path, None], config: PeftConfig) -> Base:
     ``given`` None means the base that ``config`` names. Raises ExportError where the base is not named, can't be found,
     is damaged or has an architecture that is not supported.
     """
-    name = given if given is not None else config.base_model_name_or_path
+    name, revision = (given, None) if given is not None else named_base(config)
     if not name:
         fail("the adapter's adapter_config.json names no base model, give base")
     if is_gguf(name):
         return _of_gguf(Path(name).expanduser())
     if str(name).endswith(".gguf"):
         fail(f"base is {name}, no such file")
-    return _of_transformers(name, config)
+    return _of_transformers(name, revision, config)
 
 
 def _of_gguf(path: Path) -> Base:
@@ -90,9 +90,9 @@ def _of_gguf(path: Path) -> Base:
     return Base(str(path), title, names, shapes, True, "output.weight" not in shapes)
 
 
-def _of_transformers(name: Union[str, Path], config: PeftConfig) -> Base:
+def _of_transformers(name: Union[str, Path], revision: Optional[str], config: PeftConfig) -> Base:
     with as_export_error(SourceError):
-        about = read_model_config(model_folder(name, ["*.json"]))
+        about = read_model_config(model_folder(name, ["*.json"], revision))
     with as_export_error(ValueError, about=f"{name}: "):
         names = GgufNames.of_config(about)
     shapes = _shapes(str(name), about, config)

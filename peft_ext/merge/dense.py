@@ -18,7 +18,7 @@ from .. import tuners  # noqa: F401  registers the methods that PEFT lacks
 from .._imports import required
 from ..files import atomic_folder, check_free
 from ..sources.adapter import checked_config
-from ..sources.model import SourceError, find_folder, hushed
+from ..sources.model import TOKENIZER_FILES, SourceError, find_folder, hushed
 from ..text import format_bytes
 from ..weights.nf4 import BLOCKSIZES
 from ..weights.quantizers import QUANTIZATIONS
@@ -62,6 +62,7 @@ class MergeReport:
         untied: names of weights that were tied in the base and are separate now, because the adapter changed one.
         largest_change: name of the tensor with the largest ‖W' − W‖ / ‖W‖, and this ratio; (None, 0.0) where no change
             was measured.
+        tokenizer: folder or GGUF file whose tokenizer was written, the adapter's or the base's; None: neither has one.
         seconds: seconds that the merge took.
     """
 
@@ -79,6 +80,7 @@ class MergeReport:
     parameters: int
     untied: tuple[str, ...]
     largest_change: tuple[Optional[str], float]
+    tokenizer: Optional[Path]
     seconds: float
 
 
@@ -98,11 +100,12 @@ def merge_to_dense(
     """Merges a saved adapter into its base and writes a dense transformers model: ``W' = merge(W, adapter)``.
 
     Up to rounding, the written model computes the adapted model's results in evaluation. The folder has safetensors and
-    config.json, and where the base has them generation_config.json and tokenizer files. ``from_pretrained`` loads the
-    folder without PEFT and peft_ext. The adapter may be of a method whose layers can merge and share no tensors: LoRA
-    (with rsLoRA, DoRA, patterns, Conv1D, embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of
-    PEFT, BitFit, partial fine-tuning, Diff Pruning; each with ``modules_to_save``. Two tied weights of which the
-    adapter changes one are written as two separate weights; the config unties the two weights, except for T5.
+    config.json, where the base has one generation_config.json, and tokenizer files: the adapter's if its folder has
+    tokenizer_config.json, else the base's. ``from_pretrained`` loads the folder without PEFT and peft_ext. The adapter
+    may be of a method whose layers can merge and share no tensors: LoRA (with rsLoRA, DoRA, patterns, Conv1D,
+    embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of PEFT, BitFit, partial fine-tuning, Diff
+    Pruning; each with ``modules_to_save``. Two tied weights of which the adapter changes one are written as two
+    separate weights; the config unties the two weights, except for T5.
 
     Args:
         model: a folder or hub name of a dense model, of a model that bitsandbytes quantized to NF4, or of a packed
@@ -140,7 +143,7 @@ def merge_to_dense(
     dtype = _dtype(dtype)
     _check_options(base_quant, blocksize)
     with as_merge_error(SourceError):
-        adapter = find_folder("adapter", adapter, ["*.json", SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
+        adapter = find_folder("adapter", adapter, [*TOKENIZER_FILES, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
     config = adapter_config(adapter)
     output = Path(output).expanduser()
     with hushed():
@@ -157,13 +160,13 @@ def merge_to_dense(
         ):
             check_room(folder, plan.nbytes)
             files = plan.write(folder, max_shard_size, bar.update)
-            writer.write_beside(base, plan.config, folder)
+            tokenizer = writer.write_beside(base, plan.config, adapter, folder)
     return MergeReport(
         output=output, files=tuple(files), nbytes=plan.nbytes, base=base.name, model_class=type(base.model).__name__,
         base_quant=base.quant, base_quant_text=base.quant_text, method=str(config.peft_type.value), dtype=dtype,
         merged=len(plan.targets), tensors=len(plan.outputs),
         parameters=sum(t.numel() for t in plan.outputs.values()), untied=tuple(plan.untied),
-        largest_change=plan.largest_change, seconds=time.perf_counter() - started,
+        largest_change=plan.largest_change, tokenizer=tokenizer, seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 

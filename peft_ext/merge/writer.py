@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Optional
 
 import torch
 from torch import Tensor
@@ -19,13 +19,16 @@ from .errors import as_merge_error, fail
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PretrainedConfig
 
-# Files of the tokenizer, the chat template and the processor, which are copied from the base.
-_BESIDE = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json",
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Files of the tokenizer and the chat template, which are copied from the adapter or the base.
+_TOKENIZER = (
+    "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
+# Files of the processor, which are copied from the base.
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def write_safetensors(
@@ -50,20 +53,27 @@ def write_safetensors(
         advance(tensor.nbytes)
 
 
-def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
-    """Copies the base's tokenizer files, and writes generation_config.json, if the base has one, and then config.json.
+def write_beside(base: Base, config: PretrainedConfig, adapter: Path, folder: Path) -> Optional[Path]:
+    """Copies tokenizer files and the base's processor files, and writes generation_config.json, if the base has one,
+    and then config.json.
 
     config.json is written last, because a folder without config.json can't be loaded as a model.
+
+    Returns the folder or the GGUF file whose tokenizer was written: the adapter's folder if the folder has
+    tokenizer_config.json, else the base's; None where neither has tokenizer files.
     """
     model = base.model
-    if base.folder is not None and base.folder.is_file():
+    tokenizer = adapter if (adapter / TOKENIZER_CONFIG).is_file() else base.folder
+    if tokenizer is not None and tokenizer.is_file():
         with as_merge_error(ValueError):
-            load_tokenizer(str(base.folder)).save_pretrained(folder)
-    for name in _BESIDE if base.folder is not None else ():
-        if (base.folder / name).is_file():
-            shutil.copyfile(base.folder / name, folder / name)
-    if base.folder is not None and (base.folder / "additional_chat_templates").is_dir():
-        shutil.copytree(base.folder / "additional_chat_templates", folder / "additional_chat_templates")
+            load_tokenizer(str(tokenizer)).save_pretrained(folder)
+    elif tokenizer is not None:
+        if not _copy(_TOKENIZER, tokenizer, folder):
+            tokenizer = None
+        elif (tokenizer / _TEMPLATES).is_dir():
+            shutil.copytree(tokenizer / _TEMPLATES, folder / _TEMPLATES)
+    if base.folder is not None:
+        _copy(_PROCESSOR, base.folder, folder)
     about = None if base.folder is None else base.folder / "generation_config.json"
     if about is not None and about.is_file():
         shutil.copyfile(about, folder / about.name)
@@ -72,3 +82,12 @@ def write_beside(base: Base, config: PretrainedConfig, folder: Path) -> None:
             model.generation_config.save_pretrained(folder)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
+    return tokenizer
+
+
+def _copy(names: tuple[str, ...], source: Path, folder: Path) -> int:
+    """Copies the files ``names`` that are in ``source``, and returns their number."""
+    found = [name for name in names if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, folder / name)
+    return len(found)

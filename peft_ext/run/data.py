@@ -355,7 +355,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
     """
     if corpus.kind == "text":
         return Examples(_blocks(corpus.train, tokenizer, block_size), _blocks(corpus.held_out, tokenizer, block_size))
-    render = _renderer(corpus, tokenizer)
+    render = _renderer(corpus, tokenizer, block_size)
     cut = left_out = 0
     sides = []
     for records in (corpus.train, corpus.held_out):
@@ -381,16 +381,28 @@ def prompt_ids(tokenizer: Any, messages: list[Message], kind: str) -> list[int]:
     """Returns the tokens of a prompt. For ``kind`` "chat", the tokens equal those that :func:`tokenize` puts before the
     answer."""
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = messages[-1]["content"] + ("\n" if kind == "chat" else "")
+        return _ids(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return _bos(tokenizer) + _ids(tokenizer, messages[-1]["content"] + ("\n" if kind == "chat" else ""))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    """Returns a list with the BOS token where the tokenizer puts BOS before a text by itself; else an empty list.
+
+    A rendered chat template gets no BOS, because a template writes BOS where its model wants BOS.
+    """
+    first = list(tokenizer("", verbose=False)["input_ids"][:1])
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _blocks(texts: list[str], tokenizer: Any, block_size: int) -> list[Row]:
     stream: list[int] = []
+    bos = _bos(tokenizer)
     for text in texts:
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        stream += bos + _ids(tokenizer, text)
         if tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
     # A last block shorter than block_size is left out, unless it is the only block, so that blocks have equal weight.
@@ -400,21 +412,24 @@ def _blocks(texts: list[str], tokenizer: Any, block_size: int) -> list[Row]:
     return [{"input_ids": block, "labels": list(block)} for block in blocks]
 
 
-def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple[list[int], list[int]]]:
-    def ids_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _renderer(
+    corpus: Corpus, tokenizer: Any, block_size: int
+) -> Callable[[list[Message]], tuple[list[int], list[int]]]:
+    bos = _bos(tokenizer)
 
     def plain(messages: list[Message]) -> tuple[list[int], list[int]]:
-        prompt, answer = ids_of(messages[0]["content"] + "\n"), ids_of(messages[1]["content"])
+        prompt = messages[0]["content"] + "\n"
+        text = prompt + messages[1]["content"]
+        ids, labels = _labelled(corpus.where, tokenizer, text, [(len(prompt), len(text))], block_size)
         if tokenizer.eos_token_id is not None:
-            answer.append(tokenizer.eos_token_id)
-        return prompt + answer, [IGNORED] * len(prompt) + answer
+            ids.append(tokenizer.eos_token_id)
+            labels.append(tokenizer.eos_token_id)
+        return bos + ids, [IGNORED] * len(bos) + labels
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
-        # The chat template renders the conversation without and with each turn of the assistant. The tokens that a turn
-        # of the assistant adds have a loss.
-        ids: list[int] = []
-        labels: list[int] = []
+        # The chat template renders the conversation without and with each turn of the assistant. The characters that a
+        # turn of the assistant adds are an answer.
+        answers: list[tuple[int, int]] = []
         done = ""
         for count, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -431,14 +446,89 @@ def _renderer(corpus: Corpus, tokenizer: Any) -> Callable[[list[Message]], tuple
             if not (before.startswith(done) and after.startswith(before)):
                 raise RunError(f"--data {corpus.where}: the tokenizer's chat template rewrites earlier turns; "
                                "give prompt and completion columns instead of messages")  # fmt: skip
-            context, said = ids_of(before[len(done) :]), ids_of(after[len(before) :])
-            ids += context + said
-            labels += [IGNORED] * len(context) + said
+            answers.append((len(before), len(after)))
             done = after
-        return ids, labels
+        return _labelled(corpus.where, tokenizer, done, answers, block_size)
 
     if getattr(tokenizer, "chat_template", None):
         return chat
     if any(len(record) != 2 for record in corpus.train + corpus.held_out):
         raise RunError(f"--data {corpus.where}: conversations need a chat template, which the tokenizer lacks")
     return plain
+
+
+# --- tokens and labels of a rendered conversation ---------------------------------------------------------------------
+
+
+def _labelled(
+    where: str, tokenizer: Any, text: str, answers: list[tuple[int, int]], block_size: int
+) -> tuple[list[int], list[int]]:
+    """Returns the tokens of ``text``, and as labels the tokens whose first character is in an answer.
+
+    The tokens are those of the whole text, because a tokenizer such as Llama 2's puts a space before each text that it
+    gets, and would put a space before each turn that it got alone. One exception makes training equal to inference,
+    where a model gets the tokens of the text before an answer: if the tokens of the text with the answer do not begin
+    with the tokens of the text before the answer, as where one token has the last characters of the prompt and the
+    first of the answer, the text is cut at the beginning of the answer.
+
+    Args:
+        where: name of the data, for error messages.
+        answers: the positions in ``text`` where each answer begins and ends.
+        block_size: the function may leave out turns that begin after more than so many tokens.
+
+    Raises RunError where the tokenizer gives no positions of its tokens and the positions are needed.
+    """
+    before = _ids(tokenizer, text[: answers[0][0]])
+    ids, labels = list(before), [IGNORED] * len(before)
+    for (begin, end), stop in zip(answers, [*(begin for begin, _ in answers[1:]), len(text)], strict=True):
+        if tokenizer.is_fast:
+            whole, starts = _encoded(tokenizer, text[:stop])
+        else:
+            whole, starts = _encoded_slowly(where, tokenizer, text, before, end, stop)
+        added, starts = whole[len(before) :], starts[len(before) :]
+        if whole[: len(before)] != before:
+            added, starts = _continuation(where, tokenizer, text[begin:stop])
+            starts = [begin + start for start in starts]
+        ids += added
+        labels += [token if start < end else IGNORED for token, start in zip(added, starts, strict=True)]
+        before = whole
+        if len(ids) > block_size:
+            break
+    return ids, labels
+
+
+def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Returns the tokens of ``text``, and the position of the first character of each token."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return found["input_ids"], [start for start, _ in found["offset_mapping"]]
+
+
+def _encoded_slowly(
+    where: str, tokenizer: Any, text: str, before: list[int], end: int, stop: int
+) -> tuple[list[int], list[int]]:
+    """Returns the tokens of ``text[:stop]``, and for each token a position on the same side of ``end``.
+
+    ``before``: the tokens of the text before the answer that ends at ``end``. Raises RunError where a token may have
+    characters of both sides of the answer's beginning or end.
+    """
+    said, whole = _ids(tokenizer, text[:end]), _ids(tokenizer, text[:stop])
+    if said[: len(before)] != before or whole[: len(said)] != said:
+        raise RunError(f"--data {where}: the tokenizer, a {type(tokenizer).__name__}, does not tell the positions of "
+                       "its tokens, and a conversation has other tokens than its turns; wanted a fast tokenizer, with "
+                       "a tokenizer.json")  # fmt: skip
+    return whole, [0] * len(said) + [end] * (len(whole) - len(said))
+
+
+def _continuation(where: str, tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Returns the tokens of a text that continues another text, and the position of the first character of each token.
+
+    A tokenizer that puts a space before a text gets ``text`` behind a character that has no token in common with
+    ``text``; this character's tokens are left out.
+    """
+    has_no_prefix = _ids(tokenizer, "\n") + _ids(tokenizer, "a") == _ids(tokenizer, "\na")
+    for first in ("", "\n", "a", "1", ".") if has_no_prefix else ("\n", "a", "1", "."):
+        known = _ids(tokenizer, first)
+        ids, starts = _encoded(tokenizer, first + text)
+        if ids[: len(known)] == known:
+            return ids[len(known) :], [start - len(first) for start in starts[len(known) :]]
+    raise RunError(f"--data {where}: the tokenizer joins the answer {text[:40]!r} to any text before it")

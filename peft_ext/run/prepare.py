@@ -30,6 +30,7 @@ from ..sources.json_file import first_line, raised_as
 from ..sources.model import (
     MODEL_FILES,
     SourceError,
+    beside_text,
     check_index,
     check_model_config,
     find_folder,
@@ -37,6 +38,7 @@ from ..sources.model import (
     pack_as_stored,
     quant_method,
     stored_quant,
+    text_targets,
 )
 from ..text import dtype_name
 from ..weights.quantizers import PACKED_FORMATS
@@ -526,6 +528,10 @@ def adapter_config(run: Run, model: Any) -> Any:
         fields["target_modules"] = targets
     if run.method.kind == "low-rank":
         fields |= {"lora_alpha": o.alpha, "lora_dropout": o.dropout}
+    beside: tuple[str, ...] = ()
+    if targets in (None, "all-linear"):
+        fields |= text_targets(model, o.method)
+        beside = tuple(f"{name}." for name in beside_text(model))
     fields |= _experts_fields(o, model, targets)
     match o.method:
         case "adalora":
@@ -555,7 +561,8 @@ def adapter_config(run: Run, model: Any) -> Any:
             fields["feedforward_modules"] = [name for name in targets if name in there]
         case "prefix" | "prompt":
             fields["num_virtual_tokens"] = o.virtual_tokens
-        case "bitfit" if not any(name.rpartition(".")[2] == "bias" for name, _ in model.named_parameters()):
+        case "bitfit" if not any(name.rpartition(".")[2] == "bias" and not name.startswith(beside)
+                                 for name, _ in model.named_parameters()):  # fmt: skip
             fields["add_bias"] = targets or "all-linear"  # a model such as Llama has no bias to train
         case "partial" if targets is not None:
             del fields["num_last_layers"]

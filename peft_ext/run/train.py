@@ -26,7 +26,7 @@ from ..methods import METHODS
 from ..quantize import quantize_nf4, quantize_packed
 from ..sources.gguf_file import gguf_path
 from ..sources.json_file import raised_as
-from ..sources.model import loading_arguments, widen
+from ..sources.model import base_model, beside_text, loading_arguments, widen
 from ..text import dtype_name
 from ..weights.quantizers import PACKED_FORMATS
 from . import checkpoints, evaluate, shard
@@ -436,9 +436,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         include_num_input_tokens_seen="non_padding", prediction_loss_only=True, remove_unused_columns=False,
         gradient_checkpointing=o.gradient_checkpointing, disable_tqdm=not shows_bars(),
         ddp_backend="gloo" if run.device.type == "cpu" and run.ranks.world > 1 else None,
-        # DDP has to search for parameters that a step did not use only where experts may get no token of a batch.
-        ddp_find_unused_parameters=any(isinstance(module, nn.ModuleList) and "experts" in name
-                                       for name, module in model.named_modules()),
+        ddp_find_unused_parameters=_may_leave_unused(model),
         **shard.trainer_options(run),
         ddp_broadcast_buffers=False,  # the buffers are scales and tables, which each process has made alike
     )  # fmt: skip
@@ -468,6 +466,22 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     # progress_callback is added after the removal of ProgressCallback, which would remove a subclass too.
     trainer.add_callback(progress_callback(run.steps))
     return trainer
+
+
+def _may_leave_unused(model: nn.Module) -> bool:
+    """Returns whether a step may leave trainable parameters unused, so that DDP has to search for unused parameters.
+
+    Experts may get no token of a batch. Text uses no vision tower, no audio tower, and no layer of cross attention to
+    images (Llama 3.2 Vision). Where a tower is a part of the text decoder (Phi-4-multimodal), :func:`beside_text` does
+    not find the tower, which may have an adapter.
+    """
+    if any(isinstance(module, nn.ModuleList) and "experts" in name for name, module in model.named_modules()):
+        return True
+    base = base_model(model)
+    if not (beside := tuple(f"{name}." for name in beside_text(base))):
+        config = vars(base.config)
+        return any(config.get(name) for name in ("vision_config", "audio_config", "cross_attention_layers"))
+    return any(p.requires_grad and name.startswith(beside) for name, p in base.named_parameters())
 
 
 # --- the log -----------------------------------------------------------------------------------------------------

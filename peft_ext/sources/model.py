@@ -21,6 +21,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
+from ..methods import METHODS
 from ..nn import PackedExperts
 from ..nn.packed import HoldsPacked
 from .gguf_file import gguf_config, gguf_path, gguf_quantization, gguf_tokenizer, is_packed, pack_meta, read_gguf
@@ -39,8 +40,9 @@ AUTO_CLASSES = {
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-# Name patterns of the files of a hub repository that are downloaded for a model and its tokenizer.
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.spm"]
+# Name patterns of the files of a hub repository to download, for a tokenizer and for a model with its tokenizer.
+TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.spm"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 MOST_LAYERS = 10_000
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -56,13 +58,14 @@ class SourceError(ValueError):
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
+def find_folder(what: str, name: Union[str, Path], patterns: list[str], revision: Optional[str] = None) -> Path:
     """Returns the path of the folder or GGUF file ``name``; for a repository on the hub, the repository's folder in the
     hub's cache, after a download.
 
     Args:
         what: the argument's name in an error's message.
         patterns: name patterns of the files of a repository that are downloaded.
+        revision: branch, tag or commit of a repository; None: the default branch. A folder has no revisions.
 
     Raises: SourceError.
     """
@@ -85,17 +88,25 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str]) -> Path:
     # Every error of the download is raised as a SourceError about the argument ``what``.
     about = f"{what} is {text}: there is no such folder, and the hub gives none ("
     with raised_as(SourceError, about, Exception, after=")"):
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
 
 
-def model_folder(name: Union[str, Path], patterns: list[str]) -> Path:
+def model_folder(name: Union[str, Path], patterns: list[str], revision: Optional[str] = None) -> Path:
     """Returns the result of :func:`find_folder` for a model. Raises SourceError if the folder has no config.json."""
-    folder = find_folder("model", name, patterns)
+    folder = find_folder("model", name, patterns, revision)
     if folder.is_file():
         return folder
     if not (folder / "config.json").is_file():
         raise SourceError(f"no config.json in {folder}, wanted a model in transformers' format")
     return folder
+
+
+def named_base(config: Any) -> tuple[Optional[str], Optional[str]]:
+    """Returns the name of the base in an adapter's configuration, and the base's revision on the hub.
+
+    None stands for no name, and for the default branch.
+    """
+    return config.base_model_name_or_path or None, config.revision or None
 
 
 def read_model_config(folder: Path) -> Any:
@@ -304,10 +315,10 @@ def load_model(
         shapes: shapes of the adapter's tensors, by name.
         trained: see :func:`peft_ext.sources.adapter.training_options`.
     """
-    name = name if name is not None else config.base_model_name_or_path
+    name, revision = (name, None) if name is not None else named_base(config)
     if not name:
         raise SourceError(f"{adapter / 'adapter_config.json'} names no base model, give one")
-    folder = model_folder(name, MODEL_FILES)
+    folder = model_folder(name, MODEL_FILES, revision)
     if folder.is_file():
         return _load_gguf(str(name), folder, config, shapes)
     if not any(folder.glob("*.safetensors")):
@@ -394,6 +405,37 @@ def output_head(model: nn.Module) -> Optional[nn.Module]:
     layer."""
     get = getattr(base_model(model), "get_output_embeddings", None)
     return get() if callable(get) else None
+
+
+def beside_text(model: nn.Module) -> list[str]:
+    """Returns the names of the modules beside the text decoder of a model for text and for images or sounds, such as a
+    vision tower and the projection of its outputs. A model of text alone has none.
+
+    The result of a forward of text alone does not depend on these modules.
+    """
+    if getattr(getattr(model, "config", None), "text_config", None) is None or not hasattr(model, "get_decoder"):
+        return []
+    inner, decoder, head = getattr(model, "base_model", model), model.get_decoder(), output_head(model)
+    path = next((name for name, module in inner.named_modules() if module is decoder), "")
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is inner and name), "")
+    steps = path.split(".") if path else []
+    on_path = [".".join(steps[: i + 1]) for i in range(len(steps))]
+    found = []
+    for parent in ["", *on_path[:-1]] if path else []:
+        for name, child in inner.get_submodule(parent).named_children():
+            full = f"{parent}.{name}" if parent else name
+            if full not in on_path and child is not head and next(child.parameters(), None) is not None:
+                found.append(prefix + full)
+    return found
+
+
+def text_targets(model: nn.Module, method: str) -> dict[str, Any]:
+    """Returns the fields of the PEFT configuration of ``method`` that keep an adapter out of the modules of
+    :func:`beside_text`; {} where the model has no such modules, and for a prompt method, which adapts no module."""
+    names = beside_text(model)
+    if not names or METHODS[method].kind == "prompt":
+        return {}
+    return {"exclude_modules": rf"(?:{'|'.join(map(re.escape, names))})(?:\..*)?"}
 
 
 def task_of(model: nn.Module) -> Optional[str]:

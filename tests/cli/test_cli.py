@@ -216,6 +216,61 @@ def test_python_docs_hold_out_no_paragraph_that_is_trained_on():
     assert read_corpus("python-docs", seed=1).held_out != corpus.held_out
 
 
+# --- the base that an adapter names -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_revision(tiny, tmp_path_factory):
+    """Returns the folder of a LoRA adapter whose base is the revision v2 of a model on the hub."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("revision")
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.bfloat16)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(base, config, revision="v2")
+    model.peft_config["default"].base_model_name_or_path = "owner/base"
+    model.save_pretrained(folder)
+    return folder
+
+
+@needs_hf
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("merge", "--adapter", "ADAPTER", "--output", "OUT"),
+        ("chat", "--adapter", "ADAPTER", "--prompt", "hi", "--max-new-tokens", "1"),
+        ("export", "ADAPTER", "--gguf", "OUT.gguf"),
+        ("explain", "ADAPTER", "--sequence-length", "16"),
+        pytest.param(("explain", "ADAPTER", "--verify", "--batch-size", "1", "--sequence-length", "16"),
+                     marks=pytest.mark.slow),
+    ],
+    ids=["merge", "chat", "export", "explain", "verify"],
+)  # fmt: skip
+def test_the_revision_that_the_adapter_names(tiny, of_revision, tmp_path, monkeypatch, capsys, command):
+    asked = []
+
+    def snapshot_download(name, revision=None, **kwargs):
+        asked.append((name, revision))
+        return str(tiny / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    places = {"ADAPTER": str(of_revision), "OUT": str(tmp_path / "out"), "OUT.gguf": str(tmp_path / "out.gguf")}
+    words = [places.get(word, word) for word in command]
+    assert main(words) == 0, capsys.readouterr().err
+    assert asked and set(asked) == {("owner/base", "v2")}
+    asked.clear()
+    assert main([*words, "--model", "owner/other", *["--overwrite"] * (command[0] in ("merge", "export"))]) == 0
+    assert asked and set(asked) == {("owner/other", None)}
+
+
+def test_a_folder_has_no_revisions(tiny):
+    from peft_ext.sources.model import model_folder
+
+    assert model_folder(tiny / "model", ["*.json"], "v2") == tiny / "model"
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from launched import (
     started,
     torchrun,
 )
+from tiny_run import write_gemma3
 
 from peft_ext.cli.main import main
 from peft_ext.files import is_sealed
@@ -80,6 +81,18 @@ def test_processes_train_over_8_bit_floats(tiny, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(options_of(tiny, one, 4, "--quant", "fp8")) == 0
     run = Run([*torchrun(2), *options_of(tiny, two, 2, "--quant", "fp8")], tmp_path / "log")
+    assert run.end() == 0, run.out
+    losses, weights = differences(one, two)
+    assert losses <= LOSS and weights <= WEIGHT and record_of(two)["check"]["ok"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [(), ("--target-modules", "q_proj,fc1")], ids=["default", "named"])
+def test_processes_train_a_model_for_images_on_text(targets, tiny, tmp_path):
+    """Text does not use the vision tower, which gets no adapter by default; "q_proj,fc1" names layers of the tower."""
+    more, one, two = ("--model", str(write_gemma3(tiny, tmp_path / "gemma3")), *targets), tmp_path / "1", tmp_path / "2"
+    assert main(options_of(tiny, one, 4, *more)) == 0
+    run = Run([*torchrun(2), *options_of(tiny, two, 2, *more)], tmp_path / "log")
     assert run.end() == 0, run.out
     losses, weights = differences(one, two)
     assert losses <= LOSS and weights <= WEIGHT and record_of(two)["check"]["ok"]

@@ -27,6 +27,7 @@ from peft_ext import (  # noqa: E402
     merge,
     quantize_nf4,
 )
+from peft_ext.cli.main import main  # noqa: E402
 from peft_ext.merge import MergeError, merge_to_dense, writer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights and new heads
@@ -303,6 +304,29 @@ def test_what_is_used_beside_the_weights_comes_along(made, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     }  # fmt: skip
+
+
+def test_the_adapters_tokenizer_is_written_where_it_has_one(made, tiny, tmp_path, capsys):
+    base, adapter = made("Llama", lora("q_proj"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = "the base's"
+    tokenizer.save_pretrained(base)
+    (base / "processor_config.json").write_text("{}")
+    done = merge_to_dense(base, adapter, tmp_path / "base's")
+    read = transformers.AutoTokenizer.from_pretrained
+    assert done.tokenizer == base and read(tmp_path / "base's").chat_template == "the base's"
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(adapter)
+    done = merge_to_dense(base, adapter, tmp_path / "adapter's")
+    found = read(tmp_path / "adapter's")
+    assert done.tokenizer == adapter and found.chat_template is None and len(found("<added>")["input_ids"]) == 1
+    assert (tmp_path / "adapter's/processor_config.json").is_file()
+    for whose in ("adapter", "base"):
+        out = tmp_path / f"command, {whose}"
+        assert main(["merge", "--adapter", str(adapter), "--model", str(base), "--output", str(out)]) == 0
+        assert f"\ntokenizer: the {whose}'s\n" in capsys.readouterr().out
+        (adapter / "tokenizer_config.json").unlink(missing_ok=True)
 
 
 class Allocations(TorchDispatchMode):

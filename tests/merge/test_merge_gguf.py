@@ -494,10 +494,13 @@ def test_the_command(made, tmp_path, capsys):
     assert found[4].startswith("largest rounding error: 0.005") and "attn_q.weight in Q8_0" in found[4]
     assert found[5].startswith("of the adapter's change, rounding left ")
     assert found[-2].startswith(f"saved: {out} in ") and found[-1] == f"run: llama-cli -m {out}"
+    assert not any(line.startswith("tokenizer: ") for line in found)
+    (adapter / "tokenizer_config.json").write_text("{}")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     assert main([*arguments, "--overwrite", "--type", "f32"]) == 0
-    assert "written: 2 tensors merged (F32)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "written: 2 tensors merged (F32)" in said and "\ntokenizer: the base's; the tokenizer in the ada" in said
     for named, text in (({}, "the adapter's files name no base; wanted --model BASE.gguf"),
                         ({"base_model_name_or_path": "m"}, "the adapter's base is m: no such file")):  # fmt: skip
         (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **named}))

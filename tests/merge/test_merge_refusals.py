@@ -202,7 +202,7 @@ def test_the_command_says_what_it_did(made, tmp_path, capsys):
     )
     assert lines[3] == "no longer tied, since the adapter changed one of the tied weights: lm_head.weight"
     assert lines[4].startswith("written: ") and lines[4].endswith(" files, bfloat16")
-    assert lines[5].startswith(f"saved: {out} in ")
+    assert lines[5] == "tokenizer: none" and lines[6].startswith(f"saved: {out} in ")
     assert main(arguments) == 2
     assert capsys.readouterr() == ("", f"error: {out}: the folder exists and is not empty\n")
     assert main([*arguments, "--overwrite"]) == 0

@@ -16,14 +16,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers as hf
+from safetensors.torch import load_file
+from tiny_run import write_gemma3
 
 import peft_ext
+from peft_ext.cli.main import main
 from peft_ext.integrations.model_blocks.mlp import activation_name
 from peft_ext.methods import make_config, method_config
 from peft_ext.run import Options, RunError, dry_run, finetune, train
 from peft_ext.run.data import Corpus, prompt_ids, read_corpus, tokenize
 from peft_ext.run.plan import preview
 from peft_ext.run.prepare import adapter_config, meta_base, prepare
+from peft_ext.sources.model import beside_text
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -92,6 +96,145 @@ def test_a_prompt_is_rendered_as_the_data_is(tiny: Path, template: str | None) -
     asked = prompt_ids(tokenizer, record[:1], "chat")
     assert example["input_ids"][: len(asked)] == asked and example["labels"][len(asked) - 1] == -100
     assert example["labels"][len(asked)] != -100
+
+
+def tokenizer_of(kind: str) -> Any:
+    """Returns a small BPE tokenizer of a kind: ``bytes`` puts no space before a text, the other kinds put one."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = ["<s>", "</s>", "<unk>"]
+    said = [f"{a} {b}\n{a}: {b} {b}" for a in ("user", "assistant", "one", "two") for b in ("hi", "hello", "three")]
+    if kind == "bytes":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet, made.decoder = pre_tokenizers.ByteLevel.alphabet(), decoders.ByteLevel()
+        special = special[:2]
+    else:
+        made = Tokenizer(models.BPE(unk_token="<unk>"))
+        alphabet = ["\n", ":", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+        made.decoder = decoders.Metaspace()
+        if kind == "legacy":  # the normalizer of Llama 2, which has no pre-tokenizer
+            made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        else:
+            made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+    words = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([word for text in said for word in (text, *text.split())], words)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>",
+                                      **({} if kind == "bytes" else {"unk_token": "<unk>"}))  # fmt: skip
+
+
+TURNS = [{"role": role, "content": text} for role, text in (("user", "one"), ("assistant", "hello two"),
+                                                           ("user", "three"), ("assistant", "hi"))]  # fmt: skip
+SPECIAL = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)  # the space after "assistant:" and the first word of the answer can be one token
+
+
+def example_of(tokenizer: Any, record: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    (row,) = tokenize(Corpus("chat", [record], [record], "here"), tokenizer, 256).train
+    return row["input_ids"], row["labels"]
+
+
+KINDS = ["bytes", "first", "always", "legacy"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_has_the_tokens_of_its_whole_text(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_template = SPECIAL
+    ids, labels = example_of(tokenizer, TURNS)
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    said = tokenizer.decode([label for label in labels if label != -100])
+    assert said.replace(" ", "") == "hellotwo</s>\nhi</s>\n"
+    for count in (1, 3):
+        asked = prompt_ids(tokenizer, TURNS[:count], "chat")
+        assert ids[: len(asked)] == asked and labels[len(asked) - 1] == -100 != labels[len(asked)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_begins_where_inference_begins_it(kind: str) -> None:
+    """The template's last space and the answer's first word are one token of the whole text, but not at inference."""
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_template = PLAIN
+    record = TURNS[:2]
+    ids, labels = example_of(tokenizer, record)
+    asked = prompt_ids(tokenizer, record[:1], "chat")
+    text = tokenizer.apply_chat_template(record, tokenize=False)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"][: len(asked)] != asked
+    assert ids[: len(asked)] == asked and labels == [-100] * len(asked) + ids[len(asked) :]
+    assert tokenizer.convert_ids_to_tokens(ids[len(asked)])[0] == "h"  # no second space before the answer
+    assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize("template", [SPECIAL, PLAIN, None], ids=["special", "plain", "none"])
+def test_tokens_without_a_prefix_are_those_of_the_pieces(template: str | None) -> None:
+    tokenizer = tokenizer_of("bytes")
+    tokenizer.chat_template = template
+    record = TURNS if template else [TURNS[0], {"role": "assistant", "content": "\n\nhello"}]
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for count in (1, 3) if template else ():
+        before = tokenizer.apply_chat_template(record[:count], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(record[: count + 1], tokenize=False)
+        asked, said = (tokenizer(text)["input_ids"] for text in (before[len(done) :], after[len(before) :]))
+        ids, labels, done = ids + asked + said, labels + [-100] * len(asked) + said, after
+    if not template:
+        asked, said = (tokenizer(text)["input_ids"] for text in ("one\n", "\n\nhello</s>"))
+        ids, labels = asked + said, [-100] * len(asked) + said
+    assert example_of(tokenizer, record) == (ids, labels)
+
+
+def test_a_prompt_and_a_completion_are_tokenized_as_one_text() -> None:
+    for kind in KINDS:
+        tokenizer = tokenizer_of(kind)
+        ids, labels = example_of(tokenizer, TURNS[:2])
+        assert ids == tokenizer("one\nhello two</s>", add_special_tokens=False)["input_ids"]
+        asked = prompt_ids(tokenizer, TURNS[:1], "chat")
+        assert ids[: len(asked)] == asked and labels == [-100] * len(asked) + ids[len(asked) :]
+
+
+class Pairs:
+    """A tokenizer without positions, whose tokens are pairs of characters."""
+
+    is_fast, chat_template, bos_token_id, eos_token_id = False, None, None, None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [hash(text[i : i + 2]) for i in range(0, len(text), 2)]}
+
+
+def test_a_tokenizer_without_positions_is_compared_with_the_whole() -> None:
+    record = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    ids, labels = example_of(Pairs(), record)
+    assert ids == Pairs()("one\ntwo")["input_ids"] and labels == [-100, -100, *ids[2:]]
+    with pytest.raises(RunError, match="the tokenizer, a Pairs, does not tell the positions of its tokens"):
+        example_of(Pairs(), [{"role": "user", "content": "four"}, record[1]])
+
+
+def test_bos_stands_before_a_text_where_the_tokenizer_puts_it_there() -> None:
+    from tokenizers import processors
+
+    plain, tokenizer = tokenizer_of("legacy"), tokenizer_of("legacy")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    one, two = (plain(text)["input_ids"] for text in ("one", "two hello"))
+    for made, first in ((plain, []), (tokenizer, bos)):
+        (block,) = tokenize(Corpus("text", ["one", "two hello"], ["one"], "here"), made, 256).train
+        assert block["input_ids"] == block["labels"] == first + one + eos + first + two + eos
+        ids, labels = example_of(made, TURNS[:2])
+        assert ids == first + plain("one\nhello two</s>")["input_ids"] and labels[: len(first) + 1][-1] == -100
+        assert prompt_ids(made, TURNS[:1], "text") == first + one
+        made.chat_template = SPECIAL
+        assert example_of(made, TURNS)[0].count(bos[0]) == 4  # only the template's own
+        assert prompt_ids(made, TURNS[:1], "chat").count(bos[0]) == 2
 
 
 @pytest.mark.slow
@@ -171,6 +314,60 @@ def test_a_model_without_sdpa_trains(tiny: Path, tmp_path: Path) -> None:
     gemma = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=8, sliding_window=16))
     model = model_folder(tiny, tmp_path / "gemma2", gemma)
     assert finetune(options_of(tiny, tmp_path / "run", model=model)).check.ok
+
+
+@pytest.fixture(scope="module")
+def gemma3(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_gemma3(tiny, tmp_path_factory.mktemp("gemma3")))
+
+
+def test_modules_beside_text_get_no_adapter_by_default(tiny: Path, gemma3: str, tmp_path: Path) -> None:
+    beside = ["model.vision_tower", "model.multi_modal_projector"]
+    for method in ("lora", "dora", "adalora", "bitfit", "diff-pruning"):
+        run = prepare(options_of(tiny, tmp_path / "run", model=gemma3, method=method))
+        base = meta_base(run)
+        assert beside_text(base) == beside
+        model = peft_ext.get_peft_model(base, adapter_config(run, base), accelerate=False)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert trained and not any(part in name for name in trained for part in beside), method
+        assert not train._may_leave_unused(model)
+    named = prepare(options_of(tiny, tmp_path / "run", model=gemma3, target_modules="q_proj"))
+    base = meta_base(named)
+    model = peft_ext.get_peft_model(base, adapter_config(named, base), accelerate=False)
+    assert train._may_leave_unused(model) and any("vision_tower" in name for name in model.targeted_module_names)
+
+
+def test_ddp_searches_where_a_part_of_the_decoder_is_for_images() -> None:
+    with torch.device("meta"):
+        sizes = {**SIZES, "num_hidden_layers": 2}
+        llama = hf.MllamaForCausalLM(hf.MllamaTextConfig(**sizes, cross_attention_layers=[1], pad_token_id=1))
+        git = hf.GitForCausalLM(hf.GitConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    assert beside_text(llama) == beside_text(git) == []
+    assert train._may_leave_unused(llama) and train._may_leave_unused(git)
+
+
+@pytest.mark.slow
+def test_explain_adapts_the_modules_that_a_run_adapts(
+    tiny: Path, gemma3: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()
+    assert main(["explain", gemma3, "--json", "--rank", "4", "--sequence-length", "16"]) == 0
+    (method,) = json.loads(capsys.readouterr().out)["methods"]
+    assert method["trainable"] == prepare(options_of(tiny, tmp_path / "run", model=gemma3)).trainable
+
+
+def test_models_of_text_alone_have_nothing_beside_text(tiny: Path, tmp_path: Path) -> None:
+    run = prepare(options_of(tiny, tmp_path / "run"))
+    base = meta_base(run)
+    assert beside_text(base) == [] and getattr(adapter_config(run, base), "exclude_modules", None) is None
+    assert not train._may_leave_unused(peft_ext.get_peft_model(base, adapter_config(run, base), accelerate=False))
+
+
+@pytest.mark.slow
+def test_a_model_for_images_trains_on_text(tiny: Path, gemma3: str, tmp_path: Path) -> None:
+    assert finetune(options_of(tiny, tmp_path / "run", model=gemma3)).check.ok
+    weights = load_file(tmp_path / "run/adapter_model.safetensors")
+    assert len(weights) == 2 * 7 and not any("vision" in name for name in weights)
 
 
 def test_an_encoder_is_no_causal_model(tiny: Path, tmp_path: Path) -> None:

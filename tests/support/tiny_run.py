@@ -31,6 +31,24 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+def write_gemma3(tiny: Path, folder: Path) -> Path:
+    """Writes a random Gemma 3 for text and images, with the tokenizer of the tiny model, and returns ``folder``."""
+    import torch
+    import transformers
+
+    text = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16, "max_position_embeddings": 256,
+            "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
+                                       image_token_id=257, boi_token_id=255, eoi_token_id=256)  # fmt: skip
+    transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(folder)
+    return folder
+
+
 def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl", steps: int = 4) -> int:
     """Runs a few steps of finetune on the tiny model and returns the exit code."""
     return main(
