@@ -207,6 +207,28 @@ def test_outputs_that_are_files_and_links(finetune, runs, dense, tmp_path, capsy
     assert (tmp_path / "file").read_text() == "mine" and not hidden(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["bind", "overlay"])
+def test_an_output_that_can_be_written_but_not_replaced_gets_the_adapter(finetune, runs, tmp_path, kind):
+    """Tests a mount of the same file system, which no comparison of device numbers shows, and a lower layer."""
+    out = tmp_path / "seen/out"
+    below = {name: tmp_path / name for name in ("lower", "upper", "work")}
+    for folder in (out, *below.values(), below["lower"] / "out"):
+        folder.mkdir(parents=True)
+    (below["lower"] / ("out/mine" if kind == "overlay" else "mine")).write_text("kept")
+    layers = "lowerdir={lower},upperdir={upper},workdir={work}".format(**below)
+    mount = {"bind": ["--bind", below["lower"], out], "overlay": ["-t", "overlay", "-o", layers, "overlay", out.parent]}
+    done = subprocess.run(["mount", *mount[kind]], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"can't mount: {done.stderr.strip()}")
+    try:
+        assert finetune(out, "--overwrite") == (0, "")
+        assert_same_run(out, runs[1])
+        assert finetune(out, "--overwrite", "--rank", "2", "--seed", "1") == (0, "")
+        assert adapter(out) == adapter(runs[0]) and (out / "mine").read_text() == "kept" and not hidden(out.parent)
+    finally:
+        subprocess.run(["umount", "-l", mount[kind][-1]], check=True)
+
+
 # --- no memory --------------------------------------------------------------------------------------------------------
 
 
