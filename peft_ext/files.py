@@ -152,9 +152,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
             for file in carried:
                 file.unlink()
             beside, stays, part = part, True, stack.enter_context(_hidden_folder(inside))
-            for entry in list(beside.iterdir()):
-                shutil.move(entry, part)  # copies the entry if target is on another mount than the folder beside it
-            _sync_tree(part)
+            _move_all(beside, part)
         if stays:
             check_free(target, overwrite)
             _move_into(part, target, keep)
@@ -412,6 +410,13 @@ def _move_into(part: Path, target: Path, keep: bool) -> None:
     for entry in [] if keep else target.iterdir():
         if entry.name not in names and entry != part:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _move_all(old: Path, new: Path) -> None:
+    """Moves the entries of ``old`` into the empty folder ``new``, or copies the entries to another mount."""
+    for entry in list(old.iterdir()):
+        shutil.move(entry, new)
+    _sync_tree(new)
 
 
 def _carry_over(old: Path, new: Path) -> list[Path]:

@@ -372,9 +372,7 @@ print(json.dumps({"points": points, "found": found, "left": left, "last": state(
 
 @needs_fork
 @pytest.mark.parametrize("keep", ["keep", "whole"])
-@pytest.mark.parametrize(
-    "renaming", ["exchange", "two renames", pytest.param("file by file", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("renaming", ["exchange", "two renames", pytest.param("file by file", marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_folder_is_the_old_or_the_new(tmp_path, renaming, keep):
     if renaming == "exchange" and not sys.platform.startswith("linux"):
         pytest.skip("no call that exchanges folders")
@@ -388,7 +386,8 @@ def test_killed_at_any_moment_the_folder_is_the_old_or_the_new(tmp_path, renamin
     # Only where a folder is written file by file, a kill may leave one new file beside one old file, each whole.
     assert any(state["mixed"] for state in report["found"]) == (renaming == "file by file")
     mine = ["model/mine"] if keep == "keep" else []
-    assert report["left"] == ["model", "model/a", "model/b", *mine, "run.json"] and report["last"]["generation"] == 10**7
+    assert report["left"] == ["model", "model/a", "model/b", *mine, "run.json"]
+    assert report["last"]["generation"] == 10**7
     generations = [state["generation"] for state in report["found"][: report["points"]]]
     assert generations == sorted(generations) and generations[0] == 1 and generations[-1] == report["points"] + 1
 
