@@ -171,7 +171,7 @@ def train(run: Run) -> Result:
         if writes_config:
             write_config(run.options.output / CONFIG_FILE, run.options)
         elif run.ranks.speaks:
-            log.info(f"{run.options.output / CONFIG_FILE} was edited and stays; run.json has the options of this run")
+            log.info(f"{run.options.output / CONFIG_FILE} is not as a run wrote it and stays; run.json has the options")
         try:
             return _train(run, record, model)
         except BaseException:  # for example after a second Ctrl-C: run.json keeps the results so far
