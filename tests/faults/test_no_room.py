@@ -183,8 +183,15 @@ def test_a_folder_of_another_user(finetune, tiny, dense, tmp_path):
             return main(merge_command(closed, closed / "out", "--overwrite"))
 
         line = refused(forked(merged))
-        assert line.startswith(f"error: {closed}/.out.") and line.endswith(": Permission denied")
+        assert line.startswith(f"error: {closed}/out/.out.") and line.endswith(": Permission denied")
         assert content(closed) == before and not hidden(closed)
+        # The folder that can be written gets the model, although the folder beside it can't be made.
+        for path in (closed / "out", *(closed / "out").rglob("*")):
+            os.chown(path, 65534, -1)
+        assert forked(merged) == (0, "")
+        found, old = content(closed / "out"), content(dense / "from one")
+        assert "model.safetensors" in found and not found.keys() & {name for name in old if "-of-" in name}
+        assert not hidden(closed)
 
 
 def test_outputs_that_are_files_and_links(finetune, runs, dense, tmp_path, capsys):
