@@ -27,6 +27,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -55,6 +56,9 @@ __all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 # Endings of hidden folders: _PART for a folder that is being written, _OLD for an old folder that was moved aside.
 _PART, _OLD = ".part", ".old"
 _SEAL = "sealed.json"
+# Error numbers of a rename, or of a new folder beside a folder, where only the folder's entries can be replaced: the
+# folder is a mount point or in a lower layer of overlayfs, or the process may not write to the folder's parent.
+_FIXED = {errno.EXDEV, errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -109,8 +113,10 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     One system call (Linux ``renameat2``) exchanges an existing folder for the new one, so that ``path`` always exists.
     On a file system that can't exchange two folders, the old folder is first moved aside: a process killed between the
     two renames leaves the old folder under a hidden name, and the next write to ``path`` puts the old folder back. A
-    folder that can't be renamed (a mount point, the working folder of this process) is not replaced atomically: the new
-    files are moved into the folder one by one, oldest first.
+    folder that can't be renamed is not replaced atomically: the new files are written to a hidden folder inside the
+    folder, then moved into the folder one by one, oldest first. These folders can't be renamed: a mount point, the
+    working folder of this process, a folder whose parent this process may not write to, and a folder in a lower layer
+    of overlayfs.
 
     Args:
         path: the folder, which need not exist; its parent folders are made. If ``path`` is a symbolic link, the folder
@@ -130,17 +136,26 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
-    # The hidden folder is inside of target if target can't be renamed, else beside target.
-    with _hidden_folder(target / target.name if stays else target) as part:
+    inside = target / target.name
+    with contextlib.ExitStack() as stack:
+        # The hidden folder is inside of target if target can't be renamed, else beside target.
+        try:
+            part = stack.enter_context(_hidden_folder(inside if stays else target))
+        except OSError as error:
+            if stays or not target.is_dir() or error.errno not in _FIXED:
+                raise
+            stays, part = True, stack.enter_context(_hidden_folder(inside))
         yield part
-        if keep and target.is_dir() and not stays:
-            _carry_over(target, part)
+        carried = _carry_over(target, part) if keep and target.is_dir() and not stays else []
         _sync_tree(part)
+        if not stays and not _put(part, target, overwrite):
+            for file in carried:
+                file.unlink()
+            beside, stays, part = part, True, stack.enter_context(_hidden_folder(inside))
+            _move_all(beside, part)
         if stays:
             check_free(target, overwrite)
             _move_into(part, target, keep)
-        else:
-            _put(part, target, overwrite)
         _sync_folder(target if stays else target.parent)
 
 
@@ -264,7 +279,8 @@ def _hidden(target: Path, ending: str) -> Path:
 
 
 def _is_hidden(entry: Path) -> bool:
-    return entry.name.startswith(".") and entry.suffix in (_PART, _OLD)
+    """Returns whether the entry has a name that :func:`_hidden` makes."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{12}", entry.stem, re.DOTALL) is not None and entry.suffix in (_PART, _OLD)
 
 
 @contextlib.contextmanager
@@ -331,19 +347,23 @@ def check_free(target: Path, overwrite: bool) -> None:
 # --- putting ----------------------------------------------------------------------------------------------------------
 
 
-def _put(part: Path, target: Path, overwrite: bool) -> None:
-    if target.is_dir():
-        shutil.copymode(target, part)
-        if overwrite:
-            if not _exchange(part, target):
-                _move_aside(part, target)
-            return
+def _put(part: Path, target: Path, overwrite: bool) -> bool:
+    """Puts ``part`` at the path ``target``; returns False where a folder at ``target`` can't be renamed."""
+    there = target.is_dir()
     try:
-        os.rename(part, target)  # rename replaces an empty folder, and raises OSError for a folder with entries
+        if there:
+            shutil.copymode(target, part)
+        if not (there and overwrite):
+            os.rename(part, target)  # rename replaces an empty folder, and raises OSError for a folder with entries
+        elif not _exchange(part, target):
+            _move_aside(part, target)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if there and target.is_dir() and error.errno in _FIXED:
+            return False
+        if (there and overwrite) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise FileExistsError(errno.EEXIST, "another process has written this folder meanwhile", str(target)) from None
+    return True
 
 
 def _move_aside(part: Path, target: Path) -> None:
@@ -393,8 +413,19 @@ def _move_into(part: Path, target: Path, keep: bool) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _carry_over(old: Path, new: Path) -> None:
-    """Makes hard links in ``new`` to the files of ``old`` that ``new`` lacks, or copies if links are impossible."""
+def _move_all(old: Path, new: Path) -> None:
+    """Moves the entries of ``old`` into the empty folder ``new``, or copies the entries to another mount."""
+    for entry in list(old.iterdir()):
+        shutil.move(entry, new)
+    _sync_tree(new)
+
+
+def _carry_over(old: Path, new: Path) -> list[Path]:
+    """Makes hard links in ``new`` to the files of ``old`` that ``new`` lacks, or copies if links are impossible.
+
+    Returns the paths of the links and copies.
+    """
+    made = []
     for entry in old.iterdir():
         place, there = new / entry.name, os.path.lexists(new / entry.name)
         if _is_hidden(entry):
@@ -404,12 +435,14 @@ def _carry_over(old: Path, new: Path) -> None:
                 place.mkdir()
                 shutil.copystat(entry, place)
             if place.is_dir():
-                _carry_over(entry, place)
+                made += _carry_over(entry, place)
         elif not there:
             try:
                 os.link(entry, place, follow_symlinks=False)
             except (OSError, NotImplementedError):
                 shutil.copy2(entry, place, follow_symlinks=False)
+            made.append(place)
+    return made
 
 
 # --- fsync ------------------------------------------------------------------------------------------------------------

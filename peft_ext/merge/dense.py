@@ -19,6 +19,7 @@ from .._imports import required
 from ..files import atomic_folder, check_free
 from ..sources.adapter import checked_config
 from ..sources.model import TOKENIZER_FILES, SourceError, find_folder, hushed
+from ..sources.weight_files import check_finite
 from ..text import format_bytes
 from ..weights.nf4 import BLOCKSIZES
 from ..weights.quantizers import QUANTIZATIONS
@@ -135,7 +136,8 @@ def merge_to_dense(
     Raises:
         TypeError: ``model`` is neither a transformers model nor a path, a hub name or None.
         MergeError: a method, an initialization or a quantization that can't be merged; an adapter of another
-            architecture, of other shapes, with missing or unknown tensors, or in a pickle; a wrong option.
+            architecture, of other shapes, with missing or unknown tensors, with values that are not finite, or in a
+            pickle; a merged weight that is too large for the output's dtype; a wrong option.
         OSError: ``output`` is a folder that is not empty and overwrite is False, or can't be written, or the model does
             not fit on the disk. After an error no partial folder is left.
     """
@@ -149,6 +151,8 @@ def merge_to_dense(
     with hushed():
         with as_merge_error(SafetensorError, about=f"{adapter / SAFETENSORS_WEIGHTS_NAME}: "):
             weights = load_peft_weights(str(adapter), device="cpu")
+        with as_merge_error(ValueError):
+            check_finite(adapter / SAFETENSORS_WEIGHTS_NAME)
         base = base_of(model, config, adapter, weights, base_quant, blocksize, double_quant)
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
         plan = Plan(base, config, weights, dtype)

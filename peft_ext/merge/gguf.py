@@ -28,6 +28,7 @@ from .._imports import required
 from ..files import atomic_file
 from ..gguf import GgufHeader, TensorInfo, is_gguf
 from ..sources.model import SourceError, find_folder, hushed
+from ..sources.weight_files import check_finite
 from ..weights.gguf import TYPES, dense_dtype, type_name, type_number
 from ..weights.gguf_quantize import can_quantize, is_finite, quantize_gguf
 from .dense import adapter_config, check_room
@@ -169,7 +170,8 @@ def merge_to_gguf(
 
     Raises:
         MergeError: a damaged or unknown file; a method, a tensor or a type that can't be merged; an adapter of another
-            architecture, of other shapes, with missing or unknown tensors, or in a pickle; a wrong option.
+            architecture, of other shapes, with missing or unknown tensors, with values that are not finite, or in a
+            pickle; a merged weight that is too large for its type; a wrong option.
         OSError: ``output`` exists and overwrite is False, or can't be written, or the file does not fit on the disk.
     """
     try:
@@ -190,6 +192,8 @@ def _merge(
     with hushed(), torch.no_grad():
         with as_merge_error(SafetensorError, about=f"{adapter / SAFETENSORS_WEIGHTS_NAME}: "):
             weights = load_peft_weights(str(adapter), device="cpu")
+        with as_merge_error(ValueError):
+            check_finite(adapter / SAFETENSORS_WEIGHTS_NAME)
         merge = _Merge(GgufBase(base), config, weights, wanted)
         del weights
         size = file_size(merge.header, merge.planned)

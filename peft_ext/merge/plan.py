@@ -21,7 +21,9 @@ from ..model import register_layers, without_copies
 from ..sources.expressions import check_expressions
 from ..sources.json_file import first_line
 from ..sources.model import INDEX
+from ..text import dtype_name
 from ..tuners.layer import ReplacingLayer
+from ..weights.gguf_quantize import is_finite
 from . import writer
 from .base import Base
 from .errors import MergeError, as_merge_error, fail
@@ -305,7 +307,7 @@ class Plan:
 
     def _group(self, names: list[str]) -> dict[str, Tensor]:
         """Returns the tensors of a group with the names, shapes and dtypes that they have in the files."""
-        found = {name: self.take(name).to(self.meta[name].dtype) for name in names}
+        found = {name: _cast(name, self.take(name), self.meta[name].dtype) for name in names}
         return revert_weight_conversion(self.base.model, found)
 
     # --- the files ----------------------------------------------------------------------------------------------------
@@ -335,6 +337,15 @@ class Plan:
             with atomic_file(folder / INDEX) as file:
                 file.write(json.dumps(index, indent=2) + "\n")
         return list(split.filename_to_tensors)
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``value`` in ``dtype``. Raises MergeError where a finite number is too large for ``dtype``."""
+    cast = value.to(dtype)
+    narrowed = dtype != value.dtype and dtype.is_floating_point and dtype.itemsize > 1 and value.numel()
+    if narrowed and not is_finite(cast) and (cast.isfinite() != value.isfinite()).any():
+        fail(f"{name}: a value is too large for {dtype_name(dtype)}, wanted another dtype")
+    return cast
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from typing import Any, Optional
 from ..files import atomic_folder, is_sealed, not_whole, seal, sort_names
 from ..methods import METHODS
 from .config import FILE as CONFIG_FILE
+from .config import config_text
 from .errors import RunError, Stop
 from .options import SAME_ON_RESUME, Options, check_options
 from .progress import log
@@ -60,19 +62,27 @@ def saved_checkpoints(o: Options) -> list[Path]:
 
 
 def read_record(o: Options) -> dict[str, Any]:
-    """Returns the content of run.json in the output folder; {} where run.json can't be read."""
+    """Returns the content of run.json in the output folder; {} where run.json can't be read or is no JSON object."""
     try:
-        return json.loads((o.output / "run.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads((o.output / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _options_of_run(o: Options) -> Optional[dict[str, Any]]:
+    """Returns the options in the run.json of the earlier run; None where there is no run.json of a run."""
+    options = read_record(o).get("options")
+    return options if isinstance(options, dict) else None
 
 
 def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
     """Checks the output folder and returns the checkpoint to resume from; None without --resume.
 
     Raises RunError where the folder can't be written to, and where it is not empty and neither --resume nor --overwrite
-    is given. With --resume, raises RunError where no checkpoint is whole, or where the number of examples of a step or
-    an option in SAME_ON_RESUME differs from the earlier run.
+    is given. With --resume, raises RunError where no checkpoint is whole, where run.json is no record of a run, or
+    where the number of examples of a step or an option in SAME_ON_RESUME differs from the earlier run. With
+    --overwrite, raises RunError where the new run would write over files of the folder that are not of an earlier run.
     """
     existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
@@ -88,6 +98,12 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
     if o.output.is_dir() and not all(map(_is_ours, o.output.iterdir())) and not o.overwrite:
         resume = "--resume continues it, " if saved_checkpoints(o) else ""
         raise RunError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")
+    if o.overwrite and _options_of_run(o) is None:
+        names = ("run.json", "report.html", *[EXPORTED_FILE] * (o.export is not None))
+        foreign = [*(path for name in names if os.path.lexists(path := o.output / name)), *saved_checkpoints(o)]
+        if foreign:
+            raise RunError(f"--overwrite: {foreign[0]} is not of an earlier run, because {o.output} has no run.json of "
+                           "a run: move the file or folder away, or choose another --output")  # fmt: skip
     return None
 
 
@@ -134,10 +150,13 @@ def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
     found = saved_checkpoints(o)
     if not found:
         raise RunError(f"--resume: no checkpoint in {o.output} (they are written with --save-steps, and on Ctrl-C)")
-    record = read_record(o)
-    before = record.get("options", {})
+    record, before = read_record(o), _options_of_run(o)
+    if before is None:
+        raise RunError(f"--resume: {o.output / 'run.json'} is missing or no record of a run, so options and data can't "
+                       "be compared with those of the run: restore the file, or choose another --output")  # fmt: skip
     now = o.batch_size * o.grad_accum * ranks.world
-    was = record.get("step_examples", before.get("batch_size", now) * before.get("grad_accum", 1))
+    counts = [before.get("batch_size"), before.get("grad_accum", 1)]
+    was = record.get("step_examples", math.prod(counts) if all(isinstance(n, int) for n in counts) else now)
     if was != now:
         product = f"--batch-size {o.batch_size} x --grad-accum {o.grad_accum} x {ranks.world} processes"
         raise RunError(f"--resume: a step has {now} examples ({product}), in the run in {o.output} it has {was}")
@@ -149,7 +168,7 @@ def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
         if name in before and before[name] != getattr(o, name):
             log.info(f"resume: --{name.replace('_', '-')} is {getattr(o, name)}, the run in {o.output} has "
                      f"{before[name]}: the learning rate follows another schedule from here")  # fmt: skip
-    if record and "step_examples" not in record:
+    if "step_examples" not in record:
         log.warning("--resume: a former version took the examples in another order; some examples come twice or never")
     reasons = []
     for checkpoint in found:
@@ -222,8 +241,8 @@ def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator
 
     The other ranks wait until rank 0 has the folder.
 
-    With --overwrite removes the files of the earlier run; with --resume removes the checkpoints that are later than
-    ``checkpoint``. Raises RunError where another process holds the lock.
+    With --overwrite removes files of the earlier run, see :func:`_set_aside`; with --resume removes the checkpoints
+    that are later than ``checkpoint``. Raises RunError where another process holds the lock.
     """
     with contextlib.ExitStack() as stack:
         ranks.together(lambda: stack.enter_context(_owned(o, checkpoint, ranks)) if ranks.speaks else None)
@@ -281,17 +300,40 @@ def old_export(o: Options) -> Optional[Path]:
 def _set_aside(o: Options) -> None:
     """Removes the files and checkpoints of an earlier run from the output folder, and no other files.
 
-    Where the earlier run has saved a whole adapter, the adapter, its run.json, its report and its options are first
-    copied to the folder PREVIOUS. The folder PREVIOUS stays until this run has saved its own adapter.
+    The files of an earlier run are those that a run writes, in a folder that has the run.json of a run. README.md
+    stays, because saving an adapter updates README.md; finetune.yaml stays where the file was edited.
+
+    Where the folder has a whole adapter, the adapter and the files that describe it are first copied to the folder
+    PREVIOUS. The folder PREVIOUS stays until this run has saved its own adapter. Without the run.json of a run, only
+    a whole adapter is moved to PREVIOUS, and nothing else is removed.
     """
-    exported = [] if old_export(o) is None else [EXPORTED_FILE]
-    there = [name for name in (*ADAPTER_FILES, "README.md", "run.json", "report.html", CONFIG_FILE)
-             if (o.output / name).is_file()] + exported  # fmt: skip
-    if there[: len(ADAPTER_FILES)] == list(ADAPTER_FILES):
+    of_run = _options_of_run(o) is not None
+    whole = all((o.output / name).is_file() for name in ADAPTER_FILES)
+    names = list(ADAPTER_FILES) if of_run or whole else []
+    if of_run:
+        names += ["report.html", *[CONFIG_FILE] * may_write_config(o), *[EXPORTED_FILE] * (old_export(o) is not None)]
+        names.append("run.json")  # the last file that is removed: by run.json the other files are known as a run's
+    there = [name for name in names if (o.output / name).is_file()]
+    if whole:
         with atomic_folder(o.output / PREVIOUS, overwrite=True) as folder:
-            for name in there:
+            for name in (*there, *(["README.md"] if (o.output / "README.md").is_file() else [])):
                 shutil.copy2(o.output / name, folder / name)
         log.info(f"the old adapter is kept in {o.output / PREVIOUS} until this run has saved its own adapter")
-    shutil.rmtree(checkpoints_folder(o), ignore_errors=True)
+    if of_run:
+        for checkpoint in saved_checkpoints(o):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            checkpoints_folder(o).rmdir()  # raises OSError where the folder has other files
     for name in there:
         (o.output / name).unlink(missing_ok=True)
+
+
+def may_write_config(o: Options) -> bool:
+    """Returns whether a run may write finetune.yaml: False where the file differs from what the earlier run wrote."""
+    path, options = o.output / CONFIG_FILE, _options_of_run(o)
+    if not os.path.lexists(path):
+        return True
+    try:
+        return options is not None and path.read_text(encoding="utf-8") == config_text(options)
+    except (OSError, ValueError):
+        return False

@@ -116,16 +116,23 @@ def write_config(path: Path, options: Any) -> None:
 
     Raises OSError where the file can't be written.
     """
+    with atomic_file(path) as file:
+        file.write(config_text(dataclasses.asdict(options)))
+
+
+def config_text(options: dict[str, Any]) -> str:
+    """Returns the text that :func:`write_config` writes for the options, given by name."""
     import yaml
 
     values = {}
-    for name, value in dataclasses.asdict(options).items():
+    for name, value in options.items():
         if value is not None and name not in _FLAGS:
             values[name] = str(value) if isinstance(value, Path) else value
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    with atomic_file(path) as file:
-        file.write("# peft-ext finetune --config FILE repeats this run: give it another --output, or --overwrite.\n")
-        file.write(f"# Relative paths are from the folder it is started in.\n{text}")
+    return (
+        "# peft-ext finetune --config FILE repeats this run: give it another --output, or --overwrite.\n"
+        f"# Relative paths are from the folder it is started in.\n{text}"
+    )
 
 
 def _fail(path: Path, at: Any, text: str) -> NoReturn:

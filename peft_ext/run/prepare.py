@@ -205,6 +205,9 @@ def prepare(
     if options.prompt is not None:
         _check_prompt(run)
     run.steps = _count_steps(run)
+    if options.method == "diff-pruning" and pruning_step(run) > run.steps:
+        raise RunError(f"--method diff-pruning with one step and --warmup {options.warmup:g}: the learning rate of the "
+                       "first step is 0, so pruning would keep nothing; wanted more steps, or --warmup 0")  # fmt: skip
     run.parameters, run.trainable = _count_parameters(run)
     return run
 
@@ -441,6 +444,14 @@ def _count_steps(run: Run) -> int:
     if o.epochs is None:
         return o.max_steps or DEFAULT_STEPS
     return max(1, math.ceil(o.epochs * len(run.examples.train) / run.step_examples))
+
+
+def pruning_step(run: Run) -> int:
+    """Returns the step after which Diff Pruning prunes: half of the steps, but at least one step that trains.
+
+    With a warmup the learning rate of the first step is 0, and the adapter is still 0 after this step.
+    """
+    return max(2 if run.options.warmup else 1, round(run.steps / 2))
 
 
 def _count_parameters(run: Run) -> tuple[int, int]:

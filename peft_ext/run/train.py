@@ -37,7 +37,7 @@ from .errors import RunError, Stop, caught_signals, mendable_errors
 from .evaluate import Check
 from .launch import without_settings
 from .options import Options
-from .prepare import Run, adapter_config, facts_of, needs_bitsandbytes, prepare
+from .prepare import Run, adapter_config, facts_of, needs_bitsandbytes, prepare, pruning_step
 from .progress import log, progress_callback, shows_bars, status
 from .ranks import joined
 from .record import Record, recording_callback
@@ -168,9 +168,12 @@ def train(run: Run) -> Result:
             "held_out": {"examples": len(record.curve), "first": [0, first]},
             "resumed": resumed,
         }  # fmt: skip
+        writes_config = run.ranks.speaks and checkpoints.may_write_config(run.options)
         record.write()  # a restarted process recognizes its run by run.json
-        if run.ranks.speaks:
+        if writes_config:
             write_config(run.options.output / CONFIG_FILE, run.options)
+        elif run.ranks.speaks:
+            log.info(f"{run.options.output / CONFIG_FILE} is not as a run wrote it and stays; run.json has the options")
         try:
             return _train(run, record, model)
         except BaseException:  # also after a second Ctrl-C, run.json keeps the results so far
@@ -200,9 +203,8 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         if run.ranks.speaks:
             save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
-            # this adapter.gguf was exported from an earlier adapter
-            if (export := checkpoints.old_export(o)) is not None:
-                export.unlink()
+            if run.checkpoint is not None and (export := checkpoints.old_export(o)) is not None:
+                export.unlink()  # the file was exported from an adapter that this run has replaced
         size = (o.output / "adapter_model.safetensors").stat().st_size if run.ranks.speaks else 0
         results["adapter_bytes"] = run.ranks.gather(size)[0]
     if (meter := record.meter).tokens_per_s:
@@ -452,7 +454,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
     if o.method == "adalora":
         callbacks.insert(0, AdaLoraCallback())
     if o.method == "diff-pruning":
-        callbacks.insert(0, DiffPruningCallback())
+        callbacks.insert(0, DiffPruningCallback(at=pruning_step(run)))
     if o.gradient_checkpointing:
         model.enable_input_require_grads()
     kind = GateTrainer if o.method == "diff-pruning" else OrderedTrainer

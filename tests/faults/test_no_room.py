@@ -183,8 +183,15 @@ def test_a_folder_of_another_user(finetune, tiny, dense, tmp_path):
             return main(merge_command(closed, closed / "out", "--overwrite"))
 
         line = refused(forked(merged))
-        assert line.startswith(f"error: {closed}/.out.") and line.endswith(": Permission denied")
+        assert line.startswith(f"error: {closed}/out/.out.") and line.endswith(": Permission denied")
         assert content(closed) == before and not hidden(closed)
+        # The folder that can be written gets the model, although the folder beside it can't be made.
+        for path in (closed / "out", *(closed / "out").rglob("*")):
+            os.chown(path, 65534, -1)
+        assert forked(merged) == (0, "")
+        found, old = content(closed / "out"), content(dense / "from one")
+        assert "model.safetensors" in found and not found.keys() & {name for name in old if "-of-" in name}
+        assert not hidden(closed)
 
 
 def test_outputs_that_are_files_and_links(finetune, runs, dense, tmp_path, capsys):
@@ -205,6 +212,28 @@ def test_outputs_that_are_files_and_links(finetune, runs, dense, tmp_path, capsy
     assert main(merge_command(dense, tmp_path / "hanging", "--max-shard-size", "100KB")) == 0
     assert (tmp_path / "hanging").is_symlink() and content(tmp_path / "dense") == content(dense / "from two")
     assert (tmp_path / "file").read_text() == "mine" and not hidden(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bind", "overlay"])
+def test_an_output_that_can_be_written_but_not_replaced_gets_the_adapter(finetune, runs, tmp_path, kind):
+    """Tests a mount of the same file system, which no comparison of device numbers shows, and a lower layer."""
+    out = tmp_path / "seen/out"
+    below = {name: tmp_path / name for name in ("lower", "upper", "work")}
+    for folder in (out, *below.values(), below["lower"] / "out"):
+        folder.mkdir(parents=True)
+    (below["lower"] / ("out/mine" if kind == "overlay" else "mine")).write_text("kept")
+    layers = "lowerdir={lower},upperdir={upper},workdir={work}".format(**below)
+    mount = {"bind": ["--bind", below["lower"], out], "overlay": ["-t", "overlay", "-o", layers, "overlay", out.parent]}
+    done = subprocess.run(["mount", *mount[kind]], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"can't mount: {done.stderr.strip()}")
+    try:
+        assert finetune(out, "--overwrite") == (0, "")
+        assert_same_run(out, runs[1])
+        assert finetune(out, "--overwrite", "--rank", "2", "--seed", "1") == (0, "")
+        assert adapter(out) == adapter(runs[0]) and (out / "mine").read_text() == "kept" and not hidden(out.parent)
+    finally:
+        subprocess.run(["umount", "-l", mount[kind][-1]], check=True)
 
 
 # --- no memory --------------------------------------------------------------------------------------------------------

@@ -175,14 +175,73 @@ def test_the_old_folder_is_back_where_the_second_rename_fails(tmp_path, monkeypa
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path):
-    write(tmp_path / "closed/model", 1)
-    (tmp_path / "closed").chmod(0o500)
+    path = tmp_path / "closed/model"
+    write(path, 1)
+    path.parent.chmod(0o500)
     try:
+        write(path, 2, overwrite=True)  # the parent can't hold the new folder, but the folder can hold the new files
+        path.chmod(0o500)
         with pytest.raises(PermissionError):
-            write(tmp_path / "closed/model", 2, overwrite=True)
+            write(path, 3, overwrite=True)
     finally:
-        (tmp_path / "closed").chmod(0o700)
-    assert (tmp_path / "closed/model/a").read_text().startswith("1\n")
+        path.chmod(0o700)
+        path.parent.chmod(0o700)
+    assert names(path) == ["a", "b", "sub", "sub/c"] and (path / "a").read_text().startswith("2\n")
+
+
+@pytest.mark.parametrize("step, code", [
+    ("mkdir", errno.EACCES), ("mkdir", errno.EROFS), ("rename", errno.EACCES), ("rename", errno.EPERM),
+    ("rename", errno.EBUSY), ("rename", errno.EXDEV),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_renamed_is_written_file_by_file(tmp_path, monkeypatch, step, code):
+    path = tmp_path / "model"
+    write(path, 1)
+    for name in ("mine", "sub/mine"):
+        (path / name).write_text("kept")
+    inodes = [entry.stat().st_ino for entry in (path, path / "mine", path / "sub/mine")]
+    mkdir, rename = Path.mkdir, os.rename
+
+    def refuse(entry: Path, refused: bool) -> None:
+        if refused:
+            raise OSError(code, os.strerror(code), str(entry))
+
+    def make(self, *args, **kwargs):
+        refuse(self, step == "mkdir" and self.parent == tmp_path and self.suffix == ".part")
+        mkdir(self, *args, **kwargs)
+
+    def move(source, to):  # between two mounts no entry can be renamed
+        refuse(to, step == "rename" and (Path(source).parent == tmp_path or code == errno.EXDEV))
+        rename(source, to)
+
+    monkeypatch.setattr(Path, "mkdir", make)
+    monkeypatch.setattr(files.os, "rename", move)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: step == "rename" and refuse(other, code != errno.EPERM))
+    write(path, 2, overwrite=True, keep=True)
+    assert [entry.stat().st_ino for entry in (path, path / "mine", path / "sub/mine")] == inodes
+    assert {name: text[:2] for name, text in content(path).items()} == {
+        "a": "2\n", "b": "2\n", "sub/c": "2\n", "mine": "ke", "sub/mine": "ke"
+    }  # fmt: skip
+    with pytest.raises(FileExistsError, match="not empty"):
+        write(path, 3)
+    write(path, 3, overwrite=True)
+    assert names(path) == ["a", "b", "sub", "sub/c"] and (path / "sub/c").read_text().startswith("3\n")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", 4)
+    assert names(tmp_path / "empty") == ["a", "b", "sub", "sub/c"] and path.stat().st_ino == inodes[0]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["empty", "model"]
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_refused_before_the_files_are_written(tmp_path, monkeypatch):
+    write(tmp_path / "model", 1)
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(Path, "mkdir", refuse)
+        with atomic_folder(tmp_path / "model", overwrite=True):
+            pytest.fail("the block began")
+    assert (tmp_path / "model/a").read_text().startswith("1\n")
 
 
 def test_the_working_folder_is_written_file_by_file(tmp_path, monkeypatch):
@@ -219,20 +278,27 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
 # The script does not import torch, so that it forks quickly. Forked processes write one generation after another, and
 # each is killed at another call that changes the disk. The script prints the state of the path after each kill.
 _KILLED = """
-import importlib, json, os, random, signal, sys, time, types
+import errno, importlib, json, os, random, signal, sys, time, types
 from pathlib import Path
 package = sys.modules["peft_ext"] = types.ModuleType("peft_ext")  # itself imports torch
 package.__path__ = [str(Path(sys.argv[1]).parent)]
 files = importlib.import_module("peft_ext.files")
 path, exchange, keep = Path(sys.argv[2]), sys.argv[3] == "exchange", sys.argv[4] == "keep"
-single = path.with_name("run.json")
+single, by_file = path.with_name("run.json"), sys.argv[3] == "file by file"
+
+def no_exchange(one, other):
+    if by_file:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    return False
+
 if not exchange:
-    files._exchange = lambda one, other: False
+    files._exchange = no_exchange
 
 def write(generation):
     with files.atomic_folder(path, overwrite=True, keep=keep) as folder:
         for name in ("a", "b"):
             (folder / name).write_text(f"{generation}\\n" * 2000)
+        os.utime(folder / "a", (0, 0))  # a is the oldest file, which is moved first
     with files.atomic_file(single) as file:
         file.write(f"{generation}\\n" * 2000)
 
@@ -242,11 +308,10 @@ def state():
         files._remove_leftovers(path)
     found = {name: (path / name).read_text() for name in ("a", "b", *(["mine"] if keep else []))}
     mine = found.pop("mine", "kept")
-    lines = single.read_text().split()
-    texts = set(found.values())
-    return {"whole": len(texts) == 1 and len(texts.pop()) % 2000 == 0 and mine == "kept"
-            and len(set(lines)) == 1 and len(lines) == 2000, "missing": missing,
-            "generation": int(found["a"].split()[0])}
+    a, b, lines = (text.split() for text in (found["a"], found["b"], single.read_text()))
+    whole = all(len(set(words)) == 1 and len(words) == 2000 for words in (a, b, lines)) and mine == "kept"
+    return {"whole": whole and (a == b or by_file and int(a[0]) > int(b[0])), "missing": missing, "mixed": a != b,
+            "generation": int(a[0])}
 
 def forked(work):
     child = os.fork()
@@ -296,20 +361,20 @@ for _ in range(15):
     child = forked(loop)
     until = time.monotonic() + random.uniform(0.002, 0.02)
     while time.monotonic() < until:
-        if exchange and not path.is_dir():
-            found.append({"whole": False, "missing": True, "generation": 0})
+        if not path.is_dir() and (exchange or by_file):
+            found.append({"whole": False, "missing": True, "mixed": False, "generation": 0})
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     found.append(state())
 write(10**7)
-left = sorted(entry.name for entry in path.parent.iterdir())
+left = sorted(str(entry.relative_to(path.parent)) for entry in path.parent.rglob("*"))
 print(json.dumps({"points": points, "found": found, "left": left, "last": state()}))
 """
 
 
 @needs_fork
 @pytest.mark.parametrize("keep", ["keep", "whole"])
-@pytest.mark.parametrize("renaming", ["exchange", "two renames"])
+@pytest.mark.parametrize("renaming", ["exchange", "two renames", pytest.param("file by file", marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_folder_is_the_old_or_the_new(tmp_path, renaming, keep):
     if renaming == "exchange" and not sys.platform.startswith("linux"):
         pytest.skip("no call that exchanges folders")
@@ -318,9 +383,13 @@ def test_killed_at_any_moment_the_folder_is_the_old_or_the_new(tmp_path, renamin
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["points"] > 20 and all(state["whole"] for state in report["found"])
-    if renaming == "exchange":
+    if renaming != "two renames":
         assert not any(state["missing"] for state in report["found"])
-    assert report["left"] == ["model", "run.json"] and report["last"]["generation"] == 10**7
+    # Only where a folder is written file by file, a kill may leave one new file beside one old file, each whole.
+    assert any(state["mixed"] for state in report["found"]) == (renaming == "file by file")
+    mine = ["model/mine"] if keep == "keep" else []
+    assert report["left"] == ["model", "model/a", "model/b", *mine, "run.json"]
+    assert report["last"]["generation"] == 10**7
     generations = [state["generation"] for state in report["found"][: report["points"]]]
     assert generations == sorted(generations) and generations[0] == 1 and generations[-1] == report["points"] + 1
 
@@ -345,12 +414,18 @@ def test_an_adapter_is_saved_as_peft_saves_it_beside_what_is_there(tmp_path, mod
     path = tmp_path / "ours"
     (path / "checkpoints").mkdir(parents=True)
     (path / "checkpoints/state").write_text("kept")
+    # Only hidden folders with the names that atomic_folder gives are leftovers of atomic_folder.
+    for name in (".notes.old", ".draft.part", ".ours.mine.old", ".x.0123456789ab"):
+        (path / name).write_text("kept")
+    (path / ".ours.0123456789ab.old").mkdir()
     (path / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
     card = path / "README.md"
     save_adapter(model, path)
     for name in ("adapter_config.json", "adapter_model.safetensors", "second/adapter_model.safetensors"):
         assert (path / name).read_bytes() == (tmp_path / "stock" / name).read_bytes(), name
     assert (path / "checkpoints/state").read_text() == "kept" and "Mine." in card.read_text()
+    hidden = {entry.name: entry.read_text() for entry in path.glob(".*")}
+    assert hidden == dict.fromkeys((".notes.old", ".draft.part", ".ours.mine.old", ".x.0123456789ab"), "kept")
     with pytest.raises(FileExistsError, match="give overwrite=True"):
         save_adapter(model, path)
     save_adapter(model, path, overwrite=True, selected_adapters=["default"])

@@ -32,15 +32,14 @@ def test_an_error_in_the_middle_leaves_the_old_folder(made, tmp_path, monkeypatc
     merge_to_dense(base, adapter, tmp_path / "out")
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     weights = load_file(adapter / "adapter_model.safetensors")
-    broken = {
-        key: torch.full_like(tensor, torch.nan) if "layers.1" in key else tensor for key, tensor in weights.items()
-    }
-    shutil.copytree(adapter, tmp_path / "nan")
-    save_file(broken, tmp_path / "nan/adapter_model.safetensors", {"format": "pt"})
+    # The products of these finite factors are infinite in float32.
+    huge = {key: tensor.sign() * 3e38 if "layers.1" in key else tensor for key, tensor in weights.items()}
+    shutil.copytree(adapter, tmp_path / "huge")
+    save_file(huge, tmp_path / "huge/adapter_model.safetensors", {"format": "pt"})
     for overwrite, out in ((True, tmp_path / "out"), (False, tmp_path / "new")):
         with pytest.raises(MergeError, match=r"layers\.1\.self_attn\.q_proj: NaNs detected"):
-            merge_to_dense(base, tmp_path / "nan", out, overwrite=overwrite)
-    shutil.rmtree(tmp_path / "nan")
+            merge_to_dense(base, tmp_path / "huge", out, overwrite=overwrite)
+    shutil.rmtree(tmp_path / "huge")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match="No space left on device: [0-9]+ KB to write, 1.00 KB free") as caught:
@@ -89,6 +88,48 @@ def test_refuses_adapters_that_do_not_fit(made, tmp_path):
     (adapter / "adapter_config.json").unlink()
     assert refused(base, adapter, out) == f"no adapter_config.json in {adapter}, wanted an adapter in PEFT's format"
     assert not out.exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_values_that_are_not_finite(made, tmp_path, value):
+    base, adapter = made("Llama", lora("q_proj", modules_to_save=["norm"]))
+    key = "base_model.model.model.norm.weight"
+    bad = edited(adapter, tmp_path / "bad", lambda t: t.update({key: t[key].index_fill(0, torch.tensor(3), value)}))
+    for dtype in ("keep", "fp32"):
+        found = refused(base, bad, tmp_path / "out", dtype=dtype)
+        assert found == f"{bad}/adapter_model.safetensors: {key} has values that are not finite"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj", "model.norm", "model.layers.0.mlp.up_proj"])
+def test_refuses_a_dtype_that_cannot_hold_a_weight(made, tmp_path, name):
+    """Tests a merged weight, a weight of modules_to_save, and a weight of the base."""
+    base, adapter = made("Llama", lora("q_proj", modules_to_save=["norm"]))
+    large = -65520.0  # rounds to minus infinity in float16
+    if name.endswith("q_proj"):
+        key = f"base_model.model.{name}.lora_B.weight"
+        edited(adapter, tmp_path / "large", lambda t: t.update({key: t[key] * 1e9}))
+    elif name.endswith("norm"):
+        key = f"base_model.model.{name}.weight"
+        edited(adapter, tmp_path / "large", lambda t: t.update({key: t[key].index_fill(0, torch.tensor(3), large)}))
+    else:
+        shutil.copytree(adapter, tmp_path / "large")
+        weights = load_file(base / "model.safetensors")
+        weights[f"{name}.weight"][2, 3] = large
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+    found = refused(base, tmp_path / "large", tmp_path / "out", dtype="fp16")
+    assert found == f"{name}.weight: a value is too large for float16, wanted another dtype"
+    assert not (tmp_path / "out").exists()
+    merge_to_dense(base, tmp_path / "large", tmp_path / "out", dtype="bf16")
+
+
+def test_an_infinity_of_the_base_stays(made, tmp_path):
+    base, adapter = made("Llama", lora("q_proj"))
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] = -torch.inf
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    merge_to_dense(base, adapter, tmp_path / "out", dtype="fp16")
+    assert load_file(tmp_path / "out/model.safetensors")["model.norm.weight"].isinf().nonzero().tolist() == [[3]]
 
 
 METHODS = {

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,12 @@ from transformers import AutoModelForCausalLM
 import peft_ext
 from peft_ext.methods import KINDS, METHODS, make_config, method_config
 from peft_ext.run import Options, RunError, dry_run, evaluate, finetune, train
-from peft_ext.run.prepare import prepare
+from peft_ext.run.checkpoints import check_output, may_write_config, own_output
+from peft_ext.run.config import write_config
+from peft_ext.run.prepare import prepare, pruning_step
+from peft_ext.run.ranks import Ranks
 from peft_ext.text import format_bytes
+from peft_ext.tuners import DiffPruningModel
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -141,6 +145,122 @@ def test_a_dry_run_tells_what_the_run_would_be(tiny, tmp_path):
     plan = dry_run(options_of(tiny, tmp_path / "run", method="bitfit"))
     assert plan.steps == 4 and plan.adapter.trainable == plan.run.trainable > 0
     assert not (tmp_path / "run").exists()
+
+
+# --- files of an earlier run ------------------------------------------------------------------------------------------
+
+KEPT = ("README.md", "notes.txt", "checkpoints/mine/state", "checkpoints/checkpoint-best/state")
+OWN = ("report.html", "finetune.yaml", "adapter.gguf", "run.json", "checkpoints/checkpoint-2/state")
+ADAPTER = (WEIGHTS, "adapter_config.json")
+
+
+def earlier_run(folder: Path, with_record: bool = True) -> Options:
+    """Writes files of an earlier run and files of the user; returns the options of a run that starts over."""
+    options = Options(output=folder, lr=1e-3, overwrite=True)
+    for name in (*KEPT, *OWN, *ADAPTER):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    write_config(folder / "finetune.yaml", options)
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    (folder / "run.json").write_text(json.dumps({"options": values} if with_record else [values]))
+    return options
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {".lock"}
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+    options = earlier_run(tmp_path)
+    assert check_output(options) is None
+    with own_output(options, None, Ranks()):
+        saved = {f".previous/{name}" for name in ("README.md", *OWN[:-1], *ADAPTER)}
+        assert files_of(tmp_path) == {*KEPT, *saved} and may_write_config(options)
+
+
+def test_overwrite_keeps_options_that_were_edited(tmp_path):
+    options = earlier_run(tmp_path)
+    text = (tmp_path / "finetune.yaml").read_text().replace("0.001", "0.002")
+    (tmp_path / "finetune.yaml").write_text(text)
+    assert not may_write_config(options)
+    with own_output(options, None, Ranks()):
+        assert (tmp_path / "finetune.yaml").read_text() == text and not (tmp_path / "report.html").exists()
+        assert not may_write_config(options)
+
+
+def test_overwrite_removes_nothing_where_no_run_was(tmp_path):
+    options = earlier_run(tmp_path, with_record=False)
+    foreign = [tmp_path / name for name in ("run.json", "report.html", "adapter.gguf", "checkpoints/checkpoint-2")]
+    before = files_of(tmp_path)
+    with own_output(options, None, Ranks()):  # the two files of the adapter are moved, all other files stay
+        assert files_of(tmp_path) == (before - {*ADAPTER}) | {f".previous/{name}" for name in ("README.md", *ADAPTER)}
+        assert not may_write_config(options)
+    (tmp_path / "adapter_config.json").write_text("")  # a part of an adapter, such as the configuration of a pickle
+    before = files_of(tmp_path)
+    with own_output(options, None, Ranks()):
+        assert files_of(tmp_path) == before
+    for path in foreign:  # a run would write over these files
+        with pytest.raises(RunError, match=f"^--overwrite: {path} is not of an earlier run, because .* no run.json"):
+            check_output(replace(options, export="gguf"))
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert check_output(replace(options, export="gguf")) is None
+
+
+def test_resume_needs_the_record_of_the_run(tmp_path):
+    options = replace(earlier_run(tmp_path), overwrite=False, resume=True)
+    with pytest.raises(RunError, match="^--resume: no checkpoint in .* is whole"):
+        check_output(options)
+    wrong = (b"[1]", b"{}", b'{"options": [1]}', b"{", b"\xff", b"[" * 10**5)
+    for text in (*wrong, None):
+        (tmp_path / "run.json").unlink() if text is None else (tmp_path / "run.json").write_bytes(text)
+        with pytest.raises(RunError) as caught:
+            check_output(options)
+        assert str(caught.value) == (
+            f"--resume: {tmp_path}/run.json is missing or no record of a run, so options and data can't be compared "
+            "with those of the run: restore the file, or choose another --output"
+        )
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_over_keeps_what_the_user_wrote(tiny, tmp_path):
+    options = options_of(tiny, tmp_path / "run", max_steps=1, save_steps=1)
+    finetune(options)
+    card, config = tmp_path / "run/README.md", tmp_path / "run/finetune.yaml"
+    card.write_text(card.read_text() + "\nMine.\n")
+    (tmp_path / "run/checkpoints/notes").write_text("mine")
+    finetune(replace(options, overwrite=True, seed=1))
+    assert "Mine." in card.read_text() and "seed: 1\n" in config.read_text()
+    assert (tmp_path / "run/checkpoints/notes").exists() and not (tmp_path / "run/.previous").exists()
+    config.write_text(config.read_text() + "# mine\n")
+    finetune(replace(options, overwrite=True, seed=2))
+    assert "seed: 1\n" in config.read_text() and config.read_text().endswith("# mine\n")
+    assert json.loads((tmp_path / "run/run.json").read_text())["options"]["seed"] == 2
+
+
+# --- steps and errors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps, pruned", [(2, 2), (3, 2), (6, 3)])
+def test_diff_pruning_prunes_after_a_step_that_trains(tiny, tmp_path, monkeypatch, steps, pruned):
+    """With a warmup the learning rate of the first step is 0."""
+    seen = []
+    prune = DiffPruningModel.prune
+
+    def counted(self, target, name, optimizer):
+        seen.append(int(next(iter(optimizer.state.values()))["step"]))
+        return prune(self, target, name, optimizer)
+
+    monkeypatch.setattr(DiffPruningModel, "prune", counted)
+    result = finetune(options_of(tiny, tmp_path / "run", method="diff-pruning", max_steps=steps, save_steps=0))
+    assert result.finished and result.check.ok and seen == [pruned]
+
+
+def test_diff_pruning_needs_a_step_that_trains(tiny, tmp_path):
+    with pytest.raises(RunError, match="^--method diff-pruning with one step and --warmup 0.05: "):
+        prepare(options_of(tiny, tmp_path / "run", method="diff-pruning", max_steps=1))
+    run = prepare(options_of(tiny, tmp_path / "run", method="diff-pruning", max_steps=1, warmup=0.0))
+    assert pruning_step(run) == 1
 
 
 @pytest.mark.parametrize("changes, message", [
