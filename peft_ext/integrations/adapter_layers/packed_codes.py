@@ -70,10 +70,11 @@ def packed_targets(config: Any, model: nn.Module) -> Iterator[tuple[str, nn.Modu
     if check_target_module_exists is None or not hasattr(config, "target_modules"):
         return
     found, targets = copy.copy(config), config.target_modules
-    if targets is None and not getattr(config, "target_parameters", None):
+    if targets is None:
         tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        targets = found.target_modules = getattr(tuner, "target_module_mapping", {}).get(kind, "all-linear")
+        default = None if getattr(config, "target_parameters", None) else "all-linear"
+        targets = found.target_modules = getattr(tuner, "target_module_mapping", {}).get(kind, default)
     is_every = isinstance(targets, str) and targets.lower() == "all-linear"
     wanted = nn.Embedding if getattr(config.peft_type, "value", "") == "TRAINABLE_TOKENS" else nn.Linear
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
