@@ -263,7 +263,8 @@ def _as_it_was_on_failure(model: nn.Module, file: Path) -> Iterator[None]:
                 tensor.data = data
             tensor.requires_grad_(requires_grad)
         _raise_of_sizes(error)
-        if isinstance(error, KeyError) and str(error.args[0]).startswith("base_model."):  # set_peft_model_state_dict
+        # PEFT looks up the tensors of modules_to_save, of trainable tokens and of prompts in the adapter's file.
+        if isinstance(error, KeyError) and str(error.args[0]).startswith(("base_model.", "prompt_embeddings")):
             raise ValueError(f"load_adapter: {file} lacks {error.args[0]}") from error
         raise
 

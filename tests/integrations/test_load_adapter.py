@@ -307,6 +307,16 @@ def test_a_failed_load_changes_no_module(tmp_path, what, beside):
     torch.testing.assert_close(logits(loaded), logits(fresh))
 
 
+def test_a_file_without_its_prompt_is_named(tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(make_base("llama"), config).save_pretrained(tmp_path)
+    save_file({"other": torch.ones(4)}, tmp_path / "adapter_model.safetensors")
+    model = make_base("llama")
+    with pytest.raises(ValueError, match=r"load_adapter: .*adapter_model.safetensors lacks prompt_embeddings"):
+        load_adapter(model, tmp_path)
+    assert not hasattr(model, "peft_config")
+
+
 @pytest.mark.parametrize("make", [weight_norm, lambda linear: prune.l1_unstructured(linear, "weight", 0.3)])
 def test_a_layer_whose_weight_is_no_parameter_is_in_nobodys_way(make):
     base = make_base("llama")
