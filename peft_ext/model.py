@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import warnings
@@ -21,7 +22,7 @@ from .integrations.adapter_layers import dora_experts
 from .integrations.adapter_layers.base import FUSED
 from .integrations.adapter_layers.dora import DORA_DROPOUT
 from .integrations.adapter_layers.experts import EXPERTS_DROPOUT
-from .integrations.adapter_layers.packed_codes import code_reader, packed_targets
+from .integrations.adapter_layers.packed_codes import code_reader
 from .integrations.peft import accelerate as _accelerate
 from .nn import NF4Experts, NF4Linear, PackedEmbedding
 from .nn.experts import FrozenExperts
@@ -32,10 +33,11 @@ from .sources.weight_files import check_finite
 
 with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft import PeftConfig, PeftModel, PeftType
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners import lora
     from peft.tuners.adalora import AdaLoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils import (
         CONFIG_NAME,
         SAFETENSORS_WEIGHTS_NAME,
@@ -103,7 +105,7 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
             f"out, or call peft_ext.{'dequantize_nf4' if is_nf4 else 'dequantize_packed'}(model) first"
         )
 
-    for name, module in packed_targets(config, model):
+    for name, module in _packed_targets(config, model):
         if method := code_reader(config, module):
             refuse(f"{method} would compute with the codes of", name, module)
     saved = tuple(getattr(config, "modules_to_save", None) or ())
@@ -128,6 +130,34 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
                 adapted = any(f".{name}".endswith(f".{one}") for one in targets)
             if adapted:
                 refuse("DoRA's norm needs", name, module)
+
+
+def _packed_targets(config: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields name and module of each packed layer of the base model ``model`` that is a target of ``config``, or lies
+    within a target. If ``config`` leaves the targets to a method that has no targets for this model, yields all packed
+    linear layers."""
+    if not hasattr(config, "target_modules"):
+        return
+    found, targets = copy.copy(config), config.target_modules
+    if targets is None:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        default = None if getattr(config, "target_parameters", None) else "all-linear"
+        targets = found.target_modules = getattr(tuner, "target_module_mapping", {}).get(kind, default)
+    is_every = isinstance(targets, str) and targets.lower() == "all-linear"
+    wanted = nn.Embedding if getattr(config.peft_type, "value", "") == "TRAINABLE_TOKENS" else nn.Linear
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        if not isinstance(module, (HoldsPacked, NF4Linear)):
+            continue
+        name = name.removesuffix(".base_layer")
+        if is_every:
+            if module is head or not isinstance(module, wanted):
+                continue
+            found.target_modules = {name}
+        parts = name.split(".")
+        if any(check_target_module_exists(found, ".".join(parts[:end])) for end in range(len(parts), 0, -1)):
+            yield name, module
 
 
 def load_adapter(

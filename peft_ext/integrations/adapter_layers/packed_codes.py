@@ -6,8 +6,6 @@ packed layer if its layers call the base layer and do not read the weight, or if
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,12 +15,11 @@ from ..._imports import optional
 from ...nn import NF4Linear
 from ...nn.packed import HoldsPacked
 
-BaseTunerLayer = check_target_module_exists = None
-with optional("peft", "methods that read the weight of a packed layer are not found"):
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+BaseTunerLayer = None
+with optional("peft", "adapters that read the weight of a packed layer are not found"):
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["adapters_that_read_codes", "code_reader", "packed_targets"]
+__all__ = ["adapters_that_read_codes", "code_reader"]
 
 # Methods whose layers in PEFT 0.21 read nothing of the base layer but its result, its sizes and its device, and the
 # methods of peft_ext, which check packed layers themselves. A method that is neither listed here nor in `code_reader`
@@ -61,34 +58,6 @@ def code_reader(config: Any, layer: nn.Module, made: bool = False) -> str:
     if method == "ADAPTION_PROMPT":  # reads the dtype, and takes one byte for a quantized weight
         return "" if codes.dtype in (torch.int8, torch.uint8) else method
     return method
-
-
-def packed_targets(config: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields name and module of each packed layer of the base model ``model`` that is a target of ``config``, or lies
-    within a target. If ``config`` leaves the targets to a method that has no targets for this model, yields all packed
-    linear layers."""
-    if check_target_module_exists is None or not hasattr(config, "target_modules"):
-        return
-    found, targets = copy.copy(config), config.target_modules
-    if targets is None:
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        default = None if getattr(config, "target_parameters", None) else "all-linear"
-        targets = found.target_modules = getattr(tuner, "target_module_mapping", {}).get(kind, default)
-    is_every = isinstance(targets, str) and targets.lower() == "all-linear"
-    wanted = nn.Embedding if getattr(config.peft_type, "value", "") == "TRAINABLE_TOKENS" else nn.Linear
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for name, module in model.named_modules():
-        if not isinstance(module, (HoldsPacked, NF4Linear)):
-            continue
-        name = name.removesuffix(".base_layer")
-        if is_every:
-            if module is head or not isinstance(module, wanted):
-                continue
-            found.target_modules = {name}
-        parts = name.split(".")
-        if any(check_target_module_exists(found, ".".join(parts[:end])) for end in range(len(parts), 0, -1)):
-            yield name, module
 
 
 def adapters_that_read_codes(model: nn.Module) -> dict[int, str]:
