@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, Optional, Union
 
 import peft
 from huggingface_hub import hf_hub_download
-from torch import nn
+from torch import Tensor, nn
 
 from . import tuners  # noqa: F401  registers the methods that PEFT lacks
 from ._imports import required
@@ -20,8 +22,9 @@ from .integrations.adapter_layers import dora_experts
 from .integrations.adapter_layers.base import FUSED
 from .integrations.adapter_layers.dora import DORA_DROPOUT
 from .integrations.adapter_layers.experts import EXPERTS_DROPOUT
+from .integrations.adapter_layers.packed_codes import code_reader
 from .integrations.peft import accelerate as _accelerate
-from .nn import NF4Linear, PackedEmbedding
+from .nn import NF4Experts, NF4Linear, PackedEmbedding
 from .nn.experts import FrozenExperts
 from .nn.packed import HoldsPacked
 from .sources.adapter import checked_config
@@ -30,10 +33,11 @@ from .sources.weight_files import check_finite
 
 with required("peft", "peft_ext.get_peft_model and load_adapter"):
     from peft import PeftConfig, PeftModel, PeftType
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners import lora
     from peft.tuners.adalora import AdaLoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils import (
         CONFIG_NAME,
         SAFETENSORS_WEIGHTS_NAME,
@@ -72,7 +76,8 @@ def get_peft_model(
     Returns: the PeftModel around the same model.
 
     Raises: TypeError where config is no PeftConfig; ValueError where the configuration trains or replaces a packed
-    weight; PEFT's errors for a configuration that does not fit the model.
+    weight, or where PEFT's code for the method would compute with the codes of a packed weight; PEFT's errors for a
+    configuration that does not fit the model.
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"get_peft_model: config is {type(config).__name__}, wanted a PeftConfig")
@@ -89,15 +94,20 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
     """Raises ValueError if a configuration makes PEFT train or read the codes of a packed weight as a dense weight.
 
     PEFT copies the layers of ``modules_to_save`` and trains the copies, writes the rows of ``trainable_token_indices``
-    into an embedding's weight, and computes DoRA's norms of an embedding from this weight.
+    into an embedding's weight, and computes DoRA's norms of an embedding from this weight. Some methods compute each
+    layer from its weight, and do not call the base layer.
     """
 
     def refuse(what: str, name: str, module: nn.Module) -> None:
+        is_nf4 = isinstance(module, (NF4Linear, NF4Experts))
         raise ValueError(
-            f"{op}{what} the packed weight of {name} ({type(module).__name__}), wanted a dense weight: "
-            "leave the layer out, or call peft_ext.dequantize_packed(model) first"
+            f"{op}{what} the packed weight of {name} ({type(module).__name__}), wanted a dense weight: leave the layer "
+            f"out, or call peft_ext.{'dequantize_nf4' if is_nf4 else 'dequantize_packed'}(model) first"
         )
 
+    for name, module in _packed_targets(config, model):
+        if method := code_reader(config, module):
+            refuse(f"{method} would compute with the codes of", name, module)
     saved = tuple(getattr(config, "modules_to_save", None) or ())
     tokens = getattr(config, "trainable_token_indices", None) or ()
     tables = tuple(tokens) if isinstance(tokens, dict) else ()
@@ -120,6 +130,34 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
                 adapted = any(f".{name}".endswith(f".{one}") for one in targets)
             if adapted:
                 refuse("DoRA's norm needs", name, module)
+
+
+def _packed_targets(config: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields name and module of each packed layer of the base model ``model`` that is a target of ``config``, or lies
+    within a target. If ``config`` leaves the targets to a method that has no targets for this model, yields all packed
+    linear layers."""
+    if not hasattr(config, "target_modules"):
+        return
+    found, targets = copy.copy(config), config.target_modules
+    if targets is None:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        default = None if getattr(config, "target_parameters", None) else "all-linear"
+        targets = found.target_modules = getattr(tuner, "target_module_mapping", {}).get(kind, default)
+    is_every = isinstance(targets, str) and targets.lower() == "all-linear"
+    wanted = nn.Embedding if getattr(config.peft_type, "value", "") == "TRAINABLE_TOKENS" else nn.Linear
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        if not isinstance(module, (HoldsPacked, NF4Linear)):
+            continue
+        name = name.removesuffix(".base_layer")
+        if is_every:
+            if module is head or not isinstance(module, wanted):
+                continue
+            found.target_modules = {name}
+        parts = name.split(".")
+        if any(check_target_module_exists(found, ".".join(parts[:end])) for end in range(len(parts), 0, -1)):
+            yield name, module
 
 
 def load_adapter(
@@ -153,15 +191,15 @@ def load_adapter(
         kwargs: further arguments of PEFT: ``low_cpu_mem_usage``, ``autocast_adapter_dtype``, ``torch_device``,
             ``key_mapping``, ``subfolder``, ``revision``, ``token`` and the like.
 
-    Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. If PEFT can't load the adapter
-    into a PeftModel, the function removes the new adapter again and restores the modes and classes of the modules.
-    Warns if the adapter's file has a tensor that the model lacks, except for prompt learning.
+    Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. If the adapter can't be loaded,
+    the function restores the modules of ``model``. Warns if the adapter's file has a tensor that the model lacks,
+    except for prompt learning.
 
     Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as
     it is read) or are not finite; where the configuration has a field of a wrong type, asks for larger tensors than the
-    file has, trains a packed weight, or has a regular expression that does not end in ten seconds; where the file lacks
-    a tensor; or where the PeftModel has an adapter of this name. FileNotFoundError where the weights or the
-    configuration are missing.
+    file has, or has a regular expression that does not end in ten seconds; where the configuration needs a dense weight
+    that is packed; where the file lacks a tensor; or where the PeftModel has an adapter of this name. FileNotFoundError
+    where the weights or the configuration are missing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model is {type(model).__name__}, wanted a model or a PeftModel")
@@ -181,8 +219,8 @@ def load_adapter(
         "dora_dropout": _held(model, DORA_DROPOUT, "peft") if dora_dropout is None else dora_dropout,
         "experts_dropout": _held(model, EXPERTS_DROPOUT, 0.0) if experts_dropout is None else experts_dropout,
     }
-    if loaded:
-        with _as_it_was_on_failure(model, adapter_name):
+    with _as_it_was_on_failure(model, folder / SAFETENSORS_WEIGHTS_NAME):
+        if loaded:
             if accelerate:  # a LoRA layer over NF4 must be fused before PEFT adds a DoRA adapter
                 _accelerate(model, blocks=False, **options)
             dora_experts.register(config, model)
@@ -190,35 +228,39 @@ def load_adapter(
             _check_keys(model, adapter_name, folder, result.missing_keys, result.unexpected_keys)
             _unwrap_tied_heads(model)
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
-            _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
-    else:
-        if "config" not in kwargs and getattr(config, "use_dora", False):
-            kwargs["config"] = config
-        if "config" in kwargs:
-            register_layers(kwargs["config"], model)
-        if key_mapping is None:
-            # PeftModel.from_pretrained has this default for key_mapping, and PeftModel.load_adapter has no default.
-            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        # from_pretrained does not return the result of load_state_dict; a hook of the base model receives the result.
-        found: list[Any] = []
-        hook = model.register_load_state_dict_post_hook(lambda module, keys: found.append(keys))
-        try:
-            model = PeftModel.from_pretrained(model, str(path), adapter_name, is_trainable=is_trainable, **kwargs)
-        except RuntimeError as error:
-            _raise_of_sizes(error)
-            raise
-        finally:
-            hook.remove()
-        for keys in found:
-            _check_keys(model, adapter_name, folder, keys.missing_keys, keys.unexpected_keys)
-        if not is_trainable:
-            # PEFT casts some tensors of a frozen AdaLoRA or IA3 adapter, and the cast makes these tensors trainable.
-            model.requires_grad_(False)
-        _load_unrounded(model, str(path), adapter_name, key_mapping, kwargs)
-    freeze_ranknum(model)
-    if not accelerate:
-        return model
-    return _accelerate(model, blocks=blocks, **options)
+            adapted = model
+        else:
+            if key_mapping is None:
+                # PeftModel.from_pretrained has this default for key_mapping, and PeftModel.load_adapter has no default.
+                key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+            adapted, results = _wrapped(model, str(path), adapter_name, is_trainable, config, kwargs)
+            for result in results:
+                _check_keys(adapted, adapter_name, folder, result.missing_keys, result.unexpected_keys)
+            if not is_trainable:
+                # PEFT casts some tensors of a frozen AdaLoRA or IA3 adapter, and the cast makes these tensors
+                # trainable.
+                adapted.requires_grad_(False)
+        _load_unrounded(adapted, str(path), adapter_name, key_mapping, kwargs)
+        freeze_ranknum(adapted)
+        return _accelerate(adapted, blocks=blocks, **options) if accelerate else adapted
+
+
+def _wrapped(
+    model: nn.Module, path: str, adapter_name: str, is_trainable: bool, config: Any, kwargs: dict[str, Any]
+) -> tuple[PeftModel, list[Any]]:
+    """Returns the PeftModel that ``PeftModel.from_pretrained`` makes of a base model, and the results of
+    ``load_state_dict``. ``kwargs``: further arguments of PEFT."""
+    if "config" not in kwargs and getattr(config, "use_dora", False):
+        kwargs["config"] = config
+    if "config" in kwargs:
+        register_layers(kwargs["config"], model)
+    # from_pretrained does not return the result of load_state_dict; a hook of the base model receives the result.
+    found: list[Any] = []
+    hook = model.register_load_state_dict_post_hook(lambda module, keys: found.append(keys))
+    try:
+        return PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable, **kwargs), found
+    finally:
+        hook.remove()
 
 
 def _held(model: nn.Module, attribute: str, default: Any) -> Any:
@@ -229,33 +271,38 @@ def _held(model: nn.Module, attribute: str, default: Any) -> Any:
 
 
 @contextmanager
-def _as_it_was_on_failure(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """If the code in the context raises, removes the new adapter and restores the modes, classes and options of the
-    modules."""
-    before = [
-        (
-            module,
-            type(module),
-            module.training,
-            {
-                name: value
-                for name, value in module.__dict__.items()
-                if name.startswith("_peft_ext_") or name == "config"
-            },
-        )
-        for module in model.modules()
-    ]
+def _as_it_was_on_failure(model: nn.Module, file: Path) -> Iterator[None]:
+    """If the code in the context raises, restores the modules of ``model``: classes, children, tensors, modes and all
+    other attributes. Values that were written into a tensor stay.
+
+    ``file``: the adapter's file, for the error of a tensor that the file lacks.
+    """
+    before = [(module, type(module), dict(module.__dict__), _contents(module)) for module in model.modules()]
+    tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in model.parameters()]
     try:
         yield
     except Exception as error:
-        _unwrap_tied_heads(model)
-        if adapter_name in model.peft_config:
-            model.delete_adapter(adapter_name)
-        for module, kind, training, marks in before:
-            module.__class__, module.training = kind, training
-            module.__dict__.update(marks)
+        for module, kind, attributes, contents in before:
+            module.__class__ = kind
+            for held, content in contents:
+                held.clear()
+                (held.extend if isinstance(held, list) else held.update)(content)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for tensor, data, requires_grad in tensors:
+            if type(data) is Tensor and tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+            tensor.requires_grad_(requires_grad)
         _raise_of_sizes(error)
+        # PEFT looks up the tensors of modules_to_save, of trainable tokens and of prompts in the adapter's file.
+        if isinstance(error, KeyError) and str(error.args[0]).startswith(("base_model.", "prompt_embeddings")):
+            raise ValueError(f"load_adapter: {file} lacks {error.args[0]}") from error
         raise
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Returns the dicts, lists and sets that are attributes of ``module``, each with a copy of its entries."""
+    return [(held, held.copy()) for held in module.__dict__.values() if type(held) in (dict, OrderedDict, list, set)]
 
 
 def _unwrap_tied_heads(model: nn.Module) -> None:

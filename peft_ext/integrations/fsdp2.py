@@ -198,12 +198,18 @@ def _send_trained(model: nn.Module, device: torch.device) -> None:
 def _send_from_first(model: nn.Module, device: torch.device) -> None:
     """Sends parameters and buffers of process 0 to all processes. With ``cpu_ram_efficient_loading``, only process 0
     needs to have loaded the parameters and buffers."""
+    # Maps the id of a tensor on the meta device to the tensor and to its replacement, so that tied weights stay tied.
+    made: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():  # transformers leaves a tensor on the meta device if the files lack it
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                if tensor is not None and tensor.is_meta:
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
                     new = torch.empty_like(tensor, device=device)
-                    held[name] = nn.Parameter(new, tensor.requires_grad) if held is module._parameters else new
+                    new = nn.Parameter(new, tensor.requires_grad) if held is module._parameters else new
+                    made[id(tensor)] = tensor, new
+                _, held[name] = made[id(tensor)]
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         _send(tensor, device)
 

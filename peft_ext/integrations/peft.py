@@ -50,6 +50,7 @@ from .adapter_layers.dora_experts import is_dora
 from .adapter_layers.experts import EXPERTS_DROPOUT, clear_experts, prepare_experts
 from .adapter_layers.linear import FusedLinear, linear_dtype, would_widen
 from .adapter_layers.lora import Lora
+from .adapter_layers.packed_codes import adapters_that_read_codes
 from .adapter_layers.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
 from .adapter_layers.tensor_parallel import is_split
 from .model_blocks.blocks import block_parts, fuse_blocks, plain_blocks
@@ -64,6 +65,7 @@ with optional("peft", "explain lists no adapter layers"):
 
 __all__ = ["Explanation", "Row", "accelerate", "explain", "restore"]
 
+_READS_CODES = "computes with the codes of the packed weight as if they were the values of the weight"
 _NOT_ACCELERATED = "accelerate(model) was not called on it"
 _METHODS = {"adalora": "AdaLoRA", "bitfit": "BitFit", "bottleneck": "bottleneck adapter", "delora": "DeLoRA",
             "diff_pruning": "Diff Pruning",
@@ -133,7 +135,8 @@ def accelerate(
 
     Raises: TypeError if model is no nn.Module; ValueError if dora_dropout is neither "peft" nor "lora", or
     experts_dropout is no number with 0 <= p < 1. Warns if ``accelerate`` finds no layer to fuse (no adapter, no 4-bit
-    layer), and if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the layer to x.
+    layer), if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the layer to x, and if
+    a method's code in PEFT computes with the codes of a packed weight.
     """
     if dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
@@ -170,6 +173,15 @@ def accelerate(
             "accelerate before it is evaluated",
             stacklevel=2,
         )
+    reading = adapters_that_read_codes(model)
+    for name, module in model.named_modules():
+        if id(module) in reading:
+            warnings.warn(
+                f"accelerate: {reading[id(module)]} {_READS_CODES} of {name} ({len(reading)} in all). Its results are "
+                "wrong: call peft_ext.dequantize_packed(model) or dequantize_nf4(model) before the adapter is added",
+                stacklevel=2,
+            )
+            break
     if not found:
         warnings.warn(
             f"accelerate: {type(model).__name__} has no adapter layer and no 4-bit layer, nothing to accelerate: call "
@@ -339,7 +351,7 @@ def _blocks(model: nn.Module) -> Iterator[Row]:
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
-    bases = set()
+    bases, reading = set(), adapters_that_read_codes(model)
     frozen = (module for module in without_adapters(model) if isinstance(module, FusedLinear) or would_widen(module))
     linears = {id(module) for module in frozen}
     for name, module in model.named_modules():
@@ -353,6 +365,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
                 kind = f"{method} over {class_name(type(module.get_base_layer()))}.{parameter}"
             if type(module) not in STOCK and type(module) not in FUSED and not hasattr(module, "stock_reason"):
                 reason = _unmatched_reason(module, method, kind)
+            if id(module) in reading:
+                reason = f"{method} {_READS_CODES}: its results are wrong"
         elif module in bases:
             continue
         elif isinstance(module, NF4Linear):

@@ -248,6 +248,30 @@ def trainer_fsdp2_with_a_base_of_one_process(folder: Path) -> None:
 
 
 @check
+def trainer_fsdp2_keeps_tied_weights_of_one_process(folder: Path) -> None:
+    """With cpu_ram_efficient_loading, a weight that the embedding and the head share stays one weight."""
+
+    def tied() -> PeftModel:
+        model = make()
+        model.lm_head.weight = model.get_input_embeddings().weight
+        return model
+
+    model = tied()
+    with configured():
+        config = options(folder, {"cpu_ram_efficient_loading": True})
+        trainer = InOrder(model, hf.TrainingArguments(**config), train_dataset=rows())
+        if dist.get_rank() != 0:  # only now, because on a CPU Trainer moves the model to the device
+            frozen = {p: nn.Parameter(p.to("meta"), False) for p in model.parameters() if not p.requires_grad}
+            for module in model.modules():
+                module._parameters.update({name: frozen.get(p, p) for name, p in module._parameters.items()})
+            assert model.lm_head.weight is model.get_input_embeddings().weight and model.lm_head.weight.is_meta
+        PeftExtCallback().attach(trainer)
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        trainer.train()
+    assert_losses(losses_of(trainer), alone(tied()))
+
+
+@check
 def trainer_fsdp2_in_mixed_precision(folder: Path) -> None:
     """With ``bf16=True``, FSDP2 casts the gathered parameters; the shards of the adapter stay float32."""
     one = make(base="nf4")

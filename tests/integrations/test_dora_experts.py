@@ -246,11 +246,30 @@ def test_merging_into_nf4() -> None:
         assert torch.equal(model(**batch()).logits, wanted)
         exact = peft_ext.dequantize_nf4(model).merge_and_unload().eval()
         torch.testing.assert_close(exact(**batch()).logits, wanted, rtol=1e-3, atol=1e-4)
-    two = adapt(model=peft_ext.quantize_nf4(base()), target_modules=[])
-    two.add_adapter("other", config(target_modules=[]))
-    peft_ext.accelerate(two)
-    with pytest.raises(ValueError, match="one of them DoRA, into NF4 experts: merge one alone"):
-        two.merge_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize("accelerate", [True, False])
+@pytest.mark.parametrize("use_dora", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_two_adapters_one_of_them_dora_are_not_merged(quantized: bool, use_dora: bool, accelerate: bool) -> None:
+    """The forward adds the changes that each adapter makes to the unmerged weight."""
+    two = adapt(model=peft_ext.quantize_nf4(base()) if quantized else base(), target_modules=[])
+    two.add_adapter("other", config(target_modules=[], use_dora=use_dora))
+    two.base_model.set_adapter(["default", "other"])
+    (peft_ext.accelerate if accelerate or quantized else peft_ext.restore)(two).eval()
+    before = {name: tensor.clone() for name, tensor in two.state_dict().items()}
+    with torch.no_grad():
+        wanted = two(**batch()).logits
+        with pytest.raises(ValueError, match="default, other, one of them DoRA, into experts: merge one alone"):
+            two.merge_adapter()
+        assert torch.equal(two(**batch()).logits, wanted)
+        for one, other in (("default", "other"), ("other", "default")):
+            two.merge_adapter([one])
+            with pytest.raises(ValueError, match=f"{one}, {other}, one of them DoRA"):
+                two.merge_adapter([other])
+            two.unmerge_adapter()
+    for name, tensor in two.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

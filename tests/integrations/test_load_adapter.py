@@ -3,6 +3,7 @@ AdaLoRA over bfloat16; files that are refused.
 """
 
 import copy
+import shutil
 import warnings
 
 import pytest
@@ -252,6 +253,68 @@ def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path, what):
     assert _options(model) == before and "two" not in model.peft_config
     assert [(row.name, row.fused) for row in peft_ext.explain(model).blocks] == blocks
     assert model.active_adapters == ["default"]
+
+
+def _state_of(model):
+    """Returns the class, mode, attributes and trained parameters of each module."""
+    return {
+        name: (type(module), module.training, sorted(module.__dict__), sorted(module._modules),
+               sorted((key, id(p), p.requires_grad) for key, p in module._parameters.items() if p is not None))
+        for name, module in model.named_modules()
+    }  # fmt: skip
+
+
+def _broken(folder, what):
+    """Changes the files of an adapter of q_proj with modules_to_save, so that the adapter can't be loaded."""
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if what.startswith("lacks "):
+        tensors = load_file(file)
+        (key,) = (key for key in tensors if what.removeprefix("lacks ") in key)
+        save_file({name: tensor for name, tensor in tensors.items() if name != key}, file)
+    elif what != "dora_dropout":
+        old, new = ('"r": 4', '"r": 9') if what == "rank" else ('"q_proj"', '"nobody"')
+        config.write_text(config.read_text().replace(old, new))
+
+
+FAILURES = {
+    "rank": r"load_adapter: [\s\S]*size mismatch",
+    "module": "No modules were targeted",
+    "lacks layers.1.self_attn.q_proj.lora_A": r"load_adapter: .*adapter_model.safetensors lacks .*1.self_attn.q_proj",
+    "lacks lm_head.weight": r"load_adapter: .*adapter_model.safetensors lacks base_model.model.lm_head.weight",
+    "dora_dropout": "dora_dropout is 'x'",
+}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["base", "beside another"])
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_failed_load_changes_no_module(tmp_path, what, beside):
+    config = peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False, modules_to_save=["lm_head"])
+    get_peft_model(make_base("llama"), config).save_pretrained(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "whole")
+    model = make_base("llama").train()
+    if beside:
+        model = get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, use_dora=True))
+    before, wanted = _state_of(model), logits(model)
+    _broken(tmp_path, what)
+    options = {"dora_dropout": "x"} if what == "dora_dropout" else {"dora_dropout": "lora", "experts_dropout": 0.1}
+    with pytest.raises(ValueError, match=FAILURES[what]):
+        load_adapter(model, tmp_path, "two", **options)
+    assert _state_of(model) == before and torch.equal(logits(model), wanted)
+    assert not any("_peft_ext_dora_dropout" in module.__dict__ for module in model.modules())
+    assert hasattr(model, "peft_config") is beside and "two" not in getattr(model, "peft_config", {})
+    loaded = load_adapter(model, tmp_path / "whole", "two")
+    fresh = load_adapter(make_base("llama"), tmp_path / "whole", "two")
+    torch.testing.assert_close(logits(loaded), logits(fresh))
+
+
+def test_a_file_without_its_prompt_is_named(tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(make_base("llama"), config).save_pretrained(tmp_path)
+    save_file({"other": torch.ones(4)}, tmp_path / "adapter_model.safetensors")
+    model = make_base("llama")
+    with pytest.raises(ValueError, match=r"load_adapter: .*adapter_model.safetensors lacks prompt_embeddings"):
+        load_adapter(model, tmp_path)
+    assert not hasattr(model, "peft_config")
 
 
 @pytest.mark.parametrize("make", [weight_norm, lambda linear: prune.l1_unstructured(linear, "weight", 0.3)])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from packed_weights import KINDS, fitting, packed_weight
-from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from tiers import first
 from torch import Tensor, nn
 
@@ -118,6 +118,7 @@ class Model(nn.Module):
         (IA3Config(target_modules=["out"], feedforward_modules=[], modules_to_save=["0"]), "modules_to_save would"),
         (LoraConfig(target_modules=["out"], trainable_token_indices={"table": [1]}), "trainable_token_indices would"),
         (LoraConfig(target_modules=["out"], trainable_token_indices=[1]), "trainable_token_indices would"),
+        (TrainableTokensConfig(token_indices=[1], target_modules=["table"]), "TRAINABLE_TOKENS would compute with the"),
         (LoraConfig(target_modules=["table"], use_dora=True), "DoRA's norm needs the packed weight of table"),
         (LoraConfig(target_modules="ta.*|out", use_dora=True), "DoRA's norm needs the packed weight of table"),
     ],
@@ -127,6 +128,6 @@ def test_configurations_that_need_a_dense_weight_are_refused(config: PeftConfig,
     with pytest.raises(ValueError, match=f"get_peft_model: .*{text}.*") as caught:
         peft_ext.get_peft_model(model, copy.deepcopy(config))
     assert "peft_ext.dequantize_packed(model)" in str(caught.value)
-    if config.modules_to_save != ["body"]:
+    if getattr(config, "modules_to_save", None) != ["body"]:
         dense = peft_ext.get_peft_model(peft_ext.dequantize_packed(model), copy.deepcopy(config))
         dense(IDS).sum().backward()

@@ -63,6 +63,16 @@ def is_dora(wrapper: Any, names: list[str]) -> bool:
     return any(magnitude_of(wrapper, name) is not None for name in names)
 
 
+def check_merged_together(wrapper: Any, names: list[str]) -> None:
+    """Raises ValueError if ``names`` are several adapters, one of them DoRA.
+
+    The forward adds the change that each adapter alone makes to W. A second merge would start from the merged weight,
+    whose norm differs from W's.
+    """
+    if len(names) > 1 and is_dora(wrapper, names):
+        raise ValueError(f"merge: the adapters {', '.join(names)}, one of them DoRA, into experts: merge one alone")
+
+
 def register(config: Any, model: nn.Module) -> None:
     """Registers DoraParamWrapper in a configuration with ``use_dora`` for the classes of experts in ``model``.
 
@@ -199,11 +209,13 @@ if ParamWrapper is not None:
                     del held[-1]
 
         def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-            """Merges the adapters into the parameter, as PEFT's wrapper does. For a DoRA adapter, the norm before the
-            merge is kept for ``unmerge``."""
-            for name in check_adapters_to_merge(self, adapter_names):
-                if name not in self.lora_A:
-                    continue
+            """Merges the adapters into the parameter, as PEFT's wrapper does.
+
+            For a DoRA adapter, the norm before the merge is kept for ``unmerge``. Raises ValueError if a DoRA adapter would be merged beside another adapter.
+            """
+            names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+            check_merged_together(self, [*self.merged_adapters, *names])
+            for name in names:
                 if magnitude_of(self, name) is not None:
                     self._norms_at_merge()[name] = self.weight_norm(name)
                 super().merge(safe_merge=safe_merge, adapter_names=[name])

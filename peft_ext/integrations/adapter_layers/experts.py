@@ -52,7 +52,7 @@ from ..forms import row_of
 from ..forms.activations import activation_name
 from .base import DTYPES, KEPT, Fused, active_in, class_name, fuses, is_fully_sharded
 from .dora import cached_norm
-from .dora_experts import DoraParamWrapper, factors, is_dora, magnitude_of
+from .dora_experts import DoraParamWrapper, check_merged_together, factors, is_dora, magnitude_of
 from .merging import MERGE_LOSES, check_adapters_to_merge
 from .reasons import (
     accepts_input,
@@ -359,11 +359,7 @@ class MergesExperts:
             return
         kept = self.__dict__.get(KEPT, experts.nf4(parameter))
         weight, together = kept.to(experts.nf4(parameter).device), [*self.merged_adapters, *names]
-        if len(together) > 1 and is_dora(self, together):
-            raise ValueError(
-                f"merge: the adapters {', '.join(together)}, one of them DoRA, into NF4 experts: merge one alone, or "
-                "call peft_ext.dequantize_nf4(model) before it"
-            )
+        check_merged_together(self, together)
         with torch.no_grad():
             lora_A, lora_B, scaling = _adapter(self, together)
             scales: Any = [None] * weight.shape[0]

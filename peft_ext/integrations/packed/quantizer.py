@@ -73,6 +73,8 @@ class PackedQuantizer(HfQuantizer):
     ) -> None:  # fmt: skip
         dtype = dtype or torch.get_default_dtype()
         stored = stored_tensors(checkpoint_files)
+        if "awq" in self.rules.layouts:
+            _check_activations(stored)
         tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
         read = weights_read_past(model)
         experts: dict[str, dict[str, Place]] = defaultdict(dict)
@@ -257,6 +259,18 @@ class PackedQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+
+def _check_activations(stored: dict[str, Stored]) -> None:
+    """Raises ValueError if a checkpoint of AWQ has the scales of an activation, such as ``mlp.act.scales``.
+
+    AutoAWQ's ``ScaledActivation`` divides the result of an activation by these scales. The scales of a weight are
+    stored beside its codes ``qweight``.
+    """
+    for name in stored:
+        if name.endswith(".scales") and f"{name.removesuffix('scales')}qweight" not in stored:
+            raise ValueError(f"PackedConfig: the file has {name} without qweight, the scales of an activation (AWQ's "
+                             "ScaledActivation), which are not supported")  # fmt: skip
 
 
 def _attribute_of(module: Any, name: str) -> Tensor:

@@ -118,9 +118,27 @@ def _mxfp4(config: Mapping[str, Any]) -> Rules:
     return _of_one_scheme("mxfp4", Scheme("mxfp4 experts", 4, 32), config.get("modules_to_not_convert"))
 
 
+# The keys of a config of GPTQ that have the version of the layout.
+_GPTQ_FORMAT = ("checkpoint_format", "format")
+
+
+def _gptq_format(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the name of the key that has the version of the layout, and the version in lower case.
+
+    GPTQModel writes the version as ``checkpoint_format`` and as ``format``, and reads either. Raises ValueError if the
+    two keys differ.
+    """
+    given = {key: str(config[key]).lower() for key in _GPTQ_FORMAT if config.get(key) is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"PackedConfig: checkpoint_format of gptq is {given['checkpoint_format']!r} and format is "
+                         f"{given['format']!r}, wanted equal values")  # fmt: skip
+    return next(iter(given.items()), ("checkpoint_format", "gptq"))
+
+
 def _gptq_scheme(config: Mapping[str, Any]) -> Scheme:
     bits = _wanted("gptq", config, "bits", None, (2, 4, 8))
-    version = _wanted("gptq", config, "checkpoint_format", "gptq", ("gptq", "gptq_v2"))
+    key, version = _gptq_format(config)
+    _wanted("gptq", {key: version}, key, "gptq", ("gptq", "gptq_v2"))
     group = int(config.get("group_size", 128))
     return Scheme("gptq", bits, max(group, 0), version=version)
 
@@ -134,7 +152,9 @@ def _gptq(config: Mapping[str, Any]) -> Rules:
     for key, changed in (config.get("dynamic") or {}).items():
         patterns.append((key.removeprefix("-:").removeprefix("+:"), None if key.startswith("-:") else key))
         if not key.startswith("-:"):
-            schemes[key] = _gptq_scheme({**config, **changed})
+            # A layer's own version takes the place of the model's, whichever of the two keys has either.
+            unset = dict.fromkeys(_GPTQ_FORMAT) if any(name in changed for name in _GPTQ_FORMAT) else {}
+            schemes[key] = _gptq_scheme({**config, **unset, **changed})
 
     def find(name: str, module: nn.Module) -> Optional[str]:
         return next((group for pattern, group in patterns if re.match(pattern, name)), "")
