@@ -211,7 +211,8 @@ if ParamWrapper is not None:
         def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
             """Merges the adapters into the parameter, as PEFT's wrapper does.
 
-            For a DoRA adapter, the norm before the merge is kept for ``unmerge``. Raises ValueError if a DoRA adapter would be merged beside another adapter.
+            For a DoRA adapter, the norm before the merge is kept for ``unmerge``. Raises ValueError if a DoRA adapter
+            would be merged beside another adapter.
             """
             names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
             check_merged_together(self, [*self.merged_adapters, *names])
