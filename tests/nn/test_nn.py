@@ -286,6 +286,14 @@ def test_constructed_with_its_own_base(kind: str) -> None:
     assert {getattr(cls(65, 33, **own, dtype=torch.bfloat16), name).dtype for name in trainable} == {torch.float32}
 
 
+@KIND
+def test_constructed_on_meta_in_float64(kind: str) -> None:
+    cls, own, _ = ADAPTED[kind]
+    module = cls(65, 33, **own, device="meta", dtype=torch.float64, adapter_dtype=torch.float64)
+    assert all(p.is_meta and p.dtype is torch.float64 for p in module.parameters())
+    assert module(torch.randn(3, 65, device="meta", dtype=torch.float64)).shape == (3, 33)
+
+
 @pytest.mark.parametrize("kind", first(ADAPTED, list(ADAPTED)[:2]))
 def test_an_adapted_layer_compiles_without_a_graph_break(kind: str) -> None:
     torch._dynamo.reset()
