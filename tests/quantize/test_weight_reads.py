@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ext import quantize_nf4, quantize_packed
-from peft_ext.nn import BottleneckAdapter, NF4Linear, PrefixEncoder
+from peft_ext.nn import BottleneckAdapter, NF4Experts, NF4Linear, PrefixEncoder
 from peft_ext.weight_reads import weights_read_past
 
 hf = pytest.importorskip("transformers")
@@ -194,3 +194,9 @@ def test_the_weight_that_peft_adds_a_sum_to_stays_dense() -> None:
     layer = model.base_model.model.model.layers[0].self_attn
     assert type(layer.q_proj.base_layer) is nn.Linear and type(layer.k_proj.base_layer) is NF4Linear
     assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_experts_are_left_by_names_with_dots() -> None:
+    model = quantize_nf4(MODELS["Qwen2-MoE"](), blocksize=32, skip=["layers.0.mlp.experts"], progress=False)
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    assert not isinstance(first, NF4Experts) and isinstance(second, NF4Experts)
