@@ -336,9 +336,7 @@ def check_plain_forward(kind: str, linear: nn.Linear, forwards: Iterable[Callabl
     if getattr(type(linear), "stock_forward", type(linear).forward) not in forwards:
         came = f"{type(linear).__name__}, a subclass of nn.Linear with a forward of its own"
         raise TypeError(f"{kind}: linear is {came}, wanted a layer with the forward of nn.Linear")
-    found = [name for name in ("forward", "__call__") if name in vars(linear)]
-    found += [name for name in _CALL_HOOKS if getattr(linear, name)]
-    if found:
+    if found := [name for name in ("forward", *_CALL_HOOKS) if vars(linear).get(name)]:
         raise ValueError(f"{kind}: linear has its own {found[0]}, which the new layer would not run, wanted a layer "
                          "without hooks and without a replaced forward")  # fmt: skip
 
