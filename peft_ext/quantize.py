@@ -10,7 +10,8 @@ from typing import Any, Optional, TypeVar
 import torch
 from torch import nn
 
-from .nn import NF4Experts, NF4Linear, PackedEmbedding, PackedLinear
+from . import ops
+from .nn import BottleneckAdapter, NF4Experts, NF4Linear, PackedEmbedding, PackedLinear, PrefixEncoder
 from .nn.experts import FrozenExperts, dense_experts, expert_parameters, is_stored_transposed, nf4_experts
 from .nn.nf4 import is_zero3_shard
 from .nn.packed import ScaledEmbedding
@@ -41,6 +42,9 @@ _ROUTERS, _GATES = ("router", "shared_expert_gate"), ("gate",)
 _PACKED_ATTRIBUTES = ("blocksize", "merge_error", "quant_dtype", "names", "extra", "compute_dtype", "note", "_template",
                       "_packed")  # fmt: skip
 
+# Names of the children that hold the base model in PEFT's tuners.
+_BASES = ("model", "lora_model")
+
 _HOOKS = tuple(name for name in vars(nn.Module()) if re.match("_(forward|backward|is_full_backward)_", name))
 
 
@@ -64,9 +68,10 @@ def quantize_nf4(
     These layers stay dense: subclasses of ``nn.Linear``; layers under a name in ``skip`` or under a name that a
     transformers model keeps in float32 (``_keep_in_fp32_modules``); layers whose weight another module's code reads
     directly, as found in the source of the classes (T5's ``wo``, Mamba's ``dt_proj``); routers; the layers that a PEFT
-    adapter adds, the modules under ``modules_to_save``, and the base layer under ``target_parameters`` (other base
-    layers are quantized); layers whose weight an adapter replaces (partial fine-tuning, Diff Pruning); and a layer
-    whose weight is tied to a dense weight, such as a head's weight to the embedding's weight.
+    adapter adds, such as PEFT's prompt encoders, and the layers of ``nn.BottleneckAdapter`` and ``nn.PrefixEncoder``;
+    the modules under ``modules_to_save``, and the base layer under ``target_parameters`` (other base layers are
+    quantized); layers whose weight an adapter replaces (partial fine-tuning, Diff Pruning); and a layer whose weight is
+    tied to a dense weight, such as a head's weight to the embedding's weight.
 
     Args:
         model: any module, on any device except meta.
@@ -80,8 +85,8 @@ def quantize_nf4(
 
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
-        ValueError: a wrong blocksize; a weight on the meta device; a merged adapter; a layer with a replaced
-            ``forward``.
+        ValueError: a wrong blocksize; a weight on the meta device; a weight with values that are not finite; a merged
+            adapter; a layer with a replaced ``forward``.
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
@@ -130,7 +135,8 @@ def quantize_packed(
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
         ValueError: an unknown format; a layer whose input features the format's groups do not divide; a weight on the
-            meta device; a merged adapter; a layer with a replaced ``forward``.
+            meta device; a weight with values that are not finite; a merged adapter; a layer with a replaced
+            ``forward``.
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     Sources: OCP Microscaling Formats 1.0 (mxfp4); compressed-tensors (nvfp4, int4); DeepSeek-V3, arXiv 2412.19437
@@ -155,6 +161,7 @@ def pack_model(
     """
     names = _NAMES.get(format, _OTHER_NAMES)
     places, experts = check_packable(model, format, skip, on_meta)
+    _check_finite("quantize_packed", places, experts)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> PackedLinear:
         weight = pack(linear.weight, format) if first is None else first.packed
@@ -184,7 +191,8 @@ def check_packable(
 
     ``on_meta``: whether weights may be on the meta device.
     """
-    places, experts = linear_groups(model, skip, on_meta), experts_to_quantize(model, skip, on_meta)
+    op = "quantize_packed"
+    places, experts = linear_groups(model, skip, on_meta, op), experts_to_quantize(model, skip, on_meta, op)
     for same in places:
         _check_columns(format, same[0].name, same[0].linear.in_features)
     for name, module in experts:
@@ -211,12 +219,15 @@ def _quantize(
     model: _Model, blocksize: int, double_quant: bool, skip: set[str], progress: bool, on_meta: bool = False
 ) -> _Model:
     places, experts = linear_groups(model, skip, on_meta), experts_to_quantize(model, skip, on_meta)
+    _check_finite("quantize_nf4", places, experts)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> NF4Linear:
         if first is None:
-            module = NF4Linear.from_linear(linear, blocksize, double_quant)
+            nf4 = ops.nf4_quantize(linear.weight, blocksize, double_quant)
         else:
-            module = NF4Linear.from_nf4(first.nf4, linear.bias).train(linear.training)
+            nf4 = first.nf4
+        module = NF4Linear.from_nf4(nf4, linear.bias).train(linear.training)
+        if first is not None:
             # Tied layers hold the same Parameter, so that a copy of the model keeps the layers tied.
             module.weight = first.weight
         _carry_over(linear, module)
@@ -360,14 +371,22 @@ def _replaces_weights(module: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "weight" for owned in names.values() for name in owned)
 
 
-def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iterator[Place]:
+def _is_of_adapter(module: nn.Module) -> bool:
+    """Returns whether all layers below ``module`` belong to an adapter, such as those of PEFT's prompt encoders."""
+    if isinstance(module, (BottleneckAdapter, PrefixEncoder)):
+        return True
+    # PEFT's tuners hold the base model as "model", or, in X-LoRA, as "lora_model".
+    return type(module).__module__.startswith("peft.tuners.") and module._modules.keys().isdisjoint(_BASES)
+
+
+def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int], op: str) -> Iterator[Place]:
     if id(module) in seen:
         return
     seen.add(id(module))
     children = module._modules
     if _is_adapter(module):
         if getattr(module, "merged", False):
-            raise ValueError(f"quantize_nf4: {prefix} has a merged adapter, unmerge it first")
+            raise ValueError(f"{op}: {prefix} has a merged adapter, unmerge it first")
         if _replaces_weights(module):
             return
         # PEFT's layer for target_parameters adds LoRA's product to the dense weight of the base layer.
@@ -375,6 +394,8 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
             return
         adapted = True
         children = {"base_layer": module._modules["base_layer"]} if "base_layer" in module._modules else {}
+    elif _is_of_adapter(module):
+        return
     for attribute, child in children.items():
         if child is None:
             continue
@@ -383,22 +404,25 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int]) -> Iter
         if getattr(type(child), "stock_class", type(child)) is nn.Linear:
             yield Place(name, module, attribute, adapted)
         else:
-            yield from _walk(child, name, adapted, seen)
+            yield from _walk(child, name, adapted, seen, op)
 
 
-def linear_groups(model: nn.Module, skip: set[str], on_meta: bool = False) -> list[list[Place]]:
+def linear_groups(
+    model: nn.Module, skip: set[str], on_meta: bool = False, op: str = "quantize_nf4"
+) -> list[list[Place]]:
     """Checks the layers to quantize, and returns their places, in groups that share one weight.
 
-    ``on_meta``: whether weights may be on the meta device.
+    ``on_meta``: whether weights may be on the meta device. ``op``: the public function's name, for error texts.
     """
     skip, past = skip.union(_ROUTERS, *_kept_in_float32(model)), weights_read_past(model) | _gates(model)
     groups: dict[int, list[Place]] = {}
     layers: dict[int, set[int]] = {}  # id of a weight -> ids of the layers that hold the weight
-    for place in _walk(model, "", False, set()):
+    for place in _walk(model, "", False, set(), op):
         name, linear = place.name, place.linear
         if name not in past and not any(f".{part}." in f".{name}." for part in skip):
-            _check_weight(f"{name}.weight", linear._parameters.get("weight", getattr(linear, "weight", None)), on_meta)
-            _check_forward("quantize_nf4", name, linear)
+            weight = linear._parameters.get("weight", getattr(linear, "weight", None))
+            _check_weight(op, f"{name}.weight", weight, on_meta)
+            _check_forward(op, name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
     # A weight that a module outside of the group also holds stays dense, because this module would keep the dense
@@ -453,20 +477,22 @@ def _packed_places(op: str, kinds: tuple[type, ...], model: nn.Module) -> list[l
     return list(groups.values())
 
 
-def experts_to_quantize(model: nn.Module, skip: set[str], on_meta: bool = False) -> list[tuple[str, nn.Module]]:
+def experts_to_quantize(
+    model: nn.Module, skip: set[str], on_meta: bool = False, op: str = "quantize_nf4"
+) -> list[tuple[str, nn.Module]]:
     """Checks the modules of experts to quantize, and returns the modules with their dotted names.
 
-    ``on_meta``: whether weights may be on the meta device.
+    ``on_meta``: whether weights may be on the meta device. ``op``: the public function's name, for error texts.
     """
     found = []
     for name, module in model.named_modules():
         if isinstance(module, FrozenExperts) or not (parameters := expert_parameters(module)):
             continue
-        if not skip.isdisjoint(name.split(".")):
+        if any(f".{part}." in f".{name}." for part in skip):
             continue
         for parameter in parameters:
-            _check_weight(f"{name}.{parameter}", module._parameters.get(parameter), on_meta)
-        _check_forward("quantize_nf4", name, module)
+            _check_weight(op, f"{name}.{parameter}", module._parameters.get(parameter), on_meta)
+        _check_forward(op, name, module)
         found.append((name, module))
     return found
 
@@ -476,14 +502,25 @@ def _check_forward(op: str, name: str, linear: nn.Module) -> None:
         raise ValueError(f"{op}: {name} has its forward replaced (an offloading hook?), remove that first")
 
 
-def _check_weight(name: str, weight: Any, on_meta: bool) -> None:
+def _check_weight(op: str, name: str, weight: Any, on_meta: bool) -> None:
     if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
-        raise TypeError(f"quantize_nf4: {name} is a {type(weight).__name__}, wanted a plain parameter")
+        raise TypeError(f"{op}: {name} is a {type(weight).__name__}, wanted a plain parameter")
     if weight.is_meta and not on_meta:
-        raise ValueError(f"quantize_nf4: {name} is on the meta device, load the model's weights first")
+        raise ValueError(f"{op}: {name} is on the meta device, load the model's weights first")
     if is_zero3_shard(weight):
-        raise ValueError(f"quantize_nf4: {name} is partitioned by ZeRO-3, quantize before deepspeed.initialize")
-    checks.check_float("quantize_nf4", name, weight)
+        raise ValueError(f"{op}: {name} is partitioned by ZeRO-3, quantize before deepspeed.initialize")
+    checks.check_float(op, name, weight)
+
+
+def _check_finite(op: str, places: list[list[Place]], experts: list[tuple[str, nn.Module]]) -> None:
+    """Raises ValueError if a weight to quantize has a value that is not finite. Weights on meta have no values."""
+    weights = [(f"{same[0].name}.weight", same[0].linear.weight) for same in places]
+    for name, module in experts:
+        weights += [(f"{name}.{parameter}", module._parameters[parameter]) for parameter in expert_parameters(module)]
+    for name, weight in weights:
+        # aminmax gives NaN if a value is NaN, and needs no memory of the weight's size.
+        if weight.numel() and not weight.is_meta and not all(value.isfinite() for value in weight.detach().aminmax()):
+            raise ValueError(f"{op}: {name} has values that are not finite")
 
 
 def _replace_all(

@@ -14,7 +14,8 @@ in a model's folder is never run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -27,6 +28,7 @@ from .model import get_peft_model, load_adapter
 from .quantize import quantize_nf4
 from .recommend import recommend_peft_method
 from .run.data import IGNORED, Corpus, read_records, tokenize
+from .run.errors import RunError
 from .sources.model import load_tokenizer
 
 __all__ = [
@@ -39,6 +41,9 @@ __all__ = [
 ]
 
 _BLOCK_SIZE = 512  # largest number of tokens of a training example
+
+# Columns of rows that are tokenized already.
+_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 
 
 def apply_lora_to_model(
@@ -96,16 +101,18 @@ def setup_peft_training(
         fields: fields of the method's configuration, which replace the defaults of METHODS: ``r=8``,
             ``target_modules=["q_proj"]``.
 
-    Raises: ValueError where there is no such method; OSError or ValueError where the model can't be read; PEFT's errors
-    for a configuration that does not fit.
+    Raises: ValueError where there is no such method, or where prompt_text is given for another method than "prompt";
+    OSError or ValueError where the model can't be read; PEFT's errors for a configuration that does not fit.
     """
     if method not in METHODS:
         raise ValueError(f"setup_peft_training: method is {method!r}, wanted one of {tuple(METHODS)}")
+    if prompt_text is not None and method != "prompt":
+        raise ValueError(f"setup_peft_training: prompt_text is given with method {method!r}, wanted method 'prompt'")
     model, tokenizer = _load(model_name), load_tokenizer(str(model_name))
     if method == "qlora":
         quantize_nf4(model, progress=False)
     config_class, given = method_config(method, "CAUSAL_LM")
-    if method == "prompt" and prompt_text is not None:
+    if prompt_text is not None:
         given |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": prompt_text,
                   "tokenizer_name_or_path": str(model_name)}  # fmt: skip
     model = get_peft_model(model, make_config(config_class, {**given, **fields}))
@@ -121,17 +128,21 @@ def train_with_peft(
     ``Trainer.train``.
 
     Args:
-        train_dataset: rows with ``input_ids`` (and ``labels``), or with text, prompt and completion, or messages, which
-            ``peft_ext.run.data`` tokenizes.
+        train_dataset: rows with ``input_ids``, or with text, prompt and completion, or messages, which
+            ``peft_ext.run.data`` tokenizes. Rows with ``input_ids`` may also have ``labels``, ``attention_mask``,
+            ``position_ids`` and ``token_type_ids``, and no other columns. Default labels: the ``input_ids``, and -100,
+            which the loss ignores, where the ``attention_mask`` is 0.
         output_dir: folder of the Trainer's checkpoints.
         adapter_dir: folder of the trained adapter.
         arguments: further TrainingArguments. Defaults: 3 epochs, batches of 4 examples, 4 batches for each optimizer
             step, and a learning rate of 2e-4 after 100 steps of warm-up.
 
-    For AdaLoRA, a callback updates the rank budget; for Diff Pruning, a callback begins the second phase.
+    For AdaLoRA, a callback updates the rank budget; for Diff Pruning, a callback begins the second phase. In several
+    processes, the first process saves the adapter, which is gathered under FSDP2, and the others wait.
 
     Raises: TypeError if ``model`` has no adapter; peft_ext.run.RunError if the rows of ``train_dataset`` have neither
-    ``input_ids`` nor columns for text, for prompt and completion, or for messages.
+    ``input_ids`` nor columns for text, for prompt and completion, or for messages, if a row lacks a column that other
+    rows have, if a row with ``input_ids`` has a column of another name, or if the columns of a row differ in length.
     """
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -146,14 +157,21 @@ def train_with_peft(
         "report_to": "none", "remove_unused_columns": False,
     }  # fmt: skip
     args = TrainingArguments(output_dir=str(output_dir), **{**usual, **arguments})
-    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    collator = partial(_collate, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
     kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
     further = {"ADALORA": AdaLoraCallback, "DIFF_PRUNING": DiffPruningCallback}
     callbacks = [further[kind]()] if kind in further else []
     trainer = Trainer(model, args, collator, _tokenized(train_dataset, tokenizer), callbacks=callbacks)
     PeftExtCallback().attach(trainer)
     done = trainer.train()
-    save_adapter(model, adapter_dir, overwrite=True)
+    state = {}
+    if trainer.is_fsdp_enabled:
+        from .integrations.fsdp2 import adapter_state
+
+        state = {"state_dict": adapter_state(model)}
+    if trainer.is_world_process_zero():
+        save_adapter(model, adapter_dir, overwrite=True, **state)
+    trainer.accelerator.wait_for_everyone()
     return done
 
 
@@ -183,7 +201,58 @@ def _load(name: Union[str, Path]) -> nn.Module:
 
 def _tokenized(rows: Iterable[Any], tokenizer: Any) -> list[dict[str, Any]]:
     rows = [dict(row) for row in rows]
-    if not rows or "input_ids" in rows[0]:
-        return [{"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])} for row in rows]
+    if not rows or any("input_ids" in row for row in rows):
+        columns = {name for row in rows for name in row}
+        return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]
     kind, records = read_records("train_dataset", rows)
     return tokenize(Corpus(kind, records, records[:1], "train_dataset"), tokenizer, _BLOCK_SIZE).train
+
+
+def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, list[int]]:
+    """Returns a row that is tokenized already as lists of integers, with labels.
+
+    ``columns``: the names of all rows' columns. ``where`` begins the text of an error.
+    """
+    if unknown := columns.difference(_COLUMNS):
+        raise RunError(f"--data train_dataset: rows of input_ids have the column {min(unknown)!r}, wanted no column "
+                       f"but {', '.join(_COLUMNS)}")  # fmt: skip
+    found = {name: _integers(where, name, value) for name, value in row.items() if value is not None}
+    length = len(found.get("input_ids", ()))
+    if "attention_mask" in columns:
+        found.setdefault("attention_mask", [1] * length)
+    mask = found.get("attention_mask", [1] * length)
+    if "labels" not in found:
+        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # a difference in length is an error below
+        found["labels"] = [token if kept else IGNORED for token, kept in pairs]
+    for name in sorted(columns | {"labels"}):
+        if name not in found:
+            raise RunError(f"{where} has nothing in column {name!r}, which other records have")
+        if len(found[name]) != length:
+            raise RunError(
+                f"{where} has {len(found[name])} numbers in column {name!r}, wanted {length} as in input_ids"
+            )
+    return found
+
+
+def _integers(where: str, column: str, value: Any) -> list[int]:
+    """Returns a list, array or tensor of integers as a list."""
+    try:
+        numbers = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.zeros(())
+    if numbers.dim() != 1 or numbers.numel() and (numbers.is_floating_point() or numbers.is_complex()):
+        raise RunError(f"{where} has {type(value).__name__} in column {column!r}, wanted a list of integers")
+    return [int(number) for number in numbers.tolist()]
+
+
+def _collate(pad: Callable[[list[dict[str, Any]]], Any], rows: list[dict[str, Any]]) -> Any:
+    """Returns rows as one batch, padded by the data collator ``pad``, which does not pad ``position_ids``."""
+    rows = [dict(row) for row in rows]
+    positions = [row.pop("position_ids", None) for row in rows]
+    batch = pad(rows)
+    if positions[0] is not None:
+        width, is_left = batch["input_ids"].shape[1], pad.tokenizer.padding_side == "left"
+        gaps = [[0] * (width - len(row)) for row in positions]
+        padded = [gap + row if is_left else row + gap for gap, row in zip(gaps, positions, strict=True)]
+        batch["position_ids"] = torch.tensor(padded)
+    return batch

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import linecache
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Optional
@@ -29,13 +30,18 @@ _NEVER = "pretraining_tp"
 _OF_ADAPTERS = ("peft", "peft_ext")
 # Names that show that a method expects weights of dtype uint8.
 _KNOWS_BYTES = ("uint8", "is_floating_point")
+_BASE = re.compile(r"(\.base_layer)+$")  # the end of the dotted name of an adapted layer's base layer
 
 
 def weights_read_past(model: nn.Module) -> set[str]:
-    """Returns the dotted names of modules below ``model`` whose weight the code of another module reads."""
-    return {
+    """Returns the dotted names of modules below ``model`` whose weight the code of another module reads.
+
+    The weight of an adapted layer is the weight of its base layer, whose name is returned too.
+    """
+    found = {
         f"{name}.{path}" if name else path for name, module in model.named_modules() for path in _reads(type(module))
     }
+    return found.union(name for name, _ in model.named_modules() if _BASE.search(name) and _BASE.sub("", name) in found)
 
 
 @functools.cache
@@ -61,11 +67,13 @@ def _reads(kind: type) -> frozenset[str]:
 
 def _methods(owner: type) -> list[ast.AST]:
     try:
-        file = inspect.getsourcefile(owner)
-    except TypeError:  # the class is from a compiled module, or has no module
-        file = None
-    # For a class without a source file, no read is found.
-    body = [] if file is None else _classes(file).get(owner.__name__, [])
+        files = {inspect.getsourcefile(owner)}
+    except (TypeError, OSError):
+        # The class is from a compiled module, has no module, or was typed into a notebook or an interpreter. The module
+        # linecache keeps the text of a notebook's cell under the name that the code of the cell's functions has.
+        files = {getattr(getattr(value, "__code__", None), "co_filename", None) for value in vars(owner).values()}
+    # For a class without a source text, no read is found.
+    body = [node for file in files if file is not None for node in _classes(file).get(owner.__name__, [])]
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [node for node in body if isinstance(node, kinds) and node.name not in _SET_UP]
 

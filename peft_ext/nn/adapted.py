@@ -11,6 +11,7 @@ from .. import ops
 from ..ops import checks
 from ..weights.nf4 import NF4Weight
 from ..weights.packed import PackedWeight
+from .nf4 import NF4Linear, check_plain_forward
 from .packed import PackedLinear
 from .requantize import Frozen, frozen_weight, requantized, set_frozen_weight
 
@@ -34,10 +35,15 @@ class AdaptedLinear(nn.Module):
 
     @classmethod
     def _over(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Any:
-        """Returns an adapted layer whose base is ``linear`` itself. ``_setup`` receives ``args`` and ``kwargs``."""
+        """Returns an adapted layer whose base is ``linear`` itself. ``_setup`` receives ``args`` and ``kwargs``.
+
+        Raises: TypeError if ``linear`` is no nn.Linear or of a subclass with another ``forward``; ValueError if
+        ``linear`` has a replaced ``forward`` or hooks, which the adapted layer would not run.
+        """
         if not isinstance(linear, nn.Linear):
             came = type(linear).__name__
             raise TypeError(f"{cls.__name__}: linear is {came}, wanted an nn.Linear, an NF4Linear or a PackedLinear")
+        check_plain_forward(cls.__name__, linear, (nn.Linear.forward, NF4Linear.forward, PackedLinear.forward))
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._setup(linear, *args, **kwargs)
@@ -95,7 +101,8 @@ class AdaptedLinear(nn.Module):
         A dense merged weight is rounded to the base's dtype. A merged NF4 weight is quantized to NF4 again, and a
         merged weight of a PackedLinear to the weight's own layout; ``base_layer.merge_error`` is then the relative
         error of that quantization. The unmerged weight and bias are kept outside the state dict, and :meth:`unmerge`
-        restores both bit for bit.
+        restores both bit for bit. While the adapter is merged, ``state_dict`` and ``load_state_dict`` raise
+        RuntimeError.
 
         Raises: RuntimeError if ``base_layer.weight`` is not a parameter of ``base_layer``, as under
         torch.nn.utils.parametrize or prune; if no quantizer makes the layout of a PackedLinear's weight; or if the
@@ -148,6 +155,19 @@ class AdaptedLinear(nn.Module):
             self.base_layer.bias.data = bias
         self._unmerged = None
         self.base_layer.__dict__[_MERGES] = self._merges - 1
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_unmerged("state_dict", "would count the adapter twice when it is loaded")
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_unmerged("load_state_dict", "would have no effect on the merged weight")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _check_unmerged(self, call: str, why: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"{type(self).__name__}: {call}: the adapter is merged, and the state {why}; wanted "
+                               "unmerge() first")  # fmt: skip
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:
         super()._apply(fn, recurse)

@@ -19,6 +19,7 @@ from ..weights.packed import PackedWeight
 
 __all__ = ["NF4Linear"]
 
+_CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _BUFFERS = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 
 
@@ -84,9 +85,13 @@ class NF4Linear(nn.Linear):
         """Returns an NF4Linear with ``linear``'s weight quantized to NF4.
 
         The new layer and ``linear`` share the bias parameter. The new layer has ``linear``'s training flag.
+
+        Raises: TypeError if ``linear`` is no nn.Linear or of a subclass with another ``forward``; ValueError if
+        ``linear`` has a replaced ``forward`` or hooks.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"NF4Linear: linear is {type(linear).__name__}, wanted an nn.Linear")
+        check_plain_forward("NF4Linear", linear, (nn.Linear.forward,))
         nf4 = ops.nf4_quantize(linear.weight, blocksize, double_quant)
         return cls.from_nf4(nf4, linear.bias).train(linear.training)
 
@@ -322,6 +327,18 @@ def keeping_bits(fn: Callable[[Tensor], Tensor], held: Iterable[Optional[Tensor]
         return tensor.to(after.device) if id(tensor) in kept and after.dtype != tensor.dtype else after
 
     return run
+
+
+def check_plain_forward(kind: str, linear: nn.Linear, forwards: Iterable[Callable]) -> None:
+    """Raises an error if a call of ``linear`` runs other code than one of ``forwards``, which a layer of the class
+    ``kind`` would not run."""
+    # accelerate may have replaced the layer's class by a fused class.
+    if getattr(type(linear), "stock_forward", type(linear).forward) not in forwards:
+        came = f"{type(linear).__name__}, a subclass of nn.Linear with a forward of its own"
+        raise TypeError(f"{kind}: linear is {came}, wanted a layer with the forward of nn.Linear")
+    if found := [name for name in ("forward", *_CALL_HOOKS) if vars(linear).get(name)]:
+        raise ValueError(f"{kind}: linear has its own {found[0]}, which the new layer would not run, wanted a layer "
+                         "without hooks and without a replaced forward")  # fmt: skip
 
 
 def is_dtensor(tensor: Any) -> bool:

@@ -80,6 +80,18 @@ class HoldsPacked(nn.Module):
         """Returns the tensor that the file calls ``name``."""
         return getattr(self, _attribute(name))
 
+    def hold_parts(self, parts: Sequence[Optional[Tensor]]) -> None:
+        """Makes ``parts`` the tensors of the weight, without a copy.
+
+        The codes become a new parameter, because a tied layer may hold the old parameter.
+        """
+        for index, (name, part) in enumerate(zip(self.names, parts, strict=True)):
+            if name is not None and index == 0:
+                self._parameters[_attribute(name)] = nn.Parameter(part, requires_grad=False)
+            elif name is not None:
+                self.tensor(name).data = part
+        self.__dict__.pop("_packed", None)
+
     def places(self) -> dict[str, str]:
         """Returns a dict from the name that a part or an extra tensor has in the file to the name of the module's
         attribute."""

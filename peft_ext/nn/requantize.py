@@ -31,9 +31,7 @@ def set_frozen_weight(base: Any, weight: PackedWeight, error: Union[Tensor, floa
     if isinstance(base, NF4Linear):
         base.set_nf4(weight) if error is None else base.set_merged(weight, error)
         return
-    for name, part in zip(base.names, weight.parts, strict=True):
-        if name is not None:
-            base.tensor(name).data = part
+    base.hold_parts(weight.parts)
     base.__dict__.pop("merge_error", None)
     if error is not None:
         base.merge_error = float(error)

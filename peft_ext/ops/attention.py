@@ -185,7 +185,7 @@ def scaled_dot_product_attention(
     for argument, value in (("q", q), ("k", k), ("v", v)):
         checks.check_float(op, argument, value)
     if (dtype := checks.autocast_dtype(q)) is not None:
-        q, k, v = (value.to(dtype) for value in (q, k, v))
+        q, k, v = (checks.cast(value, dtype) for value in (q, k, v))
     checks.check_attention(op, q, k, v, mask, is_causal, scale, bias)
     checks.check_scale(op, 1.0, dropout_p)
     checks.check_seed(op, seed, q)

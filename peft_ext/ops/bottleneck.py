@@ -157,7 +157,7 @@ def bottleneck_adapter(
     op = "bottleneck_adapter"
     checks.check_float(op, "x", x)
     if (dtype := checks.autocast_dtype(x)) is not None:
-        x, residual = x.to(dtype), residual.to(dtype) if isinstance(residual, Tensor) else residual
+        x, residual = x.to(dtype), checks.cast(residual, dtype)
     checks.check_bottleneck(op, x, down_weight, down_bias, up_weight, up_bias, residual)
     checks.check_scale(op, scale, argument="scale")
     if activation not in reference.ACTIVATIONS:

@@ -471,9 +471,11 @@ def unpack_weight(weight: Tensor, *args: Any) -> Union[Tensor, PackedWeight]:
 
 
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """Returns the dtype that autocast computes linear layers in on x's device, or None outside autocast."""
+    """Returns the dtype that autocast computes linear layers of x in, or None outside autocast, and for float64, which
+    autocast does not cast."""
     device = x.device.type
-    if device == "meta":  # torch.is_autocast_enabled raises an error for the meta device
+    # torch.is_autocast_enabled raises an error for the meta device.
+    if device == "meta" or x.dtype is torch.float64:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -484,8 +486,13 @@ def cast_for_autocast(
     """Returns x, weight and bias. Under autocast, x, a dense weight and bias are cast to autocast's dtype."""
     if (dtype := autocast_dtype(x)) is None:
         return x, weight, bias
-    weight, bias = (value.to(dtype) if isinstance(value, Tensor) else value for value in (weight, bias))
-    return x.to(dtype), weight, bias
+    return x.to(dtype), cast(weight, dtype), cast(bias, dtype)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Returns a tensor in autocast's dtype. A float64 tensor, which autocast does not cast, and an object that is not a
+    tensor are returned unchanged."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype is not torch.float64 else value
 
 
 def under_a_transform() -> bool:

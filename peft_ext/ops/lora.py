@@ -288,7 +288,7 @@ def lora_residual(
     checks.check_float(op, "x", x)
     checks.check_float(op, "residual", residual)
     if (dtype := checks.autocast_dtype(x)) is not None:
-        x, residual = x.to(dtype), residual.to(dtype)
+        x, residual = x.to(dtype), checks.cast(residual, dtype)
     checks.check_residual(op, x, residual, lora_B, "lora_B")
     checks.check_low_rank(op, (residual.shape[-1], x.shape[-1]), x, "x", lora_A, lora_B)
     if rank_scale is not None:

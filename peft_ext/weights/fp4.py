@@ -121,5 +121,5 @@ def _is_table(code: Optional[Tensor]) -> bool:
     if code is None or code.is_meta:
         return True
     return code.shape == (16,) and torch.allclose(
-        code.detach().float().cpu(), torch.tensor(FP4_CODE), rtol=0, atol=1e-3
+        code.detach().float().cpu(), torch.tensor(FP4_CODE, device="cpu"), rtol=0, atol=1e-3
     )

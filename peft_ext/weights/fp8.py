@@ -18,6 +18,7 @@ __all__ = ["FP8", "block_size", "fp8", "from_compressed_tensors", "from_transfor
 
 _ALL = 63  # stands for the log2 of a block's size if the block has all rows or columns; kAll in the C++ file fp8.h
 _MAX = torch.finfo(torch.float8_e4m3fn).max
+_MOST = torch.finfo(torch.float32).max
 _CHUNK = 1 << 22  # number of elements of a weight that quantize_fp8 holds in float32 at a time
 
 
@@ -140,8 +141,10 @@ def quantize_fp8(weight: Tensor, rows: int = 128, columns: int = 128) -> PackedW
     """Quantizes a weight to FP8, with the bits of transformers' ``Fp8Quantize``.
 
     ``scale = 1 / (448 / max |block|)`` and ``code = e4m3(clamp(w · (448 / max |block|), -448, 448))`` in float32, to
-    nearest, ties to even. The scale of a block of zeros is 1. transformers does not quantize a weight that has an
-    incomplete block; this function computes the scale of an incomplete block from the elements that the block has.
+    nearest, ties to even. The scale of a block of zeros is 1. The factor ``448 / max |block|`` is at most the largest
+    float32; transformers' factor for the smallest numbers is infinity, and their values become NaN. transformers does
+    not quantize a weight that has an incomplete block; this function computes the scale of an incomplete block from the
+    elements that the block has.
 
     Args:
         weight: float ``[N, K]`` or ``[E, N, K]``.
@@ -165,7 +168,7 @@ def quantize_fp8(weight: Tensor, rows: int = 128, columns: int = 128) -> PackedW
         largest = chunk.unflatten(1, (-1, width)).amax(2)
         blocks = torch.arange(first, first + len(largest), device=weight.device) >> row_shift
         grid.scatter_reduce_(0, blocks[:, None].expand_as(largest), largest, "amax")
-    factors = torch.where(grid > 0, _MAX / torch.where(grid > 0, grid, 1.0), 1.0)
+    factors = torch.where(grid > 0, _MAX / torch.where(grid > 0, grid, 1.0), 1.0).clamp_(max=_MOST)
     codes = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=weight.device)
     for first in range(0, n if k else 0, step):
         chunk = weight[first : first + step].float()

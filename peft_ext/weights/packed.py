@@ -63,6 +63,14 @@ class Format:
     source: str
     decode: Optional[Callable[[Sequence[Optional[Tensor]], torch.Size], Tensor]] = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Makes copy and pickle return the registered format itself, because formats are compared by identity."""
+        return _registered, (self.name,)
+
+
+def _registered(name: str) -> Format:
+    return FORMATS[name]
+
 
 FORMATS: dict[str, Format] = {}
 _BY_NUMBER: dict[int, Format] = {}

@@ -8,7 +8,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
+from unittest import mock
 
+import tokenizers
 import torch
 import torch.distributed as dist
 import transformers as hf
@@ -41,6 +43,7 @@ from torch.distributed.tensor import DTensor
 
 import peft_ext
 from peft_ext.integrations.trainer import PeftExtCallback
+from peft_ext.recipes import train_with_peft
 from peft_ext.tuners import DiffPruningConfig
 
 ROWS, LENGTH, STEPS = 4, 12, 4  # rows of a step over all processes, tokens of a row, optimizer steps
@@ -210,6 +213,29 @@ def trainer_fsdp2_saves_and_resumes(folder: Path) -> None:
         assert losses[0] == losses[1], (kind, losses)
         if dist.get_rank() == 0:
             assert (path / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+@check
+def trainer_fsdp2_and_ddp_of_a_recipe_save_in_one_process(folder: Path) -> None:
+    """``train_with_peft`` saves the whole trained adapter in process 0, under DDP and under FSDP2."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a"))
+    tokenizer, saved = hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a"), []
+    save_adapter = peft_ext.files.save_adapter
+    for name, more in (("ddp", {"fsdp": None, "fsdp_config": None}), ("fsdp2", {})):
+        model = make(base="nf4")
+        chosen = {**options(folder, warmup_steps=0, gradient_accumulation_steps=1), **more}
+
+        def counting(*args: Any, **kwargs: Any) -> None:
+            saved.append(args)
+            save_adapter(*args, **kwargs)
+
+        with configured(), mock.patch("peft_ext.files.save_adapter", counting):
+            train_with_peft(model, tokenizer, rows(), adapter_dir=folder / name, **chosen)
+        trained = adapter(model)
+        if dist.get_rank() == 0:
+            stock = PeftModel.from_pretrained(quantize(LLAMA.build(), "nf4"), folder / name)
+            assert_close(adapter_of(stock), trained)
+    assert len(saved) == (2 if dist.get_rank() == 0 else 0), saved
 
 
 def adapter_of(model: PeftModel) -> dict[str, Tensor]:

@@ -302,8 +302,7 @@ def test_a_weight_that_has_no_room_is_named_and_quantizing_goes_on_later():
 def test_layers_that_share_a_weight_are_quantized_together_or_not_at_all(monkeypatch, fails):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     model[2].weight = model[1].weight
-    name = ("from_linear", "from_nf4")[fails]
-    make, calls = getattr(NF4Linear, name), []
+    make, calls = NF4Linear.from_nf4, []
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -312,7 +311,7 @@ def test_layers_that_share_a_weight_are_quantized_together_or_not_at_all(monkeyp
         return make(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(NF4Linear, name, failing)
+        patch.setattr(NF4Linear, "from_nf4", failing)
         with pytest.raises(MemoryError, match=r"quantize_nf4: 1: MemoryError \(1 of 2 weights are replaced"):
             quantize_nf4(model, progress=False)
     assert [type(layer) for layer in model] == [NF4Linear, nn.Linear, nn.Linear]

@@ -214,10 +214,11 @@ def test_merge_and_exact_unmerge(kind: str, base: str, dtype: torch.dtype) -> No
     module = make_adapted(kind, base, dtype).eval()
     x = torch.randn(5, 65, dtype=dtype)
     before, bits = module(x), {k: v.clone() for k, v in module.state_dict().items()}
+    held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     module.merge()
     module.merge()  # a second merge changes nothing
     assert module.merged and "merged=True" in repr(module)
-    assert module.state_dict().keys() == bits.keys()
+    assert held == [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     merged = module(x)
     # A merge rounds a dense weight once. A merge into NF4 also has a quantization error.
     bound = 0.2 if base == "nf4" else 20 * torch.finfo(dtype).eps
@@ -284,6 +285,14 @@ def test_constructed_with_its_own_base(kind: str) -> None:
     module.unmerge()
     torch.testing.assert_close(module(x), module.base_layer(x), rtol=2e-2, atol=2e-2)
     assert {getattr(cls(65, 33, **own, dtype=torch.bfloat16), name).dtype for name in trainable} == {torch.float32}
+
+
+@KIND
+def test_constructed_on_meta_in_float64(kind: str) -> None:
+    cls, own, _ = ADAPTED[kind]
+    module = cls(65, 33, **own, device="meta", dtype=torch.float64, adapter_dtype=torch.float64)
+    assert all(p.is_meta and p.dtype is torch.float64 for p in module.parameters())
+    assert module(torch.randn(3, 65, device="meta", dtype=torch.float64)).shape == (3, 33)
 
 
 @pytest.mark.parametrize("kind", first(ADAPTED, list(ADAPTED)[:2]))

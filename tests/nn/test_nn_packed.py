@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -71,6 +73,38 @@ def test_merge_requantizes_and_unmerge_restores_all_bits(kind: str, format: str)
     module.unmerge()
     assert torch.equal(module(x), y) and not hasattr(module.base_layer, "merge_error")
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def unpickled(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
+@EACH_FORMAT
+def test_a_copy_merges_as_the_layer(format: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    module = adapted("lora", packed_linear(format))
+    other = copied(module)
+    assert other.base_layer.format is module.base_layer.format
+    module.merge()
+    other.merge()
+    assert torch.equal(other.base_layer.dequantize(), module.base_layer.dequantize())
+
+
+@EACH_FORMAT
+def test_a_merge_leaves_a_tied_layer_as_it_is(format: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(64, 48))
+    model[1].weight = model[0].weight
+    peft_ext.quantize_packed(model, format, progress=False)
+    assert model[0].weight is model[1].weight
+    module, before = adapted("lora", model[0]), model[1].dequantize()
+    module.merge()
+    assert torch.equal(model[1].dequantize(), before) and not torch.equal(model[0].dequantize(), before)
+    module.unmerge()
+    assert torch.equal(model[0].dequantize(), before)
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr() and not model[0].weight.requires_grad
 
 
 def without_a_quantizer() -> PackedLinear:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from peft_ext import ops, quantize_nf4
-from peft_ext.nn import BottleneckAdapter, IA3Linear, LoRALinear, NF4Linear
+from peft_ext.nn import AdaLoRALinear, BottleneckAdapter, DoRALinear, IA3Linear, LoRALinear, NF4Linear
 from peft_ext.reference import experts as reference
 
 MAKES = {
@@ -132,6 +132,48 @@ def test_a_base_that_is_parametrized_is_not_merged_into() -> None:
     with pytest.raises(RuntimeError, match="merge: base_layer.weight is computed from other tensors"):
         layer.merge()
     assert not layer.merged
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoRA over NF4", "IA3"])
+def test_a_merged_layer_neither_gives_nor_takes_a_state(kind: str) -> None:
+    """A state dict of the merged weight and the adapter would count the adapter twice when it is loaded."""
+    layer = MAKES[kind]()
+    state = layer.state_dict()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="state_dict: the adapter is merged, .*twice.* wanted unmerge"):
+        nn.Sequential(layer).state_dict()
+    with pytest.raises(RuntimeError, match="load_state_dict: the adapter is merged, .* wanted unmerge"):
+        layer.load_state_dict(state)
+    assert layer.base_layer.state_dict()
+    layer.unmerge()
+    layer.load_state_dict(layer.state_dict())
+
+
+# --- layers that from_linear accepts ---------------------------------------------------------------------------------
+
+
+class Doubles(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("cls", [LoRALinear, DoRALinear, AdaLoRALinear, IA3Linear, NF4Linear])
+def test_from_linear_refuses_what_it_would_not_run(cls: Any) -> None:
+    with pytest.raises(TypeError, match=f"{cls.__name__}: linear is Doubles, a subclass of nn.Linear with a forward"):
+        cls.from_linear(Doubles(64, 32))
+    replaced = nn.Linear(64, 32)
+    replaced.forward = lambda x: x
+    before, after, backward = (nn.Linear(64, 32) for _ in range(3))
+    before.register_forward_pre_hook(lambda *_: None)
+    after.register_forward_hook(lambda *_: None)
+    backward.register_full_backward_hook(lambda *_: None)
+    for linear, name in ((replaced, "forward"), (before, "_forward_pre_hooks"), (after, "_forward_hooks"),
+                         (backward, "_backward_hooks")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{cls.__name__}: linear has its own {name}, which"):
+            cls.from_linear(linear)
+        assert all(parameter.requires_grad for parameter in linear.parameters())
+    inherited = nn.modules.linear.NonDynamicallyQuantizableLinear(64, 32)
+    assert cls.from_linear(inherited)(torch.randn(2, 64)).shape == (2, 32)
 
 
 # --- experts, loss ----------------------------------------------------------------------------------------------------

@@ -367,6 +367,29 @@ def test_a_known_norm_is_taken_as_it_is(norm_grad: bool, device: torch.device) -
     torch.testing.assert_close(2 * halved, ops.dora_linear(x, weight, a, b, magnitude, **kwargs))
 
 
+def test_autocast_leaves_float64_alone(device: torch.device) -> None:
+    """As in PyTorch's autocast, a float64 operand stays float64, and a mix of float64 and float32 is an error."""
+    sizes = ((8, 64), (32, 64), (4, 64), (32, 4), (8, 32))
+    x, weight, a, b, rows = (torch.randn(*size, dtype=torch.float64, device=device) for size in sizes)
+    heads = torch.randn(1, 2, 8, 16, dtype=torch.float64, device=device)
+    calls = (
+        lambda: ops.lora_linear(x, weight, a, b), lambda: ops.frozen_linear(x, weight),
+        lambda: ops.lora_residual(x, rows, a, b), lambda: ops.lora_linears(x, [weight], [a], [b])[0],
+        lambda: ops.bottleneck_adapter(x, a, None, a.mT.contiguous(), None),
+        lambda: ops.scaled_dot_product_attention(heads, heads, heads),
+    )  # fmt: skip
+    for call in calls:
+        wanted = call()
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            found = call()
+        assert found.dtype is torch.float64 and torch.equal(found, wanted)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        for mixed in (lambda: ops.frozen_linear(x, weight.float()), lambda: ops.frozen_linear(x.float(), weight),
+                      lambda: ops.lora_residual(x.float(), rows, a, b)):  # fmt: skip
+            with pytest.raises(TypeError, match="is float64, x is bfloat16|is float32, x is float64"):
+                mixed()
+
+
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_autocast_of_dora_and_ia3(base: str, device: torch.device) -> None:
     weight, bias, (x, a, b, magnitude) = dora_leaves(device)

@@ -1,6 +1,7 @@
 """Tests which layers quantize_nf4 and dequantize_nf4 replace, which layers they keep, and when memory is freed."""
 
 import copy
+import functools
 import gc
 import pickle
 import warnings
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_ext import PartialConfig, accelerate, explain, get_peft_model, ops, quantize_nf4
-from peft_ext.nn import LoRALinear, NF4Linear
-from peft_ext.quantize import dequantize_nf4
+from peft_ext import PartialConfig, accelerate, explain, get_peft_model, ops, quantize_nf4, quantize_packed
+from peft_ext.nn import LoRALinear, NF4Linear, PackedLinear
+from peft_ext.quantize import PACKED_FORMATS, dequantize_nf4
 
 
 class Tied(nn.Module):
@@ -106,7 +107,7 @@ def test_subclasses_are_left():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("convert, name", [(quantize_nf4, "from_linear"), (dequantize_nf4, "dequantize")])
+@pytest.mark.parametrize("convert, name", [(quantize_nf4, "from_nf4"), (dequantize_nf4, "dequantize")])
 def test_weights_are_freed_one_by_one(monkeypatch, convert, name):
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
     if convert is dequantize_nf4:
@@ -161,6 +162,38 @@ def test_refuses_before_it_changes_anything():
         quantize_nf4(good)
     with pytest.raises(TypeError, match="quantize_nf4: model is str, wanted an nn.Module"):
         quantize_nf4("model")
+
+
+@pytest.mark.parametrize("format", ["nf4", *PACKED_FORMATS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(format, value):
+    good, bad = nn.Linear(64, 64), nn.Linear(64, 64, dtype=torch.bfloat16)
+    bad.weight.data[3, 5] = value
+    model = nn.Sequential(good, nn.ModuleDict({"bad": bad}))
+    quantize = quantize_nf4 if format == "nf4" else functools.partial(quantize_packed, format=format)
+    op = "quantize_nf4" if format == "nf4" else "quantize_packed"
+    with pytest.raises(ValueError, match=f"{op}: 1.bad.weight has values that are not finite"):
+        quantize(model)
+    assert model[0] is good and model[1]["bad"] is bad
+    assert isinstance(quantize(model, skip=["bad"])[0], (NF4Linear, PackedLinear)) and model[1]["bad"] is bad
+
+
+def test_errors_of_quantize_packed_have_its_name():
+    for bad, kind, message in (
+        (nn.Linear(64, 64, device="meta"), ValueError, "0.weight is on the meta device"),
+        (nn.Linear(64, 64).requires_grad_(False), TypeError, "0.weight is int8"),
+        (nn.Linear(64, 64), ValueError, "0 has its forward replaced"),
+    ):
+        if kind is TypeError:
+            bad.weight.data = torch.zeros(64, 64, dtype=torch.int8)
+        elif not bad.weight.is_meta:
+            bad.forward = lambda x: x
+        with pytest.raises(kind, match=f"quantize_packed: {message}"):
+            quantize_packed(nn.Sequential(bad))
+    merged = LoRALinear(64, 64, r=4)
+    merged.merge()
+    with pytest.raises(ValueError, match="quantize_packed: 0 has a merged adapter"):
+        quantize_packed(nn.Sequential(merged))
 
 
 def test_under_our_lora_only_the_base_is_quantized():

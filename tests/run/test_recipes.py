@@ -68,6 +68,8 @@ def test_a_prompt_that_starts_from_a_text(model):
 def test_a_method_that_is_none(model):
     with pytest.raises(ValueError, match="setup_peft_training: method is 'full', wanted one of"):
         recipes.setup_peft_training(model, "full")
+    with pytest.raises(ValueError, match="setup_peft_training: prompt_text is given with method 'lora'"):
+        recipes.setup_peft_training(model, "lora", prompt_text="Is it good?")
 
 
 @pytest.mark.slow
@@ -100,6 +102,54 @@ def test_rows_of_tokens_and_rows_of_nothing(model, tmp_path):
         recipes.train_with_peft(adapted, tokenizer, [{"body": "a"}], **arguments)
     with pytest.raises(TypeError, match="train_with_peft: model is Linear, wanted a PeftModel"):
         recipes.train_with_peft(torch.nn.Linear(2, 2), tokenizer, rows)
+
+
+def test_columns_of_tokenized_rows(model):
+    """A mask keeps padding out of the labels, and the columns of a batch are padded to one length."""
+    _, tokenizer = recipes.setup_peft_training(model, "ia3")
+    rows = [
+        {"input_ids": torch.tensor([0, 0, 3, 4]), "attention_mask": [0, 0, 1, 1], "position_ids": [0, 0, 0, 1]},
+        {"input_ids": [5, 6], "labels": [-100, 6], "position_ids": [3, 4], "attention_mask": None},
+    ]
+    found = recipes._tokenized(rows, tokenizer)
+    assert found[0] == {"input_ids": [0, 0, 3, 4], "labels": [-100, -100, 3, 4], "attention_mask": [0, 0, 1, 1],
+                        "position_ids": [0, 0, 0, 1]}  # fmt: skip
+    assert found[1] == {"input_ids": [5, 6], "labels": [-100, 6], "attention_mask": [1, 1], "position_ids": [3, 4]}
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+        batch = recipes._collate(collator, found)
+        assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 0, 0] if side == "right" else [0, 0, 1, 1]]
+        assert batch["labels"][0].tolist() == [-100, -100, 3, 4] and batch["labels"].shape == (2, 4)
+        assert batch["position_ids"].tolist() == [[0, 0, 0, 1], [3, 4, 0, 0] if side == "right" else [0, 0, 3, 4]]
+    for wrong, why in (
+        ([{"input_ids": [3], "text": "a"}], "rows of input_ids have the column 'text'"),
+        ([{"input_ids": [3]}, {"labels": [3]}], "record 2 has nothing in column 'input_ids'"),
+        (
+            [{"input_ids": [3], "position_ids": [0]}, {"input_ids": [3]}],
+            "record 2 has nothing in column 'position_ids'",
+        ),
+        ([{"input_ids": [3, 4], "labels": [3]}], "record 1 has 1 numbers in column 'labels', wanted 2"),
+        ([{"input_ids": [3, 4]}, {"input_ids": "ab"}], "record 2 has str in column 'input_ids'"),
+    ):
+        with pytest.raises(RunError, match=why):
+            recipes._tokenized(wrong, tokenizer)
+
+
+@pytest.mark.slow
+def test_rows_with_a_mask_train_as_rows_without_padding(model, tmp_path):
+    """Rows that are padded beforehand give the loss of the same rows without padding."""
+    padded = {"input_ids": [3, 4, 5, 0, 0], "attention_mask": [1, 1, 1, 0, 0], "position_ids": [0, 1, 2, 0, 0]}
+    losses = []
+    for row in (padded, {"input_ids": [3, 4, 5]}):
+        torch.manual_seed(0)
+        adapted, tokenizer = recipes.setup_peft_training(model, "ia3")
+        done = recipes.train_with_peft(
+            adapted, tokenizer, [row], output_dir=tmp_path / "out", adapter_dir=tmp_path / "adapter", max_steps=1,
+            gradient_accumulation_steps=1, save_strategy="no", use_cpu=True,
+        )  # fmt: skip
+        losses.append(done.training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_what_can_not_be_merged(model, tmp_path):

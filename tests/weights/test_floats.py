@@ -235,6 +235,11 @@ def test_fp8_of_transformers_layers_and_experts(set_path):  # noqa: F811
 # --- FP4 --------------------------------------------------------------------------------------------------------------
 
 
+def test_the_table_of_fp4_is_known_under_another_default_device():
+    with torch.device("meta"):
+        assert fp4._is_table(torch.tensor(fp4.FP4_CODE, device="cpu"))
+
+
 def test_fp4_has_the_table_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     same_bits(torch.tensor(fp4.FP4_CODE), functional.get_4bit_type("fp4", device="cpu"))
@@ -406,6 +411,14 @@ def test_quantize_mxfp4_follows_the_specification(dtype, chunk):
     assert weight.parts[0].flatten().tolist() == packed
     again = mx.quantize_mxfp4(weight.dequantize(torch.float32))
     same_bits(again.dequantize(torch.float32), weight.dequantize(torch.float32) + 0.0)
+
+
+def test_quantize_fp8_of_the_smallest_numbers():
+    """The factor of a block stays finite, so that numbers near the smallest float32 do not become NaN."""
+    for largest in (1e-36, 1e-38, 1e-40):
+        weight = largest * torch.linspace(-1, 1, 33)[None]
+        found = fp8.quantize_fp8(weight).dequantize(torch.float32)
+        assert (found - weight).abs().max() <= largest / 16, largest
 
 
 def test_quantizers_refuse_what_they_cannot_store():
