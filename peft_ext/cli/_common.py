@@ -142,11 +142,12 @@ def held_model(
     if getattr(model, "is_loaded_in_4bit", False):
         return model
     model = model.to(device, dtype)
-    if quant == "nf4":
-        quantize.quantize_nf4(model, blocksize=blocksize or 64, progress=False)
-    elif quant in PACKED_FORMATS:
+    if quant == "nf4" or quant in PACKED_FORMATS:
         with raised_as(CliError, f"{quant_name(quant)}: ", ValueError):
-            quantize.quantize_packed(model, quant, progress=False)
+            if quant == "nf4":
+                quantize.quantize_nf4(model, blocksize=blocksize or 64, progress=False)
+            else:
+                quantize.quantize_packed(model, quant, progress=False)
     if device.type == "cpu" and model.dtype is torch.bfloat16 and _cpu.why_float32():
         widen(model)
     return model

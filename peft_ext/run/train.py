@@ -285,10 +285,12 @@ def load_base(run: Run) -> Any:
         for module in model.modules():
             if "support_avx512bf16_for_cpu" in vars(module):  # in evaluation bitsandbytes would repack the weight
                 module.support_avx512bf16_for_cpu = False
-    elif o.quant == "nf4":
-        quantize_nf4(model, blocksize=o.blocksize)
-    elif o.quant in PACKED_FORMATS:
-        quantize_packed(model, o.quant)
+    else:
+        with raised_as(RunError, f"--quant {o.quant}: ", ValueError):
+            if o.quant == "nf4":
+                quantize_nf4(model, blocksize=o.blocksize)
+            elif o.quant in PACKED_FORMATS:
+                quantize_packed(model, o.quant)
     if o.quant not in ("none", "checkpoint"):
         for tensor in (*model.parameters(), *model.buffers()):  # a tensor of a mapped file keeps the whole file mapped
             tensor.data = tensor.data.clone()
