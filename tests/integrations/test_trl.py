@@ -233,7 +233,7 @@ def test_every_loss(name: str, loss: str, tmp_path: Path) -> None:
         (GRPO, {"beta": 0.0, "steps_per_generation": 2, "num_iterations": 2}),
         (GRPO, {"gradient_accumulation_steps": 2, "temperature": 1.3}),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join((*value, *value.get("more", ()))),
 )  # fmt: skip
 def test_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert_alike(name, tmp_path, **options)
