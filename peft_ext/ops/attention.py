@@ -24,7 +24,7 @@ from ..reference import attention as reference
 from ..reference import common
 from ..reference.rotary import rotated_like
 from . import checks
-from .library import NAMESPACE, by_reference, define, proof, public, register_autograd
+from .library import NAMESPACE, by_reference, define, is_eager, proof, public, register_autograd
 from .nf4 import refuse_double_backward
 
 __all__ = ["scaled_dot_product_attention"]
@@ -125,7 +125,11 @@ def _near_zero(bias: Tensor) -> Tensor:
     if bias.shape[-1] == 0:
         return bias
     largest = bias.amax(-1, keepdim=True)
-    return bias - largest.masked_fill((largest.abs() <= 1024) | ~largest.isfinite(), 0.0)
+    far = (largest.abs() > 1024) & largest.isfinite()
+    # The backward holds a copy of the bias only where a row is far. Compiled code can't ask.
+    if not torch.compiler.is_compiling() and not (is_eager(bias) and far.any()):
+        return bias
+    return bias - largest.masked_fill(~far, 0.0)
 
 
 def _as_one(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias: Tensor) -> Tensor:
