@@ -211,7 +211,7 @@ class Check:
 
     Attributes:
         max_difference: difference between the trained model and a fresh base with the saved adapter, both run by stock
-            PEFT except for the models that :func:`reread` names.
+            PEFT except for the models that ``reread`` names.
         bound: the difference that rounding may cause: 4 eps of the computation's dtype, times the largest logit.
         ok: whether ``max_difference`` is at most ``bound``.
         largest: largest absolute logit of the trained model.
