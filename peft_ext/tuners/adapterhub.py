@@ -91,7 +91,7 @@ def from_adapterhub(state: Mapping[str, Tensor], model_type: str, placement: str
     Args:
         state: the tensors of ``pytorch_adapter.bin`` by name, of one adapter.
         model_type: the model type in the model's configuration, for example "bert".
-        placement: where the adapters are, "houlsby", "pfeiffer" or "after_ffn", see :class:`~peft_ext.tuners.BottleneckConfig`.
+        placement: where the adapters are, "houlsby", "pfeiffer" or "after_ffn", see :class:`peft_ext.BottleneckConfig`.
 
     Raises: ValueError if model_type or placement is unknown, if a tensor does not belong to a bottleneck adapter at a
     module where ``placement`` puts adapters, or if ``state`` has the tensors of several adapters.
