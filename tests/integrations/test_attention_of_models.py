@@ -462,3 +462,18 @@ def test_a_call_with_an_argument_that_is_not_known_is_transformers(more: dict, m
     found = attention.sdpa_attention_forward(nn.Module(), q, k, v, None, **more)[0]
     torch.testing.assert_close(found, sdpa_attention_forward(nn.Module(), q, k, v, None)[0])
     assert bool(taken) is ("heat" not in more)
+
+
+@pytest.mark.skipif(not hasattr(hf, "FlintConfig"), reason="this transformers has no Flint")
+def test_layers_of_flint_without_rotary_positions() -> None:
+    """Only the layers with a sliding window rotate q and k. A fused forward would rotate in every layer."""
+    torch.manual_seed(0)
+    config = hf.FlintConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, layer_types=["full_attention", "sliding_attention"], sliding_window=8,
+        num_experts=0,
+    )  # fmt: skip
+    model, ids = hf.FlintForCausalLM(config).eval(), torch.arange(12)[None]
+    wanted = model(ids).logits
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"]))
+    torch.testing.assert_close(peft_ext.accelerate(model)(ids).logits, wanted)
