@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,32 @@ def norm(lora_A: Tensor, lora_B: Tensor) -> object:
 def test_sizes_that_do_not_fit_are_refused(call: Callable[[], object], says: str) -> None:
     with pytest.raises(RuntimeError, match=says):
         call()
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"norms": (torch.float32, torch.bfloat16)}, "a norm's weight is not of x's type"),
+        ({"norms": (torch.bfloat16, torch.float32)}, "a norm's weight is not of x's type"),
+        ({"past": 7}, "no room for the tokens of x behind 7 tokens"),
+        ({"past": 2**63 - 1}, "no room for the tokens of x"),
+    ],
+    ids=str,
+)
+def test_a_decoder_layer_writes_only_into_the_room_of_its_cache(changed: dict[str, Any], says: str) -> None:
+    bf16, size = torch.bfloat16, 8
+    norms, past = changed.get("norms", (bf16, bf16)), changed.get("past", 6)
+    tensors, sizes, numbers = [torch.ones(size, dtype=dtype) for dtype in norms], [0, 1], [1e-5, 1e-5, 0.0, 0.2]
+    for _ in range(7):  # q, k, v, o, gate, up and down without adapters
+        tensors.append(torch.eye(size, dtype=bf16))
+        sizes += [1, 0, size, size]
+        numbers += [0.0, 0.0]
+    keys = torch.zeros(1, 1, 8, size, dtype=bf16)
+    angles = torch.ones(1, 2, size, dtype=bf16)
+    x = torch.randn(1, 2, size, dtype=bf16)
+    with pytest.raises(RuntimeError, match=says):
+        RAW.decoder_layer(x, angles, angles, None, keys, keys.clone(), past, tensors, sizes, numbers)
+    assert not keys.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
