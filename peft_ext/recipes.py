@@ -130,8 +130,8 @@ def train_with_peft(
     Args:
         train_dataset: rows with ``input_ids``, or with text, prompt and completion, or messages, which
             ``peft_ext.run.data`` tokenizes. Rows with ``input_ids`` may also have ``labels``, ``attention_mask``,
-            ``position_ids`` and ``token_type_ids``, and no other columns. Default labels: the ``input_ids``, and -100,
-            which the loss ignores, where the ``attention_mask`` is 0.
+            ``position_ids`` and ``token_type_ids``; columns of texts, single numbers and messages are ignored. Default
+            labels: the ``input_ids``, and -100, which the loss ignores, where the ``attention_mask`` is 0.
         output_dir: folder of the Trainer's checkpoints.
         adapter_dir: folder of the trained adapter.
         arguments: further TrainingArguments. Defaults: 3 epochs, batches of 4 examples, 4 batches for each optimizer
@@ -142,7 +142,8 @@ def train_with_peft(
 
     Raises: TypeError if ``model`` has no adapter; peft_ext.run.RunError if the rows of ``train_dataset`` have neither
     ``input_ids`` nor columns for text, for prompt and completion, or for messages, if a row lacks a column that other
-    rows have, if a row with ``input_ids`` has a column of another name, or if the columns of a row differ in length.
+    rows have, if a row with ``input_ids`` has a list of numbers in a column of another name, or if the columns of a row
+    differ in length.
     """
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -202,6 +203,8 @@ def _load(name: Union[str, Path]) -> nn.Module:
 def _tokenized(rows: Iterable[Any], tokenizer: Any) -> list[dict[str, Any]]:
     rows = [dict(row) for row in rows]
     if not rows or any("input_ids" in row for row in rows):
+        # A dataset that was tokenized by `map` still has its texts, which transformers' Trainer drops too.
+        rows = [{name: value for name, value in row.items() if name in _COLUMNS or _is_numbers(value)} for row in rows]
         columns = {name for row in rows for name in row}
         return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]
     kind, records = read_records("train_dataset", rows)
@@ -214,8 +217,8 @@ def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, 
     ``columns``: the names of all rows' columns. ``where`` begins the text of an error.
     """
     if unknown := columns.difference(_COLUMNS):
-        raise RunError(f"--data train_dataset: rows of input_ids have the column {min(unknown)!r}, wanted no column "
-                       f"but {', '.join(_COLUMNS)}")  # fmt: skip
+        raise RunError(f"--data train_dataset: rows of input_ids have numbers in the column {min(unknown)!r}, wanted "
+                       f"numbers in {', '.join(_COLUMNS)} only")  # fmt: skip
     found = {name: _integers(where, name, value) for name, value in row.items() if value is not None}
     length = len(found.get("input_ids", ()))
     if "attention_mask" in columns:
@@ -234,12 +237,21 @@ def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, 
     return found
 
 
+def _as_numbers(value: Any) -> torch.Tensor:
+    """Returns a list, array or tensor of numbers as a tensor, and any other value as a tensor without dimensions."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return torch.zeros(())
+
+
+def _is_numbers(value: Any) -> bool:
+    return _as_numbers(value).dim() > 0
+
+
 def _integers(where: str, column: str, value: Any) -> list[int]:
     """Returns a list, array or tensor of integers as a list."""
-    try:
-        numbers = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        numbers = torch.zeros(())
+    numbers = _as_numbers(value)
     if numbers.dim() != 1 or numbers.numel() and (numbers.is_floating_point() or numbers.is_complex()):
         raise RunError(f"{where} has {type(value).__name__} in column {column!r}, wanted a list of integers")
     return [int(number) for number in numbers.tolist()]

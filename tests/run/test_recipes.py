@@ -109,8 +109,9 @@ def test_columns_of_tokenized_rows(model):
     _, tokenizer = recipes.setup_peft_training(model, "ia3")
     rows = [
         {"input_ids": torch.tensor([0, 0, 3, 4]), "attention_mask": [0, 0, 1, 1], "position_ids": [0, 0, 0, 1]},
-        {"input_ids": [5, 6], "labels": [-100, 6], "position_ids": [3, 4], "attention_mask": None},
-    ]
+        {"input_ids": [5, 6], "labels": [-100, 6], "position_ids": [3, 4], "attention_mask": None,
+         "text": "a text", "label": 1, "messages": [{"role": "user", "content": "a text"}], "names": ["a", "b"]},
+    ]  # fmt: skip
     found = recipes._tokenized(rows, tokenizer)
     assert found[0] == {"input_ids": [0, 0, 3, 4], "labels": [-100, -100, 3, 4], "attention_mask": [0, 0, 1, 1],
                         "position_ids": [0, 0, 0, 1]}  # fmt: skip
@@ -123,7 +124,7 @@ def test_columns_of_tokenized_rows(model):
         assert batch["labels"][0].tolist() == [-100, -100, 3, 4] and batch["labels"].shape == (2, 4)
         assert batch["position_ids"].tolist() == [[0, 0, 0, 1], [3, 4, 0, 0] if side == "right" else [0, 0, 3, 4]]
     for wrong, why in (
-        ([{"input_ids": [3], "text": "a"}], "rows of input_ids have the column 'text'"),
+        ([{"input_ids": [3], "loss_mask": [1]}], "rows of input_ids have numbers in the column 'loss_mask'"),
         ([{"input_ids": [3]}, {"labels": [3]}], "record 2 has nothing in column 'input_ids'"),
         (
             [{"input_ids": [3], "position_ids": [0]}, {"input_ids": [3]}],
