@@ -109,7 +109,7 @@ def quantize_meta(model: _Model, format: str, blocksize: int = 64, double_quant:
     and ``double_quant`` belong, or one of ``PACKED_FORMATS``.
     """
     if format != "nf4":
-        return pack_model(model, format, set(HEADS), on_meta=True)
+        return pack_model(model, format, set(HEADS), without_values=True)
     return _quantize(model, blocksize, double_quant, set(HEADS), progress=False, on_meta=True)
 
 
@@ -152,16 +152,18 @@ def quantize_packed(
 
 def pack_model(
     model: _Model, format: str, skip: set[str], progress: bool = False,
-    pack: Callable[[torch.Tensor, str], PackedWeight] = quantized, on_meta: bool = False,
+    pack: Callable[[torch.Tensor, str], PackedWeight] = quantized, without_values: bool = False,
 ) -> _Model:  # fmt: skip
     """Replaces layers and experts as :func:`quantize_packed` does.
 
-    ``pack(weight, format)`` makes a packed weight of a dense weight. ``on_meta``: whether weights may be on the meta
-    device.
+    ``pack(weight, format)`` makes a packed weight of a dense weight. ``without_values``: whether the weights have no
+    values, because they are on the meta device or are stand-ins; such weights are not checked for values that are not
+    finite.
     """
     names = _NAMES.get(format, _OTHER_NAMES)
-    places, experts = check_packable(model, format, skip, on_meta)
-    _check_finite("quantize_packed", places, experts)
+    places, experts = check_packable(model, format, skip, without_values)
+    if not without_values:
+        _check_finite("quantize_packed", places, experts)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> PackedLinear:
         weight = pack(linear.weight, format) if first is None else first.packed

@@ -186,7 +186,7 @@ def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant
     if kind in PACKED_FORMATS:
         with warnings.catch_warnings():  # hides the warning about a model without layers to quantize
             warnings.filterwarnings("ignore", "quantize_packed: .* has no nn.Linear")
-            pack_model(model, kind, set(HEADS), pack=_packed)
+            pack_model(model, kind, set(HEADS), pack=_packed, without_values=True)
         return
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:

@@ -34,6 +34,7 @@ from peft_ext import memory, methods  # noqa: E402
 from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
 from peft_ext.ops import cross_entropy  # noqa: E402
 from peft_ext.sources.model import AUTO_CLASSES  # noqa: E402
+from peft_ext.weights.quantizers import PACKED_FORMATS  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("the estimated steps run on the CPU or not at all")
 
@@ -83,6 +84,18 @@ def test_packed_formats_too(format: str, dtype: torch.dtype):
     held = [module.packed for module in model.modules() if isinstance(module, peft_ext.nn.PackedLinear)]
     assert estimate.quantization == sum(weight.nbytes - weight.parts[0].nbytes for weight in held)
     assert estimate.parameters == estimated(LLAMA, lora(), dtype=dtype).parameters
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8", *PACKED_FORMATS])
+def test_an_estimate_does_not_depend_on_what_uninitialized_memory_holds(quantization):
+    arguments = {**BF16, **TOKENS, "quantization": quantization}
+    expected = estimate_memory(LLAMA, lora(), **arguments)
+    torch.use_deterministic_algorithms(True)  # PyTorch then fills the result of torch.empty with NaN
+    try:
+        assert torch.empty(1).isnan()
+        assert estimate_memory(LLAMA, lora(), **arguments) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_packed_layers_on_peft_s_own_layers_too():
