@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -38,7 +37,6 @@ from .packed_formats import FORMATS, pack
 
 NAME = "run-packed-avx512_bf16"  # name of the result file that the table shows, without its date
 KINDS = ("packed", "decoded")
-WARM_UP = 3  # number of first steps, which are not timed
 
 
 def status_mib(field: str) -> float:
@@ -133,26 +131,19 @@ def train(
     made = status_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     first = perplexity(model, tests)
-    losses, start, cpu, timed = [], 0.0, 0.0, 0
-    for number, ids in enumerate(batches):
-        if number == min(WARM_UP, steps - 1):
-            start, cpu, timed = time.perf_counter(), time.process_time(), 0
+    losses = []
+    for ids in batches:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(round(loss.item(), 6))
-        if start:
-            timed += ids.numel()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     adapters = [row for row in explained.rows if " over " in row.kind]
     return {
         "formats": formats,
         "bits": round(bits, 3),
         "losses": losses,
         "perplexity": {"before": round(first, 4), "after": round(perplexity(model, tests), 4)},
-        "tokens_per_s": round(timed / seconds, 1),
-        "tokens_per_cpu_s": round(timed / cpu_seconds, 1),  # CPU seconds of all threads together
         "model_mib": round(made - before),
         "peak_mib": round(status_mib("VmHWM") - before),
         "fused": sum(row.fused for row in adapters),
@@ -201,9 +192,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows of a result file as a Markdown table."""
     lines = [
         "| format | quantized by | bits a weight | perplexity, packed | perplexity, decoded | largest difference of a "
-        "step's losses | tokens per CPU second, packed | tokens per CPU second, decoded | peak MiB, packed | "
-        "peak MiB, decoded |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "step's losses | peak MiB, packed | peak MiB, decoded |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         packed, dense = (row[kind] for kind in KINDS)
@@ -211,7 +201,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             row["format"], row["quantized_by"], f"{packed['bits']:.2f}",
             *(f"{run['perplexity']['before']:.2f} → {run['perplexity']['after']:.2f}" for run in (packed, dense)),
             f"{row['max_loss_difference']:.4f}",
-            *(f"{run[figure]:.0f}" for figure in ("tokens_per_cpu_s", "peak_mib") for run in (packed, dense)),
+            *(f"{run['peak_mib']:.0f}" for run in (packed, dense)),
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

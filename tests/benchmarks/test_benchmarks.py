@@ -524,3 +524,16 @@ def test_ratios_stand_by_case_peer_and_tokens():
         "| LoRA, bf16 base | frozen |  | 0.90 (0.80 to 0.90) |",
         "| AdaLoRA, bf16 base | PEFT | 2.00 (1.90 to 2.00) |  |",
     ]
+
+
+def test_the_table_of_packed_formats_has_the_medians_of_the_ratios():
+    common = {"k": 64, "n": 32, "roofline": {"ours": 50.0}, "bytes_moved": 4e6}
+    common["milliseconds"] = {"ours": 2.0, "frozen": 2.0, "PyTorch decode": 2.0}  # their ratios are not those of a round
+    speedup = {"frozen": 0.9, "PyTorch decode": 1.4}
+    step = {"op": "lora_linear", "case": "T=512 64->32, FP4 base, dropout 0.05", "tokens": 512, "speedup": speedup}
+    one = {"op": "nf4_linear", "case": "T=1 64->32, FP4, few tokens", "tokens": 1, "speedup": {**speedup, "frozen": 3.0}}
+    assert tables.packed_table({"rows": [{**one, **common}, {**step, **common}]}).splitlines() == [
+        "| format | T = 1: GB/s | T = 1: frozen, PyTorch decode | LoRA, 64 -> 32, T = 512: frozen, PyTorch decode |",
+        "|---|---|---|---|",
+        "| FP4 | 2.0 (50%) | 3.00, 1 | 0.90, 1.40 |",
+    ]
