@@ -300,7 +300,11 @@ def machine() -> dict[str, Any]:
         "torch_isa": torch.backends.cpu.get_cpu_capability().lower(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {"peft_ext": peft_ext.__version__, **versions("torch", "transformers", "peft", "bitsandbytes")},
+        # bitsandbytes takes another CPU kernel for few tokens if the package kernels is installed.
+        "versions": {
+            "peft_ext": peft_ext.__version__,
+            **versions("torch", "transformers", "peft", "bitsandbytes", "kernels"),
+        },
     }
 
 

@@ -126,10 +126,9 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]], battery: dict[s
         "# Known forms", "",
         "<!-- drawn by tools/forms.py -->", "",
         "`accelerate` fuses a norm, an MLP, an attention or a decoder layer where the code of its forward is one of "
-        "the forms in the "
-        "table `peft_ext/integrations/forms/forms.tsv`, whatever the class is called. Any other forward runs as its "
-        "author wrote it, and `explain` says so. [What a known form is](faq.md#what-is-a-known-form) tells how forms "
-        "are compared, and how to add one.", "",
+        "the forms in the table `peft_ext/integrations/forms/forms.tsv`, whatever the class is called, or has been "
+        "registered with `register_form`. Any other forward runs as its author wrote it, and `explain` says so. "
+        "[What a known form is](faq.md#what-is-a-known-form) tells how forms are compared, and how to add one.", "",
         "The forms in `forms.tsv` were read from the classes and functions of PyTorch and of transformers "
         f"{', '.join(RELEASES)}. `forms.tsv` has these numbers of forms:", "",
         "| kind | forms |", "|---|---|",
