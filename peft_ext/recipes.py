@@ -29,7 +29,7 @@ from .quantize import quantize_nf4
 from .recommend import recommend_peft_method
 from .run.data import IGNORED, Corpus, read_records, tokenize
 from .run.errors import RunError
-from .sources.model import load_tokenizer
+from .sources.model import load_tokenizer, text_targets
 
 __all__ = [
     "apply_lora_to_model",
@@ -65,7 +65,8 @@ def apply_lora_to_model(
 def setup_qlora(
     model_name: Union[str, Path], rank: int = 64, *, dropout: float = 0.05, gradient_checkpointing: bool = True
 ) -> nn.Module:
-    """Returns a causal language model in NF4, double-quantized, with a LoRA adapter on all linear layers but the head.
+    """Returns a causal language model in NF4, double-quantized, with a LoRA adapter on all linear layers but the head
+    and those of a vision or audio tower.
 
     LoRA's scaling is 2: alpha is twice the rank. This function prints the number of trainable parameters.
 
@@ -80,8 +81,9 @@ def setup_qlora(
     from peft import LoraConfig
 
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM",
+        **text_targets(model, "qlora"),
+    )  # fmt: skip
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
     return model
@@ -115,7 +117,7 @@ def setup_peft_training(
     if prompt_text is not None:
         given |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": prompt_text,
                   "tokenizer_name_or_path": str(model_name)}  # fmt: skip
-    model = get_peft_model(model, make_config(config_class, {**given, **fields}))
+    model = get_peft_model(model, make_config(config_class, {**given, **text_targets(model, method), **fields}))
     model.print_trainable_parameters()
     return model, tokenizer
 

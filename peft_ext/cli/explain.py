@@ -201,7 +201,7 @@ def _of_model(
     configs = []
     for method in chosen:
         path, fields = method_config(method, task_of(model))
-        fields |= text_targets(model, method)
+        fields |= text_targets(model, method, fields.get("exclude_modules"))
         if rank is not None and method in _LOW_RANK:
             fields |= {"init_r": rank + rank // 2, "target_r": rank} if method == "adalora" else {"r": rank}
         configs.append((method, make_config(path, fields)))

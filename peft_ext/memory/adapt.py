@@ -14,7 +14,7 @@ from ..integrations.adapter_layers.base import STOCK
 from ..methods import METHODS, make_config, method_config
 from ..nn import NF4Experts, NF4Linear, PackedExperts
 from ..nn.packed import HoldsPacked
-from ..sources.model import task_of
+from ..sources.model import task_of, text_targets
 from .stand_ins import Dequantized
 
 
@@ -34,7 +34,8 @@ def adapt_on_meta(
     if isinstance(model, peft.PeftModel):
         raise ValueError("estimate_memory: model is a PeftModel already, wanted no config and no method beside it")
     if config is None:
-        config = make_config(*method_config(method, task_type or task_of(model)))
+        path, fields = method_config(method, task_type or task_of(model))
+        config = make_config(path, fields | text_targets(model, method, fields.get("exclude_modules")))
     if not isinstance(config, peft.PeftConfig):
         raise TypeError(f"estimate_memory: config is {type(config).__name__}, wanted a PEFT configuration or one of "
                         f"{('full', *METHODS)}")  # fmt: skip

@@ -69,7 +69,8 @@ class Search:
 
     def _fields(self, candidate: Candidate) -> tuple[str, dict[str, Any]]:
         path, fields = method_config(candidate.method, self.subject.task)
-        return path, fields | dict(candidate.changes) | self.subject.fields(candidate.method)
+        fields |= dict(candidate.changes)
+        return path, fields | self.subject.fields(candidate.method, fields.get("exclude_modules"))
 
     def _memory(self, candidate: Candidate, setting: _Setting) -> Optional[MemoryEstimate]:
         """Returns the memory of a training step of the method; None where the method does not work in the setting."""

@@ -12,6 +12,7 @@ from ..memory import Profile, profile_step
 from ..memory.stand_ins import build_model
 from ..methods import METHODS
 from ..nn.experts import adapter_fields
+from ..sources.model import text_targets
 
 _LARGEST_B = 1_000_000
 
@@ -40,7 +41,7 @@ class Given:
         encodes_decodes = bool(getattr(config, "is_encoder_decoder", False))
         self.task = "SEQ_2_SEQ_LM" if encodes_decodes and task == "CAUSAL_LM" else task
         self.model = model
-        built = model if isinstance(model, nn.Module) else build_model(model, self.task)[0]
+        built = self._built = model if isinstance(model, nn.Module) else build_model(model, self.task)[0]
         self.size_b = sum(p.numel() for p in built.parameters()) / 1e9
         self.has_biases = any(name.rpartition(".")[2] == "bias" for name, _ in built.named_parameters())
         is_causal = any(getattr(module, "is_causal", False) is True for module in built.modules())
@@ -52,12 +53,16 @@ class Given:
             raise ValueError(f"recommend_peft_method: sequence_length is {sequence_length}, {type(built).__name__} has "
                              f"{positions} positions")  # fmt: skip
         self.about = f"{type(built).__name__}, {parameters_text(self.size_b)}"
-        self._fields = {method: adapter_fields(built, method) for method in METHODS}
 
-    def fields(self, method: str) -> dict[str, Any]:
-        """Returns the fields with which a method's configuration adapts the model's experts; {} for a model without
-        experts."""
-        return self._fields.get(method, {})
+    def fields(self, method: str, excluded: Optional[str]) -> dict[str, Any]:
+        """Returns the fields with which a method's configuration adapts the model's experts, and those that keep the
+        adapter out of the modules beside the text decoder, such as a vision tower.
+
+        ``excluded``: expression that matches the names of the modules that the configuration excludes so far.
+        """
+        if method not in METHODS:  # "full" has no configuration
+            return {}
+        return adapter_fields(self._built, method) | text_targets(self._built, method, excluded)
 
     def profile(self, **kwargs: Any) -> Profile:
         return profile_step(self.model, device="cuda", task_type=self.task, **kwargs)[0]
@@ -87,7 +92,7 @@ class Synthetic:
         config = self.make(self.layers)
         self.about = f"a model like {config.model_type} with {self.layers} layers of width {config.hidden_size}"
 
-    def fields(self, method: str) -> dict[str, Any]:
+    def fields(self, method: str, excluded: Optional[str]) -> dict[str, Any]:
         return {}
 
     def profile(self, **kwargs: Any) -> Profile:

@@ -429,13 +429,15 @@ def beside_text(model: nn.Module) -> list[str]:
     return found
 
 
-def text_targets(model: nn.Module, method: str) -> dict[str, Any]:
+def text_targets(model: nn.Module, method: str, excluded: Optional[str] = None) -> dict[str, Any]:
     """Returns the fields of the PEFT configuration of ``method`` that keep an adapter out of the modules of
-    :func:`beside_text`; {} where the model has no such modules, and for a prompt method, which adapts no module."""
+    :func:`beside_text`, and of the modules whose names the expression ``excluded`` matches; {} where the model has
+    nothing beside text, and for a prompt method, which adapts no module."""
     names = beside_text(model)
     if not names or METHODS[method].kind == "prompt":
         return {}
-    return {"exclude_modules": rf"(?:{'|'.join(map(re.escape, names))})(?:\..*)?"}
+    beside = rf"(?:{'|'.join(map(re.escape, names))})(?:\..*)?"
+    return {"exclude_modules": f"(?:{excluded})|(?:{beside})" if excluded else beside}
 
 
 def task_of(model: nn.Module) -> Optional[str]:

@@ -528,10 +528,10 @@ def test_ratios_stand_by_case_peer_and_tokens():
 
 def test_the_table_of_packed_formats_has_the_medians_of_the_ratios():
     common = {"k": 64, "n": 32, "roofline": {"ours": 50.0}, "bytes_moved": 4e6}
-    common["milliseconds"] = {"ours": 2.0, "frozen": 2.0, "PyTorch decode": 2.0}  # their ratios are not those of a round
+    common["milliseconds"] = {"ours": 2.0, "frozen": 2.0, "PyTorch decode": 2.0}  # medians, whose ratios are all 1
     speedup = {"frozen": 0.9, "PyTorch decode": 1.4}
     step = {"op": "lora_linear", "case": "T=512 64->32, FP4 base, dropout 0.05", "tokens": 512, "speedup": speedup}
-    one = {"op": "nf4_linear", "case": "T=1 64->32, FP4, few tokens", "tokens": 1, "speedup": {**speedup, "frozen": 3.0}}
+    one = {"op": "nf4_linear", "case": "T=1 64->32, FP4, few tokens", "tokens": 1, "speedup": {**speedup, "frozen": 3}}
     assert tables.packed_table({"rows": [{**one, **common}, {**step, **common}]}).splitlines() == [
         "| format | T = 1: GB/s | T = 1: frozen, PyTorch decode | LoRA, 64 -> 32, T = 512: frozen, PyTorch decode |",
         "|---|---|---|---|",

@@ -28,7 +28,7 @@ class Fixed:
         self.need, self.task, self.asked = need, task, []
         vars(self).update(changes)
 
-    def fields(self, method):
+    def fields(self, method, excluded):
         return {}
 
     def profile(self, config=None, method=None, **setting):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from peft_ext.run import Options, RunError, dry_run, finetune, train
 from peft_ext.run.data import Corpus, prompt_ids, read_corpus, tokenize
 from peft_ext.run.plan import preview
 from peft_ext.run.prepare import adapter_config, meta_base, prepare
-from peft_ext.sources.model import beside_text
+from peft_ext.sources.model import beside_text, text_targets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -335,6 +336,26 @@ def test_modules_beside_text_get_no_adapter_by_default(tiny: Path, gemma3: str, 
     base = meta_base(named)
     model = peft_ext.get_peft_model(base, adapter_config(named, base), accelerate=False)
     assert train._may_leave_unused(model) and any("vision_tower" in name for name in model.targeted_module_names)
+
+
+def test_estimates_and_recommendations_leave_out_the_modules_beside_text_too(gemma3: str) -> None:
+    config = hf.AutoConfig.from_pretrained(gemma3)
+    with torch.device("meta"):
+        model = hf.AutoModelForImageTextToText.from_config(config)
+    config_class, fields = method_config("lora", "CAUSAL_LM")
+    everywhere = make_config(config_class, fields)
+    chosen = make_config(config_class, fields | text_targets(model, "lora"))
+    step = {"batch_size": 1, "sequence_length": 16, "accelerated": False}
+    trainable = [
+        peft_ext.estimate_memory(copy.deepcopy(model), **step, **how).trainable
+        for how in ({"method": "lora"}, {"config": chosen}, {"config": everywhere})
+    ]
+    assert trainable[0] == trainable[1] < trainable[2]
+    recommended = peft_ext.recommend_peft_method(model, gpu_memory_gb=24)
+    assert recommended.config_kwargs["exclude_modules"] == chosen.exclude_modules
+    both = text_targets(model, "lora", "score|classifier")["exclude_modules"]
+    names = ("score", "classifier", "model.vision_tower.layers.0", "model.multi_modal_projector", "lm_head", "scores")
+    assert [bool(re.fullmatch(both, name)) for name in names] == [True, True, True, True, False, False]
 
 
 def test_ddp_searches_where_a_part_of_the_decoder_is_for_images() -> None:
