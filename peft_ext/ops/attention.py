@@ -115,21 +115,31 @@ def _backward(ctx, grad, _grad_lse):
 _attention = register_autograd("scaled_dot_product_attention", _backward, setup_context=_setup_context)
 
 
-def _near_zero(bias: Tensor) -> Tensor:
-    """Returns the bias minus the largest entry of a row, for the rows whose largest entry is beyond ±1,024.
+def _near_zero(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias: Tensor) -> Tensor:
+    """Returns the bias minus, in each row, the largest entry over the keys that the query sees, for the rows in which
+    this entry is beyond ±1,024.
 
     Softmax does not change if a number is added to a row. The backward computes ``P = exp(S - lse)`` from S and lse in
     float32. If all entries of a row are about -1e9, as in a row in which a finite mask hides all keys, lse has no bits
     left for the logarithm of the sum.
     """
-    if bias.shape[-1] == 0:
-        return bias
-    largest = bias.amax(-1, keepdim=True)
-    far = (largest.abs() > 1024) & largest.isfinite()
     # The backward holds a copy of the bias only where a row is far. Compiled code can't ask.
-    if not torch.compiler.is_compiling() and not (is_eager(bias) and far.any()):
+    may_ask = not torch.compiler.is_compiling()
+    if bias.shape[-1] == 0 or (may_ask and not (is_eager(bias) and _has_far(bias))):
+        return bias
+    visible = bias
+    if mask is not None or is_causal:
+        visible = bias.masked_fill(~reference.seen(q, k, mask, is_causal), float("-inf"))
+    largest = visible.amax(-1, keepdim=True)
+    far = (largest.abs() > 1024) & largest.isfinite()
+    if may_ask and not far.any():
         return bias
     return bias - largest.masked_fill(~far, 0.0)
+
+
+def _has_far(bias: Tensor) -> bool:
+    """Returns whether an entry of the bias is finite and beyond ±1,024."""
+    return bool(((bias.abs() > 1024) & bias.isfinite()).any())
 
 
 def _as_one(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias: Tensor) -> Tensor:
@@ -203,7 +213,7 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)
     if bias is not None and torch.is_grad_enabled() and any(value.requires_grad for value in (q, k, v)):
-        bias = _near_zero(bias)
+        bias = _near_zero(q, k, mask, is_causal, bias)
     how = (is_causal, scale, float(dropout_p) if seed is not None else 0.0, seed, bias)
     if checks.wants_reference(q):
         return by_reference(reference.scaled_dot_product_attention, q, k, v, mask, *how)[0]

@@ -181,6 +181,25 @@ def test_the_gradients_of_a_query_whose_keys_all_have_a_large_bias(hidden: float
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("by", ["is_causal", "mask"])
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -1e9, 3e4])
+def test_the_gradients_of_a_query_that_sees_only_keys_with_a_large_bias(hidden: float, by: str) -> None:
+    torch.manual_seed(0)
+    padding = torch.zeros(1, 1, 1, 16)
+    padding[..., :5] = hidden  # keys of padding on the left: the first five queries see no other keys
+    sees = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
+    how = {"is_causal": True} if by == "is_causal" else {"mask": sees}
+    operands = [torch.randn(1, 2, 16, 8) for _ in range(3)]
+    leaves = [value.clone().requires_grad_() for value in operands]
+    exact = [value.double().requires_grad_() for value in operands]
+    ops.scaled_dot_product_attention(*leaves, bias=padding.expand(1, 1, 16, 16), **how).cos().sum().backward()
+    moved = padding.double().expand(1, 1, 16, 16).clone()
+    moved[:, :, :5] = 0.0  # a constant changes no softmax
+    F.scaled_dot_product_attention(*exact, moved.masked_fill(~sees, -torch.inf)).cos().sum().backward()
+    for one, other in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_a_scale_s_gradient_holds_no_more_than_itself() -> None:
     scale = torch.randn(64).requires_grad_()
     ops.ia3_linear(torch.randn(300, 32), torch.randn(64, 32), scale).sum().backward()
