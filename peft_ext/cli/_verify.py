@@ -11,7 +11,7 @@ from ..run.data import IGNORED, read_corpus, tokenize
 from ..run.errors import REFUSALS
 from ..run.progress import status
 from ..sources.json_file import first_line, raised_as
-from ..sources.model import hushed, load_model, load_tokenizer
+from ..sources.model import hushed, load_model, load_tokenizer, tokenizer_folder
 from . import CliError
 from ._common import held_model
 
@@ -53,7 +53,7 @@ def verified(
                     if parameter.requires_grad and not parameter.any():
                         torch.nn.init.normal_(parameter, std=0.02)
     with status("verifying"):
-        batch = _batch(base, loaded.folder, data, batch_size, length)
+        batch = _batch(base, tokenizer_folder(adapter, loaded.folder), data, batch_size, length)
         try:
             return verify(model.train(), {key: value.to(device) for key, value in batch.items()})
         except REFUSALS as error:

@@ -26,7 +26,7 @@ from ..run.errors import REFUSALS, need
 from ..run.evaluate import continued
 from ..run.progress import quiet, status
 from ..sources.json_file import first_line, raised_as
-from ..sources.model import hushed, load_model, load_tokenizer
+from ..sources.model import hushed, load_model, load_tokenizer, tokenizer_folder
 from . import CliError
 from ._common import (
     QUANT_HELP,
@@ -124,9 +124,9 @@ class _Pair:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = _adapter_config(adapter)
         base, folder, quant, self.kind = _base(adapter, config, model, base_quant, blocksize, self.device)
-        own = (adapter / "tokenizer_config.json").is_file()  # the adapter's folder may have its own tokenizer
-        with raised_as(CliError, f"{adapter if own else folder}: no tokenizer (", Exception, after=")"):
-            self.tokenizer = load_tokenizer(str(adapter if own else folder))
+        words = tokenizer_folder(adapter, folder)
+        with raised_as(CliError, f"{words}: no tokenizer (", Exception, after=")"):
+            self.tokenizer = load_tokenizer(str(words))
         self.no_base = _why_no_base(config, base)
         self.model = _adapted(base, adapter).eval()
         self.is_prompt = bool(config.is_prompt_learning)

@@ -371,6 +371,12 @@ def load_tokenizer(folder: str, **kwargs: Any) -> Any:
     return tokenizer
 
 
+def tokenizer_folder(adapter: Optional[Path], base: Path) -> Path:
+    """Returns the folder of the tokenizer for an adapter: the adapter's own folder if it has a tokenizer, else the
+    base's folder or GGUF file."""
+    return adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else base
+
+
 def widen(model: Any) -> None:
     """Casts a transformers model, loaded in bfloat16, to float32 in place, one parameter at a time.
 

@@ -1,6 +1,7 @@
 """Tests explain --verify, which reads weights, compares a training step, and exits with code 1 if a number is wrong."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -75,6 +76,15 @@ def test_the_batch_has_the_asked_size(capsys, tiny, monkeypatch):
     monkeypatch.setattr(peft_ext.verification, "verify", verify)
     said(capsys, "explain", tiny / "model", *SMALL, "--data", tiny / "docs.txt")
     assert shapes == [(2, 24)]
+
+
+def test_the_tokenizer_in_the_adapter_s_folder_is_used(capsys, tiny, adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    for file in (tiny / "model").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    refusal = refused(capsys, "explain", folder, "--model", tiny / "model", *SMALL, "--data", tiny / "docs.txt")
+    assert refusal.startswith(f"--verify: {folder} has no tokenizer (")
 
 
 def test_refusals(capsys, tiny, tmp_path):
