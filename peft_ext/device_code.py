@@ -76,7 +76,6 @@ using conditional_t = typename conditional<kCondition, A, B>::type;
 """
 _MATH = """#pragma once
 #define INFINITY __int_as_float(0x7f800000)
-#define NAN __int_as_float(0x7fffffff)
 """
 HEADERS = {
     "math.h": _MATH,
