@@ -18,7 +18,7 @@ from rich.progress import track
 from .. import __version__, _cpu, _native, device_code
 from .._torch_build import torch_build
 from ..machine import versions
-from ..ops import library, prove
+from ..ops import cards, library, prove
 from ..text import dtype_name
 from . import CliError
 
@@ -157,7 +157,9 @@ def _on_gpus(error: str) -> str:
     if not kept:
         return f"the slow reference: {next(iter(dropped.values()))}"
     lost = [family for family in dropped if family not in kept]
-    return f"the CUDA kernels, and for {', '.join(lost)} the slow reference" if lost else "the CUDA kernels"
+    old = [found for index in range(torch.cuda.device_count()) if (found := cards.why_old(torch.device("cuda", index)))]
+    by_family = f", and for {', '.join(lost)} the slow reference" if lost else ""
+    return "; ".join([f"the CUDA kernels{by_family}", *old])
 
 
 def _proofs(key: str, error: str, measure: bool) -> None:

@@ -477,6 +477,15 @@ def test_doctor_tells_the_code_that_a_gpu_runs_after_the_proof(dropped, error, w
     assert f"  tensors on a GPU run       {wanted}\n" in capsys.readouterr().out
 
 
+def test_doctor_names_an_old_gpu_beside_a_newer_one(monkeypatch):
+    from peft_ext.cli import doctor
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ops.cards, "OLD", {1: "it is old"})
+    says = "the CUDA kernels; the reference runs on cuda:1, an old GPU beside a newer one: it is old"
+    assert doctor._on_gpus("") == says
+
+
 @pytest.mark.parametrize(
     "given, wanted",
     [(["9.0"], [90]), (["10.0", "8.6"], [86, 100]), (["90"], "--capability is '90', wanted a number such as 9.0")],
