@@ -359,6 +359,17 @@ def test_an_error_in_a_call_of_pytorch_has_pytorch_s_reason(ops):
     assert "memory" not in str(raised.value)
 
 
+def test_a_label_out_of_range_stops_the_cross_entropy(ops):
+    def losses(*labels):
+        rows = torch.zeros(len(labels), 7)
+        return ops.cross_entropy_rows(rows, torch.tensor(labels), None, 1.0, 0.0, 0.0, -100, True)
+
+    for label in (7, -1, 2**40):
+        with pytest.raises(RuntimeError, match=r"cross_entropy_kernel<.*, block \(1, 0, 0\), .*: trap"):
+            losses(0, label, -100)
+    assert losses(0, 6, -100).tolist() == pytest.approx([math.log(7), math.log(7), 0])
+
+
 def tells_reasons() -> bool:
     """Returns whether torch has the function for the message of its last error."""
     return hasattr(ctypes.CDLL("libtorch_cpu.so"), "torch_exception_get_what_without_backtrace")
