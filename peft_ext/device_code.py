@@ -76,7 +76,6 @@ using conditional_t = typename conditional<kCondition, A, B>::type;
 """
 _MATH = """#pragma once
 #define INFINITY __int_as_float(0x7f800000)
-#define NAN __int_as_float(0x7fffffff)
 """
 HEADERS = {
     "math.h": _MATH,
@@ -89,12 +88,24 @@ HEADERS = {
 
 def missing() -> Optional[str]:
     """Returns why kernels can't be compiled on this machine, or None."""
-    if any(importlib.util.find_spec(name) is None for name in ("cuda", "cuda.bindings")):
+    found = None
+    try:
+        found = importlib.util.find_spec("cuda")
+        # The search for cuda.bindings imports cuda, which may be a module of the user's, whose code must not run here.
+        is_package = found is not None and found.submodule_search_locations is not None
+        lacks = not is_package or importlib.util.find_spec("cuda.bindings") is None
+    except Exception:  # a package of the user's named cuda may raise any error when it is imported
+        lacks = True
+    if lacks:
         # The package cuda-bindings must have the major CUDA release that torch is built for: a newer cuda-bindings
         # looks for a newer NVRTC than the one that torch has.
         major = (torch.version.cuda or "").partition(".")[0]
         named = f'"cuda-bindings=={major}.*"' if major else "cuda-bindings"
-        return f"the package cuda-bindings is missing: pip install {named}"
+        why = f"the package cuda-bindings is missing: pip install {named}"
+        file = getattr(found, "origin", None)  # the package cuda of cuda-bindings is a namespace and has no file
+        if file is not None and not {"site-packages", "dist-packages"}.intersection(Path(file).parts):
+            why = f"{file} hides the package cuda of cuda-bindings: rename this module. If then {why}"
+        return why
     try:
         version()
     except Exception as error:  # the package raises errors of many types where NVRTC is missing or does not load

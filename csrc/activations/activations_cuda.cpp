@@ -116,8 +116,8 @@ Tensor activation_backward_cuda(const Tensor& grad, const Tensor& x, int64_t act
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("gated_activation", TORCH_BOX(&peft_ext::gated_activation_cuda));
-  m.impl("gated_activation_backward", TORCH_BOX(&peft_ext::gated_activation_backward_cuda));
-  m.impl("activation", TORCH_BOX(&peft_ext::activation_cuda));
-  m.impl("activation_backward", TORCH_BOX(&peft_ext::activation_backward_cuda));
+  m.impl("gated_activation", PEFT_EXT_CUDA_BOX(&peft_ext::gated_activation_cuda));
+  m.impl("gated_activation_backward", PEFT_EXT_CUDA_BOX(&peft_ext::gated_activation_backward_cuda));
+  m.impl("activation", PEFT_EXT_CUDA_BOX(&peft_ext::activation_cuda));
+  m.impl("activation_backward", PEFT_EXT_CUDA_BOX(&peft_ext::activation_backward_cuda));
 }

@@ -173,6 +173,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("bottleneck_adapter", TORCH_BOX(&peft_ext::bottleneck_adapter_cuda));
-  m.impl("bottleneck_adapter_backward", TORCH_BOX(&peft_ext::bottleneck_adapter_backward_cuda));
+  m.impl("bottleneck_adapter", PEFT_EXT_CUDA_BOX(&peft_ext::bottleneck_adapter_cuda));
+  m.impl("bottleneck_adapter_backward", PEFT_EXT_CUDA_BOX(&peft_ext::bottleneck_adapter_backward_cuda));
 }

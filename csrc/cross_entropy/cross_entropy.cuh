@@ -23,7 +23,7 @@ namespace peft_ext {
 
 struct CrossEntropyWork {
   void* logits;              // logits x [T, V]; overwritten with the gradient if needs_grad
-  const int64_t* labels;     // labels [T]; an ignored label gives loss and gradient 0, a label out of range gives NaN
+  const int64_t* labels;     // labels [T]; an ignored label gives loss and gradient 0, a label out of range traps
   const float* row_weight;   // row weights w [T]; a null pointer stands for ones
   float* losses;             // receives the losses [T], not multiplied by w
   int64_t columns, ignored;  // columns: V; ignored: the label of tokens without a loss
@@ -86,6 +86,8 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWor
     return kHolds && column + kVector <= min_of(columns, kHeldBytes / static_cast<int64_t>(sizeof(T)));
   };
   const bool ignored = label == work.ignored, inside = label >= 0 && label < columns;
+  // A user would notice a loss of NaN late or not at all. PyTorch's cross entropy stops at such a label too.
+  if (!ignored && !inside) trap();
   const float inner = kSoftcap ? work.scale / work.softcap : work.scale, over = kSoftcap ? 1.0f / work.softcap : 0.0f;
   const auto z_of = [&](float x) { return kSoftcap ? work.softcap * tanhf(x * inner) : x * inner; };
 
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWor
         if (i < count) mine.sum += expf(z[i] - mine.most);
     }
   }
-  const float z_label = !ignored && inside ? z_of(load_value(row + label)) : NAN;
+  const float z_label = !ignored && inside ? z_of(load_value(row + label)) : 0.0f;
   // The read of row[label] is before the barrier in block_joined, and each write of the row is after the barrier.
   const SoftmaxSum all = block_joined<kThreads>(mine, shared);
   const float rest = 1.0f - work.smoothing, log_sum = logf(all.sum);
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWor
   }
   if (!work.needs_grad) return;
 
-  const float by = work.scale * (work.row_weight == nullptr ? 1.0f : work.row_weight[at]) * (inside ? 1.0f : NAN);
+  const float by = work.scale * (work.row_weight == nullptr ? 1.0f : work.row_weight[at]);
   const float share = 1.0f / all.sum, even = work.smoothing / static_cast<float>(columns);
   for (int64_t column = threadIdx.x * kVector; column < columns; column += kThreads * kVector) {
     float out[kVector] = {};

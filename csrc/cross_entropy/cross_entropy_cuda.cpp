@@ -52,4 +52,4 @@ Tensor cross_entropy_rows_cuda(Tensor logits, const Tensor& labels, const std::o
 }  // namespace
 }  // namespace peft_ext
 
-PEFT_EXT_CUDA_LIBRARY(m) { m.impl("cross_entropy_rows", TORCH_BOX(&peft_ext::cross_entropy_rows_cuda)); }
+PEFT_EXT_CUDA_LIBRARY(m) { m.impl("cross_entropy_rows", PEFT_EXT_CUDA_BOX(&peft_ext::cross_entropy_rows_cuda)); }

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <atomic>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -160,6 +161,20 @@ void* handle_of(const Kernel& kernel, int device) {
   return before;
 }
 
+// Lets launches of the handle have `bytes` of dynamic shared memory: static plus dynamic shared memory may exceed the
+// driver's default limit of 48 KiB. The limit belongs to the handle, which all threads share, and is never lowered:
+// another thread may be about to launch the kernel with more bytes.
+void allow_shared(const Kernel& kernel, int device, void* handle, int bytes) {
+  static std::mutex raising;
+  std::atomic<int>& allowed = kernel.allowed[device];
+  if (allowed.load(std::memory_order_acquire) >= bytes) return;
+  const std::lock_guard<std::mutex> lock(raising);
+  if (allowed.load(std::memory_order_relaxed) >= bytes) return;
+  const Result result = driver().function_set_attribute(handle, kMaxDynamicShared, bytes);
+  if (result != kSuccess) check(result, "shared memory", expression(kernel).c_str());
+  allowed.store(bytes, std::memory_order_release);
+}
+
 Kernel*& first_kernel() {
   static Kernel* first = nullptr;
   return first;
@@ -230,10 +245,7 @@ void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Blo
   void* handle = handle_of(kernel, device);
   enter_context(device);
   const auto shared = static_cast<unsigned>(block.dynamic_shared);
-  if (block.dynamic_shared > 0) {  // static plus dynamic shared memory may exceed the default limit of 48 KiB
-    const Result result = driver().function_set_attribute(handle, kMaxDynamicShared, static_cast<int>(shared));
-    if (result != kSuccess) check(result, "shared memory", expression(kernel).c_str());
-  }
+  if (block.dynamic_shared > 0) allow_shared(kernel, device, handle, static_cast<int>(shared));
   const Result result = driver().launch_kernel(handle, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                                                static_cast<unsigned>(grid.z), static_cast<unsigned>(block.threads), 1,
                                                1, shared, stream, parameters, nullptr);

@@ -23,6 +23,7 @@ struct Kernel {
   const char* file;
   Kernel* next;                                          // next kernel in the list of all kernels
   mutable std::atomic<void*> handles[kMaxDevices] = {};  // CUfunction handle for each device; null: not loaded
+  mutable std::atomic<int> allowed[kMaxDevices] = {};    // bytes of dynamic shared memory that each handle allows
 };
 
 template <class Here>

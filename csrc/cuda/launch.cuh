@@ -24,7 +24,9 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <exception>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -32,14 +34,32 @@
 #include "common/registration.h"
 #include "cuda/grid.h"
 
-// PEFT_EXT_CUDA_LIBRARY(m) { m.impl("name", TORCH_BOX(&function)); } registers the CUDA functions of an operator.
+// PEFT_EXT_CUDA_LIBRARY(m) { m.impl("name", PEFT_EXT_CUDA_BOX(&function)); } registers the CUDA functions of an
+// operator.
 #ifdef PEFT_EXT_EMULATE_CUDA
 #define PEFT_EXT_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(peft_ext_emulated, CPU, m)
 #else
 #define PEFT_EXT_CUDA_LIBRARY(m) PEFT_EXT_OPERATORS(CUDA, m)
 #endif
+#define PEFT_EXT_CUDA_BOX(function) peft_ext::boxed_device_call<TORCH_BOX(function)>
 
 namespace peft_ext {
+
+// Raises an error with the reason of a failed call of PyTorch. `text` is the text of a caught error. The function
+// returns if the caught error is not by PyTorch's stable ABI, or if nothing more is known.
+void raise_reason(const std::string& text);
+
+// Calls a boxed function. The errors of PyTorch's stable ABI name the call that failed, but not the reason, by which
+// trainers recognize a lack of memory. The raised error has the reason.
+template <void (*Boxed)(StableIValue*, uint64_t, uint64_t)>
+void boxed_device_call(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
+  try {
+    Boxed(stack, arguments, outputs);
+  } catch (const std::exception& error) {
+    raise_reason(error.what());
+    throw;
+  }
+}
 
 // Returns whether kernels can use the tensor: a tensor on a CUDA device, or on the CPU under the emulator.
 inline bool on_device(const torch::stable::Tensor& tensor) {

@@ -258,6 +258,16 @@ __device__ __forceinline__ void threadfence() {
 #endif
 }
 
+// trap: ends the kernel with an error. Every later call of the driver in the process then fails, as after an assertion
+// of PyTorch's kernels.
+__device__ __forceinline__ void trap() {
+#ifdef __CUDACC__
+  __trap();
+#else
+  emulator::trap();
+#endif
+}
+
 // ---- blocks and warps
 
 // A barrier of the block. All threads of the block must call the barrier; after the barrier each thread sees the

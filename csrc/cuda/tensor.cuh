@@ -39,6 +39,9 @@ inline const char* lost_device() {
 #endif
 }
 
+// Raises an error if the device no longer works.
+void check_device();
+
 // Allocates a tensor on `like`'s device. If the allocation fails, the error contains the text of PyTorch's allocator
 // error: the stable ABI loses this text, by which trainers recognize that a smaller batch would fit.
 inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
@@ -48,8 +51,7 @@ inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape
   const std::optional<Tensor> tensor = try_empty(device_type, like.get_device_index(), shape, type);
   if (tensor.has_value()) return *tensor;
   const std::string message = shim_message();
-  const char* lost = lost_device();
-  STD_TORCH_CHECK(lost[0] == 0, "CUDA error: ", lost, " (of a kernel before this call)");
+  check_device();
   check_no_memory(message, bytes);
   STD_TORCH_CHECK(false, "CUDA out of memory. peft_ext wanted ", bytes, " bytes more");
 }

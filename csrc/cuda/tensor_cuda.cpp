@@ -1,7 +1,30 @@
 // Checks of tensors for the CUDA operators. See tensor.cuh.
 #include "cuda/tensor.cuh"
 
+#include <string>
+
 namespace peft_ext {
+
+void check_device() {
+  const char* lost = lost_device();
+  STD_TORCH_CHECK(lost[0] == 0, "CUDA error: ", lost, " (of a kernel before this call)");
+}
+
+void raise_reason(const std::string& text) {
+  if (text.find(" API call failed at ") == std::string::npos) return;
+  const std::string message = shim_message();
+  check_device();
+  if (message.empty()) {
+    // torch before 2.13 has no function for the message. The calls below only allocate and copy, and their arguments
+    // were checked.
+    for (const char* call : {"aten::contiguous", "aten::clone", "aten::to", "aten::empty_like", "aten::new_empty"})
+      STD_TORCH_CHECK(text.find(call) == std::string::npos, "CUDA out of memory. peft_ext: ", text);
+    return;
+  }
+  // Trainers search for "out of memory.", which the messages of some allocators do not contain.
+  const bool lacks = tells_no_memory(message) && message.find("out of memory.") == std::string::npos;
+  STD_TORCH_CHECK(false, lacks ? "CUDA out of memory. " : "", message, " (in a call of peft_ext)");
+}
 
 std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

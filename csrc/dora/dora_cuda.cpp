@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_backward_cuda(
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("dora_weight_norm", TORCH_BOX(&peft_ext::dora_weight_norm_cuda));
-  m.impl("dora_weight_norm_backward", TORCH_BOX(&peft_ext::dora_weight_norm_backward_cuda));
-  m.impl("dora_linear", TORCH_BOX(&peft_ext::dora_linear_cuda));
-  m.impl("dora_linear_backward", TORCH_BOX(&peft_ext::dora_linear_backward_cuda));
+  m.impl("dora_weight_norm", PEFT_EXT_CUDA_BOX(&peft_ext::dora_weight_norm_cuda));
+  m.impl("dora_weight_norm_backward", PEFT_EXT_CUDA_BOX(&peft_ext::dora_weight_norm_backward_cuda));
+  m.impl("dora_linear", PEFT_EXT_CUDA_BOX(&peft_ext::dora_linear_cuda));
+  m.impl("dora_linear_backward", PEFT_EXT_CUDA_BOX(&peft_ext::dora_linear_backward_cuda));
 }

@@ -84,6 +84,7 @@ float atomic_add(float* to, float value);
 unsigned atomic_add(unsigned* to, unsigned value);
 int atomic_add(int* to, int value);
 void threadfence();
+[[noreturn]] void trap();
 
 }  // namespace emulator
 }  // namespace peft_ext

@@ -581,6 +581,7 @@ float atomic_add(float* to, float value) { return add(to, value, SITE); }
 unsigned atomic_add(unsigned* to, unsigned value) { return add(to, value, SITE); }
 int atomic_add(int* to, int value) { return add(to, value, SITE); }
 void threadfence() { current.machine->fenced = true; }
+void trap() { fault(SITE, "trap"); }
 
 }  // namespace emulator
 }  // namespace peft_ext

@@ -439,7 +439,7 @@ Tensor dora_experts_weight_norm_cuda(const Tensor& weight, const std::optional<T
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("lora_experts", TORCH_BOX(&peft_ext::lora_experts_cuda));
-  m.impl("lora_experts_backward", TORCH_BOX(&peft_ext::lora_experts_backward_cuda));
-  m.impl("dora_experts_weight_norm", TORCH_BOX(&peft_ext::dora_experts_weight_norm_cuda));
+  m.impl("lora_experts", PEFT_EXT_CUDA_BOX(&peft_ext::lora_experts_cuda));
+  m.impl("lora_experts_backward", PEFT_EXT_CUDA_BOX(&peft_ext::lora_experts_backward_cuda));
+  m.impl("dora_experts_weight_norm", PEFT_EXT_CUDA_BOX(&peft_ext::dora_experts_weight_norm_cuda));
 }

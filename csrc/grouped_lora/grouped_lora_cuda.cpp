@@ -58,4 +58,4 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cuda(
 }  // namespace
 }  // namespace peft_ext
 
-PEFT_EXT_CUDA_LIBRARY(m) { m.impl("grouped_lora_linear", TORCH_BOX(&peft_ext::grouped_lora_linear_cuda)); }
+PEFT_EXT_CUDA_LIBRARY(m) { m.impl("grouped_lora_linear", PEFT_EXT_CUDA_BOX(&peft_ext::grouped_lora_linear_cuda)); }

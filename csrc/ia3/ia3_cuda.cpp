@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor> ia3_scale_backward_cuda(const Tensor& grad, const Ten
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("ia3_linear", TORCH_BOX(&peft_ext::ia3_linear_cuda));
-  m.impl("ia3_linear_backward", TORCH_BOX(&peft_ext::ia3_linear_backward_cuda));
-  m.impl("ia3_scale", TORCH_BOX(&peft_ext::ia3_scale_cuda));
-  m.impl("ia3_scale_backward", TORCH_BOX(&peft_ext::ia3_scale_backward_cuda));
+  m.impl("ia3_linear", PEFT_EXT_CUDA_BOX(&peft_ext::ia3_linear_cuda));
+  m.impl("ia3_linear_backward", PEFT_EXT_CUDA_BOX(&peft_ext::ia3_linear_backward_cuda));
+  m.impl("ia3_scale", PEFT_EXT_CUDA_BOX(&peft_ext::ia3_scale_cuda));
+  m.impl("ia3_scale_backward", PEFT_EXT_CUDA_BOX(&peft_ext::ia3_scale_backward_cuda));
 }

@@ -60,8 +60,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_residual_backward_cuda(
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("lora_linear", TORCH_BOX(&peft_ext::lora_linear_cuda));
-  m.impl("lora_linear_backward", TORCH_BOX(&peft_ext::lora_linear_backward_cuda));
-  m.impl("lora_residual", TORCH_BOX(&peft_ext::lora_residual_cuda));
-  m.impl("lora_residual_backward", TORCH_BOX(&peft_ext::lora_residual_backward_cuda));
+  m.impl("lora_linear", PEFT_EXT_CUDA_BOX(&peft_ext::lora_linear_cuda));
+  m.impl("lora_linear_backward", PEFT_EXT_CUDA_BOX(&peft_ext::lora_linear_backward_cuda));
+  m.impl("lora_residual", PEFT_EXT_CUDA_BOX(&peft_ext::lora_residual_cuda));
+  m.impl("lora_residual_backward", PEFT_EXT_CUDA_BOX(&peft_ext::lora_residual_backward_cuda));
 }

@@ -204,8 +204,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(const Tensor& grad, 
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("rms_norm", TORCH_BOX(&peft_ext::rms_norm_cuda));
-  m.impl("rms_norm_backward", TORCH_BOX(&peft_ext::rms_norm_backward_cuda));
-  m.impl("layer_norm", TORCH_BOX(&peft_ext::layer_norm_cuda));
-  m.impl("layer_norm_backward", TORCH_BOX(&peft_ext::layer_norm_backward_cuda));
+  m.impl("rms_norm", PEFT_EXT_CUDA_BOX(&peft_ext::rms_norm_cuda));
+  m.impl("rms_norm_backward", PEFT_EXT_CUDA_BOX(&peft_ext::rms_norm_backward_cuda));
+  m.impl("layer_norm", PEFT_EXT_CUDA_BOX(&peft_ext::layer_norm_cuda));
+  m.impl("layer_norm_backward", PEFT_EXT_CUDA_BOX(&peft_ext::layer_norm_backward_cuda));
 }

@@ -71,6 +71,6 @@ std::tuple<Tensor, Tensor> rotary_embedding_backward_cuda(const Tensor& grad_q, 
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("rotary_embedding", TORCH_BOX(&peft_ext::rotary_embedding_cuda));
-  m.impl("rotary_embedding_backward", TORCH_BOX(&peft_ext::rotary_embedding_backward_cuda));
+  m.impl("rotary_embedding", PEFT_EXT_CUDA_BOX(&peft_ext::rotary_embedding_cuda));
+  m.impl("rotary_embedding_backward", PEFT_EXT_CUDA_BOX(&peft_ext::rotary_embedding_backward_cuda));
 }

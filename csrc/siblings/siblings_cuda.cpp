@@ -59,6 +59,6 @@ std::vector<Tensor> lora_linears_backward_cuda(const std::vector<std::optional<T
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("lora_linears", TORCH_BOX(&peft_ext::lora_linears_cuda));
-  m.impl("lora_linears_backward", TORCH_BOX(&peft_ext::lora_linears_backward_cuda));
+  m.impl("lora_linears", PEFT_EXT_CUDA_BOX(&peft_ext::lora_linears_cuda));
+  m.impl("lora_linears_backward", PEFT_EXT_CUDA_BOX(&peft_ext::lora_linears_backward_cuda));
 }

@@ -18,7 +18,7 @@ from rich.progress import track
 from .. import __version__, _cpu, _native, device_code
 from .._torch_build import torch_build
 from ..machine import versions
-from ..ops import library, prove
+from ..ops import cards, library, prove
 from ..text import dtype_name
 from . import CliError
 
@@ -78,6 +78,7 @@ def doctor(
     why = _cpu.why_float32()
     _row("finetune computes in", f"float32: {why}" if why else "bfloat16")
 
+    errors = {key: _settled(key) for key in prove.KEYS}
     _section("native library, CUDA")
     why = device_code.missing() if state.cuda_loaded else state.cuda_error or build.why_no_kernels
     _row("loaded", "yes" if state.cuda_loaded else f"no: {why}")
@@ -85,12 +86,13 @@ def doctor(
     _row("GPUs", ", ".join(devices) or "none")
     _row("tensors on the CPU run", "the CPU kernels" if state.module is not None else "the slow reference")
     if devices:
-        _row("tensors on a GPU run", f"the slow reference: {why}" if why else "the CUDA kernels")
+        _row("tensors on a GPU run", f"the slow reference: {why}" if why else _on_gpus(errors["CUDA"]))
     _row("kernels", f"{len(device_code.kernels())}, compiled at the first use by NVRTC")
     if build.name == "CUDA":
         _row("compiler", device_code.missing() or f"NVRTC {device_code.version()}")
         _row("compiled kernels", f"{len(list(device_code.cache().glob('*/*.image')))} in {device_code.cache()}")
-    failed = not all([_proofs(key, measure) for key in prove.KEYS])
+    for key, error in errors.items():
+        _proofs(key, error, measure)
 
     _section("operators")
     for name in library.OPERATORS:
@@ -108,7 +110,7 @@ def doctor(
         _row(name, value)
     if not values:
         _row("nothing set", "of " + ", ".join(_ENVIRONMENT[:2]) + ", ...")
-    return 1 if state.module is None or failed else 0
+    return 1 if state.module is None or any(errors.values()) else 0
 
 
 def _warm(capabilities: list[str]) -> None:
@@ -135,26 +137,43 @@ def _warm(capabilities: list[str]) -> None:
         device_code.warm(number, progress)
 
 
-def _proofs(key: str, measure: bool) -> bool:
-    """Proves the kernels of a dispatch key, and prints the result of each family. ``measure``: whether to print the
-    median times too.
-
-    Returns False if the proof raised an error: a kernel's fault that leaves the GPU unusable, too little memory, or,
-    with PEFT_EXT_REQUIRE, a family that failed.
+def _settled(key: str) -> str:
+    """Proves the kernels of a dispatch key. Returns "", or the error of the proof: a kernel's fault that leaves the GPU
+    unusable, too little memory, or, with PEFT_EXT_REQUIRE, a family that failed.
     """
-    raised = False
     try:
         prove.settle(key)
     except RuntimeError as error:
-        raised = True
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _on_gpus(error: str) -> str:
+    """Returns which code computes the operators on GPUs after the proof. ``error``: the error of the proof, or ""."""
+    if error:
+        return "no operator: the proof of the CUDA kernels raised an error, see below"
+    dropped = {family: prove.proved("cuda", *names) for family, names in prove.families("CUDA").items()}
+    kept = [family for family, why in dropped.items() if why is None]
+    if not kept:
+        return f"the slow reference: {next(iter(dropped.values()))}"
+    lost = [family for family in dropped if family not in kept]
+    old = [found for index in range(torch.cuda.device_count()) if (found := cards.why_old(torch.device("cuda", index)))]
+    by_family = f", and for {', '.join(lost)} the slow reference" if lost else ""
+    return "; ".join([f"the CUDA kernels{by_family}", *old])
+
+
+def _proofs(key: str, error: str, measure: bool) -> None:
+    """Prints the results of the proof of a dispatch key's kernels. ``error``: the error of the proof, or "".
+    ``measure``: whether to print the median times too.
+    """
+    if error:
         _section(f"proof of the {key} kernels")
-        _row("error", str(error))
+        _row("error", error)
     for place, found in prove.report(key).items():
         _section(f"proof on {place}")
         for family, why in found.items():
             times = _times(family, key) if measure and not why else ""
             _row(family, f"dropped: {why}" if why else f"agrees with the reference{times}")
-    return not raised
 
 
 def _times(family: str, key: str) -> str:

@@ -19,6 +19,7 @@ forward. The fused layers are in ``adapter_layers``. Blocks of a model are recog
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from torch import nn
 from .._imports import MISSING, optional, say_missing
 from .._native import release_scratch
 from ..nn import NF4Experts, NF4Linear, PackedExperts, PackedLinear
-from ..ops import prove
+from ..ops import cards, prove
 from ..ops.checks import check_module
 from ..ops.format_proofs import family_of
 from .adapter_layers import adalora, embedding, ia3, linear4bit, reasons  # noqa: F401  the layers register themselves
@@ -344,9 +345,12 @@ def explain(model: nn.Module) -> Explanation:
 
 def _blocks(model: nn.Module) -> Iterator[Row]:
     names = {id(module): name for name, module in model.named_modules()}
+    held = dict(model.named_modules())
     for name, kind, reason in block_parts(model):
+        reason = reason or _old_card(held[name])
         yield Row(name, kind, reason is None, reason or "")
     for layer, reason in loss_parts(model):
+        reason = reason or _old_card(layer)
         yield Row(names.get(id(layer), ""), "loss", reason is None, reason or "logits in chunks")
 
 
@@ -391,15 +395,23 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             kind = "Linear"
         if kind is None:
             continue
-        if reason == "" and (error := getattr(module, "merge_error", None)) is not None:
+        old = _old_card(module)
+        if reason == "" and old is None and (error := getattr(module, "merge_error", None)) is not None:
             yield Row(name, kind, True, f"an adapter was merged: requantizing moved it by {error:.2%}")
             continue
         if reason is None:
             fused = FUSED.get(type(module))
             reason = module.stock_reason() if fused is None else _lacking(module, fused) or _NOT_ACCELERATED
+        reason = reason or old
         part = None if reason else getattr(module, "part_reason", lambda: None)()
         text = reason or (f"the adapter's part: {part}" if part else "")
         yield Row(name, kind, not reason, "; ".join(filter(None, (text, _note(module)))))
+
+
+def _old_card(module: nn.Module) -> Optional[str]:
+    """Returns why the module's operators run the reference although they are not dropped, see cards.why_old."""
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return None if tensor is None else cards.why_old(tensor.device)
 
 
 def _format(base: nn.Module) -> str:

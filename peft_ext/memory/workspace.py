@@ -6,6 +6,7 @@ loss, and on CUDA for experts, but for no other operator.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ import torch
 from .. import _cpu
 from .._native import STATE, TILE_PATHS
 from ..ops.cross_entropy import CHUNK_BYTES
+from ..weights.packed import format_of
 
 LOSS = torch.ops.peft_ext.linear_cross_entropy.default
 _SIBLINGS = (torch.ops.peft_ext.lora_linears.default, torch.ops.peft_ext.lora_linears_backward.default)
-_EXPERTS = (torch.ops.peft_ext.lora_experts.default, torch.ops.peft_ext.lora_experts_backward.default)
+_EXPERTS = (
+    torch.ops.peft_ext.lora_experts.default,
+    torch.ops.peft_ext.lora_experts_backward.default,
+    torch.ops.peft_ext.dora_experts_weight_norm.default,
+)
 
 # Constants of the CPU kernels.
 _WIDE_PANEL = 1024  # number of rows of W that are widened to float32 together
@@ -29,7 +35,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     """Returns the scratch bytes of one call of an operator of peft_ext.
 
     The scratch of a linear layer is the scratch of its product, see :func:`_of_product`. In the backward of a layer
-    that scales its output or its input, the scratch also has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings`
+    that scales its output or its input, and on CUDA in the forward of a layer that scales its input, the scratch also
+    has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings`
     and :func:`_of_experts` compute the scratch of a loss, of siblings and of experts. Any other operator that has no
     argument ``shape`` counts as 0 bytes.
     """
@@ -50,6 +57,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
         # For a feed-forward layer of IA3 in 16 bits on the CPU, _of_product has counted the scaled tensor.
         if not (feedforward and device == "cpu" and by.element_size() == 2):
             size += given["x" if feedforward else "grad"].numel() * by.element_size()
+    elif device != "cpu" and given.get("feedforward"):
+        size += by.numel() * by.element_size()
     return size
 
 
@@ -58,7 +67,9 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
 
     On CUDA, and on the CPU in float32, the scratch is a packed weight decoded to the activations' dtype, or nothing for
     a dense weight. If PEFT's DoRA dropout acts on the base layer's term, on the CPU in float32, the scratch also has
-    the dropped x or the scaled dY, the partial result to which the product is added, and a panel of the weight.
+    the dropped x or the scaled dY, the partial result to which the product is added, and a panel of the weight. With
+    this dropout, on CUDA, the scratch of the forward also has the dropped x, and the product of the dropped x if the
+    product is no result; the scratch of the backward also has the two terms of dX.
 
     On the CPU in 16 bits, one of the four cases below gives the scratch. In cases 1, 2 and 4 of the list, a dropout of
     the base layer's term doubles the tensors of activations, products and float32 panels.
@@ -82,6 +93,9 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
         # panel of W
         if device == "cpu" and drops:
             size += 4 * (rows * (out_features + in_features) + panel_rows * in_features)
+        elif drops:
+            columns = 2 * in_features if backward else in_features + (0 if given["want_z"] else out_features)
+            size += dtype.itemsize * rows * columns
         return size
     products = 2 if drops else 1
     if STATE.isa in TILE_PATHS and dtype is torch.bfloat16:
@@ -178,11 +192,15 @@ def _of_experts(given: dict[str, Any], device: str) -> int:
 
     On a CPU the scratch is contiguous copies of the adapters that are not contiguous, and in the backward as many bytes
     again for gradients. On a GPU the scratch is the bfloat16 terms of the adapters, of up to six bytes for each
-    element, and in the backward partial sums of the adapters' gradients.
+    element, in the backward partial sums of the adapters' gradients, and the weights of all experts, decoded, if the
+    weights are packed in another format than NF4.
     """
     held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
     if device == "cuda":
         size = sum(6 * value.numel() for value in held)
+        if format_of(given["layout"]) not in (None, "nf4"):
+            dtype = given["x"].dtype if "x" in given else given["dtype"]
+            size += math.prod(given["shape"]) * dtype.itemsize
         return size + sum(4 * value.numel() for value in held) if "grad" in given else size
     # The scratch of one expert is small compared with the copies, and is not counted.
     size = sum(value.numel() * value.element_size() for value in held if not value.is_contiguous())

@@ -253,7 +253,8 @@ def linear_cross_entropy(
     lora_input, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected. A label out
-    of range raises RuntimeError on a CPU, and makes the loss NaN on a GPU.
+    of range raises RuntimeError on a CPU. On a GPU such a label stops the kernel, as in PyTorch's cross entropy: the
+    next call that waits for the GPU raises an error of CUDA, and the process can't use the GPU any more.
 
     Sources: transformers' causal loss; Gemma 2 (arXiv 2408.00118); cut cross entropy (arXiv 2411.09009).
     """

@@ -29,8 +29,8 @@ Environment:
         saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is proved again
         by the next process, because an error may have a temporary cause. A family whose kernels ended a process by a
         fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and reads no saved
-        result. With ``0``, no family is proved, and the ranks exchange no results; the kernels for a GPU that is too
-        old, and all CUDA kernels without NVRTC, are dropped with ``0`` too. Any other value raises ValueError.
+        result. With ``0``, no family is proved, and the ranks exchange no results; a GPU that is too old runs the
+        reference, and all CUDA kernels without NVRTC are dropped, with ``0`` too. Any other value raises ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -58,7 +58,7 @@ from .. import _cpu, _native, device_code
 from .._version import __version__
 from ..files import atomic_file, cache_folder
 from ..weights import packed
-from . import format_proofs
+from . import cards, format_proofs
 from .library import NAMESPACE, OPERATORS, PROOFS, has_kernel, is_eager
 from .proof_inputs import ProofInputs, widened
 
@@ -69,8 +69,6 @@ KEYS = ("CPU", "CUDA")  # dispatch keys for which the native library has kernels
 # By dispatch key and operator, or family of a format: why its kernels were dropped in this process. A dropped operator
 # runs the reference.
 DROPPED: dict[tuple[str, str], str] = {}
-
-CAPABILITY = (8, 0)  # compute capability of the oldest GPUs for which the library has kernels
 _FAULTS = " | faults"  # suffix of the key in proved.json of the families whose kernels ended a process
 
 # Numbers of tokens, input features and output features of the inputs, by dispatch key. On a GPU a family's first call
@@ -150,7 +148,9 @@ def _arm_family(key: str, family: str, names: list[str]) -> None:
 def _gate(key: str, family: str, name: str) -> Callable[..., Any]:
     def gate(*args: Any) -> Any:
         settle(key, [family])
-        return (OPERATORS[name].reference if (key, name) in DROPPED else native_op(key, name))(*args)
+        return (OPERATORS[name].reference if (key, name) in DROPPED or cards.on_old(args) else native_op(key, name))(
+            *args
+        )
 
     return gate
 
@@ -239,6 +239,8 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
             for place_name, why in by_place.items():
                 _found[key].setdefault(place_name, {})[family] = why
         _drop_all(key, settled)
+        if key == "CUDA" and cards.OLD:
+            _reroute(settled)
         for family in settled:
             _open(key, family)
 
@@ -256,12 +258,8 @@ def _open(key: str, family: str) -> None:
 
 def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
     """Returns the results at a place, by family, of the wanted families and of those whose results are saved."""
-    if place.key == "CUDA":
-        if (capability := torch.cuda.get_device_capability(place.device.index)) < CAPABILITY:
-            came, least = (".".join(map(str, version)) for version in (capability, CAPABILITY))
-            return dict.fromkeys(_gates[place.key], f"its compute capability is {came}, wanted {least} or more")
-        if why := device_code.missing():
-            return dict.fromkeys(_gates[place.key], why)
+    if place.key == "CUDA" and (why := cards.too_old(place.device.index) or device_code.missing()):
+        return dict.fromkeys(_gates[place.key], why)
     if asked == "0":
         return {}
     known = {} if asked == "always" else _recall(place)
@@ -274,7 +272,7 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
     if not unknown:
         return known
     if place.key == "CUDA":
-        device_code.prepare(10 * capability[0] + capability[1], _say)
+        device_code.prepare(cards.capability(place.device.index), _say)
     start, found = time.perf_counter(), {}
     for count, family in enumerate(unknown):
         if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:
@@ -302,19 +300,19 @@ def _asked() -> str:
 
 
 def _places(key: str) -> list[Place]:
-    """Returns the CPU path in use; or the current GPU and one GPU of each other model that this process sees, except
-    models older than ``CAPABILITY``. No CUDA context is made on a GPU that is too old, or whose results are saved for
-    all families."""
+    """Returns the CPU path in use, or the GPUs of cards.models(). No context is made on a GPU with saved results."""
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
-    if not torch.cuda.is_available():
-        return []
-    here, found = torch.cuda.current_device(), {}
-    cards = sorted(range(torch.cuda.device_count()), key=lambda index: index != here)
-    fit = [index for index in cards if index == here or torch.cuda.get_device_capability(index) >= CAPABILITY]
-    for index in fit:
-        found.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
-    return [Place(key, card, device) for card, device in found.items()]
+    return [Place(key, card, device) for card, device in cards.models().items()]
+
+
+def _reroute(settled: Iterable[str]) -> None:
+    """Makes the operators of families that were not dropped run the reference for tensors on GPUs of ``cards.OLD``."""
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    for family, names in families("CUDA").items():
+        for name in names if family in settled and ("CUDA", names[0]) not in DROPPED else ():
+            library.impl(name, _by_arguments("CUDA", family, name), "CUDA", allow_override=True)
+    _overriding.append(library)
 
 
 def _drop_all(key: str, settled: dict[str, dict[str, str]]) -> None:
@@ -351,17 +349,17 @@ def drop(dropped: list[str], why: str, key: str = "CUDA") -> None:
         if not any((key, family) in DROPPED for family in format_proofs.FAMILIES):
             for family, name in ((family, name) for family, names in operators.items() for name in names):
                 if format_proofs.takes_weights(name) and (key, name) not in DROPPED:
-                    library.impl(name, _by_format(key, family, name), key, allow_override=True)
+                    library.impl(name, _by_arguments(key, family, name), key, allow_override=True)
         DROPPED.update(((key, family), why) for family in formats)
     _overriding.append(library)
 
 
-def _by_format(key: str, family: str, name: str) -> Callable[..., Any]:
-    """Returns a function that calls the operator's kernel, or the reference for a weight of a format that failed."""
+def _by_arguments(key: str, family: str, name: str) -> Callable[..., Any]:
+    """Returns a function that calls the kernel, or the reference for a format that failed or on GPUs of cards.OLD."""
 
     def call(*args: Any) -> Any:
         settle(key, [family])  # proves the family, because this function may have replaced the family's gate
-        failed = (key, name) in DROPPED or any((key, of) in DROPPED for of in format_proofs.families_in(args))
+        failed = any((key, of) in DROPPED for of in (name, *format_proofs.families_in(args))) or cards.on_old(args)
         return (OPERATORS[name].reference if failed else native_op(key, name))(*args)
 
     return call
@@ -387,6 +385,8 @@ def agree(ask: Callable[[], object]) -> None:
             for key in KEYS}  # fmt: skip
     own = {key: {family: DROPPED[key, name] for family, names in held[key].items()
                  for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
+    if cards.OLD and (why := cards.OLD.get(torch.cuda.current_device())):
+        own["CUDA"] = dict.fromkeys(held["CUDA"], why)  # this rank runs the reference, so all ranks have to
     for rank, theirs in enumerate(_exchange(own)):
         for key, failed in theirs.items():
             has = held[key]

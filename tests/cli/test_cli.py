@@ -1,5 +1,6 @@
 """Tests finetune and merge on a tiny random model: runs, comparisons with stock runs, resuming, one-line errors."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -444,6 +446,44 @@ def test_doctor_fails_where_a_proof_raises(capsys, monkeypatch):
     monkeypatch.setattr(ops.prove, "settle", raising)
     assert main(["doctor"]) == 1
     assert "error                      peft_ext: lora: its CPU kernels failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "dropped, error, wanted",
+    [
+        ([], "", "the CUDA kernels"),
+        (["ia3"], "", "the CUDA kernels, and for ia3 the slow reference"),
+        (None, "", "the slow reference: they are off"),
+        ([], "no memory", "no operator: the proof of the CUDA kernels raised an error, see below"),
+    ],
+)
+def test_doctor_tells_the_code_that_a_gpu_runs_after_the_proof(dropped, error, wanted, capsys, monkeypatch):
+    from peft_ext.cli import doctor
+
+    def settle(key):
+        families = ops.prove.families("CUDA")
+        for family in families if dropped is None else dropped:
+            for name in families[family]:
+                monkeypatch.setitem(ops.prove.DROPPED, ("CUDA", name), "they are off")
+        if error:
+            raise RuntimeError(error)
+
+    monkeypatch.setattr(ops.prove, "settle", settle)
+    monkeypatch.setattr(_native, "STATE", dataclasses.replace(_native.STATE, cuda_loaded=True))
+    monkeypatch.setattr(doctor.device_code, "missing", lambda: None)
+    monkeypatch.setattr(doctor, "torch_build", lambda: types.SimpleNamespace(
+        name="", why_no_kernels="", devices=lambda: ["a GPU"]))  # fmt: skip
+    assert main(["doctor"]) == (1 if error else 0)
+    assert f"  tensors on a GPU run       {wanted}\n" in capsys.readouterr().out
+
+
+def test_doctor_names_an_old_gpu_beside_a_newer_one(monkeypatch):
+    from peft_ext.cli import doctor
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ops.cards, "OLD", {1: "it is old"})
+    says = "the CUDA kernels; the reference runs on cuda:1, an old GPU beside a newer one: it is old"
+    assert doctor._on_gpus("") == says
 
 
 @pytest.mark.parametrize(

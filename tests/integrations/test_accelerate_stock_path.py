@@ -42,6 +42,7 @@ import peft_ext
 from peft_ext.integrations import peft as integration
 from peft_ext.integrations.adapter_layers import dora, reasons
 from peft_ext.integrations.adapter_layers.base import FUSED as FUSED_BY_STOCK
+from peft_ext.ops import cards
 from peft_ext.ops.library import OPERATORS, PUBLIC
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -386,6 +387,15 @@ def test_a_layer_on_a_gpu_is_fused_where_the_cuda_library_has_its_kernels(op, mo
     everything = {name for called in PUBLIC.values() for name in called}
     assert loaded(*everything) == "it is on a GPU, and the CUDA library is not loaded (not built)"
     assert set(PUBLIC[op]) <= set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "IA3"])
+def test_a_layer_on_an_old_gpu_beside_a_newer_one_is_told(name, monkeypatch):
+    fused = peft_ext.accelerate(make_method(name, "float32"))
+    assert peft_ext.explain(fused).fused_share == 1.0
+    monkeypatch.setattr(cards, "why_old", lambda device: f"the reference runs on {device}")
+    rows = peft_ext.explain(fused).rows
+    assert rows and {(row.fused, row.reason) for row in rows} == {(False, "the reference runs on cpu")}
 
 
 def test_inputs_that_do_not_fit_fail_or_pass_as_in_peft():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from cuda_kernels import emulated_ops
+from packed_weights import packed_weight
 from torch import nn
 
 pytest.importorskip("peft")
@@ -12,6 +14,7 @@ from memory_steps import LLAMA, TOKENS, adapted, allocated, lora, one_thread  # 
 import peft_ext
 from peft_ext import _cpu, _native, ops
 from peft_ext.memory import estimate_memory, workspace
+from peft_ext.weights import PackedWeight
 
 pytestmark = pytest.mark.cpu_only("the estimated steps run on the CPU or not at all")
 
@@ -73,3 +76,58 @@ def test_the_weight_is_packed_where_bfloat16_is_emulated(monkeypatch: pytest.Mon
     assert chunk <= plain < chunk + 2**16
     assert seen["scalar", True, False] == plain + weight and seen["scalar", False, False] == plain
     assert seen["avx512", True, False] > plain + 2 * chunk  # peft_ext's own product widens to float32
+
+
+def of_cuda(name: str, *args: object) -> tuple[list[torch.Tensor], int, int]:
+    """Returns the results of an operator's emulated CUDA kernels, the bytes that the call allocated in addition to the
+    results, and the estimate of these bytes."""
+    found = getattr(emulated_ops(), name)(*args)
+    found = [found] if isinstance(found, torch.Tensor) else list(found)
+    taken = allocated(lambda: getattr(emulated_ops(), name)(*args)) - sum(value.nbytes for value in found)
+    return found, taken, workspace.workspace_bytes(getattr(torch.ops.peft_ext, name).default, args, "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("want_z", [True, False])
+def test_what_a_dropout_of_dora_s_base_takes_on_cuda(want_z: bool):
+    tokens, k, n, r = 512, 256, 384, 4
+    x, lora = torch.randn(tokens, k), (torch.randn(r, k), torch.randn(n, r), torch.rand(n))
+    weight = ops.checks.weight_args(torch.randn(n, k))
+    dropout = (0.5, 0.25, torch.tensor([1, 2]), True)
+    (_, s, z), taken, estimate = of_cuda("dora_linear", x, *weight, None, *lora, *dropout, want_z)
+    assert 4 * tokens * k <= estimate <= taken < estimate + 2**17  # the terms of the adapter are not counted
+    if want_z:
+        grad = torch.randn(tokens, n)
+        _, taken, estimate = of_cuda("dora_linear_backward", grad, x, *weight, *lora, s, z, False, *dropout, True, True)
+        assert 4 * tokens * (2 * k + n) <= estimate <= taken < estimate + 2**17
+
+
+@pytest.mark.slow
+def test_what_a_scaled_input_takes_on_cuda():
+    tokens, k, n = 512, 256, 384
+    weight = ops.checks.weight_args(torch.randn(n, k))
+    _, taken, estimate = of_cuda("ia3_linear", torch.randn(tokens, k), *weight, None, torch.rand(k), True, True)
+    assert estimate == taken == 4 * tokens * k
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", ["mxfp4", "dense"])
+def test_what_a_stack_of_packed_experts_takes_on_cuda(packed: str):
+    experts, rows, k, n, r = 4, 64, 256, 384, 4
+    dense = torch.randn(experts, n, k)
+    generator = torch.Generator().manual_seed(0)
+    kept = [packed_weight("mxfp4", n, k, generator, dtype=torch.float32) for _ in range(experts)]
+    weight = (*[dense, None, None, None, None], 0, [experts, n, k])
+    decoded = 0
+    if packed != "dense":
+        weight, decoded = ops.checks.weight_args(PackedWeight.stack(kept)), dense.nbytes
+    x, ends = torch.randn(rows, k), torch.tensor([10, 30, 30, rows])
+    lora = (torch.randn(experts, r, k), torch.randn(experts, n, r))
+    (_, s, z), taken, estimate = of_cuda("lora_experts", x, *weight, None, ends, *lora, None, 0.5, 0.0, None, False)
+    assert decoded <= estimate <= taken < estimate + 2**19  # most tables and terms of the rows are not counted
+    _, taken, estimate = of_cuda(
+        "lora_experts_backward", torch.randn(rows, n), x, *weight, ends, *lora, None, s, z, 0.5, 0.0, None, True, False
+    )
+    assert decoded <= estimate <= taken < estimate + 2**19
+    _, taken, estimate = of_cuda("dora_experts_weight_norm", *weight, None, *lora, 0.5, torch.float32)
+    assert decoded <= estimate <= taken < estimate + 2**19

@@ -283,6 +283,23 @@ def test_a_missing_package_is_named(cuda, named, monkeypatch):
     assert device_code.missing() == f"the package cuda-bindings is missing: pip install {named}"
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("cuda.py", "raise SystemExit(3)"), ("cuda/__init__.py", ""), ("cuda/__init__.py", "raise KeyError('a flag')")],
+)
+def test_a_module_of_the_user_s_named_cuda_is_named(file, text, monkeypatch, tmp_path):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cuda"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert f"{path} hides the package cuda of cuda-bindings: rename this module." in device_code.missing()
+    finally:
+        sys.modules.pop("cuda", None)
+
+
 @pytest.fixture
 def nvrtc_of(monkeypatch):
     """Returns a function with which NVRTC supports only the given architectures."""

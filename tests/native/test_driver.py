@@ -123,6 +123,40 @@ def test_dynamic_shared_memory_is_asked_for(run):
     assert "attribute 8 = 100000 of numbered_kernel" in calls and " shared 100000 " in calls[-1]
 
 
+def test_the_limit_of_dynamic_shared_memory_is_raised_and_never_lowered(run):
+    errors, calls = run(
+        WITH_SOURCE
+        + """
+sizes = [60000, 100000, 60000, 100000]
+errors = [launch(1, device, shared=shared) for device in (0, 1) for shared in sizes]
+driver().fake_fail(b"attribute")
+errors.append(launch(1, shared=101000))
+driver().fake_fail(b"")
+errors.append(launch(1, shared=101000))
+show(errors, calls())
+"""
+    )
+    assert errors[:8] == [None] * 8 and "shared memory of" in errors[8] and errors[9] is None
+    raised = [int(call.split()[3]) for call in calls if call.startswith("attribute")]
+    assert raised == [60000, 100000, 60000, 100000, 101000, 101000]
+
+
+def test_threads_that_launch_a_kernel_with_different_sizes_do_not_disturb_each_other(run):
+    (errors,) = run(
+        WITH_SOURCE
+        + """
+import threading
+errors = set()
+def many(shared):
+    errors.update(launch(1, shared=shared) for _ in range(5000))
+threads = [threading.Thread(target=many, args=(shared,)) for shared in (60000, 100000)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+show(list(errors))
+"""
+    )
+    assert errors == [None]
+
+
 def test_the_capture_mode_is_as_before_after_a_load(run):
     (modes,) = run(
         WITH_SOURCE

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_ext.ops import prove
 from peft_ext.reference import nf4 as reference
 from peft_ext.weights.nf4 import BLOCKSIZES
 
@@ -65,6 +66,7 @@ FAULTS = [
     ("write_before_begin", "writes 4 bytes out of bounds of global memory; the nearest is byte -4 of", 1, 37),
     ("write_input", "writes 4 bytes of global memory that is read only, at byte 404 of", 1, 37),
     ("null_pointer", "null", 1, 37),
+    ("trapped", "trap", 1, 37),
     ("misaligned_load", "misaligned access: 'const struct uint4' at an address that is not a multiple of 16", 1, 37),
     ("misaligned_copy", "cp_async_16 with an address that is not aligned to 16 bytes", 1, 37),
     ("static_shared_bounds", "out of bounds of shared memory, at `first` + 256, which has 256 bytes", 1, 37),
@@ -334,6 +336,43 @@ def test_glue_s_errors_and_empty_tensors(ops):
         ops.nf4_dequantize(packed, absmax[:7], *rest, torch.bfloat16)
     empty = ops.nf4_dequantize(packed[:0], absmax[:0], None, None, None, 64, [0, 64], torch.bfloat16)
     assert empty.shape == (0, 64)
+
+
+def test_an_error_in_a_call_of_pytorch_has_pytorch_s_reason(ops):
+    """The stable ABI's own errors name only the failed call, by which nobody knows a lack of memory."""
+    numel = 2**51
+    expanded = torch.zeros(1, 1, dtype=torch.uint8).expand(numel // 2, 1), torch.ones(1).expand(numel // 64)
+    lacking = [
+        lambda: ops.nf4_dequantize(*expanded, None, None, None, 64, [numel], torch.float32),  # copies the codes
+        lambda: ops.nf4_quantize(torch.ones(1).expand(2**55), 64),
+        lambda: ops.rms_norm(torch.ones(1, 64).expand(2**50, 64), None, 1e-5, 0.0, False),
+    ]
+    for call in lacking:
+        with pytest.raises(RuntimeError, match=r"CUDA out of memory\. ") as raised:
+            call()
+        assert any(text in str(raised.value) for text in prove._NO_MEMORY)
+        assert " out of memory." in str(raised.value)  # what accelerate's find_executable_batch_size searches
+    packed, absmax = torch.zeros(32, 1, dtype=torch.uint8), torch.ones(1)
+    says = "integer multiplication overflow" if tells_reasons() else "API call failed"
+    with pytest.raises(RuntimeError, match=says) as raised:
+        ops.nf4_dequantize(packed, absmax, None, None, None, 64, [-1, -64], torch.float32)
+    assert "memory" not in str(raised.value)
+
+
+def test_a_label_out_of_range_stops_the_cross_entropy(ops):
+    def losses(*labels):
+        rows = torch.zeros(len(labels), 7)
+        return ops.cross_entropy_rows(rows, torch.tensor(labels), None, 1.0, 0.0, 0.0, -100, True)
+
+    for label in (7, -1, 2**40):
+        with pytest.raises(RuntimeError, match=r"cross_entropy_kernel<.*, block \(1, 0, 0\), .*: trap"):
+            losses(0, label, -100)
+    assert losses(0, 6, -100).tolist() == pytest.approx([math.log(7), math.log(7), 0])
+
+
+def tells_reasons() -> bool:
+    """Returns whether torch has the function for the message of its last error."""
+    return hasattr(ctypes.CDLL("libtorch_cpu.so"), "torch_exception_get_what_without_backtrace")
 
 
 def test_another_thread_has_a_machine_of_its_own(ops):

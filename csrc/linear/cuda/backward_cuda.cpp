@@ -50,7 +50,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   out.grad_rank_scale = sums(adapter.rank_scale.has_value(), size.rank);
   out.grad_in_scale = sums(adapter.in_scale.has_value(), size.inputs);
   out.grad_out_scale = sums(z.has_value(), size.outputs);
-  out.grad_x = empty_grad_x(x, needs_grad_x);
+  // With dropout on the base, the last kernel allocates dX.
+  out.grad_x = empty_grad_x(x, needs_grad_x && !(drop_base && size.tokens > 0));
   if (size.tokens == 0) {
     no_tokens(x, adapter, size, &out);
     return out;
@@ -83,10 +84,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
 
   const Tensor w =
       folds ? scaled_weight(weight, x.scalar_type(), *adapter.out_scale) : dense_weight(weight, x.scalar_type());
-  Tensor grad_x = needs_grad_x ? as_shape(out.grad_x, {size.tokens, size.inputs})
-                               : device_empty(x, {size.tokens, size.inputs}, x.scalar_type());
   if (drop_base) {
-    const Tensor through = device_empty_like(grad_x), direct = device_empty_like(grad_x);
+    const Tensor through = device_empty_like(flat_x), direct = device_empty_like(flat_x);
     if (low_rank) {
       expand(through, &grads.p, &grads.a, nullptr, std::nullopt);
       addmm_(through, scaled, w, 1.0);
@@ -97,6 +96,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
     out.grad_x = as_shape(dropped(through, adapter, direct), {x.sizes().begin(), x.sizes().end()});
     return out;
   }
+  Tensor grad_x = needs_grad_x ? as_shape(out.grad_x, {size.tokens, size.inputs})
+                               : device_empty(x, {size.tokens, size.inputs}, x.scalar_type());
   if (low_rank) {
     expand_dropped(grad_x, grads.p, grads.a, adapter, grads.kept);
     addmm_(grad_x, scaled, w, 1.0);

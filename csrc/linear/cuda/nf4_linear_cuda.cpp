@@ -26,6 +26,6 @@ Tensor nf4_linear_backward_cuda(const Tensor& grad, const Tensor& weight, const 
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("nf4_linear", TORCH_BOX(&peft_ext::nf4_linear_cuda));
-  m.impl("nf4_linear_backward", TORCH_BOX(&peft_ext::nf4_linear_backward_cuda));
+  m.impl("nf4_linear", PEFT_EXT_CUDA_BOX(&peft_ext::nf4_linear_cuda));
+  m.impl("nf4_linear_backward", PEFT_EXT_CUDA_BOX(&peft_ext::nf4_linear_backward_cuda));
 }

@@ -132,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cuda(const Tensor& weight, const st
 }
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("nf4_dequantize_merged", TORCH_BOX(&nf4_dequantize_merged_cuda));
-  m.impl("nf4_merge", TORCH_BOX(&nf4_merge_cuda));
+  m.impl("nf4_dequantize_merged", PEFT_EXT_CUDA_BOX(&nf4_dequantize_merged_cuda));
+  m.impl("nf4_merge", PEFT_EXT_CUDA_BOX(&nf4_merge_cuda));
 }
 
 }  // namespace

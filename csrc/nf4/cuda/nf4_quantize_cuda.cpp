@@ -75,6 +75,6 @@ std::tuple<Tensor, Tensor> nf4_quantized(const Tensor& weight, int64_t blocksize
 }  // namespace peft_ext
 
 PEFT_EXT_CUDA_LIBRARY(m) {
-  m.impl("nf4_quantize", TORCH_BOX(&peft_ext::nf4_quantized));
-  m.impl("nf4_quantize_absmax", TORCH_BOX(&peft_ext::nf4_quantize_absmax_cuda));
+  m.impl("nf4_quantize", PEFT_EXT_CUDA_BOX(&peft_ext::nf4_quantized));
+  m.impl("nf4_quantize_absmax", PEFT_EXT_CUDA_BOX(&peft_ext::nf4_quantize_absmax_cuda));
 }

@@ -54,4 +54,4 @@ Tensor nf4_dequantize_cuda(const Tensor& weight, const std::optional<Tensor>& pa
 }  // namespace
 }  // namespace peft_ext
 
-PEFT_EXT_CUDA_LIBRARY(m) { m.impl("nf4_dequantize", TORCH_BOX(&peft_ext::nf4_dequantize_cuda)); }
+PEFT_EXT_CUDA_LIBRARY(m) { m.impl("nf4_dequantize", PEFT_EXT_CUDA_BOX(&peft_ext::nf4_dequantize_cuda)); }

@@ -3,14 +3,15 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <map>
 #include <mutex>
-#include <set>
 #include <string>
 
 namespace {
 
 std::mutex mutex;
 std::string calls, failing;
+std::map<void*, int> limits;  // most bytes of dynamic shared memory of a launch, by function; default: 48 KiB
 int capture_mode = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL
 thread_local void* context = nullptr;
 
@@ -85,6 +86,10 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 int cuFuncSetAttribute(void* function, int attribute, int value) {
   char text[200];
   snprintf(text, sizeof(text), " %d = %d of %s", attribute, value, static_cast<char*>(function));
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    limits[function] = value;
+  }
   return call("attribute", text, 1);
 }
 int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
@@ -93,6 +98,11 @@ int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned
   snprintf(text, sizeof(text), " %s grid %u %u %u block %u %u %u shared %u stream %p first %lld last %d extra %p",
            static_cast<char*>(kernel), gx, gy, gz, bx, by, bz, shared, stream, *static_cast<long long*>(parameters[0]),
            *static_cast<int*>(parameters[1]), extra);
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto limit = limits.find(kernel);
+    if (shared > static_cast<unsigned>(limit == limits.end() ? 49152 : limit->second)) return 1;
+  }
   return call("launch", text, 719);
 }
 

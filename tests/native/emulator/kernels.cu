@@ -43,6 +43,12 @@ __global__ void null_pointer(const uint32_t* in, uint32_t* out) {
 }
 
 template <bool kBroken>
+__global__ void trapped(const uint32_t* in, uint32_t* out) {
+  if (kBroken && here()) trap();
+  out[index()] = in[index()];
+}
+
+template <bool kBroken>
 __global__ void misaligned_load(const uint32_t* in, uint32_t* out) {
   const uint4 values = load_streaming(reinterpret_cast<const uint4*>(in + (kBroken && here() ? 2 : 4)));
   out[index()] = values.x + values.w;
@@ -466,6 +472,7 @@ const Case kCases[] = {TWINS(read_past_end),
                        TWINS(write_before_begin),
                        TWINS(write_input),
                        TWINS(null_pointer),
+                       TWINS(trapped),
                        TWINS(misaligned_load),
                        TWINS(misaligned_copy),
                        TWINS(static_shared_bounds),

@@ -1,0 +1,72 @@
+"""The GPUs of the process: which have kernels, and which are too old.
+
+The library has no kernels for a GPU whose compute capability is less than ``CAPABILITY``. If the process sees no newer
+GPU, all families of kernels are dropped. If the process also sees a newer GPU, the families are proved on the newer GPU
+only, and a Python function in PyTorch's dispatcher, in front of each CUDA kernel, runs the reference for tensors on an
+old GPU. A process that sees no old GPU beside a newer one has no such functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+__all__ = ["CAPABILITY", "OLD", "capability", "models", "on_old", "too_old", "why_old"]
+
+CAPABILITY = 80  # 10 · major + minor of the compute capability of the oldest GPUs for which the library has kernels
+
+# By the index of a GPU that is too old, beside a newer GPU: why the kernels can't run on the old GPU. Filled by models.
+OLD: dict[int, str] = {}
+
+
+def models() -> dict[str, torch.device]:
+    """Returns, for each model of GPU that this process sees, the current GPU or the first GPU of the model.
+
+    GPUs older than ``CAPABILITY`` are left out and noted in ``OLD``, unless all GPUs are older. No CUDA context is made
+    on a GPU. Without a usable GPU, the result is empty.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    here, found = torch.cuda.current_device(), {}
+    cards = sorted(range(torch.cuda.device_count()), key=lambda index: index != here)
+    old = {index: why for index in cards if (why := too_old(index))}
+    if len(old) < len(cards):
+        OLD.update(old)
+        cards = [index for index in cards if index not in old]
+    for index in cards:
+        found.setdefault(torch.cuda.get_device_name(index), torch.device("cuda", index))
+    return found
+
+
+def capability(index: int) -> int:
+    """Returns 10 · major + minor of a GPU's compute capability."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def too_old(index: int) -> str:
+    """Returns why the kernels can't run on a GPU, because the GPU is older than ``CAPABILITY``, or ""."""
+    came = capability(index)
+    return "" if came >= CAPABILITY else f"its compute capability is {came / 10}, wanted {CAPABILITY / 10} or more"
+
+
+def why_old(device: torch.device) -> Optional[str]:
+    """Returns why the reference runs on ``device`` although the kernels run on another GPU of this process; None for
+    any other device."""
+    if not OLD or device.type != "cuda":
+        return None
+    why = OLD.get(torch.cuda.current_device() if device.index is None else device.index)
+    return why and f"the reference runs on {device}, an old GPU beside a newer one: {why}"
+
+
+def on_old(args: Iterable[Any]) -> bool:
+    """Returns whether the first tensor on a GPU in an operator's arguments is on a GPU of ``OLD``."""
+    if not OLD:
+        return False
+    tensors = (value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else [arg])
+               if isinstance(value, Tensor) and value.is_cuda)  # fmt: skip
+    first = next(tensors, None)
+    return first is not None and first.device.index in OLD
