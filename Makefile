@@ -259,7 +259,7 @@ build/deepspeed/.installed: $(VENV)/.built
 	touch $@
 
 deepspeed: setup build/deepspeed/.installed
-	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/build/deepspeed/extensions PYTHONPATH=$(CURDIR) HF_HUB_OFFLINE=1 \
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$(CURDIR)/build/deepspeed/extensions" PYTHONPATH="$(CURDIR)" HF_HUB_OFFLINE=1 \
 	  PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 3600 build/deepspeed/bin/python -m pytest -q -p no:cacheprovider \
 	  tests/distributed/test_distributed.py -k deepspeed
 
@@ -282,7 +282,8 @@ battery:
 
 # Runs the tests of the operators and of the modules on each CPU path of the build.
 battery-paths: setup
-	@for path in $$($(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())'); do \
+	@paths=$$(PEFT_EXT_REQUIRE=1 $(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())') || exit 1; \
+	for path in $$paths; do \
 	  echo "=== $$path"; PEFT_EXT_CPU_ISA=$$path $(LIMIT) 7200 $(BIN)/python -m pytest -q -p no:cacheprovider \
 	    $(PATH_BATTERY) tests/memory/test_memory.py || exit 1; done
 
@@ -300,7 +301,7 @@ sanitize-battery: setup
 # Tests the native library, which was built with the torch of .venv, with the torch of .venv-cuda. NVRTC compiles
 # kernels without a GPU.
 cuda-link: setup .venv-cuda/.installed
-	PYTHONPATH=$(CURDIR) PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider tests/ops/test_cuda_library.py \
+	PYTHONPATH="$(CURDIR)" PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider tests/ops/test_cuda_library.py \
 	  tests/native/test_device_code.py tests/native/test_driver.py
 
 # tools/gpu.py installs nothing into PYTHON; it installs missing packages into .venv. GPU_ARGS has further arguments of

@@ -11,6 +11,8 @@ const char* peft_ext_version() { return PEFT_EXT_VERSION; }
 const char* peft_ext_built_for_torch() { return PEFT_EXT_TORCH; }
 const char* peft_ext_oldest_torch() { return PEFT_EXT_TORCH_TARGET; }
 
+const char* peft_ext_source_digest() { return peft_ext::kSourceDigest; }
+
 const char* peft_ext_compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;

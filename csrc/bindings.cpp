@@ -32,6 +32,7 @@ py::dict build_info() {
   info["torch"] = peft_ext_built_for_torch();
   info["torch_target"] = peft_ext_oldest_torch();
   info["compiler"] = peft_ext_compiler();
+  info["sources"] = peft_ext_source_digest();
   info["isas"] = paths(peft_ext_isa_compiled);
   return info;
 }
@@ -92,6 +93,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 PYBIND11_MODULE(_C, m) {
 #endif
   m.doc() = "Build facts, CPU path, scratch memory and CUDA kernels of peft_ext's native library.";
+  m.attr("_sources") = py::str(peft_ext::kSourceDigest);  // of this module; build_info() has the library's
   m.def("build_info", &build_info, "What the native library was built from.");
   m.def("isa", [] { return peft_ext_isa_name(peft_ext_isa()); }, "The CPU path in use.");
   m.def(

@@ -1,15 +1,16 @@
-"""Writes a C++ file that holds the texts of the CUDA kernels' sources.
+"""Writes the C++ files of the build that hold the texts of the CUDA kernels' sources, and the digest of all sources.
 
     python csrc/embed_sources.py OUTPUT
 
-The native library carries the sources, so that NVRTC can compile a kernel on the machine that runs it. The file holds
-each header that defines a kernel, and the headers of csrc/ that those headers include, except the headers in
+The native library carries the sources, so that NVRTC can compile a kernel on the machine that runs it. The file OUTPUT
+holds each header that defines a kernel, and the headers of csrc/ that those headers include, except the headers in
 OF_THE_HOST.
 """
 
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,12 +23,12 @@ OF_THE_HOST = ("emulator/device.h", "cuda/kernel_name.h")
 def device_sources() -> dict[str, str]:
     """Returns the texts of the device sources by their paths in csrc/."""
     found: dict[str, str] = {}
-    wanted = [path for path in CSRC.rglob("*.cuh") if "__global__" in path.read_text()]
+    wanted = [path for path in CSRC.rglob("*.cuh") if "__global__" in path.read_text(encoding="utf-8")]
     while wanted:
         path = wanted.pop()
         name = path.relative_to(CSRC).as_posix()
         if name not in found and name not in OF_THE_HOST:
-            found[name] = path.read_text()
+            found[name] = path.read_text(encoding="utf-8")
             wanted += [CSRC / included for included in _INCLUDE.findall(found[name])]
     return dict(sorted(found.items()))
 
@@ -45,11 +46,28 @@ def embedded() -> str:
 
 
 def write(output: Path) -> Path:
-    """Writes the C++ file, unless it has this text already. Returns its path."""
-    text = embedded()
+    """Writes the C++ file with the sources of the CUDA kernels, unless it has this text already. Returns its path."""
+    return _write(output, embedded())
+
+
+def write_digest(output: Path) -> Path:
+    """Writes the C++ file with the digest of all sources, unless it has this text already. Returns its path.
+
+    The digest has a file of its own, so that after a change of a source only that source and this file are compiled.
+    """
+    script = CSRC.parent / "peft_ext/_source_digest.py"
+    digest = runpy.run_path(str(script))["source_digest"](CSRC)
+    text = (
+        '// The digest of the sources in csrc/. Written by csrc/embed_sources.py.\n#include "common/api.h"\n\n'
+        f'const char peft_ext::kSourceDigest[] = "{digest}";\n'
+    )
+    return _write(output, text)
+
+
+def _write(output: Path, text: str) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
-    if not output.exists() or output.read_text() != text:
-        output.write_text(text)
+    if not output.exists() or output.read_text(encoding="utf-8") != text:
+        output.write_text(text, encoding="utf-8")
     return output
 
 

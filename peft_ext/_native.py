@@ -9,8 +9,9 @@ Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
         Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error. Without the library, the variable is
         ignored.
-    ``PEFT_EXT_REQUIRE=1``: a native library that is missing, does not load or does not match, and kernels that fail
-        their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning.
+    ``PEFT_EXT_REQUIRE=1``: a native library that is missing, does not load or does not match the package or the module
+        ``_C``, and kernels that fail their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning. A
+        library that is older than the sources beside the package stays a warning.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import ctypes
 import hashlib
 import importlib
 import importlib.metadata
+import json
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,10 +31,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
+from urllib.parse import unquote, urlsplit
 
 import torch
 
 from ._ops import NAMESPACE
+from ._source_digest import has_changed, source_digest
 from ._torch_build import torch_build
 from ._version import __version__
 
@@ -38,19 +44,21 @@ from ._version import __version__
 # instructions.
 TILE_PATHS = ("avx512_bf16", "amx", "amx_emulated")
 
-MEND = f"pip install --force-reinstall --no-deps peft_ext=={__version__}   (in a checkout: pip install -e .)"
-# The command for an installed wheel without a native library: without --no-binary, pip would install that wheel again.
-MEND_BY_BUILD = (
-    f"pip install --force-reinstall --no-deps --no-binary peft_ext peft_ext=={__version__}   (needs a C++ compiler)"
-)
+OLDEST_TORCH = (2, 11)  # the oldest release of torch that the native library runs on
+INSTALL = "pip install --force-reinstall --no-deps"
 
 
 @dataclass
 class NativeState:
-    """The native library found at import, and the reason why the library, or its CUDA part, is not in use."""
+    """The native library found at import, and the reason why the library, or its CUDA part, is not in use.
+
+    ``cpu_error`` is also set for a library that is in use and does not match. ``changed``: the digest of the sources
+    beside the package, if they are others than those of the library.
+    """
 
     module: Optional[ModuleType] = None
     cpu_error: Optional[str] = None
+    changed: str = ""
     cuda_loaded: bool = False
     cuda_error: Optional[str] = None
     build: dict[str, Any] = field(default_factory=dict)
@@ -65,31 +73,76 @@ STATE = NativeState()
 
 
 def build_identity() -> str:
-    """Returns a digest of the names, sizes and times of change of the native libraries in the package's folder."""
+    """Returns a digest of the names, sizes and times of change of the native libraries in the package's folder.
+
+    If the sources beside the package have changed since the library was built, the digest depends on the sources too:
+    what was proved with other sources, and so with other Python code, is then proved again.
+    """
     folder, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted([*folder.glob("_C*"), *folder.glob("_kernels*")]):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    digest.update(STATE.changed.encode())
     return digest.hexdigest()[:16]
 
 
 def _fail(message: str) -> None:
     if os.environ.get("PEFT_EXT_REQUIRE", "") not in ("", "0"):
         raise ImportError(f"{message} (PEFT_EXT_REQUIRE is set)")
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    _warn(message)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+def _installed(file: str) -> str:
+    """Returns the text of a file in the .dist-info folder of the installed package; "" if there is none."""
+    try:
+        return importlib.metadata.distribution("peft_ext").read_text(file) or ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _is_pure() -> bool:
     """Returns whether pip installed the pure Python wheel, which fits every system and has no native library."""
-    try:
-        text = importlib.metadata.distribution("peft_ext").read_text("WHEEL")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return "Root-Is-Purelib: true" in (text or "")
+    return "Root-Is-Purelib: true" in _installed("WHEEL") and '"dir_info"' not in _installed("direct_url.json")
+
+
+def _torch_is_old() -> bool:
+    return tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH
 
 
 def mend() -> str:
-    """Returns the command that installs the missing native library."""
-    return MEND_BY_BUILD if _is_pure() else MEND
+    """Returns the command that installs the missing native library, or the torch that the library needs."""
+    if _torch_is_old():
+        return f'pip install "torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"'
+    checkout = Path(__file__).parents[1]
+    if (checkout / "csrc").is_dir() and (checkout / "setup.py").is_file():
+        return f"pip install -e {shlex.quote(str(checkout))}   (for a .venv that make has created: make setup)"
+    if _is_pure():
+        return f"{INSTALL} --no-binary peft_ext {_source()}   (needs a C++ compiler)"
+    return f"{INSTALL} {_source()}"
+
+
+def _source() -> str:
+    """Returns pip's argument for the place from which the package was installed: a folder, a file, an address, or the
+    index."""
+    index = f"peft_ext=={__version__}"
+    try:
+        told = json.loads(_installed("direct_url.json"))
+        address = told["url"]
+        if vcs := told.get("vcs_info"):
+            folder = f"#subdirectory={told['subdirectory']}" if told.get("subdirectory") else ""
+            return shlex.quote(f"peft_ext @ {vcs['vcs']}+{address}@{vcs['commit_id']}{folder}")
+    except (ValueError, KeyError):  # there is no such file: the package came from an index
+        return index
+    place = Path(unquote(urlsplit(address).path))
+    is_local = address.startswith("file:")
+    if place.name.endswith("-none-any.whl"):  # has no sources; the source distribution beside the wheel has
+        place = place.with_name(f"peft_ext-{__version__}.tar.gz")
+        return shlex.quote(str(place)) if is_local and place.exists() else index
+    editable = "-e " if told.get("dir_info", {}).get("editable") else ""
+    return editable + shlex.quote(str(place) if is_local else address)
 
 
 def _running() -> str:
@@ -101,8 +154,13 @@ def _describe(build: dict[str, Any]) -> str:
 
 
 def _load_cpu() -> None:
+    if _torch_is_old():
+        STATE.cpu_error = f"torch is {torch.__version__}, wanted {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer"
+        _fail(f"peft_ext: the native library is not loaded: {STATE.cpu_error}. The slow reference is used. To mend: "
+              f"{mend()}")  # fmt: skip
+        return
+    library = Path(__file__).with_name("_kernels.so")
     try:
-        library = Path(__file__).with_name("_kernels.so")
         if not library.exists():
             raise ModuleNotFoundError(f"no file {library.name} in {library.parent}")
         # In a copy of peft_ext for Hugging Face's kernels hub, the module _C.py opens the library.
@@ -110,7 +168,9 @@ def _load_cpu() -> None:
             # RTLD_GLOBAL, because the extension module _C finds the library's functions by name.
             ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)
         module = importlib.import_module("._C", __package__)
-    except (ImportError, OSError) as error:
+        build = dict(module.build_info())
+        module.register_operators("CPU", NAMESPACE)
+    except (ImportError, OSError, AttributeError) as error:  # AttributeError: a module of other sources
         STATE.cpu_error = str(error).strip().splitlines()[0]
         missing = isinstance(error, ModuleNotFoundError)
         what = "was not built" if missing else f"does not load ({STATE.cpu_error})"
@@ -122,13 +182,8 @@ def _load_cpu() -> None:
             what = "is not in the installed wheel: no wheel with the library fits this system and this Python"
         _fail(f"peft_ext: the native library {what}; {_running()}. The slow reference is used.{repair}")
         return
-    build = dict(module.build_info())
-    if build["version"] != __version__:
-        STATE.cpu_error = f"{_describe(build)}; {_running()}"
-        _fail(f"peft_ext: the native library does not match: {STATE.cpu_error}. It was loaded all the same. "
-              f"To mend: {MEND}")  # fmt: skip
     STATE.module, STATE.build = module, build
-    module.register_operators("CPU", NAMESPACE)
+    _compare(library)
     if forced := os.environ.get("PEFT_EXT_CPU_ISA"):
         if forced not in module.isas():
             raise ImportError(
@@ -136,6 +191,35 @@ def _load_cpu() -> None:
                 f"{', '.join(module.isas())}"
             )
         module.set_isa(forced)
+
+
+def _compare(library: Path) -> None:
+    """Warns if the loaded library is of another version than the package, or of other sources than the module ``_C`` or
+    the folder csrc beside the package."""
+    build, warn = STATE.build, _fail
+    digest, sources = build.get("sources", ""), library.parents[1] / "csrc"
+    if build["version"] != __version__:
+        STATE.cpu_error = f"{_describe(build)}; {_running()}"
+    elif digest != getattr(STATE.module, "_sources", digest):
+        STATE.cpu_error = (
+            f"the module {Path(STATE.module.__file__).name} was built from other sources than {library.name}"
+        )
+    elif changed := _changed(sources, digest, library):
+        STATE.changed, STATE.cpu_error = changed, f"the sources in {sources} have changed since the library was built"
+        warn = _warn
+    if STATE.cpu_error is not None:
+        warn(f"peft_ext: the native library does not match: {STATE.cpu_error}. It was loaded all the same. To mend: "
+             f"{mend()}")  # fmt: skip
+
+
+def _changed(sources: Path, digest: str, library: Path) -> str:
+    """Returns the digest of the folder ``sources`` if the folder exists and has another digest than ``digest``."""
+    try:
+        if sources.is_dir() and has_changed(sources, digest, library.stat().st_mtime):
+            return source_digest(sources)
+    except OSError:  # a source that can't be read, or that another process has just removed
+        pass
+    return ""
 
 
 def _register_cuda(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> None:

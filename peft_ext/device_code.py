@@ -149,9 +149,23 @@ def image(kernel: str, file: str, capability: int) -> Image:
 def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, count: items) -> int:
     """Compiles all kernels for a compute capability into the cache, on all cores. Returns the number of kernels.
 
-    ``progress(iterable, length)`` yields the items of ``iterable`` and may show how many of them are done.
+    ``progress(iterable, length)`` yields the items of ``iterable`` and may show how many of them are done. Raises
+    OSError if the cache's folder can't be written, or if it does not hold all kernels at the end.
     """
-    return _compile(kernels(), capability, progress)
+    place, wanted = folder(architecture(capability)), kernels()
+    if not _can_write(place):
+        raise OSError(f"no files can be written into the folder {place}")
+    count = _compile(wanted, capability, progress)
+    if lost := sum(_read(place / _name(kernel)) is None for kernel, _ in wanted):
+        raise OSError(f"{lost} of {count} compiled kernels could not be written into the folder {place}")
+    return count
+
+
+def _can_write(place: Path) -> bool:
+    """Makes the folder, and returns whether files can be written into the folder."""
+    with contextlib.suppress(OSError):
+        place.mkdir(mode=0o755, parents=True, exist_ok=True)
+    return os.access(place, os.W_OK)
 
 
 def _compile(wanted: list[tuple[str, str]], capability: int, progress: Callable[..., Iterable[Any]]) -> int:
@@ -176,9 +190,7 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     if cores < WARM_CORES or _native.STATE.module is None or missing():
         return
     arch = architecture(capability)
-    with contextlib.suppress(OSError):
-        folder(arch).mkdir(mode=0o755, parents=True, exist_ok=True)
-    if not os.access(folder(arch), os.W_OK):
+    if not _can_write(folder(arch)):
         # The machine code can't be kept for later runs, so each kernel is compiled at its first launch.
         return
     held = {path.name for path in folder(arch).glob("*.image")}

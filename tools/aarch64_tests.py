@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -120,13 +121,15 @@ def make_site(version: str) -> None:
 def build(version: str) -> Path:
     include, libraries = SITE / "torch/include", SITE / "torch/lib"
     target = stable_abi.TARGET[0] << 56 | stable_abi.TARGET[1] << 48
-    headers = (
-        f"-isystem {include} -isystem {include}/torch/csrc/api/include -DTORCH_TARGET_VERSION=0x{target:016x} "
-        f"-isystem {SYSTEM}/usr/include {native_build.module_flags(SYSTEM / 'usr/include' / f'python{version}')}"
-    )
+    headers = shlex.join([f"-DTORCH_TARGET_VERSION=0x{target:016x}"] + [
+        word for folder in (include, include / "torch/csrc/api/include", SYSTEM / "usr/include")
+        for word in ("-isystem", str(folder))
+    ])  # fmt: skip
+    headers += f" {native_build.module_flags(SYSTEM / 'usr/include' / f'python{version}')}"
     group = Group(f"{FLAGS} {headers}", native_build.module_sources())
     # The Python that loads the library has the symbols of Python, so that the linker leaves these symbols undefined.
-    link = f"-L{libraries} -Wl,-rpath,{libraries} -Wl,--unresolved-symbols=ignore-all -ltorch_cpu"
+    link = shlex.join([f"-L{libraries}", "-Xlinker", "-rpath", "-Xlinker", str(libraries),
+                       "-Wl,--unresolved-symbols=ignore-all", "-ltorch_cpu"])  # fmt: skip
     try:
         return native_build.build(BUILD / "libpeft_ext.so", [group], link, COMPILER)
     except RuntimeError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ def compiler_of(kind: str) -> str:
         return COMPILERS[kind]
     import ziglang
 
-    return f"{Path(ziglang.__file__).with_name('zig')} c++ -target aarch64-macos"
+    return f"{shlex.quote(str(Path(ziglang.__file__).with_name('zig')))} c++ -target aarch64-macos"
 
 
 def main() -> int:
@@ -49,7 +50,7 @@ def main() -> int:
     known, arguments = parser.parse_known_args()
     kind = known.kind
     compiler = compiler_of(kind)
-    if why := native_build.missing_tools(compiler.split()[0]):
+    if why := native_build.missing_tools(shlex.split(compiler)[0]):
         sys.exit(f"{kind}-check: {why}: {MEND[kind]}")
 
     start = time.monotonic()
@@ -63,7 +64,8 @@ def main() -> int:
         library = native_build.build(BUILD / f"lib{kind}.so", groups, link, compiler)
     except RuntimeError as error:
         sys.exit(f"{kind}-check: {error}")
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    command = [*shlex.split(compiler), "--version"]
+    version = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
     print(
         f"{kind}-check: {len(sources)} sources compile with {version} in {time.monotonic() - start:.0f} s", flush=True
     )

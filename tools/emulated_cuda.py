@@ -8,6 +8,7 @@ prints the library's path.
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,7 +24,8 @@ _libraries: list[object] = []  # torch.library.Library objects, which keep the o
 # ThreadSanitizer's hooks at function entry and exit are off, because these hooks would check nothing.
 SANITIZE = "-fsanitize=thread,bounds-strict,alignment --param tsan-instrument-func-entry-exit=0"
 # -ffp-contract=off is a flag of setup.py, too. -g1 is enough for line numbers in the messages about faults.
-COMMON = f"-O2 -g1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -fvisibility=hidden -fPIC -Wall -I{CSRC}"
+FOLDER = shlex.quote(f"-I{CSRC}")
+COMMON = f"-O2 -g1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -fvisibility=hidden -fPIC -Wall {FOLDER}"
 
 
 def missing() -> str | None:

@@ -15,10 +15,11 @@ largest differences of losses and weights from those of the unbroken run. What m
 ``--max-restarts``), a new agent in the place of the agent that ended, the same command with ``--resume``, which the
 error or the last line names, or, where the run has no checkpoint yet, the same command with ``--overwrite``.
 
-The exit code is 1 if a run failed, if a difference is too large, if an error is missing or names the wrong option, if a
-process outlived its agent, or if a run left a hidden file other than ``.lock`` and ``.metadata``. With two processes,
-no difference is allowed. With four processes, DDP adds the gradients in another order in the first step after a start,
-so that the losses may differ by 4e-5. ``make nightly`` runs this script.
+The exit code is 1 if a part sent its signal in half of its runs or fewer, if a run failed, if a difference is too
+large, if an error is missing or names the wrong option, if a process outlived its agent, or if a run left a hidden file
+other than ``.lock`` and ``.metadata``. With two processes, no difference is allowed. With four processes, DDP adds the
+gradients in another order in the first step after a start, so that the losses may differ by 4e-5. ``make nightly`` runs
+this script.
 """
 
 from __future__ import annotations
@@ -105,6 +106,19 @@ def row_of(
     return [*head, f"{losses:.1e}" if losses else "0", f"{weights:.1e}" if weights else "0", result]
 
 
+def faults(rows: list[list[str]]) -> list[str]:
+    """Returns a line for each row with a fault, and for each part in which too few runs got their signal.
+
+    A signal that comes before the processes have started, or after they have ended, hits nothing.
+    """
+    wrong = ["\t".join(row) for row in rows if row[-1] not in ("equal", "equal up to rounding")]
+    for agents, engine in dict.fromkeys((row[0], row[2]) for row in rows):
+        hit = [row[COLUMNS.index("to")] != "none" for row in rows if (row[0], row[2]) == (agents, engine)]
+        if 2 * sum(hit) <= len(hit):
+            wrong.append(f"{agents} agents, {engine}: {sum(hit)} of {len(hit)} runs got their signal")
+    return wrong if rows else ["no run"]
+
+
 def last_line(said: str) -> str:
     """Returns the beginning of the last line that the run, and not torchrun, has printed."""
     lines = [line for line in said.strip().splitlines() if not re.match(r"[WEI]\d{4} |\*{9}|Failed to load|\s*$", line)]
@@ -175,6 +189,8 @@ def stopped(folder: Path, case: Case, number: int) -> list[str]:
             below, hit = agent.processes() if case.number == KILL else [], agent.process
         if hit is not None:
             hit.send_signal(case.number)
+        elif not isinstance(case.at, float):  # the run has just printed, so that its processes are there
+            wrong = "no process got the signal"
         for process in below if case.whole else ():
             process.kill()
         orphans = [] if case.whole else below
@@ -245,7 +261,10 @@ def main() -> int:
                 add(stopped(folder, case, number))
     if given.write:
         given.write.write_text("".join("\t".join(row) + "\n" for row in (COLUMNS, *rows)))
-    return int(any(row[-1] not in ("equal", "equal up to rounding") for row in rows))
+    wrong = faults(rows)
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

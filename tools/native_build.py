@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,13 +50,18 @@ def _ninja() -> str | None:
     return shutil.which("ninja")
 
 
+def _dollars(command: str) -> str:
+    """Returns a command of the shell as ninja's recipe has it."""
+    return command.replace("$", "$$")
+
+
 def _escape(path: Path | str) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    return _dollars(str(path)).replace(" ", "$ ").replace(":", "$:")
 
 
 def torch_flags() -> tuple[str, str]:
-    """Returns flags for compiler and linker: torch's stable headers for the oldest supported torch, and
-    libtorch_cpu.
+    """Returns flags for compiler and linker, as a shell has them: torch's stable headers for the oldest supported
+    torch, and libtorch_cpu.
     """
     include = stable_abi.torch_include()
     if include is None:
@@ -63,14 +69,16 @@ def torch_flags() -> tuple[str, str]:
     target = stable_abi.TARGET[0] << 56 | stable_abi.TARGET[1] << 48
     library = include.parent / "lib"
     return (
-        f"-isystem {include} -isystem {include / 'torch/csrc/api/include'} -DTORCH_TARGET_VERSION=0x{target:016x} "
-        f"-ffile-prefix-map={ROOT}/=",
-        f"-L{library} -Wl,-rpath,{library} -ltorch_cpu",
-    )
+        shlex.join(["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"),
+                    f"-DTORCH_TARGET_VERSION=0x{target:016x}", f"-ffile-prefix-map={ROOT}/="]),
+        # -Xlinker, because the compiler would divide an argument of -Wl at each comma of the path.
+        shlex.join([f"-L{library}", "-Xlinker", "-rpath", "-Xlinker", str(library), "-ltorch_cpu"]),
+    )  # fmt: skip
 
 
 def module_flags(python: Path | None = None) -> str:
-    """Returns flags for ``module_sources``: their folder, the headers of Python and pybind11, the macros of setup.py.
+    """Returns flags for ``module_sources``, as a shell has them: their folder, the headers of Python and pybind11, the
+    macros of setup.py.
 
     ``python`` is the folder of Python's headers, by default of this Python.
     """
@@ -80,17 +88,20 @@ def module_flags(python: Path | None = None) -> str:
     sys.path.insert(0, str(ROOT))
     from peft_ext._version import __version__
 
-    return (
-        f"-I{pybind11.get_include()} -I{python or sysconfig.get_path('include')} -I{ROOT / 'csrc'} "
-        f"""-DPEFT_EXT_VERSION='"{__version__}"' -DPEFT_EXT_TORCH='"{torch.__version__}"' """
-        """-DPEFT_EXT_TORCH_TARGET='"2.11"' -Wno-unknown-pragmas"""
-    )
+    return shlex.join([
+        f"-I{pybind11.get_include()}", f"-I{python or sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}",
+        f'-DPEFT_EXT_VERSION="{__version__}"', f'-DPEFT_EXT_TORCH="{torch.__version__}"',
+        '-DPEFT_EXT_TORCH_TARGET="2.11"', "-Wno-unknown-pragmas",
+    ])  # fmt: skip
 
 
 def module_sources() -> list[Path]:
     """Returns the sources of the native library and of the module ``peft_ext._C``, as setup.py finds them."""
-    embedded = runpy.run_path(str(ROOT / "csrc/embed_sources.py"))["write"](ROOT / "build/embedded_sources.cpp")
-    return [*sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator"), embedded]
+    written = runpy.run_path(str(ROOT / "csrc/embed_sources.py"))
+    embedded = written["write"](ROOT / "build/embedded_sources.cpp")
+    digest = written["write_digest"](ROOT / "build/source_digest.cpp")
+    found = sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if path.parent.name != "emulator")
+    return [*found, embedded, digest]
 
 
 # KERNELS matches the sources with the loops over a tensor's elements: the sources for one instruction set, and those of
@@ -148,7 +159,7 @@ def build(library: Path, groups: Iterable[Group], link: str | None = "", compile
     for number, group in enumerate(groups):
         lines += [
             f"rule compile{number}",
-            f"  command = {compiler} -MMD -MF $out.d {group.flags} -c $in -o $out",
+            f"  command = {_dollars(compiler)} -MMD -MF $out.d {_dollars(group.flags)} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
@@ -156,7 +167,7 @@ def build(library: Path, groups: Iterable[Group], link: str | None = "", compile
             objects.append(folder / source.relative_to(ROOT).with_suffix(".o"))
             lines.append(f"build {_escape(objects[-1])}: compile{number} {_escape(source)}")
     if link is not None:
-        lines += ["rule link", f"  command = {compiler} -shared $in -o $out {link}"]
+        lines += ["rule link", f"  command = {_dollars(compiler)} -shared $in -o $out {_dollars(link)}"]
         lines.append(f"build {_escape(library)}: link {' '.join(_escape(path) for path in objects)}")
     text = "\n".join(lines) + "\n"
 

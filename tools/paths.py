@@ -140,6 +140,8 @@ def main(argv: Optional[list[str]] = None) -> int:
 
     module = _native.STATE.module
     usable = [path for path in LIMITS if module is not None and path in module.isas()]
+    if not usable:
+        parser.error(f"no path can run: the native library is not loaded: {_native.STATE.cpu_error}")
     paths = [name for name in chosen.paths.split(",") if name] or usable
     if unknown := [path for path in paths if path not in usable]:
         parser.error(f"--paths {unknown[0]}: wanted some of {', '.join(usable)}")

@@ -46,8 +46,12 @@ def compiler_version(command):
 def compiler_fault():
     """Returns why the C++ compiler can't build the library, with the commands that install another compiler; or
     None."""
-    command = os.environ.get("CXX") or "c++"
-    if shutil.which((shlex.split(command) or [""])[0]) is None:
+    command = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        return f"the environment variable CXX is {command!r}, which is no command: {error}\n"
+    if shutil.which(words[0]) is None:
         return f"no C++ compiler was found ({command}); wanted {COMPILERS}{INSTALL_COMPILER}"
     found = compiler_version(command)
     if found is None:

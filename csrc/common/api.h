@@ -6,12 +6,18 @@
 
 #define PEFT_EXT_API extern "C" __attribute__((visibility("default")))
 
+namespace peft_ext {
+// The digest of csrc/ in build/source_digest.cpp, which the native library and the module _C each contain.
+extern const char kSourceDigest[];
+}  // namespace peft_ext
+
 // The next functions are about the build and about the CPU paths. The library owns the returned strings. Paths are
 // numbered from 0 to peft_ext_isa_count() - 1.
 PEFT_EXT_API const char* peft_ext_version();
 PEFT_EXT_API const char* peft_ext_built_for_torch();  // the version of torch whose headers the build used
 PEFT_EXT_API const char* peft_ext_oldest_torch();     // the oldest version of torch that the library runs on
 PEFT_EXT_API const char* peft_ext_compiler();
+PEFT_EXT_API const char* peft_ext_source_digest();  // the digest of csrc/ that peft_ext/_source_digest.py computes
 PEFT_EXT_API int peft_ext_isa_count();
 PEFT_EXT_API const char* peft_ext_isa_name(int isa);
 PEFT_EXT_API int peft_ext_isa_compiled(int isa);  // 1 if the library has kernels of the CPU path `isa`

@@ -64,6 +64,8 @@ def doctor(
             _row("mend", _native.mend())
     else:
         _row("loaded", "yes" if state.cpu_error is None else f"yes, but {state.cpu_error}")
+        if state.cpu_error is not None:
+            _row("mend", _native.mend())
         for name, value in state.build.items():
             _row(f"built: {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
         _row("usable here", ", ".join(state.module.isas()))
@@ -119,22 +121,32 @@ def _warm(capabilities: list[str]) -> None:
         raise CliError(f"--warm: the native library is not loaded: {_native.STATE.cpu_error}")
     if why := device_code.missing():
         raise CliError(f"--warm: {why}")
+    least = ".".join(map(str, prove.CAPABILITY))
     for named in capabilities:
         if not re.fullmatch(r"\d+\.\d", named):
             raise CliError(f"--capability is {named!r}, wanted a number such as 9.0")
+        if tuple(map(int, named.split("."))) < prove.CAPABILITY:
+            raise CliError(f"--capability is {named}, wanted {least} or more, for which there are kernels")
     wanted = {int(named.replace(".", "")) for named in capabilities}
     if not capabilities and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            wanted.add(10 * major + minor)
+            if (major, minor) >= prove.CAPABILITY:
+                wanted.add(10 * major + minor)
     if not wanted:
-        raise CliError("--warm: torch finds no GPU; --capability names one, such as --capability 9.0")
+        raise CliError(
+            f"--warm: torch finds no GPU of compute capability {least} or more; --capability names one, such as "
+            "--capability 9.0"
+        )
     for number in sorted(wanted):
 
         def progress(items: Iterable[Any], length: int, arch: str = device_code.architecture(number)) -> Iterable[Any]:
             return track(items, f"kernels for {arch}", total=length)
 
-        device_code.warm(number, progress)
+        try:
+            device_code.warm(number, progress)
+        except OSError as error:
+            raise CliError(f"--warm: {error}") from error
 
 
 def _settled(key: str) -> str:

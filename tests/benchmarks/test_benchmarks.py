@@ -3,6 +3,7 @@
 The benchmarks for a GPU run on the CPU in these tests, with replaced clocks.
 """
 
+import ast
 import importlib
 import json
 import sys
@@ -68,6 +69,11 @@ def test_a_wrong_result_is_refused():
     comparison = harness.Comparison({"ours": contender(torch.full((4,), float("nan")))}, bytes_moved=1)
     with pytest.raises(AssertionError, match="off from float64"):
         harness.compare(case(), comparison, CEILINGS)
+
+
+def test_a_wrong_result_is_refused_by_python_with_the_option_O_too():
+    tree = ast.parse(Path(timer.__file__).read_text())
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), "python -O leaves the check out"
 
 
 def test_ours_cannot_go_unverified():

@@ -488,7 +488,12 @@ def test_doctor_names_an_old_gpu_beside_a_newer_one(monkeypatch):
 
 @pytest.mark.parametrize(
     "given, wanted",
-    [(["9.0"], [90]), (["10.0", "8.6"], [86, 100]), (["90"], "--capability is '90', wanted a number such as 9.0")],
+    [
+        (["9.0"], [90]),
+        (["10.0", "8.6"], [86, 100]),
+        (["90"], "--capability is '90', wanted a number such as 9.0"),
+        (["9.0", "7.5"], "--capability is 7.5, wanted 8.0 or more, for which there are kernels"),
+    ],
 )
 def test_doctor_compiles_for_the_named_capabilities(given, wanted, capsys, monkeypatch):
     from peft_ext.cli import doctor
@@ -504,11 +509,43 @@ def test_doctor_compiles_for_the_named_capabilities(given, wanted, capsys, monke
         assert compiled == wanted
 
 
+def test_doctor_says_that_the_kernels_can_t_be_kept(capsys, monkeypatch, tmp_path):
+    from peft_ext.cli import doctor
+
+    (tmp_path / "peft_ext").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(doctor.device_code, "missing", lambda: None)
+    monkeypatch.setattr(doctor.device_code, "version", lambda: "13.0")
+    monkeypatch.setattr(doctor.device_code, "architecture", lambda number: f"sm_{number}")
+    monkeypatch.setattr(doctor.device_code, "compile_kernel", lambda *_: pytest.fail("compiles in vain"))
+    assert main(["doctor", "--warm", "--capability", "9.0"]) != 0
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: --warm: no files can be written into the folder {tmp_path / 'peft_ext/kernels'}")
+
+
+def test_doctor_names_a_gpu_that_is_too_old(capsys, monkeypatch):
+    from peft_ext.cli import doctor
+
+    monkeypatch.setattr(doctor.device_code, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert main(["doctor", "--warm"]) != 0
+    assert "torch finds no GPU of compute capability 8.0 or more" in capsys.readouterr().err
+
+
+def test_doctor_names_the_remedy_of_a_library_that_does_not_match(capsys, monkeypatch):
+    monkeypatch.setattr(_native.STATE, "cpu_error", "the sources have changed")
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert "yes, but the sources have changed" in out and f"mend                       {_native.mend()}" in out
+
+
 def test_doctor_fails_without_the_native_library(capsys, monkeypatch):
     monkeypatch.setattr(_native, "STATE", _native.NativeState(cpu_error="No module named 'peft_ext._C'"))
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "no: No module named 'peft_ext._C'" in out and _native.MEND in out
+    assert "no: No module named 'peft_ext._C'" in out and _native.mend() in out
 
 
 def test_doctor_and_version_need_no_hugging_face():

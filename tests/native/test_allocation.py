@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,8 +31,8 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     flags, libraries = native_build.torch_flags()
     sources = [str(ROOT / "tests/native/allocation.cpp")]
     # libc10 is what libtorch_cpu needs, and is not found by every linker on its own.
-    command = [COMPILER, "-std=c++17", "-O0", f"-I{ROOT / 'csrc'}", *flags.split(), *sources, "-o", str(built),
-               *libraries.split(), "-lc10", "-ldl"]  # fmt: skip
+    command = [COMPILER, "-std=c++17", "-O0", f"-I{ROOT / 'csrc'}", *shlex.split(flags), *sources, "-o", str(built),
+               *shlex.split(libraries), "-lc10", "-ldl"]  # fmt: skip
     subprocess.run(command, check=True)
     done = subprocess.run([built], capture_output=True, text=True, check=True)
     return dict(line.split(": ", 1) for line in done.stdout.splitlines() if re.match(r"[a-z ,]+: ", line))

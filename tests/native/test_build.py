@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 
 import peft_ext
+from peft_ext import _native
+from peft_ext._source_digest import has_changed, source_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(peft_ext.__file__).parent
@@ -150,7 +155,8 @@ def test_the_inner_loop_is_the_shortest_around_a_product():
 
 def test_build_info(native):
     info = native.build_info()
-    assert set(info) == {"version", "torch", "torch_target", "compiler", "isas"}
+    assert set(info) == {"version", "torch", "torch_target", "compiler", "sources", "isas"}
+    assert info["sources"] == native._sources != ""
     assert info["version"] == peft_ext.__version__
     assert info["torch_target"] == ".".join(map(str, stable_abi.TARGET))
     assert "scalar" in native.isas() and set(native.isas()) <= set(info["isas"])
@@ -226,14 +232,14 @@ def test_missing_library_warns_once_and_names_the_mend(bare_package):
     *warned, file = done.stdout.splitlines()
     assert file.startswith(str(bare_package)), done.stderr
     assert len(warned) == 1 and warned[0].startswith("RuntimeWarning "), warned
-    assert "was not built" in warned[0] and "pip install --force-reinstall" in warned[0]
+    assert "was not built" in warned[0] and "To mend: pip install " in warned[0]
 
 
 def test_missing_library_is_an_error_where_required(bare_package):
     done = python("import peft_ext", bare_package, PEFT_EXT_REQUIRE="1")
     assert done.returncode != 0
     assert "ImportError: peft_ext: the native library was not built" in done.stderr
-    assert "pip install --force-reinstall" in done.stderr
+    assert "To mend: pip install " in done.stderr
 
 
 STUB = """
@@ -253,6 +259,160 @@ def test_library_of_another_version_warns_once(bare_package, native):
     assert len(warned) == 1 and warned[0].startswith("RuntimeWarning "), warned
     assert "does not match" in warned[0] and "peft_ext 0.0.0" in warned[0] and peft_ext.__version__ in warned[0]
     assert python("import peft_ext", bare_package, PEFT_EXT_REQUIRE="1").returncode != 0
+
+
+# --- sources of the library -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sources(tmp_path) -> Path:
+    """Returns a folder with sources that are a day old."""
+    folder = tmp_path / "csrc"
+    (folder / "cpu").mkdir(parents=True)
+    for name, text in {"api.cpp": "one", "cpu/isa.h": "two", "cpu/.isa.h.swp": "3"}.items():
+        (folder / name).write_text(text)
+        os.utime(folder / name, (1e9, 1e9))
+    return folder
+
+
+CHANGES = {
+    "nothing": lambda folder: None,
+    "a time": lambda folder: (folder / "api.cpp").touch(),
+    "an editor's file": lambda folder: (folder / "cpu/.isa.h.swp").write_text("4444"),
+    "a size": lambda folder: ((folder / "api.cpp").write_text("one1"), os.utime(folder / "api.cpp", (1e9, 1e9))),
+    "a letter": lambda folder: (folder / "cpu/isa.h").write_text("twO"),
+    "a name": lambda folder: (folder / "cpu/isa.h").rename(folder / "cpu/isb.h"),
+    "a new file": lambda folder: (folder / "new.cuh").write_text(""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_a_source_is_noticed(change, sources):
+    digest, changed = source_digest(sources), change not in ("nothing", "a time", "an editor's file")
+    CHANGES[change](sources)
+    assert has_changed(sources, digest, built=1e9 + 10) is changed
+    assert (source_digest(sources) == digest) is not changed
+    assert has_changed(sources, "", built=1e9 + 10)  # a library without a digest is older than the digests
+
+
+@pytest.fixture
+def checkout(sources, monkeypatch):
+    """Returns a function that loads a module with attributes of its own, in a checkout with the folder ``sources``, and
+    returns the warnings. The stub has the sources' digest unless the attributes have another."""
+    package = sources.parent / "peft_ext"
+    package.mkdir()
+    (sources.parent / "setup.py").touch()
+    for name in ("_native.py", "_kernels.so", "_C.py"):
+        (package / name).touch()
+    digest = source_digest(sources)
+    monkeypatch.setattr(_native, "__file__", str(package / "_native.py"))
+    monkeypatch.delenv("PEFT_EXT_CPU_ISA", raising=False)
+    monkeypatch.delenv("PEFT_EXT_REQUIRE", raising=False)
+
+    def load(built_from: str = digest, **attributes) -> list[str]:
+        info = {"version": peft_ext.__version__, "torch": "2.11.0", "torch_target": "2.11", "sources": built_from}
+        module = {"__file__": "_C.so", "build_info": lambda: info, "register_operators": lambda *_: None,
+                  "_sources": built_from}  # fmt: skip
+        given = {name: value for name, value in (module | attributes).items() if value is not None}
+        monkeypatch.setitem(sys.modules, "peft_ext._C", types.SimpleNamespace(**given))
+        monkeypatch.setattr(_native, "STATE", _native.NativeState())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _native._load_cpu()
+        return [str(warning.message) for warning in caught]
+
+    return load
+
+
+def test_a_library_of_the_checkout_s_sources_does_not_warn(checkout):
+    assert checkout() == [] and _native.STATE.module is not None and _native.STATE.cpu_error is None
+
+
+def test_a_library_that_is_older_than_the_checkout_warns_and_is_not_proved(checkout, sources, monkeypatch):
+    checkout()
+    before = _native.build_identity()
+    (sources / "api.cpp").write_text("of a later commit")
+    monkeypatch.setenv("PEFT_EXT_REQUIRE", "1")  # a developer who has edited a comment can still run the tests
+    (warned,) = checkout()
+    assert f"the sources in {sources} have changed since the library was built" in warned
+    assert f"To mend: pip install -e {sources.parent}" in warned and "make setup" in warned
+    assert _native.STATE.module is not None and _native.STATE.cpu_error in warned
+    assert _native.build_identity() != before, "what was proved before the change counts as proved"
+    (again,) = checkout(built_from="", _sources=None)
+    assert again == warned, "a library from the time before the digests is not noticed"
+
+
+def test_a_module_of_other_sources_than_the_library_warns(checkout, monkeypatch):
+    (warned,) = checkout(_sources="another", __file__="/x/_C.cpython-312.so")
+    assert "the module _C.cpython-312.so was built from other sources than _kernels.so" in warned
+    monkeypatch.setenv("PEFT_EXT_REQUIRE", "1")
+    with pytest.raises(ImportError, match="built from other sources"):
+        checkout(_sources="another")
+
+
+@pytest.mark.parametrize("lacking", ["build_info", "register_operators"])
+def test_a_module_without_a_function_is_a_library_that_does_not_load(lacking, checkout):
+    (warned,) = checkout(**{lacking: None})
+    assert "does not load" in warned and lacking in warned and "To mend: pip install -e " in warned
+    assert _native.STATE.module is None
+
+
+@pytest.mark.slow
+def test_the_digest_of_the_build_is_that_of_the_sources(bare_package, native):
+    """The digest that setup.py writes into the library, and the time that the comparison takes."""
+    for path in PACKAGE.glob("_*.so"):
+        shutil.copy2(path, bare_package / "peft_ext")
+    shutil.copytree(ROOT / "csrc", bare_package / "csrc")
+    assert python(IMPORT_AND_PRINT_WARNINGS, bare_package).stdout == ""
+    with (bare_package / "csrc/api.cpp").open("a") as file:
+        file.write("// changed\n")
+    assert "have changed since the library was built" in python(IMPORT_AND_PRINT_WARNINGS, bare_package).stdout
+
+
+# --- the command that mends -------------------------------------------------------------------------------------------
+
+INDEX = f"peft_ext=={peft_ext.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("direct_url", "wanted"),
+    [
+        (None, INDEX),
+        ({"url": "file:///a%20b/peft_ext", "dir_info": {"editable": True}}, "-e '/a b/peft_ext'"),
+        ({"url": "file:///src/peft_ext", "dir_info": {}}, "/src/peft_ext"),
+        ({"url": "https://host/peft_ext-1.tar.gz", "archive_info": {}}, "https://host/peft_ext-1.tar.gz"),
+        ({"url": "file:///dist/peft_ext-1-cp311-cp311-linux_x86_64.whl", "archive_info": {}},
+         "/dist/peft_ext-1-cp311-cp311-linux_x86_64.whl"),
+        ({"url": "https://host/peft_ext.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+         "'peft_ext @ git+https://host/peft_ext.git@abc'"),
+    ],
+    ids=["index", "editable", "folder", "archive", "wheel", "git"],
+)  # fmt: skip
+def test_the_remedy_installs_from_the_place_of_the_installation(direct_url, wanted, monkeypatch, tmp_path):
+    files = {"direct_url.json": "" if direct_url is None else json.dumps(direct_url), "WHEEL": ""}
+    monkeypatch.setattr(_native, "_installed", files.__getitem__)
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "peft_ext/_native.py"))
+    assert _native.mend() == f"pip install --force-reinstall --no-deps {wanted}"
+
+
+@pytest.mark.parametrize("has_sources", [False, True])
+def test_the_remedy_of_a_wheel_without_library_is_the_source_distribution(has_sources, monkeypatch, tmp_path):
+    url = f"file://{tmp_path}/peft_ext-{peft_ext.__version__}-py3-none-any.whl"
+    files = {"direct_url.json": json.dumps({"url": url, "archive_info": {}}), "WHEEL": "Root-Is-Purelib: true"}
+    monkeypatch.setattr(_native, "_installed", files.__getitem__)
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "peft_ext/_native.py"))
+    archive = tmp_path / f"peft_ext-{peft_ext.__version__}.tar.gz"
+    if has_sources:
+        archive.touch()
+    assert f" --no-binary peft_ext {archive if has_sources else INDEX}   (needs a C++ compiler)" in _native.mend()
+
+
+@pytest.mark.parametrize("version", ["2.10.1+cpu", "2.9.0.dev20251001", "1.13"])
+def test_an_old_torch_is_to_be_replaced(version, checkout, monkeypatch):
+    monkeypatch.setattr(_native, "torch", types.SimpleNamespace(__version__=version))
+    (warned,) = checkout()
+    assert f"torch is {version}, wanted 2.11 or newer" in warned and 'To mend: pip install "torch>=2.11"' in warned
+    assert _native.STATE.module is None and _native.mend() == 'pip install "torch>=2.11"'
 
 
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a global lock")

@@ -216,6 +216,16 @@ def test_warm_compiles_every_kernel(compiled, tmp_path):
     assert device_code.warm(90) == count and len(compiled) == count
 
 
+def test_warm_fails_where_the_kernels_are_not_kept(compiled, monkeypatch, tmp_path):
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(device_code, "kernels", lambda: [(KERNEL, FILE)])
+    monkeypatch.setattr(device_code, "atomic_file", full)
+    with pytest.raises(OSError, match=f"1 of 1 compiled kernels could not be written into the folder {tmp_path}"):
+        device_code.warm(90)
+
+
 @pytest.mark.parametrize("cores", [2, device_code.WARM_CORES])
 def test_many_cores_compile_the_kernels_of_any_model_at_the_first_proof(compiled, monkeypatch, cores):
     common = [kernel for kernel in device_code.kernels() if "::packed_" not in kernel[0]]

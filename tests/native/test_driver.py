@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def built() -> tuple[Path, Path]:
         BUILD / "libcuda.so.1", [native_build.Group("-O1 -std=c++17 -fPIC", [HERE / "fake_cuda.cpp"])]
     )
     sources = [ROOT / "csrc/cuda/driver.cpp", HERE / "kernels.cpp"]
-    group = native_build.Group(f"{common} -I{ROOT / 'csrc'} {flags}", sources)
+    group = native_build.Group(f"{common} {shlex.quote(f'-I{ROOT}/csrc')} {flags}", sources)
     return native_build.build(BUILD / "libkernels.so", [group], f"-ldl {libraries}"), fake
 
 

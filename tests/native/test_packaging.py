@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import peft_ext
+from peft_ext import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +71,7 @@ def test_the_floor_of_torch_is_the_target_of_the_build():
     assert f"torch>={floor}" in PROJECT["project"]["dependencies"]
     setup = (ROOT / "setup.py").read_text()
     assert f"TORCH_TARGET = ({floor.replace('.', ', ')})\n" in setup and f'"torch>={floor}"' in setup
+    assert stable_abi.TARGET == _native.OLDEST_TORCH
     makefile = (ROOT / "Makefile").read_text()
     assert f"\nTORCH ?= torch>={floor}\n" in makefile and f"\nCUDA_TORCH ?= torch=={floor}.0\n" in makefile
 

@@ -482,6 +482,13 @@ def test_paths_find_what_is_wrong(paths) -> None:
     assert paths.faults([paths.Result("amx", failed="took more than 600 s")]) == ["amx: took more than 600 s"]
 
 
+def test_paths_without_a_library_are_an_error(paths, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(_native, "STATE", _native.NativeState(cpu_error="it was not built"))
+    with pytest.raises(SystemExit) as ended:
+        paths.main([])
+    assert ended.value.code != 0 and "the native library is not loaded: it was not built" in capsys.readouterr().err
+
+
 def test_paths_end_a_run_that_takes_too_long(paths, tmp_path) -> None:
     slow = tmp_path / "python"
     slow.write_text("#!/bin/sh\nsleep 600 & sleep 600\n")

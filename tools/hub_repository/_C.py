@@ -29,6 +29,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "built_for_torch": (_TEXT,),
     "oldest_torch": (_TEXT,),
     "compiler": (_TEXT,),
+    "source_digest": (_TEXT,),
     "isa_count": (_INT,),
     "isa_name": (_TEXT, _INT),
     "isa_compiled": (_INT, _INT),
@@ -69,12 +70,14 @@ def _paths(accept: str) -> list[str]:
 
 
 def build_info() -> dict[str, Any]:
-    """Returns the versions of peft_ext and of torch, the compiler, and the CPU paths of the library's build."""
+    """Returns the versions of peft_ext and of torch, the compiler, the digest of the sources, and the CPU paths of the
+    library's build."""
     return {
         "version": _call("version"),
         "torch": _call("built_for_torch"),
         "torch_target": _call("oldest_torch"),
         "compiler": _call("compiler"),
+        "sources": _call("source_digest"),
         "isas": _paths("isa_compiled"),
     }
 
