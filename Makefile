@@ -34,7 +34,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-formats cuda-emulated cuda-emulated-rounded \
-  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp deepspeed rank-kills
+  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp deepspeed format-libraries rank-kills
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -62,6 +62,7 @@ help:
 	@echo "                 HUB_WHEELS=dist takes the libraries of the wheels, for each architecture"
 	@echo "make llama-cpp   exported adapters in llama.cpp itself, beside PEFT and peft_ext: ten minutes to build, once"
 	@echo "make deepspeed   the checks of DeepSpeed's ZeRO-2 and ZeRO-3, in two processes on a CPU"
+	@echo "make format-libraries  the values of packed weights against compressed-tensors, GPTQModel, hqq and ModelOpt"
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
 	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
@@ -263,13 +264,34 @@ deepspeed: setup build/deepspeed/.installed
 	  PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 3600 build/deepspeed/bin/python -m pytest -q -p no:cacheprovider \
 	  tests/distributed/test_distributed.py -k deepspeed
 
+# Installs the libraries of the formats of packed weights into an environment of its own, build/format-libraries, which
+# also sees the packages of .venv. GPTQModel 7.7 asks for a newer torch than the decoders need; it is installed without
+# its dependencies, and the packages that an import of GPTQModel needs are listed.
+FORMAT_LIBRARIES := "compressed-tensors>=0.20,<0.21" "hqq>=0.2.8,<0.3" "nvidia-modelopt>=0.47,<0.48"
+GPTQMODEL := "gptqmodel>=7.7,<7.8" optimum torchao tokenicer device-smi defuser logbar pypcre threadpoolctl pillow
+build/format-libraries/.installed: $(VENV)/.built
+	$(PYTHON) -m venv build/format-libraries
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$(build/format-libraries/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_setup.pth
+	build/format-libraries/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation \
+	  $(FORMAT_LIBRARIES)
+	build/format-libraries/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation --no-deps \
+	  $(GPTQMODEL)
+	touch $@
+
+# With PEFT_EXT_TEST_LIBRARIES, a library that is missing fails its tests; otherwise the tests would be skipped.
+format-libraries: setup build/format-libraries/.installed
+	PEFT_EXT_TEST_LIBRARIES="compressed_tensors gptqmodel hqq modelopt" GPTQMODEL_CPU_WORKERS=2 PYTHONPATH=$(CURDIR) \
+	  HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 3600 build/format-libraries/bin/python -m pytest -q \
+	  -p no:cacheprovider tests/weights/test_floats.py tests/weights/test_int_groups.py tests/weights/test_foreign_layers.py
+
 # Kills processes and agents of torchrun with signals at about 46 moments of fine-tuning runs; the runs then continue.
 rank-kills: setup
 	$(LIMIT) 7200 $(BIN)/python tools/kill_table.py --write docs/kills.tsv
 
 # `make nightly` runs these targets one after the other, also after a target that fails, and prints the failed targets
 # at the end.
-NIGHTLY = test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills deepspeed aarch64-tests macos-check newest forms mutations llama-cpp
+NIGHTLY = test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills deepspeed format-libraries aarch64-tests macos-check newest forms mutations llama-cpp
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \

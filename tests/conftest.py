@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not 
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> pytes
             os._exit(1)
         item.session.shouldstop = f"{item.nodeid} lost the CUDA context"
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Any:
+    """Seeds each fixture of a module or a session, and then restores the random state of the test that asked first.
+
+    The numbers that such a fixture draws so depend neither on the tests that ran before, nor on the first test.
+    """
+    if fixturedef.scope == "function":  # the fixture _seeded seeds each test
+        return (yield)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -67,6 +67,10 @@ RUNS = {
 RUNS = {n: [name for name in names if SHARDS_BYTES or not NEEDS_BYTES.search(name)] for n, names in RUNS.items()}
 
 
+# Each process's results, what all processes printed, and the exit code of torchrun.
+Ran = tuple[list[dict[str, str]], str, int]
+
+
 def torchrun(processes: int, *command: str) -> tuple[int, str]:
     """Returns the exit code and the output. After SECONDS the processes of the run are ended."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -88,8 +92,9 @@ def torchrun(processes: int, *command: str) -> tuple[int, str]:
     return run.returncode, out
 
 
-class Results(dict[tuple[int, bool], tuple[list[dict[str, str]], str]]):
-    """Has, by number of processes and by whether the checks are DeepSpeed's, each process's results and the output.
+class Results(dict[tuple[int, bool], Ran]):
+    """Has, by number of processes and by whether the checks are DeepSpeed's, each process's results, the output and
+    the exit code.
 
     The first test that needs the results starts the processes.
     """
@@ -97,7 +102,7 @@ class Results(dict[tuple[int, bool], tuple[list[dict[str, str]], str]]):
     def __init__(self, folders: pytest.TempPathFactory) -> None:
         self.folders = folders
 
-    def __missing__(self, key: tuple[int, bool]) -> tuple[list[dict[str, str]], str]:
+    def __missing__(self, key: tuple[int, bool]) -> Ran:
         processes, of_deepspeed = key
         folder = self.folders.mktemp(f"processes-{processes}")
         names = [name for name in RUNS[processes] if HAS_TRL or not name.startswith("sft_")]
@@ -106,11 +111,11 @@ class Results(dict[tuple[int, bool], tuple[list[dict[str, str]], str]]):
         return self[key]
 
 
-def run(processes: int, folder: Path, *names: str) -> tuple[list[dict[str, str]], str]:
-    """Runs checks, and returns each process's results and the output."""
-    _, out = torchrun(processes, str(SCRIPT), str(folder), *names)
+def run(processes: int, folder: Path, *names: str) -> Ran:
+    """Runs checks, and returns each process's results, the output and the exit code."""
+    code, out = torchrun(processes, str(SCRIPT), str(folder), *names)
     files = [folder / f"{rank}.json" for rank in range(processes)]
-    return [json.loads(file.read_text()) if file.exists() else {} for file in files], out
+    return [json.loads(file.read_text()) if file.exists() else {} for file in files], out, code
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +134,22 @@ def test_deepspeed_is_absent(name: str) -> None:
 def test_in_processes(processes: int, name: str, results: Results) -> None:
     if name.startswith("sft_"):
         pytest.importorskip("trl", reason="needs trl, of peft_ext[examples]")
-    found, out = results[processes, name.startswith("deepspeed_")]
+    found, out, _ = results[processes, name.startswith("deepspeed_")]
     for rank, done in enumerate(found):
         failed = [(other, outcome) for results in found for other, outcome in results.items() if outcome != "ok"]
         if name not in done and failed:
             pytest.fail(f"process {rank} did not reach the check, because of {failed[0][0]}: {failed[0][1]}")
         assert done.get(name) == "ok", f"process {rank}: {done.get(name, 'not reached')}\n{out[-4000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "key", sorted({(n, name.startswith("deepspeed_")) for n, names in RUNS.items() for name in names})
+)
+def test_the_processes_end_without_an_error(key: tuple[int, bool], results: Results) -> None:
+    """A process may also end with an error after its last check, for example when Python is finalized."""
+    _, out, code = results[key]
+    assert code == 0, out[-4000:]
 
 
 def test_every_check_is_run() -> None:
@@ -148,7 +163,8 @@ def test_every_check_is_run() -> None:
 @pytest.mark.skipif(not SHARDS_BYTES, reason="this PyTorch cannot shard uint8")
 def test_a_checkpoint_resumes_in_another_number_of_processes(tmp_path: Path) -> None:
     for processes in (2, 4, 1):
-        found, out = run(processes, tmp_path, IN_TURN)
+        found, out, code = run(processes, tmp_path, IN_TURN)
+        assert code == 0, out[-4000:]
         assert [done.get(IN_TURN) for done in found] == ["ok"] * processes, (found, out[-4000:])
 
 

@@ -29,6 +29,7 @@ from launched import (
     options_of,
     port,
     record_of,
+    saved,
     started,
     torchrun,
 )
@@ -305,10 +306,10 @@ def test_one_rank_exports(tiny, tmp_path):
 def test_a_rank_that_hangs_is_named(tiny, tmp_path):
     command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, "--max-steps", "4000")]
     with started(command, tmp_path / "log", PEFT_EXT_RANK_SECONDS="8") as run:
-        run.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
-        hung = run.of_rank(1)
+        run.wait_for(saved(tmp_path / "out", 8))
+        hung = run.wait_for_rank(1)
         hung.suspend()
-        run.wait_for(lambda: "error: " in run.out)
+        run.wait_for(lambda: re.search("^error: ", run.out, re.MULTILINE))
         hung.kill()
         assert run.end()
         (said,) = errors_of([run])
@@ -370,11 +371,11 @@ main.run()
 def test_a_signal_stops_all_with_one_checkpoint(to, tiny, folder, tmp_path):
     command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, *LONG)]
     with started(command, tmp_path / "log") as run:
-        run.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
+        run.wait_for(saved(tmp_path / "out", 8))
         if to == "torchrun":
             run.process.send_signal(signal.SIGINT)  # which torchrun sends to all ranks
         else:
-            run.of_rank(1).send_signal(signal.SIGTERM)
+            run.wait_for_rank(1).send_signal(signal.SIGTERM)
         assert run.end()
     (step,) = map(int, re.findall(r"^stopped after step (\d+); the same command with --resume", run.out, re.MULTILINE))
     assert is_sealed(tmp_path / f"out/checkpoints/checkpoint-{step}") and "error: " not in run.out
@@ -388,7 +389,7 @@ def test_sigusr1_to_one_rank_makes_one_checkpoint_and_the_training_continues(tin
     command = [*torchrun(2), *options_of(tiny, tmp_path / "out", 2, *LONG, "--save-steps", "1000")]
     with started(command, tmp_path / "log") as run:
         run.wait_for(lambda: "step  9/60" in run.out)
-        run.of_rank(1).send_signal(signal.SIGUSR1)
+        run.wait_for_rank(1).send_signal(signal.SIGUSR1)
         assert run.end() == 0, run.out
     found = sorted(int(path.name.partition("-")[2]) for path in (tmp_path / "out/checkpoints").glob("checkpoint-*"))
     assert len(found) == 2 and 9 <= found[0] < found[1] == 60  # the last step has a checkpoint of its own
@@ -401,8 +402,8 @@ def test_sigusr1_to_one_rank_makes_one_checkpoint_and_the_training_continues(tin
 def test_a_killed_rank(restarts, tiny, folder, tmp_path):
     options = options_of(tiny, tmp_path / "out", 2, *LONG)
     with started([*torchrun(2, "--max-restarts", str(restarts)), *options], tmp_path / "log") as run:
-        run.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
-        run.of_rank(1).kill()
+        run.wait_for(saved(tmp_path / "out", 8))
+        run.wait_for_rank(1).kill()
         code = run.end()
     (said,) = [re.findall("^error: (.*)", run.out, re.MULTILINE)]
     assert len(said) == 1 and re.match(r"rank 1 ended without an error message, after step \d+: a signal", said[0])
@@ -413,7 +414,7 @@ def test_a_killed_rank(restarts, tiny, folder, tmp_path):
         assert again.end() == 0, again.out
     else:
         assert code == 0, run.out
-        assert "restart: the run in" in run.out
+        assert run.out.count("restart: the run in") == 1, run.out
     assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)
     leftovers = [
         path for path in tmp_path.rglob("*") if path.name.endswith((".part", ".tmp")) or ".shared-" in path.name
@@ -436,14 +437,17 @@ def test_two_machines_and_a_killed_agent(tiny, folder, tmp_path):
     environment = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     first = Run(command(1), tmp_path / "first.log", **environment)  # its agent has the store of the rendezvous
     second = Run(command(0), tmp_path / "second.log", **environment)
+    third = None
     try:
-        first.wait_for((tmp_path / "out/checkpoints/checkpoint-8").exists)
+        first.wait_for(saved(tmp_path / "out", 8))
+        assert second.process.poll() is None and len(second.processes()) == 2, second.out
         second.kill()
         third = Run(command(0), tmp_path / "third.log", **environment)
         assert first.end() == 0 and third.end() == 0, first.out + third.out
     finally:
-        for run in (first, second):
+        for run in filter(None, (first, second, third)):
             run.kill()
+    assert (first.out + third.out).count("restart: the run in") >= 1, first.out + third.out
     assert "processes: 4 on 2 machines, by torchrun" in first.out + third.out
     # After a restart, DDP adds the four processes' gradients in another order until it has ordered its buckets.
     losses, _ = differences(unbroken(4, tiny, folder, "--lr", "1e-4"), tmp_path / "out")

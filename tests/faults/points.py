@@ -7,17 +7,20 @@ A moment is before or after a call that changes the disk, or in the middle of wr
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 SECONDS = 600  # a forked test process is killed after this time
+NOBODY = 65534  # the number of a user who owns no files
 
 
 def forked(work: Callable[[], int], stdout: int = -1) -> tuple[int, str]:
@@ -29,6 +32,26 @@ def forked(work: Callable[[], int], stdout: int = -1) -> tuple[int, str]:
     with stream:
         text = stream.read()
     return ended(child), text
+
+
+@contextlib.contextmanager
+def folder_of_nobody() -> Iterator[Path]:
+    """Yields an empty folder that every user can read and write. pytest's folders are closed to other users."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+def without_rights(work: Callable[[], object]) -> None:
+    """Runs ``work`` in a fork that, as root, first becomes the user nobody: root may read and write every file."""
+
+    def as_nobody() -> int:
+        if os.geteuid() == 0:
+            os.setuid(NOBODY)
+        work()
+        return 0
+
+    assert forked(as_nobody) == (0, "")
 
 
 def start(work: Callable[[], int], stdout: int = -1) -> tuple[int, io.TextIOWrapper]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from faults.points import folder_of_nobody, without_rights
 
 from peft_ext import files
 from peft_ext.files import atomic_file, atomic_folder, save_adapter
@@ -173,20 +174,26 @@ def test_the_old_folder_is_back_where_the_second_rename_fails(tmp_path, monkeypa
     assert content(tmp_path) == before
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path):
-    path = tmp_path / "closed/model"
-    write(path, 1)
-    path.parent.chmod(0o500)
-    try:
-        write(path, 2, overwrite=True)  # the parent can't hold the new folder, but the folder can hold the new files
-        path.chmod(0o500)
-        with pytest.raises(PermissionError):
-            write(path, 3, overwrite=True)
-    finally:
-        path.chmod(0o700)
-        path.parent.chmod(0o700)
-    assert names(path) == ["a", "b", "sub", "sub/c"] and (path / "a").read_text().startswith("2\n")
+@needs_fork
+def test_a_folder_that_cannot_be_written_is_left_alone():
+    with folder_of_nobody() as root:
+        path = root / "closed/model"
+
+        def work():
+            write(path, 1)
+            path.parent.chmod(0o500)
+            try:
+                # The parent can't hold the new folder, but the folder can hold the new files.
+                write(path, 2, overwrite=True)
+                path.chmod(0o500)
+                with pytest.raises(PermissionError):
+                    write(path, 3, overwrite=True)
+            finally:
+                path.chmod(0o700)
+                path.parent.chmod(0o700)
+
+        without_rights(work)
+        assert names(path) == ["a", "b", "sub", "sub/c"] and content(path) == dict.fromkeys(content(path), "2\n" * 500)
 
 
 @pytest.mark.parametrize("step, code", [

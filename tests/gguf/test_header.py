@@ -12,6 +12,7 @@ from typing import Any
 import gguf_files as gf
 import pytest
 import torch
+from faults.points import folder_of_nobody, without_rights
 from gguf_files import ARRAY, BOOL, F32, F64, I8, I16, I32, I64, STRING, U8, U16, U32, U64
 
 from peft_ext.gguf import GgufError, is_gguf, read_header
@@ -431,13 +432,17 @@ def test_paths_that_are_no_files(paths: dict[str, Path]) -> None:
     assert not any(is_gguf(path) for path in paths.values())
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
-    (file := saved(tmp_path, gf.written([ARCHITECTURE]).out)).chmod(0)
-    if os.access(file, os.R_OK):
-        pytest.skip("this user may read every file")
-    with pytest.raises(PermissionError):
-        read_header(file)
-    assert is_gguf(file)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a forked process gives up the rights of root")
+def test_a_file_that_may_not_be_read() -> None:
+    with folder_of_nobody() as folder:
+        (file := saved(folder, gf.written([ARCHITECTURE]).out)).chmod(0)
+
+        def work() -> None:
+            with pytest.raises(PermissionError):
+                read_header(file)
+            assert is_gguf(file)
+
+        without_rights(work)
 
 
 def test_is_gguf(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent / "driver"
-BUILD = ROOT / "build/driver"
+BUILD = ROOT / "build/driver"  # has a folder for each torch, because several environments may use one checkout
 
 sys.path.insert(0, str(ROOT / "tools"))
 native_build = pytest.importorskip("native_build", reason="tools/ is not here: not a checkout")
@@ -61,12 +62,13 @@ def built() -> tuple[Path, Path]:
         pytest.skip("torch not found")
     common = "-O1 -g1 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas"
     flags, libraries = native_build.torch_flags()
+    folder = BUILD / hashlib.sha256(f"{flags} {libraries}".encode()).hexdigest()[:16]
     fake = native_build.build(
-        BUILD / "libcuda.so.1", [native_build.Group("-O1 -std=c++17 -fPIC", [HERE / "fake_cuda.cpp"])]
+        folder / "libcuda.so.1", [native_build.Group("-O1 -std=c++17 -fPIC", [HERE / "fake_cuda.cpp"])]
     )
     sources = [ROOT / "csrc/cuda/driver.cpp", HERE / "kernels.cpp"]
     group = native_build.Group(f"{common} {shlex.quote(f'-I{ROOT}/csrc')} {flags}", sources)
-    return native_build.build(BUILD / "libkernels.so", [group], f"-ldl {libraries}"), fake
+    return native_build.build(folder / "libkernels.so", [group], f"-ldl {libraries}"), fake
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tests which tests the options --share and --products of tests/conftest.py select, and how workers order files."""
+"""Tests tests/conftest.py: the tests that --share and --products select, how workers order files, seeds of fixtures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiers import first
 
 ROOT = Path(__file__).parents[2]
@@ -58,3 +59,18 @@ def test_the_values_that_are_not_of_the_first_tier_are_slow() -> None:
     assert fast == "a" and slow.values == ("b",) and [mark.name for mark in slow.marks] == ["slow"]
     with pytest.raises(ValueError, match=r"\['c'\] are not among \['a', 'b'\]"):
         first(["a", "b"], ["c"])
+
+
+@pytest.fixture(scope="module")
+def drawn() -> torch.Tensor:
+    return torch.rand(4)
+
+
+def test_a_fixture_of_a_module_is_seeded_and_the_random_state_stays(
+    request: pytest.FixtureRequest,
+) -> None:
+    torch.rand(3)
+    before = torch.get_rng_state()
+    found = request.getfixturevalue("drawn")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found, torch.rand(4, generator=torch.Generator().manual_seed(0)))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import threading
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,6 +149,9 @@ def test_a_process_alone_exchanges_with_itself(tmp_path: Path):
         alone.together(lambda: (_ for _ in ()).throw(RunError("no")))
 
 
+SECONDS = 300  # a thread that waits longer for another thread is an error
+
+
 class Threads:
     """Ranks whose exchanges run between threads of this process."""
 
@@ -160,9 +164,9 @@ class Threads:
 
     def gather(self, rank, value):
         self.values[rank] = value
-        self.barrier.wait(10)
+        self.barrier.wait(SECONDS)
         found = list(self.values)
-        self.barrier.wait(10)
+        self.barrier.wait(SECONDS)
         return found
 
     def run(self, work):
@@ -204,12 +208,27 @@ def test_the_lowest_failed_rank_raises_its_error_and_the_others_raise_elsewhere(
     [((0, 2), "rank 1"), ((1, 2), "rank 0"), ((0,), "rank 1 or rank 2"), ((0, 1, 2), "rank . or rank .")],
 )
 def test_a_late_exchange_names_the_ranks_that_wait_in_no_exchange(waiting, named, monkeypatch: pytest.MonkeyPatch):
-    """All ranks are alive and have come to the same step. The ranks ``waiting`` wait for another rank's gradients."""
-    monkeypatch.setattr(ranks, "_SETTLE", 1.0)
+    """All ranks are alive and have come to the same step. The ranks ``waiting`` wait for another rank's gradients.
+
+    In place of the time _SETTLE, a rank waits until all ranks of ``waiting`` have written that they waited.
+    """
+    monkeypatch.setattr(ranks, "_SETTLE", 0.001)
     store = torch.distributed.HashStore()
     several = Threads(3)
+
+    def told_after_all(each):
+        told, keys = each._told, [f"{each._key}/waited/{rank}" for rank in waiting]
+
+        def wait(seconds=0.0):
+            if seconds:
+                store.wait(keys, timedelta(seconds=SECONDS))
+            return told()
+
+        return wait
+
     for each in several.ranks:
         each._store, each._gone = store, list
+        each._told = told_after_all(each)
         each.at("step 5")
 
     def work(each):
@@ -317,6 +336,6 @@ def test_the_end_of_a_run_waits_for_the_last_sign_of_life(monkeypatch: pytest.Mo
     monkeypatch.setattr(ranks, "_BEAT", 0.01)
     here = ranks.Ranks(store=SlowStore())
     here.start_beats()
-    assert within.wait(10)
+    assert within.wait(SECONDS)
     here.end_beats()
     assert done and not any(thread.name == "peft_ext signs of life" for thread in threading.enumerate())

@@ -90,6 +90,10 @@ class Run:
                 continue
         return None
 
+    def wait_for_rank(self, rank: int) -> psutil.Process:
+        """Waits until there is a process of the rank, and returns it."""
+        return self.wait_for(lambda: self.of_rank(rank))
+
     def wait_for(self, ready: Callable[[], Any]) -> Any:
         """Waits until ``ready()`` is true, and returns its value."""
         end = time.monotonic() + SECONDS
@@ -131,6 +135,20 @@ def by_hand(
         variables = {name: text.format(**numbers) for name, text in {**launcher, **environment}.items()}
         runs.append(Run([sys.executable, "-m", "peft_ext", *arguments(rank)], folder / f"rank{rank}.log", **variables))
     return runs
+
+
+def saved(output: Path, step: int) -> Callable[[], bool]:
+    """Returns a function that returns whether a run has a checkpoint of ``step`` or of a later step.
+
+    A run keeps its last two checkpoints and removes earlier ones, so that a test that looks rarely may never see the
+    checkpoint of one step.
+    """
+
+    def has_come() -> bool:
+        names = [path.name for path in (output / "checkpoints").glob("checkpoint-*")]
+        return any(int(found[1]) >= step for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name)))
+
+    return has_come
 
 
 def record_of(output: Path) -> dict[str, Any]:

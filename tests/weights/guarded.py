@@ -1,8 +1,9 @@
 """Calls operators on packed weights that lie between two pages of memory that the process may not read.
 
 The program of test_bounds.py. A process of its own makes the calls, because a read beyond a part ends the process. The
-program prints the name of each weight and CPU path before the calls. With the argument ``beyond``, the program reads
-the byte after a guarded tensor.
+program prints the name of each weight and CPU path before the calls. With the argument ``layouts``, the program calls
+raw operators with layouts that do not describe the weight. With the argument ``beyond``, the program reads the byte
+after a guarded tensor.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Union
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -30,6 +33,9 @@ HELD = []  # mappings, which tensors use without owning them
 # scales of at a time.
 SHAPES = ((1, 32), (7, 96), (33, 160), (139, 288), (3, 4352))
 TOKENS = {torch.bfloat16: (1, 4, 7, 16, 33), torch.float32: (1, 33), torch.float16: ()}
+
+GROUPS = (0, 1, 3, 24, 1 << 31)
+OPTIONS = (0, 0x10, 0x40, 0xFF, 0xFFFFF, 0x7FFFFF)
 
 
 def guarded(part: Tensor, at_end: bool) -> Tensor:
@@ -109,9 +115,58 @@ def main() -> int:
     return int(bool(wrong))
 
 
+def changed_layouts(layout: int) -> Iterator[tuple[str, int]]:
+    """Yields the layout with other groups and with other options."""
+    for group in GROUPS:
+        yield f"group {group}", layout & ~0xFFFFFFFF | group
+    for option in OPTIONS:
+        yield f"option {option:#x}", layout & (1 << 40) - 1 | option << 40
+
+
+def outcome(call: Callable[[], Tensor]) -> Union[str, Tensor]:
+    """Returns the bits of a call's result, or the call's error."""
+    try:
+        return call().view(torch.int32)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+
+
+def layouts() -> int:
+    """Compares the outcomes of calls on parts in three places. An operator that computes anything with a layout that
+    does not describe the parts reads within the parts, and fills its result."""
+    torch.set_num_threads(1)
+    module, counts, draw = _native.STATE.module, Counter(), torch.Generator().manual_seed(7)
+    dequantize, linear = torch.ops.peft_ext.nf4_dequantize, torch.ops.peft_ext.nf4_linear
+    for kind in KINDS:
+        weight = packed_weight(kind, *fitting(kind, 40, 96), draw)
+        *parts, layout, shape = weight.op_args()
+        places = [parts, *([part if part is None else guarded(part, end) for part in parts] for end in (True, False))]
+        x = torch.randn(2, weight.shape[1], generator=draw)
+        for path in module.isas():
+            module.set_isa(path)
+            for name, changed in changed_layouts(layout):
+                print(f"{kind}, {path}, {name}", flush=True)
+                found = [outcome(lambda: dequantize(*at, changed, shape, torch.float32)) for at in places]  # noqa: B023
+                product = [outcome(lambda: linear(x, *at, changed, shape, None)) for at in places]  # noqa: B023
+                for op, (first, *others) in (("nf4_dequantize", found), ("nf4_linear", product)):
+                    if isinstance(first, str):
+                        right = f"{op}: " in first and others == [first] * 2
+                        counts["refused"] += 1
+                    else:
+                        right = all(isinstance(other, Tensor) and torch.equal(first, other) for other in others)
+                        counts["computed"] += 1
+                    if not right:
+                        counts["wrong"] += 1
+                        print(f"wrong: {kind}, {path}, {name}, {op}: {first}, {others}")
+        del places
+        HELD.clear()
+    print(f"{counts['refused']} refused, {counts['computed']} computed, {counts['wrong']} wrong")
+    return int(bool(counts["wrong"]))
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["beyond"]:
         ctypes.string_at(guarded(torch.zeros(100, dtype=torch.uint8), True).data_ptr() + 100, 1)
-    status = main()
+    status = layouts() if sys.argv[1:] == ["layouts"] else main()
     sys.stdout.flush()
     os._exit(status)  # pages without access stay mapped until the end of the process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,13 @@ def test_no_read_beyond_a_part_of_a_weight() -> None:
     done = run()
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stdout[-200:]}{done.stderr}"
     assert done.stdout.endswith(" calls, 0 differ\n")
+
+
+def test_a_layout_that_does_not_fit_is_refused_or_reads_within_the_parts() -> None:
+    done = run("layouts")
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stdout[-2000:]}{done.stderr}"
+    refused, computed, wrong = map(int, re.findall(r"(\d+) \w+", done.stdout.splitlines()[-1]))
+    assert refused > computed > 0 == wrong
 
 
 def test_a_read_beyond_a_part_ends_the_process() -> None:

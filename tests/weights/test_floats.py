@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from format_libraries import format_library
 from packed_bits import check_paths, same_bits, set_path  # noqa: F401  a fixture
 from torch import Tensor
 
@@ -84,14 +85,14 @@ def every_nvfp4(total: float, reciprocal: bool) -> PackedWeight:
 
 def compressed(bits: int, strategy: str, **kwargs: Any) -> SimpleNamespace:
     """Returns compressed-tensors' scheme of a weight of symmetric floats."""
-    library = pytest.importorskip("compressed_tensors.quantization")
+    library = format_library("compressed_tensors.quantization")
     args = library.QuantizationArgs(num_bits=bits, type="float", strategy=strategy, symmetric=True, **kwargs)
     return library.QuantizationScheme(targets=["Linear"], weights=args)
 
 
 @pytest.mark.parametrize("total", GLOBALS)
 def test_nvfp4_has_the_bits_of_compressed_tensors(total):
-    library = pytest.importorskip("compressed_tensors.compressors.nvfp4")
+    library = format_library("compressed_tensors.compressors.nvfp4")
     weight = every_nvfp4(total, reciprocal=True)
     held = dict(zip(("weight_packed", "weight_scale", "weight_global_scale"), weight.parts, strict=True))
     scheme = compressed(4, "tensor_group", group_size=16)
@@ -103,7 +104,7 @@ def test_nvfp4_has_the_bits_of_compressed_tensors(total):
 
 @pytest.mark.parametrize("total", GLOBALS)
 def test_nvfp4_has_the_bits_of_modelopt(total):
-    library = pytest.importorskip("modelopt.torch.quantization.qtensor.nvfp4_tensor")
+    library = format_library("modelopt.torch.quantization.qtensor.nvfp4_tensor")
     weight = every_nvfp4(total, reciprocal=False)
     packed, scales, factor = weight.parts
     for dtype in (torch.bfloat16, torch.float32):
@@ -204,7 +205,7 @@ def test_fp8_blocks_and_edges(shape, block, scale_dtype, set_path):  # noqa: F81
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
 def test_fp8_has_the_bits_of_compressed_tensors(strategy, scale_dtype):
-    library = pytest.importorskip("compressed_tensors.compressors.naive_quantized")
+    library = format_library("compressed_tensors.compressors.naive_quantized")
     kwargs = {"block_structure": [128, 128]} if strategy == "block" else {}
     scheme = compressed(8, strategy, **kwargs)
     scales = torch.rand({"tensor": (1,), "channel": (130, 1), "block": (2, 2)}[strategy]).to(scale_dtype)
@@ -380,7 +381,7 @@ def test_quantize_fp8_of_incomplete_blocks_and_experts(chunk):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantize_nvfp4_has_the_bits_of_modelopt(dtype, chunk):
-    library = pytest.importorskip("modelopt.torch.quantization.qtensor.nvfp4_tensor")
+    library = format_library("modelopt.torch.quantization.qtensor.nvfp4_tensor")
     value = hard_weight(64, 96, dtype)
     held, scales, factor = library.NVFP4QTensor.quantize(value, 16)
     weight = mx.quantize_nvfp4(value)

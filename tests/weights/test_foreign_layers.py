@@ -8,6 +8,7 @@ from typing import Any
 import packed_checkpoints as pc
 import pytest
 import torch
+from format_libraries import format_library
 from packed_weights import packed_weight
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
@@ -105,7 +106,7 @@ def test_an_input_of_another_dtype_runs_the_layer_s_own_forward() -> None:
 
 
 def test_lora_over_hqq_is_fused() -> None:
-    quantize = pytest.importorskip("hqq.core.quantize")
+    quantize = format_library("hqq.core.quantize")
     torch.manual_seed(0)
     base = quantize.HQQLinear(nn.Linear(K, N), quantize.BaseQuantizeConfig(nbits=4, group_size=64, axis=1),
                               compute_dtype=torch.bfloat16, device="cpu")  # fmt: skip

