@@ -20,7 +20,7 @@ from ..._imports import optional
 from ...nn import NF4Linear, PackedLinear
 from ...ops.checks import autocast_dtype
 from ...weights.fp4 import held_by_params4bit
-from ...weights.nf4 import NESTED_BLOCKSIZE, nf4_from_params4bit, why_not_nf4
+from ...weights.nf4 import nf4_from_params4bit
 from ...weights.packed import PackedWeight
 from .foreign import foreign_operands, foreign_weight, is_foreign
 
@@ -174,19 +174,6 @@ def weight_of(base: nn.Module) -> Union[Tensor, PackedWeight]:
     if kind in FOUR_BIT:
         return _weight_4bit(weight, quant_state_of(base))
     return weight.t() if kind is Conv1D else weight
-
-
-def why_not_4bit(state: Any) -> Optional[str]:
-    """Returns why the operators can't read a weight with bitsandbytes' quant_state ``state``, or None. The operators
-    read a weight in NF4 or FP4 that bitsandbytes has not repacked. If the scales are quantized too, a block of scales
-    must have NESTED_BLOCKSIZE scales."""
-    if getattr(state, "quant_type", None) != "fp4":
-        return why_not_nf4(state)
-    if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes repacked the weight for its CPU inference"
-    if state.nested and (size := getattr(state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:
-        return f"the nested blocksize is {size}, wanted {NESTED_BLOCKSIZE}"
-    return None
 
 
 def _weight_4bit(weight: Tensor, state: Any) -> PackedWeight:

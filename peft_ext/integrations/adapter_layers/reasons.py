@@ -17,6 +17,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # noqa: PLC2701  no public name for it
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import _cpu
 from ..._imports import version
@@ -28,6 +29,8 @@ from ...ops.format_proofs import family_of
 from ...ops.library import PUBLIC, has_kernel
 from ...ops.prove import proved
 from ...text import dtype_name as short
+from ...weights.fp4 import is_fp4_table
+from ...weights.nf4 import is_nf4_table, why_not_nf4
 from . import dora
 from .base import (
     DTYPES,
@@ -40,7 +43,6 @@ from .base import (
     class_name,
     is_fully_sharded,
     quant_state_of,
-    why_not_4bit,
 )
 from .foreign import foreign_reason, is_foreign
 
@@ -67,6 +69,13 @@ _plain: tuple[type, ...] = (nn.Parameter, Tensor)
 
 # Ids of the sharded parameters that fully_shard, or ZeRO-3 for a leaf module, gathers before a fused layer's forward.
 _gathered: frozenset[int] = frozenset()
+
+# Maps bitsandbytes' quant_types that the operators read to the check of a table of codes.
+_IS_TABLE = {"nf4": is_nf4_table, "fp4": is_fp4_table}
+# Maps the tables of codes that passed the check to their quant_type.
+_TABLES = WeakTensorKeyDictionary()
+# The quant_types of which a table has failed the check. Under torch.compile, all weights of these types are stock.
+_foreign_tables: set[str] = set()
 
 _VARIANTS = {
     "DoraLinearVariant": "DoRA",
@@ -348,7 +357,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
             return "its weight was made in inference mode, and autograd can't keep it"
         quant_state = quant_state_of(base)
-        if reason := why_not_4bit(quant_state):
+        if reason := why_not_nf4(quant_state, tuple(_IS_TABLE)) or _table_reason(quant_state):
             return reason
         # The device is read from absmax, because absmax is a plain tensor on the weight's device, and the attributes of
         # a plain tensor are faster to read than those of a tensor subclass.
@@ -376,6 +385,23 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         cast = autocast_dtype(weight)
         if cast not in (None, bias.dtype):
             return f"autocast multiplies in {short(cast)}, and the bias is added apart, in {short(bias.dtype)}"
+    return None
+
+
+def _table_reason(state: Any) -> Optional[str]:
+    """Returns why the operators can't decode a weight with bitsandbytes' quant_state ``state``, or None: the operators
+    contain the tables of codes of NF4 and FP4. The values of a table are read once."""
+    code, kind = state.code, state.quant_type
+    reason = f"its table of codes is not {kind.upper()}'s"
+    if torch.compiler.is_compiling():
+        # A trace can't read the values of a table. `accelerate` has read the tables of a model before the trace.
+        return reason if kind in _foreign_tables else None
+    if type(code) is not Tensor or _TABLES.get(code) == kind:
+        return None
+    if not _IS_TABLE[kind](code):
+        _foreign_tables.add(kind)
+        return reason
+    _TABLES[code] = kind
     return None
 
 
