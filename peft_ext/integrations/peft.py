@@ -42,7 +42,7 @@ from .adapter_layers.base import (
     class_name,
     give_back,
     is_fully_sharded,
-    is_repacked,
+    quant_state_of,
     without_adapters,
 )
 from .adapter_layers.dora import DORA_DROPOUT, clear_dora, prepare_dora
@@ -165,7 +165,8 @@ def accelerate(
     if blocks:
         fuse_blocks(model)
         defer_losses(model)
-    repacked = [name for name, module in model.named_modules() if type(module) in FOUR_BIT and is_repacked(module)]
+    repacked = [name for name, module in model.named_modules() if type(module) in FOUR_BIT
+                and getattr(quant_state_of(module), "packing_format_for_cpu", False)]  # fmt: skip
     if repacked:
         warnings.warn(
             f"accelerate: bitsandbytes repacked the weight of {repacked[0]} for its CPU inference ({len(repacked)} in "

@@ -246,8 +246,3 @@ def quant_state_of(base: nn.Module) -> Any:
     one, the layer's."""
     state = getattr(base._parameters.get("weight"), "quant_state", None)
     return base.__dict__.get("quant_state") if state is None else state
-
-
-def is_repacked(base: nn.Module) -> bool:
-    """Returns whether bitsandbytes has repacked the weight of a ``Linear4bit`` for inference on a CPU."""
-    return bool(getattr(quant_state_of(base), "packing_format_for_cpu", False))

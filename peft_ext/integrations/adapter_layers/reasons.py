@@ -197,11 +197,6 @@ def plain_types() -> tuple[type, ...]:
     return _plain
 
 
-def is_plain(tensor: Any) -> bool:
-    """Returns whether the exact type of ``tensor`` is a class that the fused layers accept as a plain tensor."""
-    return type(tensor) in _plain
-
-
 def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the operators accept: plain, dense, and float32, bfloat16 or float16.
 
@@ -270,12 +265,6 @@ def replaced_on_instance(module: nn.Module) -> bool:
     return own is not None and not (
         getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
     )
-
-
-def forward_is_replaced(kind: type) -> bool:
-    """Returns whether the forward of the stock class was replaced after the fused class ``kind`` was made."""
-    known = getattr(kind, "stock_forward", None)
-    return known is not None and kind.stock_class.forward is not known
 
 
 def layer_reason(layer: Any) -> Optional[str]:
