@@ -123,9 +123,8 @@ class LowRank(Fused):
         if sums_wider(base, x) or (found := operands(base, x)) is None or found[0] is not x:
             return None
         _, weight, bias, dtype = found
-        dropout = self._modules["lora_dropout"]._modules[name]
-        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        return weight, bias, *self.pair(name), self._rank_scale(name, 1.0), self.scaling[name], p, dtype
+        rank_scale, scaling = self._rank_scale(name, 1.0), self.scaling[name]
+        return weight, bias, *self.pair(name), rank_scale, scaling, self.dropout_p(name), dtype
 
     def joint_split(self) -> Union[tensor_parallel.Split, str, None]:
         """Returns how transformers split the base layer between processes; None if the base layer is not split."""
@@ -143,6 +142,11 @@ class LowRank(Fused):
     def _bias(self, name: str) -> Optional[Tensor]:
         """Returns the bias ``[N]`` of lora_B, which PEFT multiplies by the adapter's scaling; None without a bias."""
         return None
+
+    def dropout_p(self, name: str) -> float:
+        """Returns the probability with which the next call drops an element of the adapter's input."""
+        dropout = self._modules["lora_dropout"]._modules[name]
+        return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
 
     def _parts(self, name: str) -> Optional[tuple]:
         """Returns lora_A, lora_B, and three tuples: the modules, tensors and types of an adapter that the checks read.
@@ -218,8 +222,7 @@ class LowRank(Fused):
                 scaling, rank_scale = 1.0, _times(scaling, rank_scale, lora_A.shape[0])
         else:
             lora_A, lora_B, scaling, rank_scale = self._concatenated(names)
-        dropout = modules["lora_dropout"]._modules[name]
-        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        p = self.dropout_p(name)
         if alone is None:
             y = ops.lora_linear(x, weight, lora_A, lora_B, bias, rank_scale=rank_scale, scaling=scaling, dropout_p=p,
                                 training=True)  # fmt: skip
