@@ -30,7 +30,7 @@ from peft_ext.integrations.model_blocks.proof import CALLS, DTYPES, MAGNITUDES, 
 K, FEATURES = 24, 20
 # The attributes that the forward of a class may read, by the kind of the class's form, beside the values of the
 # formula.
-READS = {"layer_norm": {"weight", "bias", "eps", "normalized_shape"}, "gate": {"act_fn"}}
+READS = {"layer_norm": {"weight", "bias", "eps", "normalized_shape"}}
 # The methods of classes whose code is a form, by kind, for the kinds whose form is not the code of the forward.
 METHODS = {"gate": "_apply_gate", "cache": "update", "cache_layer": "update"}
 
@@ -116,7 +116,7 @@ def _activation(cls: type, row: Row, form: Form, module: Any) -> Callable:
 
 
 def _fill_gate(made: Any, row: Row, training: bool) -> None:
-    made.act_fn = nn.SiLU()
+    setattr(made, row.get("act"), nn.SiLU())
 
 
 def _gate(cls: type, row: Row, form: Form, module: Any) -> Callable:
