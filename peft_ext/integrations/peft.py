@@ -229,17 +229,10 @@ def restore(model: nn.Module) -> nn.Module:
     """
     check_module("restore", model)
     for name, module in model.named_modules():
-        kinds = type(module).__mro__
-        if (
-            is_fully_sharded(kinds[0])
-            and kinds[0] not in STOCK
-            and any(
-                # A sharded decoder layer may keep its fused class after restore: once its norms, attention and MLP have
-                # their stock classes again, the decoder layer runs its stock forward.
-                kind in STOCK and not issubclass(kind, DecoderLayer)
-                for kind in kinds
-            )
-        ):
+        # A sharded decoder layer may keep its fused class after restore: once its norms, attention and MLP have their
+        # stock classes again, the decoder layer runs its stock forward.
+        fused = any(kind in STOCK and not issubclass(kind, DecoderLayer) for kind in type(module).__mro__)
+        if fused and is_fully_sharded(type(module)) and type(module) not in STOCK:
             raise RuntimeError(f"restore: fully_shard wrapped {name} itself, and so changed its class; it stays fused")
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into a packed weight; call unmerge_adapter() first")

@@ -9,6 +9,7 @@ set of checks.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,22 +78,9 @@ _TABLES = WeakTensorKeyDictionary()
 # The quant_types of which a table has failed the check. Under torch.compile, all weights of these types are stock.
 _foreign_tables: set[str] = set()
 
-_VARIANTS = {
-    "DoraLinearVariant": "DoRA",
-    "DoraNF4Variant": "DoRA",
-    "DoraConv1dVariant": "DoRA",
-    "DoraConv2dVariant": "DoRA",
-    "DoraConv3dVariant": "DoRA",
-    "DoraEmbeddingVariant": "DoRA",
-    "ALoraLinearVariant": "aLoRA",
-    "ArrowLinearVariant": "Arrow",
-    "BdLoraLinearVariant": "BD-LoRA",
-    "KasaLinearVariant": "KaSA",
-    "MiCALinearVariant": "MiCA",
-    "MontecloraLinearVariant": "MonteCLoRA",
-    "QALoraLinearVariant": "QALoRA",
-    "VeloraLinearVariant": "VeLoRA",
-}
+# Maps the name of a class of PEFT's variants of LoRA, without the kind of layer, to the variant's common name.
+_VARIANTS = {"Dora": "DoRA", "ALora": "aLoRA", "Arrow": "Arrow", "BdLora": "BD-LoRA", "Kasa": "KaSA", "MiCA": "MiCA",
+             "Monteclora": "MonteCLoRA", "QALora": "QALoRA", "Velora": "VeLoRA"}  # fmt: skip
 
 _HOOKS = "hooks on lora_A, lora_B or lora_dropout, or a replaced forward, would not run"
 _ZERO = (
@@ -417,7 +405,7 @@ def product_reason(layer: nn.Linear) -> Optional[str]:
 def variant_name(variant: Any) -> str:
     """Returns the common name of a variant of LoRA, such as "DoRA" for PEFT's DoraLinearVariant."""
     name = type(variant).__name__
-    return _VARIANTS.get(name, f"LoRA variant {name}")
+    return _VARIANTS.get(re.sub(r"(Linear|NF4|Conv\dd|Embedding)Variant$", "", name), f"LoRA variant {name}")
 
 
 def checked_adapters(
