@@ -72,6 +72,15 @@ def fuses(stock: type) -> Callable[[type], type]:
     return register
 
 
+def fused_class(name: str, base: type, stock: Optional[type]) -> Optional[type]:
+    """Returns the registered fused class ``name`` with the code of ``base`` over the class ``stock``; None if the
+    installed package has no such class. The caller keeps the class under ``name``, by which pickle finds the class."""
+    if stock is None:
+        return None
+    held = {"__module__": base.__module__, "__doc__": f"Fused ``{stock.__module__}.{stock.__name__}``."}
+    return fuses(stock)(type(name, (base, stock), held))
+
+
 class Fused:
     """Base class of the fused adapter layers. The forward runs an operator if the operator computes the stock class's
     result for the call, else the stock class's forward.

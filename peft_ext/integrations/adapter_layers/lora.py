@@ -21,7 +21,7 @@ from ...ops.lora import checked_lora_linear
 from ...reference.dora import output_scale
 from ...weights.nf4 import NF4Weight
 from . import dora, siblings, tensor_parallel
-from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fuses, operands, sums_wider, weight_of
+from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fused_class, fuses, operands, sums_wider, weight_of
 from .known import KNOWN, facts_of, remember, single_name
 from .merging import Merged, MergesNF4
 from .reasons import (
@@ -421,33 +421,11 @@ if LoraLinear is not None:
             return merged, bias
 
 
-if GPTQLoraLinear is not None:
-
-    @fuses(GPTQLoraLinear)
-    class FusedGPTQLoraLinear(Lora, GPTQLoraLinear):
-        """Fused ``peft.tuners.lora.gptq.GPTQLoraLinear`` over GPTQModel's layers that compute in PyTorch."""
-
-
-if AwqLoraLinear is not None:
-
-    @fuses(AwqLoraLinear)
-    class FusedAwqLoraLinear(Lora, AwqLoraLinear):
-        """Fused ``peft.tuners.lora.awq.AwqLoraLinear`` over GPTQModel's AWQ layer that computes in PyTorch."""
-
-
-if HqqLoraLinear is not None:
-
-    @fuses(HqqLoraLinear)
-    class FusedHqqLoraLinear(Lora, HqqLoraLinear):
-        """Fused ``peft.tuners.lora.hqq.HqqLoraLinear``."""
-
-
-if LoraLinear8bitLt is not None:
-
-    @fuses(LoraLinear8bitLt)
-    class FusedLoraLinear8bitLt(Lora, LoraLinear8bitLt):
-        """Fused ``peft.tuners.lora.bnb.Linear8bitLt``: the low-rank part is fused, bitsandbytes computes the 8-bit
-        product."""
+# The fused classes without code of their own. Over ``Linear8bitLt`` only the low-rank part is fused.
+FusedGPTQLoraLinear = fused_class("FusedGPTQLoraLinear", Lora, GPTQLoraLinear)
+FusedAwqLoraLinear = fused_class("FusedAwqLoraLinear", Lora, AwqLoraLinear)
+FusedHqqLoraLinear = fused_class("FusedHqqLoraLinear", Lora, HqqLoraLinear)
+FusedLoraLinear8bitLt = fused_class("FusedLoraLinear8bitLt", Lora, LoraLinear8bitLt)
 
 
 if LoraLinear4bit is not None:
