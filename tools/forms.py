@@ -6,9 +6,9 @@
 
 pip installs each release into a folder of build/forms, and a separate process reads each release. A form whose forward
 ``accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of
-peft_ext/integrations/model_blocks). Some rows need no proof: dropouts, and attentions that keep their own forward. The
-row of an attention also names the layers that receive one input, which this tool reads from the source of the
-attention's forward (:mod:`reads_of_attention`); ``accelerate`` only reads the table.
+peft_ext/integrations/model_blocks, and tests/support/form_proofs.py). Some rows need no proof: dropouts, and attentions
+that keep their own forward. The row of an attention also names the layers that receive one input, which this tool reads
+from the source of the attention's forward (:mod:`reads_of_attention`); ``accelerate`` only reads the table.
 """
 
 from __future__ import annotations
@@ -196,14 +196,15 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     :func:`_battery`. ``known`` are rows from other releases, which are not proved again: a form with the same digest is
     the same code in each release.
     """
+    sys.path.insert(0, str(ROOT / "tests/support"))
+    import form_proofs
     from reads_of_attention import attention_formulas
 
-    from peft_ext.integrations.forms import Row, Unknown, form_of
+    from peft_ext.integrations.forms import REGISTERED, Row, Unknown, form_of
     from peft_ext.integrations.forms.activations import refresh
-    from peft_ext.integrations.model_blocks import proof
 
     for digest, one in known.items():
-        proof.REGISTERED[digest] = Row(digest, one["kind"], tuple(one["formula"].items()))
+        REGISTERED[digest] = Row(digest, one["kind"], tuple(one["formula"].items()))
     rows: dict[str, dict[str, Any]] = {}
     refused: set[str] = set()
     by_class: dict[Any, str] = {}
@@ -222,11 +223,11 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
             for kind, formula in formulas(subject, form):
                 row = Row(form.digest, kind, tuple(formula.items()))
                 proved = kind in ("dropout", "projections") or (kind == "attention" and "forward" not in formula)
-                if proved or proof.disproof(subject, row, form) is None:
+                if proved or form_proofs.disproof(subject, row, form) is None:
                     example = f"{subject.__module__}.{subject.__qualname__}"
                     rows[form.digest] = {"kind": kind, "formula": formula, "example": example, "classes": 1}
                     if kind == "activation":
-                        proof.REGISTERED[form.digest] = row
+                        REGISTERED[form.digest] = row
                         refresh()
                     return
             refused.add(form.digest)
@@ -234,9 +235,9 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     def formulas(subject: Any, form: Any) -> Iterator[tuple[str, dict[str, str]]]:
         if subject.__module__.startswith("torch."):
             name = {"LayerNorm": "layer_norm", "Dropout": "dropout"}.get(subject.__name__)
-            yield from [(name, {})] if name else proof.proposals(subject, form)
+            yield from [(name, {})] if name else form_proofs.proposals(subject, form)
             return
-        yield from proof.proposals(subject, form)
+        yield from form_proofs.proposals(subject, form)
         if "GradientCheckpointingLayer" not in (kind.__name__ for kind in subject.__mro__):  # no decoder layer
             yield from attention_formulas(subject, form)
 
@@ -265,10 +266,9 @@ def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[
     form was still known."""
     from unittest.mock import patch
 
-    from peft_ext.integrations.forms import Unknown, form_of
-
-    sys.path.insert(0, str(ROOT / "tests/support"))
     from reached import another, reached
+
+    from peft_ext.integrations.forms import Unknown, form_of
 
     counts: dict[str, list[int]] = {}
     for cls, digest in by_class.items():

@@ -43,7 +43,7 @@ from .adapter_layers.base import (
     class_name,
     give_back,
     is_fully_sharded,
-    is_repacked,
+    quant_state_of,
     without_adapters,
 )
 from .adapter_layers.dora import DORA_DROPOUT, clear_dora, prepare_dora
@@ -166,7 +166,8 @@ def accelerate(
     if blocks:
         fuse_blocks(model)
         defer_losses(model)
-    repacked = [name for name, module in model.named_modules() if type(module) in FOUR_BIT and is_repacked(module)]
+    repacked = [name for name, module in model.named_modules() if type(module) in FOUR_BIT
+                and getattr(quant_state_of(module), "packing_format_for_cpu", False)]  # fmt: skip
     if repacked:
         warnings.warn(
             f"accelerate: bitsandbytes repacked the weight of {repacked[0]} for its CPU inference ({len(repacked)} in "
@@ -229,17 +230,10 @@ def restore(model: nn.Module) -> nn.Module:
     """
     check_module("restore", model)
     for name, module in model.named_modules():
-        kinds = type(module).__mro__
-        if (
-            is_fully_sharded(kinds[0])
-            and kinds[0] not in STOCK
-            and any(
-                # A sharded decoder layer may keep its fused class after restore: once its norms, attention and MLP have
-                # their stock classes again, the decoder layer runs its stock forward.
-                kind in STOCK and not issubclass(kind, DecoderLayer)
-                for kind in kinds
-            )
-        ):
+        # A sharded decoder layer may keep its fused class after restore: once its norms, attention and MLP have their
+        # stock classes again, the decoder layer runs its stock forward.
+        fused = any(kind in STOCK and not issubclass(kind, DecoderLayer) for kind in type(module).__mro__)
+        if fused and is_fully_sharded(type(module)) and type(module) not in STOCK:
             raise RuntimeError(f"restore: fully_shard wrapped {name} itself, and so changed its class; it stays fused")
         if type(module) in STOCK and KEPT in module.__dict__:
             raise RuntimeError(f"restore: {name} is merged into a packed weight; call unmerge_adapter() first")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import statistics
 import sys
 import time
@@ -73,14 +72,6 @@ def peak_memory_mib() -> Optional[float]:
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on other systems
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def _wants_fsdp(trainer: Any) -> bool:
-    """Returns whether the trainer runs in a process group and a configuration of FSDP is given."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    given = getattr(trainer.args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return bool(given) or getattr(trainer.accelerator.state, "fsdp_plugin", None) is not None
 
 
 def _now(device: torch.device) -> Any:
@@ -158,7 +149,7 @@ class PeftExtCallback(TrainerCallback):
         callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)
         if not isinstance(callbacks, list):
             raise TypeError(f"PeftExtCallback.attach: trainer is {type(trainer).__name__}, wanted a Trainer")
-        if _wants_fsdp(trainer):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             from .fsdp2 import prepare_fsdp2
 
             prepare_fsdp2(trainer)

@@ -11,10 +11,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from .nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NestedAbsmax
+from .nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NestedAbsmax, why_not_nf4
 from .packed import Format, PackedWeight, option_of, register
 
-__all__ = ["FP4", "FP4_CODE", "fp4", "from_params4bit", "held_by_params4bit"]
+__all__ = ["FP4", "FP4_CODE", "fp4", "from_params4bit", "is_fp4_table", "held_by_params4bit"]
 
 # The 16 values in the order of the codes. Code 8 is +0.
 FP4_CODE = tuple(sign * code / 12 + 0.0 for sign in (1, -1) for code in (0, 0.0625, 8, 12, 4, 6, 2, 3))
@@ -96,16 +96,10 @@ def from_params4bit(weight: Tensor, quant_state: Any = None) -> PackedWeight:
     if not isinstance(weight, Tensor):
         raise TypeError(f"fp4.from_params4bit: weight is {type(weight).__name__}, wanted a Tensor")
     state = quant_state if quant_state is not None else getattr(weight, "quant_state", None)
-    if state is None:
-        raise ValueError("fp4.from_params4bit: the weight is not quantized yet, wanted a quant_state")
-    if (kind := getattr(state, "quant_type", None)) != "fp4":
-        raise ValueError(f"fp4.from_params4bit: quant_type is {kind!r}, wanted 'fp4'")
-    if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError("fp4.from_params4bit: bitsandbytes repacked the weight for its CPU inference")
-    if not _is_table(state.code):
+    if reason := why_not_nf4(state, ("fp4",)):
+        raise ValueError(f"fp4.from_params4bit: {reason}")
+    if not is_fp4_table(state.code):
         raise ValueError("fp4.from_params4bit: the quant_state's table of codes is not FP4's")
-    if state.nested and (size := getattr(state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:
-        raise ValueError(f"fp4.from_params4bit: the nested blocksize is {size}, wanted {NESTED_BLOCKSIZE}")
     return held_by_params4bit(weight, state)
 
 
@@ -117,7 +111,8 @@ def held_by_params4bit(weight: Tensor, state: Any) -> PackedWeight:
     return fp4(packed, state.absmax, state.shape, state.dtype, blocksize=state.blocksize, nested=nested)
 
 
-def _is_table(code: Optional[Tensor]) -> bool:
+def is_fp4_table(code: Optional[Tensor]) -> bool:
+    """Returns whether ``code`` is FP4's table of 16 codes, in any float dtype; see :func:`.nf4.is_nf4_table`."""
     if code is None or code.is_meta:
         return True
     return code.shape == (16,) and torch.allclose(

@@ -419,12 +419,15 @@ def _size(shape: Any) -> torch.Size:
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------
 
 
-def why_not_nf4(quant_state: Any) -> Optional[str]:
-    """Returns the reason why a bitsandbytes ``QuantState`` is not an NF4 state, or None for an NF4 state."""
+def why_not_nf4(quant_state: Any, kinds: Sequence[str] = ("nf4",)) -> Optional[str]:
+    """Returns the reason why the operators can't read a weight with the bitsandbytes ``QuantState``, or None.
+
+    ``kinds``: the accepted values of quant_type, of "nf4" and "fp4". The table of codes is not checked.
+    """
     if quant_state is None:
         return "the weight is not quantized yet: no quant_state"
-    if (kind := getattr(quant_state, "quant_type", None)) != "nf4":
-        return f"quant_type is {kind!r}, wanted 'nf4'"
+    if (kind := getattr(quant_state, "quant_type", None)) not in kinds:
+        return f"quant_type is {kind!r}, wanted {' or '.join(map(repr, kinds))}"
     if getattr(quant_state, "packing_format_for_cpu", False):
         return "bitsandbytes repacked the weight for its CPU inference"
     if quant_state.nested and (size := getattr(quant_state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:

@@ -32,6 +32,7 @@ from peft_models import (
 
 import peft_ext
 from peft_ext.integrations import peft as integration
+from peft_ext.integrations.adapter_layers import reasons
 from peft_ext.nn import NF4Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,6 +141,29 @@ def test_4bit_weights_that_stay_stock():
     assert rows["ours"].fused
     x = torch.randn(3, K, requires_grad=True)
     assert torch.equal(fused.derived(x), stock.derived(x))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_4bit_weight_with_another_table_of_codes_stays_stock(quant_type, adapted, monkeypatch):
+    monkeypatch.setattr(reasons, "_foreign_tables", set())
+    model = nn.Sequential(four_bit(K, K, quant_type=quant_type), four_bit(K, N, quant_type=quant_type))
+    model[1].weight.quant_state.code = torch.linspace(-1, 1, 16)
+    if adapted:
+        model.is_loaded_in_4bit = True
+        model = get_peft_model(model, LoraConfig(target_modules=["0", "1"], init_lora_weights=False))
+    stock, fused = both(model)
+    rows = peft_ext.explain(fused).rows
+    said = f"its table of codes is not {quant_type.upper()}'s"
+    assert rows[0].fused and rows[0].reason == "" and said in rows[1].reason
+    assert rows[1].fused == adapted  # the adapter's part is fused
+    x = torch.randn(3, K, dtype=torch.bfloat16)
+    first, second = fused.base_model.model if adapted else fused
+    assert torch.equal(second(x), (stock.base_model.model if adapted else stock)[1](x)) or adapted
+    assert first.stock_reason() is None
+    # A trace can't tell the tables apart.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert reasons.weight_reason(first.base_layer if adapted else first) == said
 
 
 @pytest.mark.parametrize("nested", [False, True])

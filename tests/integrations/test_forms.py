@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from form_proofs import METHODS, disproof
 from peft import LoraConfig, get_peft_model
 from reached import another, reached
 from torch import Tensor, nn
@@ -39,8 +40,9 @@ def classes_by_digest() -> dict[str, list[Any]]:
     """Returns a dict from digest to the classes of the installed transformers that have this form."""
     found: dict[str, list[Any]] = {}
     for cls in tool.classes():
-        if not isinstance(row := row_of(cls), str):
-            found.setdefault(row[0].digest, []).append(cls)
+        for method in ("forward", METHODS["gate"]):
+            if hasattr(cls, method) and not isinstance(row := row_of(cls, method), str):
+                found.setdefault(row[0].digest, []).append(cls)
     return found
 
 
@@ -273,7 +275,7 @@ def test_no_kind_is_missing_and_most_classes_are_known() -> None:
     assert all(int(part.split("(")[1].split("%")[0]) >= 45 for part in share.split(": ")[1].split(", ")), share
 
 
-KINDS_PROVED = ("rms_norm", "float_layer_norm", "layer_norm", "mlp", "activation")
+KINDS_PROVED = ("rms_norm", "float_layer_norm", "layer_norm", "mlp", "activation", "gate", "decoder_layer")
 PROVED = sorted(digest for digest, row in ROWS.items() if row.kind in KINDS_PROVED or row.get("forward"))
 
 
@@ -283,8 +285,9 @@ def test_a_row_is_true_of_the_classes_that_have_it(digest: str) -> None:
     if not (classes := classes_by_digest().get(digest)):
         pytest.skip("no class of the installed transformers has this form")
     refresh()
+    method = METHODS.get(ROWS[digest].kind, "forward")
     for cls in {classes[0], classes[-1]}:
-        assert proof.disproof(cls, ROWS[digest], form_of(cls)) is None
+        assert disproof(cls, ROWS[digest], form_of(cls, method)) is None
 
 
 def test_rows_of_functions() -> None:
@@ -299,7 +302,7 @@ def test_rows_of_functions() -> None:
         (DynamicLayer, "update", "cache_layer"),
     ):
         row, form = row_of(function, method)
-        assert row.kind == kind and proof.disproof(function, row, form) is None
+        assert row.kind == kind and disproof(function, row, form) is None
 
 
 @pytest.mark.slow
@@ -311,7 +314,7 @@ def test_a_wrong_formula_is_disproved(name: str) -> None:
     tried = 0
     for digest, classes in classes_by_digest().items():
         row = ROWS[digest]
-        if digest not in PROVED or not row.get(name):
+        if digest not in PROVED or not row.get(name) or row.kind == "decoder_layer":
             continue
         formula = dict(row.formula)
         if name == "inner":
@@ -325,11 +328,23 @@ def test_a_wrong_formula_is_disproved(name: str) -> None:
         else:
             formula[name] = others[name].get(row.get(name), "")
         wrong = Row(digest, row.kind, tuple(formula.items()))
-        assert proof.disproof(classes[0], wrong, form_of(classes[0])) is not None, row
+        assert disproof(classes[0], wrong, form_of(classes[0], METHODS.get(row.kind, "forward"))) is not None, row
         tried += 1
         if tried == 4:
             break
     assert tried
+
+
+@pytest.mark.slow
+def test_the_norms_of_a_decoder_layer_in_another_order_are_disproved() -> None:
+    layers = {
+        digest: classes for digest, classes in classes_by_digest().items() if ROWS[digest].kind == "decoder_layer"
+    }
+    assert layers
+    for digest, (cls, *_) in layers.items():
+        formula = dict(ROWS[digest].formula)
+        formula["norms"] = ",".join(reversed(ROWS[digest].names("norms")))
+        assert disproof(cls, Row(digest, "decoder_layer", tuple(formula.items())), form_of(cls)) is not None
 
 
 # --- what a forward reaches, replaced ---------------------------------------------------------------------------------
@@ -428,6 +443,27 @@ def test_register_form() -> None:
             peft_ext.register_form(Own, kind, **given)
     with pytest.raises(ValueError, match="differ"):
         peft_ext.register_form(Capped, "rms_norm", **formula)
+
+
+class OwnSiLU(nn.Module):
+    """Computes SiLU with functions that no class of transformers calls."""
+
+    def forward(self, x):
+        return x * x.sigmoid()
+
+
+class OwnLayer(nn.Module):
+    """A decoder layer whose parts have names that no class of transformers uses."""
+
+    def forward(self, x, past_key_values=None, **kwargs):
+        y, _ = self.attn(hidden_states=self.norm_1(x), past_key_values=past_key_values, **kwargs)
+        x = x + y
+        return x + self.mlp(self.norm_2(x))
+
+
+@pytest.mark.parametrize("cls", [OwnSiLU, OwnLayer])
+def test_the_command_proposes_no_kind_that_register_form_refuses(cls: type) -> None:
+    assert proof.proposed(cls) == (None, "no kind's formula fits what its forward reads")
 
 
 class OwnAttention(nn.Module):
@@ -542,7 +578,8 @@ def test_a_small_difference_is_a_difference() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "code", "said"), [("Own", 0, "register_form(Own"), ("Capped", 1, "no formula passes")]
+    ("name", "code", "said"),
+    [("Own", 0, "register_form(Own"), ("Capped", 1, "no formula passes"), ("OwnSiLU", 1, "no formula passes")],
 )
 def test_the_command_that_explain_names(name: str, code: int, said: str) -> None:
     command = [sys.executable, "-m", "peft_ext.integrations.model_blocks", f"{Path(__file__).stem}:{name}"]

@@ -238,7 +238,7 @@ def test_fp8_of_transformers_layers_and_experts(set_path):  # noqa: F811
 
 def test_the_table_of_fp4_is_known_under_another_default_device():
     with torch.device("meta"):
-        assert fp4._is_table(torch.tensor(fp4.FP4_CODE, device="cpu"))
+        assert fp4.is_fp4_table(torch.tensor(fp4.FP4_CODE, device="cpu"))
 
 
 def test_fp4_has_the_table_of_bitsandbytes():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..._imports import optional
 from ...weights.nf4 import NF4Weight
-from .base import FOUR_BIT, Linear8bitLt, fuses
+from .base import FOUR_BIT, Linear8bitLt, fused_class, fuses
 from .lora import LowRank
 from .merging import Merged, MergesNF4
 from .reasons import adalora_adapter
@@ -67,15 +67,6 @@ if SVDLinear is not None:
             return weight + self.get_delta_weight(name).float(), bias
 
 
-if SVDLinear8bitLt is not None:
-
-    @fuses(SVDLinear8bitLt)
-    class FusedSVDLinear8bitLt(AdaLora, SVDLinear8bitLt):
-        """Fused ``peft.tuners.adalora.bnb.SVDLinear8bitLt``: only the low-rank part is fused."""
-
-
-if SVDLinear4bit is not None:
-
-    @fuses(SVDLinear4bit)
-    class FusedSVDLinear4bit(AdaLora, SVDLinear4bit):
-        """Fused ``peft.tuners.adalora.bnb.SVDLinear4bit``."""
+# The fused classes without code of their own. Over ``Linear8bitLt`` only the low-rank part is fused.
+FusedSVDLinear8bitLt = fused_class("FusedSVDLinear8bitLt", AdaLora, SVDLinear8bitLt)
+FusedSVDLinear4bit = fused_class("FusedSVDLinear4bit", AdaLora, SVDLinear4bit)

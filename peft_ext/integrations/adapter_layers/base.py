@@ -20,7 +20,7 @@ from ..._imports import optional
 from ...nn import NF4Linear, PackedLinear
 from ...ops.checks import autocast_dtype
 from ...weights.fp4 import held_by_params4bit
-from ...weights.nf4 import NESTED_BLOCKSIZE, nf4_from_params4bit, why_not_nf4
+from ...weights.nf4 import nf4_from_params4bit
 from ...weights.packed import PackedWeight
 from .foreign import foreign_operands, foreign_weight, is_foreign
 
@@ -70,6 +70,15 @@ def fuses(stock: type) -> Callable[[type], type]:
         return fused
 
     return register
+
+
+def fused_class(name: str, base: type, stock: Optional[type]) -> Optional[type]:
+    """Returns the registered fused class ``name`` with the code of ``base`` over the class ``stock``; None if the
+    installed package has no such class. The caller keeps the class under ``name``, by which pickle finds the class."""
+    if stock is None:
+        return None
+    held = {"__module__": base.__module__, "__doc__": f"Fused ``{stock.__module__}.{stock.__name__}``."}
+    return fuses(stock)(type(name, (base, stock), held))
 
 
 class Fused:
@@ -176,19 +185,6 @@ def weight_of(base: nn.Module) -> Union[Tensor, PackedWeight]:
     return weight.t() if kind is Conv1D else weight
 
 
-def why_not_4bit(state: Any) -> Optional[str]:
-    """Returns why the operators can't read a weight with bitsandbytes' quant_state ``state``, or None. The operators
-    read a weight in NF4 or FP4 that bitsandbytes has not repacked. If the scales are quantized too, a block of scales
-    must have NESTED_BLOCKSIZE scales."""
-    if getattr(state, "quant_type", None) != "fp4":
-        return why_not_nf4(state)
-    if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes repacked the weight for its CPU inference"
-    if state.nested and (size := getattr(state.state2, "blocksize", None)) != NESTED_BLOCKSIZE:
-        return f"the nested blocksize is {size}, wanted {NESTED_BLOCKSIZE}"
-    return None
-
-
 def _weight_4bit(weight: Tensor, state: Any) -> PackedWeight:
     return held_by_params4bit(weight, state) if state.quant_type == "fp4" else nf4_from_params4bit(weight, state)
 
@@ -259,8 +255,3 @@ def quant_state_of(base: nn.Module) -> Any:
     one, the layer's."""
     state = getattr(base._parameters.get("weight"), "quant_state", None)
     return base.__dict__.get("quant_state") if state is None else state
-
-
-def is_repacked(base: nn.Module) -> bool:
-    """Returns whether bitsandbytes has repacked the weight of a ``Linear4bit`` for inference on a CPU."""
-    return bool(getattr(quant_state_of(base), "packing_format_for_cpu", False))

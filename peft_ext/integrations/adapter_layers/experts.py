@@ -286,7 +286,7 @@ def _known_gate(experts: Any, dtype: torch.dtype) -> Optional[str]:
     Returns None for experts that compute another function, or whose activation is not known.
     """
     gated, act_fn = getattr(experts, "has_gate", True), getattr(experts, "act_fn", None)
-    act = None if act_fn is None or _has_hooks(act_fn) else activation_name(act_fn, dtype)
+    act = None if act_fn is None or isinstance(act_fn, nn.Module) and hooked(act_fn) else activation_name(act_fn, dtype)
     return act if act is None or not gated or _is_plain_gate(experts) else None
 
 
@@ -331,10 +331,6 @@ def _is_plain_gate(experts: Any) -> bool:
         found = row_of(kind, "_apply_gate")
         _GATES[own] = not isinstance(found, str) and found[0].kind == "gate"
     return _GATES[own]
-
-
-def _has_hooks(act: Any) -> bool:
-    return isinstance(act, nn.Module) and hooked(act)
 
 
 class MergesExperts:

@@ -92,7 +92,7 @@ class IA3Layer(Fused):
             if accepts_input(result):
                 return ops.ia3_scale(result, vector.flatten())
             return (result * vector.flatten()).to(result)
-        seen, dtype = (x.dtype, None) if self._scales_any_base else self._dtypes(x, vector)
+        seen, dtype = self._dtypes(x, vector)
         if (found := operands(base, x, seen)) is None:
             return None
         if found[0] is not x or found[2] is not base._parameters["bias"] or found[3] is not x.dtype:

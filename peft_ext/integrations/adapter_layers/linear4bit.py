@@ -18,9 +18,9 @@ if FOUR_BIT:
 
         reads = (
             "compute_dtype", "compute_type_is_set", "quant_state", "set_compute_type", "weight.quant_state.absmax",
-            "weight.quant_state.blocksize", "weight.quant_state.dtype", "weight.quant_state.nested",
-            "weight.quant_state.offset", "weight.quant_state.quant_type", "weight.quant_state.shape",
-            "weight.quant_state.state2",
+            "weight.quant_state.blocksize", "weight.quant_state.code", "weight.quant_state.dtype",
+            "weight.quant_state.nested", "weight.quant_state.offset", "weight.quant_state.quant_type",
+            "weight.quant_state.shape", "weight.quant_state.state2",
         )  # fmt: skip
 
         def stock_reason(self) -> Optional[str]:

@@ -21,7 +21,7 @@ from ...ops.lora import checked_lora_linear
 from ...reference.dora import output_scale
 from ...weights.nf4 import NF4Weight
 from . import dora, siblings, tensor_parallel
-from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fuses, operands, sums_wider, weight_of
+from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fused_class, fuses, operands, sums_wider, weight_of
 from .known import KNOWN, facts_of, remember, single_name
 from .merging import Merged, MergesNF4
 from .reasons import (
@@ -123,9 +123,8 @@ class LowRank(Fused):
         if sums_wider(base, x) or (found := operands(base, x)) is None or found[0] is not x:
             return None
         _, weight, bias, dtype = found
-        dropout = self._modules["lora_dropout"]._modules[name]
-        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        return weight, bias, *self.pair(name), self._rank_scale(name, 1.0), self.scaling[name], p, dtype
+        rank_scale, scaling = self._rank_scale(name, 1.0), self.scaling[name]
+        return weight, bias, *self.pair(name), rank_scale, scaling, self.dropout_p(name), dtype
 
     def joint_split(self) -> Union[tensor_parallel.Split, str, None]:
         """Returns how transformers split the base layer between processes; None if the base layer is not split."""
@@ -143,6 +142,11 @@ class LowRank(Fused):
     def _bias(self, name: str) -> Optional[Tensor]:
         """Returns the bias ``[N]`` of lora_B, which PEFT multiplies by the adapter's scaling; None without a bias."""
         return None
+
+    def dropout_p(self, name: str) -> float:
+        """Returns the probability with which the next call drops an element of the adapter's input."""
+        dropout = self._modules["lora_dropout"]._modules[name]
+        return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
 
     def _parts(self, name: str) -> Optional[tuple]:
         """Returns lora_A, lora_B, and three tuples: the modules, tensors and types of an adapter that the checks read.
@@ -218,8 +222,7 @@ class LowRank(Fused):
                 scaling, rank_scale = 1.0, _times(scaling, rank_scale, lora_A.shape[0])
         else:
             lora_A, lora_B, scaling, rank_scale = self._concatenated(names)
-        dropout = modules["lora_dropout"]._modules[name]
-        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        p = self.dropout_p(name)
         if alone is None:
             y = ops.lora_linear(x, weight, lora_A, lora_B, bias, rank_scale=rank_scale, scaling=scaling, dropout_p=p,
                                 training=True)  # fmt: skip
@@ -418,33 +421,11 @@ if LoraLinear is not None:
             return merged, bias
 
 
-if GPTQLoraLinear is not None:
-
-    @fuses(GPTQLoraLinear)
-    class FusedGPTQLoraLinear(Lora, GPTQLoraLinear):
-        """Fused ``peft.tuners.lora.gptq.GPTQLoraLinear`` over GPTQModel's layers that compute in PyTorch."""
-
-
-if AwqLoraLinear is not None:
-
-    @fuses(AwqLoraLinear)
-    class FusedAwqLoraLinear(Lora, AwqLoraLinear):
-        """Fused ``peft.tuners.lora.awq.AwqLoraLinear`` over GPTQModel's AWQ layer that computes in PyTorch."""
-
-
-if HqqLoraLinear is not None:
-
-    @fuses(HqqLoraLinear)
-    class FusedHqqLoraLinear(Lora, HqqLoraLinear):
-        """Fused ``peft.tuners.lora.hqq.HqqLoraLinear``."""
-
-
-if LoraLinear8bitLt is not None:
-
-    @fuses(LoraLinear8bitLt)
-    class FusedLoraLinear8bitLt(Lora, LoraLinear8bitLt):
-        """Fused ``peft.tuners.lora.bnb.Linear8bitLt``: the low-rank part is fused, bitsandbytes computes the 8-bit
-        product."""
+# The fused classes without code of their own. Over ``Linear8bitLt`` only the low-rank part is fused.
+FusedGPTQLoraLinear = fused_class("FusedGPTQLoraLinear", Lora, GPTQLoraLinear)
+FusedAwqLoraLinear = fused_class("FusedAwqLoraLinear", Lora, AwqLoraLinear)
+FusedHqqLoraLinear = fused_class("FusedHqqLoraLinear", Lora, HqqLoraLinear)
+FusedLoraLinear8bitLt = fused_class("FusedLoraLinear8bitLt", Lora, LoraLinear8bitLt)
 
 
 if LoraLinear4bit is not None:

@@ -9,6 +9,7 @@ set of checks.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # noqa: PLC2701  no public name for it
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import _cpu
 from ..._imports import version
@@ -28,6 +30,8 @@ from ...ops.format_proofs import family_of
 from ...ops.library import PUBLIC, has_kernel
 from ...ops.prove import proved
 from ...text import dtype_name as short
+from ...weights.fp4 import is_fp4_table
+from ...weights.nf4 import is_nf4_table, why_not_nf4
 from . import dora
 from .base import (
     DTYPES,
@@ -40,7 +44,6 @@ from .base import (
     class_name,
     is_fully_sharded,
     quant_state_of,
-    why_not_4bit,
 )
 from .foreign import foreign_reason, is_foreign
 
@@ -68,22 +71,16 @@ _plain: tuple[type, ...] = (nn.Parameter, Tensor)
 # Ids of the sharded parameters that fully_shard, or ZeRO-3 for a leaf module, gathers before a fused layer's forward.
 _gathered: frozenset[int] = frozenset()
 
-_VARIANTS = {
-    "DoraLinearVariant": "DoRA",
-    "DoraNF4Variant": "DoRA",
-    "DoraConv1dVariant": "DoRA",
-    "DoraConv2dVariant": "DoRA",
-    "DoraConv3dVariant": "DoRA",
-    "DoraEmbeddingVariant": "DoRA",
-    "ALoraLinearVariant": "aLoRA",
-    "ArrowLinearVariant": "Arrow",
-    "BdLoraLinearVariant": "BD-LoRA",
-    "KasaLinearVariant": "KaSA",
-    "MiCALinearVariant": "MiCA",
-    "MontecloraLinearVariant": "MonteCLoRA",
-    "QALoraLinearVariant": "QALoRA",
-    "VeloraLinearVariant": "VeLoRA",
-}
+# Maps bitsandbytes' quant_types that the operators read to the check of a table of codes.
+_IS_TABLE = {"nf4": is_nf4_table, "fp4": is_fp4_table}
+# Maps the tables of codes that passed the check to their quant_type.
+_TABLES = WeakTensorKeyDictionary()
+# The quant_types of which a table has failed the check. Under torch.compile, all weights of these types are stock.
+_foreign_tables: set[str] = set()
+
+# Maps the name of a class of PEFT's variants of LoRA, without the kind of layer, to the variant's common name.
+_VARIANTS = {"Dora": "DoRA", "ALora": "aLoRA", "Arrow": "Arrow", "BdLora": "BD-LoRA", "Kasa": "KaSA", "MiCA": "MiCA",
+             "Monteclora": "MonteCLoRA", "QALora": "QALoRA", "Velora": "VeLoRA"}  # fmt: skip
 
 _HOOKS = "hooks on lora_A, lora_B or lora_dropout, or a replaced forward, would not run"
 _ZERO = (
@@ -188,11 +185,6 @@ def plain_types() -> tuple[type, ...]:
     return _plain
 
 
-def is_plain(tensor: Any) -> bool:
-    """Returns whether the exact type of ``tensor`` is a class that the fused layers accept as a plain tensor."""
-    return type(tensor) in _plain
-
-
 def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the operators accept: plain, dense, and float32, bfloat16 or float16.
 
@@ -261,12 +253,6 @@ def replaced_on_instance(module: nn.Module) -> bool:
     return own is not None and not (
         getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
     )
-
-
-def forward_is_replaced(kind: type) -> bool:
-    """Returns whether the forward of the stock class was replaced after the fused class ``kind`` was made."""
-    known = getattr(kind, "stock_forward", None)
-    return known is not None and kind.stock_class.forward is not known
 
 
 def layer_reason(layer: Any) -> Optional[str]:
@@ -348,7 +334,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
             return "its weight was made in inference mode, and autograd can't keep it"
         quant_state = quant_state_of(base)
-        if reason := why_not_4bit(quant_state):
+        if reason := why_not_nf4(quant_state, tuple(_IS_TABLE)) or _table_reason(quant_state):
             return reason
         # The device is read from absmax, because absmax is a plain tensor on the weight's device, and the attributes of
         # a plain tensor are faster to read than those of a tensor subclass.
@@ -379,6 +365,23 @@ def weight_reason(base: nn.Module) -> Optional[str]:
     return None
 
 
+def _table_reason(state: Any) -> Optional[str]:
+    """Returns why the operators can't decode a weight with bitsandbytes' quant_state ``state``, or None: the operators
+    contain the tables of codes of NF4 and FP4. The values of a table are read once."""
+    code, kind = state.code, state.quant_type
+    reason = f"its table of codes is not {kind.upper()}'s"
+    if torch.compiler.is_compiling():
+        # A trace can't read the values of a table. `accelerate` has read the tables of a model before the trace.
+        return reason if kind in _foreign_tables else None
+    if type(code) is not Tensor or _TABLES.get(code) == kind:
+        return None
+    if not _IS_TABLE[kind](code):
+        _foreign_tables.add(kind)
+        return reason
+    _TABLES[code] = kind
+    return None
+
+
 def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
     """Returns why PyTorch's own product runs in a call of ``layer`` that computes in ``dtype``, or None."""
     if dtype not in WIDENED:
@@ -402,7 +405,7 @@ def product_reason(layer: nn.Linear) -> Optional[str]:
 def variant_name(variant: Any) -> str:
     """Returns the common name of a variant of LoRA, such as "DoRA" for PEFT's DoraLinearVariant."""
     name = type(variant).__name__
-    return _VARIANTS.get(name, f"LoRA variant {name}")
+    return _VARIANTS.get(re.sub(r"(Linear|NF4|Conv\dd|Embedding)Variant$", "", name), f"LoRA variant {name}")
 
 
 def checked_adapters(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
         return
     # A saved tensor counts as ``h`` if it has the storage object of ``h``. Data addresses are not compared, because a
     # tensor without data, as in the memory estimate, has no data address.
-    storage, version, numel, dtype, held = h.untyped_storage()._cdata, h._version, h.numel(), h.dtype, [_nothing]
+    storage, version, numel, dtype = h.untyped_storage()._cdata, h._version, h.numel(), h.dtype
+    held: list[Callable[[], Optional[Tensor]]] = [lambda: None]  # later a weak reference to the computed result
     tensors = [value for value in args if isinstance(value, Tensor)]
     versions = [value._version for value in tensors]
     args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
@@ -60,11 +61,6 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
-
-
-def _nothing() -> None:
-    """Returns None, like a weak reference whose object is gone. The function takes the place of the weak reference
-    until the backward has computed a result."""
 
 
 class _Again(NamedTuple):

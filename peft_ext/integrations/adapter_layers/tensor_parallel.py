@@ -226,11 +226,6 @@ def sum_gradient(x: Tensor, split: Split) -> Tensor:
     return _SumGradient.apply(x, split.mesh.get_group())
 
 
-def _dropout(layer: Any, name: str) -> float:
-    dropout = layer._modules["lora_dropout"]._modules[name]
-    return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
-
-
 def _fits(x: Tensor, weight: Tensor) -> bool:
     return x.dtype is weight.dtype and x.shape[-1:] == weight.shape[1:] and x.device == weight.device
 
@@ -243,7 +238,7 @@ def forward(layer: Any, x: Tensor, names: list[str]) -> Optional[Tensor]:
     split, weight, lora_A, lora_B, bias = found
     if not _fits(x, weight):
         return None
-    scaling, p = float(layer.scaling[names[0]]), _dropout(layer, names[0])
+    scaling, p = float(layer.scaling[names[0]]), layer.dropout_p(names[0])
     if split.column:
         x, lora_A = sum_gradient(x, split), sum_gradient(lora_A, split)
         return checked_lora_linear(x, weight, bias, lora_A, lora_B, None, scaling, p)
@@ -266,7 +261,7 @@ def joint_state(layer: Any, names: list[str]) -> Optional[tuple]:
     # A change of a DTensor's shard in place counts in the version of the shard, which all views of the shard share.
     shards = [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in held]
     versions = tuple((id(tensor), tensor._version, shard._version) for tensor, shard in zip(held, shards, strict=True))
-    return name, layer.scaling[name], _dropout(layer, name), found[0], versions
+    return name, layer.scaling[name], layer.dropout_p(name), found[0], versions
 
 
 def joint_call(layer: Any, x: Tensor, names: list[str]) -> Optional[tuple]:
@@ -274,5 +269,5 @@ def joint_call(layer: Any, x: Tensor, names: list[str]) -> Optional[tuple]:
     split, weight, lora_A, lora_B, bias = checked(layer, names)[1]
     if not _fits(x, weight):
         return None
-    scaling, p = layer.scaling[names[0]], _dropout(layer, names[0])
+    scaling, p = layer.scaling[names[0]], layer.dropout_p(names[0])
     return weight, bias, sum_gradient(lora_A, split), lora_B, None, scaling, p, x.dtype

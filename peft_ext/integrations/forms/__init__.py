@@ -19,7 +19,7 @@ from typing import Any, Union
 
 from .digest import Form, Unknown, form_of
 
-__all__ = ["Form", "KINDS", "Row", "Rows", "Unknown", "form_of", "holds_for", "read_rows", "row_of"]
+__all__ = ["Form", "KINDS", "Row", "Unknown", "form_of", "holds_for", "read_rows", "row_of"]
 
 # The kinds of forms (such as a norm, an MLP or an attention), and for each kind the names of the values that the
 # formula of a row may have.
@@ -88,20 +88,6 @@ def _table() -> dict[str, Row]:
 
 
 REGISTERED: dict[str, Row] = {}
-
-
-class Rows:
-    """A cache of :func:`row_of` for one walk through a model: each class is looked up once, by its current code."""
-
-    def __init__(self) -> None:
-        self._found: dict[Any, Union[tuple[Row, Form], str]] = {}
-
-    def of(self, subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str]:
-        """Returns the result of :func:`row_of` for a method of a class or for a function: the row of the table and the
-        form, or the reason why there is no row. A second call returns the cached result."""
-        if (subject, method) not in self._found:
-            self._found[subject, method] = row_of(subject, method)
-        return self._found[subject, method]
 
 
 def row_of(subject: Any, method: str = "forward") -> Union[tuple[Row, Form], str]:

@@ -74,11 +74,6 @@ class Form:
     passes_itself: bool
     writes: bool
 
-    def hidden_by(self, module: nn.Module) -> Optional[str]:
-        """Returns the name of a class attribute that the form reads and that the instance ``module`` overrides in its
-        ``__dict__``; None if the instance overrides none."""
-        return next((name for name in self.of_class if name in module.__dict__), None)
-
 
 def form_of(subject: Any, method: str = "forward") -> Form:
     """Returns the form of a class's method (by default the forward) or of a Python function.
@@ -146,9 +141,11 @@ class _Walk:
         function, if it is a method."""
         if not isinstance(function, types.FunctionType):
             raise Unknown(f"{_name(function)} is no Python function")
-        if _is_checkpointed(function):
+        # Without a gradient, the wrapper with which transformers checkpoints a decoder layer only calls the wrapped
+        # function.
+        if _is_wrapper_of(function, _CHECKPOINTS):
             return "checkpointed", _canonical(_tree(function)), self.function(function.__wrapped__, kind)
-        if _is_transparent(function):
+        if _is_wrapper_of(function, _TRANSPARENT):
             return "wrapped", function.__code__.co_qualname, self.function(function.__wrapped__, kind)
         code = function.__code__
         if code in self._seen:
@@ -265,19 +262,6 @@ def _is_transformers_class(kind: type) -> bool:
     """Returns whether ``kind`` is the very class that its module of transformers holds under the class's name."""
     module = sys.modules.get(kind.__module__)
     return kind.__module__.startswith("transformers.") and getattr(module, kind.__qualname__, None) is kind
-
-
-def _is_transparent(function: types.FunctionType) -> bool:
-    """Returns whether a function is a wrapper, made by a decorator of transformers, that calls the wrapped function."""
-    return _is_wrapper_of(function, _TRANSPARENT)
-
-
-def _is_checkpointed(function: types.FunctionType) -> bool:
-    """Returns whether a function is the wrapper by which transformers checkpoints the forward of a decoder layer.
-
-    Without a gradient, the wrapper only calls the wrapped function.
-    """
-    return _is_wrapper_of(function, _CHECKPOINTS)
 
 
 def _is_wrapper_of(function: types.FunctionType, modules: tuple[str, ...]) -> bool:
@@ -420,8 +404,7 @@ def _paths(node: ast.AST, code: types.CodeType, this: Optional[str]) -> set[tupl
     if this is not None:
         outside.add(this)
     found: set[tuple[str, ...]] = set()
-    body = node.body if isinstance(node, ast.Lambda) else node.body
-    for statement in body if isinstance(body, list) else [body]:
+    for statement in node.body if isinstance(node.body, list) else [node.body]:
         _visit(statement, outside, this, found)
     return found
 

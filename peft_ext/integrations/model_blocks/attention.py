@@ -37,13 +37,10 @@ from .block import Block, device_of
 from .cache import Room, appended, room_for
 
 ALL_ATTENTION_FUNCTIONS: Any = None
-_IS_REGISTERED = False
+AttentionInterface: Any = None  # the last import of the block: if it is set, transformers has all of the registry
 with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-
-    # transformers has the registry, in which this file registers its attention function further below.
-    _IS_REGISTERED = True
 
 __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 
@@ -353,7 +350,7 @@ def set_view(module: nn.Module) -> None:
     """Replaces the configuration of a fused attention by a :class:`_View` if the attention uses transformers'
     registry."""
     config = module.__dict__.get("config")
-    asks = _IS_REGISTERED and isinstance(module, Attention) and module.peft_ext_known.asks
+    asks = AttentionInterface is not None and isinstance(module, Attention) and module.peft_ext_known.asks
     if asks and not isinstance(config, _View):
         if isinstance(getattr(type(config), "_attn_implementation", None), property):
             module.__dict__["config"] = view_of(config)
@@ -368,7 +365,7 @@ def take_view(module: nn.Module) -> None:
 def look_at_sdpa() -> None:
     """Clears the cache of known sdpa functions, and reads the form of the function now registered as ``sdpa``."""
     _SDPA.clear()
-    if _IS_REGISTERED:
+    if AttentionInterface is not None:
         _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
@@ -445,7 +442,7 @@ def sdpa_attention_forward(
     return by_operator(module, query, key, value, attention_mask, dropout, scaling, is_causal, bias)
 
 
-if _IS_REGISTERED:
+if AttentionInterface is not None:
     AttentionInterface.register(OURS, sdpa_attention_forward)
     AttentionMaskInterface.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 

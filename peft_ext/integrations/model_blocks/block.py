@@ -7,7 +7,6 @@ forward is no longer the code of its known form.
 
 from __future__ import annotations
 
-import itertools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
@@ -16,28 +15,23 @@ from torch import Tensor, nn
 
 from ..adapter_layers.base import STOCK
 from ..adapter_layers.few_tokens import Facts
-from ..adapter_layers.reasons import accepts_input, forward_is_replaced, replaced_on_instance
+from ..adapter_layers.reasons import accepts_input, replaced_on_instance
 from ..forms import Form, Row, row_of
 
 __all__ = ["Block", "Fused", "class_of"]
-
-
-class Known(types.SimpleNamespace):
-    """The facts that a fused class has about its form: ``row``, ``needs``, ``of_class``, and those that the method
-    ``settled`` of its mixin adds."""
 
 
 class Block:
     """The base class of the fused classes of model blocks (decoder layers, norms, MLPs, attentions, dropouts).
 
     A subclass defines ``block_reason`` or its own ``block_parts``. A fused class keeps the facts of its row of the
-    table of forms in one attribute, ``peft_ext_known``. No child module may be named ``peft_ext_known``, because a
-    class attribute hides a child module of the same name.
+    table of forms in one attribute, ``peft_ext_known``: ``of_class`` of its form, and what ``settled`` returns. No
+    child module may be named ``peft_ext_known``, because a class attribute hides a child module of the same name.
     """
 
     stock_class: type
     stock_forward: Callable[..., Any]
-    peft_ext_known: Known
+    peft_ext_known: types.SimpleNamespace
     block_kind = ""
 
     def __init_subclass__(cls, **_: Any) -> None:
@@ -60,7 +54,7 @@ class Block:
         held, known = self.__dict__, self.peft_ext_known
         if replaced_on_instance(self):
             return "its forward was replaced on the instance"
-        if forward_is_replaced(type(self)):
+        if type(self).stock_class.forward is not type(self).stock_forward:
             return "its class's forward was replaced"
         for name in known.of_class:
             if name in held:
@@ -97,9 +91,7 @@ class Fused(Block):
     block if ``block_reason`` returns None."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
-        # stock class.
-        if not isinstance(self, Block):
+        if not isinstance(self, Block):  # see Fused.forward of adapter_layers
             return type(self).forward(self, *args, **kwargs)
         alone = len(args) == 1 and not kwargs and accepts_input(args[0])
         return self._fused(*args) if alone and self.block_reason() is None else super().forward(*args, **kwargs)
@@ -126,25 +118,13 @@ def class_of(mixin: type, stock: type, row: Row, form: Form) -> type:
     """Returns the fused class of the class ``stock``, whose form has the row ``row``; the first call makes the
     class."""
     if (made := _CLASSES.get((mixin, stock, row))) is None:
-        known = Known(**mixin.settled(stock, row))
+        known = types.SimpleNamespace(**mixin.settled(stock, row))
         held = {"stock_class": stock, "peft_ext_known": known, "__doc__": stock.__doc__, "__module__": stock.__module__}
         made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)  # the metaclass's __new__ is not called
         STOCK[made] = stock
         _CLASSES[mixin, stock, row] = made
     made.stock_forward, made.peft_ext_known.of_class = stock.forward, form.of_class
     return made
-
-
-def strides_of(x: Tensor) -> Optional[list[int]]:
-    """Returns the order of dimensions, the last dimension of x last, in which x.permute(order) is contiguous.
-
-    Returns None if there is no such order, because x has gaps or overlapping elements.
-    """
-    order = sorted(range(x.dim()), key=lambda dim: (dim == x.dim() - 1, -x.stride(dim)))
-    expected = itertools.accumulate((x.shape[dim] for dim in reversed(order)), lambda a, b: a * b, initial=1)
-    lies = all(x.shape[dim] == 1 or x.stride(dim) == wanted
-               for dim, wanted in zip(reversed(order), expected, strict=False))  # fmt: skip
-    return order if lies else None
 
 
 def device_of(module: nn.Module) -> str:

@@ -5,15 +5,16 @@ Whether a module is fused does not depend on the name of its class.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Optional, Union
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Optional, Union
 
 from torch import nn
 
 from ..adapter_layers.base import STOCK, give_back, is_fully_sharded
 from ..adapter_layers.few_tokens import clear_plans
 from ..adapter_layers.lora import LowRank
-from ..forms import Form, Row, Rows
+from ..forms import Form, Row, row_of
 from ..forms.activations import activation_name, refresh
 from .attention import Attention, look_at_sdpa, set_view, take_view
 from .block import Block, class_of, device_of
@@ -41,9 +42,9 @@ def _stock(module: nn.Module) -> type:
     return module.stock_class if isinstance(module, Block) else type(module)
 
 
-def _found(module: nn.Module, rows: Rows) -> Union[tuple[Row, Form], str, None]:
+def _found(module: nn.Module, rows: Callable[[type], Any]) -> Union[tuple[Row, Form], str, None]:
     """Returns the row in the table of forms, and the form, of a module that is a block; or the reason why the module
-    can't be fused as a block.
+    can't be fused as a block. ``rows`` is a cache of :func:`row_of` for one walk through a model.
 
     Returns None for a module that is no block to fuse or to report, such as a linear layer or a dropout with p = 0.
     """
@@ -53,7 +54,7 @@ def _found(module: nn.Module, rows: Rows) -> Union[tuple[Row, Form], str, None]:
     if stock.__module__.startswith(("torch.", "peft.", "peft_ext.", "bitsandbytes.")):
         if stock not in (nn.LayerNorm, nn.Dropout):
             return None
-    found = rows.of(stock)
+    found = rows(stock)
     if isinstance(found, str):
         return found if module._modules or module._parameters else None
     row, form = found
@@ -67,8 +68,8 @@ def _found(module: nn.Module, rows: Rows) -> Union[tuple[Row, Form], str, None]:
         return "fully_shard wrapped the module itself, and so changed its class: call accelerate(model) before that"
     if any(getattr(stock, name, None) is not getattr(nn.Module, name, None) for name in _COPIED_BY):
         return "its class has its copies made in a way of its own"
-    if (hidden := form.hidden_by(module)) is not None:
-        return f"it has a {hidden} of its own, which its class's code would find"
+    if hidden := [name for name in form.of_class if name in module.__dict__]:
+        return f"it has a {hidden[0]} of its own, which its class's code would find"
     return found
 
 
@@ -81,7 +82,7 @@ def _joins(module: nn.Module, row: Row) -> bool:
 def fuse_blocks(model: nn.Module) -> None:
     """Gives each block of ``model`` for which :func:`_found` returns a row of the table of forms its fused class, and
     sets the stock class of each other fused block. A fused block that ``fully_shard`` has wrapped keeps its class."""
-    rows, skipped = Rows(), dropouts_of_adapters(model)
+    rows, skipped = functools.cache(row_of), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()
     clear_plans()
@@ -120,7 +121,7 @@ def _plain(module: nn.Module) -> None:
 def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
     """Yields, for each block of ``model``, the block's name, each part that can be fused, and the reason why the part
     is not fused, or None."""
-    rows, skipped = Rows(), dropouts_of_adapters(model)
+    rows, skipped = functools.cache(row_of), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()
     for name, module in model.named_modules():

@@ -90,19 +90,28 @@ def _is_traced() -> bool:
     return torch.__version__ >= "2.13" and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 
-_THREAD = threading.local()  # the attribute ``forward`` is the Forward that runs on this thread, or None
+class _Now(threading.local):
+    forward: Optional[Forward] = None  # the Forward that runs on this thread
 
 
-def _forward_now() -> Optional[Forward]:
-    return getattr(_THREAD, "forward", None)
+_NOW = _Now()
 
 
 class DefersLoss:
-    """The base class of fused heads: layers over a frozen weight whose outputs are a model's logits.
+    """The base class of fused heads: layers over a frozen weight whose outputs are a model's logits."""
 
-    A subclass defines ``_reason``, which returns why the layer's logits have to be computed whole (or None), and
-    ``_call``, which returns a Call, or None if the logits have to be computed.
-    """
+    def _reason(self) -> Optional[str]:
+        """Returns why the layer's logits have to be computed whole, or None."""
+        if replaced_on_instance(self):
+            return "its forward was replaced on the instance (accelerate's device hooks do that)"
+        return weight_reason(self)
+
+    def _call(self, x: Tensor) -> Optional[Call]:
+        """Returns the Call that stands for the logits of x; None if the logits have to be computed."""
+        if (found := operands(self, x)) is None:
+            return None
+        _, weight, bias, dtype = found
+        return Call(self, (x,), dtype, super().forward, {"weight": weight, "bias": bias})
 
     def head_reason(self) -> Optional[str]:
         """Returns why the logits are computed whole in training, or None."""
@@ -114,11 +123,9 @@ class DefersLoss:
         return reason or ("global hooks of torch.nn have to run" if any_global_hook() else freed_reason(self))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
-        # stock class.
-        if not isinstance(self, DefersLoss):
+        if not isinstance(self, DefersLoss):  # see Fused.forward of adapter_layers
             return type(self).forward(self, *args, **kwargs)
-        forward, call = _forward_now(), None
+        forward, call = _NOW.forward, None
         if forward is not None and forward.head is self and len(args) == 1 and not kwargs and accepts_input(args[0]):
             if args[0].dim() >= 2 and torch.is_grad_enabled() and self.head_reason() is None:
                 call = self._call(*args)
@@ -131,27 +138,9 @@ class DefersLoss:
 class LinearHead(DefersLoss, FusedLinear):
     """A frozen ``nn.Linear`` whose outputs are a model's logits."""
 
-    def _reason(self) -> Optional[str]:
-        if replaced_on_instance(self):
-            return "its forward was replaced on the instance (accelerate's device hooks do that)"
-        return weight_reason(self)
-
-    def _call(self, x: Tensor) -> Optional[Call]:
-        if (found := operands(self, x)) is None:
-            return None
-        _, weight, bias, dtype = found
-        return Call(self, (x,), dtype, super(DefersLoss, self).forward, {"weight": weight, "bias": bias})
-
 
 class PackedHead(DefersLoss, PackedLinear):
     """A frozen linear layer over a packed weight whose outputs are a model's logits."""
-
-    def _reason(self) -> Optional[str]:
-        return "its forward was replaced on the instance" if replaced_on_instance(self) else None
-
-    def _call(self, x: Tensor) -> Optional[Call]:
-        _, weight, bias, dtype = operands(self, x)
-        return Call(self, (x,), dtype, super(DefersLoss, self).forward, {"weight": weight, "bias": bias})
 
 
 LinearHead.__name__, LinearHead.stock_class = "Linear", nn.Linear
@@ -223,7 +212,7 @@ class LanguageModel:
     @property
     def loss_function(self) -> Any:
         # `stock_loss_function` is called because torch.compile can't trace a property of super().
-        function, forward = self.stock_loss_function(), _forward_now()
+        function, forward = self.stock_loss_function(), _NOW.forward
         return function if forward is None or forward.model is not self else functools.partial(_loss, function)
 
     @loss_function.setter
@@ -250,9 +239,7 @@ def _on_loss(stock: type) -> type:
 
     @functools.wraps(stock.forward)  # Trainer and generate read the signature of the forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A caller may have stored the bound method `forward` before `restore`, and call it after `restore` set the
-        # stock class.
-        if not isinstance(self, LanguageModel):
+        if not isinstance(self, LanguageModel):  # see Fused.forward of adapter_layers
             return type(self).forward(self, *args, **kwargs)
         run = super(LanguageModel, self).forward
         if not self.training or not torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_traced()):
@@ -263,12 +250,12 @@ def _on_loss(stock: type) -> type:
         known = labels is not None and (torch.compiler.is_compiling() or _is_known_loss(self.stock_loss_function()))
         if not known or under_a_transform() or torch.jit.is_tracing() or "_is_replica" in self.__dict__:
             return run(*args, **kwargs)
-        before, now = _forward_now(), Forward(self, _head_of(self))
-        _THREAD.forward = now
+        before, now = _NOW.forward, Forward(self, _head_of(self))
+        _NOW.forward = now
         try:
             output = run(*args, **kwargs)
         finally:
-            _THREAD.forward = before
+            _NOW.forward = before
             for call in now.calls:
                 call.pending.clear()
         return (_settled_in_graph if torch.compiler.is_compiling() else _settled)(output, now)

@@ -14,7 +14,7 @@ from ...ops.checks import autocast_dtype
 from ..adapter_layers.few_tokens import Facts, is_few, kernel_of, plan_of
 from ..adapter_layers.reasons import kernel_reason, plain_types, tensor_reason
 from ..forms import Row
-from .block import Fused, strides_of
+from .block import Fused
 
 __all__ = ["LEAST", "FloatLayerNorm", "LayerNorm", "RMSNorm"]
 
@@ -100,9 +100,12 @@ def _with_strides_of(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Optional[Te
     if x has gaps or overlapping elements."""
     if x.is_contiguous():
         return norm(x)
-    if (order := strides_of(x)) is None:
+    # The permuted x is contiguous if x has neither gaps nor overlapping elements. The last dimension stays the last.
+    order = sorted(range(x.dim()), key=lambda dim: (dim == x.dim() - 1, -x.stride(dim)))
+    permuted = x.permute(order)
+    if not permuted.is_contiguous():
         return None
-    return norm(x.permute(order)).permute([order.index(dim) for dim in range(x.dim())])
+    return norm(permuted).permute([order.index(dim) for dim in range(x.dim())])
 
 
 class FloatLayerNorm(Norm):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # noqa: PLC2701  torch has no public name for it
 
 from ... import ops
-from ..adapter_layers.reasons import is_plain
+from ..adapter_layers.reasons import plain_types
 
 __all__ = ["Call", "Pending", "computed", "real"]
 
@@ -140,12 +140,12 @@ class Call:
             return None
         if (formula := _scale_and_cap(steps)) is None:
             return None
-        if not is_plain(given) or given.dtype is not torch.int64 or given.numel() != hidden.shape[:-1].numel():
+        if type(given) not in plain_types() or given.dtype is not torch.int64:
             return None
-        if not torch.is_grad_enabled() or self._is_changed():
+        if given.numel() != hidden.shape[:-1].numel() or not torch.is_grad_enabled() or self._is_changed():
             return None
         if isinstance(items, Tensor):
-            if not is_plain(items) or items.dim():
+            if type(items) not in plain_types() or items.dim():
                 return None
             items = items.to(hidden.device)
         if shift_labels is None:

@@ -75,10 +75,6 @@ class Layout:
         return weight, held, {name: tensor for name, tensor in tensors.items() if name not in held}
 
 
-def _mxfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
-    return mxfp4(*parts)
-
-
 def _int_rows(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
     codes, scales, zero_points, g_idx = parts
     if codes.dtype not in (torch.int32, torch.int8):
@@ -95,11 +91,6 @@ def _gptq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> Packe
                 v1=scheme.version == "gptq", in_features=shape[-1])  # fmt: skip
 
 
-def _awq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
-    qweight, scales, qzeros = parts
-    return awq(qweight, qzeros, scales)
-
-
 def _fp8(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
     codes, scales = parts
     return fp8(codes, scales, (scheme.rows, scheme.group), _library_dtype(scales))
@@ -109,10 +100,6 @@ def _library_dtype(scales: Tensor) -> torch.dtype:
     """Returns the dtype to which the checkpoint's own library decodes FP8 codes: the dtype of the scales, or bfloat16
     for scales of one byte."""
     return scales.dtype if scales.dtype.itemsize > 1 else torch.bfloat16
-
-
-def _nvfp4(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
-    return nvfp4(*parts, reciprocal=True)
 
 
 def _hqq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> PackedWeight:
@@ -137,12 +124,13 @@ def _hqq_alone(scheme: Scheme) -> str:
 LAYOUTS: dict[str, Layout] = {
     "fp8": Layout(("weight", "weight_scale_inv"), _fp8),
     "float-quantized": Layout(("weight", "weight_scale"), _fp8),
-    "nvfp4-pack-quantized": Layout(("weight_packed", "weight_scale", "weight_global_scale"), _nvfp4),
-    "mxfp4-pack-quantized": Layout(("weight_packed", "weight_scale"), _mxfp4),
-    "mxfp4 experts": Layout(("_blocks", "_scales"), _mxfp4, joined=""),
+    "nvfp4-pack-quantized": Layout(("weight_packed", "weight_scale", "weight_global_scale"),
+                                   lambda parts, *_: nvfp4(*parts, reciprocal=True)),
+    "mxfp4-pack-quantized": Layout(("weight_packed", "weight_scale"), lambda parts, *_: mxfp4(*parts)),
+    "mxfp4 experts": Layout(("_blocks", "_scales"), lambda parts, *_: mxfp4(*parts), joined=""),
     "pack-quantized": Layout(("weight_packed", *_INT), _int_rows, _INT[1:], ("weight_shape",), shared=_INT[2:]),
     "int-quantized": Layout(("weight", *_INT), _int_rows, _INT[1:], shared=_INT[2:]),
     "gptq": Layout(("qweight", "scales", "qzeros", "g_idx"), _gptq, ("g_idx",), rows=1, shared=("g_idx",)),
-    "awq": Layout(("qweight", "scales", "qzeros"), _awq, rows=1),
+    "awq": Layout(("qweight", "scales", "qzeros"), lambda parts, *_: awq(parts[0], parts[2], parts[1]), rows=1),
     "hqq": Layout(("W_q", "scale", "zero"), _hqq, (), _HQQ, shared=_HQQ, halves=("W_q",), alone=_hqq_alone),
-}
+}  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -226,10 +227,8 @@ class PackedQuantizer(HfQuantizer):
                 tensors[key] = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
         shape = (module.out_features, module.in_features) if isinstance(module, PackedLinear) else (
             module.num_embeddings, module.embedding_dim)  # fmt: skip
-        try:
+        with _named(name):
             weight, names, extra = LAYOUTS[scheme.layout].built(tensors, shape, scheme)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"PackedConfig: {name}: {error}") from error
         module.describe(weight, names, extra)
 
     def _describe_experts(self, name: str, experts: PackedExperts, parameter: str) -> None:
@@ -245,10 +244,8 @@ class PackedQuantizer(HfQuantizer):
         }
         if any(tensor.is_meta for tensor in tensors.values()):
             return  # the experts are offloaded to the disk
-        try:
+        with _named(f"{name}.{parameter}"):
             again, kept, extra = layout.built(tensors, experts._templates[parameter].shape, scheme)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"PackedConfig: {name}.{parameter}: {error}") from error
         kept_names = [None if one is None else parameter + _suffix(layout, one, self._apart) for one in kept]
         experts.set_packed(parameter, again, kept_names)
         experts.extra = (*experts.extra, *(parameter + _suffix(layout, one, self._apart) for one in extra))
@@ -344,10 +341,17 @@ def _build(
 ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
     """Returns a packed weight on the meta device, the names of its parts, and the extra tensors."""
     layout = LAYOUTS[scheme.layout]
-    try:
+    with _named(place.target):
         return layout.built(place.tensors(layout, scheme, stored), shape, scheme)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turns a ValueError or TypeError into a ValueError whose text has the ``name`` of a layer or parameter."""
+    try:
+        yield
     except (ValueError, TypeError) as error:
-        raise ValueError(f"PackedConfig: {place.target}: {error}") from error
+        raise ValueError(f"PackedConfig: {name}: {error}") from error
 
 
 def _layer(

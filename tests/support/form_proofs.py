@@ -1,9 +1,15 @@
-"""The proofs of rows of functions: attention functions of transformers' registry, a loss function, and the ``update``
-of a cache. See :mod:`.proof` for the proofs of rows of modules.
+"""The proofs of the rows of the table of known forms that ``register_form`` does not accept, beside the proofs of
+:mod:`peft_ext.integrations.model_blocks.proof`: nn.LayerNorm, activations, gates, decoder layers, attention functions
+of transformers' registry, the loss function, and the ``update`` of a cache.
+
+The tests repeat these proofs, and tools/forms.py draws the table of known forms with them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
@@ -11,38 +17,156 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ... import ops
-from .attention import by_operator
+from peft_ext import ops
+from peft_ext.integrations.forms import Form, Row
+from peft_ext.integrations.model_blocks import proof
+from peft_ext.integrations.model_blocks.attention import by_operator
+from peft_ext.integrations.model_blocks.decoder_layer import layer_of_parts
+from peft_ext.integrations.model_blocks.norm import LEAST
+from peft_ext.integrations.model_blocks.proof import CALLS, DTYPES, MAGNITUDES, told, unlike
 
-__all__ = ["DISPROOFS", "DTYPES", "MAGNITUDES", "unlike"]
+K, FEATURES = 24, 20
+# The attributes that the forward of a class may read, by the kind of the class's form, beside the values of the
+# formula.
+READS = {"layer_norm": {"weight", "bias", "eps", "normalized_shape"}}
+# The methods of classes whose code is a form, by kind, for the kinds whose form is not the code of the forward.
+METHODS = {"gate": "_apply_gate", "cache": "update", "cache_layer": "update"}
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAGNITUDES = (1e-4, 1.0, 1e2, 1e4)
+
+def disproof(subject: Any, row: Row, form: Form) -> Optional[str]:
+    """Returns why the formula of ``row`` does not stand for the code of a class or function, or None: see
+    :func:`peft_ext.integrations.model_blocks.proof.disproof`."""
+    if row.kind in OF_FUNCTIONS:
+        return OF_FUNCTIONS[row.kind](subject)
+    if row.kind == "decoder_layer":  # the parts of a decoder layer that its forward reads have any names
+        form = dataclasses.replace(form, reads=(), passes_itself=False)
+    others = set(form.reads) - READS.get(row.kind, set())
+    return proof.disproof(subject, row, dataclasses.replace(form, reads=tuple(sorted(others))))
 
 
-def unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole: bool = False) -> Optional[str]:
-    """Returns how two tensors differ beyond rounding, or None.
+def proposals(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the kinds and formulas that fit the attributes that a class's forward reads."""
+    yield from proof.proposals(form)
+    reads = set(form.reads)
+    yield from _layers(cls, reads)
+    if not form.passes_itself and reads <= {"act", "approximate", "inplace"}:
+        if reads == {"act"}:
+            yield "activation", {"inner": "act"}
+        if reads == {"approximate"}:
+            yield "activation", {"approximate": "approximate"}
+        if not reads - {"inplace"}:
+            needs = {"needs": "inplace:False"} if reads else {}
+            for function in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
+                yield "activation", {"function": function, **needs}
+                yield "activation", {"function": function, "dtypes": "float32,bfloat16", **needs}
 
-    Elements that are not finite must be at the same places in both tensors and, if ``strict``, be equal (NaN, or the
-    same infinity). Finite elements may differ by ``tolerance`` times the largest finite value of the row, or of the
-    whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and both infinities count as
-    equal: for an infinite input, PyTorch's activations give NaN or infinity, depending on the instruction set.
-    """
-    if found.shape != wanted.shape or found.dtype is not wanted.dtype:
-        return f"{found.dtype} {tuple(found.shape)}, wanted {wanted.dtype} {tuple(wanted.shape)}"
-    if not found.numel():
-        return None
-    a, b = found.double(), wanted.double()
-    for what in (torch.isnan, torch.isposinf, torch.isneginf) if strict else (torch.isfinite,):
-        if not torch.equal(what(a), what(b)):
-            return f"{int((what(a) != what(b)).sum())} elements {what.__name__.removeprefix('is')} in one alone"
-    a, b = (value.nan_to_num(0.0, 0.0, 0.0) for value in (a, b))
-    scale = b.abs().max() if whole or not b.dim() else b.abs().amax(-1, keepdim=True)
-    least = torch.finfo(wanted.dtype).tiny * 4 + tolerance * torch.finfo(wanted.dtype).eps * b.abs().max()
-    excess = ((a - b).abs() / (tolerance * scale + least)).max().item()
-    return None if excess <= 1 else f"by {excess:.3g} times the tolerance of {tolerance:.2g}"
+
+_PASSED = {"attention_mask", "position_embeddings", "position_ids", "use_cache"}
+
+
+def _layers(cls: type, reads: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the formulas of a layer with a cache whose forward reads two norms, an attention and an MLP."""
+    norms = sorted(name for name in reads if "norm" in name)
+    attention = sorted(name for name in reads - set(norms) if "attn" in name or "attention" in name)
+    rest = sorted(reads - set(norms) - set(attention))
+    takes = set(inspect.signature(cls.forward).parameters)
+    if (len(norms), len(attention), len(rest)) != (2, 1, 1) or not {"cache", "past_key_values"} & takes:
+        return
+    passes = ",".join(sorted(takes & {*_PASSED, "cache", "past_key_values"}))
+    for order in itertools.permutations(norms):
+        parts = {"norms": ",".join(order), "attention": attention[0], "mlp": rest[0]}
+        yield "decoder_layer", {**parts, "passes": passes}
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+def _fill_layer_norm(made: Any, row: Row, training: bool) -> None:
+    made.normalized_shape, made.eps, made.elementwise_affine = (K,), 1e-3, True
+    made.weight, made.bias = nn.Parameter(torch.randn(K) * 0.5 + 1), nn.Parameter(torch.randn(K))
+
+
+def _layer_norm(*given: Any) -> Callable:
+    fused = proof.fused_forward(*given)
+
+    def run(x: Tensor) -> Tensor:
+        """Returns the output of a fused LayerNorm that runs the operator also for fewer elements than LEAST."""
+        least = dict(LEAST)
+        LEAST.clear()
+        try:
+            return fused(x)
+        finally:
+            LEAST.update(least)
+
+    return run
+
+
+def _fill_activation(made: Any, row: Row, training: bool) -> None:
+    if row.get("inner"):
+        setattr(made, row.get("inner"), F.gelu)
+    if row.get("approximate"):
+        setattr(made, row.get("approximate"), "tanh")
+
+
+def _activation(cls: type, row: Row, form: Form, module: Any) -> Callable:
+    name = row.get("function") or {"": "gelu"}.get(row.get("approximate"), "gelu_tanh")
+    return lambda x: ops.activation(x, name)
+
+
+def _fill_gate(made: Any, row: Row, training: bool) -> None:
+    setattr(made, row.get("act"), nn.SiLU())
+
+
+def _gate(cls: type, row: Row, form: Form, module: Any) -> Callable:
+    return lambda x: ops.gated_activation(x, None, "silu")
+
+
+class _NotedAttention(nn.Module):
+    """The attention of a decoder layer of the proof; it records a summary of its arguments in ``CALLS``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(K, K)
+
+    def forward(self, *args: Any, hidden_states: Tensor, **given: Any) -> tuple[Tensor, str]:
+        CALLS.append((told(args), told(given)))
+        return self.layer(hidden_states), "weights"
+
+
+def _fill_decoder_layer(made: Any, row: Row, training: bool) -> None:
+    for name in row.names("norms"):
+        setattr(made, name, nn.LayerNorm(K))
+    setattr(made, row.get("attention"), _NotedAttention())
+    setattr(made, row.get("mlp"), nn.Linear(K, K))
+
+
+def _decoder_layer_inputs(row: Row) -> Iterator[tuple[str, Callable[[torch.dtype], tuple[tuple, dict]]]]:
+    given = {name: torch.arange(3) for name in row.names("passes")}
+    yield "all arguments", lambda dtype: ((proof.drawn(2, 3, K).to(dtype),), {**given, "one_more": 5})
+
+
+def _decoder_layer(cls: type, row: Row, form: Form, module: Any) -> Callable:
+    parts = [getattr(module, name) for name in (*row.names("norms"), row.get("attention"), row.get("mlp"))]
+    return lambda x, **given: layer_of_parts(x, parts[0], parts[2], parts[1], parts[3], given)
+
+
+# In a model, activations and gates get the contiguous output of a linear layer, so the strides of the two results need
+# not agree.
+_OF_ELEMENTS = {"strict": False, "strides": False, "autocast": False}
+_GATE_INPUTS = functools.partial(proof.tensors, width=2 * FEATURES)
+proof.PROOFS |= {
+    "layer_norm": proof.Proof(_fill_layer_norm, (4, 24), proof.tensors, _layer_norm, autocast=False),
+    "activation": proof.Proof(_fill_activation, (24, 24), proof.tensors, _activation, **_OF_ELEMENTS),
+    "gate": proof.Proof(_fill_gate, (24, 24), _GATE_INPUTS, _gate, METHODS["gate"], **_OF_ELEMENTS),
+    "decoder_layer": proof.Proof(
+        _fill_decoder_layer, (8, 8), _decoder_layer_inputs, _decoder_layer, strict=False, autocast=False
+    ),
+}
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
 
 
 def _sdpa_disproof(function: Callable) -> Optional[str]:
@@ -183,7 +307,7 @@ def _loss_disproof(function: Callable) -> Optional[str]:
     return None
 
 
-DISPROOFS: dict[str, Callable[[Any], Optional[str]]] = {
+OF_FUNCTIONS: dict[str, Callable[[Any], Optional[str]]] = {
     "sdpa": _sdpa_disproof,
     "causal_loss": _loss_disproof,
     "cache": _cache_of_layers_disproof,
