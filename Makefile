@@ -82,10 +82,11 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
 	touch $@
 
-# The native library is built again if a file in csrc or setup.py changed. A change of a Python file needs no build,
-# because the install is editable. pip would compile into a temporary folder; setup.py build_ext keeps the object files
-# in build/, so that the next build compiles only the sources that changed.
-$(VENV)/.built: $(VENV)/.installed setup.py $(shell find csrc -type f -not -name '*.py')
+# The native library is built again if setup.py, a file in csrc or a file that the build runs changed. A change of any
+# other Python file needs no build, because the install is editable. pip would compile into a temporary folder; setup.py
+# build_ext keeps the object files in build/, so that the next build compiles only the sources that changed.
+$(VENV)/.built: $(VENV)/.installed setup.py csrc/embed_sources.py peft_ext/_source_digest.py \
+  $(shell find csrc -type f -not -name '*.py' -not -name '*.pyc')
 	@mkdir -p build
 	$(BIN)/python setup.py --quiet build_ext --inplace >build/build.log || { tail -n 60 build/build.log; exit 1; }
 	PEFT_EXT_KERNELS=peft_ext/_kernels.so \

@@ -108,6 +108,13 @@ def _is_pure() -> bool:
     return "Root-Is-Purelib: true" in _installed("WHEEL") and '"dir_info"' not in _installed("direct_url.json")
 
 
+def _checkout() -> Optional[Path]:
+    """Returns the folder of the checkout, or of the unpacked source distribution, that this package is in, or None."""
+    folder = Path(__file__).parents[1]
+    # Another package may have installed a folder csrc beside this package.
+    return folder if (folder / "csrc").is_dir() and (folder / "setup.py").is_file() else None
+
+
 def _torch_is_old() -> bool:
     return tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH
 
@@ -116,8 +123,7 @@ def mend() -> str:
     """Returns the command that installs the missing native library, or the torch that the library needs."""
     if _torch_is_old():
         return f'pip install "torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"'
-    checkout = Path(__file__).parents[1]
-    if (checkout / "csrc").is_dir() and (checkout / "setup.py").is_file():
+    if checkout := _checkout():
         return f"pip install -e {shlex.quote(str(checkout))}   (for a .venv that make has created: make setup)"
     if _is_pure():
         return f"{INSTALL} --no-binary peft_ext {_source()}   (needs a C++ compiler)"
@@ -197,25 +203,25 @@ def _compare(library: Path) -> None:
     """Warns if the loaded library is of another version than the package, or of other sources than the module ``_C`` or
     the folder csrc beside the package."""
     build, warn = STATE.build, _fail
-    digest, sources = build.get("sources", ""), library.parents[1] / "csrc"
+    digest = build.get("sources", "")
     if build["version"] != __version__:
         STATE.cpu_error = f"{_describe(build)}; {_running()}"
     elif digest != getattr(STATE.module, "_sources", digest):
         STATE.cpu_error = (
             f"the module {Path(STATE.module.__file__).name} was built from other sources than {library.name}"
         )
-    elif changed := _changed(sources, digest, library):
-        STATE.changed, STATE.cpu_error = changed, f"the sources in {sources} have changed since the library was built"
-        warn = _warn
+    elif (checkout := _checkout()) and (changed := _changed(checkout / "csrc", digest, library)):
+        STATE.changed, warn = changed, _warn
+        STATE.cpu_error = f"the sources in {checkout / 'csrc'} have changed since the library was built"
     if STATE.cpu_error is not None:
         warn(f"peft_ext: the native library does not match: {STATE.cpu_error}. It was loaded all the same. To mend: "
              f"{mend()}")  # fmt: skip
 
 
 def _changed(sources: Path, digest: str, library: Path) -> str:
-    """Returns the digest of the folder ``sources`` if the folder exists and has another digest than ``digest``."""
+    """Returns the digest of the folder ``sources`` if this digest is not ``digest``, and otherwise ""."""
     try:
-        if sources.is_dir() and has_changed(sources, digest, library.stat().st_mtime):
+        if has_changed(sources, digest, library.stat().st_mtime):
             return source_digest(sources)
     except OSError:  # a source that can't be read, or that another process has just removed
         pass

@@ -342,6 +342,12 @@ def test_a_library_that_is_older_than_the_checkout_warns_and_is_not_proved(check
     assert again == warned, "a library from the time before the digests is not noticed"
 
 
+def test_the_sources_of_another_package_do_not_count(checkout, sources):
+    (sources.parent / "setup.py").unlink()
+    (sources / "api.cpp").write_text("of another package")
+    assert checkout() == []
+
+
 def test_a_module_of_other_sources_than_the_library_warns(checkout, monkeypatch):
     (warned,) = checkout(_sources="another", __file__="/x/_C.cpython-312.so")
     assert "the module _C.cpython-312.so was built from other sources than _kernels.so" in warned
@@ -363,6 +369,7 @@ def test_the_digest_of_the_build_is_that_of_the_sources(bare_package, native):
     for path in PACKAGE.glob("_*.so"):
         shutil.copy2(path, bare_package / "peft_ext")
     shutil.copytree(ROOT / "csrc", bare_package / "csrc")
+    shutil.copy(ROOT / "setup.py", bare_package)
     assert python(IMPORT_AND_PRINT_WARNINGS, bare_package).stdout == ""
     with (bare_package / "csrc/api.cpp").open("a") as file:
         file.write("// changed\n")
