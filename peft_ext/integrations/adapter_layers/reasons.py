@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -18,7 +19,6 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # noqa: PLC2701  no public name for it
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import _cpu
 from ..._imports import version
@@ -73,8 +73,8 @@ _gathered: frozenset[int] = frozenset()
 
 # Maps bitsandbytes' quant_types that the operators read to the check of a table of codes.
 _IS_TABLE = {"nf4": is_nf4_table, "fp4": is_fp4_table}
-# Maps the tables of codes that passed the check to their quant_type.
-_TABLES = WeakTensorKeyDictionary()
+# Maps the id of a table of codes that passed the check to a weak reference to the table, and its quant_type.
+_TABLES: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 # The quant_types of which a table has failed the check. Under torch.compile, all weights of these types are stock.
 _foreign_tables: set[str] = set()
 
@@ -334,7 +334,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
             return "its weight was made in inference mode, and autograd can't keep it"
         quant_state = quant_state_of(base)
-        if reason := why_not_nf4(quant_state, tuple(_IS_TABLE)) or _table_reason(quant_state):
+        if reason := why_not_nf4(quant_state, ("nf4", "fp4")) or _table_reason(quant_state):
             return reason
         # The device is read from absmax, because absmax is a plain tensor on the weight's device, and the attributes of
         # a plain tensor are faster to read than those of a tensor subclass.
@@ -369,17 +369,17 @@ def _table_reason(state: Any) -> Optional[str]:
     """Returns why the operators can't decode a weight with bitsandbytes' quant_state ``state``, or None: the operators
     contain the tables of codes of NF4 and FP4. The values of a table are read once."""
     code, kind = state.code, state.quant_type
-    reason = f"its table of codes is not {kind.upper()}'s"
-    if torch.compiler.is_compiling():
-        # A trace can't read the values of a table. `accelerate` has read the tables of a model before the trace.
-        return reason if kind in _foreign_tables else None
-    if type(code) is not Tensor or _TABLES.get(code) == kind:
-        return None
-    if not _IS_TABLE[kind](code):
+    # A trace can't read the values of a table. `accelerate` has read the tables of a model before the trace.
+    if not torch.compiler.is_compiling():
+        known = _TABLES.get(id(code))
+        if type(code) is not Tensor or (known is not None and known[0]() is code and known[1] == kind):
+            return None
+        if _IS_TABLE[kind](code):
+            key = id(code)
+            _TABLES[key] = weakref.ref(code, lambda _: _TABLES.pop(key, None)), kind
+            return None
         _foreign_tables.add(kind)
-        return reason
-    _TABLES[code] = kind
-    return None
+    return f"its table of codes is not {kind.upper()}'s" if kind in _foreign_tables else None
 
 
 def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
