@@ -7,6 +7,9 @@ weights) still need the hub.
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -45,14 +48,31 @@ MODELS = {
 }  # fmt: skip
 
 
+def give_name(source: Path, target: Path) -> None:
+    """Renames the folder ``source``; leaves a folder ``target`` that another process has made meanwhile."""
+    try:
+        os.replace(source, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
 def write(cache: Path) -> Path:
-    """Writes all of MODELS into the folder ``cache``, for use as HF_HUB_CACHE, and returns ``cache``."""
+    """Writes all of MODELS into the folder ``cache``, for use as HF_HUB_CACHE, and returns ``cache``.
+
+    Several processes may use one cache: each model is written into a temporary folder, which then gets its name.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
     for name, (kind, config) in MODELS.items():
         folder = cache / f"models--{name.replace('/', '--')}"
         if (folder / "refs/main").exists():
             continue
-        torch.manual_seed(0)
-        kind(config()).save_pretrained(folder / "snapshots" / _REVISION)
-        (folder / "refs").mkdir()
-        (folder / "refs/main").write_text(_REVISION)
+        shutil.rmtree(folder, ignore_errors=True)  # an incomplete folder
+        with tempfile.TemporaryDirectory(prefix="writing-", dir=cache) as temporary:
+            torch.manual_seed(0)
+            model = Path(temporary, "model")
+            kind(config()).save_pretrained(model / "snapshots" / _REVISION)
+            (model / "refs").mkdir()
+            (model / "refs/main").write_text(_REVISION)
+            give_name(model, folder)
     return cache
