@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -440,3 +441,19 @@ def test_unknown_isa_is_an_error_that_names_the_known(native):
 def test_isa_is_forced_by_the_environment(native):
     done = python("import peft_ext, peft_ext._C as native; print(native.isa())", PEFT_EXT_CPU_ISA="scalar")
     assert done.stdout.strip() == "scalar", done.stderr
+
+
+def test_no_container_holds_two_types_of_one_name():
+    """The linker keeps one copy of a function of std::vector<peft_ext::X> in the library. If the CPU's code and CUDA's
+    code have different types of the name X, one of them would call the other's function."""
+    held: dict[str, dict[str, set[str]]] = {"cpu": {}, "cuda": {}}
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in (".h", ".cuh", ".cpp") and "emulator" not in path.parts:
+            text = re.sub(r"//[^\n]*", "", path.read_text())
+            where = held["cuda" if path.suffix == ".cuh" or path.stem.endswith("_cuda") else "cpu"]
+            where.setdefault("types", set()).update(re.findall(r"^(?:struct|class) (\w+)[^;()]*\{", text, re.M))
+            contained = re.findall(r"\b(?:vector|optional|deque|map)<([^;(){}]*?)>", text)
+            where.setdefault("contained", set()).update(word for each in contained for word in re.findall(r"\w+", each))
+    twice = held["cpu"]["types"] & held["cuda"]["types"]
+    assert "LinearSizes" in twice and "Tensor" in held["cpu"]["contained"] & held["cuda"]["contained"]
+    assert not twice & held["cpu"]["contained"] & held["cuda"]["contained"]

@@ -120,7 +120,7 @@ DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::
   DeviceSiblingsBackward out;
   out.grad_x = empty_grad_x(x, needs_grad_x);
   out.layers.resize(layers.size());
-  std::vector<RankCall> calls;
+  std::vector<DeviceRankCall> calls;
   for (size_t i = 0; i < layers.size(); ++i) {
     const DeviceAdapter& adapter = layers[i].adapter;
     DeviceBackward& own = out.layers[i];

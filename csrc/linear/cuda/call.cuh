@@ -61,9 +61,9 @@ struct RankGradients {
   std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits
 };
 
-// A layer whose low-rank gradients rank_gradients computes. The objects that a RankCall points to must live until
+// A layer whose low-rank gradients rank_gradients computes. The objects that a DeviceRankCall points to must live until
 // rank_gradients returns.
-struct RankCall {
+struct DeviceRankCall {
   Tensor grad;  // dY as a matrix [T, N]
   const DeviceAdapter* adapter;
   LinearSizes size;
@@ -76,8 +76,8 @@ struct RankCall {
 // terms from which dX is computed. If z is given, the padded rank is at most 32, and dY and z can be read in vectors of
 // eight, the function also computes grad_out_scale. If siblings_pass can read x, the layers of one group of
 // sibling_groups share one pass over x.
-std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x, const std::vector<RankCall>& calls,
-                                          bool needs_grad_x);
+std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
+                                          const std::vector<DeviceRankCall>& calls, bool needs_grad_x);
 
 // The results of a pass over x that several layers share, for the forward of one of these layers.
 struct Shrunk {

@@ -70,10 +70,10 @@ const Tensor* given(const std::optional<Tensor>& tensor) { return tensor.has_val
 
 // Computes dA of each layer from the terms of Pᵀ. If dX is wanted, the function also stores the bits of the dropout
 // masks, for an x that can be read in vectors of 16 bytes.
-void grad_A_of(const Tensor& flat_x, const std::vector<RankCall>& calls, const std::vector<RankWorkOf>& work,
+void grad_A_of(const Tensor& flat_x, const std::vector<DeviceRankCall>& calls, const std::vector<RankWorkOf>& work,
                bool needs_grad_x, std::vector<RankGradients>* grads) {
   std::vector<int64_t> kinds;
-  for (const RankCall& call : calls) kinds.push_back(call.size.padded);
+  for (const DeviceRankCall& call : calls) kinds.push_back(call.size.padded);
   std::vector<PartialSums> sums(calls.size());
   const bool together = siblings_read(flat_x);
   for (const std::vector<size_t>& group : sibling_groups(kinds)) {
@@ -97,7 +97,7 @@ void grad_A_of(const Tensor& flat_x, const std::vector<RankCall>& calls, const s
   }
   Reducer reducer(flat_x);
   for (size_t i = 0; i < calls.size(); ++i) {
-    const RankCall& call = calls[i];
+    const DeviceRankCall& call = calls[i];
     call.out->grad_A = device_empty(flat_x, {call.size.rank, call.size.inputs}, work[i].a.scalar_type());
     Reduced grad_a;
     grad_a.scale = call.adapter->drop_base ? divided(*call.adapter) : 1.0;
@@ -111,14 +111,14 @@ void grad_A_of(const Tensor& flat_x, const std::vector<RankCall>& calls, const s
 
 }  // namespace
 
-std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x, const std::vector<RankCall>& calls,
-                                          bool needs_grad_x) {
+std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
+                                          const std::vector<DeviceRankCall>& calls, bool needs_grad_x) {
   const ScalarType type = x.scalar_type();
   std::vector<RankGradients> grads(calls.size());
   std::vector<RankWorkOf> work(calls.size());
   Splitter splitter(x, type);
   for (size_t i = 0; i < calls.size(); ++i) {
-    const RankCall& call = calls[i];
+    const DeviceRankCall& call = calls[i];
     work[i].a = matrix(call.adapter->lora_A), work[i].b = matrix(call.adapter->lora_B);
     work[i].s = as_contiguous(call.s);
     work[i].right = splitter.right_of_pass(work[i].b, true, given(call.adapter->out_scale));
@@ -129,7 +129,7 @@ std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
 
   Reducer reducer(x);
   for (size_t i = 0; i < calls.size(); ++i) {
-    const RankCall& call = calls[i];
+    const DeviceRankCall& call = calls[i];
     const DeviceAdapter& adapter = *call.adapter;
     const LinearSizes& size = call.size;
     PassWants dots;
