@@ -121,18 +121,16 @@ def _warm(capabilities: list[str]) -> None:
         raise CliError(f"--warm: the native library is not loaded: {_native.STATE.cpu_error}")
     if why := device_code.missing():
         raise CliError(f"--warm: {why}")
-    least = ".".join(map(str, prove.CAPABILITY))
+    least = cards.CAPABILITY / 10
     for named in capabilities:
         if not re.fullmatch(r"\d+\.\d", named):
             raise CliError(f"--capability is {named!r}, wanted a number such as 9.0")
-        if tuple(map(int, named.split("."))) < prove.CAPABILITY:
+        if int(named.replace(".", "")) < cards.CAPABILITY:
             raise CliError(f"--capability is {named}, wanted {least} or more, for which there are kernels")
     wanted = {int(named.replace(".", "")) for named in capabilities}
     if not capabilities and torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            if (major, minor) >= prove.CAPABILITY:
-                wanted.add(10 * major + minor)
+        found = {cards.capability(index) for index in range(torch.cuda.device_count())}
+        wanted = {number for number in found if number >= cards.CAPABILITY}
     if not wanted:
         raise CliError(
             f"--warm: torch finds no GPU of compute capability {least} or more; --capability names one, such as "

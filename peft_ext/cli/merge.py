@@ -144,8 +144,10 @@ def _gguf_base(adapter: Path, model: Optional[str]) -> Path:
     named = model
     if named is None:
         trained, configured = named_bases(adapter)
+        # A path in run.json is as the user gave it, maybe relative; the configuration has the whole path.
+        has_path = configured is not None and configured.endswith(".gguf")
         is_gguf = trained is not None and (trained == DEMO_MODEL or trained.endswith(".gguf"))
-        named = trained if is_gguf or configured is None else configured
+        named = trained if not has_path and (is_gguf or configured is None) else configured
     if named is None:
         raise CliError("the adapter's files name no base; wanted --model BASE.gguf, the GGUF file to merge into")
     if named == DEMO_MODEL:

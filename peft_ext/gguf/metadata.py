@@ -73,9 +73,10 @@ def read_tokenizer(header: GgufHeader, **kwargs: Any) -> Any:
     if "tokenizer.ggml.tokens" not in header:
         raise header.error("the file has no tokenizer: tokenizer.ggml.tokens is missing")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            str(header.path.parent), gguf_file=header.path.name, **kwargs
-        )
+        # In a folder of its own, because transformers would take a tokenizer.json beside the file.
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, header.path.name).symlink_to(header.path.resolve())
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=header.path.name, **kwargs)
     except Exception as error:  # an untrusted file can make transformers raise any error
         raise header.error(f"transformers can't read the tokenizer: {_line(error)}") from error
     tokenizer.init_kwargs.pop("gguf_file", None)

@@ -302,6 +302,9 @@ def _messages(spec: str, number: int, row: Row) -> list[Message]:
         raise RunError(
             f"--data {spec}: record {number}: wanted messages of {{role, content}}, one of them the assistant's"
         )
+    if row.get("tools"):
+        raise RunError(f"--data {spec}: record {number} has tools, which are not rendered; wanted no column tools, and "
+                       "the definitions of tools in the first message")  # fmt: skip
     for message in value:
         _text(spec, number, message["role"] + message["content"])
     return value
@@ -454,6 +457,11 @@ def _renderer(
         return chat
     if any(len(record) != 2 for record in corpus.train + corpus.held_out):
         raise RunError(f"--data {corpus.where}: conversations need a chat template, which the tokenizer lacks")
+    for record in corpus.train + corpus.held_out:
+        if record[0]["role"] == "assistant" or record[1]["role"] != "assistant":
+            roles = f"{record[0]['role']}, {record[1]['role']}"
+            raise RunError(f"--data {corpus.where}: a conversation of {roles}, wanted a turn of the assistant's after "
+                           "another's, as the tokenizer has no chat template")  # fmt: skip
     return plain
 
 

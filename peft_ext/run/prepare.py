@@ -205,6 +205,9 @@ def prepare(
     if options.prompt is not None:
         _check_prompt(run)
     run.steps = _count_steps(run)
+    if checkpoint is not None and (done := checkpoints.step_of(checkpoint)) > run.steps:
+        raise RunError(f"--resume: {checkpoint.name} has {done} steps, more than the {run.steps} steps of this run; "
+                       f"wanted at least {done} steps, or the folder of that checkpoint removed")  # fmt: skip
     if options.method == "diff-pruning" and pruning_step(run) > run.steps:
         raise RunError(f"--method diff-pruning with one step and --warmup {options.warmup:g}: the learning rate of the "
                        "first step is 0, so pruning would keep nothing; wanted more steps, or --warmup 0")  # fmt: skip
@@ -482,7 +485,7 @@ def _count_parameters(run: Run) -> tuple[int, int]:
         register_layers(config, model)
         model = get_peft_model(model, config)
         if not o.stock:
-            freeze_ranknum(model)  # accelerate() freezes AdaLoRA's divisor ``ranknum`` too
+            freeze_ranknum(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if o.quant == "checkpoint" and Path(run.folder).exists():
         meta_base(run)  # meta_base raises RunError for files that are not supported
@@ -555,7 +558,8 @@ def adapter_config(run: Run, model: Any) -> Any:
             # the Trainer adds up the losses of a step's batches, over accumulation and processes, instead of a mean.
             # The weight of the regularization is divided by the number of batches of a step, so that a step counts the
             # regularization once.
-            if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
+            takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+            if getattr(model, "accepts_loss_kwargs", takes_any):
                 fields["orth_reg_weight"] = AdaLoraConfig.orth_reg_weight / (o.grad_accum * run.ranks.world)
         case "lora" | "rslora" | "qlora" | "dora":
             fields["r"] = o.rank

@@ -10,6 +10,7 @@ models.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import math
 import shutil
@@ -339,7 +340,7 @@ def adapt(run: Run, model: Any) -> Any:
     from peft.tuners.lora import LoraLayer
     from transformers import set_seed
 
-    from ..model import register_layers
+    from ..model import freeze_ranknum, register_layers
 
     set_seed(run.options.seed)
     config = adapter_config(run, model)
@@ -354,6 +355,7 @@ def adapt(run: Run, model: Any) -> Any:
     if not run.options.stock:
         from ..integrations.peft import accelerate
 
+        freeze_ranknum(model)
         on_experts = getattr(config, "target_parameters", None)
         accelerate(model, experts_dropout=run.options.dropout if on_experts else 0.0)
     return model
@@ -421,6 +423,11 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
             """Returns the run's order of examples. accelerate gives each rank every ``world``-th batch of the order."""
             return Order(len(run.examples.train), run.steps * run.step_examples, o.seed)
 
+        def get_train_dataloader(self) -> Any:
+            # transformers before 5.4 takes the batch size of a checkpoint instead of the run's.
+            self._train_batch_size = self.args.train_batch_size
+            return super().get_train_dataloader()
+
     class GateTrainer(OrderedTrainer):
         def create_optimizer(self, model: Any = None) -> Any:
             """Makes an optimizer with a larger learning rate for Diff Pruning's gates than for other parameters."""
@@ -450,7 +457,10 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         eight_bits = [name for name, t in held if t.is_floating_point() and t.element_size() == 1]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, eight_bits)
     args._n_gpu = min(args.n_gpu, 1)  # with more GPUs, Trainer would use nn.DataParallel and a larger batch
-    collator = DataCollatorForSeq2Seq(run.tokenizer, label_pad_token_id=IGNORED)
+    # On the left, padding would lie between the virtual tokens of a prompt and the text.
+    padding = copy.copy(run.tokenizer)
+    padding.padding_side = "right"
+    collator = DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED)
     record.meter = PeftExtCallback(accelerate=False)
     callbacks = [record.meter, recording_callback(record), checkpoints.saving_callback(run.stop, run.ranks)]
     if o.method == "adalora":

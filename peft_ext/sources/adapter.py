@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import os
 import types
 import typing
 from collections.abc import Iterator
@@ -167,6 +168,7 @@ def training_options(adapter: Path) -> dict[str, Any]:
     Raises SourceError where run.json can't be read or has an unknown quantization or block size, because a merge
     without the options in run.json could use another base than the training.
     """
+    adapter = Path(os.path.realpath(adapter))  # a checkpoint may be given as ".", or by a symbolic link
     for folder in (adapter, adapter.parent.parent) if adapter.parent.name == "checkpoints" else (adapter,):
         file = folder / "run.json"
         if not file.is_file():

@@ -7,6 +7,7 @@ Source: BitFit, arXiv 2106.10199.
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -17,7 +18,18 @@ from torch import Tensor, nn
 
 from .layer import ReplacingLayer, ReplacingTuner, tree
 from .register import peft_type, register
-from .targets import Plan, TargetConfig, base_modules, excluded, expand_all_linear, in_layers, matches, plan, targeted
+from .targets import (
+    FLOATS,
+    Plan,
+    TargetConfig,
+    base_modules,
+    excluded,
+    expand_all_linear,
+    in_layers,
+    matches,
+    plan,
+    targeted,
+)
 
 __all__ = ["BIAS_KINDS", "BitFitConfig", "BitFitLayer", "BitFitModel", "bias_kinds_of"]
 
@@ -97,7 +109,7 @@ class BitFitLayer(ReplacingLayer):
             return {}
         base, bias = self.base_layer, self.adapters[adapter].bias
         weight, replaced = base._parameters.get("weight"), base._parameters["bias"]
-        dense = weight is None or weight.is_floating_point()
+        dense = weight is not None and weight.dtype in FLOATS
         if replaced is not None or dense:
             bias = bias.to((weight if replaced is None else replaced).dtype)
         if not dense and x is not None:
@@ -163,8 +175,9 @@ class BitFitModel(ReplacingTuner):
         base = layer.base_layer
         bias = base._parameters["bias"]
         if bias is None:
-            dtype = base.weight.dtype if base.weight.is_floating_point() else _quantized_from(base)
-            bias = torch.zeros(base.out_features, dtype=dtype, device=base.weight.device)
+            held = next(itertools.chain(base.parameters(), base.buffers()))
+            dtype = held.dtype if held.dtype in FLOATS else _quantized_from(base)
+            bias = torch.zeros(base.out_features, dtype=dtype, device=held.device)
         return tree({name: nn.Parameter(bias.detach().clone()) for name in names})
 
 

@@ -21,7 +21,7 @@ from ..integrations.adapter_layers.reasons import kernel_reason
 from ..nn import BottleneckAdapter
 from ..text import dtype_name as short
 from .register import peft_type, register
-from .targets import TargetConfig, in_layers
+from .targets import FLOATS, TargetConfig, in_layers
 from .tuner import Tuner, Wrapper
 
 with required("peft", "peft_ext.tuners"):
@@ -160,7 +160,7 @@ class BottleneckLayer(Wrapper):
         base = self.get_base_layer()
         weight = next(base.parameters())
         adapter = config.adapter(features, weight.device)
-        self.bottleneck_adapters[adapter_name] = adapter.to(weight.dtype if weight.is_floating_point() else None)
+        self.bottleneck_adapters[adapter_name] = adapter.to(weight.dtype if weight.dtype in FLOATS else None)
         around = config.placement == "pfeiffer" and isinstance(base, nn.LayerNorm)
         self.bottleneck_place[adapter_name] = (
             "parallel" if config.placement == "parallel" else "around" if around else "after"

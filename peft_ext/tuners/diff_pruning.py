@@ -257,8 +257,9 @@ class DiffPruningModel(ReplacingTuner):
         return output
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        self._penalty_hook.remove()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._penalty_hook.remove()  # after super, because a merge that is refused leaves the adapter in use
+        return unloaded
 
     # --- optimizing and pruning ---------------------------------------------------------------------------------------
 

@@ -124,6 +124,9 @@ class ReplacingLayer(Wrapper):
         adapter = self.running()
         if adapter is None:
             return self.base_layer(*args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(f"{type(self).__name__}: nn.DataParallel makes copies without parameters; wanted "
+                               "DistributedDataParallel, or one GPU (CUDA_VISIBLE_DEVICES=0)")  # fmt: skip
         if _offloaded(self.base_layer):
             name = f"{type(self).__name__} over {type(self.base_layer).__name__}"
             raise RuntimeError(f"{name}: accelerate offloads its tensors, wanted a module that stays on a device")

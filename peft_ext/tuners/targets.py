@@ -22,6 +22,7 @@ with required("transformers", "peft_ext.tuners"):
     from transformers.pytorch_utils import Conv1D
 
 ALL_LINEAR = "all-linear"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of dense weights; not of packed codes
 
 _Names = Optional[Union[list[str], str]]
 
@@ -304,7 +305,8 @@ def _names_in(unit: str, module: nn.Module, config: TargetConfig, buffers: bool)
 
 
 def _trainable(parameter: Optional[nn.Parameter]) -> bool:
-    return parameter is None or parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    # bitsandbytes' Params4bit may store its codes as bfloat16 (bnb_4bit_quant_storage).
+    return parameter is None or (parameter.dtype in FLOATS and not hasattr(parameter, "quant_state"))
 
 
 def plan(model: nn.Module, config: TargetConfig, units: dict[str, list[str]], skip_tied: Collection[str] = ()) -> Plan:

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("gguf")
 
 from gguf_llama import adapted  # noqa: E402
@@ -27,6 +29,7 @@ from peft_ext.gguf import GgufError, read_header  # noqa: E402
 from peft_ext.gguf.load import GgufPackedQuantizer, load_gguf  # noqa: E402
 from peft_ext.nn import PackedEmbedding, PackedLinear  # noqa: E402
 from peft_ext.nn.experts import adapter_fields  # noqa: E402
+from peft_ext.sources.model import load_tokenizer  # noqa: E402
 
 pytestmark = [pytest.mark.cpu_only("files are read on the CPU"), pytest.mark.filterwarnings("ignore")]
 
@@ -281,3 +284,12 @@ def test_a_write_does_not_reach_the_file(tmp_path: Path) -> None:
                 module.weight.zero_()
     assert file.read_bytes() == before
     assert read_header(file).data("token_embd.weight").any()
+
+
+def test_a_tokenizer_beside_the_file_is_not_taken(tmp_path):
+    shutil.copy(smollm2(), tmp_path / "model.gguf")
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    other.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "model.gguf"))
+    assert len(tokenizer) == 49_152 and tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
+    assert tokenizer.name_or_path == str(tmp_path / "model.gguf")

@@ -358,6 +358,13 @@ def test_a_dry_run_of_a_resumed_run(capsys, done, tiny):
     assert len(names) == 5 and set(names) <= {path.name for path in done.iterdir()}
 
 
+def test_a_resumed_run_has_at_least_the_steps_of_its_checkpoint(capsys, done, tiny):
+    asked = [str(word) for word in ("finetune", "--config", done / FILE, "--resume", "--max-steps", 2, "--dry-run")]
+    assert main(asked) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --resume: checkpoint-3 has 3 steps, more than the 2 steps of this run; wanted")
+
+
 def test_a_dry_run_refuses_what_the_run_refuses(capsys, done, tiny, tmp_path):
     def message(*options: object, output: Path = tmp_path / "out") -> str:
         asked = small(tiny, output, *options)

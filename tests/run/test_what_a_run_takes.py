@@ -86,6 +86,40 @@ def test_conversations_that_a_template_does_not_take(tiny: Path) -> None:
                             ([said, user, said], "begins with the assistant's turn, 'hi'")):  # fmt: skip
         with pytest.raises(RunError, match=message):
             tokenize(Corpus("chat", [record], [record], "here"), tokenizer, 64)
+    tokenizer.chat_template = None
+    with pytest.raises(RunError, match="a conversation of assistant, user, wanted a turn of the assistant's after"):
+        tokenize(Corpus("chat", [[said, user]], [[said, user]], "here"), tokenizer, 64)
+
+
+def test_tools_are_refused(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    data = tmp_path / "tools.jsonl"
+
+    def write(tools: Any) -> None:
+        data.write_text("\n".join(json.dumps({"messages": messages, "tools": each}) for each in (None, [], tools)))
+
+    write([])
+    assert read_corpus(str(data)).train == [messages] * 2
+    write([{"type": "function"}])
+    with pytest.raises(RunError, match="record 3 has tools, which are not rendered"):
+        read_corpus(str(data))
+
+
+def test_adalora_s_divisor_is_frozen_over_a_dense_base(tiny: Path, tmp_path: Path) -> None:
+    run = prepare(options_of(tiny, tmp_path / "run", method="adalora", quant="none"))
+    base = hf.AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.bfloat16)
+    model = train.adapt(run, base)
+    divisors = {name: p for name, p in model.named_parameters() if "ranknum" in name}
+    assert divisors and not any(p.requires_grad for p in divisors.values())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == run.trainable
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_adalora_s_regularization_counts_once_in_a_step(tiny: Path, tmp_path: Path, takes: bool) -> None:
+    run = prepare(options_of(tiny, tmp_path / "run", method="adalora", grad_accum=4))
+    base = meta_base(run)
+    base.accepts_loss_kwargs = takes  # the Trainer divides the loss of a model without num_items_in_batch
+    assert adapter_config(run, base).orth_reg_weight == (0.5 / 4 if takes else 0.5)
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}|{% endfor %}"])

@@ -14,6 +14,7 @@ pytest.importorskip("aenum")
 pytest.importorskip("bitsandbytes")
 
 import peft
+from bitsandbytes.nn import Linear4bit
 from peft import PeftConfig, PeftModel, get_layer_status, get_model_status, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -380,10 +381,32 @@ def test_quantized_and_nested_targets_are_refused():
         model = peft_ext.quantize_nf4(make_base("llama"), progress=False)
         with pytest.raises(ValueError, match="q_proj is a NF4Linear whose weight is quantized"):
             peft.get_peft_model(model, config)
+        # A training with FSDP stores the 4-bit codes as bfloat16.
+        held = nn.Sequential(Linear4bit(64, 64, quant_type="nf4", quant_storage=torch.bfloat16)).to("cpu")
+        assert held[0].weight.dtype is torch.bfloat16
+        with pytest.raises(ValueError, match="0 is a Linear4bit whose weight is quantized"):
+            peft.get_peft_model(held, replace(config, target_modules=["0"]))
     outer = peft.get_peft_model(Mixed(), PartialConfig(target_modules=["layers.1.inner"]))
     with pytest.raises(ValueError, match="layers.1 already contains an adapter, of layers.1.inner"):
         outer.add_adapter("other", PartialConfig(target_modules=["layers.1"]))
     assert list(outer.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("config", [PartialConfig(target_modules=["up"]), BitFitConfig(), DiffPruningConfig()])
+def test_the_copies_of_data_parallel_are_refused(config):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.up(x)
+
+    model = peft.get_peft_model(Net(), copy.deepcopy(config))
+    layer = model.base_model.model.up
+    replica = layer._replicate_for_data_parallel()  # as nn.DataParallel makes it, on each of several GPUs
+    with pytest.raises(RuntimeError, match="nn.DataParallel makes copies without parameters; wanted DistributedDataP"):
+        replica(torch.randn(2, 8))
 
 
 def test_shards_are_refused_and_what_can_not_be_wrapped_stays_frozen():

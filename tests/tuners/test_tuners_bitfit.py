@@ -46,8 +46,14 @@ def test_the_bias_of_every_linear_kind_runs_in_the_base_modules_own_forward():
     def linear8bit(*args, bias):
         return bnb.nn.Linear8bitLt(*args, bias=bias, has_fp16_weights=False).to("cpu")
 
+    def fp8(*args, bias):
+        return peft_ext.quantize_packed(nn.Sequential(nn.Linear(*args, bias=bias)), "fp8", progress=False)[0]
+
+    def mxfp4(*args, bias):
+        return peft_ext.quantize_packed(nn.Sequential(nn.Linear(*args, bias=bias)), "mxfp4", progress=False)[0]
+
     kinds = [(nn.Linear, torch.float32), (linear8bit, torch.float32)]
-    kinds += [(kind, dtype) for kind in (nf4, linear4bit) for dtype in (torch.float32, torch.bfloat16)]
+    kinds += [(kind, dtype) for kind in (nf4, linear4bit, fp8, mxfp4) for dtype in (torch.float32, torch.bfloat16)]
     for kind, dtype in kinds:
         torch.manual_seed(4)
         base = Net(kind)
@@ -64,6 +70,7 @@ def test_the_bias_of_every_linear_kind_runs_in_the_base_modules_own_forward():
             spread(model)
             twin.up.bias = nn.Parameter(model.base_model.model.up.bitfit_tensors["default"].bias.detach().clone())
             twin.down.bias.data = model.base_model.model.down.bitfit_tensors["default"].bias.detach().clone()
+            twin.down.bias.requires_grad_()  # a packed layer's bias is frozen
             assert torch.equal(model(x), twin(x)), kind
             model(x).float().square().sum().backward()
             twin(x).float().square().sum().backward()

@@ -298,6 +298,17 @@ def test_the_optimizer_goes_on_with_what_is_kept(in_groups):
     assert fresh.peft_config["default"].kept is None
 
 
+def test_a_refused_merge_leaves_the_penalty():
+    model = peft.get_peft_model(make_base("llama"), DiffPruningConfig(task_type="CAUSAL_LM")).train()
+    ids = torch.arange(12).view(2, 6)
+    torch.manual_seed(0)
+    before = model(input_ids=ids, labels=ids).loss
+    with pytest.raises(TypeError):
+        model.merge_and_unload(adapter_names="default")
+    torch.manual_seed(0)
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, before)
+
+
 def test_prune_errors():
     model, _ = make_spread("diff", "bert")
     for arguments, match in (
