@@ -36,9 +36,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
 
     The scratch of a linear layer is the scratch of its product, see :func:`_of_product`. In the backward of a layer
     that scales its output or its input, and on CUDA in the forward of a layer that scales its input, the scratch also
-    has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings`
-    and :func:`_of_experts` compute the scratch of a loss, of siblings and of experts. Any other operator that has no
-    argument ``shape`` counts as 0 bytes.
+    has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings` and :func:`_of_experts` compute the scratch of a loss,
+    of siblings and of experts. Any other operator that has no argument ``shape`` counts as 0 bytes.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     if func is LOSS:

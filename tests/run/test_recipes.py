@@ -10,6 +10,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from tiny_run import write_gemma3  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import peft_ext  # noqa: E402
@@ -55,6 +56,14 @@ def test_a_model_and_its_tokenizer(model, method):
     loss = adapted.train()(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).loss
     loss.backward()
     assert loss.isfinite()
+
+
+def test_the_vision_tower_is_adapted_only_where_the_layers_are_named(tiny, tmp_path):
+    model = write_gemma3(tiny, tmp_path)
+    for named, is_adapted in (({}, False), ({"target_modules": ["q_proj"]}, True)):
+        adapted, _ = recipes.setup_peft_training(model, "lora", **named)
+        trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        assert trained and any("vision_tower" in name for name in trained) is is_adapted
 
 
 def test_a_prompt_that_starts_from_a_text(model):
