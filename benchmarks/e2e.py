@@ -278,10 +278,10 @@ def build_model(method: Method, kind: str, steps: int, sizes: dict[str, Any], de
 
 def stepper(
     method: Method, kind: str, steps: int, sizes: dict[str, Any] = SMOLLM2, checkpointing: bool = False,
-    device: str = "cpu",
+    device: str = "cpu", compiles: bool = False,
 ) -> Callable[[Any, int], Any]:  # fmt: skip
     """Returns a function ``step(tokens, turn)`` that runs a training step and returns the loss; ``step.model`` is the
-    model.
+    model. With ``compiles``, torch.compile compiles the model at the first step.
 
     A step is a forward, a backward, a step of AdamW over the adapters, and zero_grad; with the kind "frozen", a forward
     and a backward.
@@ -300,6 +300,8 @@ def stepper(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if kind == "ours":
         peft_ext.accelerate(model)
+    if compiles:
+        model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3) if trained else None
 
@@ -319,9 +321,9 @@ def stepper(
 
 def train(
     method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2,
-    checkpointing: bool = False, device: str = "cpu",
+    checkpointing: bool = False, device: str = "cpu", compiles: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Times ``steps`` training steps after one step that warms up.
+    """Times ``steps`` training steps after one step that warms up, and that compiles the model if ``compiles`` is True.
 
     On a GPU, the peak memory is the peak of PyTorch's allocations after the model was built.
     """
@@ -330,7 +332,7 @@ def train(
     import peft_ext
     from peft_ext.integrations.transformers import peak_memory_mib
 
-    step = stepper(method, kind, steps, sizes, checkpointing, device)
+    step = stepper(method, kind, steps, sizes, checkpointing, device, compiles)
     explained = [] if kind == "frozen" else peft_ext.explain(step.model).rows
     on_gpu = device == "cuda"
     if on_gpu:
@@ -380,7 +382,8 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
     failed: list[str] = []
     result = {
         "what": f"a Llama of {shape} with random weights, rank 16 on all linears, {args.batch} x {args.length} tokens, "
-        f"{args.steps} steps{', gradient checkpointing' if args.checkpointing else ''}",
+        f"{args.steps} steps{', gradient checkpointing' if args.checkpointing else ''}"
+        f"{', all models under torch.compile' if args.compile else ''}",
         "model": ", ".join(f"{key} {value}" for key, value in sizes.items()),
         "rows": rows,
         "failed": failed,
@@ -391,7 +394,8 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
             for kind in KINDS:
                 command = [sys.executable, "-m", "benchmarks.e2e", "method", name, kind, "--steps", str(args.steps),
                            "--batch", str(args.batch), "--length", str(args.length), "--shape", args.shape,
-                           "--device", args.device, *["--checkpointing"] * args.checkpointing]  # fmt: skip
+                           "--device", args.device, *["--checkpointing"] * args.checkpointing,
+                           *["--compile"] * args.compile]  # fmt: skip
                 try:
                     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=args.limit)
                 except subprocess.SubprocessError as error:
@@ -461,7 +465,8 @@ def _subject(args: argparse.Namespace) -> str:
     if args.command != "methods":
         return f"{'step' if args.command in ('experts', 'parts') else 'run'}-{args.command}"
     shape = [args.shape] * (args.shape != "smollm2")
-    return "-".join(["step", *(shape + ["checkpointing"] * args.checkpointing or ["methods"])])
+    options = shape + ["checkpointing"] * args.checkpointing + ["compile"] * args.compile
+    return "-".join(["step", *(options or ["methods"])])
 
 
 def main() -> None:
@@ -488,6 +493,7 @@ def main() -> None:
         command.add_argument("--batch", type=int, default=4)
         command.add_argument("--shape", choices=SHAPES, default="smollm2")
         command.add_argument("--checkpointing", action="store_true")
+        command.add_argument("--compile", action="store_true", help="compile each model with torch.compile")
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     three.add_argument("--limit", type=float, help="seconds after which a run is killed; default: none")
     five = commands.add_parser("experts")
@@ -516,7 +522,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "method":
         print(json.dumps(train(METHODS[args.method], args.kind, args.steps, args.batch, args.length,
-                               SHAPES[args.shape][0], args.checkpointing, args.device)))  # fmt: skip
+                               SHAPES[args.shape][0], args.checkpointing, args.device, args.compile)))  # fmt: skip
         return
     if args.command == "mixture":
         print(json.dumps(mixture.train(args.kind, args.steps, args.batch, args.length)))

@@ -113,10 +113,11 @@ def test_methods_are_named_by_their_beginnings():
 
 def test_a_results_name_says_what_was_run():
     def subject(command, **given):
-        return e2e._subject(argparse.Namespace(command=command, **given))
+        return e2e._subject(argparse.Namespace(**{"command": command, "compile": False, **given}))
 
     names = {command: subject(command) for command in ("speed", "intents", "experts", "parts")}
     assert [*names.values()] == ["run-speed", "run-intents", "step-experts", "step-parts"]
     assert subject("methods", shape="smollm2", checkpointing=False) == "step-methods"
     assert subject("methods", shape="smollm2", checkpointing=True) == "step-checkpointing"
     assert subject("methods", shape="1b", checkpointing=True) == "step-1b-checkpointing"
+    assert subject("methods", shape="smollm2", checkpointing=False, compile=True) == "step-compile"
