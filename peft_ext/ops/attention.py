@@ -37,7 +37,8 @@ _HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed
 
 
 def _out_like(q: Tensor, v: Tensor) -> Tensor:
-    """Returns an empty result ``[B, H, T, Dv]``, stored as ``[B, T, H, Dv]``, which the next layer reads in order."""
+    """Returns an empty result ``[B, H, T, Dv]``, stored as ``[B, T, H, Dv]``, so that the output projection reads the
+    result without a copy."""
     batch, heads, queries, _ = q.shape
     size = v.shape[3]
     strides = (queries * heads * size, size, heads * size, 1)
@@ -119,11 +120,12 @@ def _near_zero(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bi
     """Returns the bias minus, in each row, the largest entry over the keys that the query sees, for the rows in which
     this entry is beyond ±1,024.
 
-    Softmax does not change if a number is added to a row. The backward computes ``P = exp(S - lse)`` from S and lse in
-    float32. If all entries of a row are about -1e9, as in a row in which a finite mask hides all keys, lse has no bits
-    left for the logarithm of the sum.
+    Softmax does not change if one number is added to all scores of a row. The backward computes ``P = exp(S - lse)``
+    from S and lse in float32. If all entries of a row are about -1e9, as in a row in which a finite mask hides all
+    keys, lse has no bits left for the logarithm of the sum.
     """
-    # The backward holds a copy of the bias only where a row is far. Compiled code can't ask.
+    # Eager code copies the bias only if the largest entry of some row is beyond ±1,024. Compiled code always copies the
+    # bias, because a graph does not branch on the values of a tensor.
     may_ask = not torch.compiler.is_compiling()
     if bias.shape[-1] == 0 or (may_ask and not (is_eager(bias) and _has_far(bias))):
         return bias

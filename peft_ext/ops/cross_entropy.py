@@ -100,8 +100,8 @@ def _empty_grads(hidden, bias, lora_input, lora_A, lora_B, needs_hidden, needs_a
     """Returns uninitialized tensors for the gradients, in the order of the operator's results. The tensor of a gradient
     that is not needed has no elements.
 
-    The gradient of the bias is float32, because it is a sum over tokens that is scaled only in the backward: the sum
-    may exceed float16's range.
+    The gradient of the bias is float32 (float64 for float64). For float16 inputs the forward sums this gradient over
+    all tokens, and only the backward divides the sum by the number of tokens, so the sum may exceed float16's range.
     """
     wanted = ((hidden, needs_hidden), (lora_input, needs_hidden), (lora_A, needs_adapter), (lora_B, needs_adapter))
     grads = [value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)
@@ -190,8 +190,9 @@ def _backward(ctx, grad, *_):
 def _scaled(value: Tensor, grad: Tensor) -> Tensor:
     """Returns ``value`` times ``grad``, the gradient of the loss, which is one number.
 
-    A zero in ``value`` stays a zero. A loss that is divided by a count of 0 has an infinite gradient, and zero times
-    infinity would be NaN. PyTorch's cross entropy also gives an ignored token the gradient 0 in this case.
+    A zero in ``value`` stays a zero, also if ``grad`` is infinite. A loss that is divided by a count of 0 has an
+    infinite gradient, and zero times infinity would be NaN. PyTorch's cross entropy also gives an ignored token the
+    gradient 0 in this case.
     """
     scaled = value.to(grad.dtype) * grad
     return scaled.masked_fill_(value == 0, 0.0).to(value.dtype)

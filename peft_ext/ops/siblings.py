@@ -129,7 +129,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grads, needs_x, needs):
-    """Returns the gradient of x, and a list of the gradients of the operator's list ``tensors``."""
+    """Returns the gradient of x (None if x needs none), and a list with the gradient, or None, of each tensor in the
+    operator's list ``tensors``."""
     refuse_double_backward("lora_linears")
     count = len(ctx.numbers) // NUMBERS
     x, *saved = ctx.saved_tensors
