@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["adapter_state", "prepare_fsdp2"]
 
-# PEFT methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are
-# shards, each with the reason for the error.
+# Methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are shards,
+# each with the reason for the error.
 _UNSHARDED = {
     "ADALORA": "PEFT's orthogonal regularization computes with whole lora_A and lora_B; use DDP",
     "DIFF_PRUNING": "the penalty and the pruning compute with whole differences; train in one process",
@@ -49,8 +49,9 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     The packed codes of 4-bit layers are sharded as bytes, and buffers stay whole in each process. The classes of the
     decoder layers are ``transformer_layer_cls_to_wrap`` of the configuration, by default ``model._no_split_modules``;
     the wrapping policy of the configuration is not used. The mesh, ``reshard_after_forward`` of the decoder layers,
-    mixed precision, offloading and ignored modules are those of accelerate's plugin. On a CPU, where accelerate ignores
-    a configuration of FSDP, this function also sets accelerate's state.
+    mixed precision, offloading and ignored modules are those of the accelerate library's FSDP plugin. For processes on
+    CPUs, the accelerate library ignores a configuration of FSDP, so this function makes the plugin itself and sets the
+    distributed type in accelerate's state to FSDP.
 
     Call this function after the trainer is made, before ``trainer.train()`` and ``trainer.evaluate()``, in all
     processes. Modules to which ``fully_shard`` was applied before are left unchanged. For a PeftModel,
@@ -105,8 +106,9 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
 
 
 def _plugin(trainer: Trainer) -> Optional[FullyShardedDataParallelPlugin]:
-    """Returns accelerate's plugin if FSDP2 is wanted, else None. On a CPU, where accelerate ignores a configuration of
-    FSDP, also makes the plugin and sets accelerate's state."""
+    """Returns the accelerate library's FSDP plugin if the configuration asks for FSDP2, else None. For processes on
+    CPUs, where the accelerate library ignores a configuration of FSDP, makes the plugin and sets the distributed type
+    in accelerate's state to FSDP."""
     state = trainer.accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None and state.distributed_type is DistributedType.MULTI_CPU:

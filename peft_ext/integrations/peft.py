@@ -97,11 +97,12 @@ def accelerate(
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
             layers. LoRA (also with several active adapters, and mixed batches by ``adapter_names``), DoRA, AdaLoRA and
             (IA)³ are fused over nn.Linear, Conv1D, NF4Linear, PackedLinear and ``Linear4bit``. LoRA is also fused over
-            nn.Embedding, and LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't
-            compute the base layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's
-            own forward runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt``
-            is not fused. A layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why.
-            Layers that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
+            nn.Embedding and over the quantized layers of other packages that ``adapter_layers/foreign.py`` reads, and
+            LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't compute the base
+            layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's own forward runs
+            and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is not fused. A
+            layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why. Layers that are
+            added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
         blocks: whether to fuse norms, MLPs, attentions, decoder layers, dropouts and the loss, and not only layers.
             Norms, MLPs, attentions and decoder layers are fused if the code of their forward is a known form
             (docs/known-forms.md) at the time of the call. A fused norm saves x and one or two numbers per row for the
@@ -403,7 +404,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _old_card(module: nn.Module) -> Optional[str]:
-    """Returns why the module's operators run the reference although they are not dropped, see cards.why_old."""
+    """Returns why the reference computes for a module on an old GPU although the kernels were not dropped; None for any
+    other module. See cards.why_old."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return None if tensor is None else cards.why_old(tensor.device)
 

@@ -139,8 +139,8 @@ class PeftExtCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> PeftExtCallback:
         """Makes this callback the first callback of ``trainer``, and returns this callback.
 
-        A callback that the trainer already has is moved. If accelerate's configuration or
-        ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
+        A callback that the trainer already has is moved. In a process group, if the accelerate library's configuration
+        or ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
         (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call this method, before the
         training.
 

@@ -50,8 +50,8 @@ __all__ = ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "LinearLoss", "RLOOTrainer
 # CHUNK_BYTES at a time.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
-# The values of `loss_type`, by trainer, that are known to give TRL's own losses, gradients and metrics. None stands for
-# a trainer that has no `loss_type`.
+# Maps a trainer to the values of `loss_type` with which LinearLoss is known to give TRL's own losses, gradients and
+# metrics. None stands for a trainer that has no `loss_type`.
 _LOSSES: dict[type, set[Optional[str]]] = {
     trl.SFTTrainer: {"nll", "dft"},
     trl.DPOTrainer: {

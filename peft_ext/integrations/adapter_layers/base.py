@@ -47,7 +47,7 @@ STOCK: dict[type, type] = {}
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 
-# Exact types of peft_ext's linear layers over a packed weight. Linear layers over a packed weight compute in x's dtype.
+# Exact types of peft_ext's linear layers over a packed weight. NF4Linear and PackedLinear compute in x's dtype.
 PACKED: list[type] = [NF4Linear, PackedLinear]
 
 # bitsandbytes' layer classes whose layers `explain` lists also without an adapter.

@@ -134,7 +134,8 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
         norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
     scale, result = output_scale(module._parameters["weight"], norm), base(x)
     drops = type(dropout) is nn.Dropout and dropout.training and layer.training and dropout.p > 0.0
-    # In PEFT, the dropout acts on the base product too, so the base product of the dropped x is computed in float32.
+    # With PEFT's dropout, DoRA's scaled term has the base product of the dropped x; frozen_linear computes this product
+    # in float32, the dtype of x.
     if drops and layer.__dict__.get(DORA_DROPOUT, "peft") == "peft":
         dropped = dropout(x)
         product = ops.frozen_linear(dropped, weight)

@@ -65,8 +65,8 @@ if LoraEmbedding is not None:
 
     @fuses(LoraEmbedding)
     class FusedLoraEmbedding(Fused, LoraEmbedding):
-        """Fused ``peft.tuners.lora.Embedding``; fuses calls over a plain ``nn.Embedding`` or a ``PackedEmbedding`` with
-        one active adapter of plain LoRA."""
+        """Fused ``peft.tuners.lora.Embedding``; fuses calls outside of autocast, over a plain ``nn.Embedding`` or a
+        ``PackedEmbedding``, with one active adapter of plain LoRA."""
 
         reads = (*Fused.reads, "lora_embedding_A", "lora_embedding_B", "lora_variant", "scaling", "input_fns",
                  "output_fns")  # fmt: skip

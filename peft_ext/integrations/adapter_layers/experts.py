@@ -133,7 +133,7 @@ class Experts(Fused):
             return None
         wrappers = self._wrappers()
         experts = wrappers[-1]._modules["base_layer"]
-        given = (*args, *kwargs.values())  # assumes that keywords come in the order of the forward's parameters
+        given = (*args, *kwargs.values())  # keywords are taken to be in the order of the forward's parameters
         if not routes(experts, x, given):
             return None
         adapters = {wrapper.parameter_name: wrapper for wrapper in wrappers if _names(wrapper)}
@@ -172,7 +172,8 @@ class Experts(Fused):
 
 
 def _calls_hooks(experts: Any, *on_the_way: Any) -> bool:
-    """Returns whether the fused output may be computed inside the forward of these packed experts, so that hooks run.
+    """Returns whether the fused output may be computed inside the forward of ``experts``, so that the hooks on the
+    experts run.
 
     Returns False for dense experts, under torch.compile, and for experts with a forward on the instance. Returns False
     also if ``fully_shard`` was called on the experts or on a module of ``on_the_way``, because the hook that gathers

@@ -234,9 +234,8 @@ def listed(calls: Sequence[Kernel]) -> tuple[list[Tensor], list[int], list[float
 def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns the function that computes the linear layer ``layer`` for tensors of x's dtype and leading sizes.
 
-    If the layer's class and tensors are known, the function calls a kernel, or F.linear for a dense weight where
-    :func:`.linear.is_ahead` is false. For a layer whose class or tensors are not known, the function is the layer
-    itself.
+    If the layer's class and tensors are known and the kernels may run, the function calls a kernel, or F.linear for a
+    dense weight where :func:`.linear.is_ahead` is false. In all other cases, the function is the layer itself.
     """
     found, own = None, Facts()
     if isinstance(layer, nn.Module):

@@ -114,8 +114,10 @@ class LowRank(Fused):
         """Returns the layer's operands in a call of ``lora_linears``: weight, bias, lora_A, lora_B, rank_scale,
         scaling, dropout p and the dtype of the output.
 
-        Returns None if the base layer multiplies another tensor than x, for example a cast of x. Call this method only
-        if :meth:`joint_state` returned a tuple.
+        Returns None if the base layer's own forward has to run (:func:`.base.operands` returns None, or
+        :func:`.base.sums_wider` is true), if the base layer multiplies another tensor than x, for example a cast of x,
+        or if x does not fit this process's shard of a split base layer. Call this method only if :meth:`joint_state`
+        returned a tuple.
         """
         (name,), base = self._names(), self._modules["base_layer"]
         if tensor_parallel.is_split(base):

@@ -265,7 +265,8 @@ def _is_transformers_class(kind: type) -> bool:
 
 
 def _is_wrapper_of(function: types.FunctionType, modules: tuple[str, ...]) -> bool:
-    """Returns whether one of the modules defines ``function``, which wraps another function of its closure."""
+    """Returns whether ``function`` wraps a function that is in its closure, and is defined in the file of one of
+    ``modules``."""
     inner = getattr(function, "__wrapped__", None)
     if not isinstance(inner, types.FunctionType) or not any(
         cell.cell_contents is inner for cell in _set_cells(function)

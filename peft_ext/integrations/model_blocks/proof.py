@@ -368,7 +368,7 @@ def _run(
 # Maps the kinds of forms that register_form accepts to their proofs.
 PROOFS = {
     "rms_norm": Proof(_fill_norm, (4, 24), tensors, fused_forward),
-    # PyTorch's own gradients for one huge column are off by up to 31 units.
+    # If one column of x is huge, PyTorch's own gradients are off by up to 31 of the units that `ulps` counts.
     "float_layer_norm": Proof(_fill_norm, (4, 48), tensors, fused_forward),
     "mlp": Proof(_fill_mlp, (32, 64), tensors, fused_forward, strict=False),
     "attention": Proof(_fill_attention, (24, 48), _attention_inputs, fused_forward),

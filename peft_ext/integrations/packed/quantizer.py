@@ -121,9 +121,9 @@ class PackedQuantizer(HfQuantizer):
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError if ``device_map`` offloads packed experts to the disk and other layers have dense experts.
 
-        transformers finds offloaded experts by the name of the dense parameter, which their codes don't have then (see
-        ``_suffix``). transformers calls this method before it makes the model, and again with a device map that it
-        computes.
+        transformers finds offloaded experts by the name of the dense parameter, which the codes of packed experts don't
+        have if other layers have dense experts (see ``_suffix``). transformers calls this method before it makes the
+        model, and again with a device map that it computes.
         """
         if not self._apart or not isinstance(device_map, dict):
             return
@@ -295,7 +295,8 @@ class Place:
 
     Attributes:
         target: name of the parameter in the model.
-        converter: transformers' converter that merges the tensors of the files to the parameter, or None.
+        converter: transformers' converter that merges the tensors of the files to the parameter; None if nothing is
+            merged.
         bases: a dict from the converter's source pattern to the starts that the names in the files have in common, for
             example "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight_packed".
     """
@@ -330,8 +331,8 @@ def _suffix(layout: Layout, part: str, apart: bool) -> str:
     """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter.
 
     By default, the codes have the name of the dense parameter, because offloading to the disk needs this name. If some
-    layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers finds
-    by the name of a tensor under which names in the files the tensor is saved.
+    layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers looks
+    up, by a tensor's name in the model, the names under which ``save_pretrained`` writes the tensor.
     """
     return "" if part == layout.codes and (part == "weight" or not apart) else f"_{part}"
 
