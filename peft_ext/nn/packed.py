@@ -15,8 +15,8 @@ from .nf4 import is_zero3_shard, keeping_bits
 __all__ = ["PackedEmbedding", "PackedLinear", "ScaledEmbedding"]
 
 
-# Other names of the codes tensor. PEFT reads the device of a layer's `weight`. For DoRA, PEFT reads the dense weight of
-# a layer that has a `W_q` from the layer's `dequantize`.
+# Attributes that return the codes tensor, besides the attribute with the file's name. PEFT reads the device of a
+# layer's `weight`. For DoRA, PEFT reads the dense weight of a layer that has a `W_q` from the layer's `dequantize`.
 _CODES = ("weight", "W_q")
 
 
@@ -190,8 +190,8 @@ class HoldsPacked(nn.Module):
             if not isinstance(came, Tensor) or came.dtype is not own.dtype or came.shape != own.shape:
                 what = f"{came.dtype} {tuple(came.shape)}" if isinstance(came, Tensor) else type(came).__name__
                 errors.append(f"{prefix}{name} is {what}, wanted {own.dtype} {tuple(own.shape)}")
-                # The layer's own tensor takes the place of the wrong one, because without an entry the key would be
-                # reported as missing, too.
+                # In the state dict, the layer's own tensor takes the place of the tensor that does not fit, because a
+                # key without an entry would be reported as missing, too.
                 found[prefix + _attribute(name)] = own.detach()
         known = len(missing)
         super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)

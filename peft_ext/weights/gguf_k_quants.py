@@ -34,7 +34,8 @@ _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 def _rounded(values: Tensor) -> Tensor:
     """Returns the nearest integers, int32, ties to even, for absolute values below 2²².
 
-    Adding 1.5 · 2²³ leaves the integer plus 2²² in the lowest 23 bits. Larger values wrap, as in llama.cpp.
+    Adding 1.5 · 2²³ leaves the integer plus 2²² in the lowest 23 bits of the float32. Larger values wrap, as in
+    llama.cpp.
     """
     return ((values + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000
 
@@ -317,7 +318,7 @@ def _q3_k(rows: Tensor) -> Tensor:
     d = torch.where(largest != 0, _over(1, inverse), 0.0)
     scale = (_rounded_to_half(d)[:, None] * six).view(-1)
     codes = torch.where(scale != 0, _codes(x / scale, -4, 3) + 4, codes)
-    # If all scales of a block are 0, the block stores code 0 for each scale, and code 0 stands for -32.
+    # A 6-bit scale from -32 to 31 is stored plus 32. If all scales of a block are 0, each of them is stored as 0.
     six = (six + 32).to(torch.uint8)
     packed = _blocks(codes)
     bits = (packed > 3).to(torch.uint8).view(-1, 8, 32)

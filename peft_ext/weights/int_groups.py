@@ -495,10 +495,12 @@ def from_gptq(module: torch.nn.Module, v1: Optional[bool] = None, dtype: Optiona
     module's memory.
 
     Args:
-        v1: whether the module's zeros are of the first version. Default: whether ``module.qzero_format()`` is 1, a
-            number that GPTQModel changes when it loads a model; True for a module without this method.
+        v1: whether 1 was subtracted from each of the module's zeros, see :func:`gptq`. Default: whether
+            ``module.qzero_format()`` is 1, a number that GPTQModel changes when it loads a model; True for a module
+            without this method.
 
-    Raises: TypeError or ValueError as in :func:`from_state`; ValueError for a module whose words are planar.
+    Raises: TypeError or ValueError as in :func:`from_state`; ValueError for a module whose attribute ``planar`` is
+    true.
     """
     if getattr(module, "planar", False):
         raise ValueError("from_gptq: the module's words are planar, wanted checkpoint_format 'gptq' or 'gptq_v2'")
