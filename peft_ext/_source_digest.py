@@ -10,7 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
-ENDINGS = (".cpp", ".cuh", ".h", ".py")  # of the files that count; an editor's copies and Python's caches do not
+ENDINGS = (".cpp", ".cuh", ".h", ".py")  # only files with these endings count, no editor's copies or Python's caches
 
 
 def source_digest(folder: Path) -> str:

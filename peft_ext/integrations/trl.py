@@ -263,9 +263,9 @@ class LinearLoss:
     The trainer logs the same metrics as TRL's own trainer. The entropy has no gradient: the backward of a loss that
     contains the entropy raises RuntimeError.
 
-    ``loss_reason``: the reason why TRL's own code computes the loss, or None. If there is a reason, a warning gives it
-    when the trainer is made. TRL's code computes the loss for example if the head is trained or computes in float16, if
-    processes share the model (FSDP, DeepSpeed), or if an option is not known to give TRL's numbers.
+    ``loss_reason``: the reason why TRL's own code computes the loss, or None. If there is a reason, a warning states
+    the reason when the trainer is made. TRL's code computes the loss for example if the head is trained or computes in
+    float16, if processes share the model (FSDP, DeepSpeed), or if an option is not known to give TRL's numbers.
     """
 
     loss_reason: Optional[str]

@@ -428,8 +428,8 @@ def _mlps(reads: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
 def proposed(cls: type) -> tuple[Optional[Row], str]:
     """Returns the row of the first proposed formula that passes the proof for ``cls``, and "".
 
-    If no formula passes, returns None and the reason why the last formula failed. Raises Unknown if the code of ``cls``
-    has no form.
+    If no formula passes, returns None, and the reason why the last formula failed or why no formula was proposed.
+    Raises Unknown if the code of ``cls`` has no form.
     """
     form, why = form_of(cls), "no kind's formula fits what its forward reads"
     for kind, formula in proposals(form):

@@ -1,4 +1,5 @@
-"""How the stored tensors of a mixture's experts become the tensors of one stacked weight, and how they are saved again.
+"""How the stored tensors of a mixture's experts become the tensors of one stacked weight, and how the stacked weight is
+saved.
 
 transformers merges the linear layers of experts to one parameter by two operations: ``MergeModulelist`` stacks the
 experts, and ``Concatenate`` appends the rows of layers of one input, such as gate and up. The operations of this module
