@@ -11,7 +11,7 @@ Environment:
         ignored.
     ``PEFT_EXT_REQUIRE=1``: a native library that is missing, does not load or does not match the package or the module
         ``_C``, and kernels that fail their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning. A
-        library that is older than the sources beside the package stays a warning.
+        library that is older than the sources beside the package is a warning also with ``PEFT_EXT_REQUIRE=1``.
 """
 
 from __future__ import annotations

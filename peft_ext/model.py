@@ -91,7 +91,8 @@ def get_peft_model(
 
 
 def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
-    """Raises ValueError if a configuration makes PEFT train or read the codes of a packed weight as a dense weight.
+    """Raises ValueError if a configuration makes PEFT train the codes of a packed weight, or read the codes as the
+    values of a dense weight.
 
     PEFT copies the layers of ``modules_to_save`` and trains the copies, writes the rows of ``trainable_token_indices``
     into an embedding's weight, and computes DoRA's norms of an embedding from this weight. Some methods compute each

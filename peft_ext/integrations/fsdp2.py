@@ -229,7 +229,7 @@ def _keep_parameters(accelerator: Any) -> None:
 
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        # An evaluation before the training calls prepare with the model alone.
+        # An evaluation before the training calls accelerator.prepare with the model alone.
         if len(args) == 1 and isinstance(args[0], FSDPModule):
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]

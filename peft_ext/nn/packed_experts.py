@@ -24,7 +24,7 @@ class PackedExperts(FrozenExperts):
     parameters; :func:`peft_ext.accelerate` fuses these adapters.
     """
 
-    packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter's name to the names of its parts
+    packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter to its weight's part names
     extra: tuple[str, ...]  # names of buffers with tensors of the file that no weight needs
     compute_dtype: torch.dtype
     note = ""  # what the experts leave out of the computation of the checkpoint's own experts

@@ -117,8 +117,8 @@ _attention = register_autograd("scaled_dot_product_attention", _backward, setup_
 
 
 def _near_zero(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias: Tensor) -> Tensor:
-    """Returns the bias minus, in each row, the largest entry over the keys that the query sees, for the rows in which
-    this entry is beyond ±1,024.
+    """Returns the bias; in each row whose largest entry over the keys that the query sees is beyond ±1,024, this entry
+    is subtracted from all entries of the row.
 
     Softmax does not change if one number is added to all scores of a row. The backward computes ``P = exp(S - lse)``
     from S and lse in float32. If all entries of a row are about -1e9, as in a row in which a finite mask hides all
@@ -210,7 +210,7 @@ def scaled_dot_product_attention(
     if q.is_cuda and not checks.wants_reference(q) and not (p and seed is not None):
         if bias is not None:
             mask, is_causal = _as_one(q, k, mask, is_causal, bias), False
-        if mask is not None and k.shape[1] != q.shape[1]:  # with a mask and enable_gqa, PyTorch would store all scores
+        if mask is not None and k.shape[1] != q.shape[1]:  # with mask and enable_gqa, PyTorch stores all scores
             k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)

@@ -91,8 +91,8 @@ class Listed(NamedTuple):
 
     Attributes:
         lists: the lists ``tensors``, ``sizes`` and ``numbers``, which the module's docstring explains. options: keyword
-            arguments of the reference; each is a list with an entry for each layer. is_wide: whether the reference must
-            compute the call, see :func:`.wants_reference`.
+            arguments of :func:`peft_ext.reference.lora_linears`, each a list with an entry for each layer. is_wide:
+            whether the reference must compute the call, see :func:`.wants_reference`.
     """
 
     x: Tensor

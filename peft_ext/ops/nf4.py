@@ -145,8 +145,8 @@ define(
 @proof("nf4")
 def _proof(inputs):
     x, nf4, k, n, dtype = inputs.x, inputs.nf4, inputs.k, inputs.n, inputs.dtype
-    # Products of small integers are exact in every precision and order, so that the kernel and the reference of a merge
-    # give equal codes.
+    # lora_A and lora_B have small integers times 1/8. Sums of products of such numbers are exact in every precision and
+    # order, so that the kernel and the reference of a merge give equal codes.
     a, b = (inputs.integers(-4, 5, *size).float() * 0.125 for size in ((16, k), (n, 16)))
     factors = (a, b, None, 0.5)
     few = inputs.draw(3, k)

@@ -82,7 +82,7 @@ WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 _COMPOSED = ("decoder_layer", "experts", "siblings")  # families whose references call operators of other families
 
-QUIET_SECONDS = 1.0  # a CPU's proof that takes longer prints a line for each further family
+QUIET_SECONDS = 1.0  # a proof on a CPU that has taken longer prints a line before each further family
 PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
 
 _ops = getattr(torch.ops, NAMESPACE)
@@ -126,7 +126,7 @@ def arm() -> None:
     """Replaces each native kernel by a gate, which first proves the kernel. ``import peft_ext`` calls ``arm`` once."""
     if hasattr(os, "register_at_fork"):  # Windows has no fork
         os.register_at_fork(after_in_child=_after_fork)
-    with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden, as gates do
+    with warnings.catch_warnings():  # PyTorch would warn that the gates override kernels
         warnings.simplefilter("ignore")
         for key in KEYS:
             for family, names in families(key).items():

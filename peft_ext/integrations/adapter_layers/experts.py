@@ -75,7 +75,7 @@ with optional("peft", "LoRA on the experts of a mixture is not fused"):
 EXPERTS_DROPOUT = "_peft_ext_experts_dropout"
 
 # Maps the `_apply_gate` function of a class of experts to whether the function's form is a known gate.
-# `prepare_experts` clears the mapping.
+# `prepare_experts` clears `_GATES`.
 _GATES: dict[Any, bool] = {}
 
 

@@ -55,7 +55,7 @@ def code_reader(config: Any, layer: nn.Module, made: bool = False) -> str:
     if method in ("LOHA", "LOKR"):  # these methods read the shape of the weight
         shape = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
         return "" if tuple(codes.shape) == shape else method
-    if method == "ADAPTION_PROMPT":  # reads the weight's dtype, and treats int8 and uint8 as quantized
+    if method == "ADAPTION_PROMPT":  # the method reads the weight's dtype: int8 and uint8 count as quantized
         return "" if codes.dtype in (torch.int8, torch.uint8) else method
     return method
 

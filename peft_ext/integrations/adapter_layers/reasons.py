@@ -372,7 +372,8 @@ def _table_reason(state: Any) -> Optional[str]:
     decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to one of these. The
     values of a table are read once."""
     code, kind = state.code, state.quant_type
-    # A trace can't read the values of a table. `accelerate` has read the tables of a model before the trace.
+    # torch.compile can't read the values of a table of codes while it traces. `accelerate` has read the tables of a
+    # model before.
     if not torch.compiler.is_compiling():
         known = _TABLES.get(id(code))
         if type(code) is not Tensor or (known is not None and known[0]() is code and known[1] == kind):

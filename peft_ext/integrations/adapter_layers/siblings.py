@@ -69,8 +69,8 @@ def output_of(layer: Any, x: Any) -> Optional[Tensor]:
     if not (groups := NOW.groups) or torch.compiler.is_compiling() or (group := groups.get(id(layer))) is None:
         return None
     if _saving_hooks() is not NOW.hooks:
-        # This call is inside a checkpoint that began within the module's forward. The recomputation of the checkpoint
-        # runs each layer alone, so the first run must run each layer alone, too.
+        # The layer is called inside a checkpoint that began within the forward of the layers' parent module. The
+        # recomputation of the checkpoint runs each layer alone, so the first run must run each layer alone, too.
         return None
     return group.output(layer, x)
 

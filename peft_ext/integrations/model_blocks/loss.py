@@ -315,7 +315,7 @@ def _settled_in_graph(output: Any, _: Forward) -> Any:
 def _without_pending(value: Any) -> Any:
     if pytree.tree_any(lambda one: type(one) is Pending, value):
         return pytree.tree_map(real, value)
-    # The loop is for an output that pytree does not know as a container.
+    # This loop replaces the Pendings of an output whose class pytree does not know as a container.
     for name, one in list(getattr(value, "__dict__", {}).items()):
         if type(one) is Pending and name != _PENDING:
             setattr(value, name, real(one))

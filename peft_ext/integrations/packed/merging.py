@@ -41,7 +41,7 @@ class Common(ConversionOps):
         self.differ: list[str] = []
 
     def __deepcopy__(self, memo: Any) -> Common:
-        return self  # transformers copies the converters, and all copies have to write to one list
+        return self  # transformers copies the converters, and all copies have to write to one list `differ`
 
     @torch.no_grad
     def convert(

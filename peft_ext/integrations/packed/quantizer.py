@@ -261,8 +261,8 @@ class PackedQuantizer(HfQuantizer):
 def _check_activations(stored: dict[str, Stored]) -> None:
     """Raises ValueError if a checkpoint of AWQ has the scales of an activation, such as ``mlp.act.scales``.
 
-    AutoAWQ's ``ScaledActivation`` divides the result of an activation by these scales. The scales of a weight are
-    stored beside its codes ``qweight``.
+    AutoAWQ's ``ScaledActivation`` divides the result of an activation by the tensor ``scales``. The scales of a weight
+    are stored beside its codes ``qweight``.
     """
     for name in stored:
         if name.endswith(".scales") and f"{name.removesuffix('scales')}qweight" not in stored:

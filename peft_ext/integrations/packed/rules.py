@@ -146,7 +146,8 @@ def _gptq_scheme(config: Mapping[str, Any]) -> Scheme:
 def _gptq(config: Mapping[str, Any]) -> Rules:
     """The first pattern of ``dynamic`` that matches the start of a layer's name gives the layer other settings.
 
-    A pattern that begins with "-:" leaves the layer dense. Source: GPTQModel's ``quantization/config.py``.
+    A pattern of ``dynamic`` that begins with "-:" leaves the layers that the pattern matches dense. Source: GPTQModel's
+    ``quantization/config.py``.
     """
     schemes, patterns = {"": _gptq_scheme(config)}, []
     for key, changed in (config.get("dynamic") or {}).items():
