@@ -1,5 +1,5 @@
-"""Scaled dot-product attention on a CPU, forward and backward. Each thread of the CPU kernels holds one block of the
-scores at a time.
+"""Scaled dot-product attention on a CPU, forward and backward. Each thread of the CPU kernels holds the scores of one
+block of queries and keys at a time; in a call of few queries, the scores of some of the queries.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
@@ -188,10 +188,10 @@ def scaled_dot_product_attention(
             requires a gradient is an error. Where bias is -inf, a query does not see the key.
 
     Returns: ``[B, H, T, Dv]`` of q's dtype. The CPU kernel stores the result as ``[B, T, H, Dv]``. On an x86-64 CPU
-    with AVX512-BF16, bfloat16 operands are multiplied in bfloat16, after the probabilities are rounded to bfloat16;
-    other products are in float32. Sums are in float32. Gradients flow to q, k and v. On a GPU PyTorch's
-    ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a dropout and a ``seed``,
-    the reference computes the result on a GPU.
+    with AVX512-BF16, except in a call of few queries, bfloat16 operands are multiplied in bfloat16, after the
+    probabilities are rounded to bfloat16; other products are in float32. Sums are in float32. Gradients flow to q, k
+    and v. On a GPU PyTorch's ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a
+    dropout and a ``seed``, the reference computes the result on a GPU.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
