@@ -250,7 +250,8 @@ def restore(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Row:
-    """The state of one layer or block. ``kind``: for example "LoRA over Linear4bit".
+    """The state of one layer or block. ``kind``: the method and the base layer, for example "LoRA over Linear4bit", or
+    the kind of block.
 
     ``reason``: why the layer or block is not fused. The reason of a fused layer is "" or a remark, such as why only the
     adapter's part is fused.

@@ -332,7 +332,7 @@ def keeping_bits(fn: Callable[[Tensor], Tensor], held: Iterable[Optional[Tensor]
 def check_plain_forward(kind: str, linear: nn.Linear, forwards: Iterable[Callable]) -> None:
     """Raises TypeError if the class of ``linear`` has another forward than ``forwards``, and ValueError if ``linear``
     itself has hooks or a replaced forward: a new layer of the class ``kind`` would not run this code."""
-    # accelerate may have replaced the layer's class by a fused class.
+    # peft_ext.accelerate may have replaced the layer's class by a fused class.
     if getattr(type(linear), "stock_forward", type(linear).forward) not in forwards:
         came = f"{type(linear).__name__}, a subclass of nn.Linear with a forward of its own"
         raise TypeError(f"{kind}: linear is {came}, wanted a layer with the forward of nn.Linear")

@@ -17,8 +17,8 @@ from ..weights.packed import PackedWeight, unpacked
 _LARGEST = sys.float_info.max
 
 
-# The fast paths (the functions fits_*) accept only operands of exactly these types. For an operand of a subclass, the
-# functions check_* decide.
+# The fast paths (the functions fits_*) accept only operands of exactly the types in _PLAIN. For an operand of a
+# subclass, the functions check_* decide.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 

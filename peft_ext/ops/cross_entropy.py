@@ -291,8 +291,8 @@ def linear_cross_entropy(
         # With the reduction "none", the backward computes the gradients, because only the backward receives the factor
         # of each token's loss.
         needs = [False] * 3
-    # The gradients of lora_A and lora_B are sums over tokens that are scaled only in the backward: such a sum may
-    # exceed float16's range.
+    # For float16, the gradients of lora_A and lora_B are computed in float32: they are sums over all tokens, which only
+    # the backward divides by the number of items, and such a sum may exceed float16's range.
     if hidden.dtype is torch.float16:
         lora_A, lora_B = (value if value is None else value.float() for value in (lora_A, lora_B))
     labels, row_weight = labels.contiguous(), None

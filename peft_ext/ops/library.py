@@ -210,7 +210,7 @@ def _first_output(
     """Returns a function that calls the operator and returns its first output; see :func:`register_autograd`."""
     guard, taken = _guard(), operator.itemgetter(*trained)
 
-    # The Function takes all arguments as one tuple and, for autograd, the trainable arguments a second time.
+    # The autograd Function takes all arguments as one tuple and, for autograd, the trainable arguments a second time.
     def forward(ctx: Any, args: tuple, *_tensors: Any) -> Any:
         with guard():
             output = op(*args)

@@ -25,7 +25,7 @@ with optional("peft", "DoRA is not fused"):
     has(_DoraLinearVariant, "init", "forward")
     DoraLinearVariant = _DoraLinearVariant
 
-# Name of the attribute that holds accelerate's dora_dropout on a layer where dora_dropout is not "peft".
+# Name of the attribute that holds the dora_dropout of peft_ext.accelerate on a layer whose dora_dropout is not "peft".
 DORA_DROPOUT = "_peft_ext_dora_dropout"
 
 # Classes of the DoRA variants that are fused; empty if the installed PEFT lacks a name that this module uses.
@@ -118,7 +118,7 @@ def forward(
         y = ops.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=p, training=True,
                             dropout_mode=mode, weight_norm=norm)  # fmt: skip
     if x.dim() == 1:
-        y = y.unsqueeze(0)  # PEFT multiplies by a scale [1, N], so for an x of one dimension PEFT's result has two
+        y = y.unsqueeze(0)  # PEFT's scale is [1, N], so for an x of one dimension PEFT's result has two dimensions
     dtype = layer.dora_dtype(dtype, magnitude)
     return y if y.dtype is dtype else y.to(dtype)
 

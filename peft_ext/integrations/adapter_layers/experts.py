@@ -70,8 +70,8 @@ ParamWrapper = None
 with optional("peft", "LoRA on the experts of a mixture is not fused"):
     from peft.tuners.lora.layer import ParamWrapper
 
-# Name of the attribute that holds accelerate's experts_dropout on a wrapper. PEFT's configuration has no field for a
-# dropout on experts.
+# Name of the attribute that holds the experts_dropout of peft_ext.accelerate on a wrapper. PEFT's configuration has no
+# field for a dropout on experts.
 EXPERTS_DROPOUT = "_peft_ext_experts_dropout"
 
 # Maps the `_apply_gate` function of a class of experts to whether the function's form is a known gate.
@@ -292,8 +292,8 @@ def _known_gate(experts: Any, dtype: torch.dtype) -> Optional[str]:
 
 
 def prepare_experts(model: nn.Module, dropout: float) -> None:
-    """Stores accelerate's experts_dropout on the wrappers of the model's experts, and clears the cache of known
-    gates."""
+    """Stores the experts_dropout of :func:`peft_ext.accelerate` on the wrappers of the model's experts, and clears the
+    cache of known gates."""
     clear_experts(model)
     _GATES.clear()
     for module in model.modules():

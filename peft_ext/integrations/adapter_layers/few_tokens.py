@@ -171,7 +171,8 @@ class _Plan(NamedTuple):
 
 def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -> Any:
     """Returns the plan that ``make(facts, x)`` made for this block and x's dtype, and calls ``make`` again once the
-    facts of that plan no longer hold.
+    facts of that plan no longer hold. Also calls ``make`` again while the facts are not final, because the checks of a
+    layer have not accepted a call yet, until ``_MOST_TRIALS`` plans were made.
 
     ``make`` returns None if the block has no plan. Several threads may call the block at the same time.
     """

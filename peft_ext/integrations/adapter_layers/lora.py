@@ -44,7 +44,7 @@ with optional("peft", "LoRA over GPTQModel's AWQ layers is not fused"):
 with optional("peft", "LoRA over hqq's layers is not fused"):
     from peft.tuners.lora import hqq as _hqq
 
-    HqqLoraLinear = getattr(_hqq, "HqqLoraLinear", None)  # PEFT defines the class where hqq is installed
+    HqqLoraLinear = getattr(_hqq, "HqqLoraLinear", None)  # PEFT defines HqqLoraLinear only if hqq is installed
 with optional("peft", "LoRA and DoRA over a linear layer that is not bitsandbytes' are not fused"):
     from peft.tuners.lora import Linear as LoraLinear
 if Linear8bitLt is not None:
@@ -409,7 +409,7 @@ if LoraLinear is not None:
             variant = self.lora_variant.get(name)
             delta = self.get_delta_weight(name).float()
             merged = weight + delta
-            if type(variant) in dora.VARIANTS:  # as in the forward, the norm is that of the unmerged weight plus delta
+            if type(variant) in dora.VARIANTS:  # as in the forward, DoRA's norm is that of the unmerged weight + delta
                 norm = torch.linalg.norm(unmerged + delta, dim=1)
                 merged = output_scale(self.lora_magnitude_vector[name].weight, norm).unsqueeze(1) * merged
             elif variant is not None:
@@ -423,7 +423,7 @@ if LoraLinear is not None:
             return merged, bias
 
 
-# The fused classes without code of their own. Over ``Linear8bitLt`` only the low-rank part is fused.
+# Fused classes whose only code is that of Lora. Over ``Linear8bitLt`` only the low-rank part is fused.
 FusedGPTQLoraLinear = fused_class("FusedGPTQLoraLinear", Lora, GPTQLoraLinear)
 FusedAwqLoraLinear = fused_class("FusedAwqLoraLinear", Lora, AwqLoraLinear)
 FusedHqqLoraLinear = fused_class("FusedHqqLoraLinear", Lora, HqqLoraLinear)

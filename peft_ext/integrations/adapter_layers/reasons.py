@@ -566,7 +566,7 @@ def freed_reason(layer: nn.Module) -> Optional[str]:
     """
     if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
         return "ZeRO-3 frees its weight after the forward"
-    if not getattr(layer, "_is_fsdp_managed_module", False):  # FSDP1 and FSDP2 set this attribute
+    if not getattr(layer, "_is_fsdp_managed_module", False):  # FSDP1 and FSDP2 set _is_fsdp_managed_module
         return None
     held = {id(parameter) for parameter in layer.parameters()}
     wrapped, is_held = _fully_sharded(), False

@@ -2,9 +2,10 @@
 
 An attention module with a known form runs one of two forwards. If the form's row in the table of known forms says
 ``forward=rotary``, ``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache,
-attention, and the output projection. (``_rotary_few`` is its variant for few tokens without a gradient.) Otherwise, or
-if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers that get one input tensor
-(``inputs`` of the row) are computed together. If the module's forward was replaced, only the replaced forward runs.
+attention, and the output projection. (``_rotary_few`` is the variant of ``_rotary_forward`` for few tokens without a
+gradient.) Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers
+that get one input tensor (``inputs`` of the row) are computed together. If the module's forward was replaced, only the
+replaced forward runs.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
@@ -125,7 +126,8 @@ class Attention(Block):
         return f"no two of {', '.join(groups[0])} have an adapter that can be computed with another's"
 
     def _own_reason(self) -> Optional[str]:
-        """Returns which function of the model's Python module was replaced since accelerate, or None.
+        """Returns which function of the model's Python module was replaced since the call of
+        :func:`peft_ext.accelerate`, or None.
 
         Only functions that ``_rotary_forward`` calls are checked.
         """
