@@ -81,9 +81,10 @@ def multiplies(dtype: torch.dtype) -> bool:
 def widened_dtypes() -> frozenset[torch.dtype]:
     """Returns the 16-bit dtypes in which peft_ext's product with a frozen weight replaces PyTorch's product.
 
-    For these dtypes, this CPU has no instructions for PyTorch's product, or the environment forbids the instructions.
-    peft_ext's product uses instructions for the dtype, or is PyTorch's float32 product over one panel of the weight at
-    a time. On the scalar path, and without the native library, the result is empty: PyTorch's product is used.
+    In the returned dtypes, this CPU has no instructions for PyTorch's product, or the environment forbids the
+    instructions. peft_ext's product uses instructions for the dtype, or is PyTorch's float32 product over one panel of
+    the weight at a time. On the scalar path, and without the native library, the result is empty: PyTorch's product is
+    used.
     """
     isa = _native.STATE.isa
     if isa not in (*_WIDENS, *_native.TILE_PATHS):

@@ -180,11 +180,11 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     """Compiles kernels for a compute capability at once, if the cache lacks kernels and its folder can be written, the
     machine has at least ``WARM_CORES`` cores, and the native library and NVRTC are there; otherwise does nothing.
 
-    A first training step needs about a hundred kernels. One core compiles these kernels in about the time in which many
-    cores compile all kernels. The kernels of packed formats other than NF4 are left out: a model has weights of one or
-    two formats, and the few kernels of these formats are compiled at their first launch. ``say`` gets a line before the
-    compilation. If a kernel does not compile, ``prepare`` raises nothing; the first launch of the kernel raises the
-    error.
+    A first training step needs about a hundred kernels. One core compiles a hundred kernels in about the time in which
+    many cores compile all kernels. The kernels of packed formats other than NF4 are left out: a model has weights of
+    one or two formats, and the few kernels of these formats are compiled at their first launch. ``say`` gets a line
+    before the compilation. If a kernel does not compile, ``prepare`` raises nothing; the first launch of the kernel
+    raises the error.
     """
     cores = len(os.sched_getaffinity(0))
     if cores < WARM_CORES or _native.STATE.module is None or missing():

@@ -24,7 +24,7 @@ KINDS = {
 }
 
 # Tasks for which PEFT trains all weights of the head, and a regular expression for the names of these heads. With
-# "all-linear" PEFT would also put an adapter on these heads, so method_config excludes the heads.
+# "all-linear" PEFT would also put an adapter on the heads that _HEADS matches, so method_config excludes these heads.
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HEADS = r"(.*\.)?(pre_classifier|classifier|score|qa_outputs)"
 

@@ -90,8 +90,9 @@ def accelerate(
     If the CPU has no instructions for products in a 16-bit dtype, or the environment forbids these instructions, the
     frozen ``nn.Linear`` layers of a CPU model that compute in this dtype, for example the head of a language model, run
     :func:`peft_ext.ops.frozen_linear`.
-    :func:`peft_ext.explain` lists those of these layers that are not the base layer of an adapter. On the CPU path
-    ``avx512_bf16``, large frozen bfloat16 layers run ``frozen_linear`` too, in calls of few tokens without a gradient.
+    :func:`peft_ext.explain` lists the frozen ``nn.Linear`` layers that compute in such a dtype, except the base layers
+    of adapters. On the CPU path ``avx512_bf16``, large frozen bfloat16 layers run ``frozen_linear`` too, in calls of
+    few tokens without a gradient.
 
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
@@ -206,7 +207,7 @@ def agree(model: nn.Module) -> None:
     gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
     the default process group, and drops on all ranks each family that failed on any rank. In a training loop of your
     own, call this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
-    ``PeftExtCallback`` does the same when training begins.
+    ``PeftExtCallback`` makes all ranks use the same kernels when training begins.
 
     The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` names. Operators that
     only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.

@@ -323,7 +323,7 @@ class DiffPruningCallback(TrainerCallback):
 
     The pruning does not change the schedule of the learning rate. A run that is resumed from a checkpoint made after
     the pruning trains the kept entries. A run that is resumed from a checkpoint made before the pruning prunes at the
-    same step.
+    step that ``at`` gives.
 
     ``kept``: after the pruning, a dict from the name of a tensor to the number of kept entries; before the pruning
     None.

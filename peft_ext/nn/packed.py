@@ -65,7 +65,7 @@ class HoldsPacked(nn.Module):
         """Stores the format, group and option of ``weight``, the names of the weight's parts, and the names of extra
         tensors.
 
-        The tensors of these names must be, or become, attributes of the module.
+        The parts and the extra tensors must be, or become, attributes of the module under these names.
         """
         names = (*names, *(None,) * (len(weight.parts) - len(names)))
         has = [part is not None for part in weight.parts]

@@ -192,7 +192,7 @@ def _scaled(value: Tensor, grad: Tensor) -> Tensor:
 
     A zero in ``value`` stays a zero, also if ``grad`` is infinite. A loss that is divided by a count of 0 has an
     infinite gradient, and zero times infinity would be NaN. PyTorch's cross entropy also gives an ignored token the
-    gradient 0 in this case.
+    gradient 0 if the count is 0.
     """
     scaled = value.to(grad.dtype) * grad
     return scaled.masked_fill_(value == 0, 0.0).to(value.dtype)
@@ -249,13 +249,13 @@ def linear_cross_entropy(
             tokens.
 
     Returns: the loss, float32, of no dimensions, or ``[...]`` where reduction is "none". Gradients flow to hidden,
-    lora_input, lora_A, lora_B and bias. Saved for backward: the gradients of these arguments, up to a factor; with the
-    reduction "none", the arguments, from which the backward computes the logits again. Under autocast hidden,
-    lora_input, bias and a dense weight are cast to the autocast dtype.
+    lora_input, lora_A, lora_B and bias. Saved for backward: the gradients of hidden, lora_input, lora_A, lora_B and
+    bias, up to a factor; with the reduction "none", the arguments, from which the backward computes the logits again.
+    Under autocast hidden, lora_input, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected. A label out
-    of range raises RuntimeError on a CPU. On a GPU such a label stops the kernel, as in PyTorch's cross entropy: the
-    next call that waits for the GPU raises an error of CUDA, and the process can't use the GPU any more.
+    of range raises RuntimeError on a CPU. On a GPU a label out of range stops the kernel, as in PyTorch's cross
+    entropy: the next call that waits for the GPU raises an error of CUDA, and the process can't use the GPU any more.
 
     Sources: transformers' causal loss; Gemma 2 (arXiv 2408.00118); cut cross entropy (arXiv 2411.09009).
     """

@@ -174,8 +174,8 @@ def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int =
     """Returns a weight of compressed-tensors' integers: ``W[n, k] = (q[n, k] - zero[n, g]) · scale[n, g]``.
 
     ``g`` is the group of column ``k``: ``k // group``, or ``g_idx[k]``. A group has K / G columns. The file formats
-    pack-quantized, int-quantized and naive-quantized of compressed-tensors hold such weights. compressed-tensors
-    computes in the scales' dtype: the difference is exact, and the product is rounded once.
+    pack-quantized, int-quantized and naive-quantized of compressed-tensors hold the weights that ``int_rows`` returns.
+    compressed-tensors computes in the scales' dtype: the difference is exact, and the product is rounded once.
 
     Args:
         codes: int32 ``[N, ceil(K · bits / 32)]`` of ``q + 2^(bits - 1)``, the lowest bits first; or int8 ``[N, K]`` of

@@ -1,8 +1,8 @@
 """PackedWeight: a frozen weight [N, K] that is stored as codes and scales, in the layout of a checkpoint file.
 
 A weight has up to five tensors (``parts``) and two small integers (``group`` and ``option``), whose meaning the
-weight's :class:`Format` defines. The kernels read the codes and scales from these tensors and decode them in each call.
-peft_ext converts no weight to another layout for its kernels.
+weight's :class:`Format` defines. The kernels read the codes and scales from the tensors of the PackedWeight, and decode
+the weight in each call. peft_ext converts no weight to another layout for its kernels.
 """
 
 from __future__ import annotations

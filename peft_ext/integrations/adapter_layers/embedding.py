@@ -21,7 +21,7 @@ with optional("peft", "LoRA over an embedding is not fused"):
     from peft.tuners.lora import Embedding as LoraEmbedding
 
 # The methods that PEFT's embedding layer calls in its forward, as they were at import. A call of a LoRA layer over an
-# embedding is fused only if these methods of PEFT are unchanged.
+# embedding is fused only if the methods in _HELPERS are unchanged.
 _HELPERS = {name: getattr(LoraEmbedding, name, None) for name in ("_embed", "_get_embed_scale")}
 
 

@@ -75,8 +75,8 @@ _gathered: frozenset[int] = frozenset()
 _IS_TABLE = {"nf4": is_nf4_table, "fp4": is_fp4_table}
 # Maps the id of a table of codes that passed the check to a weak reference to the table, and its quant_type.
 _TABLES: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-# The quant_types of which a table has failed the check. Under torch.compile, all layers with weights of these types run
-# the stock forward.
+# The quant_types of which a table has failed the check. Under torch.compile, all layers with a weight of a quant_type
+# in _foreign_tables run the stock forward.
 _foreign_tables: set[str] = set()
 
 # Maps the name of a class of PEFT's variants of LoRA, without the kind of layer, to the variant's common name.

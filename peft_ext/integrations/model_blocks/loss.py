@@ -239,7 +239,7 @@ def _on_loss(stock: type) -> type:
 
     @functools.wraps(stock.forward)  # Trainer and generate read the signature of the forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, LanguageModel):    # after restore, see Fused.forward of adapter_layers
+        if not isinstance(self, LanguageModel):  # after restore, see Fused.forward of adapter_layers
             return type(self).forward(self, *args, **kwargs)
         run = super(LanguageModel, self).forward
         if not self.training or not torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_traced()):

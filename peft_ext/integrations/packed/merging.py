@@ -3,9 +3,9 @@ saved.
 
 transformers merges the linear layers of experts to one parameter by two operations: ``MergeModulelist`` stacks the
 experts, and ``Concatenate`` appends the rows of layers of one input, such as gate and up. The operations of this module
-merge packed tensors in the same two ways. The rows of a packed tensor may run along another dimension than the rows of
-a dense tensor, or share a byte. Each operation has an inverse, so that ``save_pretrained`` writes the bytes of the
-checkpoint.
+take the same two steps, stacking and appending, for packed tensors. The rows of a packed tensor may run along another
+dimension than the rows of a dense tensor, or share a byte. Each operation has an inverse, so that ``save_pretrained``
+writes the bytes of the checkpoint.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The quantizer of PackedConfig: replaces layers by packed layers before transformers reads the checkpoint's weights.
 
 transformers calls :meth:`PackedQuantizer._process_model_before_weight_loading` with the model on the meta device. The
-headers of the checkpoint's files say which layers are stored packed, and with which tensors. Each of these layers
-becomes a packed layer with the names, dtypes and shapes of the stored tensors. transformers then reads each tensor,
-without a cast, into the attribute of the tensor's name; tensors of a mixture's experts may be merged first (see
+headers of the checkpoint's files say which layers are stored packed, and with which tensors. Each layer that is stored
+packed becomes a packed layer with the names, dtypes and shapes of the stored tensors. transformers then reads each
+tensor, without a cast, into the attribute of the tensor's name; tensors of a mixture's experts may be merged first (see
 :mod:`.merging`).
 """
 
