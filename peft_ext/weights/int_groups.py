@@ -229,7 +229,7 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
         scales: float32, bfloat16 or float16 ``[G, N]``.
         bits: 2, 4 or 8.
         group: number of columns of a group; -1 or 0: all columns.
-        g_idx: int32 ``[K]``, the group of each column (``desc_act``), or None.
+        g_idx: int32 ``[K]``, the group of each column (``desc_act``); None: consecutive groups.
         v1: whether 1 was subtracted from each zero, as in files with ``checkpoint_format`` "gptq". As in GPTQModel, the
             ones are added back to all fields of a word in one addition, so that a field of all ones carries into the
             next field.

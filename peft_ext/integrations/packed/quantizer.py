@@ -310,7 +310,8 @@ class Place:
         return next(iter(self.bases.values()))[0]
 
     def tensors(self, layout: Layout, scheme: Scheme, stored: dict[str, Stored]) -> dict[str, Tensor]:
-        """Returns the layout's tensors on the meta device, as transformers merges them."""
+        """Returns the layout's tensors of the parameter on the meta device, with the shapes that the tensors have after
+        transformers merged them."""
         found = {}
         for name in (*layout.parts, *layout.extra):
             each = [[stored.get(base + layout.joined + name) for base in bases] for bases in self.bases.values()]
