@@ -24,8 +24,8 @@ __all__ = ["CALLED", "FAMILIES", "families_in", "family_of", "listed", "takes_we
 
 CALLED = ["nf4_dequantize", "nf4_linear", "nf4_linear_backward"]  # the operators that a format's proof calls
 
-# Least numbers of rows and columns of a weight in a proof: more rows than the 64 that are decoded together, and as many
-# columns as two of the largest blocks of a format.
+# Least numbers of rows and columns of a weight in a proof: more rows than the 64 that a CPU kernel for GPTQ and AWQ
+# computes together, and as many columns as two of the largest blocks of a format.
 ROWS, COLUMNS = 72, 512
 RAGGED = 6  # columns beyond a multiple of 32 in one more weight of a proof, for formats that allow such a width
 

@@ -82,7 +82,7 @@ WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 _COMPOSED = ("decoder_layer", "experts", "siblings")  # families whose references call operators of other families
 
-QUIET_SECONDS = 1.0  # a proof on a CPU that has taken longer prints a line before each further family
+QUIET_SECONDS = 1.0  # after so many seconds, proofs on a CPU print a line before each further family
 PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
 
 _ops = getattr(torch.ops, NAMESPACE)

@@ -104,7 +104,8 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 
     Args:
         weights: weight of each column's error.
-        start: the first trial scale is ``(largest − smallest) / (most + start)``; each next one adds 0.1 to ``start``.
+        start: the first trial scale is ``(largest − smallest) / (most + start)``; each next trial scale adds 0.1 to
+            ``start``, and ``smallest`` is replaced by ``−offset`` of the best trial so far.
         count: number of trial scales after the first.
         absolute: whether absolute errors are compared, instead of squares.
     """
@@ -205,7 +206,8 @@ def _descend_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_iq4() -> tuple[Tensor, Tensor]:
-    """Returns tables ``[512]`` of codes and values of ``_IQ4`` nearest to x. The index is ``floor(2 · x) + 256``.
+    """Returns tables ``[512]`` of the nearest code and value of ``_IQ4``; the index for a number x is ``floor(2 · x) +
+    256``.
 
     The codes are uint8, the values float32. The borders between the codes are multiples of 1/2. If two values are
     equally near, the tables have the larger value.

@@ -486,8 +486,8 @@ def _sees(mask: Any, batch: int, queries: int, keys: int) -> bool:
 
 
 def _has_fast_tiles(dtype: torch.dtype, keys: int) -> bool:
-    """Returns whether PyTorch's own attention of few queries is used because it is faster than the operator on AMX
-    tiles, see _MOST_KEYS_ON_AMX."""
+    """Returns whether PyTorch's own attention computes a call of few queries in place of the operator, on the CPU path
+    ``amx``, see _MOST_KEYS_ON_AMX."""
     return _isa() == "amx" and dtype is torch.bfloat16 and keys > _MOST_KEYS_ON_AMX[False]
 
 
@@ -580,8 +580,8 @@ def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
 
 
 def _tiles_are_ahead(q: Tensor, k: Tensor, dropout: float, causal: bool) -> bool:
-    """Returns whether PyTorch's own attention is used for the call because it is faster than the operator on AMX tiles,
-    see _MOST_KEYS_ON_AMX."""
+    """Returns whether PyTorch's own attention computes a call in place of the operator, on the CPU path ``amx``, see
+    _MOST_KEYS_ON_AMX."""
     if _isa() != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
         return False
     return k.shape[2] > _MOST_KEYS_ON_AMX[causal]

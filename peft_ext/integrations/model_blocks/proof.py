@@ -337,7 +337,8 @@ def _differs(
 
 
 def fused_forward(cls: type, row: Row, form: Form, module: Any) -> Callable:
-    """Returns the forward with which ``accelerate`` replaces the forward of ``module``, an instance of ``cls``."""
+    """Returns the forward with which ``peft_ext.accelerate`` replaces the forward of ``module``, an instance of
+    ``cls``."""
     fused = object.__new__(class_of(MIXINS[row.kind], cls, row, form))
     fused.__dict__ = module.__dict__
     if row.kind == "attention":
