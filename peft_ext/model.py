@@ -175,8 +175,8 @@ def load_adapter(
 ) -> PeftModel:
     """Loads a saved adapter onto ``model``, makes the adapter active, then calls :func:`peft_ext.accelerate`.
 
-    This function checks the adapter's files before PEFT reads them, and differs from PEFT in three points, among
-    others. An AdaLoRA adapter with pruned ranks over a base that is not float32 keeps the bits of the adapter's file
+    This function checks the adapter's files before PEFT reads them, and differs from PEFT in these points, among
+    others: An AdaLoRA adapter with pruned ranks over a base that is not float32 keeps the bits of the adapter's file
     (unless ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is set to ``requires_grad=False``. A model
     with tied embeddings and a second adapter of trainable tokens runs, although PEFT wraps the head of this model
     twice.

@@ -319,7 +319,8 @@ def dora_experts_weight_norm(
     offsets: Optional[Tensor] = None,
     dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    """``‖W_e + scaling · B_e A_e‖`` of each output of every expert. The kernels do not store the sum.
+    """``‖W_e + scaling · B_e A_e‖`` of each output of every expert. The kernels do not store ``W_e + scaling · B_e
+    A_e``.
 
     Args:
         weight: frozen ``[E, N, K]``, as in :func:`lora_experts`. lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of

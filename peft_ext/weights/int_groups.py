@@ -327,8 +327,9 @@ def from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: 
 
     Args:
         config: the checkpoint's ``quantization_config``. The weight's own settings are needed: if a
-            configuration of compressed-tensors has several ``config_groups``, pass the group of the layer; if one of
-            hqq has several settings, pass the setting of the layer, as ``{"quant_method": ..., **setting}``.
+            configuration of compressed-tensors has several ``config_groups``, pass the group of the layer; if a
+            configuration of hqq has several settings, pass the setting of the layer, as ``{"quant_method": ...,
+            **setting}``.
         tensors: the layer's tensors by name without a prefix, for example ``qweight``, ``qzeros``, ``scales``.
         shape: ``(N, K)``; may be omitted if the tensors give the shape.
         dtype: dtype of the weight; default: the scales' dtype.

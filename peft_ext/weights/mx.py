@@ -63,10 +63,10 @@ MXFP4 = register(Format("mxfp4", 2, ("blocks", "scales"), _check_mxfp4, "transfo
 def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
     """Returns an MXFP4 weight: ``W[n, k] = e2m1(code) · 2^(scale - 127)``.
 
-    The weight has the layout of the file: rows are output features. transformers' ``convert_moe_packed_tensors``
-    returns the transposed weights ``[E, K, N]`` of this file, because gpt-oss multiplies activations with ``[K, N]``.
-    The scale byte 255 is 2^128, as in transformers; the specification makes this byte a NaN, and :func:`quantize_mxfp4`
-    does not write this byte.
+    The weight has the layout of gpt-oss's checkpoints: rows are output features. transformers'
+    ``convert_moe_packed_tensors`` returns the transposed weights ``[E, K, N]``, because gpt-oss multiplies activations
+    with ``[K, N]``. The scale byte 255 is 2^128, as in transformers; the specification makes this byte a NaN, and
+    :func:`quantize_mxfp4` does not write this byte.
 
     Args:
         blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. gpt-oss:
