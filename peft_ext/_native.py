@@ -7,8 +7,8 @@ the operators run the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
-        Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error. Without the library, the variable is
-        ignored.
+        Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error. Without the library,
+        ``PEFT_EXT_CPU_ISA`` is ignored.
     ``PEFT_EXT_REQUIRE=1``: a native library that is missing, does not load or does not match the package or the module
         ``_C``, and kernels that fail their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning. A
         library that is older than the sources beside the package is a warning also with ``PEFT_EXT_REQUIRE=1``.

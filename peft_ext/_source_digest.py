@@ -1,7 +1,7 @@
 """Computes the digest of the native library's sources, by which an old library beside newer sources is noticed.
 
-The build writes the digest into the library and into the module ``_C``, and the import of a checkout compares
-(:mod:`peft_ext._native`). The build runs this file alone, so the file imports the standard library only.
+The build writes the digest into the library and into the module ``_C``, and the import of a checkout compares the
+digests (:mod:`peft_ext._native`). The build runs this file alone, so the file imports the standard library only.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]
     """Compiles all kernels for a compute capability into the cache, on all cores. Returns the number of kernels.
 
     ``progress(iterable, length)`` yields the items of ``iterable`` and may show how many of them are done. Raises
-    OSError if the cache's folder can't be written, or if it does not hold all kernels at the end.
+    OSError if the cache's folder can't be written, or if the folder does not hold all kernels at the end.
     """
     place, wanted = folder(architecture(capability)), kernels()
     if not _can_write(place):

@@ -107,14 +107,15 @@ def accelerate(
         blocks: whether to fuse norms, MLPs, attentions, decoder layers, dropouts and the loss, and not only layers.
             Norms, MLPs, attentions and decoder layers are fused if the code of their forward is a known form
             (docs/known-forms.md) at the time of the call. A fused norm saves x and one or two numbers per row for the
-            backward. An MLP computes its inner activation again in the backward. An attention computes the adapted
-            layers that get one input together, and on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator. A
-            decoder layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are
-            fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and
-            the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with
-            labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output
-            computes its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen
-            linear layers are fused.
+            backward. An MLP computes the input of its last layer again in the backward, unless the last layer has
+            hooks. An attention computes the adapted layers that get one input together, and on an x86 CPU with AVX2
+            runs softmax(q kᵀ) v on an operator where the operator was measured to be faster than PyTorch. A decoder
+            layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are fused on
+            a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and the
+            model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
+            :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
+            its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen linear layers
+            are fused.
         dora_dropout: the tensor that DoRA's dropout acts on in training. With "peft", the dropout acts on x in the
             low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
             product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped

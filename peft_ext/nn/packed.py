@@ -321,8 +321,8 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.table
-        # lora_embedding gets an adapter of zeros, so that its result is the decoded rows. One zero in memory stands for
-        # the whole adapter.
+        # lora_embedding gets an adapter of zeros, so that its result is the decoded rows. All elements of lora_A and
+        # lora_B are one zero in memory.
         zero, (entries, width) = torch.zeros(1, 1, device=weight.device), weight.shape
         lora_A, lora_B = zero.expand(1, entries), zero.expand(width, 1)
         rows = ops.lora_embedding(input, weight, lora_A, lora_B)

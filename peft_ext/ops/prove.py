@@ -17,9 +17,10 @@ When a family is proved:
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
     makes all ranks of the default process group drop the families that failed on any rank. :func:`peft_ext.accelerate`
-    calls :func:`agree` for a model whose layers transformers' tensor parallelism splits. For any other model, one rank
-    alone may call ``accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank,
-    and the warning says that the other ranks may use the family's kernels, which round in another way.
+    calls :func:`agree` for a model whose layers transformers' tensor parallelism splits. For a model without split
+    layers, and for a call of an operator, the ranks need not act together: one rank alone may call
+    ``peft_ext.accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank, and the
+    warning says that the other ranks may use the family's kernels, which round in another way.
 
 The proof changes no state of the process: no precision of products, random generator, warnings filter or environment.
 

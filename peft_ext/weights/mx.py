@@ -117,9 +117,9 @@ def nvfp4(
     Args:
         packed: uint8 ``[N, K/2]``, two codes per byte, the low nibble first.
         scales: float8_e4m3fn ``[N, K/16]``. With three dimensions ``[E, N, K/16]`` the weight is stacked.
-        global_scale: float32, one element, or one for each expert of a stacked weight. If there are twice as many
-            elements, one is for the first and one for the second half of the rows, such as the gate and the up of an
-            expert.
+        global_scale: float32, one element, or one for each expert of a stacked weight. With two elements for each
+            weight, the first element is for the first half of the rows and the second for the second half, such as the
+            gate and the up of an expert.
         dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
         reciprocal: True for compressed-tensors' ``weight_global_scale``, by which scales are divided. False for
             ModelOpt's ``weight_scale_2``, with which scales are multiplied. ModelOpt decodes code 8 to +0, and

@@ -38,7 +38,7 @@ from .block import Block, device_of
 from .cache import Room, appended, room_for
 
 ALL_ATTENTION_FUNCTIONS: Any = None
-AttentionInterface: Any = None  # imported last: if it is not None, the other three names were imported too
+AttentionInterface: Any = None  # imported last: None if the import of one of the four names failed
 with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface

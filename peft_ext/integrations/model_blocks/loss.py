@@ -123,7 +123,7 @@ class DefersLoss:
         return reason or ("global hooks of torch.nn have to run" if any_global_hook() else freed_reason(self))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, DefersLoss):  # after restore, see Fused.forward of adapter_layers
+        if not isinstance(self, DefersLoss):  # called after restore, see adapter_layers.base.Fused
             return type(self).forward(self, *args, **kwargs)
         forward, call = _NOW.forward, None
         if forward is not None and forward.head is self and len(args) == 1 and not kwargs and accepts_input(args[0]):
@@ -239,7 +239,7 @@ def _on_loss(stock: type) -> type:
 
     @functools.wraps(stock.forward)  # Trainer and generate read the signature of the forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, LanguageModel):  # after restore, see Fused.forward of adapter_layers
+        if not isinstance(self, LanguageModel):  # called after restore, see adapter_layers.base.Fused
             return type(self).forward(self, *args, **kwargs)
         run = super(LanguageModel, self).forward
         if not self.training or not torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_traced()):
