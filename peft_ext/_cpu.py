@@ -64,8 +64,9 @@ def _onednn_multiplies(check: str) -> bool:
 def multiplies(dtype: torch.dtype) -> bool:
     """Returns whether PyTorch's matrix product of ``dtype`` uses instructions of this CPU that are made for ``dtype``.
 
-    Returns False if the CPU has no such instructions, if PyTorch has no oneDNN, or if on x86-64 ONEDNN_MAX_CPU_ISA or
-    DNNL_MAX_CPU_ISA forbids the instructions. For dtypes other than bfloat16 and float16 returns True.
+    Returns False if the CPU has no instructions made for ``dtype``, if PyTorch has no oneDNN, or if on x86-64
+    ONEDNN_MAX_CPU_ISA or DNNL_MAX_CPU_ISA forbids the instructions. For dtypes other than bfloat16 and float16 returns
+    True.
     """
     if dtype not in _WANTED:
         return True
@@ -81,9 +82,10 @@ def multiplies(dtype: torch.dtype) -> bool:
 def widened_dtypes() -> frozenset[torch.dtype]:
     """Returns the 16-bit dtypes in which peft_ext's product with a frozen weight replaces PyTorch's product.
 
-    For these dtypes, this CPU has no instructions for PyTorch's product, or the environment forbids the instructions.
-    peft_ext's product uses instructions for the dtype, or is PyTorch's float32 product over one panel of the weight at
-    a time. On the scalar path, and without the native library, the result is empty: PyTorch's product is used.
+    In the returned dtypes, this CPU has no instructions for PyTorch's product, PyTorch has no oneDNN, or the
+    environment forbids the instructions. peft_ext's product uses instructions for the dtype, or is PyTorch's float32
+    product over one panel of the weight at a time. On the scalar path, and without the native library, the result is
+    empty: PyTorch's product is used.
     """
     isa = _native.STATE.isa
     if isa not in (*_WIDENS, *_native.TILE_PATHS):

@@ -7,11 +7,11 @@ the operators run the reference implementation, which is correct and slow.
 
 Environment:
     ``PEFT_EXT_CPU_ISA``: force a CPU path (scalar, avx2, avx512, avx512_bf16, amx; amx_emulated for tests; on 64-bit
-        Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error. Without the library, the variable is
-        ignored.
+        Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error. Without the library,
+        ``PEFT_EXT_CPU_ISA`` is ignored.
     ``PEFT_EXT_REQUIRE=1``: a native library that is missing, does not load or does not match the package or the module
         ``_C``, and kernels that fail their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning. A
-        library that is older than the sources beside the package stays a warning.
+        library that is older than the sources beside the package is a warning also with ``PEFT_EXT_REQUIRE=1``.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ INSTALL = "pip install --force-reinstall --no-deps"
 class NativeState:
     """The native library found at import, and the reason why the library, or its CUDA part, is not in use.
 
-    ``cpu_error`` is also set for a library that is in use and does not match. ``changed``: the digest of the sources
-    beside the package, if they are others than those of the library.
+    ``cpu_error`` is also set for a library that is in use although it does not match the package, ``_C`` or the
+    sources. ``changed``: the digest of the sources beside the package, if they are others than those of the library.
     """
 
     module: Optional[ModuleType] = None
@@ -140,11 +140,11 @@ def _source() -> str:
         if vcs := told.get("vcs_info"):
             folder = f"#subdirectory={told['subdirectory']}" if told.get("subdirectory") else ""
             return shlex.quote(f"peft_ext @ {vcs['vcs']}+{address}@{vcs['commit_id']}{folder}")
-    except (ValueError, KeyError):  # there is no such file: the package came from an index
+    except (ValueError, KeyError):  # no direct_url.json: the package came from an index
         return index
     place = Path(unquote(urlsplit(address).path))
     is_local = address.startswith("file:")
-    if place.name.endswith("-none-any.whl"):  # has no sources; the source distribution beside the wheel has
+    if place.name.endswith("-none-any.whl"):  # a wheel without sources; the sdist has them
         place = place.with_name(f"peft_ext-{__version__}.tar.gz")
         return shlex.quote(str(place)) if is_local and place.exists() else index
     editable = "-e " if told.get("dir_info", {}).get("editable") else ""
@@ -176,7 +176,7 @@ def _load_cpu() -> None:
         module = importlib.import_module("._C", __package__)
         build = dict(module.build_info())
         module.register_operators("CPU", NAMESPACE)
-    except (ImportError, OSError, AttributeError) as error:  # AttributeError: a module of other sources
+    except (ImportError, OSError, AttributeError) as error:  # AttributeError: _C was built from other sources
         STATE.cpu_error = str(error).strip().splitlines()[0]
         missing = isinstance(error, ModuleNotFoundError)
         what = "was not built" if missing else f"does not load ({STATE.cpu_error})"

@@ -1,7 +1,7 @@
 """Computes the digest of the native library's sources, by which an old library beside newer sources is noticed.
 
-The build writes the digest into the library and into the module ``_C``, and the import of a checkout compares
-(:mod:`peft_ext._native`). The build runs this file alone, so the file imports the standard library only.
+The build writes the digest into the library and into the module ``_C``, and the import of a checkout compares the
+digests (:mod:`peft_ext._native`). The build runs this file alone, so the file imports the standard library only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
-ENDINGS = (".cpp", ".cuh", ".h", ".py")  # of the files that count; an editor's copies and Python's caches do not
+ENDINGS = (".cpp", ".cuh", ".h", ".py")  # only files with these endings count, no editor's copies or Python's caches
 
 
 def source_digest(folder: Path) -> str:

@@ -150,7 +150,7 @@ def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]
     """Compiles all kernels for a compute capability into the cache, on all cores. Returns the number of kernels.
 
     ``progress(iterable, length)`` yields the items of ``iterable`` and may show how many of them are done. Raises
-    OSError if the cache's folder can't be written, or if it does not hold all kernels at the end.
+    OSError if the cache's folder can't be written, or if the folder does not hold all kernels at the end.
     """
     place, wanted = folder(architecture(capability)), kernels()
     if not _can_write(place):
@@ -180,11 +180,11 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     """Compiles kernels for a compute capability at once, if the cache lacks kernels and its folder can be written, the
     machine has at least ``WARM_CORES`` cores, and the native library and NVRTC are there; otherwise does nothing.
 
-    A first training step needs about a hundred kernels. One core compiles these kernels in about the time in which many
-    cores compile all kernels. The kernels of packed formats other than NF4 are left out: a model has weights of one or
-    two formats, and the few kernels of these formats are compiled at their first launch. ``say`` gets a line before the
-    compilation. If a kernel does not compile, ``prepare`` raises nothing; the first launch of the kernel raises the
-    error.
+    A first training step needs about a hundred kernels. One core compiles a hundred kernels in about the time in which
+    many cores compile all kernels. The kernels of packed formats other than NF4 are left out: a model has weights of
+    one or two formats, and the few kernels of these formats are compiled at their first launch. ``say`` gets a line
+    before the compilation. If a kernel does not compile, ``prepare`` raises nothing; the first launch of the kernel
+    raises the error.
     """
     cores = len(os.sched_getaffinity(0))
     if cores < WARM_CORES or _native.STATE.module is None or missing():

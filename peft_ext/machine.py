@@ -39,7 +39,7 @@ def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return total, free, 0
-    import psutil  # psutil is a dependency of accelerate
+    import psutil  # psutil is a dependency of the accelerate library
 
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available

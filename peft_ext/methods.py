@@ -24,7 +24,7 @@ KINDS = {
 }
 
 # Tasks for which PEFT trains all weights of the head, and a regular expression for the names of these heads. With
-# "all-linear" PEFT would also put an adapter on these heads, so method_config excludes the heads.
+# "all-linear" PEFT would also put an adapter on the heads that _HEADS matches, so method_config excludes these heads.
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HEADS = r"(.*\.)?(pre_classifier|classifier|score|qa_outputs)"
 
@@ -37,7 +37,7 @@ class Method:
         title, quantized_title: the method's usual name over dense weights, and over NF4.
         kind: one of :data:`KINDS`.
         config_class: full name of the class of the method's configuration.
-        learning_rate: default learning rate of a run. Methods that train few parameters have a larger default.
+        learning_rate: default learning rate of a run. Methods that train few parameters have a larger rate.
         page: name of the page in docs/methods that has the method's formula.
         fields: values that peft_ext sets for fields of the configuration, besides ``task_type``.
         quant: default quantization of a run's frozen base: "nf4" or "none".

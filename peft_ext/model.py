@@ -61,8 +61,8 @@ def get_peft_model(
 ) -> PeftModel:
     """Adds a new adapter to ``model`` in place by ``peft.get_peft_model``, then calls :func:`peft_ext.accelerate`.
 
-    Unlike in PEFT, AdaLoRA's divisor ``ranknum`` is frozen over every base. Over a base that is not float32, PEFT
-    trains ``ranknum`` and does not save it.
+    AdaLoRA divides by the parameter ``ranknum``, which ``get_peft_model`` sets to ``requires_grad=False``. Over a base
+    that is not float32, PEFT alone trains ``ranknum`` and does not save it.
 
     Args:
         model: a transformers model, or any module.
@@ -91,7 +91,8 @@ def get_peft_model(
 
 
 def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
-    """Raises ValueError if a configuration makes PEFT train or read the codes of a packed weight as a dense weight.
+    """Raises ValueError if a configuration makes PEFT train the codes of a packed weight, or read the codes as the
+    values of a dense weight.
 
     PEFT copies the layers of ``modules_to_save`` and trains the copies, writes the rows of ``trainable_token_indices``
     into an embedding's weight, and computes DoRA's norms of an embedding from this weight. Some methods compute each
@@ -134,8 +135,8 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
 
 def _packed_targets(config: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields name and module of each packed layer of the base model ``model`` that is a target of ``config``, or lies
-    within a target. If ``config`` leaves the targets to a method that has no targets for this model, yields all packed
-    linear layers."""
+    within a target. If ``config`` names no targets, and PEFT has no default targets of the method for this type of
+    model, yields all packed linear layers."""
     if not hasattr(config, "target_modules"):
         return
     found, targets = copy.copy(config), config.target_modules
@@ -174,10 +175,11 @@ def load_adapter(
 ) -> PeftModel:
     """Loads a saved adapter onto ``model``, makes the adapter active, then calls :func:`peft_ext.accelerate`.
 
-    This function checks the adapter's files before PEFT reads them, and differs from PEFT in three points, among
-    others. An AdaLoRA adapter with pruned ranks over a base that is not float32 keeps the bits of the adapter's file
-    (unless ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is frozen. A model with tied embeddings and
-    a second adapter of trainable tokens runs, although PEFT wraps the head of this model twice.
+    This function checks the adapter's files before PEFT reads them, and differs from PEFT in these points, among
+    others: An AdaLoRA adapter with pruned ranks over a base that is not float32 keeps the bits of the adapter's file
+    (unless ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is set to ``requires_grad=False``. A model
+    with tied embeddings and a second adapter of trainable tokens runs, although PEFT wraps the head of this model
+    twice.
 
     Args:
         model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets another adapter.
@@ -325,7 +327,7 @@ def register_layers(config: PeftConfig, model: nn.Module) -> None:
     """Registers adapter layers in a DoRA configuration for modules that PEFT can't adapt: NF4Linear, and a mixture's
     experts.
 
-    PEFT's own DoRA can't compute the norm of the weights of these modules.
+    PEFT's own DoRA can't dequantize the weight of an NF4Linear, and refuses the parameters of experts.
     """
     if not getattr(config, "use_dora", False):
         return
@@ -335,7 +337,8 @@ def register_layers(config: PeftConfig, model: nn.Module) -> None:
 
 
 def freeze_ranknum(model: nn.Module) -> None:
-    """Freezes AdaLoRA's divisor ``ranknum``. PEFT freezes ``ranknum``, but a cast by PEFT unfreezes it."""
+    """Sets ``requires_grad`` of AdaLoRA's divisor ``ranknum`` to False. PEFT does this too, but a cast by PEFT sets
+    ``requires_grad`` to True again."""
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             module.ranknum.requires_grad_(False)

@@ -167,8 +167,8 @@ def interleave(
 
 
 def median_ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """Returns for each contender but the first: the median over rounds of its time divided by the first contender's
-    time."""
+    """Returns for each contender but the first: the median over rounds of the contender's time divided by the time of
+    the first contender."""
     return {name: statistics.median(ratios) for name, ratios in _ratios(times).items()}
 
 

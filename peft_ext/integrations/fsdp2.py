@@ -3,8 +3,8 @@ for each decoder layer.
 
 :meth:`peft_ext.integrations.trainer.PeftExtCallback.attach` calls :func:`prepare_fsdp2`. The library accelerate itself
 would make FSDP units of the embedding and of the head. If the head is a unit of its own, ``fully_shard`` gives the head
-another class, and whole logits are computed. :func:`prepare_fsdp2` calls ``fully_shard`` before accelerate calls it,
-and accelerate then leaves the model unchanged.
+another class, and whole logits are computed. :func:`prepare_fsdp2` calls ``fully_shard`` before the accelerate library
+would, and the accelerate library then leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["adapter_state", "prepare_fsdp2"]
 
-# PEFT methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are
-# shards, each with the reason for the error.
+# Methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are shards,
+# each with the reason for the error.
 _UNSHARDED = {
     "ADALORA": "PEFT's orthogonal regularization computes with whole lora_A and lora_B; use DDP",
     "DIFF_PRUNING": "the penalty and the pruning compute with whole differences; train in one process",
@@ -41,16 +41,17 @@ _UNSHARDED = {
 
 
 def prepare_fsdp2(trainer: Trainer) -> bool:
-    """Shards the model of a Trainer by FSDP2, if accelerate's configuration or ``TrainingArguments(fsdp=...)`` asks for
-    FSDP2. Returns whether the configuration asks for FSDP2.
+    """Shards the model of a Trainer by FSDP2, if the accelerate library's configuration or
+    ``TrainingArguments(fsdp=...)`` asks for FSDP2. Returns whether the configuration asks for FSDP2.
 
     Each decoder layer is an FSDP unit. The root unit has all other parameters, also the embedding, the final norm and
     the head. The root unit keeps its gathered parameters until the backward, so that the loss needs no whole logits.
     The packed codes of 4-bit layers are sharded as bytes, and buffers stay whole in each process. The classes of the
     decoder layers are ``transformer_layer_cls_to_wrap`` of the configuration, by default ``model._no_split_modules``;
     the wrapping policy of the configuration is not used. The mesh, ``reshard_after_forward`` of the decoder layers,
-    mixed precision, offloading and ignored modules are those of accelerate's plugin. On a CPU, where accelerate ignores
-    a configuration of FSDP, this function also sets accelerate's state.
+    mixed precision, offloading and ignored modules are those of the accelerate library's FSDP plugin. For processes on
+    CPUs, the accelerate library ignores a configuration of FSDP, so this function makes the plugin itself and sets the
+    distributed type in accelerate's state to FSDP.
 
     Call this function after the trainer is made, before ``trainer.train()`` and ``trainer.evaluate()``, in all
     processes. Modules to which ``fully_shard`` was applied before are left unchanged. For a PeftModel,
@@ -68,8 +69,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     model, accelerator = trainer.model, trainer.accelerator
     _check(trainer, plugin)
     if plugin.activation_checkpointing:
-        # accelerate's checkpointing draws new dropout masks in the recomputation; Trainer's checkpointing draws the
-        # masks of the forward again.
+        # The accelerate library's checkpointing draws new dropout masks in the recomputation; Trainer's checkpointing
+        # draws the masks of the forward again.
         plugin.activation_checkpointing = False
         new = hasattr(trainer.args, "activation_checkpointing")
         setattr(trainer.args, "activation_checkpointing" if new else "gradient_checkpointing", True)
@@ -96,8 +97,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
         # FSDP2 would not reduce the gradient of a trained parameter that is not sharded.
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise ValueError(f"prepare_fsdp2: {name} is trained and not sharded; add adapters before fully_shard")
-    # With the plugin's auto_wrap_policy, accelerate would look for decoder layers by the names of their classes, which
-    # fully_shard has changed.
+    # With the plugin's auto_wrap_policy, the accelerate library would look for decoder layers by the names of their
+    # classes, which fully_shard has changed.
     plugin.auto_wrap_policy = None
     _keep_parameters(accelerator)
     _save_adapters(trainer, plugin)
@@ -105,8 +106,9 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
 
 
 def _plugin(trainer: Trainer) -> Optional[FullyShardedDataParallelPlugin]:
-    """Returns accelerate's plugin if FSDP2 is wanted, else None. On a CPU, where accelerate ignores a configuration of
-    FSDP, also makes the plugin and sets accelerate's state."""
+    """Returns the accelerate library's FSDP plugin if the configuration asks for FSDP2, else None. For processes on
+    CPUs, where the accelerate library ignores a configuration of FSDP, makes the plugin and sets the distributed type
+    in accelerate's state to FSDP."""
     state = trainer.accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None and state.distributed_type is DistributedType.MULTI_CPU:
@@ -218,8 +220,8 @@ def _keep_parameters(accelerator: Any) -> None:
     """Makes ``accelerator.prepare`` keep the parameters of an optimizer, and accept a sharded model without an
     optimizer.
 
-    accelerate replaces an optimizer's parameters by the model's parameters at the same addresses. Empty shards all have
-    the address 0, so an optimizer would get one empty shard several times, and lose the others.
+    The accelerate library replaces an optimizer's parameters by the model's parameters at the same addresses. Empty
+    shards all have the address 0, so an optimizer would get one empty shard several times, and lose the others.
     """
     prepare = accelerator.prepare
     if hasattr(prepare, "keeps_parameters"):
@@ -227,11 +229,11 @@ def _keep_parameters(accelerator: Any) -> None:
 
     @functools.wraps(prepare)
     def keeping(*args: Any, **kwargs: Any) -> Any:
-        # An evaluation before the training calls prepare with the model alone.
+        # An evaluation before the training calls accelerator.prepare with the model alone.
         if len(args) == 1 and isinstance(args[0], FSDPModule):
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
-        if not all(isinstance(model, FSDPModule) for model in models):  # accelerate's own prepare then shards the model
+        if not all(isinstance(model, FSDPModule) for model in models):  # the original prepare then shards the model
             return prepare(*args, **kwargs)
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
         kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]

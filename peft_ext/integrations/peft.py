@@ -90,29 +90,32 @@ def accelerate(
     If the CPU has no instructions for products in a 16-bit dtype, or the environment forbids these instructions, the
     frozen ``nn.Linear`` layers of a CPU model that compute in this dtype, for example the head of a language model, run
     :func:`peft_ext.ops.frozen_linear`.
-    :func:`peft_ext.explain` lists those of these layers that are not the base layer of an adapter. On the CPU path
-    ``avx512_bf16``, large frozen bfloat16 layers run ``frozen_linear`` too, in calls of few tokens without a gradient.
+    :func:`peft_ext.explain` lists the frozen ``nn.Linear`` layers that compute in such a dtype, except the base layers
+    of adapters. On the CPU path ``avx512_bf16``, large frozen bfloat16 layers run ``frozen_linear`` too, in calls of
+    few tokens without a gradient.
 
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
             layers. LoRA (also with several active adapters, and mixed batches by ``adapter_names``), DoRA, AdaLoRA and
             (IA)³ are fused over nn.Linear, Conv1D, NF4Linear, PackedLinear and ``Linear4bit``. LoRA is also fused over
-            nn.Embedding, and LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't
-            compute the base layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's
-            own forward runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt``
-            is not fused. A layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why.
-            Layers that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
+            nn.Embedding and over the quantized layers of other packages that ``adapter_layers/foreign.py`` reads, and
+            LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't compute the base
+            layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's own forward runs
+            and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is not fused. A
+            layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why. Layers that are
+            added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
         blocks: whether to fuse norms, MLPs, attentions, decoder layers, dropouts and the loss, and not only layers.
             Norms, MLPs, attentions and decoder layers are fused if the code of their forward is a known form
             (docs/known-forms.md) at the time of the call. A fused norm saves x and one or two numbers per row for the
-            backward. An MLP computes its inner activation again in the backward. An attention computes the adapted
-            layers that get one input together, and on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator. A
-            decoder layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are
-            fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and
-            the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with
-            labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output
-            computes its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen
-            linear layers are fused.
+            backward. An MLP computes the input of its last layer again in the backward, unless the last layer has
+            hooks. An attention computes the adapted layers that get one input together, and on an x86 CPU with AVX2
+            runs softmax(q kᵀ) v on an operator where the operator was measured to be faster than PyTorch. A decoder
+            layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are fused on
+            a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and the
+            model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
+            :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
+            its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen linear layers
+            are fused.
         dora_dropout: the tensor that DoRA's dropout acts on in training. With "peft", the dropout acts on x in the
             low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
             product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped
@@ -205,7 +208,7 @@ def agree(model: nn.Module) -> None:
     gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
     the default process group, and drops on all ranks each family that failed on any rank. In a training loop of your
     own, call this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
-    ``PeftExtCallback`` does the same when training begins.
+    ``PeftExtCallback`` makes all ranks use the same kernels when training begins.
 
     The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` names. Operators that
     only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
@@ -249,7 +252,8 @@ def restore(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Row:
-    """The state of one layer or block. ``kind``: for example "LoRA over Linear4bit".
+    """The state of one layer or block. ``kind``: the method and the base layer, for example "LoRA over Linear4bit", or
+    the kind of block.
 
     ``reason``: why the layer or block is not fused. The reason of a fused layer is "" or a remark, such as why only the
     adapter's part is fused.
@@ -403,7 +407,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _old_card(module: nn.Module) -> Optional[str]:
-    """Returns why the module's operators run the reference although they are not dropped, see cards.why_old."""
+    """Returns why the reference computes for a module on an old GPU although the kernels were not dropped; None for any
+    other module. See cards.why_old."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return None if tensor is None else cards.why_old(tensor.device)
 

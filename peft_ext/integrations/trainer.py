@@ -139,8 +139,8 @@ class PeftExtCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> PeftExtCallback:
         """Makes this callback the first callback of ``trainer``, and returns this callback.
 
-        A callback that the trainer already has is moved. If accelerate's configuration or
-        ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
+        A callback that the trainer already has is moved. In a process group, if the accelerate library's configuration
+        or ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
         (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call this method, before the
         training.
 
@@ -323,7 +323,7 @@ class DiffPruningCallback(TrainerCallback):
 
     The pruning does not change the schedule of the learning rate. A run that is resumed from a checkpoint made after
     the pruning trains the kept entries. A run that is resumed from a checkpoint made before the pruning prunes at the
-    same step.
+    step that ``at`` gives.
 
     ``kept``: after the pruning, a dict from the name of a tensor to the number of kept entries; before the pruning
     None.

@@ -8,8 +8,8 @@
 
 TRL's trainers replace the model's forward. Called with ``fused_lm_head=True``, TRL's forward runs the layers below the
 head and returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other values that the
-trainer logs. TRL's trainers compute their losses and metrics from this output. :class:`LinearLoss` replaces TRL's
-forward by a forward that computes the same output from the same hidden states and the same weight.
+trainer logs. TRL's trainers compute their losses and metrics from the ``FusedCausalLMOutput``. :class:`LinearLoss`
+replaces TRL's forward by a forward that computes the same output from the same hidden states and the same weight.
 ``linear_cross_entropy`` computes the log probability of each label. The entropy and the other values that the trainer
 logs are computed for a chunk of tokens at a time, without gradients. On a CPU, TRL's own forward keeps several float32
 tensors of 4,096 tokens by 32,768 vocabulary entries.
@@ -50,8 +50,8 @@ __all__ = ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "LinearLoss", "RLOOTrainer
 # CHUNK_BYTES at a time.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
-# The values of `loss_type`, by trainer, that are known to give TRL's own losses, gradients and metrics. None stands for
-# a trainer that has no `loss_type`.
+# Maps a trainer to the values of `loss_type` with which LinearLoss is known to give TRL's own losses, gradients and
+# metrics. None stands for a trainer that has no `loss_type`.
 _LOSSES: dict[type, set[Optional[str]]] = {
     trl.SFTTrainer: {"nll", "dft"},
     trl.DPOTrainer: {
@@ -263,9 +263,9 @@ class LinearLoss:
     The trainer logs the same metrics as TRL's own trainer. The entropy has no gradient: the backward of a loss that
     contains the entropy raises RuntimeError.
 
-    ``loss_reason``: the reason why TRL's own code computes the loss, or None. If there is a reason, a warning gives it
-    when the trainer is made. TRL's code computes the loss for example if the head is trained or computes in float16, if
-    processes share the model (FSDP, DeepSpeed), or if an option is not known to give TRL's numbers.
+    ``loss_reason``: the reason why TRL's own code computes the loss, or None. If there is a reason, a warning states
+    the reason when the trainer is made. TRL's code computes the loss for example if the head is trained or computes in
+    float16, if processes share the model (FSDP, DeepSpeed), or if an option is not known to give TRL's numbers.
     """
 
     loss_reason: Optional[str]

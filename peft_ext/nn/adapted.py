@@ -37,8 +37,9 @@ class AdaptedLinear(nn.Module):
     def _over(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Any:
         """Returns an adapted layer whose base is ``linear`` itself. ``_setup`` receives ``args`` and ``kwargs``.
 
-        Raises: TypeError if ``linear`` is no nn.Linear or of a subclass with another ``forward``; ValueError if
-        ``linear`` has a replaced ``forward`` or hooks, which the adapted layer would not run.
+        Raises: TypeError if ``linear`` is no nn.Linear, or of a subclass with another ``forward`` than nn.Linear,
+        NF4Linear and PackedLinear have; ValueError if ``linear`` has a replaced ``forward`` or hooks, which the adapted
+        layer would not run.
         """
         if not isinstance(linear, nn.Linear):
             came = type(linear).__name__

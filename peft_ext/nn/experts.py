@@ -215,7 +215,7 @@ def _computation(experts: Any) -> Optional[_Run]:
 
 
 def is_computing(experts: nn.Module) -> bool:
-    """Returns whether the code runs within :func:`computing` of these experts; under torch.compile, always False."""
+    """Returns whether the code runs within :func:`computing` of ``experts``; under torch.compile, always False."""
     return _computation(experts) is not None
 
 

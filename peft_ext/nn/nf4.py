@@ -256,7 +256,7 @@ class NF4Linear(nn.Linear):
         With ``assign`` a module that is not sharded holds the given tensors without a copy. All tensors are checked
         before the first tensor is copied.
         """
-        read_quant_state(found)  # checks that all entries are tensors, before the weight is reshaped
+        read_quant_state(found)  # this call checks that all entries are tensors, before the weight is reshaped
         packed, weight = found["weight"].detach(), self.weight
         # packed is not uint8 if bitsandbytes stored the codes with another quant_storage.
         if packed.dtype is not torch.uint8 and not is_dtensor(packed):
@@ -289,8 +289,8 @@ class NF4Linear(nn.Linear):
 
     def _copied(self, nf4: NF4Weight) -> bool:
         """Copies ``nf4`` into the layer's existing tensors, which other modules may share, and returns True. Returns
-        False, without a copy, if the sizes differ, if a tensor of ``nf4`` is on the meta device, or if a tensor of
-        ``nf4`` is an inference tensor outside of inference mode.
+        False, without a copy, if the sizes, the block size or the use of double quantization differ, if a tensor of
+        ``nf4`` is on the meta device, or if a tensor of ``nf4`` is an inference tensor outside of inference mode.
         """
         own, came = self.nf4.tensors(), nf4.tensors()
         if nf4.shape != self.nf4.shape or nf4.blocksize != self.blocksize or own.keys() != came.keys():
@@ -330,9 +330,9 @@ def keeping_bits(fn: Callable[[Tensor], Tensor], held: Iterable[Optional[Tensor]
 
 
 def check_plain_forward(kind: str, linear: nn.Linear, forwards: Iterable[Callable]) -> None:
-    """Raises an error if a call of ``linear`` runs other code than one of ``forwards``, which a layer of the class
-    ``kind`` would not run."""
-    # accelerate may have replaced the layer's class by a fused class.
+    """Raises TypeError if the class of ``linear`` has another forward than ``forwards``, and ValueError if ``linear``
+    itself has hooks or a replaced forward: a new layer of the class ``kind`` would not run this code."""
+    # peft_ext.accelerate may have replaced the layer's class by a fused class.
     if getattr(type(linear), "stock_forward", type(linear).forward) not in forwards:
         came = f"{type(linear).__name__}, a subclass of nn.Linear with a forward of its own"
         raise TypeError(f"{kind}: linear is {came}, wanted a layer with the forward of nn.Linear")

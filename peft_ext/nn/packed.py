@@ -15,8 +15,8 @@ from .nf4 import is_zero3_shard, keeping_bits
 __all__ = ["PackedEmbedding", "PackedLinear", "ScaledEmbedding"]
 
 
-# Other names of the codes tensor. PEFT reads the device of a layer's `weight`. For DoRA, PEFT reads the dense weight of
-# a layer that has a `W_q` from the layer's `dequantize`.
+# Attributes that return the codes tensor, besides the attribute with the file's name. PEFT reads the device of a
+# layer's `weight`. For DoRA, PEFT reads the dense weight of a layer that has a `W_q` from the layer's `dequantize`.
 _CODES = ("weight", "W_q")
 
 
@@ -65,7 +65,7 @@ class HoldsPacked(nn.Module):
         """Stores the format, group and option of ``weight``, the names of the weight's parts, and the names of extra
         tensors.
 
-        The tensors of these names must be, or become, attributes of the module.
+        The parts and the extra tensors must be, or become, attributes of the module under these names.
         """
         names = (*names, *(None,) * (len(weight.parts) - len(names)))
         has = [part is not None for part in weight.parts]
@@ -190,8 +190,8 @@ class HoldsPacked(nn.Module):
             if not isinstance(came, Tensor) or came.dtype is not own.dtype or came.shape != own.shape:
                 what = f"{came.dtype} {tuple(came.shape)}" if isinstance(came, Tensor) else type(came).__name__
                 errors.append(f"{prefix}{name} is {what}, wanted {own.dtype} {tuple(own.shape)}")
-                # The layer's own tensor takes the place of the wrong one, because without an entry the key would be
-                # reported as missing, too.
+                # In the state dict, the layer's own tensor takes the place of the tensor that does not fit, because a
+                # key without an entry would be reported as missing, too.
                 found[prefix + _attribute(name)] = own.detach()
         known = len(missing)
         super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)
@@ -321,8 +321,8 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.table
-        # lora_embedding gets an adapter of zeros, so that its result is the decoded rows. One zero in memory stands for
-        # the whole adapter.
+        # lora_embedding gets an adapter of zeros, so that its result is the decoded rows. All elements of lora_A and
+        # lora_B are one zero in memory.
         zero, (entries, width) = torch.zeros(1, 1, device=weight.device), weight.shape
         lora_A, lora_B = zero.expand(1, entries), zero.expand(width, 1)
         rows = ops.lora_embedding(input, weight, lora_A, lora_B)

@@ -24,7 +24,7 @@ class PackedExperts(FrozenExperts):
     parameters; :func:`peft_ext.accelerate` fuses these adapters.
     """
 
-    packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter's name to the names of its parts
+    packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter to its weight's part names
     extra: tuple[str, ...]  # names of buffers with tensors of the file that no weight needs
     compute_dtype: torch.dtype
     note = ""  # what the experts leave out of the computation of the checkpoint's own experts
@@ -99,8 +99,8 @@ class PackedExperts(FrozenExperts):
             if isinstance(came, Tensor) and (came.dtype is not own.dtype or came.shape != own.shape):
                 errors.append(f"{prefix}{name} is {came.dtype} {tuple(came.shape)}, wanted {own.dtype} "
                               f"{tuple(own.shape)}")  # fmt: skip
-                # The module's own tensor takes the place of the wrong one, because without an entry the key would be
-                # reported as missing, too.
+                # In the state dict, the module's own tensor takes the place of the tensor that does not fit, because a
+                # key without an entry would be reported as missing, too.
                 found[key] = own.detach()
         known = len(missing)
         super()._load_from_state_dict(found, prefix, local_metadata, strict, missing, unexpected, errors)

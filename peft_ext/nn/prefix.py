@@ -269,5 +269,6 @@ def _read(config: Any, *names: str) -> int:
 
 
 def _widest(layers: list[tuple[int, int]]) -> tuple[int, int, int]:
-    """Returns the number of layers, the key heads and the head_dim of the prefix that PEFT makes for these layers."""
+    """Returns the sizes of the prefix that PEFT makes for ``layers``: the number of layers, and the key heads and the
+    head_dim of the layer with the largest head_dim."""
     return (len(layers), *max(layers, key=lambda layer: layer[1]))

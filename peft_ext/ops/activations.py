@@ -144,12 +144,13 @@ def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Ten
         up: ``[..., F]`` of gate's dtype, or None if gate holds both halves. gate and up are not copied if their last
             dimension is contiguous and all neighbouring rows have the same distance, as in the halves of one contiguous
             ``[..., 2F]`` tensor (``gate_up.chunk(2, -1)``). With up None, gate is a tensor ``[..., 2F]``, whose first
-            half is the gate and whose second half is up. With up None, the backward writes the gradient as one tensor,
-            while PyTorch would concatenate the gradients of the halves.
+            half is the gate and whose second half is up. With up None, the backward writes the gradients of both halves
+            into one tensor, which PyTorch would make by a concatenation.
         activation: "gelu" (with erf), "gelu_tanh", "relu", "silu" or "relu2" (relu(u)²).
 
     Returns: ``[..., F]`` of gate's dtype, contiguous. Gradients flow to gate and up; saved for backward: gate and up
-    alone. Unlike PyTorch, this operator does not round act(gate) before the product. Autocast changes nothing.
+    alone. Unlike PyTorch, this operator does not round act(gate) before the multiplication by up. Autocast changes
+    nothing.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 

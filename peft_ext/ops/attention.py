@@ -1,5 +1,5 @@
-"""Scaled dot-product attention on a CPU, forward and backward. Each thread of the CPU kernels holds one block of the
-scores at a time.
+"""Scaled dot-product attention on a CPU, forward and backward. Each thread of the CPU kernels holds the scores of one
+block of queries and keys at a time; in a call of few queries, the scores of some of the queries.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
@@ -37,7 +37,8 @@ _HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed
 
 
 def _out_like(q: Tensor, v: Tensor) -> Tensor:
-    """Returns an empty result ``[B, H, T, Dv]``, stored as ``[B, T, H, Dv]``, which the next layer reads in order."""
+    """Returns an empty result ``[B, H, T, Dv]``, stored as ``[B, T, H, Dv]``, so that the output projection reads the
+    result without a copy."""
     batch, heads, queries, _ = q.shape
     size = v.shape[3]
     strides = (queries * heads * size, size, heads * size, 1)
@@ -116,14 +117,15 @@ _attention = register_autograd("scaled_dot_product_attention", _backward, setup_
 
 
 def _near_zero(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias: Tensor) -> Tensor:
-    """Returns the bias minus, in each row, the largest entry over the keys that the query sees, for the rows in which
-    this entry is beyond ±1,024.
+    """Returns the bias; in each row whose largest entry over the keys that the query sees is beyond ±1,024, this entry
+    is subtracted from all entries of the row.
 
-    Softmax does not change if a number is added to a row. The backward computes ``P = exp(S - lse)`` from S and lse in
-    float32. If all entries of a row are about -1e9, as in a row in which a finite mask hides all keys, lse has no bits
-    left for the logarithm of the sum.
+    Softmax does not change if one number is added to all scores of a row. The backward computes ``P = exp(S - lse)``
+    from S and lse in float32. If all entries of a row are about -1e9, as in a row in which a finite mask hides all
+    keys, lse has no bits left for the logarithm of the sum.
     """
-    # The backward holds a copy of the bias only where a row is far. Compiled code can't ask.
+    # Eager code copies the bias only if the largest entry of some row is beyond ±1,024. Compiled code always copies the
+    # bias, because a graph does not branch on the values of a tensor.
     may_ask = not torch.compiler.is_compiling()
     if bias.shape[-1] == 0 or (may_ask and not (is_eager(bias) and _has_far(bias))):
         return bias
@@ -186,10 +188,10 @@ def scaled_dot_product_attention(
             requires a gradient is an error. Where bias is -inf, a query does not see the key.
 
     Returns: ``[B, H, T, Dv]`` of q's dtype. The CPU kernel stores the result as ``[B, T, H, Dv]``. On an x86-64 CPU
-    with AVX512-BF16, bfloat16 operands are multiplied in bfloat16, after the probabilities are rounded to bfloat16;
-    other products are in float32. Sums are in float32. Gradients flow to q, k and v. On a GPU PyTorch's
-    ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a dropout and a ``seed``,
-    the reference computes the result on a GPU.
+    with AVX512-BF16, except in a call of few queries, bfloat16 operands are multiplied in bfloat16, after the
+    probabilities are rounded to bfloat16; other products are in float32. Sums are in float32. Gradients flow to q, k
+    and v. On a GPU PyTorch's ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a
+    dropout and a ``seed``, the reference computes the result on a GPU.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -208,7 +210,7 @@ def scaled_dot_product_attention(
     if q.is_cuda and not checks.wants_reference(q) and not (p and seed is not None):
         if bias is not None:
             mask, is_causal = _as_one(q, k, mask, is_causal, bias), False
-        if mask is not None and k.shape[1] != q.shape[1]:  # with a mask and enable_gqa, PyTorch would store all scores
+        if mask is not None and k.shape[1] != q.shape[1]:  # with mask and enable_gqa, PyTorch stores all scores
             k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)

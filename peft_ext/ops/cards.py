@@ -1,9 +1,9 @@
 """The GPUs of the process: which have kernels, and which are too old.
 
 The library has no kernels for a GPU whose compute capability is less than ``CAPABILITY``. If the process sees no newer
-GPU, all families of kernels are dropped. If the process also sees a newer GPU, the families are proved on the newer GPU
-only, and a Python function in PyTorch's dispatcher, in front of each CUDA kernel, runs the reference for tensors on an
-old GPU. A process that sees no old GPU beside a newer one has no such functions.
+GPU, all operators run the reference on GPUs. If the process also sees a newer GPU, the families are proved on the newer
+GPU only, and a Python function in PyTorch's dispatcher, in front of each CUDA kernel, runs the reference for tensors on
+an old GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def capability(index: int) -> int:
 
 
 def too_old(index: int) -> str:
-    """Returns why the kernels can't run on a GPU, because the GPU is older than ``CAPABILITY``, or ""."""
+    """Returns why the kernels can't run on a GPU whose compute capability is less than ``CAPABILITY``; "" for any other
+    GPU."""
     came = capability(index)
     return "" if came >= CAPABILITY else f"its compute capability is {came / 10}, wanted {CAPABILITY / 10} or more"
 

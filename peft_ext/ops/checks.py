@@ -17,8 +17,8 @@ from ..weights.packed import PackedWeight, unpacked
 _LARGEST = sys.float_info.max
 
 
-# The fast paths (the functions fits_*) accept only operands of exactly these types. For an operand of a subclass, the
-# functions check_* decide.
+# The fast paths (the functions fits_*) accept only operands of exactly the types in _PLAIN. For an operand of a
+# subclass, the functions check_* decide.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -28,7 +28,7 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
 
     A common call is outside autocast, on plain tensors that fit one another, none of them float64. Everything that this
     function accepts is also accepted by check_float, check_linear and check_bias, which take several times as long.
-    After False, the caller calls check_float, check_linear and check_bias, which raise the error.
+    After False, the caller calls check_float, check_linear and check_bias, which accept the call or raise an error.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():

@@ -100,8 +100,8 @@ def _empty_grads(hidden, bias, lora_input, lora_A, lora_B, needs_hidden, needs_a
     """Returns uninitialized tensors for the gradients, in the order of the operator's results. The tensor of a gradient
     that is not needed has no elements.
 
-    The gradient of the bias is float32, because it is a sum over tokens that is scaled only in the backward: the sum
-    may exceed float16's range.
+    The gradient of the bias is float32 (float64 for float64). For float16 inputs the forward sums this gradient over
+    all tokens, and only the backward divides the sum by the number of tokens, so the sum may exceed float16's range.
     """
     wanted = ((hidden, needs_hidden), (lora_input, needs_hidden), (lora_A, needs_adapter), (lora_B, needs_adapter))
     grads = [value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)
@@ -190,8 +190,9 @@ def _backward(ctx, grad, *_):
 def _scaled(value: Tensor, grad: Tensor) -> Tensor:
     """Returns ``value`` times ``grad``, the gradient of the loss, which is one number.
 
-    A zero in ``value`` stays a zero. A loss that is divided by a count of 0 has an infinite gradient, and zero times
-    infinity would be NaN. PyTorch's cross entropy also gives an ignored token the gradient 0 in this case.
+    A zero in ``value`` stays a zero, also if ``grad`` is infinite. A loss that is divided by a count of 0 has an
+    infinite gradient, and zero times infinity would be NaN. PyTorch's cross entropy also gives an ignored token the
+    gradient 0 if the count is 0.
     """
     scaled = value.to(grad.dtype) * grad
     return scaled.masked_fill_(value == 0, 0.0).to(value.dtype)
@@ -248,13 +249,13 @@ def linear_cross_entropy(
             tokens.
 
     Returns: the loss, float32, of no dimensions, or ``[...]`` where reduction is "none". Gradients flow to hidden,
-    lora_input, lora_A, lora_B and bias. Saved for backward: the gradients of these arguments, up to a factor; with the
-    reduction "none", the arguments, from which the backward computes the logits again. Under autocast hidden,
-    lora_input, bias and a dense weight are cast to the autocast dtype.
+    lora_input, lora_A, lora_B and bias. Saved for backward: the gradients of hidden, lora_input, lora_A, lora_B and
+    bias, up to a factor; with the reduction "none", the arguments, from which the backward computes the logits again.
+    Under autocast hidden, lora_input, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected. A label out
-    of range raises RuntimeError on a CPU. On a GPU such a label stops the kernel, as in PyTorch's cross entropy: the
-    next call that waits for the GPU raises an error of CUDA, and the process can't use the GPU any more.
+    of range raises RuntimeError on a CPU. On a GPU a label out of range stops the kernel, as in PyTorch's cross
+    entropy: the next call that waits for the GPU raises an error of CUDA, and the process can't use the GPU any more.
 
     Sources: transformers' causal loss; Gemma 2 (arXiv 2408.00118); cut cross entropy (arXiv 2411.09009).
     """
@@ -290,8 +291,8 @@ def linear_cross_entropy(
         # With the reduction "none", the backward computes the gradients, because only the backward receives the factor
         # of each token's loss.
         needs = [False] * 3
-    # The gradients of lora_A and lora_B are sums over tokens that are scaled only in the backward: such a sum may
-    # exceed float16's range.
+    # For float16, the gradients of lora_A and lora_B are computed in float32: they are sums over all tokens, which only
+    # the backward divides by the number of items, and such a sum may exceed float16's range.
     if hidden.dtype is torch.float16:
         lora_A, lora_B = (value if value is None else value.float() for value in (lora_A, lora_B))
     labels, row_weight = labels.contiguous(), None

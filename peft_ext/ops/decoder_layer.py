@@ -10,8 +10,8 @@ arguments.
 keys, values: ``[B, H, capacity, D]``, of which ``past`` tokens are filled. mask: bool ``[B, 1, T, past + T]``, or None;
 without a mask each query sees all keys. tensors: the weights of the two norms, and the tensors of the layers q, k, v,
 o, gate, up and down, see :mod:`.layer_lists`. sizes: the number of the activation, whether the norms round before they
-multiply by the weight, and the sizes of the layers. numbers: eps of the two norms, the offset of the weights of the
-norms, the scale of attention, and the numbers of the layers.
+multiply by the weight, and the list ``sizes`` of the seven layers. numbers: eps of the two norms, the offset of the
+weights of the norms, the scale of attention, and the list ``numbers`` of the seven layers.
 """
 
 from __future__ import annotations

@@ -280,10 +280,10 @@ def dora_linear(
             PEFT.
         weight_norm: ``[N]``, of any float dtype: the norm, if the caller knows the norm already
             (:func:`dora_weight_norm` of the weight in x's dtype); default: computed.
-        save_output: True: the caller promises not to change the result in place. With True, the forward saves Y instead
-            of Z if Z can be computed from Y (on a CPU, without a bias and without dropout on the base), which saves T·N
-            elements. If Y was saved, the backward computes Z again for outputs with ``|g| < 2^-60`` (in float16 ``|g| <
-            2^-6``).
+        save_output: True: the caller promises not to change the result in place. With save_output, the forward saves Y
+            instead of Z if Z can be computed from Y (on a CPU, without a bias and without dropout on the base), which
+            saves T·N elements. If Y was saved, the backward computes Z again for outputs with ``|g| < 2^-60`` (in
+            float16 ``|g| < 2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
     and bias, in their own dtypes. Saved for backward: x, S ``[T, R]`` float32, the seed and the vector g ``[N]``

@@ -211,7 +211,7 @@ def _sums(grad: Tensor, offsets: Tensor) -> Tensor:
     rows, wide = grad.shape[0], grad.to(common.sum_dtype(grad.dtype))
     if grad.is_cuda:  # index_add_ on a GPU adds in no fixed order
         ends = F.pad(offsets.long().clamp(0, rows).cummax(0).values, (1, 1))
-        ends[-1] = rows  # the last sum is over the rows that belong to no expert
+        ends[-1] = rows  # the last sum is over the rows that belong to no expert, and is left out
         sums = torch.segment_reduce(wide, "sum", offsets=ends, axis=0, unsafe=True, initial=0)
     else:
         expert = torch.searchsorted(offsets.contiguous(), torch.arange(rows, device=grad.device), right=True)
@@ -319,7 +319,8 @@ def dora_experts_weight_norm(
     offsets: Optional[Tensor] = None,
     dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    """``‖W_e + scaling · B_e A_e‖`` of each output of every expert. The kernels do not store the sum.
+    """``‖W_e + scaling · B_e A_e‖`` of each output of every expert. The kernels do not store ``W_e + scaling · B_e
+    A_e``.
 
     Args:
         weight: frozen ``[E, N, K]``, as in :func:`lora_experts`. lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of

@@ -24,10 +24,10 @@ __all__ = ["CALLED", "FAMILIES", "families_in", "family_of", "listed", "takes_we
 
 CALLED = ["nf4_dequantize", "nf4_linear", "nf4_linear_backward"]  # the operators that a format's proof calls
 
-# Least numbers of rows and columns of a weight in a proof: more rows than the 64 that are decoded together, and as many
-# columns as two of the largest blocks of a format.
+# Least numbers of rows and columns of a weight in a proof: more rows than the 64 that a CPU kernel for GPTQ and AWQ
+# computes together, and as many columns as two of the largest blocks of a format.
 ROWS, COLUMNS = 72, 512
-RAGGED = 6  # number of columns beyond a multiple of 32, in formats that allow such numbers of columns
+RAGGED = 6  # columns beyond a multiple of 32 in one more weight of a proof, for formats that allow such a width
 
 Make = Callable[[ProofInputs, int, int], PackedWeight]
 
@@ -143,7 +143,7 @@ _WEIGHTS: dict[str, list[Make]] = {
     "nvfp4": [
         lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37),
         lambda inputs, n, k: _nvfp4(inputs, n, k, 37.0, reciprocal=True),
-        # Two scales of the tensor: one for the rows of gate, one for the rows of up.
+        # Two global scales of a merged gate and up: one for the rows of gate, one for the rows of up.
         lambda inputs, n, k: _nvfp4(inputs, n, k, 1 / 37, 1 / 90),
     ],
     "fp8": [_FP8, functools.partial(_fp8, block=(1, 0), of=torch.bfloat16), _ragged(_FP8),
@@ -167,7 +167,7 @@ _WEIGHTS: dict[str, list[Make]] = {
 
 
 def family_of(format: str) -> str:
-    """Returns the name of a format's family."""
+    """Returns the name of the family of the kernels that decode a packed format, such as "format fp8"."""
     return f"format {format}"
 
 
@@ -186,7 +186,8 @@ def _calls(format: str, inputs: ProofInputs) -> Iterator[tuple[str, tuple]]:
         yield "nf4_linear_backward", (inputs.draw(inputs.t, n), *args)
 
 
-# By family of a format: the calls of the family's proof. ``library.PROOFS`` has the proofs of the operators' families.
+# Maps the family of each packed format to the function that yields the calls of the family's proof. ``library.PROOFS``
+# has the proofs of the operators' families.
 FAMILIES = {family_of(name): functools.partial(_calls, name) for name in _WEIGHTS}
 
 

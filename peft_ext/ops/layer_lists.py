@@ -57,13 +57,16 @@ def own_gradients(
     needs: Sequence[bool], layers: Sequence[Sequence[Optional[int]]], given: Sequence[bool],
     gradients: Optional[Sequence[Tensor]], bias_gradient: Callable[[int], Tensor],
 ) -> list[Optional[Tensor]]:  # fmt: skip
-    """Returns the gradients of the tensors in the list ``tensors``.
+    """Returns a list with an entry for each tensor of the list ``tensors``: the gradient of a bias, lora_A, lora_B or
+    rank_scale that needs a gradient, and None for every other tensor.
 
     Args:
         needs: for each tensor, whether the tensor needs a gradient.
         layers: the result of :func:`places` for the layers.
-        given: for each layer, whether the layer's result has a gradient.
-        gradients: the gradients of lora_A, lora_B and rank_scale, layer after layer, or None.
+        given: for each layer, whether the layer's result has a gradient; if not, the entries of the layer's tensors are
+            None.
+        gradients: for each layer the gradients of lora_A, lora_B and rank_scale, in one flat list; None if the backward
+            operator did not run, because neither x nor an adapter needs a gradient.
         bias_gradient: function that computes the gradient of a bias from the layer's index.
     """
     found: list[Optional[Tensor]] = [None] * len(needs)
@@ -88,8 +91,8 @@ class Listed(NamedTuple):
 
     Attributes:
         lists: the lists ``tensors``, ``sizes`` and ``numbers``, which the module's docstring explains. options: keyword
-            arguments of the reference; each is a list with an entry for each layer. is_wide: whether the reference must
-            compute the call, see :func:`.wants_reference`.
+            arguments of :func:`peft_ext.reference.lora_linears`, each a list with an entry for each layer. is_wide:
+            whether the reference must compute the call, see :func:`.wants_reference`.
     """
 
     x: Tensor

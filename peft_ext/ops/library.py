@@ -150,7 +150,7 @@ def register_autograd(
     torch.compile and tensor subclasses use the backward that torch.library registers. Eager calls on plain tensors
     bypass torch.library's autograd, which takes as long as the rest of the Python code before a kernel: an eager call
     that may need gradients goes through an autograd Function that this function makes, and any other eager call goes to
-    the kernel directly. Operators that take lists of tensors are not supported.
+    the kernel directly. ``register_autograd`` does not support operators that take lists of tensors.
 
     ``trained``: the positions of the arguments that can have a gradient, for an operator of which only the first output
     is differentiable. In an eager call autograd then sees only the arguments at ``trained``, because each argument
@@ -210,7 +210,7 @@ def _first_output(
     """Returns a function that calls the operator and returns its first output; see :func:`register_autograd`."""
     guard, taken = _guard(), operator.itemgetter(*trained)
 
-    # The Function takes all arguments as one tuple and, for autograd, the trainable arguments a second time.
+    # The autograd Function takes all arguments as one tuple and, for autograd, the trainable arguments a second time.
     def forward(ctx: Any, args: tuple, *_tensors: Any) -> Any:
         with guard():
             output = op(*args)
@@ -238,8 +238,8 @@ def _first_output(
 def _guard() -> Callable[[], Any]:
     """Returns the context manager within which calls bypass autograd.
 
-    If this version of torch lacks the private class, the context manager does nothing: calls are slower and still
-    right.
+    If torch lacks the private class ``torch._C._AutoDispatchBelowAutograd``, the context manager does nothing, and
+    calls are slower and still right.
     """
     return getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
@@ -270,7 +270,8 @@ def records_graph(x: torch.Tensor) -> bool:
 
 
 def _outside_autocast(reference: Callable) -> Callable:
-    """Returns the reference, run without autocast, which would compute the reference's float32 products in 16 bits."""
+    """Returns a function that runs the reference without autocast, because autocast would compute the reference's
+    float32 products in 16 bits."""
 
     @functools.wraps(reference)
     def run(*args: Any) -> Any:

@@ -145,8 +145,8 @@ define(
 @proof("nf4")
 def _proof(inputs):
     x, nf4, k, n, dtype = inputs.x, inputs.nf4, inputs.k, inputs.n, inputs.dtype
-    # Products of small integers are exact in every precision and order, so that the kernel and the reference of a merge
-    # give equal codes.
+    # lora_A and lora_B have small integers times 1/8. Sums of products of such numbers are exact in every precision and
+    # order, so that the kernel and the reference of a merge give equal codes.
     a, b = (inputs.integers(-4, 5, *size).float() * 0.125 for size in ((16, k), (n, 16)))
     factors = (a, b, None, 0.5)
     few = inputs.draw(3, k)
@@ -295,8 +295,8 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     """``Y = X Wᵀ + b`` over a frozen NF4 weight. W is rounded to x's dtype, as :func:`nf4_dequantize` rounds.
 
     For few tokens in 16 bits, a kernel may round the code values instead of the weights, and multiply sums of products
-    by the scales. In both ways of rounding, a weight differs from code · scale by at most half a unit in the last
-    place.
+    by the scales. Whether weights or code values are rounded, a weight differs from code · scale by at most half a unit
+    in the last place.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. nf4: shape ``(N, K)``. bias: ``[N]`` of x's dtype.

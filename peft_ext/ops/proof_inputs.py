@@ -24,8 +24,8 @@ class ProofInputs:
             bias and the dense weight.
         x: ``[t, k]``. grad: ``[t, n]``. bias: ``[n]``. a: lora_A ``[16, k]`` float32. b: lora_B ``[n, 16]`` float32.
         seed: int64 ``[2]``, for a dropout mask.
-        dense: a dense weight ``[n, k]`` as the seven arguments of a schema. nf4: a double-quantized NF4 weight
-            ``[n, k]`` as the seven arguments of a schema.
+        dense: a dense weight ``[n, k]`` as the seven arguments that ``library.WEIGHT`` declares. nf4: a
+            double-quantized NF4 weight ``[n, k]`` as the seven arguments that ``library.WEIGHT`` declares.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]):

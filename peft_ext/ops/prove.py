@@ -17,9 +17,10 @@ When a family is proved:
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
     makes all ranks of the default process group drop the families that failed on any rank. :func:`peft_ext.accelerate`
-    calls :func:`agree` for a model whose layers transformers' tensor parallelism splits. For any other model, one rank
-    alone may call ``accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank,
-    and the warning says that the other ranks may use the family's kernels, which round in another way.
+    calls :func:`agree` for a model whose layers transformers' tensor parallelism splits. For a model without split
+    layers, and for a call of an operator, the ranks need not act together: one rank alone may call
+    ``peft_ext.accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank, and the
+    warning says that the other ranks may use the family's kernels, which round in another way.
 
 The proof changes no state of the process: no precision of products, random generator, warnings filter or environment.
 
@@ -82,7 +83,7 @@ WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 _COMPOSED = ("decoder_layer", "experts", "siblings")  # families whose references call operators of other families
 
-QUIET_SECONDS = 1.0  # a CPU's proof that takes longer prints a line for each further family
+QUIET_SECONDS = 1.0  # after so many seconds, proofs on a CPU print a line before each further family
 PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
 
 _ops = getattr(torch.ops, NAMESPACE)
@@ -126,7 +127,7 @@ def arm() -> None:
     """Replaces each native kernel by a gate, which first proves the kernel. ``import peft_ext`` calls ``arm`` once."""
     if hasattr(os, "register_at_fork"):  # Windows has no fork
         os.register_at_fork(after_in_child=_after_fork)
-    with warnings.catch_warnings():  # PyTorch warns once in a process that a kernel is overridden, as gates do
+    with warnings.catch_warnings():  # PyTorch would warn that the gates override kernels
         warnings.simplefilter("ignore")
         for key in KEYS:
             for family, names in families(key).items():
@@ -180,10 +181,10 @@ def _families_of(names: tuple[str, ...]) -> frozenset[str]:
 
 
 def proved(device: str, *names: str) -> Optional[str]:
-    """Returns why the kernels of one of the operators ``names`` were dropped on the device type ``device``, or None.
-
-    A name may also be a packed format's family (format_proofs.py). First proves the families that are not proved yet,
-    except under torch.compile and with fake tensors. Compiled code meets the operators' gates when it runs.
+    """Returns why the kernels of one of the operators ``names`` were dropped on the device type ``device``; None if the
+    kernels of all these operators are in use. ``names`` may also contain the family of a packed format, which
+    :func:`.format_proofs.family_of` returns. First proves the families of ``names`` that are not proved yet, except
+    under torch.compile and with fake tensors. Compiled code meets the operators' gates when it runs.
     """
     return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
 
@@ -211,8 +212,8 @@ def report(key: str) -> dict[str, dict[str, str]]:
 
 
 def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
-    """Proves families for a dispatch key, removes their gates, and drops those that fail. Default: all families; on a
-    GPU, all families of operators, and no packed formats.
+    """Proves the families ``wanted`` for a dispatch key, removes their gates, and drops the families that fail. By
+    default, ``wanted`` is all families, on a GPU without the families of packed formats.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
     is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault; torch.OutOfMemoryError if memory does not
@@ -300,7 +301,8 @@ def _asked() -> str:
 
 
 def _places(key: str) -> list[Place]:
-    """Returns the CPU path in use, or the GPUs of cards.models(). No context is made on a GPU with saved results."""
+    """Returns the places of a dispatch key: the CPU with the path in use, or the GPUs of cards.models(). The proof
+    makes no CUDA context on a GPU whose results are saved."""
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
     return [Place(key, card, device) for card, device in cards.models().items()]
@@ -355,7 +357,8 @@ def drop(dropped: list[str], why: str, key: str = "CUDA") -> None:
 
 
 def _by_arguments(key: str, family: str, name: str) -> Callable[..., Any]:
-    """Returns a function that calls the kernel, or the reference for a format that failed or on GPUs of cards.OLD."""
+    """Returns a function that calls an operator's kernel; calls the reference if the operator or the format of a weight
+    was dropped, or if the tensors are on a GPU of cards.OLD."""
 
     def call(*args: Any) -> Any:
         settle(key, [family])  # proves the family, because this function may have replaced the family's gate
@@ -497,7 +500,7 @@ def prove(
     Args:
         wanted: the families whose kernels are compared; default: all families that have kernels.
         key: the dispatch key whose kernels run; default: the device's key.
-        large: whether to prove CUDA kernels with inputs of LARGE too.
+        large: whether to prove CUDA kernels with inputs of the size ``LARGE`` too.
     """
     key = key or device.type.upper()
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -538,7 +541,7 @@ def _prove_family(family: str, device: torch.device, key: str, large: bool) -> s
                 return f"{why}, of {' x '.join(map(str, LARGE))}"
     except torch.OutOfMemoryError:
         raise  # a lack of memory is no fault of the kernels
-    except Exception as error:  # on a GPU for which a kernel was not made, the kernel may raise any error
+    except Exception as error:  # a kernel that fails may raise an error of any type
         if any(text in str(error) for text in _NO_MEMORY):
             raise torch.OutOfMemoryError(str(error)) from error
         said = str(error).strip().splitlines()
@@ -584,7 +587,8 @@ def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[T
 
 
 def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each: bool = False) -> str:
-    """Returns how results differ, or "". ``each``: whether every element is compared alone, as in decoded weights."""
+    """Returns how the kernel's results ``found`` differ from the reference's results ``plain`` by more than rounding;
+    "" if they agree. ``each``: whether every element is compared alone, as in decoded weights."""
     for index, (got, want) in enumerate(zip(found, plain, strict=True)):
         if got.shape != want.shape or got.is_floating_point() != want.is_floating_point():
             return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"

@@ -6,12 +6,13 @@ without an adapter.
 Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, and each layer's own gradients as in :mod:`.lora`.
 Saved for the backward: x, S of each layer, and the seeds, besides the weights and the adapters.
 
-On the CPU paths with bfloat16 tiles, x is packed once for all weights that the tiles multiply. If the tiles multiply
-all weights, there are at most 8 layers, and the panels of the weights fit into a core's cache together, the layers'
-terms of dX are summed in float32 and rounded once; otherwise the dX of some layers is added to the rounded sum of the
-layers before. On a GPU, layers with equal ranks of at most 32 can share their passes over a 16-bit x (see
-csrc/linear/cuda/siblings_pass_cuda.cpp): one pass computes the S_i of these layers, and one pass the gradients of their
-A_i. The backward on a GPU writes the low-rank terms of dX first, and adds the products with the weights to these terms.
+On the CPU paths whose kernels multiply tiles of bfloat16 (``avx512_bf16``, ``amx``), x is packed once for all weights
+that the tile kernels multiply. If the tile kernels multiply all weights, there are at most 8 layers, and the panels of
+the weights fit into a core's cache together, the layers' terms of dX are summed in float32 and rounded once; otherwise
+the dX of some layers is added to the rounded sum of the layers before. On a GPU, layers with equal ranks of at most 32
+can share their passes over a 16-bit x (see csrc/linear/cuda/siblings_pass_cuda.cpp): one pass computes the S_i of these
+layers, and one pass the gradients of their A_i. The backward on a GPU writes the low-rank terms of dX first, and adds
+the products with the weights to these terms.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """
@@ -129,7 +130,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grads, needs_x, needs):
-    """Returns the gradient of x, and a list of the gradients of the operator's list ``tensors``."""
+    """Returns the gradient of x (None if x needs none), and a list with the gradient, or None, of each tensor in the
+    operator's list ``tensors``."""
     refuse_double_backward("lora_linears")
     count = len(ctx.numbers) // NUMBERS
     x, *saved = ctx.saved_tensors

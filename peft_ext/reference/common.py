@@ -12,7 +12,8 @@ from .nf4 import nf4_dequantize
 from .philox import dropout_keep_mask
 
 # If the scale of an output is smaller than SMALLEST_SCALE, dividing the output by the scale would lose precision (a
-# float16 output may be subnormal or 0). For such an output, the backward computes the unscaled output again from x.
+# float16 output may be subnormal or 0). For an output with a scale below SMALLEST_SCALE, the backward computes the
+# unscaled output again from x.
 SMALLEST_SCALE = 2.0**-6
 
 

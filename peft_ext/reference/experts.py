@@ -167,8 +167,8 @@ def lora_experts(
         else:
             parts.append(lora_linear(x[rows], own, lora_A[expert], lora_B[expert], b, scaling=scaling,
                                      dropout_p=dropout_p, training=training, seed=seed_of(seed, expert)))  # fmt: skip
-    # The last term gives zeros for the rows that belong to no expert. If no expert has a row, the last term also
-    # connects the result with x in the autograd graph.
+    # The last tensor that is concatenated gives zeros for the rows that belong to no expert. If no expert has a row,
+    # this tensor also connects the result with x in the autograd graph.
     return torch.cat([*parts, x[end:, :1] * x.new_zeros(weight.shape[1])])
 
 

@@ -34,7 +34,8 @@ _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 def _rounded(values: Tensor) -> Tensor:
     """Returns the nearest integers, int32, ties to even, for absolute values below 2²².
 
-    Adding 1.5 · 2²³ leaves the integer plus 2²² in the lowest 23 bits. Larger values wrap, as in llama.cpp.
+    Adding 1.5 · 2²³ leaves the integer plus 2²² in the lowest 23 bits of the float32. Larger values wrap, as in
+    llama.cpp.
     """
     return ((values + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000
 
@@ -98,12 +99,13 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 
     Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
     error for these codes. The scale and the offset that give the smallest value the code 0 and the largest value the
-    code ``most`` are a trial, too. The smallest value is at most 0, and the largest value at least 0. The result is the
-    trial with the least error.
+    code ``most`` are a trial, too. A smallest value above 0 is replaced by 0. The result is the trial with the least
+    error.
 
     Args:
         weights: weight of each column's error.
-        start: the first trial scale is ``(largest − smallest) / (most + start)``; each next one adds 0.1 to ``start``.
+        start: the first trial scale is ``(largest − smallest) / (most + start)``; each next trial scale adds 0.1 to
+            ``start``, and ``smallest`` is replaced by ``−offset`` of the best trial so far.
         count: number of trial scales after the first.
         absolute: whether absolute errors are compared, instead of squares.
     """
@@ -204,7 +206,8 @@ def _descend_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_iq4() -> tuple[Tensor, Tensor]:
-    """Returns tables ``[512]`` of codes and values of ``_IQ4`` nearest to x. The index is ``floor(2 · x) + 256``.
+    """Returns tables ``[512]`` of the nearest code and value of ``_IQ4``; the index for a number x is ``floor(2 · x) +
+    256``.
 
     The codes are uint8, the values float32. The borders between the codes are multiples of 1/2. If two values are
     equally near, the tables have the larger value.
@@ -317,7 +320,7 @@ def _q3_k(rows: Tensor) -> Tensor:
     d = torch.where(largest != 0, _over(1, inverse), 0.0)
     scale = (_rounded_to_half(d)[:, None] * six).view(-1)
     codes = torch.where(scale != 0, _codes(x / scale, -4, 3) + 4, codes)
-    # If all scales of a block are 0, the block stores code 0 for each scale, and code 0 stands for -32.
+    # A 6-bit scale from -32 to 31 is stored plus 32. If all scales of a block are 0, each of them is stored as 0.
     six = (six + 32).to(torch.uint8)
     packed = _blocks(codes)
     bits = (packed > 3).to(torch.uint8).view(-1, 8, 32)

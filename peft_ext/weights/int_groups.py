@@ -174,8 +174,8 @@ def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int =
     """Returns a weight of compressed-tensors' integers: ``W[n, k] = (q[n, k] - zero[n, g]) · scale[n, g]``.
 
     ``g`` is the group of column ``k``: ``k // group``, or ``g_idx[k]``. A group has K / G columns. The file formats
-    pack-quantized, int-quantized and naive-quantized of compressed-tensors hold such weights. compressed-tensors
-    computes in the scales' dtype: the difference is exact, and the product is rounded once.
+    pack-quantized, int-quantized and naive-quantized of compressed-tensors hold the weights that ``int_rows`` returns.
+    compressed-tensors computes in the scales' dtype: the difference is exact, and the product is rounded once.
 
     Args:
         codes: int32 ``[N, ceil(K · bits / 32)]`` of ``q + 2^(bits - 1)``, the lowest bits first; or int8 ``[N, K]`` of
@@ -229,7 +229,7 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
         scales: float32, bfloat16 or float16 ``[G, N]``.
         bits: 2, 4 or 8.
         group: number of columns of a group; -1 or 0: all columns.
-        g_idx: int32 ``[K]``, the group of each column (``desc_act``), or None.
+        g_idx: int32 ``[K]``, the group of each column (``desc_act``); None: consecutive groups.
         v1: whether 1 was subtracted from each zero, as in files with ``checkpoint_format`` "gptq". As in GPTQModel, the
             ones are added back to all fields of a word in one addition, so that a field of all ones carries into the
             next field.
@@ -327,8 +327,9 @@ def from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: 
 
     Args:
         config: the checkpoint's ``quantization_config``. The weight's own settings are needed: if a
-            configuration of compressed-tensors has several ``config_groups``, pass the group of the layer; if one of
-            hqq has several settings, pass the setting of the layer, as ``{"quant_method": ..., **setting}``.
+            configuration of compressed-tensors has several ``config_groups``, pass the group of the layer; if a
+            configuration of hqq has several settings, pass the setting of the layer, as ``{"quant_method": ...,
+            **setting}``.
         tensors: the layer's tensors by name without a prefix, for example ``qweight``, ``qzeros``, ``scales``.
         shape: ``(N, K)``; may be omitted if the tensors give the shape.
         dtype: dtype of the weight; default: the scales' dtype.
@@ -495,10 +496,12 @@ def from_gptq(module: torch.nn.Module, v1: Optional[bool] = None, dtype: Optiona
     module's memory.
 
     Args:
-        v1: whether the module's zeros are of the first version. Default: whether ``module.qzero_format()`` is 1, a
-            number that GPTQModel changes when it loads a model; True for a module without this method.
+        v1: whether 1 was subtracted from each of the module's zeros, see :func:`gptq`. Default: whether
+            ``module.qzero_format()`` is 1, a number that GPTQModel changes when it loads a model; True for a module
+            without this method.
 
-    Raises: TypeError or ValueError as in :func:`from_state`; ValueError for a module whose words are planar.
+    Raises: TypeError or ValueError as in :func:`from_state`; ValueError for a module whose attribute ``planar`` is
+    true.
     """
     if getattr(module, "planar", False):
         raise ValueError("from_gptq: the module's words are planar, wanted checkpoint_format 'gptq' or 'gptq_v2'")

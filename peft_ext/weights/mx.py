@@ -63,10 +63,10 @@ MXFP4 = register(Format("mxfp4", 2, ("blocks", "scales"), _check_mxfp4, "transfo
 def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
     """Returns an MXFP4 weight: ``W[n, k] = e2m1(code) · 2^(scale - 127)``.
 
-    The weight has the layout of the file: rows are output features. transformers' ``convert_moe_packed_tensors``
-    returns the transposed weights ``[E, K, N]`` of this file, because gpt-oss multiplies activations with ``[K, N]``.
-    The scale byte 255 is 2^128, as in transformers; the specification makes this byte a NaN, and :func:`quantize_mxfp4`
-    does not write this byte.
+    The weight has the layout of gpt-oss's checkpoints: rows are output features. transformers'
+    ``convert_moe_packed_tensors`` returns the transposed weights ``[E, K, N]``, because gpt-oss multiplies activations
+    with ``[K, N]``. The scale byte 255 is 2^128, as in transformers; the specification makes this byte a NaN, and
+    :func:`quantize_mxfp4` does not write this byte.
 
     Args:
         blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. gpt-oss:
@@ -117,9 +117,9 @@ def nvfp4(
     Args:
         packed: uint8 ``[N, K/2]``, two codes per byte, the low nibble first.
         scales: float8_e4m3fn ``[N, K/16]``. With three dimensions ``[E, N, K/16]`` the weight is stacked.
-        global_scale: float32, one element, or one for each expert of a stacked weight. If there are twice as many
-            elements, one is for the first and one for the second half of the rows, such as the gate and the up of an
-            expert.
+        global_scale: float32, one element, or one for each expert of a stacked weight. With two elements for each
+            weight, the first element is for the first half of the rows and the second for the second half, such as the
+            gate and the up of an expert.
         dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
         reciprocal: True for compressed-tensors' ``weight_global_scale``, by which scales are divided. False for
             ModelOpt's ``weight_scale_2``, with which scales are multiplied. ModelOpt decodes code 8 to +0, and

@@ -106,7 +106,8 @@ class NF4Weight(PackedWeight):
         stacked: whether ``shape`` is ``(E, N, K)`` of E separately packed weights, see :meth:`stack`.
 
     Raises:
-        TypeError: an argument is not a tensor, not an integer size or not a float dtype.
+        TypeError: ``packed``, ``absmax`` or a part of ``nested`` is no tensor, a size is no integer, ``nested`` is no
+            NestedAbsmax, or ``dtype`` is no float dtype.
         ValueError: a size, dtype, layout, device or block size that does not fit the other arguments.
     """
 
@@ -325,8 +326,8 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
     checks the kind and the layout of the other tensors; :class:`NF4Weight` checks their sizes.
 
     Raises: KeyError without ``QUANT_STATE``; ValueError, whose text says what came and what was wanted, if
-    ``QUANT_STATE`` is no tensor of JSON bytes, or if a value or an entry does not fit; TypeError for another entry that
-    is not a tensor.
+    ``QUANT_STATE`` is no tensor of JSON bytes, or if a value or an entry does not fit; TypeError if another entry is
+    not a tensor.
     """
     held = found[QUANT_STATE]
     if not isinstance(held, Tensor) or held.dtype != torch.uint8 or held.dim() != 1 or held.is_meta:

@@ -1,8 +1,8 @@
 """PackedWeight: a frozen weight [N, K] that is stored as codes and scales, in the layout of a checkpoint file.
 
 A weight has up to five tensors (``parts``) and two small integers (``group`` and ``option``), whose meaning the
-weight's :class:`Format` defines. The kernels read the codes and scales from these tensors and decode them in each call.
-peft_ext converts no weight to another layout for its kernels.
+weight's :class:`Format` defines. The kernels read the codes and scales from the tensors of the PackedWeight, and decode
+the weight in each call. peft_ext converts no weight to another layout for its kernels.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fn
 
 
 def scale_type(dtype: torch.dtype) -> int:
-    """Returns the number of a dtype of scales. uint8 counts as e8m0, because MXFP4 files declare their e8m0 scales as
-    uint8."""
+    """Returns the index in ``SCALE_TYPES`` of a dtype of scales. uint8 counts as e8m0, because MXFP4 files declare
+    their e8m0 scales as uint8."""
     if dtype is torch.uint8:
         dtype = torch.float8_e8m0fnu
     if dtype not in SCALE_TYPES:
@@ -88,7 +88,8 @@ def register(format: Format) -> Format:
 
 
 def format_of(layout: int) -> Optional[str]:
-    """Returns the name of the format of an operator's argument ``layout``, or None."""
+    """Returns the name of the format of a packed weight from an operator's argument ``layout``; None if no format has
+    the number."""
     format = _BY_NUMBER.get(layout >> 32 & 0xFF)
     return None if format is None else format.name
 

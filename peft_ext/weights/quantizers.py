@@ -16,8 +16,8 @@ from .packed import PackedWeight
 
 __all__ = ["PACKED_FORMATS", "QUANTIZATIONS", "quantized", "quantized_like"]
 
-# Names of the formats that quantize_packed accepts. finetune and estimate_memory accept these names and some others,
-# such as "nf4".
+# Names of the formats that quantize_packed accepts. finetune and estimate_memory accept the names in PACKED_FORMATS and
+# some others, such as "nf4".
 PACKED_FORMATS = ("mxfp4", "nvfp4", "fp8", "int4")
 
 # Values of the option --quant. "checkpoint": the weights stay packed as the checkpoint stores the weights.

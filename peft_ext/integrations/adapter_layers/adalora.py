@@ -67,6 +67,6 @@ if SVDLinear is not None:
             return weight + self.get_delta_weight(name).float(), bias
 
 
-# The fused classes without code of their own. Over ``Linear8bitLt`` only the low-rank part is fused.
+# Fused classes whose only code is that of AdaLora. Over ``Linear8bitLt`` only the low-rank part is fused.
 FusedSVDLinear8bitLt = fused_class("FusedSVDLinear8bitLt", AdaLora, SVDLinear8bitLt)
 FusedSVDLinear4bit = fused_class("FusedSVDLinear4bit", AdaLora, SVDLinear4bit)

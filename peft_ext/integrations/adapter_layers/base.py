@@ -47,7 +47,7 @@ STOCK: dict[type, type] = {}
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 
-# Exact types of peft_ext's linear layers over a packed weight. Linear layers over a packed weight compute in x's dtype.
+# Exact types of peft_ext's linear layers over a packed weight. NF4Linear and PackedLinear compute in x's dtype.
 PACKED: list[type] = [NF4Linear, PackedLinear]
 
 # bitsandbytes' layer classes whose layers `explain` lists also without an adapter.
@@ -57,8 +57,9 @@ QUANTIZED = tuple(kind for kind in (Linear4bit, Linear8bitLt) if kind is not Non
 def fuses(stock: type) -> Callable[[type], type]:
     """Returns a decorator that registers a class as the fused subclass of ``stock``, under the same ``__name__``.
 
-    The fused class needs the stock ``__name__`` because PEFT, accelerate and ``repr`` read ``__name__`` (for example
-    "Linear4bit"). The ``__qualname__`` stays the fused class's own, because pickle finds the class by ``__qualname__``.
+    The fused class needs the stock ``__name__`` because PEFT, the accelerate library and ``repr`` read ``__name__``
+    (for example "Linear4bit"). The ``__qualname__`` stays the fused class's own, because pickle finds the class by
+    ``__qualname__``.
     """
 
     def register(fused: type) -> type:
@@ -101,8 +102,8 @@ class Fused:
         return alone if reason is None else None
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:
-        """Returns two reasons or None each: why PEFT's own forward has to run, and why the base layer's own forward has
-        to run below a fused adapter."""
+        """Returns two values, each a reason or None: why PEFT's own forward has to run, and why the base layer's own
+        forward has to run below a fused adapter."""
         raise NotImplementedError
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:

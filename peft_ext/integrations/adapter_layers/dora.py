@@ -25,7 +25,7 @@ with optional("peft", "DoRA is not fused"):
     has(_DoraLinearVariant, "init", "forward")
     DoraLinearVariant = _DoraLinearVariant
 
-# Name of the attribute that holds accelerate's dora_dropout on a layer where dora_dropout is not "peft".
+# Name of the attribute that holds the dora_dropout of peft_ext.accelerate on a layer whose dora_dropout is not "peft".
 DORA_DROPOUT = "_peft_ext_dora_dropout"
 
 # Classes of the DoRA variants that are fused; empty if the installed PEFT lacks a name that this module uses.
@@ -118,7 +118,7 @@ def forward(
         y = ops.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=p, training=True,
                             dropout_mode=mode, weight_norm=norm)  # fmt: skip
     if x.dim() == 1:
-        y = y.unsqueeze(0)  # PEFT multiplies by a scale [1, N], so for an x of one dimension PEFT's result has two
+        y = y.unsqueeze(0)  # PEFT's scale is [1, N], so for an x of one dimension PEFT's result has two dimensions
     dtype = layer.dora_dtype(dtype, magnitude)
     return y if y.dtype is dtype else y.to(dtype)
 
@@ -134,7 +134,8 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
         norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
     scale, result = output_scale(module._parameters["weight"], norm), base(x)
     drops = type(dropout) is nn.Dropout and dropout.training and layer.training and dropout.p > 0.0
-    # In PEFT, the dropout acts on the base product too, so the base product of the dropped x is computed in float32.
+    # With PEFT's dropout, DoRA's scaled term has the base product of the dropped x; frozen_linear computes this product
+    # in float32, the dtype of x.
     if drops and layer.__dict__.get(DORA_DROPOUT, "peft") == "peft":
         dropped = dropout(x)
         product = ops.frozen_linear(dropped, weight)

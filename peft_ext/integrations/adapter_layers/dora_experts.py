@@ -2,11 +2,11 @@
 
     W'_e = g_e ∘ (W_e + s B_e A_e),  g_e = magnitude_e / ‖W_e + s B_e A_e‖  per output; the norm has no gradient
 
-PEFT alone refuses DoRA on experts. Without ``accelerate`` the wrapper computes W' of all experts on each forward, and
-the experts' own forward uses W', as with PEFT's wrapper. After ``accelerate``, :mod:`.experts` computes DoRA on the
-rows of each expert without W'. Adapter files have PEFT's names for DoRA: the magnitudes ``[E, N]`` are named
-``lora_magnitude_vector``, and the configuration has ``use_dora`` true. PEFT without peft_ext raises an error for
-adapter files of DoRA on experts.
+PEFT alone refuses DoRA on experts. Without :func:`peft_ext.accelerate` the wrapper computes W' of all experts on each
+forward, and the experts' own forward uses W', as with PEFT's wrapper. After ``peft_ext.accelerate``, :mod:`.experts`
+computes DoRA on the rows of each expert without W'. Adapter files have PEFT's names for DoRA: the magnitudes ``[E, N]``
+are named ``lora_magnitude_vector``, and the configuration has ``use_dora`` true. PEFT without peft_ext raises an error
+for adapter files of DoRA on experts.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ with optional("peft", "LoRA over an embedding is not fused"):
     from peft.tuners.lora import Embedding as LoraEmbedding
 
 # The methods that PEFT's embedding layer calls in its forward, as they were at import. A call of a LoRA layer over an
-# embedding is fused only if these methods of PEFT are unchanged.
+# embedding is fused only if the methods in _HELPERS are unchanged.
 _HELPERS = {name: getattr(LoraEmbedding, name, None) for name in ("_embed", "_get_embed_scale")}
 
 
@@ -65,8 +65,8 @@ if LoraEmbedding is not None:
 
     @fuses(LoraEmbedding)
     class FusedLoraEmbedding(Fused, LoraEmbedding):
-        """Fused ``peft.tuners.lora.Embedding``; fuses calls over a plain ``nn.Embedding`` or a ``PackedEmbedding`` with
-        one active adapter of plain LoRA."""
+        """Fused ``peft.tuners.lora.Embedding``; fuses calls outside of autocast, over a plain ``nn.Embedding`` or a
+        ``PackedEmbedding``, with one active adapter of plain LoRA."""
 
         reads = (*Fused.reads, "lora_embedding_A", "lora_embedding_B", "lora_variant", "scaling", "input_fns",
                  "output_fns")  # fmt: skip

@@ -70,12 +70,12 @@ ParamWrapper = None
 with optional("peft", "LoRA on the experts of a mixture is not fused"):
     from peft.tuners.lora.layer import ParamWrapper
 
-# Name of the attribute that holds accelerate's experts_dropout on a wrapper. PEFT's configuration has no field for a
-# dropout on experts.
+# Name of the attribute that holds the experts_dropout of peft_ext.accelerate on a wrapper. PEFT's configuration has no
+# field for a dropout on experts.
 EXPERTS_DROPOUT = "_peft_ext_experts_dropout"
 
 # Maps the `_apply_gate` function of a class of experts to whether the function's form is a known gate.
-# `prepare_experts` clears the mapping.
+# `prepare_experts` clears `_GATES`.
 _GATES: dict[Any, bool] = {}
 
 
@@ -133,7 +133,7 @@ class Experts(Fused):
             return None
         wrappers = self._wrappers()
         experts = wrappers[-1]._modules["base_layer"]
-        given = (*args, *kwargs.values())  # assumes that keywords come in the order of the forward's parameters
+        given = (*args, *kwargs.values())  # keywords are taken to be in the order of the forward's parameters
         if not routes(experts, x, given):
             return None
         adapters = {wrapper.parameter_name: wrapper for wrapper in wrappers if _names(wrapper)}
@@ -172,7 +172,8 @@ class Experts(Fused):
 
 
 def _calls_hooks(experts: Any, *on_the_way: Any) -> bool:
-    """Returns whether the fused output may be computed inside the forward of these packed experts, so that hooks run.
+    """Returns whether the fused output may be computed inside the forward of ``experts``, so that the hooks on the
+    experts run.
 
     Returns False for dense experts, under torch.compile, and for experts with a forward on the instance. Returns False
     also if ``fully_shard`` was called on the experts or on a module of ``on_the_way``, because the hook that gathers
@@ -291,8 +292,8 @@ def _known_gate(experts: Any, dtype: torch.dtype) -> Optional[str]:
 
 
 def prepare_experts(model: nn.Module, dropout: float) -> None:
-    """Stores accelerate's experts_dropout on the wrappers of the model's experts, and clears the cache of known
-    gates."""
+    """Stores the experts_dropout of :func:`peft_ext.accelerate` on the wrappers of the model's experts, and clears the
+    cache of known gates."""
     clear_experts(model)
     _GATES.clear()
     for module in model.modules():

@@ -171,7 +171,8 @@ class _Plan(NamedTuple):
 
 def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -> Any:
     """Returns the plan that ``make(facts, x)`` made for this block and x's dtype, and calls ``make`` again once the
-    facts of that plan no longer hold.
+    facts of that plan no longer hold. Also calls ``make`` again while the facts are not final, because the checks of a
+    layer have not accepted a call yet, until ``_MOST_TRIALS`` plans were made.
 
     ``make`` returns None if the block has no plan. Several threads may call the block at the same time.
     """
@@ -234,9 +235,8 @@ def listed(calls: Sequence[Kernel]) -> tuple[list[Tensor], list[int], list[float
 def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns the function that computes the linear layer ``layer`` for tensors of x's dtype and leading sizes.
 
-    If the layer's class and tensors are known, the function calls a kernel, or F.linear for a dense weight where
-    :func:`.linear.is_ahead` is false. For a layer whose class or tensors are not known, the function is the layer
-    itself.
+    If the layer's class and tensors are known and the kernels may run, the function calls a kernel, or F.linear for a
+    dense weight where :func:`.linear.is_ahead` is false. In all other cases, the function is the layer itself.
     """
     found, own = None, Facts()
     if isinstance(layer, nn.Module):

@@ -25,7 +25,7 @@ KNOWN: set[tuple] = set()
 
 _is_tracing = torch._C._is_tracing
 
-# KNOWN is cleared when it has this many tuples; a schedule of scaling or dropout makes new ones at each step.
+# KNOWN is cleared when it has this many tuples, because a schedule of scaling or dropout makes new tuples at each step.
 _MOST = 4096
 
 

@@ -14,8 +14,9 @@ from ...ops.checks import autocast_dtype
 from . import reasons
 from .base import fuses, operands
 
-# Fewest tokens for which sibling layers are computed together; a call of fewer tokens counts as a call of few tokens.
-# With fewer tokens, the kernels of some CPU paths compute each layer separately and share no work.
+# Fewest tokens for which the module `siblings` computes sibling layers together; a call of fewer tokens counts as a
+# call of few tokens, see the module `few_tokens`. With fewer tokens, the kernels of some CPU paths compute each layer
+# separately and share no work.
 MANY_TOKENS = 24
 
 # The CPU paths and dtypes in which frozen_linear was measured to be faster than PyTorch's product, for few tokens and a

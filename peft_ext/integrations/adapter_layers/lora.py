@@ -44,7 +44,7 @@ with optional("peft", "LoRA over GPTQModel's AWQ layers is not fused"):
 with optional("peft", "LoRA over hqq's layers is not fused"):
     from peft.tuners.lora import hqq as _hqq
 
-    HqqLoraLinear = getattr(_hqq, "HqqLoraLinear", None)  # PEFT defines the class where hqq is installed
+    HqqLoraLinear = getattr(_hqq, "HqqLoraLinear", None)  # PEFT defines HqqLoraLinear only if hqq is installed
 with optional("peft", "LoRA and DoRA over a linear layer that is not bitsandbytes' are not fused"):
     from peft.tuners.lora import Linear as LoraLinear
 if Linear8bitLt is not None:
@@ -114,8 +114,10 @@ class LowRank(Fused):
         """Returns the layer's operands in a call of ``lora_linears``: weight, bias, lora_A, lora_B, rank_scale,
         scaling, dropout p and the dtype of the output.
 
-        Returns None if the base layer multiplies another tensor than x, for example a cast of x. Call this method only
-        if :meth:`joint_state` returned a tuple.
+        Returns None if the base layer's own forward has to run (:func:`.base.operands` returns None, or
+        :func:`.base.sums_wider` is true), if the base layer multiplies another tensor than x, for example a cast of x,
+        or if x does not fit this process's shard of a split base layer. Call this method only if :meth:`joint_state`
+        returned a tuple.
         """
         (name,), base = self._names(), self._modules["base_layer"]
         if tensor_parallel.is_split(base):
@@ -407,7 +409,7 @@ if LoraLinear is not None:
             variant = self.lora_variant.get(name)
             delta = self.get_delta_weight(name).float()
             merged = weight + delta
-            if type(variant) in dora.VARIANTS:  # as in the forward, the norm is that of the unmerged weight plus delta
+            if type(variant) in dora.VARIANTS:  # as in the forward, DoRA's norm is that of the unmerged weight + delta
                 norm = torch.linalg.norm(unmerged + delta, dim=1)
                 merged = output_scale(self.lora_magnitude_vector[name].weight, norm).unsqueeze(1) * merged
             elif variant is not None:
@@ -421,7 +423,7 @@ if LoraLinear is not None:
             return merged, bias
 
 
-# The fused classes without code of their own. Over ``Linear8bitLt`` only the low-rank part is fused.
+# Fused classes whose only code is that of Lora. Over ``Linear8bitLt`` only the low-rank part is fused.
 FusedGPTQLoraLinear = fused_class("FusedGPTQLoraLinear", Lora, GPTQLoraLinear)
 FusedAwqLoraLinear = fused_class("FusedAwqLoraLinear", Lora, AwqLoraLinear)
 FusedHqqLoraLinear = fused_class("FusedHqqLoraLinear", Lora, HqqLoraLinear)

@@ -52,10 +52,10 @@ def code_reader(config: Any, layer: nn.Module, made: bool = False) -> str:
     if method == "MISS":
         return "MISS with init_weights 'bat'" if config.init_weights == "bat" else ""
     codes = layer.weight
-    if method in ("LOHA", "LOKR"):  # these methods read the shape of the weight
+    if method in ("LOHA", "LOKR"):  # LoHa and LoKr read the shape of the weight
         shape = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
         return "" if tuple(codes.shape) == shape else method
-    if method == "ADAPTION_PROMPT":  # reads the dtype, and takes one byte for a quantized weight
+    if method == "ADAPTION_PROMPT":  # the method reads the weight's dtype: int8 and uint8 count as quantized
         return "" if codes.dtype in (torch.int8, torch.uint8) else method
     return method
 

@@ -75,7 +75,8 @@ _gathered: frozenset[int] = frozenset()
 _IS_TABLE = {"nf4": is_nf4_table, "fp4": is_fp4_table}
 # Maps the id of a table of codes that passed the check to a weak reference to the table, and its quant_type.
 _TABLES: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-# The quant_types of which a table has failed the check. Under torch.compile, all weights of these types are stock.
+# The quant_types of which a table has failed the check. Under torch.compile, all layers with a weight of a quant_type
+# in _foreign_tables run the stock forward.
 _foreign_tables: set[str] = set()
 
 # Maps the name of a class of PEFT's variants of LoRA, without the kind of layer, to the variant's common name.
@@ -222,14 +223,15 @@ def kernel_reason(op: str, device: str) -> Optional[str]:
 
 
 def own_forward(kind: type) -> Any:
-    """Returns the forward that the class ``kind`` had at import; None if ``kind`` has no forward of its own or was
-    given another forward."""
+    """Returns the forward that the class ``kind`` had at import; None if ``kind`` is not in ``_FORWARDS``, or if its
+    forward was replaced before or after the import of peft_ext."""
     known = _FORWARDS.get(kind)
     return known if kind.forward is known else None
 
 
 def hooked(module: nn.Module) -> bool:
-    """Returns whether ``module`` has hooks, or a forward that was replaced, on the instance or on its class."""
+    """Returns whether ``module`` has hooks, or a forward that was replaced on the instance or, for a class in
+    ``_FORWARDS``, on the class."""
     kind = type(module)
     return bool(
         kind.forward is not _FORWARDS.get(kind, kind.forward)
@@ -366,10 +368,12 @@ def weight_reason(base: nn.Module) -> Optional[str]:
 
 
 def _table_reason(state: Any) -> Optional[str]:
-    """Returns why the operators can't decode a weight with bitsandbytes' quant_state ``state``, or None: the operators
-    contain the tables of codes of NF4 and FP4. The values of a table are read once."""
+    """Returns why the operators can't decode a weight with bitsandbytes' quant_state ``state``, or None. The operators
+    decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to one of these. The
+    values of a table are read once."""
     code, kind = state.code, state.quant_type
-    # A trace can't read the values of a table. `accelerate` has read the tables of a model before the trace.
+    # torch.compile can't read the values of a table of codes while it traces. `accelerate` has read the tables of a
+    # model before.
     if not torch.compiler.is_compiling():
         known = _TABLES.get(id(code))
         if type(code) is not Tensor or (known is not None and known[0]() is code and known[1] == kind):
@@ -562,7 +566,7 @@ def freed_reason(layer: nn.Module) -> Optional[str]:
     """
     if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
         return "ZeRO-3 frees its weight after the forward"
-    if not getattr(layer, "_is_fsdp_managed_module", False):  # FSDP1 and FSDP2 set this attribute
+    if not getattr(layer, "_is_fsdp_managed_module", False):  # FSDP1 and FSDP2 set _is_fsdp_managed_module
         return None
     held = {id(parameter) for parameter in layer.parameters()}
     wrapped, is_held = _fully_sharded(), False

@@ -1,8 +1,8 @@
 """Adapter layers of one module that get the same tensor, computed together by :func:`peft_ext.ops.lora_linears`.
 
 The row of a module's form names the children that are called with one input tensor, as in ``self.q_proj(x)``,
-``self.k_proj(x)``. While the module's forward runs, the first of these children to be called computes the outputs of
-all children of its group that can be computed together. Each other child of the group returns its stored output if the
+``self.k_proj(x)``. While the module's forward runs, the first child of a group that is called computes the outputs of
+all children of this group that can be computed together. Each other child of the group returns its stored output if the
 child is called with the same, unchanged tensor object, and if the state of the child is unchanged. If a child is called
 with another tensor object than the first child of the group, or with a tensor that was changed since, or if the child's
 state has changed, the child computes its output alone. Stored outputs that no child has returned are dropped at the end
@@ -69,8 +69,8 @@ def output_of(layer: Any, x: Any) -> Optional[Tensor]:
     if not (groups := NOW.groups) or torch.compiler.is_compiling() or (group := groups.get(id(layer))) is None:
         return None
     if _saving_hooks() is not NOW.hooks:
-        # This call is inside a checkpoint that began within the module's forward. The recomputation of the checkpoint
-        # runs each layer alone, so the first run must run each layer alone, too.
+        # The layer is called inside a checkpoint that began within the forward of the layers' parent module. The
+        # recomputation of the checkpoint runs each layer alone, so the first run must run each layer alone, too.
         return None
     return group.output(layer, x)
 

@@ -167,7 +167,8 @@ def checked(layer: Any, names: list[str]) -> tuple[Optional[str], Optional[tuple
 
 
 def _adapter(split: Split, layer: Any, name: str, several: bool) -> Adapter:
-    """Returns the reason not to fuse one adapter over a split base layer, and the process's lora_A and lora_B."""
+    """Returns the reason not to fuse one adapter over a split base layer, and the adapter's lora_A and lora_B, of which
+    one is this process's shard."""
     if several:
         return "tensor parallelism: several active adapters are not fused", None, None
     if (variant := layer.lora_variant.get(name)) is not None:
@@ -193,7 +194,7 @@ def _adapter(split: Split, layer: Any, name: str, several: bool) -> Adapter:
 
 
 class _SumGradient(torch.autograd.Function):
-    """Returns x. The backward sums the gradient over the processes."""
+    """The forward returns x. The backward sums the gradient of x over the processes of ``group``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -208,7 +209,8 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _SumOutput(torch.autograd.Function):
-    """Sums y over the processes, in place. The backward returns the gradient unchanged."""
+    """The forward sums y over the processes of ``group``, in place. The backward returns the gradient of y
+    unchanged."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
@@ -249,7 +251,8 @@ def forward(layer: Any, x: Tensor, names: list[str]) -> Optional[Tensor]:
 
 def joint_state(layer: Any, names: list[str]) -> Optional[tuple]:
     """Returns ``LowRank.joint_state`` of a layer over a split base layer: a comparable tuple of the state on which the
-    layer's output depends. Returns None unless the columns of the output are split."""
+    layer's output depends. Returns None if PEFT's own forward has to run, if the columns of the output are not split,
+    or if a parameter is an inference tensor."""
     reason, found = checked(layer, names)
     if reason is not None or not found[0].column:
         return None
@@ -265,7 +268,8 @@ def joint_state(layer: Any, names: list[str]) -> Optional[tuple]:
 
 
 def joint_call(layer: Any, x: Tensor, names: list[str]) -> Optional[tuple]:
-    """Returns ``LowRank.joint_call`` of a layer over a split base layer that has a :func:`joint_state`."""
+    """Returns ``LowRank.joint_call`` of a layer over a split base layer that has a :func:`joint_state`; None if x does
+    not have the dtype, device and last size of this process's shard of W."""
     split, weight, lora_A, lora_B, bias = checked(layer, names)[1]
     if not _fits(x, weight):
         return None

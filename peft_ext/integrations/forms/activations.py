@@ -18,8 +18,8 @@ from . import Row, holds_for, row_of
 
 __all__ = ["activation_name", "refresh"]
 
-# Maps functions of PyTorch to the names of their activations. A function with which a library replaces one of these
-# functions is another object, and has no entry.
+# Maps functions of PyTorch to the names of their activations. A function with which a library replaces a function of
+# PyTorch is another object, and has no entry.
 _FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 # Maps a class to its forward, its row, and the names of class attributes that no instance may override; maps a class

@@ -265,7 +265,8 @@ def _is_transformers_class(kind: type) -> bool:
 
 
 def _is_wrapper_of(function: types.FunctionType, modules: tuple[str, ...]) -> bool:
-    """Returns whether one of the modules defines ``function``, which wraps another function of its closure."""
+    """Returns whether ``function`` wraps a function that is in its closure, and is defined in the file of one of
+    ``modules``."""
     inner = getattr(function, "__wrapped__", None)
     if not isinstance(inner, types.FunctionType) or not any(
         cell.cell_contents is inner for cell in _set_cells(function)
@@ -387,8 +388,8 @@ def _paths(node: ast.AST, code: types.CodeType, this: Optional[str]) -> set[tupl
     """Returns the names that a function's code finds outside of the function, each with the attributes that the code
     reads from the named value.
 
-    For the instance ``this`` a path has one attribute, as ("self", "weight"). The path is ("self",) where the code uses
-    the instance itself, and ("self", "=") where the code assigns to an attribute or item of the instance.
+    A path that begins with the instance ``this`` has one attribute, as ("self", "weight"). The path is ("self",) where
+    the code uses the instance itself, and ("self", "=") where the code assigns to an attribute or item of the instance.
     """
     outside: set[str] = set()
     for inner in _codes(code):

@@ -2,9 +2,10 @@
 
 An attention module with a known form runs one of two forwards. If the form's row in the table of known forms says
 ``forward=rotary``, ``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache,
-attention, and the output projection. (``_rotary_few`` is its variant for few tokens without a gradient.) Otherwise, or
-if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers that get one input tensor
-(``inputs`` of the row) are computed together. If the module's forward was replaced, only the replaced forward runs.
+attention, and the output projection. (``_rotary_few`` is the variant of ``_rotary_forward`` for few tokens without a
+gradient.) Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers
+that get one input tensor (``inputs`` of the row) are computed together. If the module's forward was replaced, only the
+replaced forward runs.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
@@ -37,7 +38,7 @@ from .block import Block, device_of
 from .cache import Room, appended, room_for
 
 ALL_ATTENTION_FUNCTIONS: Any = None
-AttentionInterface: Any = None  # the last import of the block: if it is set, transformers has all of the registry
+AttentionInterface: Any = None  # imported last: None if the import of one of the four names failed
 with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -51,13 +52,14 @@ _OF_PYTORCH = torch._C._nn.scaled_dot_product_attention
 # The CPU paths on which the operator scaled_dot_product_attention was measured to be faster than PyTorch's own
 # attention.
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
-# On the CPU path `amx`, PyTorch's own attention computes a call in bfloat16 without dropout if the call has more keys
-# than this number: PyTorch's attention was measured to be faster than the operator, before the operator used AMX tiles.
-# The first number is for causal attention without a mask or a bias, the second for all other attention.
+# On the CPU path `amx`, PyTorch's own attention computes a bfloat16 call without dropout that has more keys than a
+# limit, because PyTorch's attention was measured to be faster than the operator there, at a time when the operator did
+# not use AMX tiles. The limit under True is for causal attention without a mask or a bias, the limit under False for
+# all other attention.
 _MOST_KEYS_ON_AMX = {True: 512, False: 128}
-# _LEAST_QUERIES is the number of queries from which a call runs the operator's kernels for blocks of 64 queries. For
-# fewer queries PyTorch's own attention is faster, except for calls of at most _FEW_QUERIES queries, for which the
-# operator has another kernel.
+# A call of at least _LEAST_QUERIES queries runs the operator's kernels for blocks of 64 queries. For fewer queries
+# PyTorch's own attention is faster, except for calls of at most _FEW_QUERIES queries, for which the operator has
+# another kernel.
 _LEAST_QUERIES, _FEW_QUERIES = 16, 8
 # Largest size of a head for which the operator runs. The scratch memory of a thread grows with the size of a head, and
 # the heads of language models are smaller.
@@ -124,7 +126,8 @@ class Attention(Block):
         return f"no two of {', '.join(groups[0])} have an adapter that can be computed with another's"
 
     def _own_reason(self) -> Optional[str]:
-        """Returns which function of the model's Python module was replaced since accelerate, or None.
+        """Returns which function of the model's Python module was replaced since the call of
+        :func:`peft_ext.accelerate`, or None.
 
         Only functions that ``_rotary_forward`` calls are checked.
         """
@@ -483,7 +486,8 @@ def _sees(mask: Any, batch: int, queries: int, keys: int) -> bool:
 
 
 def _has_fast_tiles(dtype: torch.dtype, keys: int) -> bool:
-    """Returns whether PyTorch's own attention of few queries is faster because it uses AMX tiles."""
+    """Returns whether PyTorch's own attention computes a call of few queries in place of the operator, on the CPU path
+    ``amx``, see _MOST_KEYS_ON_AMX."""
     return _isa() == "amx" and dtype is torch.bfloat16 and keys > _MOST_KEYS_ON_AMX[False]
 
 
@@ -576,7 +580,8 @@ def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
 
 
 def _tiles_are_ahead(q: Tensor, k: Tensor, dropout: float, causal: bool) -> bool:
-    """Returns whether PyTorch's own attention is faster for this call because it uses AMX tiles."""
+    """Returns whether PyTorch's own attention computes a call in place of the operator, on the CPU path ``amx``, see
+    _MOST_KEYS_ON_AMX."""
     if _isa() != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
         return False
     return k.shape[2] > _MOST_KEYS_ON_AMX[causal]

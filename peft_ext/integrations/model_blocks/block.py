@@ -91,7 +91,7 @@ class Fused(Block):
     block if ``block_reason`` returns None."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, Block):  # see Fused.forward of adapter_layers
+        if not isinstance(self, Block):  # called after restore, see adapter_layers.base.Fused
             return type(self).forward(self, *args, **kwargs)
         alone = len(args) == 1 and not kwargs and accepts_input(args[0])
         return self._fused(*args) if alone and self.block_reason() is None else super().forward(*args, **kwargs)

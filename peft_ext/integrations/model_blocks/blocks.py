@@ -33,8 +33,8 @@ MIXINS: dict[str, type[Block]] = {
 _COPIED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 _NOT_ACCELERATED = "accelerate(model) was not called on it, or with blocks=False"
 _CHANGED = "its code is no longer the known form: call accelerate(model) again"
-# Parts of class names, each with the kind of block that it stands for. `explain` reports a module whose form is unknown
-# if its class name has one of these parts.
+# Parts of class names, each with the kind of block that a class with this part in its name is. `explain` reports a
+# module whose form is unknown if its class name has one of the parts in _CALLED.
 _CALLED = (("norm", "norm"), ("attention", "attention"), ("attn", "attention"), ("mlp", "MLP"), ("feedforward", "MLP"))
 
 

@@ -30,7 +30,8 @@ class Dropout(Fused):
         if not isinstance(self, Dropout):
             return type(self).forward(self, input)
         acts = self.training and self.p > 0.0 and not torch.compiler.is_compiling() and accepts_input(input)
-        # PyTorch's result has the strides of the input, and the operator's result is contiguous.
+        # The operator runs for a contiguous input alone, because its result is contiguous, while PyTorch's result has
+        # the strides of the input.
         if not acts or input.device.type != "cpu" or not input.is_contiguous() or self.block_reason() is not None:
             return self.stock_class.forward(self, input)
         return ops.dropout(input, self.p)

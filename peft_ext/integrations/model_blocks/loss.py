@@ -123,7 +123,7 @@ class DefersLoss:
         return reason or ("global hooks of torch.nn have to run" if any_global_hook() else freed_reason(self))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, DefersLoss):  # see Fused.forward of adapter_layers
+        if not isinstance(self, DefersLoss):  # called after restore, see adapter_layers.base.Fused
             return type(self).forward(self, *args, **kwargs)
         forward, call = _NOW.forward, None
         if forward is not None and forward.head is self and len(args) == 1 and not kwargs and accepts_input(args[0]):
@@ -239,7 +239,7 @@ def _on_loss(stock: type) -> type:
 
     @functools.wraps(stock.forward)  # Trainer and generate read the signature of the forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, LanguageModel):  # see Fused.forward of adapter_layers
+        if not isinstance(self, LanguageModel):  # called after restore, see adapter_layers.base.Fused
             return type(self).forward(self, *args, **kwargs)
         run = super(LanguageModel, self).forward
         if not self.training or not torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_traced()):
@@ -315,7 +315,7 @@ def _settled_in_graph(output: Any, _: Forward) -> Any:
 def _without_pending(value: Any) -> Any:
     if pytree.tree_any(lambda one: type(one) is Pending, value):
         return pytree.tree_map(real, value)
-    # The loop is for an output that pytree does not know as a container.
+    # This loop replaces the Pendings of an output whose class pytree does not know as a container.
     for name, one in list(getattr(value, "__dict__", {}).items()):
         if type(one) is Pending and name != _PENDING:
             setattr(value, name, real(one))
@@ -363,8 +363,8 @@ class _Waits:
         return self
 
     def __post_init__(self) -> None:
-        """Finds the Pending by the loss, for an output that DDP, FSDP or accelerate build from the items of another
-        output."""
+        """Finds the Pending by the loss, for an output that DDP, FSDP or the accelerate library build from the items of
+        another output."""
         if (logits := self.__dict__.pop("logits", None)) is not None:
             self.__class__ = type(self).__mro__[2]
             self["logits"] = logits

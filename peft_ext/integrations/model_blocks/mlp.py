@@ -114,7 +114,8 @@ class Mlp(Fused):
             return self.stock_class.forward(self, x)  # T5's MLP casts the input of the last layer to the weight's dtype
         with siblings.together(self, (known.inner,)):
             inner = [modules[name](x) for name in known.inner]
-        # The operator's result is contiguous, and PyTorch's result has the strides of its input.
+        # The operator runs for contiguous inputs alone, because its result is contiguous, while PyTorch's result has
+        # the strides of the input.
         plain = all(accepts_input(value) and value.is_contiguous() for value in inner)
         name = activation_name(act, inner[0].dtype) if plain else None
         if name is None or len({value.dtype for value in inner}) > 1:

@@ -111,9 +111,9 @@ def _with_strides_of(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Optional[Te
 class FloatLayerNorm(Norm):
     """A LayerNorm whose class converts x to float32, computes in float32 and rounds the result once to x's dtype.
 
-    Values of the row of such a LayerNorm in the table of forms: ``weight``, the name of the weight, "" for none;
-    ``eps``, the name of eps, or its value; ``shape``, the name of the attribute that holds the normalized shape, which
-    a class without a weight has.
+    Values of a FloatLayerNorm's row in the table of forms: ``weight``, the name of the weight, "" for none; ``eps``,
+    the name of eps, or its value; ``shape``, the name of the attribute that holds the normalized shape, which a class
+    without a weight has.
     """
 
     block_kind = "LayerNorm"

@@ -247,8 +247,8 @@ class Pending:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
         # If a function of torch.nn.functional gets a Pending, `func` is the object that now has the function's name in
-        # torch.nn.functional. If a library put a wrapper under this name, calling `func` would enter the wrapper again.
-        # Therefore a Pending calls the function that PyTorch itself defines under this name.
+        # torch.nn.functional. If a library put a wrapper in the function's place, calling `func` would enter the
+        # wrapper again. Therefore a Pending calls PyTorch's own function of the name, as it was at import.
         name = next((name for name, value in vars(F).items() if value is func), None)
         args, kwargs = pytree.tree_map(real, (args, kwargs or {}))
         return _FUNCTIONAL.get(name, func)(*args, **kwargs)

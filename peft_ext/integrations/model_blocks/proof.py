@@ -337,7 +337,8 @@ def _differs(
 
 
 def fused_forward(cls: type, row: Row, form: Form, module: Any) -> Callable:
-    """Returns the forward with which ``accelerate`` replaces the forward of ``module``, an instance of ``cls``."""
+    """Returns the forward with which ``peft_ext.accelerate`` replaces the forward of ``module``, an instance of
+    ``cls``."""
     fused = object.__new__(class_of(MIXINS[row.kind], cls, row, form))
     fused.__dict__ = module.__dict__
     if row.kind == "attention":
@@ -368,7 +369,7 @@ def _run(
 # Maps the kinds of forms that register_form accepts to their proofs.
 PROOFS = {
     "rms_norm": Proof(_fill_norm, (4, 24), tensors, fused_forward),
-    # PyTorch's own gradients for one huge column are off by up to 31 units.
+    # If one column of x is huge, PyTorch's own gradients are off by up to 31 of the units that `ulps` counts.
     "float_layer_norm": Proof(_fill_norm, (4, 48), tensors, fused_forward),
     "mlp": Proof(_fill_mlp, (32, 64), tensors, fused_forward, strict=False),
     "attention": Proof(_fill_attention, (24, 48), _attention_inputs, fused_forward),
@@ -428,8 +429,8 @@ def _mlps(reads: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
 def proposed(cls: type) -> tuple[Optional[Row], str]:
     """Returns the row of the first proposed formula that passes the proof for ``cls``, and "".
 
-    If no formula passes, returns None and the reason why the last formula failed. Raises Unknown if the code of ``cls``
-    has no form.
+    If no formula passes, returns None, and the reason why the last formula failed or why no formula was proposed.
+    Raises Unknown if the code of ``cls`` has no form.
     """
     form, why = form_of(cls), "no kind's formula fits what its forward reads"
     for kind, formula in proposals(form):

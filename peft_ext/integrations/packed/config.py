@@ -40,7 +40,8 @@ class PackedConfig(QuantizationConfigMixin):
     ``quantization_config``, so that other libraries can load the saved model.
 
     Raises: ``from_pretrained`` raises a ValueError that names the method, bits, scheme or layer that is not supported,
-    before a weight is read.
+    before a weight is read; and after the weights are read, a ValueError if the gate and the up of an expert differ in
+    a tensor that has to be equal in both, such as a g_idx.
     """
 
     def __init__(self, checkpoint: Optional[dict[str, Any]] = None, **kwargs: Any) -> None:

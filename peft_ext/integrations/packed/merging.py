@@ -1,10 +1,11 @@
-"""How the stored tensors of a mixture's experts become the tensors of one stacked weight, and how they are saved again.
+"""How the stored tensors of a mixture's experts become the tensors of one stacked weight, and how the stacked weight is
+saved.
 
 transformers merges the linear layers of experts to one parameter by two operations: ``MergeModulelist`` stacks the
 experts, and ``Concatenate`` appends the rows of layers of one input, such as gate and up. The operations of this module
-merge packed tensors in the same two ways. The rows of a packed tensor may run along another dimension than the rows of
-a dense tensor, or share a byte. Each operation has an inverse, so that ``save_pretrained`` writes the bytes of the
-checkpoint.
+take the same two steps, stacking and appending, for packed tensors. The rows of a packed tensor may run along another
+dimension than the rows of a dense tensor, or share a byte. Each operation has an inverse, so that ``save_pretrained``
+writes the bytes of the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Common(ConversionOps):
         self.differ: list[str] = []
 
     def __deepcopy__(self, memo: Any) -> Common:
-        return self  # transformers copies the converters, and all copies have to write to one list
+        return self  # transformers copies the converters, and all copies have to write to one list `differ`
 
     @torch.no_grad
     def convert(

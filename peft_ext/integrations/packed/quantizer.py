@@ -1,9 +1,9 @@
 """The quantizer of PackedConfig: replaces layers by packed layers before transformers reads the checkpoint's weights.
 
 transformers calls :meth:`PackedQuantizer._process_model_before_weight_loading` with the model on the meta device. The
-headers of the checkpoint's files say which layers are stored packed, and with which tensors. Each of these layers
-becomes a packed layer with the names, dtypes and shapes of the stored tensors. transformers then reads each tensor,
-without a cast, into the attribute of the tensor's name; tensors of a mixture's experts may be merged first (see
+headers of the checkpoint's files say which layers are stored packed, and with which tensors. Each layer that is stored
+packed becomes a packed layer with the names, dtypes and shapes of the stored tensors. transformers then reads each
+tensor, without a cast, into the attribute of the tensor's name; tensors of a mixture's experts may be merged first (see
 :mod:`.merging`).
 """
 
@@ -121,9 +121,9 @@ class PackedQuantizer(HfQuantizer):
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError if ``device_map`` offloads packed experts to the disk and other layers have dense experts.
 
-        transformers finds offloaded experts by the name of the dense parameter, which their codes don't have then (see
-        ``_suffix``). transformers calls this method before it makes the model, and again with a device map that it
-        computes.
+        transformers finds offloaded experts by the name of the dense parameter, which the codes of packed experts don't
+        have if other layers have dense experts (see ``_suffix``). transformers calls this method before it makes the
+        model, and again with a device map that it computes.
         """
         if not self._apart or not isinstance(device_map, dict):
             return
@@ -261,8 +261,8 @@ class PackedQuantizer(HfQuantizer):
 def _check_activations(stored: dict[str, Stored]) -> None:
     """Raises ValueError if a checkpoint of AWQ has the scales of an activation, such as ``mlp.act.scales``.
 
-    AutoAWQ's ``ScaledActivation`` divides the result of an activation by these scales. The scales of a weight are
-    stored beside its codes ``qweight``.
+    AutoAWQ's ``ScaledActivation`` divides the result of an activation by the tensor ``scales``. The scales of a weight
+    are stored beside its codes ``qweight``.
     """
     for name in stored:
         if name.endswith(".scales") and f"{name.removesuffix('scales')}qweight" not in stored:
@@ -295,7 +295,8 @@ class Place:
 
     Attributes:
         target: name of the parameter in the model.
-        converter: transformers' converter that merges the tensors of the files to the parameter, or None.
+        converter: transformers' converter that merges the tensors of the files to the parameter; None if nothing is
+            merged.
         bases: a dict from the converter's source pattern to the starts that the names in the files have in common, for
             example "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight_packed".
     """
@@ -309,7 +310,8 @@ class Place:
         return next(iter(self.bases.values()))[0]
 
     def tensors(self, layout: Layout, scheme: Scheme, stored: dict[str, Stored]) -> dict[str, Tensor]:
-        """Returns the layout's tensors on the meta device, as transformers merges them."""
+        """Returns the layout's tensors of the parameter on the meta device, with the shapes that the tensors have after
+        transformers merged them."""
         found = {}
         for name in (*layout.parts, *layout.extra):
             each = [[stored.get(base + layout.joined + name) for base in bases] for bases in self.bases.values()]
@@ -330,8 +332,8 @@ def _suffix(layout: Layout, part: str, apart: bool) -> str:
     """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter.
 
     By default, the codes have the name of the dense parameter, because offloading to the disk needs this name. If some
-    layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers finds
-    by the name of a tensor under which names in the files the tensor is saved.
+    layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers looks
+    up, by a tensor's name in the model, the names under which ``save_pretrained`` writes the tensor.
     """
     return "" if part == layout.codes and (part == "weight" or not apart) else f"_{part}"
 

@@ -118,7 +118,7 @@ def _mxfp4(config: Mapping[str, Any]) -> Rules:
     return _of_one_scheme("mxfp4", Scheme("mxfp4 experts", 4, 32), config.get("modules_to_not_convert"))
 
 
-# The keys of a config of GPTQ that have the version of the layout.
+# The keys of a GPTQ config whose value may be the version of the layout, "gptq" or "gptq_v2".
 _GPTQ_FORMAT = ("checkpoint_format", "format")
 
 
@@ -146,13 +146,15 @@ def _gptq_scheme(config: Mapping[str, Any]) -> Scheme:
 def _gptq(config: Mapping[str, Any]) -> Rules:
     """The first pattern of ``dynamic`` that matches the start of a layer's name gives the layer other settings.
 
-    A pattern that begins with "-:" leaves the layer dense. Source: GPTQModel's ``quantization/config.py``.
+    A pattern of ``dynamic`` that begins with "-:" leaves the layers that the pattern matches dense. Source: GPTQModel's
+    ``quantization/config.py``.
     """
     schemes, patterns = {"": _gptq_scheme(config)}, []
     for key, changed in (config.get("dynamic") or {}).items():
         patterns.append((key.removeprefix("-:").removeprefix("+:"), None if key.startswith("-:") else key))
         if not key.startswith("-:"):
-            # A layer's own version takes the place of the model's, whichever of the two keys has either.
+            # The version that a pattern sets replaces the model's version, also if the two versions are under different
+            # keys of _GPTQ_FORMAT.
             unset = dict.fromkeys(_GPTQ_FORMAT) if any(name in changed for name in _GPTQ_FORMAT) else {}
             schemes[key] = _gptq_scheme({**config, **unset, **changed})
 
@@ -263,9 +265,9 @@ def _compressed(config: Mapping[str, Any]) -> Rules:
     default = config.get("format") or "pack-quantized"
     schemes = {name: _compressed_scheme(name, group, default) for name, group in groups.items()}
     ignore = tuple(config.get("ignore") or ())
-    # A target that several groups name belongs to the last of these groups. A layer's exact name comes before a regular
-    # expression, and an expression before a class, as in compressed-tensors' apply_quantization_config and
-    # match_targets.
+    # A target that several of the `config_groups` name belongs to the last of these groups. If several targets match a
+    # layer, the layer's exact name comes first, then a regular expression, then a class, as in compressed-tensors'
+    # apply_quantization_config and match_targets.
     owner = {target: name for name, group in groups.items() for target in group.get("targets") or ()}
     targets = sorted(owner, key=lambda target: ("re:" in target, target))
 
