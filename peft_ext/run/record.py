@@ -153,7 +153,7 @@ def recording_callback(record: Record) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
-            # The condition is equal on all ranks, because all ranks compare with the largest signal of the ranks.
+            # The condition is equal on all ranks, because each rank tests the largest signal number of all ranks.
             if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):
                 model = kwargs["model"]
                 with run.phase("evaluate in training"):
