@@ -204,9 +204,9 @@ def read_header(path: Union[str, Path]) -> GgufHeader:
 
     Raises:
         OSError: the file can't be read.
-        GgufError: the file is damaged or not supported, for example not GGUF of version 2 or 3 or truncated; or has,
-            for example, a name twice, a type that is not known, a size that overflows or is no multiple of its type's
-            block, or tensors that overlap or lie past the end.
+        GgufError: the file is damaged or not supported. For example: the file is not GGUF of version 2 or 3, or is
+            truncated; the file has a name twice, or a type that is not known; a size overflows, or is no multiple of
+            its type's block; tensors overlap, or lie past the end of the file.
     """
     path = Path(path).expanduser()
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer

@@ -192,8 +192,8 @@ def _shapes(model: Any) -> dict[str, torch.Size]:
 
 
 def _check_all(model: Any, header: GgufHeader, shapes: dict[str, torch.Size], found: Iterable[str]) -> None:
-    """Raises GgufError for a parameter that has no tensor in the file, before transformers allocates memory for the
-    parameter."""
+    """Raises GgufError for a parameter that neither has a tensor in the file nor is tied to a parameter with a tensor,
+    before transformers allocates memory for the parameter."""
     found = set(found)
     tied = {name for pair in model.all_tied_weights_keys.items() if set(pair) & found for name in pair}
     if missing := [name for name in shapes if name not in found and name not in tied]:
@@ -442,7 +442,8 @@ def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str
 
 
 class _Source(NamedTuple):
-    """The tensors from which a parameter is made, and the reason why the conversion must decode them, or None."""
+    """The tensors from which a parameter is made, and the reason why the conversion must decode the tensors; None where
+    the conversion keeps packed bytes."""
 
     tensors: list[TensorInfo]
     reason: Optional[str]
@@ -466,7 +467,7 @@ def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
-    """Returns the sizes other than 1, which the file and the model may have in different places."""
+    """Returns the sizes other than 1. The file and the model may have sizes of 1 in different places."""
     return tuple(size for size in shape if size != 1)
 
 

@@ -118,8 +118,8 @@ def decoded(data: Tensor, type: int) -> Tensor:
 
 
 def _model(header: GgufHeader, config: Any) -> PreTrainedModel:
-    """Returns the model of a file on the meta device. Sets tied embeddings, vocabulary size, padding token and head
-    size in ``config`` as the file has them."""
+    """Returns the model of a file on the meta device. Sets ``tie_word_embeddings``, ``vocab_size`` and ``head_dim`` in
+    ``config`` as the file has them, and ``pad_token_id`` to None."""
     architecture, embedding = header.architecture, header.tensors["token_embd.weight"]
     config.tie_word_embeddings = "output.weight" not in header.tensors
     config.vocab_size, config.pad_token_id = embedding.shape[0], None
