@@ -402,7 +402,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int], op: str
         if child is None:
             continue
         name = f"{prefix}.{attribute}" if prefix else attribute
-        # accelerate may have replaced the layer's class by a fused class.
+        # peft_ext.accelerate may have replaced the layer's class by a fused class.
         if getattr(type(child), "stock_class", type(child)) is nn.Linear:
             yield Place(name, module, attribute, adapted)
         else:

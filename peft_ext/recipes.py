@@ -117,7 +117,8 @@ def setup_peft_training(
     if prompt_text is not None:
         given |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": prompt_text,
                   "tokenizer_name_or_path": str(model_name)}  # fmt: skip
-    if fields.get("target_modules") in (None, "all-linear"):  # named layers are adapted wherever they are
+    # Layers that the caller names are adapted in every part of the model.
+    if fields.get("target_modules") in (None, "all-linear"):
         given |= text_targets(model, method)
     model = get_peft_model(model, make_config(config_class, {**given, **fields}))
     model.print_trainable_parameters()

@@ -103,9 +103,10 @@ class Synthetic:
 
 
 def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, embeddings: int) -> tuple[int, int]:
-    """Solves ``size = per_layer · L · h² + embeddings · h`` with ``h = ratio · L``; returns layers and heads.
+    """Returns the numbers of layers and of attention heads of a model with about ``size`` parameters.
 
-    The number of heads is a multiple of ``step``, and ``h = heads · head``.
+    The number of layers L and the width h solve ``size = per_layer · L · h² + embeddings · h`` with ``h = ratio · L``.
+    Then h is rounded to ``heads · head``, where the number of heads is a multiple of ``step``.
     """
     low, high = 0.5, 1e3
     for _ in range(60):

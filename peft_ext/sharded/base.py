@@ -37,7 +37,8 @@ class MetaBase:
         quant: the format to which dense weights are quantized when they are read: "nf4" or one of ``PACKED_FORMATS``;
             "none" where the tensors stay as the files have them.
         quantizer, packed: for a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and each packed
-            linear layer and embedding with the name that it has before an adapter is added.
+            linear layer and embedding with the name that it has before an adapter is added; None and [] for a dense
+            checkpoint.
     """
 
     model: Any
@@ -146,11 +147,11 @@ def _read_generation_config(model: Any, folder: Path) -> None:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Returns the decoder layers: the items of each nn.ModuleList whose items all have a class named in
-    ``_no_split_modules``.
+    """Returns the decoder layers: the items of the nn.ModuleLists whose items all have a class that the model's
+    ``_no_split_modules`` names.
 
-    If the model has no such list, returns the items of the lists that have a name in ``_LISTS``. A list inside of
-    another chosen list does not count. Raises SourceError if the model has no list of decoder layers.
+    If no list is of this kind, returns the items of the nn.ModuleLists whose last name is in ``_LISTS``. Empty lists,
+    and lists inside of a list that is returned, do not count. Raises SourceError if there is neither kind of list.
     """
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]

@@ -182,7 +182,7 @@ def plan(
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Returns, by name, the dtypes in which transformers loads the model's tensors, and casts the model's tensors to
-    them."""
+    these dtypes."""
     kept, found = model._get_dtype_plan(dtype), {}
     pattern, by_group, _ = build_glob_alternation(list(kept)) if kept else (None, {}, {})
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -390,7 +390,8 @@ def _kept_in(state_dict: dict[str, Tensor]) -> Optional[dict[str, int]]:
 
 
 def _largest(dense: dict[str, DenseDiff], limit: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns the ``limit`` nonzero entries of largest magnitude of all tensors: name -> (sorted indices, values)."""
+    """Returns the ``limit`` entries of largest magnitude of all tensors, without zeros: name -> (sorted indices,
+    values)."""
     device = next(iter(dense.values())).w.device
     largest, places = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.long, device=device)
     starts, start = {}, 0

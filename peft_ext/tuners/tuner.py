@@ -40,7 +40,7 @@ class Tuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own method reads the weight of the replaced module, and a feed-forward block has no weight.
+        # PEFT's _replace_module reads the weight of the replaced module, and a feed-forward block has no weight.
         setattr(parent, child_name, new_module)
 
     @contextmanager
@@ -53,8 +53,8 @@ class Tuner(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's method of this name expects the adapter's name in the last or the second last place of a key. An
-        # adapter of a Tuner is a module and may have submodules, so in a key more than one name may follow the
+        # PEFT's _remove_adapter_name_from_key expects the adapter's name in the last or the second last place of a key.
+        # An adapter of a Tuner is a module and may have submodules, so in a key more than one name may follow the
         # adapter's name.
         stripped = re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
         return stripped if stripped != key else super()._remove_adapter_name_from_key(key, adapter_name)

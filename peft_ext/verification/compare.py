@@ -4,9 +4,10 @@ The loss, the outputs and the gradient of each trained parameter must satisfy
 
     ‖accelerated - yardstick‖  ≤  factor ‖stock - yardstick‖ + floor ‖yardstick‖
 
-The "yardstick" is the stock model in float32, or in float64 if the user's model computes in float32. The stock model,
-the accelerated model and the yardstick are copies, see :mod:`.twins`: the stock and the accelerated copy share the
-user's weights, and the yardstick has the weights in the wider dtype. The user's model itself is never called.
+The docstring of :func:`verify` gives the factor and the floor. The "yardstick" is the stock model in float32, or in
+float64 if the user's model computes in float32. The stock model, the accelerated model and the yardstick are copies,
+see :mod:`.twins`: the stock and the accelerated copy share the user's weights, and the yardstick has the weights in the
+wider dtype. The user's model itself is never called.
 """
 
 from __future__ import annotations
