@@ -76,8 +76,8 @@ def quantize_nf4(
     Args:
         model: any module, on any device except meta.
         blocksize, double_quant: see :func:`peft_ext.ops.nf4_quantize`.
-        skip: names; a layer stays dense if one of these names is a component of the layer's dotted name. Default: the
-            heads of language models and of classifiers.
+        skip: names; a layer stays dense if one of these names is a component of the layer's dotted name. By default,
+            the heads of language models and of classifiers stay dense.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has neither an nn.Linear nor experts to quantize. :func:`dequantize_nf4`
@@ -261,8 +261,8 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its NF4 weights.
-        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default:
-            the dtype from which each weight was quantized.
+        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. By
+            default, each weight gets the dtype from which it was quantized.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has neither an NF4Linear nor NF4Experts to dequantize.
@@ -291,8 +291,8 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
-        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default:
-            each layer's ``compute_dtype``.
+        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. By
+            default, each layer gets its ``compute_dtype``.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has no packed layer to dequantize.
@@ -566,8 +566,8 @@ def _choose_dora(layer: nn.Module) -> None:
 def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
     """Replaces each linear layer of a group by ``make(linear, first)``.
 
-    ``first`` is the new layer that was made first for the group's weight, or None. All new layers are made before the
-    first new layer is put in place: if a layer can't be made, no layer of the group is replaced.
+    ``first`` is the first new layer of the group; None in the call that makes this layer. All new layers are made
+    before the first new layer is put in place: if a layer can't be made, no layer of the group is replaced.
     """
     done: dict[int, nn.Module] = {}
     for place in same:

@@ -230,7 +230,7 @@ def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, 
         found.setdefault("attention_mask", [1] * length)
     mask = found.get("attention_mask", [1] * length)
     if "labels" not in found:
-        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # a difference in length is an error below
+        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # the loop below refuses other lengths
         found["labels"] = [token if kept else IGNORED for token, kept in pairs]
     for name in sorted(columns | {"labels"}):
         if name not in found:

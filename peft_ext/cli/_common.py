@@ -56,9 +56,10 @@ def model_config(model: str, revision: Optional[str] = None) -> tuple[Path, Any]
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
     """Returns the folder or name of the adapter's base; None for the base that the adapter's configuration names.
 
-    ``model`` is the base that the user named, or None. If ``model`` is "smollm2", the default model, returns the folder
-    of the default model. Returns the folder of the default model also if ``model`` is None, the adapter was trained
-    over the default model, and the folder that the adapter's configuration names does not exist.
+    ``model`` is the base that the user named; None if the user named none. If ``model`` is "smollm2", the default
+    model, returns the folder of the default model. Returns the folder of the default model also if ``model`` is None,
+    the adapter was trained over the default model, and the folder that the adapter's configuration names does not
+    exist.
     """
     if model is None:
         trained, named = named_bases(adapter)

@@ -62,7 +62,8 @@ class Value(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """The place of a value in the file: its type, the type of an array's elements, their number, and the offset."""
+    """The place of a value in the file: GGUF's type of the value, the type and the number of the elements if the value
+    is an array, and the offset of the data."""
 
     type: int
     element: int
@@ -79,7 +80,7 @@ class TensorInfo:
         shape: sizes in PyTorch's order, rows before columns.
         type: ggml's type, as a number.
         offset: offset in bytes from the start of the file.
-        nbytes: number of bytes in the file.
+        nbytes: number of bytes that the tensor takes in the file.
     """
 
     name: str
@@ -102,7 +103,7 @@ class GgufHeader:
     """The checked header of a file, as :func:`read_header` returns it.
 
     Attributes:
-        path: the file.
+        path: path of the GGUF file.
         version: version of the format, 2 or 3.
         tensors: the file's tensors by name, in the file's order.
         alignment: the offsets of the tensors are multiples of ``alignment`` bytes.

@@ -58,7 +58,7 @@ class _Changes(NamedTuple):
     Attributes:
         digest: the result of :func:`_digest` for the class whose changes the other attributes describe; "" for a class
             of this module, whose code is known.
-        names: regular expression of the names of the tensors.
+        names: regular expression for the names of the changed tensors.
         rows: if the class only reorders rows: a function of a tensor's name, its number of rows and the configuration,
             which returns ``order``. Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
     """
@@ -212,7 +212,8 @@ def _is_unused(model: Any, name: str) -> bool:
 
 
 def _layers(model: Any) -> Callable[[str], Optional[str]]:
-    """Returns a function from a parameter's name to the reason why the layer can't hold a packed weight, or None."""
+    """Returns a function from a parameter's name to the reason why the parameter's layer can't hold a packed weight;
+    None if the layer can hold one."""
     read = weights_read_past(model)
 
     def reason(parameter: str) -> Optional[str]:
@@ -229,7 +230,7 @@ def _layers(model: Any) -> Callable[[str], Optional[str]]:
 
 
 def _why_type(info: TensorInfo) -> Optional[str]:
-    """Returns the reason why layers can't hold weights of the tensor's type, or None."""
+    """Returns the reason why layers can't hold weights of the tensor's type; None if layers can."""
     return None if has_kernel(info.type) else f"no kernel decodes the type {info.type_name}"
 
 
@@ -425,7 +426,7 @@ def _check_halves(header: GgufHeader, block: str, leaf: str) -> None:
 
 
 def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str]:
-    """Returns the reason why the tensors of gate, up and down can't be packed in the module, or None."""
+    """Returns the reason why the tensors of gate, up and down can't be packed in the module; None if they can be."""
     if any(info is None or info.dtype is not None or len(info.shape) != 3 for info in parts):
         return "another weight of the experts is not quantized"
     if (reason := next(filter(None, map(_why_type, parts)), None)) is not None:

@@ -30,7 +30,7 @@ class MemoryEstimate:
         logits: logits, their float32 copies and their gradients, between the language model's head and the loss.
         temporary: tensors that live only within a layer, an operator or the optimizer's step.
         total: sum of the bytes at the peak.
-        peak: bytes by kind at the peak.
+        peak: bytes of each kind of memory at the moment of the peak.
         parameters, trainable: numbers of all parameters and of the trainable ones.
         about: description of the traced step, in one line.
     """

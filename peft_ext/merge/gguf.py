@@ -102,9 +102,9 @@ class GgufMergeReport:
     """The result of :func:`merge_to_gguf`.
 
     Attributes:
-        output: the merged file.
+        output: path of the merged file.
         nbytes: size of the merged file in bytes.
-        base: the base's file.
+        base: path of the base's GGUF file.
         architecture: GGUF's name of the model's architecture.
         method: PEFT's name of the adapter's method.
         type: the argument ``type`` of :func:`merge_to_gguf`.
@@ -158,7 +158,8 @@ def merge_to_gguf(
     Args:
         base: a GGUF file in one part, of an architecture in ``peft_ext.gguf.names.ARCHITECTURES``.
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
-        output: the new file. The finished file appears in one step. If the merge fails, no part of the file is left.
+        output: path of the new file. The finished file appears in one step. If the merge fails, no part of the file is
+            left.
         type: type of the merged matrices: "same", the type that each matrix has in the base's file; or the name of a
             type that :func:`peft_ext.weights.gguf_quantize.can_quantize` accepts, for example "q8_0" or "f16". Vectors
             keep their types. Where most elements of the new file's matrices have another type than in the base's file,

@@ -271,8 +271,8 @@ def sole_writer(folder: Path, seconds: float = 0.0) -> Iterator[None]:
     """Locks ``folder``, which must exist, against other runs until the block ends; waits up to ``seconds`` for the
     lock.
 
-    The lock is on a file in the folder. :func:`peft_ext.files.atomic_folder` keeps the lock file in a folder that
-    it replaces. The system releases the lock when the process ends for any reason.
+    The lock is on a file in the folder. :func:`peft_ext.files.save_adapter`, which replaces the folder, links the lock
+    file into the new folder. The system releases the lock when the process ends for any reason.
 
     Raises RunError where another process holds the lock. On a file system without locks the folder is not locked.
     """
@@ -317,7 +317,7 @@ def _set_aside(o: Options) -> None:
     names = list(ADAPTER_FILES) if of_run or whole else []
     if of_run:
         names += ["report.html", *[CONFIG_FILE] * may_write_config(o), *[EXPORTED_FILE] * (old_export(o) is not None)]
-        names.append("run.json")  # the last file that is removed: by run.json the other files are known as a run's
+        names.append("run.json")  # removed last, because only run.json shows that the other files are those of a run
     there = [name for name in names if (o.output / name).is_file()]
     if whole:
         with atomic_folder(o.output / PREVIOUS, overwrite=True) as folder:
@@ -328,7 +328,7 @@ def _set_aside(o: Options) -> None:
         for checkpoint in saved_checkpoints(o):
             shutil.rmtree(checkpoint, ignore_errors=True)
         with contextlib.suppress(OSError):
-            checkpoints_folder(o).rmdir()  # raises OSError where the folder has other files
+            checkpoints_folder(o).rmdir()  # rmdir raises OSError where the folder has other files than checkpoints
     for name in there:
         (o.output / name).unlink(missing_ok=True)
 

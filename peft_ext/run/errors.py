@@ -125,7 +125,7 @@ class Stop:
         training: whether the Trainer runs, so that a first signal ends the run only after the current step.
         ending: whether a run of several processes is ending with an error; SIGINT, SIGTERM and SIGHUP are then ignored,
             so that no signal interrupts the error message.
-        speaks: whether this process prints what a signal does; only one process of a run does.
+        speaks: whether this process prints that a signal stops the run; only one process of a run prints it.
         processes: number of processes of the run.
         since: value of ``time.monotonic()`` at the last SIGINT, SIGTERM or SIGHUP that was not ignored.
     """

@@ -34,8 +34,8 @@ _LAUNCHERS = {
 }  # fmt: skip
 _PORT = 29500  # port of rank 0 where neither MASTER_PORT nor Slurm gives one: the default of torchrun
 
-# By variable of accelerate's configuration: the engine that the configuration asks for if the variable is true, and the
-# options that a run has instead. A run takes no engine from the configuration.
+# For each variable of accelerate launch's configuration: the engine that the configuration asks for if the variable is
+# true, and the options of a run in place of the engine. A run takes no engine from the configuration.
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP: --shard fsdp2 and hsdp shard a base",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: --shard fsdp2 and hsdp shard a base",
@@ -49,7 +49,7 @@ _KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among the processes of a run.
+    """The place of this process among the processes of a run, as the launcher's environment variables describe it.
 
     Attributes:
         launcher: name of the launcher; "" for a process that no launcher started.

@@ -67,13 +67,13 @@ class Plan:
         check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the loaded base
             and, where a step's memory could be estimated, the trained model. With --shard fsdp2 and hsdp,
             ``check_bytes`` counts the shards of both models.
-        held_bytes: bytes that this process uses now; 0 on a GPU.
+        held_bytes: bytes of memory that this process uses now; 0 for a run on a GPU.
         machine_bytes, free_bytes: total and free memory of the device; None where the system does not report them.
         train_tokens, held_out_tokens: number of tokens of all training examples and of all held-out examples, without
             padding.
-        longest: tokens of the longest training example.
-        steps: steps of the whole run.
-        done: steps of the checkpoint to resume from; 0 for a new run.
+        longest: number of tokens of the longest training example.
+        steps: number of steps of the whole run.
+        done: number of steps of the checkpoint to resume from; 0 for a new run.
         step_tokens: mean number of tokens of a step over all processes, without padding.
     """
 
@@ -214,7 +214,7 @@ def preview(
 
 
 def _saved_tensors(model: Any) -> list[Any]:
-    """Returns the tensors that PEFT would save.
+    """Returns the adapter's tensors that PEFT would save.
 
     For a prompt method returns the prompt encoder's embedding, since PEFT can't compute the prompt on the meta device.
     """

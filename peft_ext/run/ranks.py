@@ -47,12 +47,13 @@ _LATE = ("Timed out", "timed out", "wait timeout")
 
 
 class Ranks:
-    """This process among the processes of a run; ``Ranks()`` is a run of one process.
+    """The place of this process among the processes of a run, and what the processes exchange; ``Ranks()`` is a run of
+    one process.
 
     Attributes:
         rank, world: rank of this process, and number of processes.
         local_rank, local_world: rank among the processes of this machine, and their number.
-        node, nodes: number of this machine among the machines of the run, and number of machines.
+        node, nodes: index of this machine among the machines of the run, and number of machines.
         identity: the name of the launch, which a restart keeps. ``has_own_name``: whether no other launch can have the
         same ``identity``.
         restarts: how often the launcher has restarted the process that it has restarted most often.
@@ -273,8 +274,8 @@ class Ranks:
             raise RunError(text) from error
 
     def _told(self, seconds: float = 0.0) -> Optional[dict[str, Any]]:
-        """Returns the error that a rank has written into the store; waits for such an error up to ``seconds``; else
-        None."""
+        """Returns the error that a rank has written into the store, and waits for an error up to ``seconds``; returns
+        None without an error."""
         end = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             while True:

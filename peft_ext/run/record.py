@@ -31,7 +31,8 @@ class Record:
         history: the Trainer's log history, with the entries that :func:`recording_callback` adds.
         meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training; None before training.
         curve: indices of the held-out examples on which the held-out curve is computed.
-        peaks: peak memory in MiB of each process at the end of training, in the order of the ranks.
+        peaks: peak memory in MiB of each process at the end of training, in the order of the ranks; None where the
+            system does not report the memory.
         load_growths: by how many MiB the resident memory of each process grew at most while the base was loaded, in the
             order of the ranks; None where the system does not report the memory.
         no_report: the reason why the last report could not be drawn; None where the report was drawn.

@@ -61,7 +61,8 @@ class Result:
             GPU; None where the memory was not measured.
         trainable_parameters: number of trainable parameters.
         adapter_bytes: size of the adapter's weight file; None where the run stopped early.
-        fused_layers, layers: number of fused layers, and of all adapted or quantized layers; both 0 in a stock run.
+        fused_layers, layers: number of fused layers, and of all layers that :func:`peft_ext.explain` lists; both 0 in a
+            stock run.
         can_merge: whether ``peft-ext merge`` and :func:`peft_ext.merge_to_dense` can merge the adapter.
         check: comparison of the trained model with the saved adapter on a fresh base; None where the run stopped early.
         stopped_by: number of the signal that ended training early, with a checkpoint; 0 where no signal did.

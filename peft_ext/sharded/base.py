@@ -150,8 +150,9 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     """Returns the decoder layers: the items of the nn.ModuleLists whose items all have a class that the model's
     ``_no_split_modules`` names.
 
-    If no list is of this kind, returns the items of the nn.ModuleLists whose last name is in ``_LISTS``. Empty lists,
-    and lists inside of a list that is returned, do not count. Raises SourceError if there is neither kind of list.
+    If no nn.ModuleList has only items of these classes, returns the items of the nn.ModuleLists that have a name in
+    ``_LISTS``. An empty list does not count, nor does a list inside of a list whose items are returned. Raises
+    SourceError if no list of decoder layers is found.
     """
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]

@@ -56,7 +56,7 @@ def shard_and_load(
         model: ``base.model``, or a PeftModel around ``base.model``.
         base: the result of :func:`meta_base`.
         mesh: a DeviceMesh over all processes: one dimension for FSDP, two dimensions (replicate, shard) for HSDP.
-        node: name of this process's node. Default: torchrun's GROUP_RANK, else the host's name.
+        node: name of this process's node. By default, the name is torchrun's GROUP_RANK, else the host's name.
         options: further arguments of ``fully_shard``, such as ``mp_policy``.
 
     Returns: ``model``.
