@@ -54,8 +54,8 @@ def load_gguf(
 
     Args:
         path: the GGUF file. The architecture of the model may be bloom, falcon (with one key-value head), gemma2,
-            gemma3, gpt-oss, gpt2, lfm2, llama, mamba, minimax-m2, nemotron, phi3, qwen2, qwen2moe, qwen3, qwen3moe, qwen35,
-            qwen35moe, stablelm, starcoder2, t5 or t5encoder.
+            gemma3, gpt-oss, gpt2, lfm2, llama, mamba, minimax-m2, nemotron, phi3, qwen2, qwen2moe, qwen3, qwen3moe,
+            qwen35, qwen35moe, stablelm, starcoder2, t5 or t5encoder.
         dtype: dtype of the dense weights and of the computation.
         model_class: the transformers class; default ``AutoModelForCausalLM``, and for T5 ``AutoModelForSeq2SeqLM`` or
             ``T5EncoderModel``.
