@@ -114,7 +114,7 @@ _CHANGES: dict[type, _Changes] = {
     legacy.MiniMaxM2TensorProcessor: _Changes("5f329bd3c6ef3167b431", r"_exps"),
     _GptOss: _Changes("", r"_exps"),
 }
-_PARTS = ("gate", "up", "down")  # parts of the names of the tensors of a block's experts
+_PARTS = ("gate", "up", "down")  # parts of the names of the tensors of a decoder layer's experts
 _EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(gate|up|down)_exps\.(?P<leaf>weight|bias)")
 # Tensors that are not loaded: rotary factors, which are in the configuration, and rotary frequencies of old files.
 _UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.attn_rot_embd(\.weight)?")))
@@ -345,7 +345,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                # gate, up and down of a block are packed together when the loop comes to the first of the three tensors
+                # gate, up and down of a decoder layer are packed together when the loop comes to the first of the three
                 if reason is None and target not in found.tensors:
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
@@ -417,7 +417,8 @@ def _packed_experts(
 
 
 def _check_halves(header: GgufHeader, block: str, leaf: str) -> None:
-    """Raises GgufError where a block lacks the experts' gate or up, or where gate and up have different sizes."""
+    """Raises GgufError where a decoder layer lacks the experts' gate or up, or where gate and up have different
+    sizes."""
     gate, up = (header.tensors.get(f"{block}.ffn_{part}_exps.{leaf}") for part in ("gate", "up"))
     if gate is None or up is None or gate.shape != up.shape:
         came = ["missing" if one is None else one.shape for one in (gate, up)]

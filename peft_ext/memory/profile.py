@@ -28,7 +28,7 @@ class MemoryEstimate:
         optimizer: the optimizer's states, and AdaLoRA's importance scores.
         activations: the inputs, and the tensors other than logits that the forward saves for the backward.
         logits: logits, their float32 copies and their gradients, between the language model's head and the loss.
-        temporary: tensors that live only within a layer, an operator or the optimizer's step.
+        temporary: tensors that exist only within a layer, an operator or the optimizer's step.
         total: sum of the bytes at the peak.
         peak: bytes of each kind of memory at the moment of the peak.
         parameters, trainable: numbers of all parameters and of the trainable ones.

@@ -114,7 +114,9 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
     The options are the resolved ``options``, except that ``quant`` is not resolved, because the default of ``quant``
     depends on the model's files. If this launch has begun the run in the output folder before, the options get --resume
     where the method can resume and the run has a whole checkpoint; otherwise the options get --overwrite, unless
-    ``options`` has --resume. Raises RunError for a wrong option.
+    ``options`` has --resume. The run.json shows whether this launch has begun the run: run.json has the launch's name,
+    and a process was restarted, or the run is not finished and no other launch can have the name. Raises RunError for a
+    wrong option.
     """
 
     def chosen() -> Options:
@@ -242,7 +244,7 @@ def saving_callback(stop: Stop, ranks: Ranks) -> Any:
 def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator[None]:
     """Creates the output folder on rank 0, and locks the folder until the block ends.
 
-    The other ranks wait until rank 0 has the folder.
+    The other ranks wait until rank 0 has locked the folder.
 
     With --overwrite removes files of the earlier run, see :func:`_set_aside`; with --resume removes the checkpoints
     that are later than ``checkpoint``. Raises RunError where another process holds the lock, and where a rank does not

@@ -96,8 +96,8 @@ def read_corpus(
 
     Args:
         spec: "python-docs", a .jsonl, .json, .csv or .txt file, a folder of such files, or the name of a hub dataset.
-        text_column, prompt_column, completion_column: names of the columns. Where all three are None, the columns are
-            detected.
+        text_column, prompt_column, completion_column: names of the columns of texts, prompts and completions. Where all
+            three are None, the columns are detected.
         eval_fraction: share to hold out, of the characters of all texts or of the number of conversations. At least one
             record is held out.
         seed: seed of the split.

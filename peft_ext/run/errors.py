@@ -159,7 +159,7 @@ def caught_signals(stop: Stop) -> Iterator[None]:
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        if not stop.speaks or passed_on:  # the launcher may send the signal because another process ended
+        if not stop.speaks or passed_on:  # no message: the launcher may send the signal because another process ended
             return
         with contextlib.suppress(OSError):  # print raises OSError where the terminal is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,

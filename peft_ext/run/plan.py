@@ -100,7 +100,8 @@ class Plan:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of a training step in this process; 0 where the memory of a step could not be estimated."""
+        """Bytes of a training step in this process; 0 where the memory of a step could not be estimated and the base is
+        not sharded."""
         if self.adapter.sharded is not None:
             return self.adapter.sharded.step
         return self.adapter.memory.total if self.adapter.memory is not None else 0

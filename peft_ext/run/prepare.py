@@ -73,7 +73,7 @@ class Run:
         steps: number of steps of the whole run.
         seconds: seconds that each phase took, by the phase's name.
         stop: the requests that signals have made.
-        ranks: the processes of the run.
+        ranks: the place of this process among the processes of the run, and what the processes exchange.
     """
 
     options: Options

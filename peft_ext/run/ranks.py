@@ -132,7 +132,7 @@ class Ranks:
                 raise
             error = failure
             if self._store is not None:
-                self._store.set(f"{self._key}/failed", "")  # ends the wait in first_of_node
+                self._store.set(f"{self._key}/failed", "")  # the other ranks then end their wait in first_of_node
         texts = self.gather(None if error is None else str(error) or type(error).__name__)
         first = next((rank for rank, text in enumerate(texts) if text is not None), None)
         if first is None:
@@ -249,7 +249,7 @@ class Ranks:
             raise error
         lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST + _LATE)
         if lost:
-            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+            with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
                 self._store.set(f"{self._key}/waited/{self.rank}", "")
         if lost and (told := self._told(_SETTLE)):
             self._let_speak()
@@ -277,7 +277,7 @@ class Ranks:
         """Returns the error that a rank has written into the store, and waits for an error up to ``seconds``; returns
         None without an error."""
         end = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
             while True:
                 if self._store.check([f"{self._key}/error"]):
                     return json.loads(self._store.get(f"{self._key}/error"))
@@ -292,7 +292,7 @@ class Ranks:
         mine = {"rank": self.rank, "text": text}
         try:
             return json.loads(self._store.compare_set(f"{self._key}/error", "", json.dumps(mine)))
-        except RuntimeError:  # the process that holds the store may have ended
+        except RuntimeError:  # raised if the process that holds the store has ended
             return mine
 
     def _let_speak(self) -> None:
@@ -318,7 +318,7 @@ class Ranks:
         function never returns this rank, because this rank waited for others.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
-        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
             waited = [rank for rank in others if self._store.check([f"{self._key}/waited/{rank}"])]
             gone = gone or [rank for rank in others if rank not in waited]
         places = {rank: self._place(rank)[0] for rank in gone or others}
@@ -331,7 +331,7 @@ class Ranks:
 
     def _gone(self) -> list[int]:
         """Returns the ranks that give no sign of life within _SETTLE seconds."""
-        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
             before = self._beats()
             time.sleep(_SETTLE)
             after = self._beats()
@@ -345,7 +345,7 @@ class Ranks:
         """Starts a thread that gives a sign of life each _BEAT seconds, also while the rank waits for another rank."""
 
         def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+            with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
                 while not self._ended.wait(_BEAT):
                     self._store.add(f"{self._key}/beat/{self.rank}", 1)
 
@@ -386,7 +386,7 @@ def wait_seconds() -> float:
 
 @contextlib.contextmanager
 def joined(of_one: bool = False) -> Iterator[Ranks]:
-    """Yields the ranks of the run: joins the process group that the launcher's variables describe.
+    """Joins the process group that the launcher's variables describe, and yields this process's :class:`Ranks`.
 
     ``of_one``: whether a process that no launcher started makes a process group of itself.
 
@@ -504,8 +504,8 @@ def _name_of_start(store: Any, launch: Launch) -> str:
 
 
 def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
-    """Returns the ranks of the default process group. Sets LOCAL_RANK, LOCAL_WORLD_SIZE and OMP_NUM_THREADS, which the
-    accelerate library reads, and the GPU of this process."""
+    """Returns this process's :class:`Ranks` in the default process group. Sets LOCAL_RANK, LOCAL_WORLD_SIZE and
+    OMP_NUM_THREADS, which the accelerate library reads, and the GPU of this process."""
     distributed = torch.distributed
     group = None
     if distributed.get_backend() != "gloo":
