@@ -142,7 +142,7 @@ class GgufHeader:
         return tuple(self._places)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns a value of the metadata: a number, a bool, a str or a list; ``default`` where the key is missing."""
+        """Returns the value of ``key``: a number, a bool, a str or a list; ``default`` where the key is missing."""
         place = self._places.get(key)
         return default if place is None else self._reader.value(place)
 

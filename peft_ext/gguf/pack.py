@@ -230,7 +230,7 @@ def _layers(model: Any) -> Callable[[str], Optional[str]]:
 
 
 def _why_type(info: TensorInfo) -> Optional[str]:
-    """Returns the reason why layers can't hold weights of the tensor's type; None if layers can."""
+    """Returns the reason why layers can't hold weights of the tensor's type; None if layers can hold such weights."""
     return None if has_kernel(info.type) else f"no kernel decodes the type {info.type_name}"
 
 
@@ -427,7 +427,8 @@ def _check_halves(header: GgufHeader, block: str, leaf: str) -> None:
 
 
 def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str]:
-    """Returns the reason why the tensors of gate, up and down can't be packed in the module; None if they can be."""
+    """Returns the reason why the tensors of gate, up and down can't be packed in the module; None if the tensors can be
+    packed."""
     if any(info is None or info.dtype is not None or len(info.shape) != 3 for info in parts):
         return "another weight of the experts is not quantized"
     if (reason := next(filter(None, map(_why_type, parts)), None)) is not None:

@@ -259,9 +259,9 @@ def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
 def load_base(run: Run) -> Any:
     """Returns the frozen base, quantized where the options say so, or packed as the files of the model are.
 
-    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights are rounded to bfloat16 for
-    every computation dtype, so that each machine trains on equal bases. Raises RunError where a weight can't be read or
-    is missing.
+    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights (except those that transformers
+    keeps in float32) are rounded to bfloat16 for every computation dtype, so that each machine trains on equal bases.
+    Raises RunError where a weight can't be read or is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM

@@ -57,9 +57,9 @@ def meta_base(
 ) -> MetaBase:
     """Returns the frozen causal language model of ``folder`` on the meta device, in eval mode.
 
-    The function reads the headers of the files and no weight, and communicates with no other process. Dense weights are
-    rounded to bfloat16 when they are read, and then cast to ``dtype``. Weights that the files store packed, in a way
-    that :class:`peft_ext.PackedConfig` supports, stay packed.
+    The function reads the headers of the files and no weight, and communicates with no other process. Dense weights
+    (except those that transformers keeps in float32) are rounded to bfloat16 when they are read, and then cast to
+    ``dtype``. Weights that the files store packed, in a way that :class:`peft_ext.PackedConfig` supports, stay packed.
 
     Args:
         folder: a folder with config.json and safetensors files.

@@ -127,9 +127,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     or of fifteen if the base is packed.
 
     Args:
-        model: a PeftModel, or any module that :func:`accelerate` takes. An accelerated model is compared in its present
-            state; a model that is not accelerated is compared in the state that ``accelerate(model)`` would give. For a
-            model of ``torch.compile``, the module that was compiled is compared.
+        model: a PeftModel, or any module that :func:`peft_ext.accelerate` takes. An accelerated model is compared in
+            its present state; a model that is not accelerated is compared in the state that ``peft_ext.accelerate``
+            would give. For a model of ``torch.compile``, the module that was compiled is compared.
         batch: keyword arguments of the model's forward, as from a DataLoader, on the model's device. If the output has
             no loss, as without labels, the loss is the sum of the outputs times fixed random numbers.
 
