@@ -85,8 +85,8 @@ def quantize_nf4(
 
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
-        ValueError: a wrong blocksize; a weight on the meta device; a weight with values that are not finite; a merged
-            adapter; a layer with a replaced ``forward``.
+        ValueError: a wrong blocksize; a weight on the meta device or partitioned by ZeRO-3; a weight with values that
+            are not finite; a merged adapter; a layer with a replaced ``forward``.
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
@@ -135,8 +135,8 @@ def quantize_packed(
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
         ValueError: an unknown format; a layer whose input features the format's groups do not divide; a weight on the
-            meta device; a weight with values that are not finite; a merged adapter; a layer with a replaced
-            ``forward``.
+            meta device or partitioned by ZeRO-3; a weight with values that are not finite; a merged adapter; a layer
+            with a replaced ``forward``.
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     Sources: OCP Microscaling Formats 1.0 (mxfp4); compressed-tensors (nvfp4, int4); DeepSeek-V3, arXiv 2412.19437
@@ -256,8 +256,8 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
     a time.
 
     A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay, and fused layers stay fused;
-    layers that shared one weight share the dense weight; hooks are kept. The weights stay frozen. The biases get the
-    weight's dtype and keep ``requires_grad``. Subclasses of NF4Linear and bitsandbytes' layers are not changed.
+    layers that shared one weight share the dense weight; hooks are kept. The dense weights stay frozen. The biases get
+    the weight's dtype and keep ``requires_grad``. Subclasses of NF4Linear and bitsandbytes' layers are not changed.
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its NF4 weights.
@@ -515,7 +515,8 @@ def _check_weight(op: str, name: str, weight: Any, on_meta: bool) -> None:
 
 
 def _check_finite(op: str, places: list[list[Place]], experts: list[tuple[str, nn.Module]]) -> None:
-    """Raises ValueError if a weight to quantize has a value that is not finite. Weights on meta have no values."""
+    """Raises ValueError if a weight to quantize has a value that is not finite. Weights on the meta device have no
+    values and are not checked."""
     weights = [(f"{same[0].name}.weight", same[0].linear.weight) for same in places]
     for name, module in experts:
         weights += [(f"{name}.{parameter}", module._parameters[parameter]) for parameter in expert_parameters(module)]

@@ -135,12 +135,13 @@ def train_with_peft(
     Args:
         train_dataset: rows with ``input_ids``, or with text, prompt and completion, or messages, which
             ``peft_ext.run.data`` tokenizes. Rows with ``input_ids`` may also have ``labels``, ``attention_mask``,
-            ``position_ids`` and ``token_type_ids``; columns of texts, single numbers and messages are ignored. Default
-            labels: the ``input_ids``, and -100, which the loss ignores, where the ``attention_mask`` is 0.
+            ``position_ids`` and ``token_type_ids``; columns of texts, single numbers and messages are ignored. Without
+            ``labels``, the labels are the ``input_ids``, and -100, which the loss ignores, where the
+            ``attention_mask`` is 0.
         output_dir: folder of the Trainer's checkpoints.
         adapter_dir: folder of the trained adapter.
-        arguments: further TrainingArguments. Defaults: 3 epochs, batches of 4 examples, 4 batches for each optimizer
-            step, and a learning rate of 2e-4 after 100 steps of warm-up.
+        arguments: further TrainingArguments. The defaults are 3 epochs, batches of 4 examples, 4 batches for each
+            optimizer step, and a learning rate of 2e-4 after 100 steps of warm-up.
 
     For AdaLoRA, a callback updates the rank budget; for Diff Pruning, a callback begins the second phase. In several
     processes, the first process saves the adapter, which is gathered under FSDP2, and the others wait.
@@ -230,7 +231,7 @@ def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, 
         found.setdefault("attention_mask", [1] * length)
     mask = found.get("attention_mask", [1] * length)
     if "labels" not in found:
-        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # the loop below refuses other lengths
+        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # the loop below raises if the lengths differ
         found["labels"] = [token if kept else IGNORED for token, kept in pairs]
     for name in sorted(columns | {"labels"}):
         if name not in found:

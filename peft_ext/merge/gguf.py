@@ -80,7 +80,7 @@ class MergedTensor:
     Attributes:
         name: name in the file; "" for all tensors.
         type: ggml's type of the written tensor, by name; "" for all tensors.
-        error: ‖Q − W'‖ / ‖W'‖.
+        error: ‖Q − W'‖ / ‖W'‖, the relative error of the written weight Q.
         type_error: ‖N' − N‖ / ‖N‖ for normally distributed values N and the values N' that N has after quantization to
             the base tensor's own type. NaN if the type has no quantizer.
         moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. ``moved`` is below 1 if the rounding has undone changes of

@@ -40,7 +40,8 @@ class GgufBase:
     def __init__(self, path: Union[str, Path]) -> None:
         with as_merge_error(GgufError):
             self.header = header = read_header(path)
-            from ..gguf.metadata import read_config  # imported here, because it needs a transformers that reads GGUF
+            # gguf.metadata is imported here, because the module needs a transformers that reads GGUF.
+            from ..gguf.metadata import read_config
 
             config = read_config(header)
             names = GgufNames.of_file(header)

@@ -134,8 +134,9 @@ class Plan:
                 self.config.tie_word_embeddings = False
 
     def is_changed(self, name: str) -> bool:
-        """Returns whether the adapter may change the tensor. In adapted modules, this is False only for a tensor of a
-        ReplacingLayer that the adapter does not own; elsewhere, True only for a tensor that was added or replaced."""
+        """Returns whether the adapter may change the tensor. In adapted modules, the result is False only for a tensor
+        of a ReplacingLayer that the adapter does not own. Outside of adapted modules, the result is True only for a
+        tensor that the adapter added or replaced."""
         path, local = self.origin[name]
         layer = self.targets.get(path)
         if isinstance(layer, ReplacingLayer):

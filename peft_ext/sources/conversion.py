@@ -55,7 +55,7 @@ class Group:
     """Tensors of the files that become one tensor of the model, or several tensors by one conversion of transformers.
 
     Attributes:
-        name: the first tensor of the model that the group makes.
+        name: name of the first tensor of the model that the group makes.
         parts: for each source pattern of the conversion, the names of the tensors in the files, in order. A renaming
             has the one pattern "".
         dtype: the dtype to which each tensor of the files is cast before the conversion.
