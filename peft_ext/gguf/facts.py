@@ -158,7 +158,7 @@ class _Facts:
         changes["vocab_size"] = rows
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             number = getattr(config, name, None)
-            # A number beyond the vocabulary is the default of the configuration's class, and not a value of the file.
+            # A token id beyond the vocabulary is the default of the configuration's class, and not a value of the file.
             if type(number) is int and number >= rows:
                 changes[name] = None
         for key, field in _SIZE_FIELDS.items():

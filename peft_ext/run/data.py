@@ -477,10 +477,11 @@ def _labelled(
     an answer; other tokens have the label IGNORED.
 
     The whole text is tokenized at once, because a tokenizer such as Llama 2's puts a space before each text, and would
-    put a space before each turn if each turn was tokenized by itself. There is one exception, because a model gets the
-    tokens of the text before an answer when it generates the answer. If the tokens of the text with the answer do not
-    begin with the tokens of the text before the answer, as where one token has the last characters of the prompt and
-    the first of the answer, the text is cut at the beginning of the answer, and both parts are tokenized separately.
+    put a space before each turn if each turn was tokenized by itself. In one case the text is cut, because a model gets
+    the tokens of the text before an answer when it generates the answer: if the tokens of the text with the answer do
+    not begin with the tokens of the text before the answer, as where one token has the last characters of the prompt
+    and the first of the answer, the text is cut at the beginning of the answer, and both parts are tokenized
+    separately.
 
     Args:
         where: name of the data, for error messages.

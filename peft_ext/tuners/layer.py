@@ -210,8 +210,8 @@ class ReplacingLayer(Wrapper):
             merged = self.base_tensor(name)
             self._exchange(name, tensor if tensor is None else tensor.to(merged.device, merged.dtype))
         self._unmerged.clear()
-        # A shared tensor is merged in the layer that owns the tensor. The owner may wrap a module that is never called,
-        # such as T5's embedding, so the other layers that share the tensor unmerge the owner.
+        # A shared tensor is merged in the layer that owns the tensor. The owner of a shared tensor may wrap a module
+        # that is never called, such as T5's embedding, so the other layers that share the tensor unmerge the owner.
         owners = [layer for name in self.merged_adapters for layer, _ in self.tied.get(name, {}).values()]
         self.merged_adapters.clear()
         for layer in owners:

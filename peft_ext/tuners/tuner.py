@@ -17,7 +17,7 @@ with required("peft", "peft_ext.tuners"):
 
 class Wrapper(nn.Module, BaseTunerLayer):
     """A layer that wraps the module ``base_layer``. An attribute that the wrapper lacks is read from ``base_layer``,
-    except special names such as ``__len__`` and accelerate's ``_hf_hook``."""
+    except special names such as ``__len__`` and the accelerate library's ``_hf_hook``."""
 
     def _read(self, name: str) -> Any:
         return getattr(self.base_layer, name)
@@ -26,9 +26,9 @@ class Wrapper(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Python's copy module looks up names that start with "__", and accelerate marks a module that has its hooks
-            # with "_old_forward" and names that start with "_hf_". All these names, and "base_layer", are not read from
-            # the base module.
+            # Python's copy module looks up names that start with "__", and the accelerate library marks a module that
+            # has its hooks with "_old_forward" and names that start with "_hf_". All these names, and "base_layer", are
+            # not read from the base module.
             if name in ("base_layer", "_old_forward") or name.startswith(("__", "_hf_")):
                 raise
         return self._read(name)

@@ -288,7 +288,7 @@ def _measured(
     """
     try:
         model = twin(stock, wide, narrow)
-        if "_original_forward" in vars(model):  # an Accelerator sets this attribute and wraps the forward in autocast
+        if "_original_forward" in vars(model):  # the forward that an Accelerator has wrapped in autocast
             model.forward = model._original_forward
         elif casts and not torch.is_autocast_enabled(next(model.parameters()).device.type):
             raise ValueError("its forward switches autocast on")
