@@ -40,7 +40,8 @@ from ._imports import required
 try:
     from filelock import lock_descriptor
 except ImportError:
-    # filelock before 3.30 has no lock_descriptor. A kernel of Hugging Face's hub can't install a newer filelock.
+    # filelock before 3.30 has no lock_descriptor. peft_ext as a kernel from Hugging Face's hub can't install a newer
+    # filelock.
     import fcntl
 
     def lock_descriptor(handle: int, blocking: bool = True) -> bool:
@@ -56,8 +57,9 @@ __all__ = ["atomic_file", "atomic_folder", "save_adapter"]
 # Endings of hidden folders: _PART for a folder that is being written, _OLD for an old folder that was moved aside.
 _PART, _OLD = ".part", ".old"
 _SEAL = "sealed.json"
-# Error numbers of a rename, or of a new folder beside a folder, where only the folder's entries can be replaced: the
-# folder is a mount point or in a lower layer of overlayfs, or the process may not write to the folder's parent.
+# Error numbers with which the system refuses to rename a folder or to make a folder beside it, although the entries of
+# the folder can be replaced: the folder is a mount point or in a lower layer of overlayfs, or the process may not write
+# to the folder's parent.
 _FIXED = {errno.EXDEV, errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

@@ -76,8 +76,8 @@ def quantize_nf4(
     Args:
         model: any module, on any device except meta.
         blocksize, double_quant: see :func:`peft_ext.ops.nf4_quantize`.
-        skip: names; a layer stays dense if one of these names is a component of the layer's dotted name. Default: the
-            heads of language models and of classifiers.
+        skip: names; a layer stays dense if one of these names is a component of the layer's dotted name. By default,
+            the heads of language models and of classifiers stay dense.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has neither an nn.Linear nor experts to quantize. :func:`dequantize_nf4`
@@ -85,8 +85,8 @@ def quantize_nf4(
 
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
-        ValueError: a wrong blocksize; a weight on the meta device; a weight with values that are not finite; a merged
-            adapter; a layer with a replaced ``forward``.
+        ValueError: a wrong blocksize; a weight on the meta device or partitioned by ZeRO-3; a weight with values that
+            are not finite; a merged adapter; a layer with a replaced ``forward``.
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
@@ -135,8 +135,8 @@ def quantize_packed(
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or no module; a weight is not a plain float parameter.
         ValueError: an unknown format; a layer whose input features the format's groups do not divide; a weight on the
-            meta device; a weight with values that are not finite; a merged adapter; a layer with a replaced
-            ``forward``.
+            meta device or partitioned by ZeRO-3; a weight with values that are not finite; a merged adapter; a layer
+            with a replaced ``forward``.
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     Sources: OCP Microscaling Formats 1.0 (mxfp4); compressed-tensors (nvfp4, int4); DeepSeek-V3, arXiv 2412.19437
@@ -256,13 +256,13 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
     a time.
 
     A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay, and fused layers stay fused;
-    layers that shared one weight share the dense weight; hooks are kept. The weights stay frozen. The biases get the
-    weight's dtype and keep ``requires_grad``. Subclasses of NF4Linear and bitsandbytes' layers are not changed.
+    layers that shared one weight share the dense weight; hooks are kept. The dense weights stay frozen. The biases get
+    the weight's dtype and keep ``requires_grad``. Subclasses of NF4Linear and bitsandbytes' layers are not changed.
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its NF4 weights.
-        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default:
-            the dtype from which each weight was quantized.
+        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. By
+            default, each weight gets the dtype from which it was quantized.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has neither an NF4Linear nor NF4Experts to dequantize.
@@ -291,8 +291,8 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
-        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. Default:
-            each layer's ``compute_dtype``.
+        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. By
+            default, each layer gets its ``compute_dtype``.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has no packed layer to dequantize.
@@ -402,7 +402,7 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int], op: str
         if child is None:
             continue
         name = f"{prefix}.{attribute}" if prefix else attribute
-        # accelerate may have replaced the layer's class by a fused class.
+        # peft_ext.accelerate may have replaced the layer's class by a fused class.
         if getattr(type(child), "stock_class", type(child)) is nn.Linear:
             yield Place(name, module, attribute, adapted)
         else:
@@ -515,7 +515,8 @@ def _check_weight(op: str, name: str, weight: Any, on_meta: bool) -> None:
 
 
 def _check_finite(op: str, places: list[list[Place]], experts: list[tuple[str, nn.Module]]) -> None:
-    """Raises ValueError if a weight to quantize has a value that is not finite. Weights on meta have no values."""
+    """Raises ValueError if a weight to quantize has a value that is not finite. Weights on the meta device have no
+    values and are not checked."""
     weights = [(f"{same[0].name}.weight", same[0].linear.weight) for same in places]
     for name, module in experts:
         weights += [(f"{name}.{parameter}", module._parameters[parameter]) for parameter in expert_parameters(module)]
@@ -566,8 +567,8 @@ def _choose_dora(layer: nn.Module) -> None:
 def replace_group(same: list[Place], make: Callable[[nn.Linear, Optional[nn.Module]], nn.Module]) -> None:
     """Replaces each linear layer of a group by ``make(linear, first)``.
 
-    ``first`` is the new layer that was made first for the group's weight, or None. All new layers are made before the
-    first new layer is put in place: if a layer can't be made, no layer of the group is replaced.
+    ``first`` is the first new layer of the group; None in the call that makes this layer. All new layers are made
+    before the first new layer is put in place: if a layer can't be made, no layer of the group is replaced.
     """
     done: dict[int, nn.Module] = {}
     for place in same:

@@ -117,7 +117,8 @@ def setup_peft_training(
     if prompt_text is not None:
         given |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": prompt_text,
                   "tokenizer_name_or_path": str(model_name)}  # fmt: skip
-    if fields.get("target_modules") in (None, "all-linear"):  # named layers are adapted wherever they are
+    # Layers that the caller names are adapted in every part of the model.
+    if fields.get("target_modules") in (None, "all-linear"):
         given |= text_targets(model, method)
     model = get_peft_model(model, make_config(config_class, {**given, **fields}))
     model.print_trainable_parameters()
@@ -134,12 +135,13 @@ def train_with_peft(
     Args:
         train_dataset: rows with ``input_ids``, or with text, prompt and completion, or messages, which
             ``peft_ext.run.data`` tokenizes. Rows with ``input_ids`` may also have ``labels``, ``attention_mask``,
-            ``position_ids`` and ``token_type_ids``; columns of texts, single numbers and messages are ignored. Default
-            labels: the ``input_ids``, and -100, which the loss ignores, where the ``attention_mask`` is 0.
+            ``position_ids`` and ``token_type_ids``; columns of texts, single numbers and messages are ignored. Without
+            ``labels``, the labels are the ``input_ids``, and -100, which the loss ignores, where the
+            ``attention_mask`` is 0.
         output_dir: folder of the Trainer's checkpoints.
         adapter_dir: folder of the trained adapter.
-        arguments: further TrainingArguments. Defaults: 3 epochs, batches of 4 examples, 4 batches for each optimizer
-            step, and a learning rate of 2e-4 after 100 steps of warm-up.
+        arguments: further TrainingArguments. The defaults are 3 epochs, batches of 4 examples, 4 batches for each
+            optimizer step, and a learning rate of 2e-4 after 100 steps of warm-up.
 
     For AdaLoRA, a callback updates the rank budget; for Diff Pruning, a callback begins the second phase. In several
     processes, the first process saves the adapter, which is gathered under FSDP2, and the others wait.
@@ -207,7 +209,7 @@ def _load(name: Union[str, Path]) -> nn.Module:
 def _tokenized(rows: Iterable[Any], tokenizer: Any) -> list[dict[str, Any]]:
     rows = [dict(row) for row in rows]
     if not rows or any("input_ids" in row for row in rows):
-        # A dataset that was tokenized by `map` still has its texts, which transformers' Trainer drops too.
+        # A dataset that was tokenized by `map` still has its texts, which transformers' Trainer removes too.
         rows = [{name: value for name, value in row.items() if name in _COLUMNS or _is_numbers(value)} for row in rows]
         columns = {name for row in rows for name in row}
         return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]
@@ -229,7 +231,7 @@ def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, 
         found.setdefault("attention_mask", [1] * length)
     mask = found.get("attention_mask", [1] * length)
     if "labels" not in found:
-        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # a difference in length is an error below
+        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # the loop below raises if the lengths differ
         found["labels"] = [token if kept else IGNORED for token, kept in pairs]
     for name in sorted(columns | {"labels"}):
         if name not in found:

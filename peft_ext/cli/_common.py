@@ -42,7 +42,8 @@ Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: PyTo
 def model_config(model: str, revision: Optional[str] = None) -> tuple[Path, Any]:
     """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
-    For a hub name fetches only the JSON files, of ``revision`` or of the default branch. Raises
+    ``model`` may also be a GGUF file, which is then returned in place of the folder. For a hub name fetches only the
+    JSON files, of ``revision`` or of the default branch. Raises
     :class:`peft_ext.sources.model.SourceError` where there is no such model, or where its configuration is damaged or
     not known to transformers.
     """
@@ -55,9 +56,10 @@ def model_config(model: str, revision: Optional[str] = None) -> tuple[Path, Any]
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
     """Returns the folder or name of the adapter's base; None for the base that the adapter's configuration names.
 
-    ``model`` is the base that the user named, or None. If ``model`` is "smollm2", the default model, returns the folder
-    of the default model. Returns the folder of the default model also if ``model`` is None, the adapter was trained
-    over the default model, and the folder that the adapter's configuration names does not exist.
+    ``model`` is the base that the user named; None if the user named none. If ``model`` is "smollm2", the default
+    model, returns the folder of the default model. Returns the folder of the default model also if ``model`` is None,
+    the adapter was trained over the default model, and the folder that the adapter's configuration names does not
+    exist.
     """
     if model is None:
         trained, named = named_bases(adapter)
@@ -97,13 +99,13 @@ def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> N
 
 
 def chosen_quant(option: str, folder: Path, stored: str, asked: Optional[str], trained: Mapping[str, Any]) -> str:
-    """Returns the quantization of a base: as the files store the weights, as the user asked, or as in the adapter's
-    training.
+    """Returns the quantization of a base: that of the files if the files are quantized, else ``asked``, else that of
+    the adapter's training, else "none".
 
     Args:
         option: name of the command line option whose value is ``asked``, for the error message.
         stored: how the files in ``folder`` store the weights, see :func:`peft_ext.sources.model.stored_quant`.
-        trained: see :func:`peft_ext.sources.adapter.training_options`.
+        trained: options of the adapter's training, as :func:`peft_ext.sources.adapter.training_options` returns them.
 
     Raises CliError where ``asked``, or the quantization of the adapter's training, does not fit the files.
     """

@@ -33,8 +33,9 @@ def verified(
         batch_size, length: number of examples of the batch, and most tokens of an example.
 
     Raises CliError where a weight of the base is missing, where the packed format ``quant`` does not fit the model,
-    where the adapter does not fit, where the model has no tokenizer, or where the model can't be verified. Errors of
-    reading the model (SourceError) and the data (RunError) are raised unchanged.
+    where the adapter does not fit the model, where the model has no tokenizer, or where
+    :func:`peft_ext.verification.verify` refuses the model. Errors of reading the model (SourceError) and the data
+    (RunError) are raised unchanged.
     """
     from ..model import get_peft_model, load_adapter
     from ..verification import verify

@@ -149,7 +149,8 @@ def _show(results: list[Result]) -> None:
 
 
 def _spread(result: Result) -> float:
-    """Returns the largest value, over all contenders, of a ratio's interquartile range divided by the ratio."""
+    """Returns the largest relative spread over all contenders: the interquartile range of a ratio of times, divided by
+    the ratio."""
     return max((high - low) / result.ratio[name] for name, (low, high) in result.quartiles.items())
 
 

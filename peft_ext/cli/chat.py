@@ -113,7 +113,8 @@ class _Pair:
     Attributes:
         about: the base, the quantization and the adapter in words.
         no_base: the reason why the base can't answer; None where the base can answer.
-        room: most tokens that a prompt and its answer may have together; None where the model has no limit.
+        room: most tokens that a prompt and its answer may have together; None for an encoder-decoder, and where the
+            model has no limit.
     """
 
     def __init__(

@@ -148,8 +148,8 @@ def _warm(capabilities: list[str]) -> None:
 
 
 def _settled(key: str) -> str:
-    """Proves the kernels of a dispatch key. Returns "", or the error of the proof: a kernel's fault that leaves the GPU
-    unusable, too little memory, or, with PEFT_EXT_REQUIRE, a family that failed.
+    """Proves the kernels of a dispatch key ("CPU" or "CUDA"). Returns "", or the error of the proof: a kernel's fault
+    that leaves the GPU unusable, too little memory, or, with PEFT_EXT_REQUIRE, a family of kernels that failed.
     """
     try:
         prove.settle(key)

@@ -62,7 +62,7 @@ _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "lo
 class _Base:
     """A base model on the meta device, with the dtype and the quantization that the base has in the preview.
 
-    ``given``: the base's name; None where the adapter's configuration names the base, and perhaps the base's revision.
+    ``given``: the base's name that the user gave; None where the adapter's configuration names the base.
     """
 
     name: str

@@ -74,7 +74,7 @@ def _common(
 
 
 def _register(name: str) -> None:
-    """Makes a command of the function ``name`` in the module ``peft_ext.cli.name``.
+    """Makes a command of the function ``name`` in the module of ``peft_ext.cli`` with the same name.
 
     The function returns the command's exit code, or None for 0.
     """

@@ -38,7 +38,7 @@ def load_gguf_adapter(
 
     Args:
         model: a transformers model, or a PeftModel, which gets another adapter.
-        file: the GGUF file.
+        file: path of llama.cpp's adapter file, which is a GGUF file.
         adapter_name: the adapter's name in the model.
         kwargs: further arguments of :func:`peft_ext.load_adapter`, such as ``is_trainable``.
 

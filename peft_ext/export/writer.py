@@ -33,13 +33,13 @@ class ExportReport:
     """The result of :func:`write_gguf_adapter`.
 
     Attributes:
-        file: the written file.
+        file: path of the written file.
         nbytes: size of the file in bytes.
         base: the base's file or folder, or the base's name on the hub.
         base_is_gguf: whether the base is a GGUF file, so that the names and sizes were compared with the file.
         architecture: llama.cpp's name of the base's architecture.
         method: PEFT's name of the adapter's method.
-        dtype: "f16" or "f32".
+        dtype: dtype of the matrices in the file, "f16" or "f32".
         alpha: the file's alpha: llama.cpp multiplies ``B @ A`` of each pair by alpha / rank.
         pairs: number of adapted weights.
         parameters: number of elements of all matrices.
@@ -79,11 +79,11 @@ def write_gguf_adapter(
     at a time are in memory.
 
     Args:
-        adapter: a folder that ``save_pretrained`` wrote, or a hub name. The tensors must be in safetensors.
+        adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
         file: path of the new file. The finished file appears in one step, see :func:`peft_ext.files.atomic_file`.
         base: the base as a GGUF file, or as the folder or hub name of a transformers model. The name and size of each
-            adapted tensor are compared with the GGUF file, or with the configuration of the transformers model. None:
-            the base that the adapter's configuration names.
+            adapted tensor are compared with the GGUF file, or with the configuration of the transformers model. With
+            ``base`` None, the base is the one that the adapter's configuration names.
         dtype: dtype of the matrices in the file: "f16" or "f32".
         overwrite: whether an existing GGUF file may be replaced.
 

@@ -69,7 +69,8 @@ _NOT_NEGATIVE = (
 # transformers does not compare the prefix of a key with the file's architecture: in a file of the architecture llama,
 # the key "mamba.ssm.inner_size" sets the configuration's intermediate_size.
 _FIELDS = {*_SIZES, *_EPSILONS, "rope.freq_base"}
-_READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")  # keys that the package gguf itself adds
+# Keys that the package gguf adds to the metadata of each file that it reads.
+_READERS_OWN = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")
 # Architectures for which transformers needs an embedding whose width is a multiple of the number of attention heads.
 _WHOLE_HEADS = ("gemma2", "gemma3", "llama")
 

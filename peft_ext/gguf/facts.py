@@ -100,7 +100,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def take_facts(header: GgufHeader, config: Any) -> Any:
-    """Returns a configuration with the values that transformers does not read from the file.
+    """Returns a copy of ``config`` with the values that transformers does not read from the file.
 
     Raises GgufError where a value that changes the model's function can't be put into the configuration.
     """
@@ -158,7 +158,7 @@ class _Facts:
         changes["vocab_size"] = rows
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             number = getattr(config, name, None)
-            # The number is the default of the configuration's class, and not a value of the file.
+            # A token id beyond the vocabulary is the default of the configuration's class, and not a value of the file.
             if type(number) is int and number >= rows:
                 changes[name] = None
         for key, field in _SIZE_FIELDS.items():
@@ -252,7 +252,7 @@ class _Facts:
                 self.taken.add("rope.freq_base_swa")
 
     def _take_part(self, rotary: dict[str, Any]) -> None:
-        """Reads how many features of each head rotary positions rotate."""
+        """Reads how many features of each head the rotary positions rotate."""
         count = self.get("rope.dimension_count")
         if count is None or self.config.model_type in ("minimax_m2", "qwen3_5_text", "qwen3_5_moe_text"):
             return  # for MiniMax-M2 and Qwen 3.5, transformers itself reads rope.dimension_count

@@ -62,7 +62,8 @@ class Value(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """The place of a value in the file: its type, the type of an array's elements, their number, and the offset."""
+    """The place of a value in the file: GGUF's type of the value, the type and the number of the elements if the value
+    is an array, and the offset of the data."""
 
     type: int
     element: int
@@ -79,7 +80,7 @@ class TensorInfo:
         shape: sizes in PyTorch's order, rows before columns.
         type: ggml's type, as a number.
         offset: offset in bytes from the start of the file.
-        nbytes: number of bytes in the file.
+        nbytes: number of bytes that the tensor takes in the file.
     """
 
     name: str
@@ -102,7 +103,7 @@ class GgufHeader:
     """The checked header of a file, as :func:`read_header` returns it.
 
     Attributes:
-        path: the file.
+        path: path of the GGUF file.
         version: version of the format, 2 or 3.
         tensors: the file's tensors by name, in the file's order.
         alignment: the offsets of the tensors are multiples of ``alignment`` bytes.
@@ -141,7 +142,7 @@ class GgufHeader:
         return tuple(self._places)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns a value of the metadata: a number, a bool, a str or a list; ``default`` where the key is missing."""
+        """Returns the value of ``key``: a number, a bool, a str or a list; ``default`` where the key is missing."""
         place = self._places.get(key)
         return default if place is None else self._reader.value(place)
 
@@ -204,9 +205,9 @@ def read_header(path: Union[str, Path]) -> GgufHeader:
 
     Raises:
         OSError: the file can't be read.
-        GgufError: the file is damaged or not supported, for example not GGUF of version 2 or 3 or truncated; or has,
-            for example, a name twice, a type that is not known, a size that overflows or is no multiple of its type's
-            block, or tensors that overlap or lie past the end.
+        GgufError: the file is damaged or not supported. For example: the file is not GGUF of version 2 or 3, or is
+            truncated; the file has a name twice, or a type that is not known; a size overflows, or is no multiple of
+            its type's block; tensors overlap, or lie past the end of the file.
     """
     path = Path(path).expanduser()
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer

@@ -53,9 +53,9 @@ def load_gguf(
     configuration has no field for a value that changes the model's function, load_gguf raises ValueError.
 
     Args:
-        path: the file. The architecture of the model may be bloom, falcon (with one key-value head), gemma2, gemma3,
-            gpt-oss, gpt2, lfm2, llama, mamba, minimax-m2, nemotron, phi3, qwen2, qwen2moe, qwen3, qwen3moe, qwen35,
-            qwen35moe, stablelm, starcoder2, t5 or t5encoder.
+        path: the GGUF file. The architecture of the model may be bloom, falcon (with one key-value head), gemma2,
+            gemma3, gpt-oss, gpt2, lfm2, llama, mamba, minimax-m2, nemotron, phi3, qwen2, qwen2moe, qwen3, qwen3moe,
+            qwen35, qwen35moe, stablelm, starcoder2, t5 or t5encoder.
         dtype: dtype of the dense weights and of the computation.
         model_class: the transformers class; default ``AutoModelForCausalLM``, and for T5 ``AutoModelForSeq2SeqLM`` or
             ``T5EncoderModel``.
@@ -106,10 +106,9 @@ class GgufPackedConfig(QuantizationConfigMixin):
     """The quantization_config of a model that :func:`load_gguf` has loaded.
 
     Attributes:
-        file: the GGUF file.
-        header: the file's header while the model is loaded, and None later.
-        tensors: the tensors that transformers loads (see :class:`.pack.Packed`) while the model is loaded, and empty
-            later.
+        file: path of the GGUF file.
+        header: the file's header until transformers has loaded the model, and None later.
+        tensors: the tensors that transformers loads (see :class:`.pack.Packed`); empty once the model has them.
     """
 
     header: Optional[GgufHeader] = None

@@ -73,7 +73,7 @@ def read_tokenizer(header: GgufHeader, **kwargs: Any) -> Any:
     if "tokenizer.ggml.tokens" not in header:
         raise header.error("the file has no tokenizer: tokenizer.ggml.tokens is missing")
     try:
-        # In a folder of its own, because transformers would take a tokenizer.json beside the file.
+        # The file is linked into an empty folder, because transformers would take a tokenizer.json beside the file.
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, header.path.name).symlink_to(header.path.resolve())
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=header.path.name, **kwargs)

@@ -58,7 +58,7 @@ class _Changes(NamedTuple):
     Attributes:
         digest: the result of :func:`_digest` for the class whose changes the other attributes describe; "" for a class
             of this module, whose code is known.
-        names: regular expression of the names of the tensors.
+        names: regular expression for the names of the changed tensors.
         rows: if the class only reorders rows: a function of a tensor's name, its number of rows and the configuration,
             which returns ``order``. Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
     """
@@ -114,7 +114,7 @@ _CHANGES: dict[type, _Changes] = {
     legacy.MiniMaxM2TensorProcessor: _Changes("5f329bd3c6ef3167b431", r"_exps"),
     _GptOss: _Changes("", r"_exps"),
 }
-_PARTS = ("gate", "up", "down")  # parts of the names of the tensors of a block's experts
+_PARTS = ("gate", "up", "down")  # parts of the names of the tensors of a decoder layer's experts
 _EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(gate|up|down)_exps\.(?P<leaf>weight|bias)")
 # Tensors that are not loaded: rotary factors, which are in the configuration, and rotary frequencies of old files.
 _UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.attn_rot_embd(\.weight)?")))
@@ -192,8 +192,8 @@ def _shapes(model: Any) -> dict[str, torch.Size]:
 
 
 def _check_all(model: Any, header: GgufHeader, shapes: dict[str, torch.Size], found: Iterable[str]) -> None:
-    """Raises GgufError for a parameter that has no tensor in the file, before transformers allocates memory for the
-    parameter."""
+    """Raises GgufError for a parameter that neither has a tensor in the file nor is tied to a parameter with a tensor,
+    before transformers allocates memory for the parameter."""
     found = set(found)
     tied = {name for pair in model.all_tied_weights_keys.items() if set(pair) & found for name in pair}
     if missing := [name for name in shapes if name not in found and name not in tied]:
@@ -212,7 +212,8 @@ def _is_unused(model: Any, name: str) -> bool:
 
 
 def _layers(model: Any) -> Callable[[str], Optional[str]]:
-    """Returns a function from a parameter's name to the reason why the layer can't hold a packed weight, or None."""
+    """Returns a function from a parameter's name to the reason why the parameter's layer can't hold a packed weight;
+    None if the layer can hold one."""
     read = weights_read_past(model)
 
     def reason(parameter: str) -> Optional[str]:
@@ -229,7 +230,7 @@ def _layers(model: Any) -> Callable[[str], Optional[str]]:
 
 
 def _why_type(info: TensorInfo) -> Optional[str]:
-    """Returns the reason why layers can't hold weights of the tensor's type, or None."""
+    """Returns the reason why layers can't hold weights of the tensor's type; None if layers can hold such weights."""
     return None if has_kernel(info.type) else f"no kernel decodes the type {info.type_name}"
 
 
@@ -344,7 +345,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                # gate, up and down of a block are packed together when the loop comes to the first of the three tensors
+                # gate, up and down of a decoder layer are packed together when the loop comes to the first of the three
                 if reason is None and target not in found.tensors:
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
@@ -416,7 +417,8 @@ def _packed_experts(
 
 
 def _check_halves(header: GgufHeader, block: str, leaf: str) -> None:
-    """Raises GgufError where a block lacks the experts' gate or up, or where gate and up have different sizes."""
+    """Raises GgufError where a decoder layer lacks the experts' gate or up, or where gate and up have different
+    sizes."""
     gate, up = (header.tensors.get(f"{block}.ffn_{part}_exps.{leaf}") for part in ("gate", "up"))
     if gate is None or up is None or gate.shape != up.shape:
         came = ["missing" if one is None else one.shape for one in (gate, up)]
@@ -425,7 +427,8 @@ def _check_halves(header: GgufHeader, block: str, leaf: str) -> None:
 
 
 def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str]:
-    """Returns the reason why the tensors of gate, up and down can't be packed in the module, or None."""
+    """Returns the reason why the tensors of gate, up and down can't be packed in the module; None if the tensors can be
+    packed."""
     if any(info is None or info.dtype is not None or len(info.shape) != 3 for info in parts):
         return "another weight of the experts is not quantized"
     if (reason := next(filter(None, map(_why_type, parts)), None)) is not None:
@@ -442,7 +445,8 @@ def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str
 
 
 class _Source(NamedTuple):
-    """The tensors from which a parameter is made, and the reason why the conversion must decode them, or None."""
+    """The tensors from which a parameter is made, and the reason why the conversion must decode the tensors; None where
+    the conversion keeps packed bytes."""
 
     tensors: list[TensorInfo]
     reason: Optional[str]
@@ -466,7 +470,7 @@ def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
-    """Returns the sizes other than 1, which the file and the model may have in different places."""
+    """Returns the sizes other than 1. The file and the model may have sizes of 1 in different places."""
     return tuple(size for size in shape if size != 1)
 
 

@@ -9,7 +9,7 @@
 The model is copied without its data, then adapted by PEFT, quantized and accelerated as the arguments say. Forward and
 backward run under PyTorch's FakeTensorMode: shapes, dtypes, views and autograd are those of the real step, but tensors
 have no data. A dispatch mode notes when each storage is made and when the storage is freed. The trace therefore shows
-the tensors that a layer saves for its backward, the tensors that checkpointing drops and computes again, shared
+the tensors that a layer saves for its backward, the tensors that checkpointing frees and computes again, shared
 tensors, and the moment of the peak. A model whose forward depends on the values of tensors cannot be traced. The
 optimizer's states and temporary tensors are added from a table of sizes.
 """

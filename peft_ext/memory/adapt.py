@@ -62,9 +62,9 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
     """
     if not accelerated:
         integration.restore(model)
-    # A second call of accelerate would reset the dora_dropout of fused layers.
+    # A second call of peft_ext.accelerate would reset the dora_dropout of fused layers.
     elif not any(type(module) in STOCK for module in model.modules()):
-        with warnings.catch_warnings():  # hides accelerate's warning about a model without adapters
+        with warnings.catch_warnings():  # hides the warning of peft_ext.accelerate about a model without adapters
             warnings.filterwarnings("ignore", "accelerate: .* has no adapter layer")
             integration.accelerate(model)
 
@@ -72,7 +72,7 @@ def put_on_ops(model: nn.Module, accelerated: bool) -> None:
 def set_checkpointing(model: nn.Module, wanted: bool) -> None:
     """Turns gradient checkpointing on if ``wanted`` or if the model has checkpointing on already.
 
-    The checkpoints do not save the state of the random generator, because a trace draws no random numbers. Raises
+    Checkpointed layers do not save the state of the random generator, because a trace draws no random numbers. Raises
     ValueError if the model has no method that turns checkpointing on.
     """
     if not wanted and not is_checkpointing(model):
@@ -104,7 +104,8 @@ def name_of(model: nn.Module, method: Optional[str]) -> str:
 
 
 def quantization_of(model: nn.Module) -> Optional[str]:
-    """Returns the name of the quantization of the model's weights, or the names of several; None for dense weights."""
+    """Returns the name of the quantization of the model's weights, or several names joined by "+"; None for dense
+    weights."""
     names = {name: None for module in model.modules() for name in _formats(module)}
     return "+".join(names) or None
 

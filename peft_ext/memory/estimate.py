@@ -66,7 +66,7 @@ def estimate_memory(
         dtype: dtype of the base model's floating-point parameters; default: the model's own, or the configuration's.
             An adapter that ``model`` has already keeps its dtype.
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
-            "lion_8bit", "rmsprop", "sgd", or None.
+            "lion_8bit", "rmsprop", "sgd", or None, which counts as "sgd": an optimizer without states.
         gradient_checkpointing: True: each layer that transformers can checkpoint saves only its input, and the
             backward computes the layer again. If ``gradient_checkpointing`` is False, a model that has checkpointing on
             already keeps it.
@@ -76,7 +76,7 @@ def estimate_memory(
         accelerated: True: the step runs the layers that :func:`peft_ext.accelerate` makes. With ``accelerated`` False,
             the step runs PEFT's own layers, over bitsandbytes' Linear4bit for an NF4 base, which dequantizes a weight
             on each use.
-        autocast: dtype of autocast around the forward, as in the Trainer with ``bf16=True``.
+        autocast: dtype of autocast around the forward, as in the Trainer with ``bf16=True``; None: no autocast.
         padding: True: the sequences have unequal lengths, so that attention gets a mask; False: attention gets no mask.
         device: device of the step, "cuda" or "cpu"; default: the model's device, "cuda" for a model on the meta device.
         task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default: config's

@@ -28,9 +28,9 @@ class MemoryEstimate:
         optimizer: the optimizer's states, and AdaLoRA's importance scores.
         activations: the inputs, and the tensors other than logits that the forward saves for the backward.
         logits: logits, their float32 copies and their gradients, between the language model's head and the loss.
-        temporary: tensors that live only within a layer, an operator or the optimizer's step.
+        temporary: tensors that exist only within a layer, an operator or the optimizer's step.
         total: sum of the bytes at the peak.
-        peak: bytes by kind at the peak.
+        peak: bytes of each kind of memory at the moment of the peak.
         parameters, trainable: numbers of all parameters and of the trainable ones.
         about: description of the traced step, in one line.
     """
@@ -107,9 +107,9 @@ class Profile:
         """Returns ``self + steps · (other - self)``, the profile of a model with more layers than those of self and
         other.
 
-        The result leaves out a phase that ``self`` or ``other`` lacks. The caller may leave out only the phase of the
-        layers between the last and the first layer, as a model of two layers does: the peak of this phase is at most
-        the larger of the peaks of the first and of the last layer.
+        The result leaves out a phase that ``self`` or ``other`` lacks. ``self`` and ``other`` may lack only the phase
+        of the layers between the last and the first layer, which a model of two layers does not have: the peak of this
+        phase is at most the larger of the peaks of the first and of the last layer.
         """
 
         shared = [name for name in self.peaks if name in other.peaks]

@@ -1,7 +1,7 @@
 """Upper bound of the scratch memory that operators allocate in addition to their outputs, which a trace does not see.
 
 The bound leaves out a few MB of scratch memory in each thread. Partial sums of an adapter's gradients are counted for a
-loss, and on CUDA for experts, but for no other operator.
+loss, and on CUDA for experts, but for no other operator. docs/glossary.md explains path, tile, strip and panel.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _EXPERTS = (
 )
 
 # Constants of the CPU kernels.
-_WIDE_PANEL = 1024  # number of rows of W that are widened to float32 together
-_SUMMED_TOKENS = 64  # least number of tokens in a part; a partial sum of an adapter's gradient is over one part
-_MOST_PARTS = 32  # largest number of parts into which the tokens are divided
+_WIDE_PANEL = 1024  # number of rows of W that a kernel converts to float32 at a time
+_SUMMED_TOKENS = 64  # least number of tokens over which a kernel computes a partial sum of an adapter's gradient
+_MOST_PARTS = 32  # largest number of parts into which a kernel divides the tokens for such partial sums
 _MOST_SUMS = 2**22  # largest number of float32 elements in all partial sums that exist at once
 
 
@@ -66,9 +66,9 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
 
     On CUDA, and on the CPU in float32, the scratch is a packed weight decoded to the activations' dtype, or nothing for
     a dense weight. If PEFT's DoRA dropout acts on the base layer's term, on the CPU in float32, the scratch also has
-    the dropped x or the scaled dY, the partial result to which the product is added, and a panel of the weight. With
-    this dropout, on CUDA, the scratch of the forward also has the dropped x, and the product of the dropped x if the
-    product is no result; the scratch of the backward also has the two terms of dX.
+    x after the dropout or the scaled dY, the partial result to which the product is added, and a panel of the weight.
+    With this dropout, on CUDA, the scratch of the forward also has x after the dropout, and the product of this tensor
+    if the operator does not return the product; the scratch of the backward also has the two terms of dX.
 
     On the CPU in 16 bits, one of the four cases below gives the scratch. In cases 1, 2 and 4 of the list, a dropout of
     the base layer's term doubles the tensors of activations, products and float32 panels.
@@ -88,8 +88,8 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     is_packed, panel_rows = bool(given.get("layout")), min(_WIDE_PANEL, out_features)
     if device != "cpu" or dtype.itemsize != 2:
         size = out_features * in_features * dtype.itemsize if is_packed else 0
-        # in float32 the scratch also has the dropped x or the scaled dY, the sum to which the product is added, and a
-        # panel of W
+        # in float32 the scratch also has x after the dropout or the scaled dY, the sum to which the product is added,
+        # and a panel of W
         if device == "cpu" and drops:
             size += 4 * (rows * (out_features + in_features) + panel_rows * in_features)
         elif drops:
@@ -122,8 +122,8 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of a loss: the logits of a chunk of tokens, and the scratch of the head's two products.
 
     With an adapter on the head there are two copies of the logits, the float32 sums of the adapter's gradients over all
-    chunks, a chunk's part of these sums, and on the CPU lora_B in float32 and the partial sums of a chunk's part. A
-    product by peft_ext's kernel allocates its result while the logits of the chunk before are still alive.
+    chunks, the gradients of one chunk, and on the CPU lora_B in float32 and the partial sums of one chunk's gradients.
+    A product by peft_ext's kernel allocates its result while the logits of the chunk before are still alive.
     """
     hidden, (vocab, features) = given["hidden"], given["shape"]
     dtype, tokens = hidden.dtype, given["labels"].numel()
@@ -160,15 +160,15 @@ def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -
     """Returns three scratch sizes of a loss with an adapter on the head.
 
     The first size is held during the whole call, for the adapter's gradients. Scratch memory of the second size is
-    needed while the low-rank term is added to a chunk's logits. Scratch memory of the third size is needed while a
-    chunk's part of the gradients is computed.
+    needed while the low-rank term is added to a chunk's logits. Scratch memory of the third size is needed while the
+    adapter's gradients of one chunk are computed.
     """
     lora_A, lora_B, hidden = given["lora_A"], given["lora_B"], given["hidden"]
     part = lora_A.numel() * lora_A.element_size() + lora_B.numel() * lora_B.element_size()
     low = rows * hidden.shape[-1] * hidden.element_size() if given["needs_grad_hidden"] else 0
     if not (low or given["needs_grad_adapter"]):
         held = part = 0
-    else:  # while a chunk's part of the gradients is computed, the previous chunk's part still exists
+    else:  # while the gradients of a chunk are computed, the gradients of the chunk before still exist
         held = 4 * (lora_A.numel() + lora_B.numel()) * given["needs_grad_adapter"] + several * (part + low)
     if device != "cpu":
         return held, 0, part + low
@@ -190,9 +190,9 @@ def _of_experts(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of the operators of experts.
 
     On a CPU the scratch is contiguous copies of the adapters that are not contiguous, and in the backward as many bytes
-    again for gradients. On a GPU the scratch is the bfloat16 terms of the adapters, of up to six bytes for each
-    element, in the backward partial sums of the adapters' gradients, and the weights of all experts, decoded, if the
-    weights are packed in another format than NF4.
+    again for gradients. On a GPU the scratch is the bfloat16 matrices whose sums approximate the adapters (up to six
+    bytes for each element), in the backward partial sums of the adapters' gradients, and the weights of all experts,
+    decoded, if the weights are packed in another format than NF4.
     """
     held = [given[name] for name in ("lora_A", "lora_B") if given[name] is not None]
     if device == "cuda":

@@ -50,7 +50,7 @@ class Base:
     absent: tuple[str, ...] = ()  # names of parameters that are missing in the base's files
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor on the CPU. If the tensor stands for a packed weight, returns this weight in float32."""
+        """Returns the tensor on the CPU, or the float32 weight of the function that ``dense`` has for the tensor."""
         made = self.dense.get(id(tensor))
         if made is not None:
             return made()
@@ -216,7 +216,8 @@ def _reverses(conversion: Any) -> bool:
 
 
 def _quantize(base: Base, quantize: Callable[[Tensor], PackedWeight]) -> None:
-    """Makes ``Base.read`` quantize and dequantize each weight that quantize_nf4 would quantize."""
+    """Makes ``Base.read`` apply ``quantize`` to each weight that quantize_nf4 would quantize, and dequantize the
+    result."""
 
     def through(weight: Tensor) -> Tensor:
         return quantize(weight).dequantize(torch.float32)
@@ -233,7 +234,8 @@ def _quantize(base: Base, quantize: Callable[[Tensor], PackedWeight]) -> None:
 
             def read(parameter: Tensor = parameter, transposed: bool = transposed) -> Tensor:
                 dense = torch.empty(parameter.shape, dtype=torch.float32)
-                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):  # a format's blocks run along K
+                # The blocks of a packed format run along the input features, so transposed experts are turned.
+                for expert, into in zip(parameter.detach().cpu(), dense, strict=True):
                     if transposed:
                         expert, into = expert.T, into.T
                     into.copy_(through(expert.contiguous()))

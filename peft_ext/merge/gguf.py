@@ -80,7 +80,7 @@ class MergedTensor:
     Attributes:
         name: name in the file; "" for all tensors.
         type: ggml's type of the written tensor, by name; "" for all tensors.
-        error: ‖Q − W'‖ / ‖W'‖.
+        error: ‖Q − W'‖ / ‖W'‖, the relative error of the written weight Q.
         type_error: ‖N' − N‖ / ‖N‖ for normally distributed values N and the values N' that N has after quantization to
             the base tensor's own type. NaN if the type has no quantizer.
         moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. ``moved`` is below 1 if the rounding has undone changes of
@@ -102,9 +102,9 @@ class GgufMergeReport:
     """The result of :func:`merge_to_gguf`.
 
     Attributes:
-        output: the merged file.
+        output: path of the merged file.
         nbytes: size of the merged file in bytes.
-        base: the base's file.
+        base: path of the base's GGUF file.
         architecture: GGUF's name of the model's architecture.
         method: PEFT's name of the adapter's method.
         type: the argument ``type`` of :func:`merge_to_gguf`.
@@ -158,7 +158,8 @@ def merge_to_gguf(
     Args:
         base: a GGUF file in one part, of an architecture in ``peft_ext.gguf.names.ARCHITECTURES``.
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
-        output: the new file. The finished file appears in one step. If the merge fails, no part of the file is left.
+        output: path of the new file. The finished file appears in one step. If the merge fails, no part of the file is
+            left.
         type: type of the merged matrices: "same", the type that each matrix has in the base's file; or the name of a
             type that :func:`peft_ext.weights.gguf_quantize.can_quantize` accepts, for example "q8_0" or "f16". Vectors
             keep their types. Where most elements of the new file's matrices have another type than in the base's file,

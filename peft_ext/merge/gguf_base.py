@@ -40,7 +40,8 @@ class GgufBase:
     def __init__(self, path: Union[str, Path]) -> None:
         with as_merge_error(GgufError):
             self.header = header = read_header(path)
-            from ..gguf.metadata import read_config  # imported here, because it needs a transformers that reads GGUF
+            # gguf.metadata is imported here, because the module needs a transformers that reads GGUF.
+            from ..gguf.metadata import read_config
 
             config = read_config(header)
             names = GgufNames.of_file(header)
@@ -118,8 +119,8 @@ def decoded(data: Tensor, type: int) -> Tensor:
 
 
 def _model(header: GgufHeader, config: Any) -> PreTrainedModel:
-    """Returns the model of a file on the meta device. Sets tied embeddings, vocabulary size, padding token and head
-    size in ``config`` as the file has them."""
+    """Returns the model of a file on the meta device. Sets ``tie_word_embeddings``, ``vocab_size`` and ``head_dim`` in
+    ``config`` as the file has them, and ``pad_token_id`` to None."""
     architecture, embedding = header.architecture, header.tensors["token_embd.weight"]
     config.tie_word_embeddings = "output.weight" not in header.tensors
     config.vocab_size, config.pad_token_id = embedding.shape[0], None

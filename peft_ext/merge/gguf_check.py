@@ -71,7 +71,8 @@ def compare_logits(
 
 
 def _load(file: Union[str, Path]) -> Any:
-    from ..gguf.load import load_gguf  # imported here, because it needs a transformers that reads GGUF
+    # gguf.load is imported here, because the module needs a transformers that reads GGUF.
+    from ..gguf.load import load_gguf
 
     return load_gguf(file, dtype=torch.float32)
 

@@ -134,8 +134,9 @@ class Plan:
                 self.config.tie_word_embeddings = False
 
     def is_changed(self, name: str) -> bool:
-        """Returns whether the adapter may change the tensor: False outside of adapted modules, and for a tensor of a
-        ReplacingLayer that the adapter does not own."""
+        """Returns whether the adapter may change the tensor. In adapted modules, the result is False only for a tensor
+        of a ReplacingLayer that the adapter does not own. Outside of adapted modules, the result is True only for a
+        tensor that the adapter added or replaced."""
         path, local = self.origin[name]
         layer = self.targets.get(path)
         if isinstance(layer, ReplacingLayer):
@@ -353,7 +354,8 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftModel:
-    """Adapts the base by PEFT and loads the adapter's tensors without a copy or a cast. Raises MergeError."""
+    """Adapts the base by PEFT and loads the adapter's tensors without a copy or a cast. Raises MergeError where the
+    adapter does not fit the base."""
     kind = str(config.peft_type.value)
     with as_merge_error(ValueError, about=f"the adapter's {CONFIG_NAME}: "):
         check_expressions(config, base.model)

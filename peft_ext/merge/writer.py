@@ -54,8 +54,8 @@ def write_safetensors(
 
 
 def write_beside(base: Base, config: PretrainedConfig, adapter: Path, folder: Path) -> Optional[Path]:
-    """Copies tokenizer files and the base's processor files, and writes generation_config.json, if the base has one,
-    and then config.json.
+    """Copies tokenizer files and the base's processor files, writes generation_config.json, if the base has this file
+    or generates text, and then writes config.json.
 
     config.json is written last, because a folder without config.json can't be loaded as a model.
 

@@ -78,8 +78,8 @@ def recommend_peft_method(
             "extractive-qa" means models that mark spans.
         num_examples: number of training examples; None: unknown.
         batch_size: number of sequences in one forward. The recommendation may lower ``batch_size`` to 1.
-        sequence_length: tokens of a sequence. The default is 1024 tokens, or 512 for an encoder, but at most the number
-            of positions of a given model.
+        sequence_length: number of tokens of a sequence. The default is 1024 tokens, or 512 for an encoder, but at most
+            the number of positions of a given model.
         prefer: "balanced" or "quality"; "quality" accepts a method with a slower step.
         dtype: dtype of weights that are not quantized.
         optimizer, accelerated: see :func:`peft_ext.estimate_memory`.

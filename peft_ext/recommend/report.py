@@ -13,7 +13,7 @@ from ..text import gigabytes
 
 @dataclass(frozen=True)
 class Alternative:
-    """A method that was not chosen.
+    """A method that was not recommended.
 
     Attributes:
         why_not: the reason against the method.

@@ -23,7 +23,7 @@ NAMES["full"] = ("full fine-tuning", "full fine-tuning")
 
 
 def name_of(method: str, quantization: Optional[str]) -> str:
-    """Returns the common name of a method over dense weights (None) or over weights of a format."""
+    """Returns the common name of a method over dense weights (``quantization`` None) or over quantized weights."""
     dense, over_nf4 = NAMES[method]
     if quantization in (None, "nf4") or method == "full":
         return dense if quantization is None else over_nf4

@@ -75,9 +75,9 @@ class Synthetic:
     for "SEQ_2_SEQ_LM" are like T5, and all other models are like Llama. A model's width h is proportional to its number
     of layers L. In models like Llama, h = 128 L from a billion parameters on (in Llama 7B to 405B, h is 102 L to 130
     L), and h = 64 L below a billion parameters (as in GPT-2). In models like BERT h = 64 L, in models like T5 h = 85 L.
-    L and h are rounded; the width of the feed-forward layers is then chosen so that the model has the given size. The
-    memory of each phase of a step grows linearly with L. For more than three layers, the steps of models with two and
-    with three layers are therefore traced, and the memory is extrapolated.
+    L and h are rounded; the width of the feed-forward layers is then chosen so that the model has the given size. For
+    more than three layers, the steps of models of equal width with two and with three layers are traced, and the memory
+    is extrapolated (see :meth:`peft_ext.memory.Profile.extrapolate`).
     """
 
     def __init__(self, size_b: float, task: str, sequence_length: Optional[int]) -> None:
@@ -103,9 +103,10 @@ class Synthetic:
 
 
 def _shape(size: float, per_layer: float, ratio: float, head: int, step: int, embeddings: int) -> tuple[int, int]:
-    """Solves ``size = per_layer · L · h² + embeddings · h`` with ``h = ratio · L``; returns layers and heads.
+    """Returns the numbers of layers and of attention heads of a model with about ``size`` parameters.
 
-    The number of heads is a multiple of ``step``, and ``h = heads · head``.
+    The number of layers L and the width h solve ``size = per_layer · L · h² + embeddings · h`` with ``h = ratio · L``.
+    Then h is rounded to ``heads · head``, where the number of heads is a multiple of ``step``.
     """
     low, high = 0.5, 1e3
     for _ in range(60):

@@ -40,8 +40,8 @@ _NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP"
 
 
 def _is_ours(entry: Path) -> bool:
-    """Returns whether an entry of the output folder is the lock file, or a file by which a process tested the
-    folder."""
+    """Returns whether an entry of the output folder is the lock file, or one of the files and folders that a run writes
+    and removes to test the output folder."""
     return entry.name == _LOCK or entry.name.startswith(PROBE)
 
 
@@ -71,7 +71,7 @@ def read_record(o: Options) -> dict[str, Any]:
 
 
 def _options_of_run(o: Options) -> Optional[dict[str, Any]]:
-    """Returns the options in the run.json of the earlier run; None where there is no run.json of a run."""
+    """Returns the options in the output folder's run.json; None where run.json can't be read or has no options."""
     options = read_record(o).get("options")
     return options if isinstance(options, dict) else None
 
@@ -79,10 +79,11 @@ def _options_of_run(o: Options) -> Optional[dict[str, Any]]:
 def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
     """Checks the output folder and returns the checkpoint to resume from; None without --resume.
 
-    Raises RunError where the folder can't be written to, and where it is not empty and neither --resume nor --overwrite
-    is given. With --resume, raises RunError where no checkpoint is whole, where run.json is no record of a run, or
-    where the number of examples of a step or an option in SAME_ON_RESUME differs from the earlier run. With
-    --overwrite, raises RunError where the new run would write over files of the folder that are not of an earlier run.
+    Raises RunError where the path is a file, where the folder can't be written to, and where the folder is not empty
+    and neither --resume nor --overwrite is given. With --resume, raises RunError where no checkpoint is whole, where
+    run.json is no record of a run, or where the number of examples of a step or an option in SAME_ON_RESUME differs
+    from the earlier run. With --overwrite, raises RunError where the folder has no run.json of an earlier run, but
+    another run.json, a report.html, a checkpoint or, with --export, an adapter.gguf.
     """
     existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
@@ -111,8 +112,11 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
     """Returns the options with which processes that torchrun has started again continue the run.
 
     The options are the resolved ``options``, except that ``quant`` is not resolved, because the default of ``quant``
-    depends on the model's files. If this launch has begun the run in the output folder before, the options also have
-    --resume where the run has a whole checkpoint, else --overwrite. Raises RunError for a wrong option.
+    depends on the model's files. If this launch has begun the run in the output folder before, the options get --resume
+    where the method can resume and the run has a whole checkpoint; otherwise the options get --overwrite, unless
+    ``options`` has --resume. The run.json shows whether this launch has begun the run: run.json has the launch's name,
+    and a process was restarted, or the run is not finished and no other launch can have the name. Raises RunError for a
+    wrong option.
     """
 
     def chosen() -> Options:
@@ -188,7 +192,8 @@ def trainer_history(checkpoint: Optional[Path]) -> list[dict[str, Any]]:
 
 
 def how_to_go_on(o: Options) -> str:
-    """Returns the end of an error message, naming the checkpoint to resume from; "" without a sealed checkpoint."""
+    """Returns the end of an error message, which names the latest sealed checkpoint, from which --resume continues; ""
+    without a sealed checkpoint."""
     checkpoint = None
     with contextlib.suppress(OSError):
         checkpoint = next(filter(is_sealed, saved_checkpoints(o)), None)
@@ -239,10 +244,11 @@ def saving_callback(stop: Stop, ranks: Ranks) -> Any:
 def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator[None]:
     """Creates the output folder on rank 0, and locks the folder until the block ends.
 
-    The other ranks wait until rank 0 has the folder.
+    The other ranks wait until rank 0 has locked the folder.
 
     With --overwrite removes files of the earlier run, see :func:`_set_aside`; with --resume removes the checkpoints
-    that are later than ``checkpoint``. Raises RunError where another process holds the lock.
+    that are later than ``checkpoint``. Raises RunError where another process holds the lock, and where a rank does not
+    see the files that rank 0 writes into the folder.
     """
     with contextlib.ExitStack() as stack:
         ranks.together(lambda: stack.enter_context(_owned(o, checkpoint, ranks)) if ranks.speaks else None)
@@ -264,10 +270,11 @@ def _owned(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator[Non
 
 @contextlib.contextmanager
 def sole_writer(folder: Path, seconds: float = 0.0) -> Iterator[None]:
-    """Locks ``folder``, which must exist, against other runs until the block ends; waits ``seconds`` for the lock.
+    """Locks ``folder``, which must exist, against other runs until the block ends; waits up to ``seconds`` for the
+    lock.
 
-    The lock is on a file in the folder. :func:`peft_ext.files.atomic_folder` keeps the lock file in a folder that
-    it replaces. The system releases the lock when the process ends for any reason.
+    The lock is on a file in the folder. :func:`peft_ext.files.save_adapter`, which replaces the folder, links the lock
+    file into the new folder. The system releases the lock when the process ends for any reason.
 
     Raises RunError where another process holds the lock. On a file system without locks the folder is not locked.
     """
@@ -301,18 +308,18 @@ def _set_aside(o: Options) -> None:
     """Removes the files and checkpoints of an earlier run from the output folder, and no other files.
 
     The files of an earlier run are those that a run writes, in a folder that has the run.json of a run. README.md
-    stays, because saving an adapter updates README.md; finetune.yaml stays where the file was edited.
+    stays, because saving an adapter updates README.md; finetune.yaml stays where the user has edited the file.
 
-    Where the folder has a whole adapter, the adapter and the files that describe it are first copied to the folder
-    PREVIOUS. The folder PREVIOUS stays until this run has saved its own adapter. Without the run.json of a run, only
-    a whole adapter is moved to PREVIOUS, and nothing else is removed.
+    Where the folder has a whole adapter, README.md and the files to be removed (the adapter, run.json and others) are
+    first copied to the folder PREVIOUS. The folder PREVIOUS stays until this run has saved its own adapter. Without the
+    run.json of a run, only a whole adapter is moved to PREVIOUS, and nothing else is removed.
     """
     of_run = _options_of_run(o) is not None
     whole = all((o.output / name).is_file() for name in ADAPTER_FILES)
     names = list(ADAPTER_FILES) if of_run or whole else []
     if of_run:
         names += ["report.html", *[CONFIG_FILE] * may_write_config(o), *[EXPORTED_FILE] * (old_export(o) is not None)]
-        names.append("run.json")  # the last file that is removed: by run.json the other files are known as a run's
+        names.append("run.json")  # removed last, because only run.json shows that the other files are those of a run
     there = [name for name in names if (o.output / name).is_file()]
     if whole:
         with atomic_folder(o.output / PREVIOUS, overwrite=True) as folder:
@@ -323,13 +330,14 @@ def _set_aside(o: Options) -> None:
         for checkpoint in saved_checkpoints(o):
             shutil.rmtree(checkpoint, ignore_errors=True)
         with contextlib.suppress(OSError):
-            checkpoints_folder(o).rmdir()  # raises OSError where the folder has other files
+            checkpoints_folder(o).rmdir()  # rmdir raises OSError where the folder has other files than checkpoints
     for name in there:
         (o.output / name).unlink(missing_ok=True)
 
 
 def may_write_config(o: Options) -> bool:
-    """Returns whether a run may write finetune.yaml: False where the file differs from what the earlier run wrote."""
+    """Returns whether a run may write finetune.yaml: the file does not exist, or is as the earlier run wrote the
+    file."""
     path, options = o.output / CONFIG_FILE, _options_of_run(o)
     if not os.path.lexists(path):
         return True

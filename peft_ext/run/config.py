@@ -79,9 +79,10 @@ class Config:
 def read_config(path: Union[str, Path], options: type) -> Config:
     """Returns the file's values, each of the type that the field of the dataclass ``options`` has.
 
-    Raises RunError, which names the file, for: a file that does not exist, has more than 1,000,000 characters, or is
-    not UTF-8 or not YAML; a file without a mapping; an unknown or repeated name; a value of another type; an alias, an
-    anchor or a tag. Where the error is in one line of the file, the message has the line's number.
+    An empty file sets no option. Raises RunError, which names the file, for: a file that does not exist, has more than
+    1,000,000 characters, or is not UTF-8 or not YAML; another content than a mapping; a name that is unknown, repeated,
+    ``resume`` or ``overwrite``; a value of another type; an alias, an anchor or a tag. Where the error is in one line
+    of the file, the message has the line's number.
     """
     path = Path(os.path.expanduser(path))  # Path.expanduser would raise for an unknown user
     need("--config", "yaml")

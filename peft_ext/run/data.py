@@ -57,7 +57,8 @@ class Corpus:
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
     def sample_prompt(self) -> str:
-        """Returns a prompt of the first held-out record: a text's beginning, or the message before the first answer."""
+        """Returns a prompt of the first held-out record: the beginning of a text, or the last message of the user
+        before the first answer of a conversation."""
         record = self.held_out[0]
         if self.kind == "text":
             return record[:200].rstrip()
@@ -95,8 +96,8 @@ def read_corpus(
 
     Args:
         spec: "python-docs", a .jsonl, .json, .csv or .txt file, a folder of such files, or the name of a hub dataset.
-        text_column, prompt_column, completion_column: names of the columns. Where all three are None, the columns are
-            detected.
+        text_column, prompt_column, completion_column: names of the columns of texts, prompts and completions. Where all
+            three are None, the columns are detected.
         eval_fraction: share to hold out, of the characters of all texts or of the number of conversations. At least one
             record is held out.
         seed: seed of the split.
@@ -353,8 +354,9 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
 def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
     """Returns token ids and labels of the records, at most ``block_size`` tokens an example.
 
-    Raises RunError where no example is left; where the tokenizer has no chat template and a conversation has more or
-    fewer than two messages; or where the chat template can't render a conversation.
+    Raises RunError where all training conversations or all held-out conversations are left out, and where the chat
+    template can't render a conversation. Without a chat template, raises RunError for a conversation that is not one
+    message and the assistant's answer.
     """
     if corpus.kind == "text":
         return Examples(_blocks(corpus.train, tokenizer, block_size), _blocks(corpus.held_out, tokenizer, block_size))
@@ -430,8 +432,8 @@ def _renderer(
         return bos + ids, [IGNORED] * len(bos) + labels
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
-        # The chat template renders the conversation without and with each turn of the assistant. The characters that a
-        # turn of the assistant adds are an answer.
+        # For each turn of the assistant, the chat template renders the messages before the turn, and these messages
+        # together with the turn. The characters that the turn adds are an answer.
         answers: list[tuple[int, int]] = []
         done = ""
         for count, message in enumerate(messages):
@@ -471,20 +473,24 @@ def _renderer(
 def _labelled(
     where: str, tokenizer: Any, text: str, answers: list[tuple[int, int]], block_size: int
 ) -> tuple[list[int], list[int]]:
-    """Returns the tokens of ``text``, and as labels the tokens whose first character is in an answer.
+    """Returns the tokens of ``text`` and their labels: a token is its own label where the token's first character is in
+    an answer; other tokens have the label IGNORED.
 
-    The tokens are those of the whole text, because a tokenizer such as Llama 2's puts a space before each text that it
-    gets, and would put a space before each turn that it got alone. One exception makes training equal to inference,
-    where a model gets the tokens of the text before an answer: if the tokens of the text with the answer do not begin
-    with the tokens of the text before the answer, as where one token has the last characters of the prompt and the
-    first of the answer, the text is cut at the beginning of the answer.
+    The whole text is tokenized at once, because a tokenizer such as Llama 2's puts a space before each text, and would
+    put a space before each turn if each turn was tokenized by itself. In one case the text is cut, because a model gets
+    the tokens of the text before an answer when it generates the answer: if the tokens of the text with the answer do
+    not begin with the tokens of the text before the answer, as where one token has the last characters of the prompt
+    and the first of the answer, the text is cut at the beginning of the answer, and both parts are tokenized
+    separately.
 
     Args:
         where: name of the data, for error messages.
         answers: the positions in ``text`` where each answer begins and ends.
-        block_size: the function may leave out turns that begin after more than so many tokens.
+        block_size: the function leaves out the turns after an answer with which the text has more than ``block_size``
+            tokens.
 
-    Raises RunError where the tokenizer gives no positions of its tokens and the positions are needed.
+    Raises RunError where the tokenizer gives no positions of its tokens and the positions are needed, and where the
+    tokenizer joins an answer to any text before the answer.
     """
     before = _ids(tokenizer, text[: answers[0][0]])
     ids, labels = list(before), [IGNORED] * len(before)
@@ -514,7 +520,7 @@ def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 def _encoded_slowly(
     where: str, tokenizer: Any, text: str, before: list[int], end: int, stop: int
 ) -> tuple[list[int], list[int]]:
-    """Returns the tokens of ``text[:stop]``, and for each token a position on the same side of ``end``.
+    """Returns the tokens of ``text[:stop]``, and for each token 0 if the token is before ``end``, else ``end``.
 
     ``before``: the tokens of the text before the answer that ends at ``end``. Raises RunError where a token may have
     characters of both sides of the answer's beginning or end.

@@ -50,7 +50,8 @@ def cached_model() -> Optional[Path]:
 
 
 def check_demo_model() -> None:
-    """Raises RunError where the package of the default model, or the package that unpacks it, is missing."""
+    """Raises RunError where the package of the default model is missing, and where the model is not unpacked yet and
+    the package gguf, which unpacks the model, is missing."""
     if packed_model() is None:
         raise RunError(f"the default model needs the package {PACKAGE}: {_MEND}")
     if cached_model() is None and importlib.util.find_spec("gguf") is None:

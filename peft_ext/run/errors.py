@@ -19,7 +19,7 @@ from ..sources.json_file import first_line
 class RunError(Exception):
     """An error that the user can fix: one line about the options, the data, the model or the machine.
 
-    The line names options like the command line, for example ``--block-size``.
+    The line names options as on the command line, for example ``--block-size``.
     """
 
 
@@ -123,10 +123,11 @@ class Stop:
         signal: the number of the signal that asked the run to end; 0 where no signal did.
         save: whether a signal asked for a checkpoint after the current step.
         training: whether the Trainer runs, so that a first signal ends the run only after the current step.
-        ending: whether the run ends with an error of several processes; no signal then interrupts the message.
-        speaks: whether this process prints what a signal does; only one process of a run does.
+        ending: whether a run of several processes is ending with an error; SIGINT, SIGTERM and SIGHUP are then ignored,
+            so that no signal interrupts the error message.
+        speaks: whether this process prints that a signal stops the run; only one process of a run prints it.
         processes: number of processes of the run.
-        since: time of the last signal, of ``time.monotonic()``.
+        since: value of ``time.monotonic()`` at the last SIGINT, SIGTERM or SIGHUP that was not ignored.
     """
 
     signal: int = 0
@@ -158,7 +159,7 @@ def caught_signals(stop: Stop) -> Iterator[None]:
         if again or not stop.training:
             raise Interrupted(number)
         once_more = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-        if not stop.speaks or passed_on:  # the launcher may send the signal because another process ended
+        if not stop.speaks or passed_on:  # no message: the launcher may send the signal because another process ended
             return
         with contextlib.suppress(OSError):  # print raises OSError where the terminal is gone
             print(f"\nstopping after this step, with a checkpoint; {once_more} stops at once", file=sys.stderr,

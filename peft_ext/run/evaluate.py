@@ -17,8 +17,8 @@ from .prepare import Run
 from .progress import bar, status
 
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
-HELD_OUT_POINTS = 4  # most evaluations during training, without the evaluations before and after training
-HELD_OUT_SHARE = 1 / 4  # tokens of all evaluations during training, as a share of the tokens trained on
+HELD_OUT_POINTS = 4  # most evaluations during training; the evaluations before and after training are not counted
+HELD_OUT_SHARE = 1 / 4  # most tokens of all evaluations during training, as a share of the tokens trained on
 SAMPLES = 3  # most held-out prompts that the model answers in addition to the user's prompt
 REREAD = 2  # number of held-out examples for which the logits of the re-read adapter are compared
 CHUNK = 64  # number of tokens whose logits are converted to float32 at a time
@@ -81,8 +81,8 @@ def perplexity(losses: Losses) -> float:
 def curve_examples(run: Run) -> list[int]:
     """Returns the indices of the held-out examples on which each point of the held-out curve is computed.
 
-    The indices are evenly spread over the held-out examples. The number of indices is as large as HELD_OUT_SHARE
-    allows, but at least 4 (or all held-out examples).
+    The indices are evenly spread over the held-out examples. The evaluations during training take at most the share
+    HELD_OUT_SHARE of the number of training tokens, but at least 4 examples (or all held-out examples).
     A resumed run uses the number of examples in its checkpoint's history.
     """
 
@@ -102,7 +102,8 @@ def curve_examples(run: Run) -> list[int]:
 
 
 def sample_prompts(run: Run) -> list[dict[str, Any]]:
-    """Returns the prompts to answer: the user's or a default prompt, then up to SAMPLES prompts of held-out records."""
+    """Returns the prompts to answer: the user's or a default prompt, then up to SAMPLES prompts of held-out
+    conversations."""
     prompt = run.options.prompt
     if prompt is None:
         prompt = DEMO_PROMPT if run.corpus.where == PYTHON_DOCS else run.corpus.sample_prompt()
@@ -210,13 +211,13 @@ class Check:
     """The largest absolute differences between logits, computed for at most two held-out examples.
 
     Attributes:
-        max_difference: difference between the trained model and a fresh base with the saved adapter, both run by stock
-            PEFT except for the models that ``reread`` names.
+        max_difference: largest difference between the logits of the trained model and of a fresh base with the saved
+            adapter, both run by stock PEFT except for the models that ``reread`` names.
         bound: the difference that rounding may cause: 4 eps of the computation's dtype, times the largest logit.
         ok: whether ``max_difference`` is at most ``bound``.
         largest: largest absolute logit of the trained model.
-        accelerated_difference: difference between the fused and the stock path of the trained model; None in a stock
-            run, for a model with packed experts, and for DoRA over NF4 in a sharded run.
+        accelerated_difference: largest difference between the trained model's logits with and without fused layers;
+            None in a stock run, for a model with packed experts, and for DoRA over NF4 in a sharded run.
     """
 
     max_difference: float

@@ -3,9 +3,9 @@
 A process of torchrun and of ``accelerate launch`` finds its rank and the number of processes in ``RANK`` and
 ``WORLD_SIZE``. Processes of srun, of Open MPI's mpirun and of MPICH's mpirun have variables of other names.
 
-``accelerate launch`` passes its configuration on in further variables, which the library accelerate reads. Only the
-options of a run decide what the run does, so the training hides the variables from the library accelerate. A
-configuration of ``accelerate launch`` that asks for something that a run does not do is an error.
+``accelerate launch`` passes its configuration on in further variables, which the accelerate library reads. Only the
+options of a run decide what the run does, so the training hides the variables of the configuration from the accelerate
+library. A configuration of ``accelerate launch`` that asks for something that a run does not do is an error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Optional
 from .errors import RunError
 
 # For each launcher: the variables that hold the rank, the number of processes, the rank on the machine and the number
-# of processes on the machine. The first launcher whose first two variables are set has started the process. A batch
-# script of Slurm has SLURM_NTASKS and SLURM_PROCID too, so srun is known by SLURM_STEP_NUM_TASKS, which only a job step
-# has. mpirun inside of a Slurm job has the variables of a job step too, so srun comes last.
+# of processes on the machine. The first launcher whose first two variables are set has started the process, except
+# where srun sets MPICH's variables too (see ``read_launch``). A batch script of Slurm has SLURM_NTASKS and SLURM_PROCID
+# too, so srun is known by SLURM_STEP_NUM_TASKS, which only a job step has. mpirun inside of a Slurm job has the
+# variables of a job step too, so srun comes last.
 _LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "mpirun (Open MPI)": (
@@ -33,21 +34,22 @@ _LAUNCHERS = {
 }  # fmt: skip
 _PORT = 29500  # port of rank 0 where neither MASTER_PORT nor Slurm gives one: the default of torchrun
 
-# By variable of accelerate's configuration: the engine that the configuration asks for if the variable is true, and the
-# options that a run has instead. A run takes no engine from the configuration.
+# For each variable of accelerate launch's configuration: the engine that the configuration asks for if the variable is
+# true, and the options of a run in place of the engine. A run takes no engine from the configuration.
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP: --shard fsdp2 and hsdp shard a base",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: --shard fsdp2 and hsdp shard a base",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism: --shard fsdp2 and hsdp shard a base",
 }
-_TRUE = ("y", "yes", "t", "true", "on", "1")  # the values that accelerate reads as true
-_KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")  # variables that change no result of a run
+_TRUE = ("y", "yes", "t", "true", "on", "1")  # the values that the accelerate library reads as true
+# Variables of the accelerate library that a run does not hide, because the variables change no result of a run.
+_KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among the processes of a run.
+    """The place of this process among the processes of a run, as the launcher's environment variables describe it.
 
     Attributes:
         launcher: name of the launcher; "" for a process that no launcher started.
@@ -72,10 +74,10 @@ ALONE = Launch()  # a process that no launcher started
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Returns the launch that the environment variables describe; ``ALONE`` for a process alone.
+    """Returns the launch that the environment variables describe; ``ALONE`` where no launcher has set its variables.
 
-    Raises RunError for WORLD_SIZE without RANK, for a value that is no count, and for a rank that is not less than the
-    number of processes.
+    Raises RunError where WORLD_SIZE is above 1 and no launcher has set a rank, where a value is no count, and where the
+    rank is not less than the number of processes.
     """
     launchers = {name: names for name, names in _LAUNCHERS.items() if set(names[:2]) <= environment.keys()}
     if "srun" in launchers and "mpirun (MPICH)" in launchers:  # srun may set MPICH's variables too
@@ -105,10 +107,11 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def check_settings(has_gpu: bool, environment: Mapping[str, str] = os.environ) -> str:
-    """Returns a line for the log about a configuration of ``accelerate launch``, or "".
+    """Returns a line for the log where the configuration of ``accelerate launch`` asks for bf16, which has no effect;
+    else "".
 
-    Raises RunError where the configuration asks for an engine, a precision, a compiler or a device that a run does not
-    take from the configuration.
+    Raises RunError where the configuration asks for an engine such as DeepSpeed, for a precision other than bf16, for a
+    compiler, or for the CPU on a machine with a GPU.
     """
 
     def asks(name: str, default: str = "no") -> str:
@@ -133,9 +136,11 @@ def check_settings(has_gpu: bool, environment: Mapping[str, str] = os.environ) -
 
 @contextlib.contextmanager
 def without_settings() -> Iterator[None]:
-    """Hides accelerate's variables from the block, and sets them again as they were before the block.
+    """Hides the environment variables of the accelerate library, except _KEPT, from the block, and restores the
+    variables after the block.
 
-    ``accelerate launch`` passes its configuration in these variables, and Trainer and accelerate set some of them too.
+    ``accelerate launch`` passes its configuration in these environment variables, and Trainer and the accelerate
+    library set some of these variables too.
     """
 
     def take() -> dict[str, str]:
@@ -160,9 +165,10 @@ def _count(environment: Mapping[str, str], name: str, default: int) -> int:
 def address(launch: Launch, environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """Returns host and port at which rank 0 waits for the other ranks.
 
-    MASTER_ADDR and MASTER_PORT give host and port. Without MASTER_ADDR and MASTER_PORT, the host is the first host of
-    Slurm's job step, or this machine where all processes run on this machine; the port is one of 20000 to 39999 by the
-    numbers of Slurm's job and step, or 29500. Raises RunError where the host is unknown.
+    MASTER_ADDR and MASTER_PORT give host and port. Without MASTER_ADDR, the host is the first host of the job step if
+    srun is the launcher, or this machine if all processes run on this machine. Without MASTER_PORT, the port is
+    computed from the numbers of Slurm's job and step (20000 to 39999) if srun is the launcher, else the port is 29500.
+    Raises RunError where the host is unknown, and where MASTER_PORT is no count.
     """
     host = environment.get("MASTER_ADDR", "")
     nodes = environment.get("SLURM_STEP_NODELIST", "")

@@ -108,7 +108,7 @@ class Options:
         return names if self.method == Options.method else ["method", *names]
 
 
-# _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: options that may not differ.
+# _FREE_ON_RESUME: options that may differ in a resumed run. SAME_ON_RESUME: options that a resumed run may not change.
 # batch_size and grad_accum may differ if the number of examples of a step over all processes stays equal.
 _FREE_ON_RESUME = ("output", "max_steps", "epochs", "batch_size", "grad_accum", "save_steps", "gradient_checkpointing",
                    "threads", "resume", "overwrite", "export", "prompt")  # fmt: skip

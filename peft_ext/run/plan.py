@@ -37,7 +37,7 @@ class Preview:
         adapter_bytes: bytes of the adapter's tensors, about the size of adapter_model.safetensors.
         memory: estimate of a training step's memory; None where the memory could not be estimated.
         no_memory: the reason why the memory could not be estimated; None where ``memory`` is the estimate.
-        sharded: memory of one process that holds a share of the base; None without shards.
+        sharded: memory of one process of a run whose base is sharded; None where the base is not sharded.
     """
 
     rows: list[Any]
@@ -61,17 +61,19 @@ class Plan:
         run: the prepared run.
         model_class, parameters: class name and number of parameters of the base.
         adapter: preview of the adapter, with the memory of a step whose examples have ``longest`` tokens.
-        load_bytes: bytes of the loaded weights: dense in bfloat16, before quantization, or packed as in the files. With
-            --shard fsdp2 and hsdp, ``load_bytes`` is of the process with the largest shards.
+        load_bytes: bytes of the weights as they are loaded: in bfloat16, also if the run quantizes the weights
+            afterwards, or packed as in the files. With --shard fsdp2 and hsdp, ``load_bytes`` is of the process with
+            the largest shards.
         check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the loaded base
             and, where a step's memory could be estimated, the trained model. With --shard fsdp2 and hsdp,
             ``check_bytes`` counts the shards of both models.
-        held_bytes: bytes that this process uses now; 0 on a GPU.
+        held_bytes: bytes of memory that this process uses now; 0 for a run on a GPU.
         machine_bytes, free_bytes: total and free memory of the device; None where the system does not report them.
-        train_tokens, held_out_tokens: tokens of the examples, without padding.
-        longest: tokens of the longest training example.
-        steps: steps of the whole run.
-        done: steps of the checkpoint to resume from; 0 for a new run.
+        train_tokens, held_out_tokens: number of tokens of all training examples and of all held-out examples, without
+            padding.
+        longest: number of tokens of the longest training example.
+        steps: number of steps of the whole run.
+        done: number of steps of the checkpoint to resume from; 0 for a new run.
         step_tokens: mean number of tokens of a step over all processes, without padding.
     """
 
@@ -98,7 +100,8 @@ class Plan:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of a training step in this process; 0 where the memory of a step could not be estimated."""
+        """Bytes of a training step in this process; 0 where the memory of a step could not be estimated and the base is
+        not sharded."""
         if self.adapter.sharded is not None:
             return self.adapter.sharded.step
         return self.adapter.memory.total if self.adapter.memory is not None else 0
@@ -204,7 +207,7 @@ def preview(
             quantization=quant, blocksize=blocksize, accelerated=not stock,
             gradient_checkpointing=gradient_checkpointing, padding=padding,
         )  # fmt: skip
-    # estimate_memory raises these for a forward that can't be traced
+    # estimate_memory raises these errors for a forward that can't be traced
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         why = first_line(error).removeprefix("estimate_memory: ")
     sharded = None if shards is None else sharded_memory(model, shards, memory, quant)
@@ -212,7 +215,7 @@ def preview(
 
 
 def _saved_tensors(model: Any) -> list[Any]:
-    """Returns the tensors that PEFT would save.
+    """Returns the adapter's tensors that PEFT would save.
 
     For a prompt method returns the prompt encoder's embedding, since PEFT can't compute the prompt on the meta device.
     """

@@ -73,7 +73,7 @@ class Run:
         steps: number of steps of the whole run.
         seconds: seconds that each phase took, by the phase's name.
         stop: the requests that signals have made.
-        ranks: the processes of the run.
+        ranks: the place of this process among the processes of the run, and what the processes exchange.
     """
 
     options: Options
@@ -314,7 +314,8 @@ def facts_of(run: Run) -> dict[str, Any]:
     """Returns what must be equal in all processes of a run: the options but output, threads, model and data; versions;
     the data; the model's files; the dtype; and the checkpoint.
 
-    The facts about a file of weights are the size of the file and its header, which has the tensors' names and shapes.
+    The facts about a file of weights are the size of the file and the SHA-256 of the file's header, which has the
+    tensors' names and shapes.
     """
     facts: dict[str, Any] = {"Python": platform.python_version(), "peft_ext": __version__}
     facts |= versions()
@@ -356,7 +357,8 @@ def _token_digest(run: Run) -> str:
 
 
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
-    """Returns the dtype of activations and dense weights, and the reason for it; "" for the default, bfloat16."""
+    """Returns the dtype of activations and dense weights, and the reason for this dtype; the reason is "" where the
+    dtype is the default, bfloat16."""
     if o.dtype != "auto":
         return (torch.float32 if o.dtype == "fp32" else torch.bfloat16), "as asked for"
     why = _cpu.why_float32() if device.type == "cpu" else ""
@@ -421,7 +423,8 @@ def _read_config(run: Run) -> Any:
 
 
 def _check_export(run: Run) -> None:
-    """Raises RunError where the run has ``--export gguf`` and llama.cpp has no adapter files for the model's type."""
+    """Raises RunError where the run has ``--export gguf``, and the package gguf is missing or llama.cpp has no adapter
+    files for the model's type."""
     if run.options.export is None:
         return
     need("finetune", "gguf")
@@ -460,8 +463,8 @@ def pruning_step(run: Run) -> int:
 def _count_parameters(run: Run) -> tuple[int, int]:
     """Returns the number of parameters of the base, and the number of trainable parameters of the adapter.
 
-    Raises RunError where transformers refuses the model's configuration, PEFT refuses the adapter's configuration, or
-    the packed format ``quant`` does not fit a layer.
+    Raises RunError where transformers refuses the model's configuration, PEFT refuses the adapter's configuration, the
+    packed format ``quant`` does not fit a layer, or the model's packed files are not supported.
     """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -554,10 +557,10 @@ def adapter_config(run: Run, model: Any) -> Any:
             # A layer's mean rank shrinks from 1.5 times --rank to --rank between a tenth and two thirds of the run.
             fields |= {"init_r": math.ceil(1.5 * o.rank), "target_r": o.rank, "tinit": run.steps // 10,
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
-            # PEFT adds the regularization to the loss of each batch. Where the model's loss takes num_items_in_batch,
-            # the Trainer adds up the losses of a step's batches, over accumulation and processes, instead of a mean.
-            # The weight of the regularization is divided by the number of batches of a step, so that a step counts the
-            # regularization once.
+            # PEFT adds AdaLoRA's orthogonal regularization to the loss of each batch. Where the model's loss takes
+            # num_items_in_batch, the Trainer adds up the losses of a step's batches, over accumulation and processes,
+            # and does not divide the sum. The weight of the regularization is then divided by the number of batches of
+            # a step, so that a step counts the regularization once.
             takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
             if getattr(model, "accepts_loss_kwargs", takes_any):
                 fields["orth_reg_weight"] = AdaLoraConfig.orth_reg_weight / (o.grad_accum * run.ranks.world)

@@ -33,7 +33,7 @@ from .progress import log
 
 _Result = TypeVar("_Result")
 
-PROBE = ".peft_ext-"  # prefix of the names of hidden files by which a process tests a folder
+PROBE = ".peft_ext-"  # prefix of the names of hidden files and folders with which a run tests its output folder
 SECONDS = 1800.0  # seconds that a rank waits for another rank; PEFT_EXT_RANK_SECONDS replaces the value
 _SETTLE = 3.0  # seconds in which the error of another rank, or a sign of life of another rank, reaches the store
 _BEAT = 0.7  # seconds between two signs of life
@@ -47,15 +47,16 @@ _LATE = ("Timed out", "timed out", "wait timeout")
 
 
 class Ranks:
-    """This process among the processes of a run; ``Ranks()`` is a run of one process.
+    """The place of this process among the processes of a run, and what the processes exchange; ``Ranks()`` is a run of
+    one process.
 
     Attributes:
         rank, world: rank of this process, and number of processes.
         local_rank, local_world: rank among the processes of this machine, and their number.
-        node, nodes: number of this machine among the machines of the run, and number of machines.
+        node, nodes: index of this machine among the machines of the run, and number of machines.
         identity: the name of the launch, which a restart keeps. ``has_own_name``: whether no other launch can have the
         same ``identity``.
-        restarts: how often the launcher has started one of the processes again.
+        restarts: how often the launcher has restarted the process that it has restarted most often.
         gpu: index of this process's GPU among the GPUs that the process sees; None without a GPU.
         launch: the numbers and names that the launcher gave to this process.
     """
@@ -131,7 +132,7 @@ class Ranks:
                 raise
             error = failure
             if self._store is not None:
-                self._store.set(f"{self._key}/failed", "")  # ends the wait in first_of_node
+                self._store.set(f"{self._key}/failed", "")  # the other ranks then end their wait in first_of_node
         texts = self.gather(None if error is None else str(error) or type(error).__name__)
         first = next((rank for rank, text in enumerate(texts) if text is not None), None)
         if first is None:
@@ -173,7 +174,8 @@ class Ranks:
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def check_alike(self, facts: dict[str, Any]) -> None:
-        """Raises RunError on the lowest rank that has another value of a fact than rank 0, and Elsewhere on others."""
+        """Raises RunError on the lowest rank that has another value of a fact than rank 0, and Elsewhere on all other
+        ranks."""
         if self.world == 1:
             return
         found = self.gather(facts)
@@ -222,8 +224,8 @@ class Ranks:
         """Makes one error of the errors that the ranks raise in the block: one rank raises it, the others raise
         Elsewhere.
 
-        A RunError gets the number of the rank, unless all ranks have failed alike. ``hint`` returns the end of a
-        message, which says how to continue the run.
+        The message of a RunError gets the number of the rank, unless the work of all ranks has failed. ``hint`` returns
+        the end of a message, which says how to continue the run.
         """
         try:
             yield
@@ -237,13 +239,17 @@ class Ranks:
             raise
 
     def _report(self, error: BaseException, hint: Callable[[], str]) -> None:
-        """Raises Elsewhere, or RunError for the whole run, where ``error`` follows from another rank's end."""
+        """Writes ``error`` into the store, unless another rank has written its error first.
+
+        Raises Elsewhere where another rank was first, and RunError where ``error`` is a RunError or follows from the
+        end of another rank; otherwise returns, and the caller raises ``error``.
+        """
         if isinstance(error, (Elsewhere, SystemExit)):
             self._let_speak()
             raise error
         lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST + _LATE)
         if lost:
-            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+            with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
                 self._store.set(f"{self._key}/waited/{self.rank}", "")
         if lost and (told := self._told(_SETTLE)):
             self._let_speak()
@@ -268,10 +274,10 @@ class Ranks:
             raise RunError(text) from error
 
     def _told(self, seconds: float = 0.0) -> Optional[dict[str, Any]]:
-        """Returns the error that a rank has written into the store; waits for such an error up to ``seconds``; else
-        None."""
+        """Returns the error that a rank has written into the store, and waits for an error up to ``seconds``; returns
+        None without an error."""
         end = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
             while True:
                 if self._store.check([f"{self._key}/error"]):
                     return json.loads(self._store.get(f"{self._key}/error"))
@@ -286,7 +292,7 @@ class Ranks:
         mine = {"rank": self.rank, "text": text}
         try:
             return json.loads(self._store.compare_set(f"{self._key}/error", "", json.dumps(mine)))
-        except RuntimeError:  # the process that holds the store may have ended
+        except RuntimeError:  # raised if the process that holds the store has ended
             return mine
 
     def _let_speak(self) -> None:
@@ -296,7 +302,7 @@ class Ranks:
         time.sleep(_SETTLE)
 
     def _why_lost(self, error: BaseException, hint: Callable[[], str]) -> str:
-        """Returns the error of the run for an exchange that failed because another rank ended or came too late."""
+        """Returns the message for an exchange that failed because another rank ended or came too late."""
         gone = self._gone()
         if any(text in str(error) for text in _LATE):
             behind = self._behind(gone)
@@ -305,14 +311,14 @@ class Ranks:
         return self._without(gone, hint) if gone else f"{self.who(self.rank)}: {first_line(error)}{hint()}"
 
     def _behind(self, gone: list[int]) -> list[int]:
-        """Returns the ranks for which this rank may have waited: ``gone``, or the ranks that did not fail in an
-        exchange.
+        """Returns the ranks for which this rank may have waited: ``gone``, or, if ``gone`` is empty, the ranks that did
+        not fail in an exchange.
 
-        If there are several such ranks, the function returns those that reached the earliest place in the program. The
-        function never returns this rank, because only the exchange of this rank was late.
+        If there are several such ranks, the function returns those whose last place in the program is the earliest. The
+        function never returns this rank, because this rank waited for others.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
-        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
             waited = [rank for rank in others if self._store.check([f"{self._key}/waited/{rank}"])]
             gone = gone or [rank for rank in others if rank not in waited]
         places = {rank: self._place(rank)[0] for rank in gone or others}
@@ -325,7 +331,7 @@ class Ranks:
 
     def _gone(self) -> list[int]:
         """Returns the ranks that give no sign of life within _SETTLE seconds."""
-        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
             before = self._beats()
             time.sleep(_SETTLE)
             after = self._beats()
@@ -339,7 +345,7 @@ class Ranks:
         """Starts a thread that gives a sign of life each _BEAT seconds, also while the rank waits for another rank."""
 
         def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
+            with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
                 while not self._ended.wait(_BEAT):
                     self._store.add(f"{self._key}/beat/{self.rank}", 1)
 
@@ -380,13 +386,13 @@ def wait_seconds() -> float:
 
 @contextlib.contextmanager
 def joined(of_one: bool = False) -> Iterator[Ranks]:
-    """Yields the ranks of the run: joins the process group that the launcher's variables describe.
+    """Joins the process group that the launcher's variables describe, and yields this process's :class:`Ranks`.
 
     ``of_one``: whether a process that no launcher started makes a process group of itself.
 
     A process group that exists already is used, and is not destroyed at the end. On ranks other than rank 0 the block
-    logs nothing and warns of nothing. Raises RunError where the variables are wrong or the other ranks can't be
-    reached.
+    logs nothing and warns of nothing. Raises RunError where the launcher's variables are wrong or the other ranks can't
+    be reached.
     """
     distributed = torch.distributed
     exists = distributed.is_available() and distributed.is_initialized()
@@ -431,8 +437,8 @@ def had_group() -> bool:
 
 
 def _forget(before: dict[str, Optional[str]]) -> None:
-    """Resets the variables and the state of accelerate, so that a later run in this process does not join this
-    group."""
+    """Restores the environment variables in ``before`` and resets the state of the accelerate library, so that a later
+    run in this process does not join this process group."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -444,7 +450,7 @@ def _forget(before: dict[str, Optional[str]]) -> None:
 
 def _start_group(launch: Launch) -> tuple[Any, str]:
     """Makes the default process group. Returns the store that only the processes of this start use, and the launch's
-    own name, which the store of torchrun's agent keeps over restarts; "" without such a store.
+    own name, which the store of torchrun's agent keeps over restarts; the name is "" without torchrun's agent.
     """
     if not torch.distributed.is_available():
         raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")
@@ -466,7 +472,7 @@ def _start_group(launch: Launch) -> tuple[Any, str]:
     torch.distributed.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world, timeout=seconds
     )  # fmt: skip
-    _kept.append(store)  # the next process group of this process finds rank 0's store at the same port
+    _kept.append(store)  # kept, because the next process group of this process finds rank 0's store at the same port
     return store, name
 
 
@@ -498,7 +504,8 @@ def _name_of_start(store: Any, launch: Launch) -> str:
 
 
 def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
-    """Returns the ranks of the default process group, and completes the variables that accelerate reads."""
+    """Returns this process's :class:`Ranks` in the default process group. Sets LOCAL_RANK, LOCAL_WORLD_SIZE and
+    OMP_NUM_THREADS, which the accelerate library reads, and the GPU of this process."""
     distributed = torch.distributed
     group = None
     if distributed.get_backend() != "gloo":
@@ -518,9 +525,9 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
     if torch.cuda.is_available():
         ranks.gpu = _gpu_of(ranks, node)
         torch.cuda.set_device(ranks.gpu)
-    local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # accelerate uses GPU number LOCAL_RANK
+    local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # the accelerate library uses GPU number LOCAL_RANK
     os.environ |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
-    if "OMP_NUM_THREADS" not in os.environ:  # otherwise the library accelerate warns and chooses a number
+    if "OMP_NUM_THREADS" not in os.environ:  # otherwise the accelerate library warns and chooses a number of threads
         threads = max(1, torch.get_num_threads() // ranks.local_world)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
@@ -528,10 +535,9 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
 
 
 def _gpu_of(ranks: Ranks, node: str) -> int:
-    """Returns the index of this process's GPU: the rank on the machine, or 0 where the launcher shows one GPU to each
-    process.
+    """Returns the index of this process's GPU: the rank on the machine, or 0 where the process sees one GPU only.
 
-    Raises RunError where two processes of a machine would share a GPU.
+    Raises RunError where two processes of a machine would share a GPU, or where a process would have no GPU.
     """
     count = torch.cuda.device_count()
     index = 0 if count == 1 else ranks.local_rank

@@ -31,7 +31,8 @@ class Record:
         history: the Trainer's log history, with the entries that :func:`recording_callback` adds.
         meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training; None before training.
         curve: indices of the held-out examples on which the held-out curve is computed.
-        peaks: peak memory in MiB of each process at the end of training, in the order of the ranks.
+        peaks: peak memory in MiB of each process at the end of training, in the order of the ranks; None where the
+            system does not report the memory.
         load_growths: by how many MiB the resident memory of each process grew at most while the base was loaded, in the
             order of the ranks; None where the system does not report the memory.
         no_report: the reason why the last report could not be drawn; None where the report was drawn.
@@ -153,7 +154,7 @@ def recording_callback(record: Record) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
-            # The condition is equal on all ranks, because all ranks compare with the largest signal of the ranks.
+            # The condition is equal on all ranks, because each rank tests the largest signal number of all ranks.
             if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):
                 model = kwargs["model"]
                 with run.phase("evaluate in training"):

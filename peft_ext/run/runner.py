@@ -19,8 +19,8 @@ __all__ = ["about_runner", "export_adapter"]
 def about_runner(run: Run, file: Optional[Path] = None) -> Optional[dict[str, Any]]:
     """Returns what the report says about llama.cpp; None where the model is no GGUF file and no adapter was exported.
 
-    ``file`` is the exported adapter. If ``file`` is None and the method's adapters can be exported, the result has the
-    command that exports the adapter.
+    ``file`` is the path of the exported adapter. If ``file`` is None and the method's adapters can be exported, the
+    result has the command that exports the adapter.
     """
     base, output = gguf_path(run.folder), run.options.output
     if base is None and file is None:

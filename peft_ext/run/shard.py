@@ -1,8 +1,8 @@
 """A run whose base is sharded by FSDP2 (``--shard fsdp2`` and ``--shard hsdp``).
 
 In a sharded run, no process holds the whole model. The adapter is added before the weights are read, because FSDP2
-shards a decoder layer with its adapter. The Trainer gets the sharded model, and accelerate saves checkpoints by
-torch.distributed.checkpoint.
+shards a decoder layer with its adapter. The Trainer gets the sharded model, and the accelerate library saves
+checkpoints by torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
 
     Args:
         adapt: adds the adapter to a model on the meta device, and returns the model.
-        saved: folder of the adapter's values; None for the values that ``adapt`` gives.
+        saved: folder of a saved adapter, whose values the new adapter gets; None: the adapter keeps the values that
+            ``adapt`` gives.
 
     Raises RunError where a weight can't be read.
     """
@@ -54,8 +55,8 @@ def sharded_model(run: Run, adapt: Callable[[Any], Any], saved: Optional[Path] =
             ranks.wait()  # in the code after this line, no rank may fail alone
         mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=names)
         shard_and_load(model, base, mesh, node=ranks.node)
-    # The root unit, which has the embedding and the head, is the PeftModel. The PeftModel's method ``generate`` calls
-    # the wrapped model, not the PeftModel.
+    # FSDP2's root unit, which has the embedding and the head, is the PeftModel. The PeftModel's method ``generate``
+    # calls the wrapped model, not the PeftModel, so FSDP2 has to gather the root unit before ``generate`` too.
     register_fsdp_forward_method(model, "generate")
     return model
 
@@ -76,12 +77,13 @@ def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
 
 
 def without_adapter(run: Run, model: Any) -> Any:
-    """Returns a context in which a sharded model is its base. An unsharded model has no adapter before the training."""
+    """Returns a context in which the adapter of a sharded model is disabled. An unsharded model has no adapter before
+    the training."""
     return model.disable_adapter() if run.sharded else contextlib.nullcontext()
 
 
 def trainer_options(run: Run) -> dict[str, Any]:
-    """Returns the arguments of TrainingArguments for a sharded run; {} for another run."""
+    """Returns the arguments of TrainingArguments for a sharded run; {} for a run that is not sharded."""
     if not run.sharded:
         return {}
     config = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardedMemory:
-    """Bytes of the process with the largest shards.
+    """Bytes of memory of the process that holds the largest shards.
 
     Attributes:
         shards: number of processes that share one copy of the base.
@@ -103,7 +103,7 @@ def _rows(parameter: Tensor, shards: int) -> int:
 def _reading(model: nn.Module, quant: Optional[str]) -> int:
     """Returns the most bytes that a process holds in addition to the shards while it reads one weight of the base.
 
-    A weight that is quantized exists in bfloat16 and in its packed form. The quantizers of ``PACKED_FORMATS`` have
+    While a weight is quantized, it exists in bfloat16 and in its packed form. The quantizers of ``PACKED_FORMATS`` have
     temporary tensors, of some 12 bytes an element in a measurement of MXFP4. DoRA's magnitude needs the weight in the
     dtype of the computation, and one more copy. A weight that is neither quantized nor under a DoRA adapter is read in
     pieces.

@@ -61,7 +61,8 @@ class Result:
             GPU; None where the memory was not measured.
         trainable_parameters: number of trainable parameters.
         adapter_bytes: size of the adapter's weight file; None where the run stopped early.
-        fused_layers, layers: number of fused layers, and of all adapted or quantized layers; both 0 in a stock run.
+        fused_layers, layers: number of fused layers, and of all layers that :func:`peft_ext.explain` lists; both 0 in a
+            stock run.
         can_merge: whether ``peft-ext merge`` and :func:`peft_ext.merge_to_dense` can merge the adapter.
         check: comparison of the trained model with the saved adapter on a fresh base; None where the run stopped early.
         stopped_by: number of the signal that ended training early, with a checkpoint; 0 where no signal did.
@@ -258,9 +259,9 @@ def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
 def load_base(run: Run) -> Any:
     """Returns the frozen base, quantized where the options say so, or packed as the files of the model are.
 
-    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights are rounded to bfloat16 for
-    every computation dtype, so that each machine trains on equal bases. Raises RunError where a weight can't be read or
-    is missing.
+    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights (except those that transformers
+    keeps in float32) are rounded to bfloat16 for every computation dtype, so that each machine trains on equal bases.
+    Raises RunError where a weight can't be read or is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -346,8 +347,8 @@ def adapt(run: Run, model: Any) -> Any:
     config = adapter_config(run, model)
     register_layers(config, model)
     model = get_peft_model(model, config)
-    # PEFT draws other random numbers for layers over bitsandbytes' layers. A second initialization makes the LoRA
-    # adapters of a run with --stock and of a run without --stock equal.
+    # PEFT draws other random numbers for adapters of bitsandbytes' layers than for adapters of other layers. A second
+    # initialization makes the LoRA adapters of a run with --stock and of a run without --stock equal.
     set_seed(run.options.seed)
     for module in model.modules():
         if isinstance(module, LoraLayer) and run.options.method in ("lora", "rslora", "qlora"):
@@ -420,7 +421,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 
     class OrderedTrainer(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            """Returns the run's order of examples. accelerate gives each rank every ``world``-th batch of the order."""
+            """Returns the run's order of examples. The accelerate library gives each rank every ``world``-th batch."""
             return Order(len(run.examples.train), run.steps * run.step_examples, o.seed)
 
         def get_train_dataloader(self) -> Any:
@@ -485,9 +486,9 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 def _may_leave_unused(model: nn.Module) -> bool:
     """Returns whether a step may leave trainable parameters unused, so that DDP has to search for unused parameters.
 
-    Experts may get no token of a batch. Text uses no vision tower, no audio tower, and no layer of cross attention to
-    images (Llama 3.2 Vision). Where a tower is a part of the text decoder (Phi-4-multimodal), :func:`beside_text` does
-    not find the tower, which may have an adapter.
+    Experts may get no token of a batch. A forward of text uses no vision tower, no audio tower, and no layer of cross
+    attention to images (Llama 3.2 Vision). Where a tower is a part of the text decoder (Phi-4-multimodal),
+    :func:`beside_text` does not find the tower, which may have an adapter.
     """
     if any(isinstance(module, nn.ModuleList) and "experts" in name for name, module in model.named_modules()):
         return True

@@ -188,7 +188,7 @@ def magnitude(layer: Any, adapter: str, weight: Union[Tensor, PackedWeight], lor
         weight = weight.dequantize(getattr(experts, "compute_dtype", None))
     dora = DoraLinearLayer(fan_in_fan_out=held.fan_in_fan_out)
     if not lora_B.any():
-        # B A is zero. A zero matrix of size 1 x 1 gives the same norm as a zero matrix of the weight's size.
+        # lora_B is zero, so B A is zero. A zero matrix of size 1 x 1 gives the norm that B A would give.
         return dora.get_weight_norm(weight, lora_B.new_zeros(1, 1), scaling).to(held.weight.dtype)
     base = nn.Linear(1, 1, bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)

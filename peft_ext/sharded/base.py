@@ -37,7 +37,8 @@ class MetaBase:
         quant: the format to which dense weights are quantized when they are read: "nf4" or one of ``PACKED_FORMATS``;
             "none" where the tensors stay as the files have them.
         quantizer, packed: for a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and each packed
-            linear layer and embedding with the name that it has before an adapter is added.
+            linear layer and embedding with the name that it has before an adapter is added; None and [] for a dense
+            checkpoint.
     """
 
     model: Any
@@ -56,9 +57,9 @@ def meta_base(
 ) -> MetaBase:
     """Returns the frozen causal language model of ``folder`` on the meta device, in eval mode.
 
-    The function reads the headers of the files and no weight, and communicates with no other process. Dense weights are
-    rounded to bfloat16 when they are read, and then cast to ``dtype``. Weights that the files store packed, in a way
-    that :class:`peft_ext.PackedConfig` supports, stay packed.
+    The function reads the headers of the files and no weight, and communicates with no other process. Dense weights
+    (except those that transformers keeps in float32) are rounded to bfloat16 when they are read, and then cast to
+    ``dtype``. Weights that the files store packed, in a way that :class:`peft_ext.PackedConfig` supports, stay packed.
 
     Args:
         folder: a folder with config.json and safetensors files.
@@ -146,11 +147,12 @@ def _read_generation_config(model: Any, folder: Path) -> None:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Returns the decoder layers: the items of each nn.ModuleList whose items all have a class named in
-    ``_no_split_modules``.
+    """Returns the decoder layers: the items of the nn.ModuleLists whose items all have a class that the model's
+    ``_no_split_modules`` names.
 
-    If the model has no such list, returns the items of the lists that have a name in ``_LISTS``. A list inside of
-    another chosen list does not count. Raises SourceError if the model has no list of decoder layers.
+    If no nn.ModuleList has only items of these classes, returns the items of the nn.ModuleLists that have a name in
+    ``_LISTS``. An empty list does not count, nor does a list inside of a list whose items are returned. Raises
+    SourceError if no list of decoder layers is found.
     """
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]

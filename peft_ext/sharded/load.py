@@ -56,7 +56,7 @@ def shard_and_load(
         model: ``base.model``, or a PeftModel around ``base.model``.
         base: the result of :func:`meta_base`.
         mesh: a DeviceMesh over all processes: one dimension for FSDP, two dimensions (replicate, shard) for HSDP.
-        node: name of this process's node. Default: torchrun's GROUP_RANK, else the host's name.
+        node: name of this process's node. By default, the name is torchrun's GROUP_RANK, else the host's name.
         options: further arguments of ``fully_shard``, such as ``mp_policy``.
 
     Returns: ``model``.
@@ -138,7 +138,8 @@ class _Loader:
             dist.destroy_process_group(self.group)
 
     def ignored(self, unit: nn.Module) -> dict[str, Any]:
-        """Returns arguments of ``fully_shard`` with which codes are not sharded, if this PyTorch can't shard uint8."""
+        """Returns the arguments with which ``fully_shard`` leaves packed codes whole if this PyTorch can't shard uint8;
+        else {}."""
         if SHARDS_BYTES:
             return {}
         return {"ignored_params": {p for p in unit.parameters() if not p.is_floating_point()}}
@@ -243,8 +244,8 @@ class _Loader:
     def _send(
         self, group: Group, owner: int, targets: list[tuple[nn.Module, str]], make: Callable[[], list[Tensor]]
     ) -> None:  # fmt: skip
-        """Sends the tensors that ``make`` returns in the process ``owner``. Each process keeps its own shard of each
-        tensor, and keeps whole a tensor that FSDP2 does not shard."""
+        """Sends the tensors that ``make`` returns in the process ``owner`` to all processes of the node. Each process
+        keeps its own shard of each tensor, and keeps whole a tensor that FSDP2 does not shard."""
         made: list[Optional[Tensor]] = [None] * len(targets)
         if self.rank == owner:
             try:
@@ -304,7 +305,8 @@ class _Loader:
         return made
 
     def _doras(self, places: list[tuple[nn.Module, str]]) -> list[Adapted]:
-        """Returns the DoRA adapters of the weights at ``places`` whose magnitude has no values yet."""
+        """Returns the DoRA adapters whose magnitude has no values yet, of those weights at ``places`` that are not
+        packed in the checkpoint."""
         return [dora for module, attribute in places if not self._stays_packed(module)
                 for dora in self.doras.get((id(module), attribute), ())]  # fmt: skip
 

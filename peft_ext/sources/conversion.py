@@ -55,7 +55,7 @@ class Group:
     """Tensors of the files that become one tensor of the model, or several tensors by one conversion of transformers.
 
     Attributes:
-        name: the first tensor of the model that the group makes.
+        name: name of the first tensor of the model that the group makes.
         parts: for each source pattern of the conversion, the names of the tensors in the files, in order. A renaming
             has the one pattern "".
         dtype: the dtype to which each tensor of the files is cast before the conversion.
@@ -182,7 +182,7 @@ def plan(
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Returns, by name, the dtypes in which transformers loads the model's tensors, and casts the model's tensors to
-    them."""
+    these dtypes."""
     kept, found = model._get_dtype_plan(dtype), {}
     pattern, by_group, _ = build_glob_alternation(list(kept)) if kept else (None, {}, {})
     for name, tensor in model.state_dict(keep_vars=True).items():

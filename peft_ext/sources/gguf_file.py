@@ -16,7 +16,7 @@ __all__ = [
 
 
 def gguf_path(name: Union[str, Path, None]) -> Optional[Path]:
-    """Returns the path of the GGUF file ``name``; returns None if ``name`` is a folder, a hub name or None."""
+    """Returns the path of the GGUF file ``name``; returns None if ``name`` is None or names no GGUF file."""
     try:
         path = Path(name or "").expanduser()
         return path.resolve() if is_gguf(path) else None
@@ -64,7 +64,8 @@ def gguf_quantization(header: GgufHeader) -> str:
 
 
 def pack_meta(model: Any, path: Path, dtype: torch.dtype, error: type[Exception]) -> None:
-    """Replaces the layers of a model on the meta device by packed layers of the types in the GGUF file."""
+    """Replaces the layers of a model on the meta device by packed layers of the types in the GGUF file. Raises
+    ``error``, one line, if the file is damaged or does not fit the model."""
     with raised_as(error, "", OSError, ValueError):
         from ..gguf.pack import pack
 

@@ -306,14 +306,15 @@ def load_model(
 ) -> LoadedModel:
     """Loads the base of an adapter, with the model class and the number of labels that the adapter was trained with.
 
-    A dense base of an adapter of ``peft-ext finetune`` is loaded in bfloat16. Raises SourceError.
+    A dense base of an adapter of ``peft-ext finetune`` is loaded in bfloat16. Raises SourceError where the base is not
+    named, is not found or can't be loaded.
 
     Args:
         name: a folder, a GGUF file or a hub name; None: the base that the adapter's configuration names.
         config: the adapter's configuration.
         adapter: the adapter's folder.
         shapes: shapes of the adapter's tensors, by name.
-        trained: see :func:`peft_ext.sources.adapter.training_options`.
+        trained: options of the adapter's training, as :func:`peft_ext.sources.adapter.training_options` returns them.
     """
     name, revision = (name, None) if name is not None else named_base(config)
     if not name:

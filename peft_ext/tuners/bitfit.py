@@ -71,8 +71,9 @@ class BitFitConfig(TargetConfig):
         add_bias: linear layers that get a bias of zeros if these layers have no bias, like Llama's layers. ``add_bias``
             is names, a regular expression, or "all-linear" for all linear layers but the output head. ``add_bias`` may
             name quantized layers (NF4Linear, bitsandbytes' 4 and 8 bits). If a layer that ``add_bias`` names already
-            has a bias, that bias is trained, whether or not the layer is a target. Merging leaves the new biases in the
-            model; to reload the merged model, its config may need a field such as ``attention_bias``.
+            has a bias, that bias is trained, whether or not ``target_modules`` names the layer. The other fields that
+            choose biases (``bias_kinds``, ``exclude_modules`` and so on) apply to these layers too. Merging leaves the
+            new biases in the model; to reload the merged model, its config may need a field such as ``attention_bias``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`. By default every module with a parameter ``bias`` is a
             target. A classification head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
@@ -126,7 +127,7 @@ class BitFitModel(ReplacingTuner):
     """A model whose biases are trained, made by ``peft.get_peft_model``; see :class:`peft_ext.BitFitConfig`.
 
     A bias that several modules share, as in BERT's output head, is one trained tensor. If a module holds submodules
-    with parameters, the module's own bias stays frozen, with a warning, unless a submodule shares that bias.
+    with parameters, the module's own bias stays frozen, with a warning, unless a trained module shares that bias.
 
     Raises: ValueError if no bias is found, if ``add_bias`` names no linear layer among the targets, if a bias is a
     shard, or if a shared bias belongs both to a target and to a module that is not a target.

@@ -297,7 +297,7 @@ class DiffPruningModel(ReplacingTuner):
             target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.
             adapter_name: name of the adapter; default the active adapter.
             optimizer: an optimizer that trains the adapter. In the optimizer's groups the kept values replace w, and
-                the gates are removed; the optimizer state of w and of the gates is dropped. The optimizer's other
+                the gates are removed, as is the optimizer state of w and of the gates. The optimizer's other
                 parameters and its learning rates stay. Without ``optimizer``, make a new optimizer after pruning,
                 because w and the gates are no longer parameters.
 
@@ -390,7 +390,8 @@ def _kept_in(state_dict: dict[str, Tensor]) -> Optional[dict[str, int]]:
 
 
 def _largest(dense: dict[str, DenseDiff], limit: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns the ``limit`` nonzero entries of largest magnitude of all tensors: name -> (sorted indices, values)."""
+    """Returns the ``limit`` entries of largest magnitude of all tensors, without zeros: name -> (sorted indices,
+    values)."""
     device = next(iter(dense.values())).w.device
     largest, places = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.long, device=device)
     starts, start = {}, 0

@@ -77,7 +77,8 @@ class ReplacingLayer(Wrapper):
     # --- methods of a subclass ----------------------------------------------------------------------------------------
 
     def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """Returns the tensors that ``adapter`` owns in this layer, by name, ready to replace the base module's.
+        """Returns the tensors that ``adapter`` owns in this layer, by name, in the dtypes in which they replace tensors
+        of the base module.
 
         ``training``: whether to return the values for training; Diff Pruning then draws random gates. ``x``: the
         layer's input, or None if unknown.
@@ -104,7 +105,10 @@ class ReplacingLayer(Wrapper):
         return found
 
     def running(self) -> Optional[str]:
-        """Returns the adapter that the next forward uses, or None if the next forward runs the base module alone."""
+        """Returns the adapter that the next forward uses, or None if the next forward runs the base module alone.
+
+        If adapters are disabled and one adapter is merged, this method unmerges the adapter.
+        """
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -206,8 +210,8 @@ class ReplacingLayer(Wrapper):
             merged = self.base_tensor(name)
             self._exchange(name, tensor if tensor is None else tensor.to(merged.device, merged.dtype))
         self._unmerged.clear()
-        # A shared tensor is merged in the layer that owns the tensor. The layer that owns a shared tensor may wrap a
-        # module that is never called, such as T5's embedding.
+        # A shared tensor is merged in the layer that owns the tensor. The owner of a shared tensor may wrap a module
+        # that is never called, such as T5's embedding, so the other layers that share the tensor unmerge the owner.
         owners = [layer for name in self.merged_adapters for layer, _ in self.tied.get(name, {}).values()]
         self.merged_adapters.clear()
         for layer in owners:
@@ -244,8 +248,8 @@ class ReplacingLayer(Wrapper):
         self.adapters[adapter], self.names[adapter], self.tied[adapter] = tensors, names, tied
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # PEFT's method of this name also casts to the base weight's dtype, which would round an adapter that was saved
-        # in float32.
+        # PEFT's _move_adapter_to_device_of_base_layer also casts to the base weight's dtype, which would round an
+        # adapter that was saved in float32.
         if adapter_name in self.adapters:
             tensors = self.adapters[adapter_name]
             if not any(parameter.is_meta for parameter in tensors.parameters()):
@@ -297,7 +301,7 @@ class ReplacingTuner(Tuner):
         raise NotImplementedError
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        return peft_config  # PEFT's method of this name refuses target_modules=None, TargetConfig's default
+        return peft_config  # PEFT's _prepare_adapter_config refuses target_modules=None, TargetConfig's default
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         peft_config.target_modules = expand_all_linear(model, peft_config.target_modules, peft_config)

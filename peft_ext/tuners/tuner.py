@@ -17,7 +17,7 @@ with required("peft", "peft_ext.tuners"):
 
 class Wrapper(nn.Module, BaseTunerLayer):
     """A layer that wraps the module ``base_layer``. An attribute that the wrapper lacks is read from ``base_layer``,
-    except special names such as ``__len__`` and accelerate's ``_hf_hook``."""
+    except special names such as ``__len__`` and the accelerate library's ``_hf_hook``."""
 
     def _read(self, name: str) -> Any:
         return getattr(self.base_layer, name)
@@ -26,9 +26,9 @@ class Wrapper(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Python's copy module looks up names that start with "__", and accelerate marks a module that has its hooks
-            # with "_old_forward" and names that start with "_hf_". All these names, and "base_layer", are not read from
-            # the base module.
+            # Python's copy module looks up names that start with "__", and the accelerate library marks a module that
+            # has its hooks with "_old_forward" and names that start with "_hf_". All these names, and "base_layer", are
+            # not read from the base module.
             if name in ("base_layer", "_old_forward") or name.startswith(("__", "_hf_")):
                 raise
         return self._read(name)
@@ -40,7 +40,7 @@ class Tuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own method reads the weight of the replaced module, and a feed-forward block has no weight.
+        # PEFT's _replace_module reads the weight of the replaced module, and a feed-forward block has no weight.
         setattr(parent, child_name, new_module)
 
     @contextmanager
@@ -53,8 +53,8 @@ class Tuner(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's method of this name expects the adapter's name in the last or the second last place of a key. An
-        # adapter of a Tuner is a module and may have submodules, so in a key more than one name may follow the
+        # PEFT's _remove_adapter_name_from_key expects the adapter's name in the last or the second last place of a key.
+        # An adapter of a Tuner is a module and may have submodules, so in a key more than one name may follow the
         # adapter's name.
         stripped = re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
         return stripped if stripped != key else super()._remove_adapter_name_from_key(key, adapter_name)

@@ -4,9 +4,10 @@ The loss, the outputs and the gradient of each trained parameter must satisfy
 
     ‖accelerated - yardstick‖  ≤  factor ‖stock - yardstick‖ + floor ‖yardstick‖
 
-The "yardstick" is the stock model in float32, or in float64 if the user's model computes in float32. The stock model,
-the accelerated model and the yardstick are copies, see :mod:`.twins`: the stock and the accelerated copy share the
-user's weights, and the yardstick has the weights in the wider dtype. The user's model itself is never called.
+The docstring of :func:`verify` gives the factor and the floor. The "yardstick" is the stock model in float32, or in
+float64 if the user's model computes in float32. The stock model, the accelerated model and the yardstick are copies,
+see :mod:`.twins`: the stock and the accelerated copy share the user's weights, and the yardstick has the weights in the
+wider dtype. The user's model itself is never called.
 """
 
 from __future__ import annotations
@@ -126,9 +127,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     or of fifteen if the base is packed.
 
     Args:
-        model: a PeftModel, or any module that :func:`accelerate` takes. An accelerated model is compared in its present
-            state; a model that is not accelerated is compared in the state that ``accelerate(model)`` would give. For a
-            model of ``torch.compile``, the module that was compiled is compared.
+        model: a PeftModel, or any module that :func:`peft_ext.accelerate` takes. An accelerated model is compared in
+            its present state; a model that is not accelerated is compared in the state that ``peft_ext.accelerate``
+            would give. For a model of ``torch.compile``, the module that was compiled is compared.
         batch: keyword arguments of the model's forward, as from a DataLoader, on the model's device. If the output has
             no loss, as without labels, the loss is the sum of the outputs times fixed random numbers.
 
@@ -287,7 +288,7 @@ def _measured(
     """
     try:
         model = twin(stock, wide, narrow)
-        if "_original_forward" in vars(model):  # an Accelerator sets this attribute and wraps the forward in autocast
+        if "_original_forward" in vars(model):  # the forward that an Accelerator has wrapped in autocast
             model.forward = model._original_forward
         elif casts and not torch.is_autocast_enabled(next(model.parameters()).device.type):
             raise ValueError("its forward switches autocast on")

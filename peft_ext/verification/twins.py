@@ -75,7 +75,7 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
     """Returns a copy of ``model``'s modules, of the same classes, that shares the model's weights.
 
     Args:
-        wide: dtype to which weights and buffers are cast, or None. With ``wide``, packed layers compute in their
+        wide: dtype to which weights and buffers are cast; None: no cast. With ``wide``, packed layers compute in their
             input's dtype.
         seen: with ``wide``, the dtype to which dequantized weights are rounded before the cast to ``wide``.
 
