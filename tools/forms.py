@@ -100,8 +100,8 @@ def draw() -> None:
 
 
 def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Runs :func:`scan` in a process that imports transformers ``release``, and returns the result. ``found`` are known
-    rows."""
+    """Runs :func:`scan` in a process that imports transformers ``release``, and returns the result. ``found``:
+    the rows of the table that other releases gave, by digest."""
     place, out = ROOT / "build/forms" / release, ROOT / "build/forms" / f"{release}.json"
     known = out.with_name("known.json")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -390,7 +390,7 @@ def battery(here: Machine, outcome: Outcome) -> None:
 
 
 def find_sanitizer(here: Machine) -> Optional[str]:
-    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in the chosen Python."""
+    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in ``here``'s Python."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     packed = [
         found for place in here.gpu.get("path", ()) for found in Path(place).glob("nvidia/*/bin/compute-sanitizer")
@@ -465,7 +465,8 @@ PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "core": (core, 35), "training": (training, 115), "kernels": (kernels, 40), "table": (table, 50),
     "battery": (battery, 55), "sanitizer": (sanitizer, 40),
 }  # fmt: skip
-ESSENTIAL = ("packages", "build")  # may take half of the remaining time, because the other parts need their results
+# A part of ESSENTIAL may take half of the remaining time, because the next parts need its result.
+ESSENTIAL = ("packages", "build")
 REHEARSED = ("packages", "core", "training")  # the parts that run with --rehearse, on a machine without a GPU
 
 

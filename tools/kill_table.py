@@ -189,7 +189,7 @@ def stopped(folder: Path, case: Case, number: int) -> list[str]:
             below, hit = agent.processes() if case.number == KILL else [], agent.process
         if hit is not None:
             hit.send_signal(case.number)
-        elif not isinstance(case.at, float):  # the run has just printed, so that its processes are there
+        elif not isinstance(case.at, float):  # the run has just printed a line, so its processes must be running
             wrong = "no process got the signal"
         for process in below if case.whole else ():
             process.kill()
