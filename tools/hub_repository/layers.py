@@ -92,7 +92,7 @@ class LoRALinear(nn.Module):
             return ops.lora_linear(x, frozen.weight, adapter.lora_A, adapter.lora_B, frozen.bias, **numbers)
         result = self.base_layer(x)
         wide = torch.promote_types(x.dtype, result.dtype)
-        # Under autocast, lora_residual would compute in autocast's dtype, and its result would be rounded twice.
+        # Under autocast, lora_residual would cast both operands to autocast's dtype, and round the result to it.
         with torch.autocast(x.device.type, enabled=False):
             y = ops.lora_residual(x.to(wide), result.to(wide), adapter.lora_A, adapter.lora_B, **numbers)
         return y.to(result.dtype)
