@@ -18,9 +18,9 @@
 //
 // A group of streams is a set of at_once streams, whose dQ is in memory at the same time. A phase is a diagonal of one
 // head, in all streams of a group. A region is a set of cells that the threads compute without a barrier between the
-// cells; a barrier follows the region. A region has cells of the rest of a phase, and then cells of the next phase whose
-// streams have no cell in this rest. Where possible, the number of cells of a region is a multiple of the number of
-// threads.
+// cells; a barrier follows the region. A region has cells of the rest of a phase, and then cells of the next phase
+// whose streams have no cell in this rest. Where possible, the number of cells of a region is a multiple of the number
+// of threads.
 //
 // plan_backward computes the time of a plan for several values of `step`, and takes the `step` with the smallest time.
 // If `step` covers the whole matrix of a head, the head is one cell.
