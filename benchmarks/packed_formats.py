@@ -31,7 +31,8 @@ class Packing:
 
     Attributes:
         quantized_by: what computes the codes and scales, such as a library's name, for a column of the table.
-        layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if a file is read.
+        layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if the packed weights are read
+            from a file.
         library: the module that ``layer`` or ``write`` imports (for "gguf": that reads the file), or "".
         write: a function ``(model's folder, new folder)`` that writes a quantized checkpoint, or None. PackedConfig
             loads the checkpoint.

@@ -234,8 +234,8 @@ class Machine:
 
 
 def probe(python: str) -> dict:
-    """Returns a description of torch in ``python``, of the GPU and of the missing packages; {} without torch, without
-    such a Python, or where torch hangs.
+    """Returns a description of torch in ``python``, of the GPU and of the missing packages. Returns {} if there is no
+    such Python, or if the probe fails there, as without torch, or does not end in PROBE_SECONDS.
     """
     try:
         done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS)
