@@ -458,14 +458,14 @@ def table(here: Machine, outcome: Outcome) -> None:
     measure(here, outcome, ["-m", "benchmarks", *names, "--device", "cuda", "--quick", "--limit", f"{rows:.0f}"])
 
 
-# The function of each part, and the seconds of the part in a run of 570 seconds. A part may also take its share of the
-# time that earlier parts left over.
+# The function of each part, and the seconds of the part in a run of 570 seconds. The time that is left is shared among
+# the part that starts and the later parts, in proportion to these seconds.
 PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "packages": (packages, 25), "build": (build, 75), "import": (imports, 20), "warm": (warm, 70), "prove": (prove, 45),
     "core": (core, 35), "training": (training, 115), "kernels": (kernels, 40), "table": (table, 50),
     "battery": (battery, 55), "sanitizer": (sanitizer, 40),
 }  # fmt: skip
-# A part of ESSENTIAL may take half of the remaining time, because the next parts need its result.
+# A part of ESSENTIAL may always take half of the time that is left, because the later parts need the part's result.
 ESSENTIAL = ("packages", "build")
 REHEARSED = ("packages", "core", "training")  # the parts that run with --rehearse, on a machine without a GPU
 
