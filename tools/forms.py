@@ -5,10 +5,10 @@
                                      known form
 
 pip installs each release into a folder of build/forms, and a separate process reads each release. A form whose forward
-``accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of
+``peft_ext.accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of
 peft_ext/integrations/model_blocks, and tests/support/form_proofs.py). Some rows need no proof: dropouts, and attentions
 that keep their own forward. The row of an attention also names the layers that receive one input, which this tool reads
-from the source of the attention's forward (:mod:`reads_of_attention`); ``accelerate`` only reads the table.
+from the source of the attention's forward (:mod:`reads_of_attention`); ``peft_ext.accelerate`` only reads the table.
 """
 
 from __future__ import annotations

@@ -346,7 +346,7 @@ def prove(here: Machine, outcome: Outcome) -> None:
         wrong, cut = here.runner.run([here.python, "-c", PROVE, *done], 0.6 * left, see=see)
         if not wrong:
             break
-        if not begun or begun[-1] in done:  # the process failed while it was proving no family
+        if not begun or begun[-1] in done:  # the process failed before the first family, or between two families
             outcome.add((wrong, cut))
             break
         done[begun[-1]] = f"{wrong}{'' if cut else f': {last}'}"

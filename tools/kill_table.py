@@ -4,8 +4,8 @@
 
 The parts of the table:
 
-- one: one agent of torchrun with two processes and up to three restarts. In each run one process gets SIGKILL at
-  another moment, rank 0 and rank 1 in turn.
+- one: one agent of torchrun with two processes and up to three restarts. In each run one process gets SIGKILL, rank 0
+  and rank 1 in turn; the moment differs from run to run.
 - shard: the runs of the part one with ``--shard fsdp2``.
 - two: two agents of torchrun with two processes each, like two machines; CASES lists the runs.
 
