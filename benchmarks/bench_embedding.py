@@ -1,10 +1,12 @@
 """Times forward and backward of LoRA over a frozen embedding, by peft_ext and by the three passes of PEFT's layer in
 plain PyTorch.
 
-    Y = x + W[i] + s A[:, i]ᵀ Bᵀ        W: [V, N], V = N here
+    Y = x + W[i] + s A[:, i]ᵀ Bᵀ
 
+The indices i are [T], the table W is [V, N], A is [R, V], B is [N, R], and x and Y are [T, N]; in this benchmark V = N.
 Each contender adds x to the result, since every comparison checks a gradient of x. The lower bound of the time counts
-the reads of the rows of W and of A that the indices name, and the reads and writes of x, Y and their gradients.
+the reads of the rows of W and of A that the indices name, and five reads or writes of a bf16 matrix [T, N]: x, Y and
+their gradients.
 """
 
 from __future__ import annotations

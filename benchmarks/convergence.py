@@ -7,8 +7,8 @@ partial fine-tuning have a twin only in float32.
 ``python -m benchmarks.convergence --draw``   writes docs/convergence.md from the newest result file
 
 SmolLM2-135M-Instruct learns BANKING77 as text: a customer's question, then the intent's name. Only the tokens of the
-name have a loss. The two runs of a method record the loss on the labels, without the terms that AdaLoRA and Diff
-Pruning add.
+name, and the end token behind them, have a loss. The two runs of a method record the loss on the labels, without the
+terms that AdaLoRA and Diff Pruning add.
 
 A bfloat16 run has a bfloat16 base and a float32 adapter. A float32 run begins with the weights of the bfloat16 run,
 converted to float32, and trains only the first steps. The bfloat16 runs differ from the float32 run by rounding.

@@ -124,7 +124,7 @@ def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**3
 def about_gpu() -> dict[str, Any]:
     """Returns the GPU's name, capability, number of multiprocessors and memory size, and CUDA's version.
 
-    Where nvidia-smi runs, also returns the driver's version and the GPU's clocks.
+    Where nvidia-smi runs, also returns the driver's version, and the GPU's clocks and power limit.
     """
     found = torch.cuda.get_device_properties(0)
     about = {

@@ -88,8 +88,9 @@ class Row:
     """The result of a comparison.
 
     Attributes:
-        milliseconds: median time of each contender.
-        speedup: time of each peer divided by peft_ext's time, the median over rounds; above 1, peft_ext is faster.
+        milliseconds: by contender, the median over the rounds of the time of a call.
+        speedup: by peer, the median over the rounds of the peer's time divided by peft_ext's time; above 1, peft_ext is
+            faster.
         quartiles: first and third quartile, over rounds, of the ratios in ``speedup``.
         errors: relative error of each contender's outputs to float64 (Frobenius norm), or the reason why the contender
             is not verified.

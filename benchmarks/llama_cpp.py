@@ -9,8 +9,9 @@ and exported by ``write_gguf_adapter``. llama.cpp then computes the logits of al
 the adapter; peft_ext computes the logits of the same tokens in float32 over the same file (``load_gguf``), with PEFT's
 adapter, accelerated.
 
-The logits of the base in llama.cpp and in peft_ext differ because llama.cpp rounds the inputs of each product, see
-:mod:`.llama_runner`. If an exported adapter is right, the difference of the logits does not grow with the adapter.
+The logits of the base in llama.cpp and in peft_ext differ because llama.cpp rounds the inputs of products with weights
+that are not float32, see :mod:`.llama_runner`. If an exported adapter is right, the difference of the logits is not
+larger with the adapter than without an adapter.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path]
     """Yields a row for each of ``KINDS`` over the file ``base``.
 
     The field ``decoded`` of a row is the largest difference of a logit between peft_ext over ``base`` and llama.cpp
-    over a file in which the package gguf has decoded the weights of ``base`` to float32. Over float32 weights,
-    llama.cpp does not round the inputs of products.
+    over a file in which the package gguf has decoded the weights of ``base`` to float32. llama.cpp does not round the
+    inputs of products with float32 weights, so that the difference does not contain this rounding.
     """
     ours, decoded = Ours(base), base
     if kind != "F32":

@@ -31,10 +31,12 @@ class Packing:
 
     Attributes:
         quantized_by: what computes the codes and scales, such as a library's name, for a column of the table.
-        layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if a file is read.
-        library: the module that ``layer`` or ``write`` imports (for "gguf": that reads the file), or "".
-        write: a function ``(model's folder, new folder)`` that writes a quantized checkpoint, or None. PackedConfig
-            loads the checkpoint.
+        layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if the packed weights are read
+            from a file.
+        library: the module that ``layer`` or ``write`` imports (for "gguf": that reads the file); "" if no module in
+            addition to peft_ext and torch is needed.
+        write: a function ``(model's folder, new folder)`` that writes a quantized checkpoint, which PackedConfig loads;
+            None if the format is not loaded from a checkpoint.
     """
 
     quantized_by: str
@@ -43,7 +45,7 @@ class Packing:
     write: Optional[Callable[[Path, Path], None]] = None
 
     def missing(self) -> Optional[str]:
-        """Returns why the format can't be packed in this environment, or None."""
+        """Returns the message that the package ``library`` is not installed; None if it is, or if ``library`` is ""."""
         if self.library and importlib.util.find_spec(self.library) is None:
             return f"the package {self.library} is not installed"
         return None

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be timed
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be measured
 
 import torch
 from torch import nn
@@ -75,8 +75,8 @@ def perplexity(model: nn.Module, blocks: Sequence[torch.Tensor]) -> float:
 def train(
     name: str, kind: str, steps: int, batch: int, length: int, held_out: int, checkpoint: Optional[Path] = None
 ) -> dict[str, Any]:
-    """Trains the run ``kind`` of the format ``name`` in this process. Returns losses, perplexities, tokens per second,
-    memory and counts of layers.
+    """Trains the run ``kind`` of the format ``name`` in this process. Returns the packed layers' formats and bits per
+    weight, the losses, the perplexities, the memory, and the numbers of fused layers and of layers.
 
     ``checkpoint``: the folder of a quantized checkpoint, which PackedConfig loads; None to pack the bfloat16 model.
     """

@@ -149,16 +149,16 @@ def _adapter_pool(k: int, n: int, rank: int, count: int, device: str) -> list[di
 
 @lru_cache(maxsize=16)
 def _exact_products(problem_key: tuple, base: str) -> tuple[Tensor, Tensor]:
-    """Returns ``(x Wᵀ, grad W)`` in float64. Most float64 results of one shape need these products, which are therefore
-    cached."""
+    """Returns the products ``x Wᵀ`` and ``dY W`` in float64, where dY is the problem's ``grad``. Most float64 results
+    of one shape need these two products, which are therefore cached."""
     problem = Problem(*problem_key)
     weight = problem.wide_weight(base)
     return problem.x.detach().double() @ weight.t(), problem.grad.double() @ weight
 
 
 class _ExactBase(torch.autograd.Function):
-    """Computes ``x Wᵀ`` in float64. For the problem's own x and grad, returns the products that :func:`_exact_products`
-    has cached."""
+    """Computes ``x Wᵀ`` and its gradient ``dY W`` in float64. If x (or dY) is the problem's own x (or grad), takes the
+    product that :func:`_exact_products` has cached."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, problem: Problem, base: str) -> Tensor:
@@ -313,7 +313,7 @@ def functional(
         exact: function that returns the float64 result, or the reason why there is no float64 result.
         training: whether a call also runs the backward; a call without backward runs without autograd.
         enter: function that converts a weight; the call of ``enter`` for each weight is not timed.
-        adapters: adapters that replace the problem's adapters.
+        adapters: Turns of adapters that are used in place of the problem's adapters; None: the problem's adapters.
     """
     turns = problem.weights(weights) if isinstance(weights, str) else weights
     entered = entered_once(turns, enter)
@@ -471,7 +471,7 @@ def layer_comparison(
         peft_formula: formula for PEFT and ``eager``, where it differs from ``formula``.
         config: a function that makes PEFT's configuration.
         where: name of an adapter tensor of the problem -> name of the parameter in PEFT's layer.
-        more: other peers that compute ``formula``, without dropout.
+        more: functions that make further peers, given the function that returns the float64 result of ``ours``.
     """
     theirs, names = peft_formula or formula, tuple(where)
 

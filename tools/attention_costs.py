@@ -82,8 +82,8 @@ def _first(key: int, query: int) -> int:
 
 
 def _multiply_seen(cost: Cost, rows: int, key: int, here: int, query: int, add: bool) -> None:
-    """Counts a product that sums over the keys of a block (O or dq). In a block on the diagonal, 32 queries are
-    multiplied at a time, because these queries see different numbers of keys."""
+    """Counts the cycles of a product that sums over the keys of a block (O or dq). In a block on the diagonal, 32 of
+    the 64 queries are multiplied at a time, because the two halves of the queries see different numbers of keys."""
     together = 2 if key + here > query + 32 else BLOCK // LANES
     for vec in range(0, BLOCK // LANES, together):
         seen = max(0, min(here, query + (vec + together) * LANES - key))

@@ -5,12 +5,12 @@ sm_80, 90, 100 and 120; kernels with a hot loop also for sm_86 and 89. The check
 compile without a warning; a kernel spills registers; a parameter has another offset or size in the machine code than on
 the host, where g++ lays out the parameters of a launch; the registers or the shared memory of a kernel differ from
 docs/ptxas.tsv; the row of a hot loop differs from docs/slots.tsv (see slots.py); a table or the kernel of a hot loop is
-missing. A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables,
-so that a review sees each change. ``--archs`` compiles for some architectures alone, and compares only these
-architectures' parts of the tables. ``--only`` compiles only the kernels whose names contain one of the given texts, and
-compares, or writes, only the rows of these kernels. Of the kernels of packed weights, whose first template argument is
-the number of a format, the tables have those that decode to bfloat16, those for one token in bfloat16, and those with a
-hot loop. The other kernels of packed weights are compiled only with ``--formats``.
+missing. A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables;
+the commit's diff of the tables then shows each change. ``--archs`` compiles for some architectures alone, and compares
+only these architectures' parts of the tables. ``--only`` compiles only the kernels whose names contain one of the given
+texts, and compares, or writes, only the rows of these kernels. Of the kernels of packed weights, whose first template
+argument is the number of a format, the tables have those that decode to bfloat16, those for one token in bfloat16, and
+those with a hot loop. The other kernels of packed weights are compiled only with ``--formats``.
 """
 
 from __future__ import annotations

@@ -87,9 +87,10 @@ def tile_cycles(loop: dict[str, float], card: Card) -> float:
 def terms_of_tile(name: str, rank: int = 16) -> float:
     """Returns the bytes of small matrices, stored as bfloat16 terms, that a pass reads from L2 for each tile.
 
-    In a pass for S or dA, a tile reads three terms of one matrix. In a pass for Y0 or dX0, a tile reads two terms of
-    two matrices. In the pass for P and dB, a block reads the three terms of one matrix once for four tiles, and the
-    three terms of the other matrix once; these reads count as half a matrix for each tile.
+    Y0 is the low-rank term of Y with the bias, dX0 is the low-rank term of dX, and P is dY B. In the pass for S or dA,
+    a tile reads three terms of one matrix. In the pass for Y0 or dX0, a tile reads two terms of two matrices. In the
+    pass for P and dB, a block reads the three terms of one matrix once for four tiles, and the three terms of the other
+    matrix once; these reads count as half a matrix for each tile.
     """
     matrix = 64 * rank * 2.0  # bytes of one bfloat16 term of 64 rows of a small matrix (A, B, S or P)
     if name.startswith(("Y0", "dX0")):
@@ -408,8 +409,8 @@ def card_of(name: str) -> Card | None:
 
 def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, float]]:
     """Returns, for each part of a step of a layer of 4096 x 4096, the regular expression of the part's kernels and the
-    computed seconds. Parts with the same kernel are added to one part. ``method``: a key of LAYERS, or "NF4, T <= 8" or
-    "NF4, T <= 16" for a forward.
+    computed seconds. Parts that run the same kernel are returned as one part with the sum of their seconds. ``method``:
+    a key of LAYERS, or "NF4, T <= 8" or "NF4, T <= 16" for a forward over NF4 without an adapter.
     """
     if method.startswith("NF4"):
         return {method: (r"^nf4_few_tokens_kernel", decode(card, 4096, 4096, t))}
@@ -422,8 +423,8 @@ def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, floa
 
 
 def beside(result: dict, name: str) -> str:
-    """Returns a table of the measured times and of the goals for the rows of a result file. ``name`` is the GPU's name.
-    The goal is the ratio of times that this module computes; no kernel can be expected to be faster.
+    """Returns a table for the rows of a result file of the GPU ``name``: the measured time of a layer divided by the
+    measured time of the frozen layer, and the goal, which is this ratio as :func:`ratio` computes it.
     """
     card = card_of(name)
     lines = ["| time / the frozen layer's time | K -> N | T | measured | goal, computed | measured / goal |",

@@ -29,7 +29,7 @@ COMMON = f"-O2 -g1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -fvisibilit
 
 
 def missing() -> str | None:
-    """Returns the reason why the emulator cannot be built on this machine, or None."""
+    """Returns the reason why the emulator cannot be built on this machine; None if no reason is known."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"the emulator is for x86-64 Linux, this is {platform.machine()} {sys.platform}"
     return native_build.missing_tools()

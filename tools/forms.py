@@ -5,10 +5,10 @@
                                      known form
 
 pip installs each release into a folder of build/forms, and a separate process reads each release. A form whose forward
-``accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of
+``peft_ext.accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of
 peft_ext/integrations/model_blocks, and tests/support/form_proofs.py). Some rows need no proof: dropouts, and attentions
 that keep their own forward. The row of an attention also names the layers that receive one input, which this tool reads
-from the source of the attention's forward (:mod:`reads_of_attention`); ``accelerate`` only reads the table.
+from the source of the attention's forward (:mod:`reads_of_attention`); ``peft_ext.accelerate`` only reads the table.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def draw() -> None:
 
 
 def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Runs :func:`scan` in a process that imports transformers ``release``, and returns the result. ``found`` are known
-    rows."""
+    """Runs :func:`scan` in a process that imports transformers ``release``, and returns the result. ``found``:
+    the rows of the table that other releases gave, by digest."""
     place, out = ROOT / "build/forms" / release, ROOT / "build/forms" / f"{release}.json"
     known = out.with_name("known.json")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -261,9 +261,9 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    """For each class of DECODERS and ENCODERS with a known form, replaces everything that its forward finds by name,
-    one thing at a time. Returns, by kind, the numbers of classes, of replacements, and of replacements after which the
-    form was still known."""
+    """For each class of DECODERS and ENCODERS with a known form, replaces everything that the class's forward finds by
+    name, one thing at a time. Returns, by kind, the numbers of classes, of replacements, and of replacements after
+    which the form was still known."""
     from unittest.mock import patch
 
     from reached import another, reached

@@ -234,8 +234,8 @@ class Machine:
 
 
 def probe(python: str) -> dict:
-    """Returns a description of torch in ``python``, of the GPU and of the missing packages; {} without torch, without
-    such a Python, or where torch hangs.
+    """Returns a description of torch in ``python``, of the GPU and of the missing packages. Returns {} if there is no
+    such Python, or if the probe fails there, as without torch, or does not end in PROBE_SECONDS.
     """
     try:
         done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS)
@@ -346,7 +346,7 @@ def prove(here: Machine, outcome: Outcome) -> None:
         wrong, cut = here.runner.run([here.python, "-c", PROVE, *done], 0.6 * left, see=see)
         if not wrong:
             break
-        if not begun or begun[-1] in done:  # the process failed while it was proving no family
+        if not begun or begun[-1] in done:  # the process failed before the first family, or between two families
             outcome.add((wrong, cut))
             break
         done[begun[-1]] = f"{wrong}{'' if cut else f': {last}'}"
@@ -390,7 +390,7 @@ def battery(here: Machine, outcome: Outcome) -> None:
 
 
 def find_sanitizer(here: Machine) -> Optional[str]:
-    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in the chosen Python."""
+    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in ``here``'s Python."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     packed = [
         found for place in here.gpu.get("path", ()) for found in Path(place).glob("nvidia/*/bin/compute-sanitizer")
@@ -458,14 +458,15 @@ def table(here: Machine, outcome: Outcome) -> None:
     measure(here, outcome, ["-m", "benchmarks", *names, "--device", "cuda", "--quick", "--limit", f"{rows:.0f}"])
 
 
-# The function of each part, and the seconds of the part in a run of 570 seconds. A part may also take its share of the
-# time that earlier parts left over.
+# The function of each part, and the seconds of the part in a run of 570 seconds. The time that is left is shared among
+# the part that starts and the later parts, in proportion to these seconds.
 PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "packages": (packages, 25), "build": (build, 75), "import": (imports, 20), "warm": (warm, 70), "prove": (prove, 45),
     "core": (core, 35), "training": (training, 115), "kernels": (kernels, 40), "table": (table, 50),
     "battery": (battery, 55), "sanitizer": (sanitizer, 40),
 }  # fmt: skip
-ESSENTIAL = ("packages", "build")  # may take half of the remaining time, because the other parts need their results
+# A part of ESSENTIAL may always take half of the time that is left, because the later parts need the part's result.
+ESSENTIAL = ("packages", "build")
 REHEARSED = ("packages", "core", "training")  # the parts that run with --rehearse, on a machine without a GPU
 
 

@@ -8,10 +8,11 @@ The repository has a folder for each variant, ``build/torch-stable-abi211-<backe
 which needs no Python ABI, and files that this program writes, such as ``metadata.json``. All variants of an
 architecture hold the same library; a GPU's machine code is compiled on the GPU's machine.
 
-With ``--wheels`` the libraries are those of the wheels in a folder, so that the repository has variants for each
-architecture of the wheels, and may be published: the program fails if a library breaks one of the hub's rules. Without
-``--wheels`` the library is the file of ``--library``, by default the checkout's, for this machine's architecture alone;
-the library may need a newer C++ runtime than the hub allows.
+With ``--wheels`` the libraries are those of the wheels in a folder, and the repository has variants for each
+architecture of the wheels. The program then fails if a library breaks one of the hub's rules; otherwise the repository
+may be published. Without ``--wheels`` the library is the file of ``--library``, by default the checkout's, for this
+machine's architecture alone, and broken rules are only printed: the library may need a newer C++ runtime than the hub
+allows.
 
 The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the native library and of the
 copied Python files. ``metadata.json`` holds the SHA-256 of each other file of the variant.

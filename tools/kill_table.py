@@ -4,8 +4,8 @@
 
 The parts of the table:
 
-- one: one agent of torchrun with two processes and up to three restarts. In each run one process gets SIGKILL at
-  another moment, rank 0 and rank 1 in turn.
+- one: one agent of torchrun with two processes and up to three restarts. In each run one process gets SIGKILL, rank 0
+  and rank 1 in turn; the moment differs from run to run.
 - shard: the runs of the part one with ``--shard fsdp2``.
 - two: two agents of torchrun with two processes each, like two machines; CASES lists the runs.
 
@@ -189,7 +189,7 @@ def stopped(folder: Path, case: Case, number: int) -> list[str]:
             below, hit = agent.processes() if case.number == KILL else [], agent.process
         if hit is not None:
             hit.send_signal(case.number)
-        elif not isinstance(case.at, float):  # the run has just printed, so that its processes are there
+        elif not isinstance(case.at, float):  # the run has just printed a line, so its processes must be running
             wrong = "no process got the signal"
         for process in below if case.whole else ():
             process.kill()

@@ -103,7 +103,8 @@ def loop_seconds(loop: dict[str, Any], machine: Machine) -> float:
         return loop["most"]
     thread = max(loop["most"], loop["most_l3"] / machine.l3_rate) + loop["most_taken"] * machine.line_seconds()
     of_socket = loop["dram"] / machine.sockets
-    # The pages of the operands are spread over both sockets, so that half of what a socket reads comes over the link.
+    # The pages of the operands are spread over both sockets, so that half of the bytes that a socket reads come over
+    # the link between the sockets.
     link = of_socket / 2 / machine.link_rate if machine.sockets == 2 else 0.0
     return max(thread, loop["most_dram"] / machine.group_rate, of_socket / machine.socket_rate, link)
 

@@ -51,7 +51,7 @@ def _ninja() -> str | None:
 
 
 def _dollars(command: str) -> str:
-    """Returns a command of the shell as ninja's recipe has it."""
+    """Returns a command of the shell as a ninja file contains it, with each ``$`` doubled."""
     return command.replace("$", "$$")
 
 

@@ -1,12 +1,12 @@
-"""Runs tests on the newest transformers, PEFT, bitsandbytes and accelerate that pip offers.
+"""Runs tests on the newest releases that pip offers of transformers, PEFT, bitsandbytes and the accelerate library.
 
     python tools/newest.py [--always] [--folder .venv-newest] [pytest arguments]
 
 The tests are those of the integrations, of packed weights and of GGUF files. The packages are installed into a new
-environment, on top of this environment's packages. The native library is not built again. The program prints which
-share of the norms, attentions and MLPs of the newest transformers has a known form; the other classes run stock. If the
-newest versions are the versions of this environment, which `make test` has tested, no test runs without --always. The
-last line names the versions and the result.
+environment, which also sees the packages of the running Python. The native library is not built again. The program
+prints which share of the classes of norms, attentions and MLPs of the newest transformers has a known form;
+peft_ext does not fuse modules of the other classes. If the newest versions are already those of the running Python,
+with which `make test` runs, no test runs without --always. The last line names the versions and the result.
 """
 
 from __future__ import annotations

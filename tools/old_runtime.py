@@ -134,8 +134,9 @@ def make(folder: Path, compiler: str = "g++") -> Path:
     for name, found in moved.items():
         _stand_in(compiler, folder / name, found)
     # libnewer++.a has the functions that the stand-in of libstdc++.so.6 lacks: a symbol of the stand-in becomes local
-    # in every object of libstdc++.a, so that the linker takes the symbol from the shared library. Without groups, the
-    # linker does not drop a local symbol's section in favour of another object's section of the same name.
+    # in every object of libstdc++.a, so that the linker takes the symbol from the shared library. The section groups
+    # (COMDAT) are removed, because the linker keeps only one object's sections of a group, and the other objects' local
+    # symbols would then have no section.
     names = folder / "libstdc++.names"
     names.write_text("\n".join(symbols(folder / "libstdc++.so.6")) + "\n")
     subprocess.run([ask("-print-prog-name=objcopy"), f"--localize-symbols={names}", "--remove-section=.group",

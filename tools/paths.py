@@ -49,7 +49,8 @@ COMMAND = "import sys; from peft_ext.cli.main import main; sys.exit(main())"
 
 @dataclass(frozen=True)
 class Result:
-    """The result of the run on one path. ``failed``: the reason why the other fields have no values, or ""."""
+    """The result of the run on one path. ``failed``: the reason why the run failed and the other fields have no values;
+    "" after a run that did not fail."""
 
     path: str
     dtype: str = ""

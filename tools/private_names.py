@@ -22,7 +22,7 @@ def _is_private(name: str) -> bool:
 
 
 def _module(file: Path, node: ast.ImportFrom) -> Path:
-    """Returns the folder of the module from which a relative import takes names."""
+    """Returns the path, without the suffix .py, of the module or package that a relative import takes names from."""
     folder = file.parent
     for _ in range(node.level - 1):
         folder = folder.parent

@@ -30,7 +30,7 @@ _OPTIONS = {
 
 
 def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the kinds and formulas that a class may have, the most specific first."""
+    """Yields the kinds and formulas of forms.tsv that may fit an attention class, the most specific first."""
     groups, asks = groups_in(cls.forward), _asks_by_config(cls.forward)
     inputs = ",".join("+".join(names) for names in groups)
     if asks and groups and len(groups[0]) == 3:
@@ -105,12 +105,12 @@ def _tree(forward: Callable) -> Optional[ast.AST]:
 
 
 def groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
-    """Returns the names of a forward's children that are called with one variable, by group; an empty result if this
-    cannot be decided.
+    """Returns the groups of child modules that a forward calls with one input, such as ``(("q_proj", "k_proj"),)``.
 
-    The calls of a group have the form ``self.name(variable)`` and are in one sequence of statements, of which all run
-    or none. Between these calls, no code assigns the variable, and no code changes the variable or a child module in a
-    way that autograd does not see.
+    A group has at least two names. The result is empty if there is no group, or if the source cannot be read. The calls
+    of a group have the form ``self.name(variable)``, with one variable, and are in one sequence of statements, of which
+    all run or none. Between the calls of a group, no code assigns the variable, and no code changes the variable or a
+    child module in a way that autograd does not see.
     """
     if (tree := _tree(forward)) is None:
         return ()
@@ -145,7 +145,7 @@ def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
 
 def _writes(node: ast.AST) -> bool:
     """Returns whether a node reads an attribute ``data``, assigns to an attribute or an element of the module, or calls
-    an in-place method on a part of the module.
+    an in-place method or function on the module or a part of it.
     """
     if isinstance(node, ast.Attribute):
         return node.attr == "data" or not isinstance(node.ctx, ast.Load) and _root(node) == "self"

@@ -28,9 +28,9 @@ BUILD = ROOT / "build/recorded"
 TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"  # flags of sources whose accesses are recorded
 GROUP, L2 = 8, 1 << 20  # number of threads that share an L3, and bytes of an L2
 RANK, TOKENS = 16, 512
-# The fields of a thread's part of a loop: thread, first and last unit of work, nanoseconds of CPU time, memory
-# accesses, and numbers of cache lines that came from L2, L3 and DRAM. TAKEN is the number of cache lines that another
-# thread of the same parallel loop wrote before.
+# The indices of the numbers in a record of a thread's part of a loop: thread, first and last unit of work, nanoseconds
+# of CPU time, memory accesses, and cache lines that came from L2, L3 and DRAM. TAKEN is the index of the number of
+# cache lines that another thread of the same parallel loop wrote before.
 THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 
 

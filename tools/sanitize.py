@@ -39,7 +39,7 @@ OPTIONS = {
 
 
 def missing(kind: str) -> str | None:
-    """Returns the reason why the sanitizer ``kind`` cannot run on this machine, or None."""
+    """Returns the reason why the sanitizer ``kind`` cannot run on this machine; None if no reason is known."""
     if sys.platform != "linux":
         return f"the sanitizers are for Linux, this is {sys.platform}"
     return native_build.missing_tools() or next(

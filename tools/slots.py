@@ -62,10 +62,10 @@ def _runs(name: str, work: str, mask: str = "kNone", *, terms: int = 3) -> Hot:
 
 
 def _siblings(name: str, ranks: int, columns: bool, dropped: bool, *, terms: int = 3) -> Hot:
-    # The counted loop is the loop for three layers with one input. In an iteration a warp computes a whole tile of its
-    # layer (with 32 ranks: half of a tile). The counts are divided by four (two), as if four warps shared a tile. A
-    # thread copies every twelfth row of a tile of x (with 32 ranks: every 24th row). An iteration of the inner loop
-    # that draws the mask covers 16 rows.
+    # The counted loop of rank_siblings_kernel is the loop for three layers with one input. In an iteration a warp
+    # computes a whole tile of its layer (with 32 ranks: half of a tile). The counts are divided by four (two), as if
+    # four warps shared a tile. A thread copies every twelfth row of a tile of x (with 32 ranks: every 24th row). An
+    # iteration of the inner loop that draws the mask covers 16 rows.
     warps = 3 if ranks == 16 else 6
     copies, draws = -(-64 // (4 * warps)), (2, 2) if ranks == 16 else (2,)
     return Hot(
@@ -76,8 +76,8 @@ def _siblings(name: str, ranks: int, columns: bool, dropped: bool, *, terms: int
 
 
 def _product(name: str, nf4: bool, order: str) -> Hot:
-    # Instructions are counted per weight of a lane: in an iteration, each lane decodes or loads 64 weights of two slabs
-    # of 64 x 128 weights, and multiplies them with 64 rows.
+    # Instructions are counted per weight of a lane: in an iteration of experts_product_kernel, each lane decodes or
+    # loads 64 weights of two slabs of 64 x 128 weights, and multiplies the 64 weights with 64 rows.
     return Hot(name, f"experts_product_kernel<bf16, {str(nf4).lower()}, {order}>", units=64, threads=256)
 
 

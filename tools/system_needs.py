@@ -19,8 +19,8 @@ OLDEST_PYTHON = (3, 10)
 # clang-check`).
 OLDEST_COMPILERS = {"GCC": 11, "clang": 14}
 COMPILERS = " or ".join("{} {}".format(*pair) for pair in OLDEST_COMPILERS.items()) + " or newer"
-# Debian 11 and Ubuntu 20.04 have no package of a compiler that is new enough. RHEL's default GCC is old, and its
-# toolsets are new.
+# Debian 11 and Ubuntu 20.04 have no package of a compiler that is new enough. RHEL's default GCC is too old, and the
+# GCC of RHEL's package gcc-toolset-13 is new enough.
 INSTALL_COMPILER = """
   Debian 12, Ubuntu 22.04, or newer:  sudo apt install g++
   Fedora:                             sudo dnf install gcc-c++
@@ -44,8 +44,8 @@ def compiler_version(command):
 
 
 def compiler_fault():
-    """Returns why the C++ compiler can't build the library, with the commands that install another compiler; or
-    None."""
+    """Returns why the C++ compiler can't build the library, with the commands that install another compiler; None if
+    the compiler is GCC or clang and new enough."""
     command = os.environ.get("CXX", "").strip() or "c++"
     try:
         words = shlex.split(command)
@@ -67,7 +67,8 @@ def compiler_fault():
 
 
 def headers_fault():
-    """Returns a message that Python's headers are missing, with the commands that install the headers; or None."""
+    """Returns a message that Python's headers are missing, with the commands that install the headers; None if the
+    headers are there."""
     folder = sysconfig.get_path("include")
     if Path(folder, "Python.h").exists():
         return None
@@ -78,8 +79,8 @@ def headers_fault():
 
 
 def venv_fault():
-    """Returns a message that this Python can't make a virtual environment, with the command that installs what is
-    missing; or None."""
+    """Returns a message that the running Python can't make a virtual environment, with the command that installs what
+    is missing; None if the running Python has the modules venv and ensurepip."""
     if all(importlib.util.find_spec(name) is not None for name in ("venv", "ensurepip")):
         return None
     version = "{}.{}".format(*sys.version_info)
@@ -89,7 +90,7 @@ def venv_fault():
 
 
 def python_fault():
-    """Returns a message that this Python is too old; or None."""
+    """Returns a message that the running Python is older than OLDEST_PYTHON; None if it is not."""
     if sys.version_info[:2] >= OLDEST_PYTHON:
         return None
     have, wanted = ("{}.{}".format(*version) for version in (sys.version_info, OLDEST_PYTHON))

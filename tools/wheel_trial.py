@@ -136,7 +136,8 @@ def chosen(folder: Path, python: str) -> Path:
 
 def _environment(native: bool, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PEFT_EXT", "PYTHON"))}
-    one_thread = {"OMP_NUM_THREADS": "1"}  # threads that wait for each other take minutes on a busy machine
+    # On a busy machine, a run on several threads, which wait for each other in a loop, would take minutes.
+    one_thread = {"OMP_NUM_THREADS": "1"}
     return kept | one_thread | ({"PEFT_EXT_REQUIRE": "1"} if native else {}) | more
 
 
@@ -145,11 +146,12 @@ def _purelib(python: str | Path) -> Path:
 
 
 def trial(wheel: Path, python: str, torch: str | None = None) -> str:
-    """Tries the wheel in a new environment of ``python``. Returns what PROGRAM printed in this environment, and a
-    summary of the fine-tuning.
+    """Installs the wheel twice into a new virtual environment of ``python``, runs PROGRAM and a fine-tuning there, and
+    uninstalls the wheel. Returns what PROGRAM printed, and a summary of the fine-tuning. Exits if files remain.
 
-    ``torch``: a requirement; pip installs the requirement and the wheel's dependencies into an empty environment. With
-    ``torch`` None, the environment sees the packages of ``python``.
+    ``torch``: the torch that pip installs into the environment, such as "torch==2.11.*"; pip then also installs the
+    packages that the wheel and its extra ``hf`` require. None: pip installs the wheel alone, and the environment sees
+    the packages of ``python``.
     """
     native = _is_native(wheel)
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +197,8 @@ def emulated_version() -> str:
 
 
 def emulated(wheel: Path) -> str:
-    """Tries a wheel for 64-bit Arm under qemu-user. Returns what PROGRAM printed, and a summary of the fine-tuning."""
+    """Runs PROGRAM and a fine-tuning with a wheel for 64-bit Arm under qemu-user. Returns what PROGRAM printed, and a
+    summary of the fine-tuning."""
     import aarch64_tests
 
     version = emulated_version()

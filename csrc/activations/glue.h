@@ -1,4 +1,5 @@
-// Functions that the activation operators of the CPU and of CUDA share: a check of the activation, and rows of tensors.
+// Functions that the activation operators of the CPU and of CUDA share: a check of the activation, and the view of a
+// tensor as rows.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -29,7 +30,8 @@ struct RowsApart {
 
 inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, columns = tensor.size(last);
-  // The dimensions between d and the last dimension form `rows` rows, which are `stride` elements apart.
+  // In the loop, `rows` is the number of rows that the dimensions after d form, the last dimension left out, and
+  // `stride` is the distance between neighbours of these rows.
   int64_t stride = 0, rows = 1;
   bool regular = columns <= 1 || tensor.stride(last) == 1;
   for (int64_t d = last - 1; d >= 0; --d) {

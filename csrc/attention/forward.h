@@ -30,8 +30,9 @@ struct ForwardParts {
         bias(parts->take<float>(work.bias ? kQueries * kForwardKeys : 0)) {}
 };
 
-// Updates the largest score of each query with the scores [count, 64] of a block of keys. Computes the factor `change`,
-// by which the sums of the earlier blocks are multiplied.
+// Updates the largest score of each query with the scores [count, 64] of a block of keys. The stored scores are those
+// of attention/kernels.h divided by the scale. Computes the factor `change`, by which the sums of the earlier blocks of
+// keys are multiplied.
 inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, float scale, const ForwardParts& own) {
   const Vec nothing = Vec::broadcast(-INFINITY);
   for (int64_t v = 0; v < vecs; ++v) {
@@ -68,8 +69,8 @@ inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64
       for (int64_t i = 0; i < kWord; ++i) {
         p[i] = zero;
         if (r + i >= count) continue;
-        // The difference S - largest S is computed before the product with the scale, so that the largest score gives
-        // the exponent 0 exactly, whatever the score's size.
+        // The difference of a stored score and the largest stored score is computed before the product with the scale,
+        // so that the largest score gives the exponent 0 exactly, whatever the score's size.
         p[i] = vec_exp2(Vec::mul(Vec::sub(Vec::load(own.s + (r + i) * kQueries + v * kWidth), most), factor));
         if (!all_see(bits[r + i])) p[i] = Vec::where(bits_at(bits[r + i], v), p[i], zero);
         sum = Vec::add(sum, p[i]);

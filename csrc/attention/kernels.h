@@ -46,7 +46,7 @@ struct BackwardCell {
 };
 
 // kFewRows: number of queries in a unit of the kernel for few queries. kFewQueries: the largest number of queries of a
-// head for which the kernel for few queries runs.
+// head for which the kernel for few queries runs (only in a forward without dropout and bias).
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kFewQueries = 8;
 

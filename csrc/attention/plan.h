@@ -1,12 +1,13 @@
-// Divides the work of attention among threads. The plans use only integer arithmetic and no torch, so that planning
-// ends for every input. A plan never changes the order in which a sum is added up, so that the bits are equal for every
-// number of threads.
+// Divides the work of attention among threads. This file includes nothing of torch, so that
+// tests/native/attention_plan.cpp can test the plans by themselves. A plan never changes the order in which a sum is
+// added up, so that the bits of the results are equal for every number of threads.
 //
-// Forward. A unit is a block of 64 queries of one head; under a causal mask, later blocks see more keys. In the
-// forward, each part gets an equal number of whole heads that are neighbours in memory, because threads that write to
-// one page of new memory wait for each other. The heads that remain after this division are divided among teams of
-// parts. The units of a team are sorted by falling cost and dealt to the parts of the team in turn, forwards in one
-// turn and backwards in the next turn, so that each part gets expensive and cheap units.
+// Forward. A unit is a block of 64 queries of one head; under a causal mask, later blocks see more keys. A part is the
+// work of one thread. Each part of the forward gets an equal number of whole heads that are neighbours in memory,
+// because threads that write to one page of new memory wait for each other. The heads that remain after this division
+// are divided among teams, which are groups of parts. The units of a team are sorted by falling cost and dealt to the
+// parts of the team in turn, forwards in one turn and backwards in the next turn, so that each part gets expensive and
+// cheap units.
 //
 // Backward. A stream is a sequence of heads whose dK and dV are added up in the same memory. The plan divides a head's
 // matrix [queries, keys] into cells of `step` by `step` blocks of 64. A cell adds to dQ of its row, and to dK and dV of
@@ -15,13 +16,14 @@
 // difference, so that each row adds up its columns from the first column to the last, and each column adds up its rows
 // from the last row to the first, for every `step`.
 //
-// A group is a set of at_once streams, whose dQ is in memory at the same time. A phase is a diagonal of one head, in
-// all streams of a group. A region is a set of cells that run at the same time and are followed by a barrier: cells of
-// the rest of a phase, and then cells of the next phase whose streams have no cell in this rest. Where possible, the
-// number of cells of a region is a multiple of the number of threads.
+// A group of streams is a set of at_once streams, whose dQ is in memory at the same time. A phase is a diagonal of one
+// head, in all streams of a group. A region is a set of cells that the threads compute without a barrier between the
+// cells; a barrier follows the region. A region has cells of the rest of a phase, and then cells of the next phase
+// whose streams have no cell in this rest. Where possible, the number of cells of a region is a multiple of the number
+// of threads.
 //
-// Of the steps that are tried, the plan takes the `step` with the smallest computed time. If `step` covers the whole
-// matrix, each head is one cell.
+// plan_backward computes the time of a plan for several values of `step`, and takes the `step` with the smallest time.
+// If `step` covers the whole matrix of a head, the head is one cell.
 #pragma once
 
 #include <stdint.h>
@@ -38,13 +40,13 @@ namespace peft_ext {
 // The unit of the cost constants is a sixteenth of the cost of a block of 64 queries by 64 keys.
 constexpr int64_t kBlockCost = 16;
 constexpr int64_t kTurnCost = 2;    // cost of converting a block of queries to operands, once in each cell
-constexpr int64_t kRegionCost = 4;  // cost of starting the threads and waiting for the last thread
+constexpr int64_t kRegionCost = 4;  // cost of starting the threads of a region and waiting for the last thread
 
-// Largest number of cells in a row or column of a plan. The limit bounds the time of planning.
+// Largest number of cells in a row or in a column of a head's matrix. The limit bounds the time that planning takes.
 constexpr int64_t kMostCells = 256;
 
 struct ForwardPlan {
-  int64_t heads, blocks;  // number of heads of all batches, number of blocks of queries
+  int64_t heads, blocks;  // number of heads of all batches, and number of blocks of queries of a head
   int64_t parts;          // number of parts of the work, at most the number of threads
 
   // Returns the units of a part, head after head, so that a thread reads the keys of one head at a time. The block
@@ -101,7 +103,7 @@ struct BackwardPlan {
   // Returns the row minus the column of the cells of a phase.
   int64_t difference(int64_t phase) const { return rows - 1 - phase % diagonals(); }
 
-  // Returns the number of cells of a phase in each stream.
+  // Returns the number of cells that a phase has in each stream of the phase's group.
   int64_t width(int64_t phase) const {
     const int64_t d = difference(phase);
     return std::min(rows, columns + d) - std::max<int64_t>(0, d);

@@ -10,8 +10,8 @@
 namespace peft_ext {
 namespace {
 
-// The sums of a strip stay in registers: kRows rows by kVecs vectors. The registers that hold no sums hold operands of
-// the strip's product.
+// A product is computed in strips of its result: the sums of a strip, kRows rows by kVecs vectors, stay in registers.
+// The registers that hold no sums hold operands of the strip's product.
 constexpr int kRows = 6;
 constexpr int kVecs = Vec::kWidth == 8 ? 2 : 4;
 constexpr int64_t kWidth = Vec::kWidth;
@@ -19,7 +19,7 @@ constexpr int64_t kLeftRows = 1;   // rows of left operands are padded to a mult
 constexpr int64_t kDepth = kWord;  // the depth of operands is padded with zeros to a multiple of kDepth
 constexpr bool kInPlace = true;    // whether a product can read rows of k and v in place
 
-struct ProductUnit {};  // object of a thread's unit of work; empty, because only AMX needs a setup
+struct ProductUnit {};  // lives while a thread computes a unit of work; empty, because only AMX needs a setup
 
 // Computes one strip of a product: c = left right, or c += left right if `add`. c is [kM, kV vectors], left is
 // [kM, steps words], right is [steps, kV vectors of words].

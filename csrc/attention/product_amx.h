@@ -25,7 +25,7 @@ constexpr bool kInPlace = false;  // whether a product can read rows of k and v 
 // of keys. This query must be the first of a tile.
 static_assert(kRows % kDepth == 0, "the first query that sees a strip must be the first of a tile");
 
-struct ProductUnit {  // object of a thread's unit of work, which configures and releases the tile registers
+struct ProductUnit {  // lives while a thread computes a unit of work; configures and releases the tile registers
   ProductUnit() { amx_configure(); }
   ProductUnit(const ProductUnit&) = delete;
   ProductUnit& operator=(const ProductUnit&) = delete;

@@ -1,13 +1,14 @@
 // The kernels between the two products of a bottleneck adapter, bottleneck_kernel<false> (activate) and
 // bottleneck_kernel<true> (gradient), which read and write U [T, M], a small float32 matrix:
 //
-//   activate: computes U = sums + b_d and H = act(U), and writes U, and the scaled H as terms;
-//   gradient: computes dU = P ∘ act'(U), and writes dU, and dU as terms
+//   activate: computes U = sums + b_d and writes U, or reads U in the backward; writes H = act(U), scaled, as terms;
+//   gradient: computes dU = P ∘ act'(U), where P is the gradient of H; writes dU, and dU as terms
 //
 // Terms are bfloat16 matrices whose sum is nearly the float32 matrix (linear/cuda/terms.cuh). The terms of H as the
 // left operand of expand are stored row by row. As the operand L of a rank pass, which computes dYᵀ L
 // (linear/cuda/rank_pass.cuh), H is transposed and has a row of ones after its M rows: the product of dYᵀ with the row
-// of ones is the gradient of the up bias. A thread computes two adjacent columns. All arithmetic is float32.
+// of ones, multiplied by the adapter's scale, is the gradient of the up bias. A thread computes two adjacent columns.
+// All arithmetic is float32.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -19,8 +20,8 @@ namespace peft_ext {
 struct BottleneckWork {
   Activation activation;
   int64_t rows, size;  // T, M
-  float* u;            // U [rows, size]; `activate` writes U if `sums` is given
-  const float* sums;   // partial sums of x Dᵀ, [chunks][sums_rows][sums_columns], or null
+  float* u;            // U [rows, size]; written if `sums` is given, otherwise read
+  const float* sums;   // partial sums of x Dᵀ, [chunks][sums_rows][sums_columns]; null in the backward
   int64_t chunks, sums_rows, sums_columns;
   const float* bias;    // b_d [size], or null
   float scale;          // factor by which H is multiplied in the terms of H

@@ -96,9 +96,10 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activ
   return elementwise(u, [=](int64_t i) { return g[i] * (0.5f * (1.0f + c[i]) + at[i] * e[i] * kDensity); });
 }
 
-// Returns the dtype of products that read D and V without packing, or nothing if D and V are packed. The dtype is the
-// common 16-bit dtype of x, D and V if multiplies_in accepts that dtype (PyTorch's product then multiplies), or float32
-// for so few tokens that packing would take most of the time.
+// Returns the dtype of products that read D and V without packing, or nothing if D and V are packed. For more than
+// kFewer tokens, the dtype is the common 16-bit dtype of x, D and V if multiplies_in accepts that dtype (PyTorch's
+// product then multiplies). Otherwise the dtype is float32 for up to `few` tokens, so few that packing would take most
+// of the time.
 std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up, int64_t few) {
   // Up to kFewer tokens are multiplied in float32: to widen a row of D to float32 takes as long as to multiply the row
   // with one token.

@@ -1,8 +1,9 @@
 // The bottleneck adapter on CUDA, U = x Dᵀ + b_d, H = act(U), Y = residual + s (H Vᵀ + b_v). The steps:
 //
 //   forward:   U in one pass over x (rank_pass); H; Y in one pass that reads the residual and writes Y (expand).
-//   backward:  P = s dY V, dV and db_v in passes over dY; dU; dD in a pass over x; dX = dY + dU D in one pass that
-//              reads dY and writes dX (if the residual is not x, dX is dU D, and the pass does not read dY).
+//   backward:  P = s dY V (the gradient of H), dV and db_v in passes over dY; dU; dD in a pass over x; dX = dY + dU D
+//              in one pass that reads dY and writes dX (if the residual is not x, dX is dU D, and the pass does not
+//              read dY).
 #include "bottleneck/bottleneck.cuh"
 #include "bottleneck/checked_activation.h"
 

@@ -23,7 +23,7 @@ PEFT_EXT_API const char* peft_ext_isa_name(int isa);
 PEFT_EXT_API int peft_ext_isa_compiled(int isa);  // 1 if the library has kernels of the CPU path `isa`
 // 1 if the library has the path and this process may run its instructions
 PEFT_EXT_API int peft_ext_isa_available(int isa);
-PEFT_EXT_API int peft_ext_isa();
+PEFT_EXT_API int peft_ext_isa();              // the CPU path of the operators
 PEFT_EXT_API void peft_ext_set_isa(int isa);  // chooses the CPU path of later calls; the path must be available
 
 // Registers the operators' functions for a dispatch key, "CPU" or "CUDA", in a namespace of torch.ops. A ROCm build of

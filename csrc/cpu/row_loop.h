@@ -43,8 +43,8 @@ struct PartVec {
   }
 };
 
-// Calls f(lanes, first column) for each vector of the columns [0, columns). `lanes` is a WholeVec or, for the rest, a
-// PartVec.
+// Calls f(lanes, first column) for each vector of the columns [0, columns). `lanes` is a WholeVec, or for the
+// columns that do not fill a vector, a PartVec.
 template <typename F>
 inline void for_vectors(int64_t columns, const F& f) {
   int64_t k = 0;

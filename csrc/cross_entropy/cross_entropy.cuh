@@ -4,6 +4,9 @@
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z);
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
+// In these formulas, a is the scale of the logits, c is the softcap, w is the weight of the row, and V is the number of
+// columns.
+//
 // A block of kThreads threads computes a row, and a thread reads every kThreads-th group of eight columns. The first
 // reading of the row gives each thread its largest z and its sum of exp(z - largest); these values are combined over
 // lanes and then over warps in a fixed order. The second reading of the row, if needs_grad, gives the gradient. If a

@@ -4,6 +4,9 @@
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z);
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
+// In these formulas, a is the scale of the logits, c is the softcap, w is the weight of the row, and V is the number of
+// columns.
+//
 // A kernel reads a row two times, for the maximum and for the sum, and, if needs_grad, a third time for the gradient,
 // which overwrites the row. A row of a 16-bit dtype usually stays in the L2 cache between these readings. Arithmetic is
 // float32. The order of a sum depends only on V and on the path.

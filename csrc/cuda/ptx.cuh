@@ -414,9 +414,9 @@ __device__ __forceinline__ void store_shared_16(SharedAt to, uint4 words) {
 // ---- asynchronous copies
 
 // cp.async of 16, 8 or 4 bytes; both addresses are aligned to the size of the copy. If `take` is false, the destination
-// gets zeros, and `global` is not read and may be any pointer. This thread sees the bytes after cp_async_wait; other
-// threads see the bytes after a barrier that follows. A copy of 16 bytes bypasses L1 (.cg); a smaller copy goes through
-// L1 (.ca).
+// gets zeros, and `global` is not read and may be any pointer of the same alignment. This thread sees the bytes after
+// the cp_async_wait that waits for the copy's group; other threads see the bytes after a barrier that follows this
+// wait. A copy of 16 bytes bypasses L1 (.cg); a smaller copy goes through L1 (.ca).
 __device__ __forceinline__ void cp_async_16(SharedAt shared, const void* global, bool take) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared.at), "l"(__cvta_generic_to_global(global)),

@@ -98,7 +98,7 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
                   kOp, ": the layers do not give the heads of the keys, or the columns of x");
   const bool rounds = sizes[1] != 0;
   const Tensor residual = as_contiguous(x);
-  for (size_t i = 0; i < kNorms; ++i)  // with another dtype, rms_norm_cpu returns float32
+  for (size_t i = 0; i < kNorms; ++i)  // with a weight of another dtype, rms_norm_cpu would return float32
     STD_TORCH_CHECK(!rounds || tensors[i].scalar_type() == x.scalar_type(), kOp,
                     ": a norm's weight is not of x's type");
   const Tensor normed = std::get<0>(rms_norm_cpu(residual, tensors[0], numbers[0], numbers[2], rounds));

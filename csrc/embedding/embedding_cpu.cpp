@@ -23,7 +23,8 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kTogether = 2 * kRowsTogether;  // number of tokens in a round; the rows of Y stay in L2
+// Number of tokens whose rows of W are copied to Y before the low-rank term is added to these rows, which stay in L2.
+constexpr int64_t kTogether = 2 * kRowsTogether;
 
 struct LowRank {
   const char* op;
@@ -109,7 +110,7 @@ Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> p
   const Tensor right = packed(kOp, "lora_B", lora_B, nullptr, of.rho.data(), true, of.rank, work.stride);
   work.left = s.const_data_ptr<float>();
   work.right = right.const_data_ptr<float>();
-  work.residual = work.y;  // y holds the rows of W, which are read before y is overwritten
+  work.residual = work.y;  // y holds rows of W; expand reads an element of y before it overwrites the element
   const int64_t of_row = held.is_packed() ? room_of_rows(held, 1) * 4 : 0;
   parallel_for(0, of.tokens, ceil_div(kPackGrain, of.columns), [&](int64_t begin, int64_t end) {
     std::vector<char> room(static_cast<size_t>(of_row));

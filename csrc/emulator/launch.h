@@ -26,8 +26,8 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
 
   // `element` is the size of an element in bytes. Two blocks that write one element conflict, and so do a block that
-  // writes and a block that reads one element, unless both accesses are atomics or the first block has published its
-  // accesses (see machine.h).
+  // writes and a block that reads one element. There is no conflict if both accesses are atomics, or if the first block
+  // has published its accesses (see machine.h) and the second block has done an atomic.
   void add(const void* data, size_t bytes, size_t element, Use use);
 
   struct Range {

@@ -1,7 +1,8 @@
 // Runs the blocks of a launch: the scheduler of fibers, barriers, collectives, asynchronous copies and atomics. The
 // lanes of a warp run in order, and each lane runs until it must wait. The last lane that arrives at a collective
 // computes the collective for all lanes and continues. If no lane of a warp can run, the next warp runs. If no thread
-// of the block can run, all threads must be at the barrier or must have exited.
+// of the block can run, either all threads must be at the barrier, or all threads must have exited; otherwise the
+// launch ends with a fault.
 #include "emulator/machine.h"
 
 #include <stdarg.h>

@@ -137,7 +137,7 @@ struct Machine {
   // For each block: whether the block did an atomic after a threadfence, and thereby published its earlier writes. The
   // pointer is null until a block does such an atomic.
   uint8_t* published;
-  bool fenced, acquired;
+  bool fenced, acquired;  // whether the running block has called threadfence, and whether it has done an atomic
   // The shared memory of the launch: dynamic memory first, then static declarations in the order of their first use.
   Declaration declarations[kMaxDeclarations + 1];
   int declaration_count;

@@ -9,8 +9,8 @@
 // In the mode "truncated", the functions add as the tensor cores of an A100 were observed to add (Fasi, Higham,
 // Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021). Of the GPUs
 // that these kernels run on, the A100 keeps the fewest bits of the terms of a sum. C and eight exact products are
-// aligned to the largest exponent among them, cut off 24 bits behind that exponent's leading bit, and added; the sum is
-// cut off to float32, and the next eight products follow.
+// aligned to the largest exponent among them, cut off 24 bits behind the bit of that exponent, and added. The sum is
+// cut off to float32, and is the C of the next eight products.
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>

@@ -1,12 +1,13 @@
 // The linear layers of a mixture of experts on CUDA: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows t
 // of expert e, with x̃ = dropout(x); without DoRA g is 1. Rows are sorted by expert. The number of launches does not
-// depend on the number of experts, and the host does not wait for the offsets. The steps:
+// depend on the number of experts, and the host does not wait for the values in `offsets`. The steps:
 //
 //   forward:   tables of the rows (row_runs); terms of all A_e and B_e (stacks); S in one pass over x; Y in one
-//              product, to which S B_eᵀ, DoRA's g and b_e are applied in shared memory (product).
-//   backward:  the tables; terms; P = s dY B_e; dB_e = dYᵀ S; dA_e = x̃ᵀ P; dX in one product, to which mask ∘ (P A_e)
-//              is added. For DoRA, P is computed from terms of g ∘ B_e, and g also multiplies dB_e when its partial
-//              sums are added. One more pass computes dg, and G = g ∘ dY, from which dX is computed.
+//              product (product.cuh), to which S B_eᵀ, DoRA's g and b_e are applied before Y is stored.
+//   backward:  the tables; terms; P = s dY B_e; dB_e = s dYᵀ S; dA_e = Pᵀ x̃; dX in one product, to which
+//              mask ∘ (P A_e) is added. For DoRA, P is computed from terms of g ∘ B_e, and g also multiplies dB_e
+//              when the partial sums of dB_e are added. One more pass computes dg, and G = g ∘ dY, from which dX is
+//              computed.
 //   DoRA's norm: terms; one pass over W (dora).
 //
 // With many rows per expert and dense, aligned bfloat16 weights (see takes_grouped_mm), on GPUs of compute capability
@@ -27,7 +28,7 @@ namespace {
 // then faster, because it reads each operand less often than tiles of 64 x 128 do.
 constexpr int64_t kManyRows = 128;
 
-// Checks rows [S, columns], and returns the rows as a contiguous tensor.
+// Checks a matrix [S, columns] of the S rows of all experts, and returns the matrix as a contiguous tensor.
 Tensor checked_rows(const char* op, const char* argument, const Tensor& rows, int64_t columns, const Tensor& like) {
   STD_TORCH_CHECK(on_device(rows) && rows.get_device_index() == like.get_device_index(), op, ": ", argument,
                   " is on another device than weight, wanted cuda:", like.get_device_index());

@@ -5,6 +5,8 @@
 //   x̂ = (x - μ) r;   r = 1/√(mean (x - μ)² + eps);   y = x̂ ∘ factor + bias;   RMSNorm has μ = 0;
 //   dX = r (g - mean g - x̂ mean (g ∘ x̂));   g = dY ∘ factor;   dw = Σ_t dY ∘ x̂;   db = Σ_t dY;
 //   RMSNorm has no term mean g
+//
+// The factor is the norm's weight w plus an offset, such as 1 in Gemma's norms.
 #pragma once
 
 #include <stdint.h>

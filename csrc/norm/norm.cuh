@@ -7,9 +7,9 @@
 // A warp computes a row of up to kWarpColumns columns, and a block computes a longer row. A row is read from memory
 // once, eight columns per thread at a time (16 bytes of a 16-bit dtype), and after that from L1: a thread reads again
 // only the columns that it has read before. Sums are float32: over a thread's columns, then over lanes, then over
-// warps, in order. The row kernels use shared memory for one sum per warp. For dw and db a block sums 256 columns over
-// a chunk of rows; a second kernel adds the partial sums [chunks][K] in order. Bytes moved: x once, dY once, y or dX
-// once; dw and db read x and dY once more.
+// warps, in order. The row kernels use shared memory for the sums of the warps. For dw and db a block sums 256 columns
+// over a chunk of rows; a second kernel adds the partial sums [chunks][K] in order. Bytes moved: x once, dY once, y or
+// dX once; dw and db read x and dY once more.
 #pragma once
 
 #include "linear/cuda/column_reduce.cuh"

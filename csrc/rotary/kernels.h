@@ -1,7 +1,7 @@
 // The contract of the rotary position embedding on the CPU; each instruction set has a kernel. With the halves
 // x = (x₁, x₂), cos = (c₁, c₂) and sin = (s₁, s₂) of a head:
 //
-//   y₁ = x₁ c₁ - x₂ s₁;   y₂ = x₂ c₂ + x₁ s₂;   with back, the inverse: x₁ = y₁ c₁ + y₂ s₂;   x₂ = y₂ c₂ - y₁ s₁
+//   y₁ = x₁ c₁ - x₂ s₁;   y₂ = x₂ c₂ + x₁ s₂;   with back, the gradient: dx₁ = dy₁ c₁ + dy₂ s₂;   dx₂ = dy₂ c₂ - dy₁ s₁
 //
 // Arithmetic is in float32, and each result is rounded once. Each head is read and written once. cos and sin of a token
 // serve all heads.

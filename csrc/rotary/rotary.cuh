@@ -1,7 +1,7 @@
 // Rotary position embedding of q [B, H, T, D] and k [B, Hkv, T, D]. With the halves x = (x₁, x₂), cos = (c₁, c₂) and
 // sin = (s₁, s₂) of a head:
 //
-//   y₁ = x₁ c₁ - x₂ s₁;   y₂ = x₂ c₂ + x₁ s₂;   with kBack, the inverse: x₁ = y₁ c₁ + y₂ s₂;   x₂ = y₂ c₂ - y₁ s₁
+//   y₁ = x₁ c₁ - x₂ s₁;   y₂ = x₂ c₂ + x₁ s₂;  with kBack, the gradient: dx₁ = dy₁ c₁ + dy₂ s₂;   dx₂ = dy₂ c₂ - dy₁ s₁
 //
 // A block rotates all heads of q and k of one token, so that the block reads cos and sin of the token from memory once.
 // A thread rotates eight columns of both halves at a time. The dimensions B, H and T may have any strides; a head is

@@ -11,9 +11,9 @@ namespace peft_ext {
 constexpr int kWeightParts = 5;  // largest number of tensors of a packed weight
 
 struct PackedView {
-  const void* part[kWeightParts];  // null for a part that the weight does not have; see part_address
+  const void* part[kWeightParts];  // the weight's tensors; null for a tensor that the weight does not have
   int64_t rows, columns;
-  int64_t group;  // number of columns that share a scale; 0: all columns
+  int64_t group;  // in most formats the number of columns that share a scale, 0 for all columns
   int option;     // bit fields, which the functions below read
 };
 

@@ -49,8 +49,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "parallel_loops": (ctypes.c_uint64,),
 }
 
-# For each thread, the machine code, or the error, of the last call of the image source (see :func:`set_image_source`).
-# The library reads these bytes until the thread's next call.
+# For each thread: the machine code of the kernel that the thread last asked for, or the text of the error. The library
+# reads these bytes until the thread asks for the machine code of another kernel (see :func:`set_image_source`).
 _held = threading.local()
 _callback: Any = None
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # PyTorch has no public function for this
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # PyTorch has no public name for it
 
 from . import ops
 from .ops.checks import autocast_dtype
@@ -92,7 +92,8 @@ class LoRALinear(nn.Module):
             return ops.lora_linear(x, frozen.weight, adapter.lora_A, adapter.lora_B, frozen.bias, **numbers)
         result = self.base_layer(x)
         wide = torch.promote_types(x.dtype, result.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # autocast would round the result once more
+        # Under autocast, lora_residual would cast both operands to autocast's dtype, and round the result to it.
+        with torch.autocast(x.device.type, enabled=False):
             y = ops.lora_residual(x.to(wide), result.to(wide), adapter.lora_A, adapter.lora_B, **numbers)
         return y.to(result.dtype)
 
@@ -214,7 +215,8 @@ def _nf4(layer: Any, x: Tensor) -> Optional[_Frozen]:
     state = getattr(weight, "quant_state", None) or layer.quant_state
     if why_not_nf4(state) is not None or state.absmax.is_meta:
         return None
-    if not layer.compute_type_is_set:  # as bitsandbytes' own forward does in its first call
+    # bitsandbytes' own forward, too, sets the compute dtype in the layer's first call.
+    if not layer.compute_type_is_set:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
     compute = layer.compute_dtype or x.dtype

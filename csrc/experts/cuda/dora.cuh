@@ -13,7 +13,7 @@ namespace peft_ext {
 
 struct StackNorm {
   StackView weight;                   // W_e of expert e; a column of the view is an output of the layer, a row of W_e
-  Terms left, right;                  // B and Aᵀ of the first expert, in the number of terms of a float32 result
+  Terms left, right;                  // terms of B_e and of A_eᵀ of the first expert, as many as for a float32 result
   int64_t left_stride, right_stride;  // distances to the next expert's terms, in units of 16 bytes
   // ends of the experts' rows, see has_rows; the norms of an expert without rows are zeros
   const int64_t* ends;
@@ -68,10 +68,10 @@ __device__ __forceinline__ void load_weights(const StackView& view, const T* den
 }
 
 // A block of 4 warps computes 64 rows of an expert's W. A warp computes 16 rows, and goes through the rows in tiles of
-// 64 columns. Each element of W is added to its element of s B A, which is computed as in expand_kernel; the sum is
-// squared. During the products a lane loads its part of W: elements of a dense W of this tile, or NF4 codes and scales
-// of the next tile. Sums are float32. Bytes moved: W once, for experts that have rows. Grid: x has a block for each
-// tile of rows; y has a block for each expert.
+// 64 columns. Each element of W_e is added to its element of s B_e A_e, which is computed as in expand_kernel; the sum
+// is squared. During the products a lane loads its part of W: elements of a dense W of this tile, or NF4 codes and
+// scales of the next tile. Sums are float32. Bytes moved: W once, for experts that have rows. Grid: x has a block for
+// each tile of rows; y has a block for each expert.
 template <typename T, bool kNf4, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNorm work) {
   PEFT_EXT_KERNEL;

@@ -5,10 +5,10 @@
 //
 // g is the output scale of DoRA; without DoRA there is no g. If the field z is given, the kernel also stores the values
 // that are multiplied by g. In the forward, D is x, W_e is the weight, L is s S with S = dropout(x) A_eᵀ, and F_e is
-// B_e. For dX, D is dY (with DoRA g ∘ dY), W_e is the transposed weight, L is P = s dY B_e, F_e is A_e's transpose, and
-// the low-rank term is masked by dropout. W is dense, with any strides, or NF4, which the kernel decodes. The
-// contiguous dimension of W is the summed dimension (kAlong) or the columns (kAcross); for other strides, sizes and
-// alignments the elements are loaded one by one (kAny). Rows that belong to no expert are set to zero.
+// B_e. For dX, D is dY (with DoRA g ∘ dY), W_e is the transposed weight, L is P = s D B_e / (1 - p), F_e is A_e's
+// transpose, and the low-rank term is masked by dropout. W is dense, with any strides, or NF4, which the kernel
+// decodes. The contiguous dimension of W is the summed dimension (kAlong) or the columns (kAcross); for other strides,
+// sizes and alignments the elements are loaded one by one (kAny). Rows that belong to no expert are set to zero.
 //
 // A thread block of 8 warps computes a tile of 64 rows of one expert and 128 columns. In a 16-bit dtype, warp w
 // computes 32 x 32 outputs: the rows from 32 (w % 2) on and the columns from 32 (w / 2) on. In float32, warp w computes
@@ -53,9 +53,9 @@ struct ExpertsProduct {
   const void* bias;       // bias [experts, columns] of type T; null without bias
   const float* scale;     // g [experts, columns]; null without DoRA
   void* z;                // receives the value [rows, columns] that g scales; null if unneeded
-  Terms low_left;         // L, in the order of the tiles; data is null if there is no low-rank term
-  Terms low_right;        // terms of the first expert's F
-  int64_t right_stride;   // distance to the next expert's F, in units of 16 bytes
+  Terms low_left;         // terms of L, in the order of the tiles; data is null if there is no low-rank term
+  Terms low_right;        // terms of F_e of the first expert
+  int64_t right_stride;   // distance to the terms of the next expert's F_e, in units of 16 bytes
   const uint32_t* kept;   // bits of dropout's mask, in the layout of a rank pass; null: the mask is drawn again
   DeviceDropout dropout;  // parameters of dropout, to draw the mask again
 };
@@ -178,8 +178,8 @@ __device__ __forceinline__ void product_of_stage(SharedAt stage, int warp, int r
   }
 }
 
-// Computes the outputs of 16 rows and 64 columns of a tile from the product: adds the low-rank term and the bias,
-// scales by g, and stores the result. Each of four warps computes 16 of the 64 rows of the tile. before(row of the
+// Computes the outputs of 16 rows and 64 columns of a tile from the product: adds the low-rank term, multiplies by g,
+// adds the bias, and stores the result. Each of four warps computes 16 of the 64 rows of the tile. before(row of the
 // tile, column, values) writes the product for eight columns to `values`.
 template <typename T, bool kWhole, typename Before>
 __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const RowRun& run, int64_t row_tile,
@@ -470,8 +470,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
                             });
 }
 
-// Adds the low-rank term and the bias to a product that PyTorch has computed in `out`, scales by g, and sets rows that
-// belong to no expert to zero. Grid: as in experts_product_kernel, with tiles of 64 columns.
+// Adds the low-rank term to a product that PyTorch has computed in `out`, multiplies by g, adds the bias, and sets rows
+// that belong to no expert to zero. Grid: as in experts_product_kernel, with tiles of 64 columns.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 4 ? 3 : 4) experts_onto_kernel(ExpertsProduct work) {
   PEFT_EXT_KERNEL;

@@ -50,10 +50,12 @@ class StackSplitter {
 
   // right_of_pass and right_of_product return the bfloat16 terms of each expert's factor F: for a rank pass F is
   // [ranks, columns of D], and for the product F is [columns of the result, ranks]. F is the expert's matrix in
-  // `stack`, or with `transpose` the transpose of the matrix. inner_scale [E, columns of D] may be null.
+  // `stack`, or with `transpose` the transpose of the matrix. inner_scale [E, columns of D] multiplies the columns of F
+  // before the split; a null pointer stands for ones.
   HeldTerms right_of_pass(const Tensor& stack, bool transpose, int64_t padded, const Tensor* inner_scale = nullptr);
   HeldTerms right_of_product(const Tensor& stack, bool transpose, int64_t padded);
-  // left_of_product returns the bfloat16 terms of L [rows, ranks] for the product.
+  // left_of_product returns the bfloat16 terms of each expert's matrix [rows, ranks] in `stack`, as the left factor L
+  // of a low-rank product.
   HeldTerms left_of_product(const Tensor& stack, int64_t padded);
   void run() const;
 

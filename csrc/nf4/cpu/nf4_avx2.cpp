@@ -88,7 +88,7 @@ inline BytePlanes byte_planes(__m128i first8, __m128i last8) {
   return {_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
 }
 
-// Expands 16 bytes of codes to 32 elements of two bytes.
+// Looks up the bfloat16 or float16 products of the 32 codes in 16 bytes, and writes these 32 elements to `out`.
 inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* out) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
   const __m128i nibble = _mm_set1_epi8(15);
@@ -104,7 +104,7 @@ inline void expand_words(const uint8_t* packed, const BytePlanes& planes, void* 
   _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
 }
 
-// Expands 4 bytes of codes to 8 elements.
+// Returns the float32 products of the 8 codes in 4 bytes.
 inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) {
   int32_t four;
   memcpy(&four, packed, sizeof(four));
@@ -115,7 +115,7 @@ inline __m256 expand_floats(const uint8_t* packed, __m256 first8, __m256 last8) 
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
-// The 16 products code * scale of a block.
+// The 16 float32 products code * scale of a block, one for each of the 16 codes.
 struct Products {
   __m256 first8, last8;
 

@@ -135,17 +135,17 @@ inline void encode(const bf16* in, int64_t blocksize, float inverse, uint8_t* pa
   }
 }
 
-// Expands 16 bytes of codes to 32 elements. The index of an even word is the byte's high nibble, and the index of an
-// odd word is the low nibble. vpermw reads five bits of an index, but the table holds the 16 values twice, so that bit
-// 4 has no effect.
+// Looks up the 16-bit elements of the 32 codes in 16 bytes, and writes these elements to `out`. The index of an even
+// word is the byte's high nibble, and the index of an odd word is the low nibble. vpermw reads five bits of an index,
+// but the table holds the 16 values twice, so that bit 4 has no effect.
 inline void expand_words(const uint8_t* packed, __m512i table, void* out) {
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
 }
 
-// Expands 8 bytes of codes to 16 elements of 32 bits, as expand_words does for elements of 16 bits. vpermps reads only
-// four bits of an index.
+// Returns the 32-bit elements of the 16 codes in 8 bytes, looked up as in expand_words. vpermps reads only four bits of
+// an index.
 inline __m512 expand_floats(const uint8_t* packed, __m512 table) {
   const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));

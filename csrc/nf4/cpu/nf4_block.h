@@ -1,6 +1,6 @@
 // Quantizes or dequantizes one NF4 block in portable code, for the scalar path, and in the paths with vectors for
-// incomplete blocks and, with AVX-512, for blocks that contain an infinity or a NaN. The file is included after the
-// target pragma, so that each instruction set compiles its own copy.
+// incomplete blocks and, with AVX-512, for blocks that contain an infinity or a NaN. The kernels of each instruction
+// set include this file after the target pragma, so that the compiler makes a copy for each instruction set.
 #pragma once
 
 #include "common/dtype.h"

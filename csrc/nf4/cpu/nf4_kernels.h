@@ -22,7 +22,7 @@ namespace peft_ext {
 // blocksize and columns are multiples of kSkinnyStep, so that a step of kSkinnyStep columns lies in one block and row.
 struct Nf4Skinny {
   const uint8_t* packed;
-  const float* absmax;  // scales of the blocks, from the block in which row `begin` starts
+  const float* absmax;  // the scales of W's blocks, beginning with the block that contains the start of row `begin`
   int block_shift;      // blocksize is 1 << block_shift: a shift is much faster than a division
   int64_t columns, rows;
   DType dtype;  // dtype to which decoded weights are rounded; the nf4_skinny_bf16 kernels do not read this field

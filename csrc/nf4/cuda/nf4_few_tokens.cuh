@@ -42,7 +42,9 @@ struct TokenFactor {
 // The arguments of the operations that follow the product x Wᵀ for few tokens: the low-rank term, the output scale g
 // (of DoRA or IA3) and the biases.
 struct TokensFinish {
-  const TokenFactor* factors;  // [tokens], or null; if given, in place of lora_B, lora_B_type, rank_scale, scaling
+  // The adapters of the tokens of a mixed batch [tokens], which replace lora_B, lora_B_type, rank_scale and scaling.
+  // Null if all tokens have one adapter, or none.
+  const TokenFactor* factors;
   int64_t rank;
   const float* s;      // S [tokens, rank]
   const void* lora_B;  // B [outputs, rank], of dtype lora_B_type

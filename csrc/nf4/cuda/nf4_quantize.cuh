@@ -1,5 +1,6 @@
-// NF4 quantize: s_b = max |w_i| over block b, q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))}. The values of a tail
-// block are divided by max(s_b, 1e-38), which is also the stored scale.
+// NF4 quantize: s_b = max |w_i| over block b, q_i = #{thresholds < w_i · (1 / max(s_b, 1e-38))}, and s_b is stored. A
+// tail block, which has fewer than blocksize elements, differs: its values are divided by max(s_b, 1e-38), and
+// max(s_b, 1e-38) is stored.
 // The input w [n] is flat and has dtype float32, bfloat16 or float16. The results are `packed` [ceil(n/2)] in uint8,
 // where the high nibble is the even element (if n is odd, w is padded with a zero), and `absmax` [ceil(n/blocksize)] in
 // float32. blocksize is a power of two from 32 to 4096. A thread block quantizes 8192 elements, which are whole NF4

@@ -44,7 +44,7 @@ constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
 template <typename T, int kTokenTiles>
 struct SkinnyStage {
-  uint2 codes[4][kSkinnyThreads];  // codes[part][thread], with row_of(part) the row of W; see nf4_skinny_kernel
+  uint2 codes[4][kSkinnyThreads];  // codes[part][thread] are of row row_of(part) of W; see nf4_skinny_kernel
   T x[kTokenTiles * 8][kSkinnyStride];
 };
 

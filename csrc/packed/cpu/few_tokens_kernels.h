@@ -20,7 +20,8 @@ struct FewTokensKernels {
   // Permutes x [tokens, columns] to the order of the format's codes, zero-padded to ordered_columns, and writes the
   // sums of x that the addends need: `sums` [tokens, ordered_columns / 16].
   void (*order)(const bf16* x, int64_t tokens, int64_t columns, bf16* ordered, float* sums) = nullptr;
-  // Multiplies the units [begin, end) of W with x. y [tokens, rows]. The weight is read from memory once.
+  // Multiplies the units [begin, end) of W with x, and writes the products to y [tokens, rows]. The weight is read from
+  // memory once.
   void (*multiply)(const PackedView& w, const bf16* ordered, const float* sums, int64_t tokens, float* y, int64_t begin,
                    int64_t end) = nullptr;
 };

@@ -19,7 +19,7 @@ struct FormatKernels {
   void (*few_tokens)(const PackedView& w, const float* x, int64_t tokens, float* y, int64_t begin, int64_t end);
   // Returns whether few_tokens accepts the weight.
   bool (*has_few_tokens)(const PackedView& w);
-  bool row_major;  // whether part 0 holds the codes row by row
+  bool row_major;  // whether part 0, the first tensor of the weight, holds the codes row by row
 };
 
 constexpr int kFormatNumbers = 128;

@@ -5,9 +5,10 @@
 // decode: a run of 32 columns is decoded to a buffer in L1, rounded, and stored, or, with AVX-512, 4-bit codes are
 // looked up among 16 rounded values, and FP8 codes are converted in registers; columns before and after whole runs, and
 // all columns of a weight that F::runs refuses, are decoded one by one. few_tokens: each step of kRunColumns columns of
-// a row is decoded to a buffer that stays in registers or L1, and multiplied with all tokens of the group. Of a format
-// with decode_rows, both kernels decode up to 16 rows together, `decode` only if `begin` and `end` are multiples of 32.
-// One thread computes whole rows, so that a sum has one order for every number of threads. Sums are float32.
+// a row is decoded to a buffer that stays in registers or L1, and multiplied with all tokens of a group of up to 8. Of
+// a format with decode_rows, both kernels decode up to 16 rows together, `decode` only if F::runs accepts the weight
+// and `begin` and `end` are multiples of 32. One thread computes whole rows, so that a sum has one order for every
+// number of threads. Sums are float32.
 #pragma once
 
 #include "cpu/token_groups.h"

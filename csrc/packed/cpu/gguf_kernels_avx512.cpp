@@ -68,7 +68,8 @@ struct SmallBlockStep : GgufStep<Block> {
     using Of = BlockWords<Block, 4>;
     constexpr int kWords = Block::kBytes / 2;
     constexpr Words kCodes = Of::picked([](int i) { return i / 8 * kWords + Block::kCodes / 2 + i % 8; });
-    // In kScales, words 0 to 15 pick the scale of each of 16 lanes, and words 16 to 31 repeat the four blocks' offsets.
+    // Words 0 to 15 of kScales pick the scale for each of 16 lanes, and words 16 to 31 pick the offsets of the four
+    // blocks, four times.
     constexpr Words kScales = Of::picked([](int i) { return i < 16 ? i / 4 * kWords : i % 4 * kWords + 1; });
     const Of words(this->bytes(j), blocks);
     Held held;
@@ -143,17 +144,18 @@ inline __m512i twice(const uint8_t* bytes) {
   return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
 }
 
-// Returns words whose bit `from` is moved to bit `to`.
+// Returns `words`, each shifted so that bit `from` becomes bit `to`.
 inline __m512i moved(__m512i words, int from, int to) {
   return from == to ? words : from < to ? _mm512_slli_epi16(words, to - from) : _mm512_srli_epi16(words, from - to);
 }
 
-// Returns `words` with the bits of `mask` taken from `bits`.
+// Returns the bits of `bits` where `mask` is set, and the bits of `words` elsewhere; `mask` is equal for all words.
 inline __m512i with_bits(__m512i words, __m512i bits, int16_t mask) {
   return _mm512_ternarylogic_epi32(words, bits, _mm512_set1_epi16(mask), 0xD8);
 }
 
-// Q4_K, Q5_K: a phase reads 64 bytes of codes: each half of 32 bytes holds 64 columns, low nibbles first.
+// Q4_K, Q5_K: a phase reads 64 bytes of codes. Each half of 32 bytes holds 64 columns: the first 32 in the low nibbles,
+// the last 32 in the high nibbles.
 template <typename Block, int kBits>
 struct LargeBlockStep : GgufStep<Block> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kSums = 2, kBytes = Block::kBytes;

@@ -18,7 +18,8 @@ namespace peft_ext {
 namespace {
 
 // Returns the number of columns of a band. With codes of 4 bits and up to 32,768 rows, two bands of W have at most 1
-// MiB, which fits in the L2 cache. The number depends on W alone, so that sums do not depend on the number of threads.
+// MiB, which fits in the L2 cache. The number of columns depends on W alone, so that sums are equal for every number of
+// threads.
 inline int64_t band_columns(const PackedView& w) { return w.rows <= 8192 ? 128 : w.rows <= 16384 ? 64 : 32; }
 
 // Returns a mask of the first `count` of 16 lanes.

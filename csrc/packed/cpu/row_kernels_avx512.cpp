@@ -13,8 +13,8 @@
 namespace peft_ext {
 namespace {
 
-// kHighNibbles: the number of the high nibble of an 8-bit code, so that code - 128 is this number plus the low nibble.
-// kMiddleNibbles: code - 8 for the codes of 4 bits.
+// kHighNibbles is a table of the numbers of the high nibble of an 8-bit code: code - 128 is this number plus the low
+// nibble. kMiddleNibbles is a table of code - 8 for the codes of 4 bits.
 constexpr Words kHighNibbles = nibble_numbers([](int code) { return 16 * (code - 8); });
 constexpr Words kMiddleNibbles = nibble_numbers([](int code) { return code - 8; });
 
@@ -31,7 +31,7 @@ constexpr Lanes kEightBlocks = lanes_of_each([](int lane) { return lane / 2; });
 
 // --- Codes of 4 bits -------------------------------------------------------------------------------------------------
 
-// The steps of 4-bit codes: 64 bytes hold 128 columns in 32 words of four codes.
+// The steps (row_products_avx512.h) of 4-bit codes: 64 bytes hold 128 columns in 32 words of four codes.
 template <Nibbles kNibbles>
 struct NibbleStep : OneRowStep {
   static constexpr int kColumns = 128, kParts = 4, kBytes = 64;

@@ -1,15 +1,18 @@
 // The products of few_tokens_kernels.h for weights that are stored row by row, with AVX512-BF16: one template over the
 // steps in which a format reads a row.
 //
-// A step is kPhases phases of kColumns columns. In a phase, kParts registers of 32 numbers each are made from the
-// codes, with as few operations as possible: the codes are not unpacked to one lane for each code. Instead x is
-// permuted once for all rows, to the order of the codes. vpermw looks numbers up by the low bits of 32 words, and
-// vdpbf16ps multiplies and adds pairs in float32. Registers whose lanes have the same scales share a sum, which is
-// multiplied by the scales at the end of the phase. Words of four nibbles are shifted by 0, 4, 8 and 12 bits for four
-// registers.
+// A chunk is kChunkColumns columns of a row, whose scales are decoded together. A step of a kernel multiplies kPhases
+// phases of kColumns columns. In a phase, kParts registers (the parts) of 32 numbers each are made from the codes, with
+// as few operations as possible: the codes are not unpacked to one lane for each code. Instead x is permuted once for
+// all rows, to the order of the codes. vpermw looks numbers up by the low bits of 32 words, and vdpbf16ps multiplies
+// and adds pairs in float32. Registers whose lanes have the same scales share a sum, which is multiplied by the scales
+// at the end of the phase. Words of four nibbles are shifted by 0, 4, 8 and 12 bits for four registers.
 //
-// A step is a struct with the following members:
+// The steps of a format are a struct with the following members:
 //
+//   bool accepts(w)                       returns whether the steps can read the weight w.
+//   int64_t units(w)                      returns the number of rows, or with kOutputs 2 of pairs of rows, of W.
+//   int64_t row_bytes(w)                  returns the number of bytes between the codes of two rows.
 //   int kColumns, kParts, kSums           are the numbers of columns, parts and sums of a phase.
 //   int kPhases                           is the number of phases of a step.
 //   int kOutputs                          is 1, or 2 if the sums 0 and 1 belong to two rows of W, units() apart.
@@ -68,13 +71,13 @@ constexpr uint16_t bf16_bits(int value) {
   return static_cast<uint16_t>((value < 0 ? 0x8000 : 0) | (127 + power) << 7 | (magnitude << (7 - power) & 0x7f));
 }
 
-// 32 words of 16 bits: the numbers of codes, or indices.
+// 32 words of 16 bits: the bfloat16 numbers that codes stand for, or the indices of a permutation.
 struct Words {
   alignas(64) uint16_t of[32];
   __m512i load() const { return _mm512_load_si512(of); }
 };
 
-// Returns the words word_of(0) to word_of(31).
+// Returns 32 words, of which word i is word_of(i).
 template <typename WordOf>
 constexpr Words words_of_each(const WordOf& word_of) {
   Words words{};
@@ -82,7 +85,8 @@ constexpr Words words_of_each(const WordOf& word_of) {
   return words;
 }
 
-// Returns the table of number_of(code), twice: a code is the low four bits of an index, and vpermw reads five bits.
+// Returns a table of the bfloat16 numbers number_of(0) to number_of(15), twice: vpermw reads the low five bits of an
+// index, of which only the low four bits are the code.
 template <typename NumberOf>
 constexpr Words nibble_numbers(const NumberOf& number_of) {
   return words_of_each([&](int i) { return bf16_bits(number_of(i & 15)); });
@@ -100,7 +104,7 @@ inline __m512i at_nibble(__m512i words, int nibble) {
   return nibble == 0 ? words : _mm512_srli_epi16(words, 4 * nibble);
 }
 
-// 16 indices of lanes.
+// 16 indices of lanes, for a permutation.
 struct Lanes {
   alignas(64) int32_t of[16];
 };

@@ -24,7 +24,7 @@ inline __m512 scales16(const void* scales, ScaleType type, int64_t i, __mmask16 
                                  : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
 
-constexpr int64_t kMostBlocks = 128;  // largest number of blocks of 32 columns in a chunk
+constexpr int64_t kMostBlocks = 128;  // number of blocks of 32 columns in a chunk (see row_products_avx512.h)
 
 // The scales and the addends of the blocks of a chunk, followed by 16 zeros.
 struct BlockScales {

@@ -94,7 +94,8 @@ struct Gguf {
   }
 };
 
-// A GGUF type whose 32 columns have 16 bytes of codes, with the members for 4-bit codes of weight/formats/list.h.
+// The format of a GGUF type that stores the codes of 32 columns in 16 bytes. GgufNibbles adds the members for 4-bit
+// codes that weight/formats/list.h describes.
 template <class Block, class Number>
 struct GgufNibbles : Gguf<Block, Number> {
 #ifndef __CUDACC__

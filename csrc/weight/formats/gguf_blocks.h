@@ -1,5 +1,6 @@
 // The blocks of GGUF's quantized types. A block holds kColumns columns (32 or 256) in kBytes bytes, and is not aligned,
-// so that all its fields are read as bytes. A group is 16 columns. Each struct has the following members:
+// so that all its fields are read as bytes. A group is 16 columns, and a run is 32 columns. Each struct has the
+// following members:
 //
 //   kColumns and kBytes              are the sizes of a block in columns and in bytes.
 //   kScaled                          is the number of columns that share a scale: 16 or 32.
@@ -35,7 +36,8 @@ inline int gguf_fifth_bit(const uint8_t* bits, int g, int i) { return (gguf_u16(
 
 // --- Codes of blocks of 256 columns ----------------------------------------------------------------------------------
 
-// Each field of kBits bits of 32 bytes holds 32 columns; the lowest field holds the first 32 columns.
+// 32 bytes hold the codes of 8 / kBits runs: each byte has a field of kBits bits for each run, and the lowest field
+// belongs to the first run.
 template <int kBits>
 inline int gguf_field(const uint8_t* bytes, int g, int i) {
   constexpr int kRuns = 8 / kBits, kMask = (1 << kBits) - 1;
@@ -130,8 +132,8 @@ struct BlockQ3_K {  // fields of Q3_K: third bits [32], codes [64], 6-bit scales
   static int code(const uint8_t* b, int g, int i) { return gguf_field<2>(b + 32, g, i) | gguf_field<1>(b, g, i) << 2; }
 };
 
-// gguf_k_scale and gguf_k_minimum return the 6-bit scale and the 6-bit minimum of run s from the 12 bytes in a block of
-// Q4_K or Q5_K.
+// gguf_k_scale and gguf_k_minimum return the 6-bit scale and the 6-bit minimum of run s of a block of Q4_K or Q5_K.
+// `bytes` are the 12 bytes of the block that hold the scales and minima.
 inline int gguf_k_scale(const uint8_t* bytes, int s) {
   return s < 4 ? bytes[s] & 63 : (bytes[s + 4] & 15) | (bytes[s - 4] >> 2 & 48);
 }
@@ -165,8 +167,9 @@ struct BlockQ6_K {  // fields of Q6_K: low nibbles [128], high two bits [64], in
   static float scale(const uint8_t* b, int g) {
     return gguf_half(b + 208) * static_cast<float>(static_cast<int8_t>(b[192 + g]));
   }
-  // 64 bytes hold 128 columns in the order of runs 0, 1 (low nibbles), 2, 3 (high nibbles). gguf_field has the order of
-  // runs 0 (low), 1 (high) in each 32 bytes.
+  // 64 bytes hold the codes of four runs: runs 0 and 1 in the low nibbles, and runs 2 and 3 in the high nibbles.
+  // gguf_field expects run 0 in the low and run 1 in the high nibbles of 32 bytes; nibble_run converts the number of a
+  // run.
   static int nibble_run(int s) { return s / 4 * 4 + s % 2 * 2 + s / 2 % 2; }
   static int code(const uint8_t* b, int g, int i) {
     return gguf_field<4>(b, 2 * nibble_run(g / 2) + g % 2, i) | gguf_field<2>(b + 128, g, i) << 4;

@@ -5,8 +5,8 @@
 // part 0: qweight, int32 [ceil(K bits / 32), N]; part 1: scales [G, N];
 // part 2: qzeros, int32 [G, ceil(N bits / 32)], packed along N;
 // part 3: g_idx, int32 [K], the group of each column, or null: column k is of group k / group.
-// Files of the first version (flag kV1) store words of zeros from which 1 was subtracted in each field. GPTQModel adds
-// the ones to the whole word, so that a field of all ones carries into the next field.
+// Files of the first version (flag kV1) store zero - 1 in each field of a word of qzeros. GPTQModel adds the ones to
+// the whole word, so that a field of all ones carries into the next field.
 #pragma once
 
 #include "weight/formats/int_codes.h"

@@ -1,5 +1,6 @@
 // The list of the formats of packed weights. FORMAT(number, struct): `number` is the format's number in the operators'
-// argument `layout` and in peft_ext/weights/; 0 is NF4, which csrc/nf4 decodes. Each struct has the following members:
+// argument `layout` and in peft_ext/weights/; 0 is NF4, which csrc/nf4 decodes. Each struct has the following members,
+// where w is the PackedView of a weight and W is the decoded matrix:
 //
 //   const char* refused(w)         returns null, or a text with the group, option or shape that the format wants of w.
 //   int64_t part_bytes(w, part)    returns the bytes of a part; negated if the part may be absent, 0 if the part must
@@ -25,7 +26,7 @@
 // are looked up in tables, see packed/cpu/lookup_avx512.h.
 //
 //   constexpr Nibbles kNibbles is the order of the codes.
-//   constexpr int kScaleColumns is the number of columns that share a scale.
+//   constexpr int kScaleColumns is the number of columns that share a scale, 16 or 32.
 //   bool has_nibbles(w) returns whether the codes of the weight w can be looked up by these members.
 //   const uint8_t* codes32(w, row, column) returns the address of the 16 bytes with the codes of 32 columns.
 //   void entries(w, row, column, float* out) writes the values that the 16 codes have in the kScaleColumns columns from
@@ -40,7 +41,7 @@
 //   void scales(w, row, column, count, float* scale) writes the scales (divided by the factor of the multiple) of
 //       `count` blocks of kScaleColumns columns, from `column` on.
 //
-// This file is included after the target pragma of an instruction set.
+// The kernels of an instruction set include this file after the target pragma.
 #pragma once
 
 #include "weight/formats/awq.h"
