@@ -36,11 +36,12 @@ struct ForwardCall {
   bool drop_base() const { return adapter.drop_base && adapter.dropout.active; }
 };
 
-// Returns the arguments of the final pass, which computes Y and Z from the base product. The caller still has to set
-// the low-rank term in the arguments.
+// Returns the arguments of the final pass (Expand in kernels.h), which computes Y and Z from the base product. The
+// caller still has to set the low-rank term in the arguments.
 Expand finishing(const ForwardCall& f);
 
-// The results of shrink_tokens beside ForwardCall::out.s: keep has the bits of the dropout mask if drop_base() is true.
+// The results of shrink_tokens in addition to ForwardCall::out.s: `keep` has the bits of the dropout mask if
+// drop_base() is true and the batch is not mixed.
 struct Shrunk {
   KeepBits keep;
   GroupedS grouped;  // S of a mixed batch; a segment's rows of S are as long as the rank of the segment's adapter

@@ -72,9 +72,9 @@ Tensor in_float(const Tensor& x) {
 }
 
 // Computes several calls of few tokens with the same x. A first loop computes S of all adapters except those of a mixed
-// batch. In a second loop, one thread computes for a row of W the base product, the low-rank term and the final pass.
-// For a mixed batch, and for a weight whose product is not computed row by row, the low-rank term and the final pass
-// come after the second loop.
+// batch. In a second loop, one thread computes for a row of W the base product, the low-rank term and the final pass
+// (Expand in kernels.h). For a mixed batch, and for a weight whose product is not computed row by row, the low-rank
+// term and the final pass come after the second loop.
 void forward_few_tokens(const std::vector<ForwardCall>& calls) {
   const PassKernels& isa = pass_kernels();
   std::vector<Tensor> held;
@@ -145,8 +145,9 @@ void forward_few_tokens(const std::vector<ForwardCall>& calls) {
 
 // The memory to which the TileForward of one call refers, and other operands of this call.
 struct TileOperands {
-  Tensor a, rho, rows, strips;  // A [R, K], ρ [R], ρB [N rounded up to kColumnStep, R], strips of S
-  KeepBits keep;                // bits of the dropout mask, if drop_base() is true
+  // In this order: A [R, K], ρ [R], ρB [N rounded up to kColumnStep, R], and the strips of S; all are float32.
+  Tensor a, rho, rows, strips;
+  KeepBits keep;  // bits of the dropout mask, if drop_base() is true
   const bf16* dropped = nullptr;
   GroupedS grouped_s;
   GroupedTerms grouped;
@@ -332,7 +333,7 @@ void forward_by_products(const ForwardCall& f) {
   if (there) {
     before = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
     const Tensor dense = transposed(working_weight(f.op, f.weight, type));
-    if (finish.rank == 0 && finish.bias_before != nullptr) {  // as in nn.Linear, x Wᵀ is added to the bias
+    if (finish.rank == 0 && finish.bias_before != nullptr) {  // as nn.Linear does, addmm_ adds x Wᵀ to the bias
       fill_rows(before, finish.bias_before);
       addmm_(before, x, dense, 1.0);
       finish.bias_before = nullptr;
@@ -346,7 +347,8 @@ void forward_by_products(const ForwardCall& f) {
     const float scale = adapter.dropout.scale;
     const bool apart = products_apart(f.weight, type, size.tokens, adapter.dropout);
     Dropout dropout = adapter.dropout;
-    // The product uses mask ∘ x without dropout's factor, because the multiplication would round the values.
+    // If the dropped elements are multiplied separately, this product uses mask ∘ x without the factor 1/(1-p), because
+    // the multiplication by this factor would round the values.
     if (apart) dropout.scale = 1.0f;
     before = product_forward(f.op, dropped_elements(f.op, x, dropout), f.weight, type);
     if (apart) {
@@ -355,7 +357,7 @@ void forward_by_products(const ForwardCall& f) {
         std::fill_n(all.mutable_data_ptr<float>(), size.out, by);
         return column_pass(f.op, before, &all, 0.0f, nullptr).scaled;
       };
-      // x Wᵀ - x̃ Wᵀ = (dropped elements) Wᵀ - (scale - 1) (kept elements) Wᵀ.
+      // x Wᵀ - x̃ Wᵀ = (dropped elements of x) Wᵀ - (scale - 1) (kept elements of x) Wᵀ, where scale is 1/(1-p).
       after = times(1.0f - scale);
       add_dropped_product(f.op, x, shrunk.keep, f.weight, after);
       before = times(scale);
