@@ -1,5 +1,5 @@
 // Computes the forward for few tokens and a packed weight. In generation, launches of kernels take a large part of the
-// time, so that there should be few launches. A call of up to kPackedFewTokens tokens with a weight in another format
+// time, so a call should make few launches. A call of up to kPackedFewTokens tokens with a weight in another format
 // than NF4 needs one launch for S and one launch for all other work (packed_few_tokens.cuh). With an NF4 weight, the
 // kernels for few tokens accept only 16-bit dtypes of x. A call of up to kFewTokens tokens with an NF4 weight needs one
 // launch for S and one launch for all other work (nf4_few_tokens.cuh), if the weight's block size and number of inputs

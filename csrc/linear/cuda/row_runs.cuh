@@ -1,10 +1,11 @@
 // Divides the rows of a mixture of experts, which are sorted by expert, into tiles of 64 rows of one expert and into
-// chunks of tiles. The passes over activations and the kernels of the experts' product use these tiles and chunks.
+// chunks of tiles. The rank passes over activations and the kernels in experts/cuda use these tiles and chunks.
 //
 // The rows of an expert fill ceil(rows / 64) tiles. Rows that belong to no expert fill the tiles after the last
-// expert's tiles. The host does not know which rows an expert has. Therefore a launch has thread blocks for the largest
-// possible number of tiles, and a block without a tile returns at once. Small matrices with one row for each row of x
-// are stored in the order of the tiles, 64 rows per tile.
+// expert's tiles. The host does not know which rows an expert has, because the ends of the experts' rows are in device
+// memory. Therefore a launch has thread blocks for the largest possible number of tiles, and a block without a tile
+// returns at once. Small matrices with one row for each row of x are stored in the order of the tiles, 64 rows per
+// tile.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
