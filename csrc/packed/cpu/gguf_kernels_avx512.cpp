@@ -153,7 +153,8 @@ inline __m512i with_bits(__m512i words, __m512i bits, int16_t mask) {
   return _mm512_ternarylogic_epi32(words, bits, _mm512_set1_epi16(mask), 0xD8);
 }
 
-// Q4_K, Q5_K: a phase reads 64 bytes of codes: each half of 32 bytes holds 64 columns, low nibbles first.
+// Q4_K, Q5_K: a phase reads 64 bytes of codes: each half of 32 bytes holds 64 columns, of which the first 32 are the
+// low nibbles.
 template <typename Block, int kBits>
 struct LargeBlockStep : GgufStep<Block> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kSums = 2, kBytes = Block::kBytes;
@@ -279,8 +280,8 @@ struct IQ4_XSStep : GgufStep<BlockIQ4_XS> {
   }
 };
 
-// Q2_K, Q3_K: a step reads 64 bytes with codes of two bits. A nibble holds the codes of two columns, which two tables
-// look up. Sum f is the sum over the codes in bits 2 f and 2 f + 1 of the bytes.
+// Q2_K, Q3_K: a step reads 64 bytes with codes of two bits. A nibble holds the codes of two columns, whose numbers are
+// looked up in two tables. Sum f is the sum over the codes in bits 2 f and 2 f + 1 of the bytes.
 template <typename Block>
 struct FieldStep : GgufStep<Block> {
   static constexpr int kColumns = 256, kParts = 8, kSums = 4, kBytes = Block::kBytes;

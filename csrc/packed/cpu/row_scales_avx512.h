@@ -1,5 +1,5 @@
-// Decodes the scales and zero points of integer codes, 16 blocks of 32 columns at a time, with AVX-512. Include this
-// file after the target pragma.
+// Decodes the scales of integer and FP8 codes, and the addends that contain the zero points, for blocks of 32 columns,
+// with AVX-512. Include this file after the target pragma.
 #pragma once
 
 #include <immintrin.h>
@@ -33,8 +33,8 @@ struct BlockScales {
 };
 
 // Writes the scales of `count` blocks of 32 columns from block `block` of a row on. Each group of `together` blocks has
-// one scale, and `first` is the index of the row's first scale. If kAdds, writes addends(index of the scale, group,
-// mask of 16 groups) * scale, too.
+// one scale, and `first` is the index of the row's first scale. If kAdds is true, the function also writes the addends:
+// addends(index of the scale, group, mask of 16 groups) * scale.
 template <bool kAdds, typename Addends>
 inline void decode_blocks(const void* scales, ScaleType type, int64_t first, int64_t together, int64_t block,
                           int64_t count, const Addends& addends, BlockScales* out) {

@@ -2,13 +2,13 @@
 //
 //   out[n, k] = round(W[n, k] [· g[n]]),  W[n, k] = Format::value(n, k) in float32
 //
-// out has type T: [N, K], or [E, N, K] for E weights whose parts follow one another. A thread block of 8 warps decodes
-// 8 rows, one row per warp, and 4 · 32 · 8 columns. In each step lane l decodes the l-th of 32 adjacent groups of 8
-// columns, so that a warp stores 512 contiguous bytes (1024 of float32). Formats that store W transposed have the codes
-// of adjacent rows in one word or in one sector: the 8 warps of a thread block read the sector from L1. NVRTC contracts
-// no product and sum to an FMA (the option --fmad=false), because the order of operations in `value` defines the bits.
-// The value is multiplied by g in float32, and is rounded once to T, to nearest even. Bytes moved: the parts, out, and
-// 4 N bytes of g.
+// g is an optional scale of the rows. out has type T, and is [N, K], or [E, N, K] for a stack of E weights whose parts
+// follow one another. A thread block of 8 warps decodes 8 rows, one row per warp, and 4 · 32 · 8 columns. In each step
+// lane l decodes the l-th of 32 adjacent groups of 8 columns, so that a warp stores 512 contiguous bytes (1024 of
+// float32). Formats that store W transposed have the codes of adjacent rows in one word or in one sector: the 8 warps
+// of a thread block read the sector from L1. NVRTC contracts no product and sum to an FMA (the option --fmad=false),
+// because the order of operations in `value` defines the bits. The value is multiplied by g in float32, and is rounded
+// once to T, to nearest even. Bytes moved: the parts of W, out, and, if g is given, 4 N bytes of g.
 //
 // NVRTC options: --fmad=false
 #pragma once
@@ -35,7 +35,7 @@ template <typename Format>
 __device__ __forceinline__ void decode_columns(const PackedView& weight, int64_t row, int64_t column,
                                                float (&values)[kVector]) {
 #ifdef __CUDACC__
-  __builtin_assume(row >= 0 && column >= 0);  // so that divisions by powers of two become shifts
+  __builtin_assume(row >= 0 && column >= 0);  // with this assumption, divisions by powers of two become shifts
 #endif
   if constexpr (kHasValue8<Format>) {
     Format::value8(weight, row, column, values);
