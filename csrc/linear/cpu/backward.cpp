@@ -33,8 +33,8 @@ Tensor around_one(const BackwardCall& b, float by, float shift) {
   return out;
 }
 
-// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of dY; used only if
-// b.strips is null.
+// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of dY (see tiles.h);
+// used only if b.strips is null.
 TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;

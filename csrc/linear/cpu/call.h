@@ -69,8 +69,8 @@ struct BackwardCall {
   // P = (g ∘ dY) ρB [T rounded up to 32, R]; kernels read the rows beyond T, but store no results of these rows.
   Tensor p;
   KeepBits keep;  // bits of the dropout mask, if dropout is active and dX is wanted
-  // If the tile kernels compute dX, rank_gradients also makes the strips of lora_A and, if `strips` is not null, the
-  // left strips of g ∘ dY, or of dY if dropout acts on the base.
+  // If the tile kernels compute dX, rank_gradients also makes the strips (see tiles.h) of lora_A and, if `strips` is
+  // not null, the left strips of g ∘ dY, or of dY if dropout acts on the base.
   bool tiles = false;
   Tensor a;
   bf16* strips = nullptr;

@@ -157,8 +157,8 @@ struct TileOperands {
 // Returns whether the second base product of PEFT's DoRA uses only the elements that dropout drops.
 bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropped(f.adapter.dropout, f.size.in); }
 
-// Returns the number of tiles in a part of the depth; the depth is the number of x's columns. With dropout on the base,
-// one part has the whole depth.
+// Returns how many tiles of kTileDepth columns a part of the depth has; the depth is the number of x's columns. With
+// dropout on the base, one part has the whole depth.
 int64_t tiles_in_part(const ForwardCall& f) {
   const int64_t tiles = ceil_div(f.size.in, kTileDepth);
   return f.drop_base() ? tiles : depth_part(kForwardCut, tiles);

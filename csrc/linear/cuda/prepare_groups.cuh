@@ -38,7 +38,7 @@ struct PrepareGroups {
   int64_t inputs, outputs;
   TermsOut lora_A, lora_B;     // memory for the terms of A and of B of the launch's first adapter
   int64_t stride_A, stride_B;  // distance from one adapter's bfloat16 terms to the next one's, in words of 4 bytes
-  int32_t* rows;               // receives the rows of the table
+  int32_t* rows;               // receives RowTable::rows
   RowTile* tiles;
   int adapters, runs;  // numbers of adapters and of runs in this launch
   AdapterFactors factors[kPreparedAdapters];

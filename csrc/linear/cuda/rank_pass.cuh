@@ -286,10 +286,11 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
                                      : kRuns ? (run.rows + kRankTile - 1) / kRankTile
                                              : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile));
 
-  // For a whole, dense D: `from` is the address of this thread's part of the next tile, and rows_left and columns_left
-  // are the sizes of the part of D that begins at `from`.
+  // If kWhole is true and D is dense: `from` is the address of this thread's part of the next tile, and rows_left and
+  // columns_left are the sizes of the part of D that begins at `from`.
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
-  // Distance in bytes, in global memory, from one tile of D to the next tile that this thread block reads.
+  // Distance in bytes, in global memory, from a tile of D to the tile that the thread block reads in the next round of
+  // the loop over `outer`: the next tile along the columns, or, for Q alone, along the rows.
   const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;
   const int64_t first_row = kTabled ? 0 : row + copy_row;
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
@@ -337,8 +338,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const auto column_of = [&](int outer) { return column + (kRows ? outer : 0) * kRankTile; };
   if constexpr (kNf4 && kWhole) rank_load(pass, ahead, row, column);
 
-  // Starts to load a tile into a stage. The tile comes `further` tiles after the tile `outer`, and `held` is the number
-  // of its row tile in the thread block.
+  // Starts to load a tile into a stage. The tile comes `further` tiles after the tile with the index `outer`. `held` is
+  // the index of the tile's row of tiles among the thread block's rows of tiles.
   const auto issue = [&](int outer, int further, int held, uint32_t stage) {
     if (outer + further < tiles) {
       if constexpr (!kWhole) {

@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
   // This thread copies the group of eight columns `copy_group` of every copy_step-th row of a tile.
   const int copy_group = threadIdx.x % 8, copy_step = blockDim.x / 8;
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
-  // Distance in bytes, in global memory, from one tile of x to the next tile that this thread block reads.
+  // Distance in bytes, in global memory, from one tile of x to the next tile that this thread block reads: the next
+  // tile along the columns, or, for dA, along the rows.
   const uint32_t tile_bytes = kColumns ? kRankTile * row_bytes : kRankTile * sizeof(T);
   const unsigned char* from =
       static_cast<const unsigned char*>(pass.dense) + (row * pass.columns + column + copy_group * kVector) * sizeof(T);

@@ -13,7 +13,8 @@
 namespace peft_ext {
 
 struct RowRun {
-  // First row of the run in the matrix, and number of the run's rows; `rows` is 0 if the run is unused.
+  // A run is the rows of one expert, or of none, that lie in one tile or in one chunk. `first` is the run's first row
+  // in the matrix, and `rows` is the number of the run's rows, or 0 if this RowRun is unused.
   int32_t first, rows;
   int32_t tile;    // index of the first tile of the run's rows
   int32_t expert;  // index of the run's expert; -1 if the run's rows belong to no expert

@@ -68,7 +68,7 @@ struct KernelsOf {
     one_by_one(end);
   }
 
-  // Decodes whole runs of all rows, 16 rows together.
+  // Decodes the rows [row, row + rows), up to 16 rows together. `begin` and `end` are multiples of 32.
   template <typename T>
   static void decode_row_blocks(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, T* out,
                                 int64_t stride) {
