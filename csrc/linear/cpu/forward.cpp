@@ -30,8 +30,8 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
                                      : tokens <= kFewTokens;
 }
 
-// Returns the product x Wᵀ of a call of few tokens, which the threads still have to compute by `multiply`. `wide` is x
-// in float32, and is read for a dense weight.
+// Prepares the product x Wᵀ of a call of few tokens. The threads compute the product later, by `multiply` of the
+// result. `wide` is x in float32, and is read for a dense weight.
 FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const Tensor& wide) {
   if (f.weight.is_packed()) return skinny_parts(f.op, x, f.weight);
   FewTokensProduct product;

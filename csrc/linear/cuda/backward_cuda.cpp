@@ -42,8 +42,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   check_grad(op, grad, x, size);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
-  // If there are no tokens, the gradients of the scales are zeros. If there are tokens, the code below allocates and
-  // writes the gradients of the scales.
+  // If there are no tokens, the gradients of rank_scale, in_scale and out_scale are zeros. If there are tokens, the
+  // code below allocates and writes these gradients.
   const auto sums = [&](bool wanted, int64_t count) {
     return size.tokens == 0 && wanted ? device_zeros(x, {count}, ScalarType::Float)
                                       : device_empty(x, {0}, ScalarType::Float);

@@ -2,7 +2,7 @@
 //
 //   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (l ∘ x and dl; g ∘ dY and dg).
 //   finish:        y = g ∘ (z + b₀) + b₁                                              (outputs of DoRA and IA3).
-//   scale_rows:    out[n] = g[n] w[n] for each row n                                  (DoRA's scale, applied to W).
+//   scale_rows:    out[n] = g[n] w[n] for each row n                                  (an output scale, applied to W).
 //   drop:          out = (add or 0) + mask/(1-p) ∘ x.
 //
 // A thread computes eight columns of a row at a time, which are 16 bytes of a 16-bit dtype. Arithmetic is float32, and

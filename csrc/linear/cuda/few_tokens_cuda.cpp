@@ -128,7 +128,7 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
   }
   const Nf4View view = nf4_view(launcher, weight);
   const int tokens = static_cast<int>(size.tokens);
-  // nf4_few_tokens_kernel counts the slabs of all rows of W in 32 bits. A slab is kFewSlab columns of a row.
+  // nf4_few_tokens_kernel numbers the slabs of W, each of which is kFewSlab columns of a row, with integers of 32 bits.
   const bool few = tokens <= kFewTokens && size.inputs % kFewSlab == 0 && weight.blocksize() % kFewSlab == 0 &&
                    size.outputs * (size.inputs / kFewSlab) < int64_t{1} << 32;
   with_type(x.scalar_type(), [&](auto zero) {

@@ -36,7 +36,8 @@ HeldTerms grouped_B_terms(const Tensor& like, int64_t adapters, int64_t padded_r
 // Allocates bfloat16 terms for several matrices [rows, rank], for each matrix as left_terms does.
 HeldTerms grouped_left_terms(const Tensor& like, int64_t matrices, int64_t rows, int64_t padded_rank, ScalarType type);
 
-// Returns the distance from one matrix's terms to the next matrix's terms, in units of 16 bytes.
+// Returns, for the terms of several matrices, the distance from one matrix's terms to the next matrix's terms, in units
+// of 16 bytes.
 inline int64_t terms_stride(const HeldTerms& held) {
   return held.terms.count * held.terms.outer * held.terms.inner / 8;
 }
@@ -270,7 +271,8 @@ void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, co
             double bias_scale = 1.0);
 
 // Computes out = mask ∘ (left rightᵀ), or left rightᵀ if the adapter has no dropout. kept: the bits of the mask, if a
-// rank pass has stored these bits; if nullopt, the mask is drawn again.
+// rank pass has stored these bits; if nullopt, or if `out` cannot be written in vectors of eight, the mask is drawn
+// again.
 void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
                     const std::optional<Tensor>& kept);
 

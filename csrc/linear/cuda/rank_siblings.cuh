@@ -2,8 +2,8 @@
 //
 //   rows:     S_i [T, R_i] = x̃_i A_iᵀ         columns:  dA_iᵀ [K, R_i] = x̃_iᵀ P_i         x̃_i = mask_i ∘ x
 //
-// P_i is dY_i (ρ_i B_i) of layer i. A_i and P_iᵀ are given as bfloat16 terms, as the factors F and L of rank_pass.cuh.
-// x is bfloat16 or float16, and each group of eight columns of x is aligned to 16 bytes.
+// P_i is the matrix P of layer i (see backward_cuda.cpp). A_i and P_iᵀ are given as bfloat16 terms, as the factors F
+// and L of rank_pass.cuh. x is bfloat16 or float16, and each group of eight columns of x is aligned to 16 bytes.
 //
 // A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps, one or two, compute the
 // product of one layer. For up to 16 ranks, one warp computes all 64 rows (for dA: all 64 columns) of a tile, and so
@@ -14,7 +14,8 @@
 // or, if no layer has dropout, from the tile of x.
 //
 // Thread blocks that read the same chunk of the factors are `chunks` blocks apart in the grid. If the number of
-// multiprocessors is a multiple of `chunks`, all blocks of a multiprocessor read the same chunk, from L1.
+// multiprocessors is a multiple of `chunks`, all thread blocks of a multiprocessor read the same chunk of the factors,
+// from L1.
 //
 // The order of the sums is the same as in rank_pass.cuh, so that a layer's results have the same bits as the results of
 // a pass for this layer alone. Bytes moved by a launch: x once, the mask's bits once if wanted, and the partial sums of

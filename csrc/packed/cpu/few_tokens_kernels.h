@@ -25,11 +25,12 @@ struct FewTokensKernels {
                    int64_t end) = nullptr;
 };
 
-// Largest number of tokens for which skinny.cpp calls these kernels. For more tokens, decoding the weight once and
-// multiplying is as fast.
+// Largest number of tokens for which skinny.cpp calls the FewTokensKernels. For more tokens, decoding the weight once
+// and multiplying is as fast.
 constexpr int64_t kMostFewTokens = 16;
 
-// Return the kernels of a weight in the format `number`, or null pointers if no kernel of the file accepts the weight.
+// Each of these functions returns kernels for a weight in the format `number`, or null pointers if no kernel of the
+// file that defines the function accepts the weight.
 FewTokensKernels row_kernels_avx512_bf16(int number, const PackedView& w);
 FewTokensKernels gguf_kernels_avx512_bf16(int number, const PackedView& w);
 FewTokensKernels panel_kernels_avx512_bf16(int number, const PackedView& w);

@@ -32,7 +32,7 @@ struct BlockWords {
   static_assert(Block::kBytes % 2 == 0 && kAll >= 32 && kAll <= 64, "two registers hold all words");
   __m512i first, last;  // the first 32 and the last 32 words of the blocks
 
-  // Reads `blocks` blocks, and zeros after them.
+  // Reads `blocks` blocks, and sets the words of the missing blocks to zero.
   BlockWords(const uint8_t* from, int blocks) {
     const uint8_t* from_last = from + 2 * (kAll - 32);
     if (blocks >= kBlocks) {

@@ -6,8 +6,8 @@
 // follow one another. A thread block of 8 warps decodes 8 rows, one row per warp, and 4 · 32 · 8 columns. In each step
 // lane l decodes the l-th of 32 adjacent groups of 8 columns, so that a warp stores 512 contiguous bytes (1024 of
 // float32). Formats that store W transposed have the codes of adjacent rows in one word or in one sector: the 8 warps
-// of a thread block read the sector from L1. NVRTC contracts no product and sum to an FMA (the option --fmad=false),
-// because the order of operations in `value` defines the bits. The value is multiplied by g in float32, and is rounded
+// of a thread block read the sector from L1. The option --fmad=false keeps NVRTC from contracting a product and a sum
+// to an FMA, because the operations in `value` define the bits. The value is multiplied by g in float32, and is rounded
 // once to T, to nearest even. Bytes moved: the parts of W, out, and, if g is given, 4 N bytes of g.
 //
 // NVRTC options: --fmad=false
@@ -30,7 +30,7 @@ struct FormatOf;
 PEFT_EXT_FORMATS(FORMAT)
 #undef FORMAT
 
-// Decodes 8 columns from `column` on, a multiple of 8. All of these columns exist.
+// Decodes the 8 columns from `column` on. `column` is a multiple of 8, and all 8 columns exist.
 template <typename Format>
 __device__ __forceinline__ void decode_columns(const PackedView& weight, int64_t row, int64_t column,
                                                float (&values)[kVector]) {

@@ -85,7 +85,8 @@ inline void add_low_rank(const float* left, const float* right, int64_t rank, in
   }
 }
 
-// Adds the low-rank term, left times right, to all strips of lanes of the block. right is [strips, rank, 16].
+// Adds the low-rank term, left times right, to all strips of lanes of the block. `right` has one matrix [rank, 16] for
+// each strip of lanes.
 inline void add_low_rank(const float* left, const float* right, int64_t rank, Block* block) {
   for (int j = 0; j < block->right; ++j) add_low_rank<false>(left, right + j * rank * kStrip, rank, j, block, 0);
 }
