@@ -65,8 +65,8 @@ struct Layer {
 };
 
 // Computes the forward of several layers with the same input x. Each layer's results have the same bits as the results
-// of adapted_forward for this layer. For the layers that the tile kernels accept, x is packed once, and the panels of
-// these layers' weights are divided among the threads as one list.
+// of adapted_forward for this layer. For the layers that the tile kernels (tiles/tiles.h) accept, x is converted to
+// strips once, and the panels of these layers' weights are divided among the threads as one list.
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers);
 
 struct AdaptedBackward {

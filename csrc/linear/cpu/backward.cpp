@@ -1,6 +1,6 @@
 // Computes the backward of the adapted layer, whose formula is in adapted_linear.h. The gradients of lora_A, lora_B and
 // rank_scale are computed first (low_rank.cpp). Then dX and the gradient of in_scale are computed: by the tile kernels
-// if tiles_accept returns true, and otherwise with PyTorch's matrix product.
+// (tiles/tiles.h) if tiles_accept returns true, and otherwise with PyTorch's matrix product.
 #include <vector>
 
 #include "cpu/scratch.h"

@@ -28,7 +28,7 @@ struct ForwardCall {
   LinearSizes size;
   Tensor x;  // [T, K], contiguous
   bool bias_inside, want_z;
-  std::optional<Tensor> bias, scale;  // float32, padded with zeros to a multiple of kColumnStep
+  std::optional<Tensor> bias, scale;  // bias and g in float32, zero-padded to a multiple of kColumnStep elements
   AdaptedForward out;
 
   ScalarType type() const { return x.scalar_type(); }

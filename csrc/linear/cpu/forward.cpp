@@ -2,7 +2,7 @@
 // of three ways:
 //
 //   tiles    If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
-//            the tile kernels writes Y with all terms of Y.
+//            the tile kernels (tiles/tiles.h) writes Y with all terms of Y.
 //   few      For few tokens, W (its codes, if W is packed), A and B are read in the order in which they are stored, and
 //            W is not copied or decoded into panels.
 //   mm       In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
@@ -257,7 +257,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls) {
   std::vector<const FrozenWeight*> weights;
   for (const ForwardCall& f : calls) weights.push_back(&f.weight);
   const std::vector<TileWeight> tiles = tile_weights(weights);
-  const bool apart = rest_apart(calls[0]);  // false for several layers of one input, which have no drop_base
+  const bool apart = rest_apart(calls[0]);  // `apart` is false for several layers of one input, which have no drop_base
   std::vector<TileOperands> held(calls.size());
   const bf16* x = shrink_on_tiles(calls, apart, &held);
   std::vector<TileForward> works;

@@ -1,4 +1,5 @@
-// Converts the small matrices of an adapter for the kernels: to float32, padded, scaled, transposed, or in strips.
+// Converts the small matrices of an adapter for the kernels: to float32, padded, scaled, transposed, or in strips (see
+// tiles/tiles.h).
 #pragma once
 
 #include "cpu/tensor.h"

@@ -40,8 +40,8 @@ struct DeviceForward {
 struct Shrunk;
 
 // Computes the forward of the adapted linear layer. If bias_inside is true, `bias` is b₀, which g scales; otherwise
-// `bias` is b₁, which g does not scale. shrunk: S and the bfloat16 terms of S ∘ ρ and of B, if a pass over x for
-// several layers has already computed S; otherwise null.
+// `bias` is b₁, which g does not scale. shrunk: S and the bfloat16 terms (terms.cuh) of S ∘ ρ and of B, if a pass over
+// x for several layers has already computed S; otherwise null.
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
                               bool want_z, const Shrunk* shrunk = nullptr);

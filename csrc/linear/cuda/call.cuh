@@ -55,8 +55,9 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
 // Computes y = scaling s Bᵀ + bias for few tokens of a mixed batch, with scaling and B of each token's own adapter.
 void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias);
 
-// The bfloat16 terms of P and A, from which the low-rank part of dX, mask ∘ (P A), is computed. P = (g ∘ dY) (ρB) also
-// contains dropout's factor 1/(1-p), except if drop_base is true. If dX is not wanted, there are no terms.
+// The bfloat16 terms (terms.cuh) of P and A, from which the low-rank part of dX, mask ∘ (P A), is computed. P = (g ∘
+// dY) (ρB) also contains dropout's factor 1/(1-p), except if drop_base is true. If dX is not wanted, there are no
+// terms.
 struct RankGradients {
   HeldTerms p, a;
   std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits

@@ -9,8 +9,8 @@
 //                P = (g ∘ dY) (ρB), which contains dropout's factor 1/(1-p) except with dropout on the base.
 //   residual     Adds the low-rank term, or a bottleneck adapter's output, to `before`.
 //   PEFT's DoRA  With dropout on the base, g and z are given: Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ.
-// L and F are given as bfloat16 terms, three for a float32 `out` and two for a 16-bit `out`; F has one term if F and
-// `out` are bfloat16 and F is not scaled. R is padded to a multiple of 16, and is 0 if only the bias is added.
+// L and F are given as bfloat16 terms (terms.cuh), three for a float32 `out` and two for a 16-bit `out`; F has one term
+// if F and `out` are bfloat16 and F is not scaled. R is padded to a multiple of 16, and is 0 if only the bias is added.
 //
 // A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The rows of F, which are the
 // columns of out, are permuted so that a lane's accumulators are eight adjacent columns of out. Row i of F's tile 4 h +

@@ -17,7 +17,7 @@ DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adap
 
 // --- terms -----------------------------------------------------------------------------------------------------------
 
-// A small matrix as bfloat16 terms, and the tensor that holds the terms.
+// A small matrix as bfloat16 terms (terms.cuh), and the tensor that holds the terms.
 struct HeldTerms {
   Tensor storage;
   Terms terms;

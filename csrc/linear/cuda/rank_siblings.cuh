@@ -2,8 +2,9 @@
 //
 //   rows:     S_i [T, R_i] = x̃_i A_iᵀ         columns:  dA_iᵀ [K, R_i] = x̃_iᵀ P_i         x̃_i = mask_i ∘ x
 //
-// P_i is the matrix P of layer i (see backward_cuda.cpp). A_i and P_iᵀ are given as bfloat16 terms, as the factors F
-// and L of rank_pass.cuh. x is bfloat16 or float16, and each group of eight columns of x is aligned to 16 bytes.
+// P_i is the matrix P of layer i (see backward_cuda.cpp). A_i and P_iᵀ are given as bfloat16 terms (terms.cuh), as the
+// factors F and L of rank_pass.cuh. x is bfloat16 or float16, and each group of eight columns of x is aligned to 16
+// bytes.
 //
 // A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps, one or two, compute the
 // product of one layer. For up to 16 ranks, one warp computes all 64 rows (for dA: all 64 columns) of a tile, and so
