@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kPackedThreads, 4) packed_dequantize_kernel(Pa
   const auto across = static_cast<uint32_t>((weight.columns + kPackedColumns - 1) / kPackedColumns);
   const int64_t row = static_cast<int64_t>(blockIdx.x / across) * kPackedRows + threadIdx.x / kWarpSize;
   if (row >= weight.rows) return;
-  const float g = work.row_scale == nullptr ? 1.0f : work.row_scale[row];  // without row_scale, g is 1: an exact product
+  const float g = work.row_scale == nullptr ? 1.0f : work.row_scale[row];  // if g is 1, the product is exact
   T* to = out + (blockIdx.y * weight.rows + row) * weight.columns;
   int64_t column = static_cast<int64_t>(blockIdx.x % across) * kPackedColumns + threadIdx.x % kWarpSize * kVector;
   const bool whole = weight.columns % kVector == 0;
