@@ -2,6 +2,9 @@
 //
 //   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
 //
+// x is [T, K], the frozen weight W is [N, K], A and B are lora_A [R, K] and lora_B [N, R], ρ [R] is scaling times
+// rank_scale, and g [N] is the output scale of DoRA or IA3. `mask` is the dropout mask, which is 1 for a kept element.
+//
 // With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, the base
 // product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is left out: a missing g, l or rank_scale
 // counts as 1, a missing b₀ or b₁ counts as 0, and S is computed only if there is an adapter.
@@ -31,7 +34,7 @@ struct Adapter {
   bool drop_base = false;
   std::optional<Tensor> out_scale;  // g [N]
   std::optional<Tensor> in_scale;   // l [K]
-  const Groups* groups = nullptr;   // adapters of a mixed batch, in place of lora_A and lora_B; null in the backward
+  const Groups* groups = nullptr;   // adapters of a mixed batch, in place of lora_A and lora_B; else null
 
   bool low_rank() const { return lora_A.has_value() || groups != nullptr; }
   int64_t rank() const { return groups != nullptr ? groups->rank : lora_A.has_value() ? lora_A->size(0) : 0; }
@@ -61,9 +64,9 @@ struct Layer {
   Adapter adapter;             // adapter of the layer; drop_base, in_scale and groups may not be set
 };
 
-// Computes the forward of several layers with the same input x. Each layer's results are bit for bit those of
-// adapted_forward. For the layers that the tile kernels accept, x is packed once, and the panels of these layers'
-// weights are divided among the threads as one list.
+// Computes the forward of several layers with the same input x. Each layer's results have the same bits as the results
+// of adapted_forward for this layer. For the layers that the tile kernels (tiles/tiles.h) accept, x is converted to
+// strips once, and the panels of these layers' weights are divided among the threads as one list.
 std::vector<AdaptedForward> adapted_forwards(const char* op, Tensor x, const std::vector<Layer>& layers);
 
 struct AdaptedBackward {
@@ -73,9 +76,9 @@ struct AdaptedBackward {
   Tensor grad_in_scale;    // gradient of in_scale, [K] float32; shape [0] if in_scale is missing
 };
 
-// Returns dg [N] float32, the gradient of the output scale: sum_t dY ∘ (Z + b₀). z [T, N] is Z + b₀, or, if z_is_scaled
-// is true, Y = g ∘ (Z + b₀). If z_is_scaled is true, Z is computed again for the outputs whose g is too small to
-// recover Z from Y.
+// Returns dg [N] float32, the gradient of the output scale g: the sum of dY ∘ (Z + b₀) over the tokens. z [T, N] is Z +
+// b₀, or, if z_is_scaled is true, Y = g ∘ (Z + b₀). If z_is_scaled is true, Z is computed again for the outputs whose g
+// is too small to recover Z from Y.
 Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
                       const Adapter& adapter, const std::optional<Tensor>& s, const Tensor& z, bool z_is_scaled,
                       const std::optional<Tensor>& bias_before);
@@ -89,9 +92,9 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
 
 // Result of the backward of several layers with the same input: the sum of all dX, and each layer's own gradients. If
 // the tile kernels accept all layers, the layers' panels of W fit the cache together and there are at most kMostLayers
-// layers, the sum is rounded once. In all other cases of two or more layers, the dX of some layers is added to the sum
-// of the previous layers, which is already rounded to dX's dtype. A layer whose dY is missing adds nothing to dX, and
-// all of its gradients have shape [0].
+// layers, each element of the sum is rounded to dX's dtype once. If one of these conditions is not met and there are
+// two or more layers, the dX of some layers is added to the sum of the previous layers, which is already rounded to
+// dX's dtype. A layer whose dY is missing adds nothing to dX, and all of its gradients have shape [0].
 struct SiblingsBackward {
   Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<AdaptedBackward> layers;

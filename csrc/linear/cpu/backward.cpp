@@ -1,6 +1,6 @@
 // Computes the backward of the adapted layer, whose formula is in adapted_linear.h. The gradients of lora_A, lora_B and
 // rank_scale are computed first (low_rank.cpp). Then dX and the gradient of in_scale are computed: by the tile kernels
-// if tiles_accept returns true, and otherwise with PyTorch's matrix product.
+// (tiles/tiles.h) if tiles_accept returns true, and otherwise with PyTorch's matrix product.
 #include <vector>
 
 #include "cpu/scratch.h"
@@ -33,8 +33,8 @@ Tensor around_one(const BackwardCall& b, float by, float shift) {
   return out;
 }
 
-// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of dY; used only if
-// b.strips is null.
+// Returns the arguments of the tile kernels for one backward call. room: memory for the strips of dY (see tiles.h);
+// used only if b.strips is null.
 TileBackward tile_backward(const BackwardCall& b, const TileWeight& weight, bf16* room) {
   const LinearSizes& size = b.size;
   const Adapter& adapter = b.adapter;
@@ -88,7 +88,7 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
     if (b->strips == nullptr) elements += strips_elements(size.tokens, b->size.out);
     tiles_of_all += ceil_div(b->size.out, kTileDepth);
     apart = apart || rest_apart(*b);
-    // With dropout on the base, the depth is not cut into parts.
+    // With dropout on the base and an output scale g, the depth (the rows of the Ws, over which dX sums) is not cut.
     whole = whole || (b->drop_base() && b->g() != nullptr);
   }
   const int64_t part = whole ? tiles_of_all : depth_part(kBackwardCut, tiles_of_all);
@@ -175,8 +175,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
                                  const std::optional<Tensor>& room) {
   const ScratchOfCall scratch_of_call;
   check_matrix_weight(op, weight, grad.scalar_type());
-  // A layer without an adapter needs no x, because dX = dY W does not depend on x. If x is missing, held_x only gives
-  // the shape of dX.
+  // A layer with neither an adapter nor in_scale needs no x, because dX = dY W does not depend on x. If x is missing,
+  // held_x only gives the shape of dX.
   const Tensor held_x =
       x.has_value() ? as_contiguous(*x) : empty(with_last(grad, weight.in_features()), grad.scalar_type());
   BackwardCall call = checked_backward(op, weight, adapter, grad, held_x);
@@ -191,8 +191,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
     if (call.tiles && !rest_apart(call)) call.strips = strips_room(Scratch::kTokens, size.tokens, size.out);
     rank_gradients({{&call, &s, &out}}, needs_grad_x);
   }
-  // The gradient of in_scale is computed together with dX, so that the function returns here only if the caller wants
-  // neither dX nor the gradient of in_scale.
+  // The gradient of in_scale is computed together with dX, so that the function returns before dX is computed only if
+  // the caller wants neither of the two gradients.
   if (!needs_grad_x && !adapter.in_scale.has_value()) return out;
   out.grad_x = room.has_value() ? *room : empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
   if (out.grad_x.numel() == 0) return out;
@@ -230,9 +230,9 @@ SiblingsBackward adapted_backwards(const char* op, const std::vector<std::option
     elements += strips_elements(call.size.tokens, call.size.out);
     panels += panel_bytes(call);
   }
-  // If all layers that the tile kernels accept fit in one group, the passes over dY also make the strips of dY.
-  // Otherwise the layers are multiplied in several groups, and backward_on_tiles makes the strips of one group at a
-  // time, which takes less memory.
+  // If all layers that the tile kernels accept fit in one group of backward_on_tiles, the passes over dY that
+  // rank_gradients runs also make the strips of dY. Otherwise the layers are multiplied in several groups, and
+  // backward_on_tiles makes the strips of one group at a time, which takes less memory.
   bf16* strips = nullptr;
   if (elements > 0 && panels <= kPanelBytes && calls.size() <= kMostLayers)
     strips = static_cast<bf16*>(scratch(Scratch::kTokens, static_cast<size_t>(elements) * sizeof(bf16)));

@@ -1,6 +1,6 @@
 // Computes the base products x Wᵀ and dY W by PyTorch's matrix product (x Wᵀ of few tokens and a packed weight by
-// skinny_product), and the products with only the elements that dropout drops. If multiplies_in returns false for x's
-// dtype, kWidePanel rows of W at a time are widened to float32 and multiplied.
+// skinny_product), and the products with only the elements that dropout drops. If multiplies_in(x's dtype, false) is
+// false, kWidePanel rows of W at a time are widened to float32 and multiplied.
 #include "linear/cpu/base_product.h"
 
 #include "cpu/isa.h"
@@ -86,8 +86,8 @@ namespace {
 
 constexpr int64_t kDroppedTokens = 128;  // largest number of tokens in one call of a kernel for dropped elements
 
-// Calls run(work, first row) for each group of kDroppedRows rows of W. During the call, work.turned is the transpose of
-// these rows.
+// Calls run(work, first row) for each group of kDroppedRows rows of W. During this call of `run`, work.turned is the
+// transpose of the group's rows of W.
 template <typename Run>
 void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type, const KeepBits& keep,
                      const Run& run) {

@@ -1,15 +1,15 @@
-// Computes the base product for calls that neither the tile kernels nor forward_few_tokens computes: by PyTorch's
-// matrix product in x's dtype or in float32, or, for few tokens and a packed weight, by the kernels of
-// packed/cpu/skinny.h.
+// Computes a base product as a float32 matrix, for most calls that neither the tile kernels nor forward_few_tokens
+// computes: by PyTorch's matrix product in x's dtype or in float32, or, in the forward of few tokens and a packed
+// weight, by the kernels of packed/cpu/skinny.h.
 #pragma once
 
 #include "linear/cpu/passes.h"
 
 namespace peft_ext {
 
-// Returns whether PyTorch's product runs in x's own dtype. plain: true if the product is Y or dX itself, which is
-// rounded at once; false if the product is an intermediate result that is scaled later. On x86-64, products of 16-bit
-// types need special instructions to be fast, and products of float32 do not.
+// Returns whether PyTorch's product runs in x's own dtype `type` (if false, in float32). plain: true if the product is
+// Y or dX itself, which is rounded at once; false if the product is an intermediate result that is scaled later. On
+// x86-64, products of 16-bit types need special instructions to be fast, and products of float32 do not.
 bool multiplies_in(ScalarType type, bool plain);
 
 // product_forward returns x [T, K] Wᵀ in float32. x has the dtype `type`, which is W's dtype or the dtype to which a

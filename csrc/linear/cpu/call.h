@@ -28,7 +28,7 @@ struct ForwardCall {
   LinearSizes size;
   Tensor x;  // [T, K], contiguous
   bool bias_inside, want_z;
-  std::optional<Tensor> bias, scale;  // float32, padded with zeros to a multiple of kColumnStep
+  std::optional<Tensor> bias, scale;  // bias and g in float32, zero-padded to a multiple of kColumnStep elements
   AdaptedForward out;
 
   ScalarType type() const { return x.scalar_type(); }
@@ -36,11 +36,12 @@ struct ForwardCall {
   bool drop_base() const { return adapter.drop_base && adapter.dropout.active; }
 };
 
-// Returns the arguments of the final pass, which computes Y and Z from the base product. The caller still has to set
-// the low-rank term in the arguments.
+// Returns the arguments of the final pass (Expand in kernels.h), which computes Y and Z from the base product. The
+// caller still has to set the low-rank term in the arguments.
 Expand finishing(const ForwardCall& f);
 
-// The results of shrink_tokens beside ForwardCall::out.s: keep has the bits of the dropout mask if drop_base() is true.
+// The results of shrink_tokens in addition to ForwardCall::out.s: `keep` has the bits of the dropout mask if
+// drop_base() is true and the batch is not mixed.
 struct Shrunk {
   KeepBits keep;
   GroupedS grouped;  // S of a mixed batch; a segment's rows of S are as long as the rank of the segment's adapter
@@ -68,8 +69,8 @@ struct BackwardCall {
   // P = (g ∘ dY) ρB [T rounded up to 32, R]; kernels read the rows beyond T, but store no results of these rows.
   Tensor p;
   KeepBits keep;  // bits of the dropout mask, if dropout is active and dX is wanted
-  // If the tile kernels compute dX, rank_gradients also makes the strips of lora_A and, if `strips` is not null, the
-  // left strips of g ∘ dY, or of dY if dropout acts on the base.
+  // If the tile kernels compute dX, rank_gradients also makes the strips (see tiles.h) of lora_A and, if `strips` is
+  // not null, the left strips of g ∘ dY, or of dY if dropout acts on the base.
   bool tiles = false;
   Tensor a;
   bf16* strips = nullptr;

@@ -2,7 +2,7 @@
 // of three ways:
 //
 //   tiles    If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
-//            the tile kernels writes Y with all terms of Y.
+//            the tile kernels (tiles/tiles.h) writes Y with all terms of Y.
 //   few      For few tokens, W (its codes, if W is packed), A and B are read in the order in which they are stored, and
 //            W is not copied or decoded into panels.
 //   mm       In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
@@ -30,8 +30,8 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
                                      : tokens <= kFewTokens;
 }
 
-// Returns the product x Wᵀ of a call of few tokens, which the threads still have to compute by `multiply`. `wide` is x
-// in float32, and is read for a dense weight.
+// Prepares the product x Wᵀ of a call of few tokens. The threads compute the product later, by `multiply` of the
+// result. `wide` is x in float32, and is read for a dense weight.
 FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const Tensor& wide) {
   if (f.weight.is_packed()) return skinny_parts(f.op, x, f.weight);
   FewTokensProduct product;
@@ -72,9 +72,9 @@ Tensor in_float(const Tensor& x) {
 }
 
 // Computes several calls of few tokens with the same x. A first loop computes S of all adapters except those of a mixed
-// batch. In a second loop, one thread computes for a row of W the base product, the low-rank term and the final pass.
-// For a mixed batch, and for a weight whose product is not computed row by row, the low-rank term and the final pass
-// come after the second loop.
+// batch. In a second loop, one thread computes for a row of W the base product, the low-rank term and the final pass
+// (Expand in kernels.h). For a mixed batch, and for a weight whose product is not computed row by row, the low-rank
+// term and the final pass come after the second loop.
 void forward_few_tokens(const std::vector<ForwardCall>& calls) {
   const PassKernels& isa = pass_kernels();
   std::vector<Tensor> held;
@@ -145,8 +145,9 @@ void forward_few_tokens(const std::vector<ForwardCall>& calls) {
 
 // The memory to which the TileForward of one call refers, and other operands of this call.
 struct TileOperands {
-  Tensor a, rho, rows, strips;  // A [R, K], ρ [R], ρB [N rounded up to kColumnStep, R], strips of S
-  KeepBits keep;                // bits of the dropout mask, if drop_base() is true
+  // In this order: A [R, K], ρ [R], ρB [N rounded up to kColumnStep, R], and the strips of S; all are float32.
+  Tensor a, rho, rows, strips;
+  KeepBits keep;  // bits of the dropout mask, if drop_base() is true
   const bf16* dropped = nullptr;
   GroupedS grouped_s;
   GroupedTerms grouped;
@@ -156,8 +157,8 @@ struct TileOperands {
 // Returns whether the second base product of PEFT's DoRA uses only the elements that dropout drops.
 bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropped(f.adapter.dropout, f.size.in); }
 
-// Returns the number of tiles in a part of the depth; the depth is the number of x's columns. With dropout on the base,
-// one part has the whole depth.
+// Returns how many tiles of kTileDepth columns a part of the depth has; the depth is the number of x's columns. With
+// dropout on the base, one part has the whole depth.
 int64_t tiles_in_part(const ForwardCall& f) {
   const int64_t tiles = ceil_div(f.size.in, kTileDepth);
   return f.drop_base() ? tiles : depth_part(kForwardCut, tiles);
@@ -256,7 +257,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls) {
   std::vector<const FrozenWeight*> weights;
   for (const ForwardCall& f : calls) weights.push_back(&f.weight);
   const std::vector<TileWeight> tiles = tile_weights(weights);
-  const bool apart = rest_apart(calls[0]);  // false for several layers of one input, which have no drop_base
+  const bool apart = rest_apart(calls[0]);  // `apart` is false for several layers of one input, which have no drop_base
   std::vector<TileOperands> held(calls.size());
   const bf16* x = shrink_on_tiles(calls, apart, &held);
   std::vector<TileForward> works;
@@ -332,7 +333,7 @@ void forward_by_products(const ForwardCall& f) {
   if (there) {
     before = as_shape(f.want_z ? f.out.z : f.out.y, {size.tokens, size.out});
     const Tensor dense = transposed(working_weight(f.op, f.weight, type));
-    if (finish.rank == 0 && finish.bias_before != nullptr) {  // as in nn.Linear, x Wᵀ is added to the bias
+    if (finish.rank == 0 && finish.bias_before != nullptr) {  // as nn.Linear does, addmm_ adds x Wᵀ to the bias
       fill_rows(before, finish.bias_before);
       addmm_(before, x, dense, 1.0);
       finish.bias_before = nullptr;
@@ -346,7 +347,8 @@ void forward_by_products(const ForwardCall& f) {
     const float scale = adapter.dropout.scale;
     const bool apart = products_apart(f.weight, type, size.tokens, adapter.dropout);
     Dropout dropout = adapter.dropout;
-    // The product uses mask ∘ x without dropout's factor, because the multiplication would round the values.
+    // If the dropped elements are multiplied separately, this product uses mask ∘ x without the factor 1/(1-p), because
+    // the multiplication by this factor would round the values.
     if (apart) dropout.scale = 1.0f;
     before = product_forward(f.op, dropped_elements(f.op, x, dropout), f.weight, type);
     if (apart) {
@@ -355,7 +357,7 @@ void forward_by_products(const ForwardCall& f) {
         std::fill_n(all.mutable_data_ptr<float>(), size.out, by);
         return column_pass(f.op, before, &all, 0.0f, nullptr).scaled;
       };
-      // x Wᵀ - x̃ Wᵀ = (dropped elements) Wᵀ - (scale - 1) (kept elements) Wᵀ.
+      // x Wᵀ - x̃ Wᵀ = (dropped elements of x) Wᵀ - (scale - 1) (kept elements of x) Wᵀ, where scale is 1/(1-p).
       after = times(1.0f - scale);
       add_dropped_product(f.op, x, shrunk.keep, f.weight, after);
       before = times(scale);

@@ -12,9 +12,10 @@ namespace peft_ext {
 namespace {
 
 constexpr int64_t kTaskTokens = 32;           // largest number of tokens of a segment in one task of a thread
-constexpr int64_t kTaskElements = 64 * 1024;  // target number of elements of lora_A or lora_B in one task of a thread
+constexpr int64_t kTaskElements = 64 * 1024;  // target number of elements of lora_A or lora_B in a FewTask
 
-// A task of one thread: multiplies the rows [begin, end) of an adapter's lora_A or lora_B with the tokens of a segment.
+// A task of one thread: multiplies the rows [begin, end) of an adapter's lora_A with x of a segment's tokens, or rows
+// of the adapter's lora_B with S of these tokens.
 struct FewTask {
   FewTokens work;
   int64_t begin, end;
@@ -45,7 +46,8 @@ void run(const std::vector<FewTask>& tasks) {
   });
 }
 
-// Copies S of the segments, [tokens, stride] each, into the operator's result s, and fills the rest of s with zeros.
+// Copies S of each segment, [tokens of the segment, rank of the segment's adapter], into the segment's rows of the
+// operator's result s [tokens of the batch, largest rank], and sets all other elements of s to zero.
 void save_s(const Groups& groups, const GroupedS& from, const Tensor& s) {
   float* out = s.mutable_data_ptr<float>();
   std::fill_n(out, s.numel(), 0.0f);

@@ -2,10 +2,12 @@
 //
 //   S_t = x_t A_gᵀ [R_g]      Z_t = x_t Wᵀ + s_g S_t B_gᵀ      for every token t of adapter g
 //
-// A segment is a run of tokens with one adapter. For few tokens, the matrices of an adapter are read without packing;
-// otherwise the matrices are packed once per call. The tokens are not copied or reordered. The tile kernels compute,
-// for a strip of 16 tokens, the term of each adapter that one of the strip's tokens has; the other kernels compute for
-// a token only the term of the token's adapter.
+// A_g, B_g, R_g and s_g are lora_A, lora_B, the rank and the scaling of adapter g. W is the frozen weight.
+//
+// A segment is a run of tokens with one adapter. For few tokens, the matrices of an adapter are read as they are
+// stored; otherwise packed() (packing.h) converts them once per call. The tokens are not copied or reordered. The tile
+// kernels compute, for a strip of 16 tokens, the term of each adapter that one of the strip's tokens has; the other
+// kernels compute for a token only the term of the token's adapter.
 #pragma once
 
 #include <vector>
@@ -37,7 +39,7 @@ Groups make_groups(const char* op, const std::vector<Tensor>& lora_A, const std:
                    int64_t out);
 
 // S of every segment: a float32 matrix [tokens, stride] in `storage`, from the segment's offset on. A segment's stride
-// is the rank of the segment's adapter.
+// is the rank of the segment's adapter, or 0 if the segment has no adapter.
 struct GroupedS {
   Tensor storage;
   std::vector<int64_t> offsets, strides;

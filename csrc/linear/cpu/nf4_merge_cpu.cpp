@@ -1,11 +1,12 @@
 // peft_ext::nf4_merge on the CPU: W' = g ∘ (W + s B A), quantized to NF4 again, in one pass over W.
 //
-// A thread merges about 64 K elements of W at a time, or more if the fewest rows that fill whole NF4 blocks have more:
-// whole rows that begin, and except at the end of W also end, at a boundary of NF4 blocks. The thread decodes the rows,
-// adds the low-rank term, scales and quantizes the rows, and decodes the quantized rows again to compare them with the
-// rows before quantization. The data of these steps stays in L2, so that only codes and scales of W are read and
-// written in memory. The arithmetic is float32, as in nf4_dequantize_merged. The result `error` has two double sums: of
-// the squared rounding errors, and of the squared merged weights. The order of these sums depends only on the sizes.
+// A thread merges whole rows of W with about 64 K elements at a time. The rows begin, and except at the end of W also
+// end, at a boundary of NF4 blocks; if the fewest such rows have more than 64 K elements, a thread merges these rows at
+// a time. The thread decodes the rows, adds the low-rank term, scales and quantizes the rows, and decodes the quantized
+// rows again to compare them with the rows before quantization. The rows that a thread merges stay in L2, so that only
+// codes and scales of W are read from and written to memory. The arithmetic is float32, as in nf4_dequantize_merged.
+// The result `error` has two double sums: of the squared rounding errors, and of the squared merged weights. The order
+// of these sums depends only on the sizes.
 #include <algorithm>
 #include <numeric>
 #include <tuple>

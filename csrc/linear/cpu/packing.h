@@ -1,4 +1,5 @@
-// Converts the small matrices of an adapter for the kernels: to float32, padded, scaled, transposed, or in strips.
+// Converts the small matrices of an adapter for the kernels: to float32, padded, scaled, transposed, or in strips (see
+// tiles/tiles.h).
 #pragma once
 
 #include "cpu/tensor.h"
@@ -25,8 +26,8 @@ Tensor zeros(const std::vector<int64_t>& shape);
 // Converts a matrix [rows, columns] of float32, bfloat16 or float16 to float32, zero-padded to [frame_rows,
 // frame_columns], and transposed if `transpose` is true. Each element is multiplied by by_row[row] and by
 // by_column[column], if these pointers are not null. If nothing has to change, the result is the matrix itself and must
-// not be written to. With `loops`, packed() only adds loops that fill the result; by_row and by_column must stay valid
-// until the caller has run the loops.
+// not be written to. The packed() with the argument `loops` only adds the loops that fill the result to `loops`; by_row
+// and by_column must stay valid until the caller has run the loops.
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
 Tensor packed(Loops* loops, const char* op, const char* argument, const Tensor& matrix, const float* by_row,
@@ -41,9 +42,9 @@ struct LateSums {
 };
 
 // Converts sums [R, columns] to like's dtype and shape: [columns, R] if `transpose` is true, otherwise [R, columns].
-// Each element is multiplied by `by`, and by by_column[column] and by_rank[rank], if these pointers are not null. With
-// `loops`, unpacked() only adds loops that fill the result; by_column and by_rank must stay valid until the caller has
-// run the loops.
+// Each element is multiplied by `by`, and by by_column[column] and by_rank[rank], if these pointers are not null. The
+// unpacked() with the argument `loops` only adds the loops that fill the result to `loops`; by_column and by_rank must
+// stay valid until the caller has run the loops.
 Tensor unpacked(const char* op, const char* argument, const Tensor& sums, float by, const float* by_column,
                 const float* by_rank, bool transpose, const Tensor& like);
 Tensor unpacked(Loops* loops, const char* op, const char* argument, const LateSums& sums, float by,

@@ -1,4 +1,4 @@
-// Decides how passes over tokens are divided among threads. This file contains only arithmetic.
+// Decides how passes over tokens are divided among threads. This file contains only arithmetic, and uses no PyTorch.
 //
 // Sums over tokens are computed per chunk of tokens and added in order. The number of chunks depends only on the number
 // of tokens, so that the results do not depend on the number of threads.
@@ -51,7 +51,8 @@ inline int64_t busiest(int64_t parts, int64_t multiplications, int64_t threads) 
 }
 
 // Each cost below is the number of multiplications of the busiest thread. row_pass_cost returns the cost of the product
-// m · right, of shape [T, R], if the threads divide the tokens. m is [T, K], and right is [K, R].
+// m · right, of shape [T, R], if the threads divide the tokens. m is [T, K], and right, here the transpose of
+// RowPass::right, is [K, R].
 inline int64_t row_pass_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t steps = busiest(shares(tokens, kTokenStep), kTokenStep * columns * rank, threads);
   return std::min(tokens, steps * kTokenStep) * columns * rank;
@@ -113,9 +114,9 @@ inline int64_t row_and_outer_pass_cost(int64_t tokens, int64_t columns, int64_t 
   return 2 * chunks_cost(tokens, columns, rank, 1, threads);
 }
 
-// Returns whether two passes over m, one for m · right and one for mᵀ · left, are faster than one pass that computes
-// both products. If there are fewer chunks than threads, or only a few more chunks than threads, some threads would
-// have nothing to do in a single pass.
+// Returns whether two passes over m, one for m · right and one for mᵀ · left, cost less than seven eighths of one pass
+// that computes both products. If there are fewer chunks than threads, or only a few more chunks than threads, some
+// threads would have nothing to do in a single pass.
 inline bool passes_apart(int64_t tokens, int64_t columns, int64_t rank, int64_t threads) {
   const int64_t apart = row_pass_cost(tokens, columns, rank, threads) + outer_pass_cost(tokens, columns, rank, threads);
   return 8 * apart < 7 * row_and_outer_pass_cost(tokens, columns, rank, threads);

@@ -14,8 +14,8 @@ namespace peft_ext {
 
 namespace {
 
-// Cost of an element of y in `expand` besides the low-rank product, in multiplications; the low-rank product costs one
-// multiplication per rank.
+// Cost of computing an element of Expand::y without the low-rank product, in multiplications; the low-rank product
+// costs one multiplication per rank.
 constexpr int64_t kExpandPasses = 8;
 static_assert(kBlockColumns % kColumnStep == 0 && kColumnsTogether % kColumnStep == 0,
               "a part's first column is a multiple of kColumnStep");

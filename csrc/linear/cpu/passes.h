@@ -29,10 +29,10 @@ void run_row_pass(const RowPass& pass, int64_t tokens);
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
 
 // Runs a pass with `left`, or adds a part of the pass to the loops `later`, which the caller runs with a grain of at
-// least kPassGrain. m · right is complete on return. leftᵀ · m is complete after the caller has run the loops, except
-// for the additions that are left in the result (see LateSums). beside: null, or a function that is called for all
-// tokens in the parallel loop of a pass with `right`. The sums of m's columns in `totals` are complete after the caller
-// has run the loops.
+// least kPassGrain. When outer_pass returns, m · right is complete. leftᵀ · m is complete after the caller has run the
+// loops, except for the additions that are left in the result (see LateSums). beside: null, or a function that is
+// called for all tokens in the parallel loop of a pass with `right`. The sums of m's columns in `totals` are complete
+// after the caller has run the loops.
 LateSums outer_pass(Loops* later, const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside);
 
 // Does the additions that are left in `sums`, in order, and returns the total.
@@ -66,7 +66,8 @@ FewTokens few_tokens_of(const char* op, const Tensor& w, const Tensor& x, const 
 // Computes y [T, N] = or += x [T, K] wᵀ for few tokens. x and y are float32, and w [N, K] is contiguous.
 void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate);
 
-// Returns W Aᵀ [N, R] and the sum of squares of each row of W, float32 [N]. W is read in `type`.
+// Returns W Aᵀ [N, R] and the sum of squares of each row of W, float32 [N]. A dense W has the dtype `type`; a packed W
+// is decoded to `type`.
 struct RowFacts {
   Tensor product, squares;
 };

@@ -1,7 +1,7 @@
-// Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on a run of rows
-// that is larger than a thread's even part of all rows. One thread computes each smaller run of rows. peft_ext's
-// kernels give the same bits for every division. PyTorch's matrix product may give other bits on another number of
-// threads.
+// Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on each run (the
+// rows of one expert) that has more rows than the batch has on average per thread. One thread computes each smaller run
+// of rows. peft_ext's kernels give the same bits for every division. PyTorch's matrix product may give other bits on
+// another number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -53,8 +53,8 @@ inline Tensor rows_of_run(const Tensor& matrix, const Run& run) {
   return part_of(matrix, run.begin * columns, {run.rows(), columns}, {columns, 1});
 }
 
-// Checks that m is [S, columns] and returns m contiguous. beside: if given, a tensor whose dtype and number of rows m
-// must have.
+// Checks that m is [S, columns], where S is the number of rows of the batch, and returns m contiguous. beside: if
+// given, a tensor whose dtype and number of rows m must have.
 inline Tensor checked_rows(const char* op, const char* argument, const Tensor& m, int64_t columns,
                            const Tensor* beside = nullptr) {
   STD_TORCH_CHECK(m.is_cpu() && m.dim() == 2 && m.size(1) == columns, op, ": ", argument, " has ", m.numel(),

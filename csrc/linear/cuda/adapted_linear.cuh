@@ -4,10 +4,10 @@
 //   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
 //
 // With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, x in these
-// formulas is l ∘ x. PyTorch's matrix product computes x Wᵀ and dY W, and adds the product to the low-rank term and the
-// bias if peft_ext's kernels have computed them. If few_tokens_accept returns true, only kernels of peft_ext compute
-// the forward. few_tokens_accept requires few tokens, a packed weight and no dropout on the base, and for NF4 also a
-// 16-bit dtype and a number of inputs that is a multiple of 32.
+// formulas is l ∘ x. PyTorch's matrix product computes x Wᵀ and dY W. If a kernel of peft_ext has already written the
+// low-rank term and the bias to Y, or the low-rank part to dX, PyTorch adds the product in place. If few_tokens_accept
+// returns true, only kernels of peft_ext compute the forward. few_tokens_accept requires few tokens, a packed weight
+// and no dropout on the base, and for NF4 also a 16-bit dtype and a number of inputs that is a multiple of 32.
 #pragma once
 
 #include "weight/device_weight.cuh"
@@ -40,8 +40,8 @@ struct DeviceForward {
 struct Shrunk;
 
 // Computes the forward of the adapted linear layer. If bias_inside is true, `bias` is b₀, which g scales; otherwise
-// `bias` is b₁, which g does not scale. shrunk: null, or S and the terms of S and B, if a pass over x for several
-// layers has already computed S.
+// `bias` is b₁, which g does not scale. shrunk: S and the bfloat16 terms (terms.cuh) of S ∘ ρ and of B, if a pass over
+// x for several layers has already computed S; otherwise null.
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
                               bool want_z, const Shrunk* shrunk = nullptr);
@@ -86,9 +86,9 @@ struct DeviceLayer {
 std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, const std::vector<DeviceLayer>& layers);
 
 // Result of the backward of several layers with the same input. dX is the sum over the layers: expand_dropped writes
-// the sum of all dropped low-rank terms, and each layer's product dY W is added to that sum. If a layer has no lora_A,
-// lora_B or rank_scale, the gradient of the missing tensor has shape [0]. A layer whose dY is missing adds nothing to
-// dX, and all of its gradients have shape [0].
+// the sum of the layers' low-rank parts of dX, each with the layer's dropout mask, and each layer's product dY W is
+// added to that sum. If a layer has no lora_A, lora_B or rank_scale, the gradient of the missing tensor has shape [0].
+// A layer whose dY is missing adds nothing to dX, and all of its gradients have shape [0].
 struct DeviceSiblingsBackward {
   Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false
   std::vector<DeviceBackward> layers;
@@ -113,15 +113,15 @@ struct ColumnProducts {
 };
 ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale, const std::optional<Tensor>& other);
 
-// norm: the norm of each row of W + s B A, [N] float32. u: U = W Aᵀ, [N, R] float32. A packed weight is decoded to
-// `type`.
+// Results of weight_norm. norm: the norm of each row of W + s B A, [N] float32, where s is the LoRA scaling. u: U = W
+// Aᵀ, [N, R] float32. A packed weight is decoded to `type`.
 struct WeightNorm {
   Tensor norm, u;
 };
 WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
                        double scaling, ScalarType type);
 
-// The gradients of lora_A and lora_B through the norm, in the dtypes of lora_A and lora_B.
+// The gradients of lora_A and lora_B through WeightNorm::norm, in the dtypes of lora_A and lora_B.
 struct WeightNormGradient {
   Tensor grad_A, grad_B;
 };

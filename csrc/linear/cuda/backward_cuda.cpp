@@ -5,8 +5,9 @@
 //   dX₀ = mask ∘ (P A)        one write of dX
 //   dX = dX₀ + dY W           PyTorch's matrix product, added in place
 //
-// With an output scale g, these formulas have g ∘ dY in place of dY. With dropout on the base, as in PEFT's DoRA, dX
-// needs two products with W. in_scale needs one more pass over dX.
+// With dropout, P also contains the factor 1/(1-p), except with dropout on the base. With an output scale g, these
+// formulas have g ∘ dY in place of dY. With dropout on the base, as in PEFT's DoRA, dX needs two products with W.
+// in_scale needs one more pass over dX.
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
@@ -41,8 +42,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   check_grad(op, grad, x, size);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
-  // If there are no tokens, the gradients of the scales are zeros. If there are tokens, the code below allocates and
-  // writes the gradients of the scales.
+  // If there are no tokens, the gradients of rank_scale, in_scale and out_scale are zeros. If there are tokens, the
+  // code below allocates and writes these gradients.
   const auto sums = [&](bool wanted, int64_t count) {
     return size.tokens == 0 && wanted ? device_zeros(x, {count}, ScalarType::Float)
                                       : device_empty(x, {0}, ScalarType::Float);
@@ -50,7 +51,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   out.grad_rank_scale = sums(adapter.rank_scale.has_value(), size.rank);
   out.grad_in_scale = sums(adapter.in_scale.has_value(), size.inputs);
   out.grad_out_scale = sums(z.has_value(), size.outputs);
-  // With dropout on the base, the last kernel allocates dX.
+  // With dropout on the base, `dropped` allocates dX.
   out.grad_x = empty_grad_x(x, needs_grad_x && !(drop_base && size.tokens > 0));
   if (size.tokens == 0) {
     no_tokens(x, adapter, size, &out);

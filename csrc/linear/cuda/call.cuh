@@ -39,14 +39,14 @@ struct HeldFactors {
   std::vector<Tensor> lora_B;
 };
 
-// Returns the device pointer of the TokenFactors for a kernel that reads the TokenFactors.
+// Returns the device pointer to held.table, as an argument of a kernel that reads the TokenFactors.
 inline const TokenFactor* read_factors(const Launcher& launcher, const HeldFactors& held) {
   for (const Tensor& b : held.lora_B) launcher.in<void>(b);
   return static_cast<const TokenFactor*>(launcher.in<void>(held.table));
 }
 
 // few_tokens_accept returns whether few_tokens_forward accepts a call. few_tokens_forward computes y, and out.z if
-// want_z is true, from S in out.s. factors: the TokenFactors of a mixed batch, or null.
+// want_z is true, from S in out.s. factors: the TokenFactors of a mixed batch; null if the batch is not mixed.
 bool few_tokens_accept(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter);
 void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
                         const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
@@ -55,7 +55,9 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
 // Computes y = scaling s Bᵀ + bias for few tokens of a mixed batch, with scaling and B of each token's own adapter.
 void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias);
 
-// The bfloat16 terms of P and A, from which the low-rank part of dX, mask/(1-p) ∘ (P A), is computed.
+// The bfloat16 terms (terms.cuh) of P and A, from which the low-rank part of dX, mask ∘ (P A), is computed. P = (g ∘
+// dY) (ρB) also contains dropout's factor 1/(1-p), except if drop_base is true. If dX is not wanted, there are no
+// terms.
 struct RankGradients {
   HeldTerms p, a;
   std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits
@@ -73,9 +75,9 @@ struct DeviceRankCall {
 };
 
 // Computes grad_A, grad_B and grad_rank_scale of layers of one input x. If dX is wanted, the function also returns the
-// terms from which dX is computed. If z is given, the padded rank is at most 32, and dY and z can be read in vectors of
-// eight, the function also computes grad_out_scale. If siblings_pass can read x, the layers of one group of
-// sibling_groups share one pass over x.
+// bfloat16 terms from which the low-rank part of dX is computed. If z is given, the padded rank is at most 32, and dY
+// and z can be read in vectors of eight, the function also computes grad_out_scale. If siblings_pass can read x, the
+// layers of one group of sibling_groups share one pass over x.
 std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
                                           const std::vector<DeviceRankCall>& calls, bool needs_grad_x);
 

@@ -2,14 +2,15 @@
 //
 //   column_pass:   out = m ∘ (scale + shift);  sums[c] = Σ_t m[t, c] other[t, c]      (l ∘ x and dl; g ∘ dY and dg).
 //   finish:        y = g ∘ (z + b₀) + b₁                                              (outputs of DoRA and IA3).
-//   scale_rows:    out[n] = g[n] w[n] for each row n                                  (DoRA's scale, applied to W).
+//   scale_rows:    out[n] = g[n] w[n] for each row n                                  (an output scale, applied to W).
 //   drop:          out = (add or 0) + mask/(1-p) ∘ x.
 //
 // A thread computes eight columns of a row at a time, which are 16 bytes of a 16-bit dtype. Arithmetic is float32, and
-// each result is rounded once. A thread block of column_pass or finish computes 256 columns of a chunk of rows. A warp
-// of the block computes every eighth row of the chunk, so that a thread reads the factors of its eight columns only
-// once. For the sums, column_reduce_kernel adds the partial sums [chunks][columns] in order. column_pass uses 8 KiB of
-// shared memory, in which the sums of the warps are added. Each of the kernels reads or writes each matrix once.
+// each result is rounded once. A thread block of column_pass or finish computes 256 columns of a chunk of kColumnRows
+// rows. A warp of the block computes every eighth row of the chunk, so that a thread reads the factors of its eight
+// columns only once. For the sums, column_reduce_kernel adds the partial sums [chunks][columns] in order. column_pass
+// uses 8 KiB of shared memory, in which the sums of the warps are added. Each of the kernels reads or writes each
+// matrix once.
 #pragma once
 
 #include "cuda/vector.cuh"

@@ -5,18 +5,18 @@
 // expand_kernel has these uses:
 //   forward      Computes the low-rank term and the bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added.
 //   backward     Computes the low-rank part of dX. The pass that computed dA stored the bits of the dropout mask; if
-//                these bits are missing, the kernel draws the mask again. In the backward, L is P, which contains
-//                dropout's factor 1/(1-p) except with dropout on the base.
+//                these bits are missing, the kernel draws the mask again. In the backward, F is Aᵀ and L is
+//                P = (g ∘ dY) (ρB), which contains dropout's factor 1/(1-p) except with dropout on the base.
 //   residual     Adds the low-rank term, or a bottleneck adapter's output, to `before`.
 //   PEFT's DoRA  With dropout on the base, g and z are given: Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ.
-// L and F are given as bfloat16 terms, three for a float32 `out` and two for a 16-bit `out`; F has one term if F and
-// `out` are bfloat16 and F is not scaled. R is padded to a multiple of 16, and is 0 if only the bias is added.
+// L and F are given as bfloat16 terms (terms.cuh), three for a float32 `out` and two for a 16-bit `out`; F has one term
+// if F and `out` are bfloat16 and F is not scaled. R is padded to a multiple of 16, and is 0 if only the bias is added.
 //
 // A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The rows of F, which are the
-// columns of out, are permuted so that a lane's accumulators are eight adjacent columns of out. Row g of F's tile 4 h +
-// j, a tile of 8 rows, is column 32 h + 8 (g / 2) + 2 j + g % 2 of out. Therefore the accumulators of lane t, which are
-// the columns 2t and 2t + 1 of the four tiles of h, are the eight columns of out from 32 h + 8 t on. A lane therefore
-// stores 16 bytes (32 bytes for float32) at once, and the random draws of the eight elements are one block of Philox.
+// columns of out, are permuted so that a lane's accumulators are eight adjacent columns of out. Row i of F's tile 4 h +
+// j, a tile of 8 rows, is column 32 h + 8 (i / 2) + 2 j + i % 2 of out. Therefore the accumulators of lane t, which are
+// the columns 2t and 2t + 1 of the four tiles of h, are the eight columns of out from 32 h + 8 t on. A lane stores 16
+// adjacent bytes (32 bytes for float32) at once, and the random draws of the eight elements are one block of Philox.
 // expand_kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: `out` once, and
 // `before` and z once if they are given.
 #pragma once

@@ -1,5 +1,5 @@
 // Computes the forward for few tokens and a packed weight. In generation, launches of kernels take a large part of the
-// time, so that there should be few launches. A call of up to kPackedFewTokens tokens with a weight in another format
+// time, so a call should make few launches. A call of up to kPackedFewTokens tokens with a weight in another format
 // than NF4 needs one launch for S and one launch for all other work (packed_few_tokens.cuh). With an NF4 weight, the
 // kernels for few tokens accept only 16-bit dtypes of x. A call of up to kFewTokens tokens with an NF4 weight needs one
 // launch for S and one launch for all other work (nf4_few_tokens.cuh), if the weight's block size and number of inputs
@@ -128,7 +128,7 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
   }
   const Nf4View view = nf4_view(launcher, weight);
   const int tokens = static_cast<int>(size.tokens);
-  // nf4_few_tokens_kernel counts the slabs of all rows of W in 32 bits. A slab is kFewSlab columns of a row.
+  // nf4_few_tokens_kernel numbers the slabs of W, each of which is kFewSlab columns of a row, with integers of 32 bits.
   const bool few = tokens <= kFewTokens && size.inputs % kFewSlab == 0 && weight.blocksize() % kFewSlab == 0 &&
                    size.outputs * (size.inputs / kFewSlab) < int64_t{1} << 32;
   with_type(x.scalar_type(), [&](auto zero) {

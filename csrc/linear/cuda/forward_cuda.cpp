@@ -1,10 +1,11 @@
-// Computes the forward of the adapted layer, whose formula is in adapted_linear.cuh. The steps are:
+// Computes the forward of the adapted layer, whose formula is in adapted_linear.cuh. Without an output scale, the steps
+// are:
 //
 //   S                 one pass over x (rank_pass)
 //   Y₀ = S (ρB)ᵀ + b  one write of Y (expand)
 //   Y = Y₀ + x Wᵀ     PyTorch's matrix product, added in place
 //
-// A packed weight is decoded before PyTorch's product. Only in calls of few tokens that few_tokens_accept accepts, the
+// A packed weight is decoded before PyTorch's product. Calls that few_tokens_accept accepts are an exception: the
 // kernels of few_tokens_cuda.cpp decode the weight during the product.
 #include "linear/cuda/call.cuh"
 
@@ -86,7 +87,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const std::optional<Tensor> after = bias_inside ? std::nullopt : held_bias;
   const Tensor z = want_z ? out.z : drop_base ? device_empty_like(y) : y;
   const Tensor x_of_z = drop_base ? dropped(held, adapter, std::nullopt) : held;
-  // If Z + b₀ is wanted, b₀ is written first, and the product is added to b₀.
+  // If the caller wants Z + b₀, b₀ is written first, and PyTorch's product is added to b₀.
   const bool bias_first = want_z && before.has_value();
   if (low_rank || bias_first) {
     expand(z, low_rank ? &s_terms : nullptr, &b_terms, nullptr, bias_first ? before : std::nullopt);

@@ -2,9 +2,11 @@
 // depend on the number of adapters, except that one launch of prepare_groups_kernel has at most 48 adapters and 64 runs
 // of tokens. The steps of the forward, besides PyTorch's product x Wᵀ, are:
 //
-//   the table of rows, and the terms of A and B   prepare_groups_kernel
+//   the RowTable, and the terms of A and B        prepare_groups_kernel
 //   S                                             one pass over x (rank_pass, reduce)
 //   Y₀ = (s S) Bᵀ + b                             one write of Y (expand_grouped)
+//
+// s, A and B are the scaling, lora_A and lora_B of a token's own adapter.
 //
 // For few tokens, launches cost more time than the arithmetic. Therefore, for few tokens, one launch computes S
 // (shrink_few.cuh), and one launch computes the low-rank term and the bias, Y₀, both with plain FMAs. If
@@ -42,8 +44,8 @@ void each_group(const Batch& batch, F f) {
 
 // --- few tokens ------------------------------------------------------------------------------------------------------
 
-// Computes S of a mixed batch of few tokens, and writes a TokenFactor for each token, in which the next kernel finds
-// the token's B.
+// Computes S of a mixed batch of few tokens, and writes a TokenFactor for each token, from which the next kernel reads
+// the B, the rank and the scaling of the token's adapter.
 HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
   const Tensor factors =
       device_empty(batch.x, {batch.tokens * static_cast<int64_t>(sizeof(TokenFactor))}, ScalarType::Byte);
@@ -89,7 +91,9 @@ struct Prepared {
   HeldTerms a, b;
 };
 
-// Assigns each token a row of the RowTable, and returns the runs. A run consists of adjacent tokens of one adapter.
+// Assigns each token of the batch to a row of the RowTable (row_tiles.cuh), sets the numbers of tiles in `tiles`, and
+// returns the runs, from which prepare_groups_kernel fills the table. A run consists of tokens of adjacent samples that
+// have the same adapter, or that all have none.
 std::vector<TokenRun> place_tokens(const Batch& batch, RowTiles* tiles) {
   std::vector<TokenRun> runs;
   each_group(batch, [&](int64_t group, const std::vector<int64_t>& samples) {
@@ -182,8 +186,9 @@ DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeigh
   }
   for (const Tensor& b : groups.lora_B) batch.lora_B.push_back(as_contiguous(b));
   const bool few = size.tokens <= kGroupedFewTokens, low_rank = batch.rank > 0;
-  // The kernel for few tokens writes all of S. The kernels for more tokens write only as many columns of S as the
-  // largest rank of an adapter that a sample uses, so that S may have to be set to zeros before.
+  // shrink_grouped_kernel, which computes S for few tokens, writes all of S. The kernels for more tokens write only as
+  // many columns of S as the largest rank of an adapter that a sample uses, so that S may have to be set to zeros
+  // before.
   out.s = low_rank && (few || batch.rank == groups.rank)
               ? device_empty(x, {size.tokens, groups.rank}, ScalarType::Float)
               : device_zeros(x, {size.tokens, groups.rank}, ScalarType::Float);

@@ -17,14 +17,14 @@ DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adap
 
 // --- terms -----------------------------------------------------------------------------------------------------------
 
-// A small matrix as bfloat16 terms, and the tensor that holds the terms.
+// A small matrix as bfloat16 terms (terms.cuh), and the tensor that holds the terms.
 struct HeldTerms {
   Tensor storage;
   Terms terms;
 };
 
 // Allocates padded bfloat16 terms for activations [rows, rank], which are the left operand of `expand`. `type`: dtype
-// of expand's result.
+// of expand's result, which decides how many terms are made.
 HeldTerms left_terms(const Tensor& like, int64_t rows, int64_t padded_rank, ScalarType type);
 
 // grouped_A_terms allocates the bfloat16 terms of each adapter's A in a mixed batch, as factors of a rank pass.
@@ -36,7 +36,8 @@ HeldTerms grouped_B_terms(const Tensor& like, int64_t adapters, int64_t padded_r
 // Allocates bfloat16 terms for several matrices [rows, rank], for each matrix as left_terms does.
 HeldTerms grouped_left_terms(const Tensor& like, int64_t matrices, int64_t rows, int64_t padded_rank, ScalarType type);
 
-// Returns the distance from one matrix's terms to the next matrix's terms, in units of 16 bytes.
+// Returns, for the terms of several matrices, the distance from one matrix's terms to the next matrix's terms, in units
+// of 16 bytes.
 inline int64_t terms_stride(const HeldTerms& held) {
   return held.terms.count * held.terms.outer * held.terms.inner / 8;
 }
@@ -82,18 +83,18 @@ class Splitter {
 
 // --- rows of a mixed batch -------------------------------------------------------------------------------------------
 
-// A RowTable, and the tensors that hold the table.
+// The tensors that hold a RowTable (row_tiles.cuh), and the numbers of the table's tiles.
 struct RowTiles {
   Tensor rows, tiles;
-  int64_t adapted = 0;  // number of tiles with a factor; these tiles come first
-  int64_t count = 0;    // number of all tiles, with and without a factor
+  int64_t adapted = 0;  // number of tiles whose tokens have an adapter; these tiles come first
+  int64_t count = 0;    // number of all tiles, with and without an adapter
 };
 
 RowTable row_table(const Launcher& launcher, const RowTiles& held);
 
 // --- rows of a mixture of experts ------------------------------------------------------------------------------------
 
-// The tensors that hold the tables of RunTables, and the sizes of the tables.
+// The tensors that hold the tables of RunTables (run_tables.cuh), and the sizes of the tables.
 struct RowRuns {
   Tensor first_row, first_tile, first_chunk, tiles, chunks;
   int64_t experts = 0, rows = 0, tile_room = 0, chunk_room = 0;
@@ -115,7 +116,8 @@ inline const RowRun* read_tiles(const Launcher& launcher, const RowRuns& held) {
 // sixteen tiles of 8 ranks.
 inline int64_t padded_rank(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : round_up(rank, 64); }
 
-// The large matrix D of a rank pass: a dense matrix, or an NF4 weight that the pass decodes to `type`.
+// The large matrix D of a rank pass (rank_pass.cuh defines D, E, F, L, P and Q): a dense matrix, or an NF4 weight that
+// the pass decodes to `type`.
 struct PassInput {
   const Tensor* dense = nullptr;  // D as a contiguous matrix; null for an NF4 weight
   const DeviceWeight* nf4 = nullptr;
@@ -149,16 +151,16 @@ struct PassSums {
   std::optional<Tensor> dots;  // partial sums of D ∘ E, [chunks, padded columns]
 };
 
-// Selects the results that a rank pass over D computes besides P and Q. The pass computes P = D F if `right` is given,
-// which is F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. P and Q are returned as
-// partial sums.
+// Selects the results that a rank pass over D computes in addition to P and Q. The pass computes P = D F if `right` is
+// given, which is F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. P and Q are
+// returned as partial sums.
 struct PassWants {
   bool squares = false;  // whether to sum the squares of D's rows; only if F is given and L is not
   // Whether to store the bits of the dropout mask. May be true only if F is not given. The bits are stored only if
-  // there is dropout and D is whole (see kWhole).
+  // there is dropout and kWhole (rank_pass.cuh) is true for D.
   bool mask = false;
-  // E, for sums of D ∘ E. The sums are computed only if F and L are given, there are up to 32 ranks and no dropout, D
-  // is whole (see kWhole), and E is aligned to 16 bytes.
+  // E, a matrix of D's shape, for the sums of D ∘ E over the rows; or null. The sums are computed only if F and L are
+  // given, there are up to 32 ranks and no dropout, kWhole (rank_pass.cuh) is true for D, and E is aligned to 16 bytes.
   const Tensor* beside = nullptr;
 };
 PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTerms* left, const PassWants& wants = {});
@@ -235,8 +237,8 @@ struct SiblingSums {
 };
 
 // Computes the partial sums of x̃_i A_iᵀ for each layer i, or of x̃_iᵀ P_i if `columns` is true, in one pass over x.
-// All layers must have the same padded rank, and their factors equally many terms. masks: whether to store the bits of
-// the layers' dropout masks, which is allowed only if `columns` is true.
+// All layers must have the same padded rank, and the factors of all layers must have equally many bfloat16 terms.
+// masks: whether to store the bits of the layers' dropout masks, which is allowed only if `columns` is true.
 SiblingSums siblings_pass(const Tensor& x, const std::vector<SiblingTerm>& layers, bool columns, bool masks);
 
 struct SiblingsPass;
@@ -256,19 +258,21 @@ struct Scaled {
   Tensor z, scale;
 };
 
-// Computes out = left rightᵀ + bias for a mixed batch, where left rightᵀ is the low-rank term. The rows of `left` are
-// in the order of the RowTable in `tiles`; `right` has one factor per adapter.
+// Computes out = s S Bᵀ + bias for a mixed batch, with the scaling s and the B of each token's own adapter; a token
+// without an adapter gets only the bias. `left` has the terms of s S, whose rows are in the order of the RowTable in
+// `tiles`; `right` has the terms of each adapter's B.
 void expand_grouped(const Tensor& out, const RowTiles& tiles, const HeldTerms& left, const HeldTerms& right,
                     const std::optional<Tensor>& bias);
 
 // Computes out = before + left rightᵀ + bias_scale bias + (g - 1) ∘ z, where g and z are the fields of `scaled`. Each
-// term may be absent. `before` may be `out` itself.
+// term of the sum may be absent. `before` may be `out` itself.
 void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
             const std::optional<Tensor>& bias, const std::optional<Scaled>& scaled = std::nullopt,
             double bias_scale = 1.0);
 
 // Computes out = mask ∘ (left rightᵀ), or left rightᵀ if the adapter has no dropout. kept: the bits of the mask, if a
-// rank pass has stored these bits.
+// rank pass has stored these bits; if nullopt, or if `out` cannot be written in vectors of eight, the mask is drawn
+// again.
 void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& right, const DeviceAdapter& adapter,
                     const std::optional<Tensor>& kept);
 

@@ -4,8 +4,8 @@
 //
 // The launch's arguments tell which tokens and matrices belong together, so that nothing is copied from the host and a
 // CUDA graph can contain the launch. If the arguments can't hold all adapters or runs of tokens, there are more
-// launches. Bytes moved: A and B once, the terms of A and B once, and about 4 T bytes for the table, where T is the
-// number of tokens.
+// launches. Bytes moved: the A and B of all adapters once, their terms once, and about 4 T bytes for the table, where T
+// is the number of tokens.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -20,7 +20,8 @@ struct AdapterFactors {
   int32_t rank;
 };
 
-// A run of tokens with one adapter. The tokens are adjacent both in the batch and in the table.
+// A run of tokens that have the same adapter, or that all have none. The tokens are adjacent both in the batch and in
+// the table.
 struct TokenRun {
   int32_t first, count;  // first token of the run, and number of its tokens
   int32_t place;         // first row of the run in the table
@@ -37,7 +38,7 @@ struct PrepareGroups {
   int64_t inputs, outputs;
   TermsOut lora_A, lora_B;     // memory for the terms of A and of B of the launch's first adapter
   int64_t stride_A, stride_B;  // distance from one adapter's bfloat16 terms to the next one's, in words of 4 bytes
-  int32_t* rows;               // receives the rows of the table
+  int32_t* rows;               // receives RowTable::rows
   RowTile* tiles;
   int adapters, runs;  // numbers of adapters and of runs in this launch
   AdapterFactors factors[kPreparedAdapters];
@@ -45,8 +46,8 @@ struct PrepareGroups {
 };
 static_assert(sizeof(PrepareGroups) <= 4096, "a launch's arguments");
 
-// Grid: x has as many thread blocks as in split_kernel; y has an entry for each A, then one for each B, and a last
-// entry for the table.
+// Grid: x has as many thread blocks as in split_kernel; y has an index for each A, then one for each B, and a last
+// index for the table if the launch has runs.
 static __global__ void __launch_bounds__(kSplitThreads) prepare_groups_kernel(PrepareGroups work) {
   PEFT_EXT_KERNEL;
   const int which = static_cast<int>(blockIdx.y);

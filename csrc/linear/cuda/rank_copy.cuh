@@ -12,9 +12,10 @@ namespace peft_ext {
 constexpr int kRankTile = kTileRows;  // number of rows, and of columns, in a tile of the large matrix D
 constexpr int kRankThreads = 128;
 
-// The results of a rank pass: P = D F (kRows), Q = Dᵀ L (kColumns), or both. kGroupedRows: P for the rows of a RowTable
-// (a mixed batch), in which each tile has the factor F of its adapter. kRunRows: P for the rows of each expert
-// (row_runs.cuh), with the factor F of the expert. kRunColumns: Q for the rows of each expert.
+// The results of a rank pass: P = D F (kRows), Q = Dᵀ L (kColumns), or both (kBoth). kRowsAndSquares and kBothAndDots
+// also compute the squares or the dots of rank_pass.cuh. kGroupedRows: P for the rows of a RowTable (a mixed batch), in
+// which each tile has the factor F of its adapter. kRunRows: P for the rows of each expert (row_runs.cuh), with the
+// factor F of the expert. kRunColumns: Q for the rows of each expert.
 enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGroupedRows, kRunRows, kRunColumns };
 
 // Dropout of a rank pass: kNone has no dropout, kDrawn draws the mask, and kKept also stores the bits of the mask for a
@@ -40,7 +41,8 @@ struct RankPass {
   int64_t row_tiles = 1;     // number of tiles of rows of D per thread block
   int64_t column_tiles = 1;  // number of tiles of columns of D per thread block
   int64_t padded_rank = 0;   // padded rank, which is the row length of the partial sums of P and Q
-  // First rank that this launch computes; there are several launches for more than 64 or 128 ranks.
+  // First rank that this launch computes. There are several launches if the padded rank is more than a launch computes,
+  // which is 64 or 128 ranks (rank_pass_launch.cuh).
   int64_t first_rank = 0;
   float* row_sums = nullptr;     // partial sums of P = D F, [column chunks][padded rows][padded_rank]
   float* squares = nullptr;      // partial sums of the squares of D's rows, [column chunks][padded rows]
@@ -59,7 +61,7 @@ struct RankPass {
 // w + 1 of the row with number j.
 constexpr uint32_t kKeptBits = 0x80008000u;
 
-// Shared memory in which a thread block adds the sums of D ∘ E of its warps.
+// Shared memory in which a thread block adds its warps' sums of D ∘ E; empty if kDots is false.
 template <bool kDots>
 struct RankDots {};
 template <>

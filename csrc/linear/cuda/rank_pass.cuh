@@ -41,7 +41,7 @@ template <int kRanks>
 struct RankShare {
   static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // number of tiles of 8 ranks per warp
   static constexpr int kParts = kRanks / kTiles;          // number of parts of the ranks; a warp has one part
-  static constexpr int kRuns = kParts;                    // number of runs of 16 rows (for Q: of 16 columns) per warp
+  static constexpr int kRuns = kParts;                    // number of groups of 16 rows (for Q: of 16 columns) per warp
   using Sums = float[kRuns][kTiles][4];
 
   static __device__ __forceinline__ int part() { return threadIdx.x / kWarpSize % kParts; }
@@ -55,7 +55,7 @@ template <int kRanks, int kTerms, bool kRoomy>
 struct RankFactor {
   static constexpr int kTiles = RankShare<kRanks>::kTiles;
   static constexpr int kBlocks = kRanks < 8 ? kRanks : 8;         // number of tiles of 8 ranks within 64 ranks
-  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // size of a factor's tile in 16-byte units
+  static constexpr int kTile = kTerms * kBlocks * 2 * kWarpSize;  // size, in 16-byte units, of F or L for one tile of D
   static constexpr int kHeld = kRoomy ? 2 : 1;
 
   uint4 held[kHeld][kTerms][kTiles];
@@ -82,7 +82,8 @@ struct RankFactor {
 // Loads a 16 x 16 fragment of D, the A operand of mma.sync, as bfloat16 terms. The fragment has 16 of this warp's rows
 // of the stage, from row 16 · `run` on, and 16 columns, from column 16 · `step` on. If kTransposed is true, the
 // fragment is the transpose of 16 of this warp's columns and of the rows from 16 · `step` on. `at`: the stage's address
-// plus ldmatrix_offset. If kSquares is true, the squares of the rows g and g + 8 are added to `squares`.
+// plus ldmatrix_offset. If kSquares is true, the squares of this lane's elements in the rows g and g + 8 of the
+// fragment, where g = lane / 4, are added to squares[0] and squares[1].
 template <typename T, bool kTransposed, bool kSquares, int kRanks>
 __device__ __forceinline__ void rank_fragment(const unsigned char* stage, SharedAt at, int run, int step,
                                               uint32_t (&a)[kTermsOf<T>][4], float (&squares)[2]) {
@@ -137,8 +138,8 @@ __device__ __forceinline__ uint32_t ldmatrix_offset() {
 
 // Adds the product of this warp's rows of the stage with F to `sums`, or, if kTransposed is true, the product of the
 // transpose of this warp's columns with L. If kRoomy is true, `factor` holds the fragments of all four steps. Otherwise
-// `factor` holds the fragments of two steps: as soon as a term is used, the term's registers are loaded for the next
-// two steps, first of this tile and then of the tile at `next`.
+// `factor` holds the fragments of two steps: as soon as a term of F or L is used, the term's registers are loaded for
+// the next two steps, first of this tile and then of the tile at `next`.
 template <typename T, bool kTransposed, bool kSquares, int kRanks, int kTerms, bool kRoomy>
 __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedAt at,
                                              RankFactor<kRanks, kTerms, kRoomy>& factor, const uint4* tile,
@@ -194,7 +195,8 @@ __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedA
   if (Share::kRuns == 1) add(0);
 }
 
-// Stores a warp's partial sums of P or Q. `to`: address of the sum of the tile's first row and the launch's first rank.
+// Stores a warp's sums of P or Q, which are the thread block's partial sums. `to`: address of the sum of the tile's
+// first row and the launch's first rank.
 template <int kRanks>
 __device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typename RankShare<kRanks>::Sums& sums) {
   using Share = RankShare<kRanks>;
@@ -210,7 +212,7 @@ __device__ __forceinline__ void rank_store(float* to, int64_t padded_rank, typen
     }
 }
 
-// Adds the products D ∘ E of the eight columns and four rows of the tile that this thread copied to `dots`.
+// Adds to `dots` the products D ∘ E of the elements that this thread copied: eight columns and four rows of a tile.
 template <typename T>
 __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)[4][sizeof(T) / 2],
                                           float (&dots)[kVector]) {
@@ -246,10 +248,10 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
                             : kWork == RankWork::kBoth || kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
                                                                                                : 4;
 
-// kWhole: whether columns is a multiple of 8, offsets within the rows of a tile fit in 32 bits, and D is aligned to 16
-// bytes (an NF4 weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F; L always has
-// three terms. Grid: x has a thread block for each chunk of row_tiles tiles of rows, or, if there are runs, for each
-// run; y has one for each chunk of column_tiles tiles of columns.
+// kWhole: whether the number of D's columns is a multiple of 8, offsets within the rows of a tile fit in 32 bits, and D
+// is aligned to 16 bytes (an NF4 weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F;
+// L always has three terms. Grid: x has a thread block for each chunk of row_tiles tiles of rows, or, if there are
+// runs, for each run; y has one for each chunk of column_tiles tiles of columns.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
@@ -284,10 +286,11 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
                                      : kRuns ? (run.rows + kRankTile - 1) / kRankTile
                                              : min_of(pass.row_tiles, pass.padded_rows / kRankTile - row_tile));
 
-  // For a whole, dense D: `from` is the address of this thread's part of the next tile, and rows_left and columns_left
-  // are the sizes of the part of D that begins at `from`.
+  // If kWhole is true and D is dense: `from` is the address of this thread's part of the next tile, and rows_left and
+  // columns_left are the sizes of the part of D that begins at `from`.
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
-  // Bytes from one tile of D to the next.
+  // Distance in bytes, in global memory, from a tile of D to the tile that the thread block reads in the next round of
+  // the loop over `outer`: the next tile along the columns, or, for Q alone, along the rows.
   const uint32_t tile_bytes = kRows ? kRankTile * sizeof(T) : kRankTile * row_bytes;
   const int64_t first_row = kTabled ? 0 : row + copy_row;
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
@@ -335,8 +338,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const auto column_of = [&](int outer) { return column + (kRows ? outer : 0) * kRankTile; };
   if constexpr (kNf4 && kWhole) rank_load(pass, ahead, row, column);
 
-  // Starts to load a tile into a stage. The tile comes `further` tiles after the tile `outer`, and `held` is the number
-  // of its row tile in the thread block.
+  // Starts to load a tile into a stage. The tile comes `further` tiles after the tile with the index `outer`. `held` is
+  // the index of the tile's row of tiles among the thread block's rows of tiles.
   const auto issue = [&](int outer, int further, int held, uint32_t stage) {
     if (outer + further < tiles) {
       if constexpr (!kWhole) {
@@ -364,7 +367,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         }
       }
     }
-    // A group is also committed without loads, so that every cp_async_wait counts equally many groups.
+    // A group of cp.async is also committed without loads, so that every cp_async_wait counts equally many groups.
     cp_async_commit();
   };
 
@@ -451,8 +454,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
           for (int i = 0; i < 4; ++i) column_sums[run][n][i] = 0.0f;
     }
     if constexpr (kDots) {
-      // In every warp, lanes whose numbers are equal modulo 8 hold sums `dots` of the same eight columns. The shuffles
-      // add the sums of these lanes. shared.sums may be written again after the next tile's barrier.
+      // In every warp, the four lanes whose numbers are equal modulo 8 hold sums `dots` of the same eight columns. The
+      // shuffles add the sums of these four lanes. shared.sums may be written again after the next tile's barrier.
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         dots[i] += shuffle_xor(dots[i], 8);

@@ -1,6 +1,6 @@
-// Divides a rank pass into thread blocks. The division depends only on the shape of D and on which results the pass
-// computes, so that the sums have the same order on every model of GPU. This file contains only host code, which calls
-// no CUDA function.
+// Divides a rank pass over a matrix D, which computes P or Q or both (rank_pass.cuh), into thread blocks. The division
+// depends only on the shape of D and on which results the pass computes, so that the sums have the same order on every
+// model of GPU. This file contains only host code, which calls no CUDA function.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace peft_ext {
 constexpr int64_t kMaxRankColumns = int64_t{1} << 22;
 
 // Target number of thread blocks of a rank pass: several waves on a small GPU, one or two waves on a large GPU. More
-// blocks would only write more partial sums. A pass that computes both P and Q writes more partial sums per block, and
-// so has fewer blocks.
+// blocks than these would only write more partial sums. A pass that computes both P and Q writes more partial sums per
+// block, and so has fewer blocks.
 constexpr int64_t kRankBlocksWanted = 768;
 constexpr int64_t kRankBlocksOfBoth = 384;
 

@@ -1,5 +1,5 @@
-// rank_reduce_kernel, the second kernel of a rank pass: adds the partial sums of the chunks in order, scales the sums,
-// and writes the results as RankReduce describes.
+// rank_reduce_kernel is the second kernel of a rank pass. The kernel adds the partial sums of the chunks in order,
+// scales the sums, and writes the results as RankReduce (rank_reduction.cuh) describes.
 #pragma once
 
 #include "linear/cuda/rank_reduction.cuh"

@@ -2,8 +2,9 @@
 //
 //   rows:     S_i [T, R_i] = x̃_i A_iᵀ         columns:  dA_iᵀ [K, R_i] = x̃_iᵀ P_i         x̃_i = mask_i ∘ x
 //
-// A_i and P_iᵀ are given as bfloat16 terms, as the factors F and L of rank_pass.cuh. x is bfloat16 or float16, and each
-// group of eight columns of x is aligned to 16 bytes.
+// P_i is the matrix P of layer i (see backward_cuda.cpp). A_i and P_iᵀ are given as bfloat16 terms (terms.cuh), as the
+// factors F and L of rank_pass.cuh. x is bfloat16 or float16, and each group of eight columns of x is aligned to 16
+// bytes.
 //
 // A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps, one or two, compute the
 // product of one layer. For up to 16 ranks, one warp computes all 64 rows (for dA: all 64 columns) of a tile, and so
@@ -14,11 +15,12 @@
 // or, if no layer has dropout, from the tile of x.
 //
 // Thread blocks that read the same chunk of the factors are `chunks` blocks apart in the grid. If the number of
-// multiprocessors is a multiple of `chunks`, all blocks of a multiprocessor read the same chunk, from L1.
+// multiprocessors is a multiple of `chunks`, all thread blocks of a multiprocessor read the same chunk of the factors,
+// from L1.
 //
-// The order of the sums is the same as in rank_pass.cuh, so that a layer's results are bit for bit those of a pass for
-// this layer alone. Bytes moved by a launch: x once, the mask's bits once if wanted, and the partial sums of each layer
-// once.
+// The order of the sums is the same as in rank_pass.cuh, so that a layer's results have the same bits as the results of
+// a pass for this layer alone. Bytes moved by a launch: x once, the mask's bits once if wanted, and the partial sums of
+// each layer once.
 #pragma once
 
 #include "linear/cuda/rank_pass.cuh"
@@ -140,15 +142,15 @@ template <typename T>
 constexpr int kSiblingBlocks = kTermsOf<T> > 1 ? 1 : 2;
 
 // kRanks: number of tiles of 8 ranks, 2 or 4. kTerms: number of terms of the factors. kColumns: whether the results are
-// dA_iᵀ; otherwise the results are S_i. kDropped: whether one or more of the layers have dropout. A thread block has
-// kRanks / 2 warps for each layer.
-// Grid: x has chunks · ceil(rows / 64) thread blocks, or chunks · ceil(columns / 64) if kColumns is true.
+// dA_iᵀ; if false, the results are S_i. kDropped: whether one or more of the layers have dropout. A thread block has
+// kRanks / 2 warps for each layer. Grid: x has chunks · ceil(rows / 64) thread blocks, or chunks · ceil(columns / 64)
+// if kColumns is true.
 template <typename T, int kRanks, int kTerms, bool kColumns, bool kDropped>
 __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<T>))
     rank_siblings_kernel(SiblingsPass pass) {
   PEFT_EXT_KERNEL;
   constexpr int kSplit = kRanks / 2, kRuns = 4 / kSplit, kStages = kSiblingStages<kDropped>, kOnTheWay = kStages - 1;
-  constexpr bool kRoomy = kRanks == 2 && !kColumns;  // if kColumns is true, `fresh` takes twice as many registers
+  constexpr bool kRoomy = kRanks == 2 && !kColumns;  // if kColumns is true, `fresh` needs twice as many registers
   // Fragments of L are loaded only after the mask is drawn, because drawing the mask needs many registers too.
   constexpr bool kLate = kColumns;
   using Half = SiblingHalf<kSplit, kColumns>;
@@ -168,7 +170,8 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
   // This thread copies the group of eight columns `copy_group` of every copy_step-th row of a tile.
   const int copy_group = threadIdx.x % 8, copy_step = blockDim.x / 8;
   const uint32_t row_bytes = static_cast<uint32_t>(pass.columns * sizeof(T));
-  // Bytes from one tile of x to the next.
+  // Distance in bytes, in global memory, from one tile of x to the next tile that this thread block reads: the next
+  // tile along the columns, or, for dA, along the rows.
   const uint32_t tile_bytes = kColumns ? kRankTile * row_bytes : kRankTile * sizeof(T);
   const unsigned char* from =
       static_cast<const unsigned char*>(pass.dense) + (row * pass.columns + column + copy_group * kVector) * sizeof(T);
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
         cp_async_16(stages + (stage + r * 128 + (copy_group ^ r % 8) * 16),
                     from + (further * tile_bytes + r * row_bytes), along && r < down);
     }
-    // A group is also committed without loads, so that every cp_async_wait counts equally many groups.
+    // A group of cp.async is also committed without loads, so that every cp_async_wait counts equally many groups.
     cp_async_commit();
   };
 
@@ -222,7 +225,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
     const SharedAt tile = stages + stage;
     const uint4* next = outer + 1 < tiles ? factor_at + Factor::kTile : factor_at;
 
-    // In each part of the tile, this warp multiplies kPartRuns runs of 16 rows, or of 16 columns if kColumns is true.
+    // In each part of the tile, this warp multiplies kPartRuns groups of 16 rows, or of 16 columns if kColumns is true.
     constexpr int kPartRuns = kColumns ? kRuns : 2;
     [[maybe_unused]] uint32_t bits[4] = {};
     float fresh[kPartRuns][kRanks][4];

@@ -13,8 +13,8 @@ namespace peft_ext {
 struct RunTables {
   const int64_t* ends;  // [experts]
   int64_t experts, rows;
-  int32_t* first_row;    // [experts + 2]: first row of each expert, first row of no expert, number of rows
-  int32_t* first_tile;   // [experts + 2]: first tile of each expert, first tile of no expert, number of tiles
+  int32_t* first_row;    // [experts + 2]: first row of each expert, first row after all experts, number of rows
+  int32_t* first_tile;   // [experts + 2]: first tile of each expert, first tile after all experts, number of tiles
   int32_t* first_chunk;  // [experts + 1]: first chunk of each expert, and the number of chunks
   RowRun* tiles;         // [tile_room]
   RowRun* chunks;        // [chunk_room]

@@ -4,8 +4,8 @@
 // A thread block computes one rank for kShrinkTokens tokens. The block's threads divide K, eight inputs at a time, and
 // read A's row once for all tokens of the block. The kernel multiplies with float32 FMAs, not on tensor cores. The sums
 // of a warp's lanes are added by shuffles, and the sums of the warps are added in shared memory, always in the same
-// order. In a mixed batch, all tokens of a thread block have the same adapter. Bytes moved: A once for each group of
-// kShrinkTokens tokens; x once for each rank, after the first time from L2.
+// order. In a mixed batch, all tokens of a thread block have the same adapter, or all have none. Bytes moved: A once
+// for each group of kShrinkTokens tokens; x once for each rank, after the first time from L2.
 #pragma once
 
 #include "nf4/cuda/nf4_few_tokens.cuh"
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew wo
     work.s[(first + threadIdx.x) * work.rank + r] = sum;
 }
 
-// The tokens of one thread block in a mixed batch: up to kShrinkTokens tokens with one adapter.
+// The tokens of one thread block in a mixed batch: up to kShrinkTokens tokens that have the same adapter, or that all
+// have none (then lora_A is null and factor.rank is 0).
 struct TokenGroup {
   const void* lora_A;  // [factor.rank, inputs]
   DType type_A;

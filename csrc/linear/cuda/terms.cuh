@@ -36,14 +36,18 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
   }
 }
 
-// The orders in which the bfloat16 terms of a small matrix (bfloat16 matrices whose sum is the matrix) can lie in
-// memory. Each order is the order of the fragments of one operand of mma.sync: a lane's part has 16 bytes, and the 512
-// bytes of a warp are contiguous. In the order kPass, the terms of a 64 x 64 tile are contiguous too.
+// Selects the order in which the bfloat16 terms of a small matrix are stored. In each order, the fragments of one
+// operand of mma.sync lie one after the other: a lane of a warp loads 16 adjacent bytes, and the 512 bytes that the 32
+// lanes load are contiguous. In the order kPass, all terms of a tile of 64 x 64 elements are contiguous, too.
 enum class TermsOrder : int {
-  // Operand B of a rank pass (F or L): outer = ranks, inner = summed dimension; a lane's part has two steps of 16.
+  // Operand B of mma.sync in a rank pass, the factor F or L of rank_pass.cuh: outer = ranks, inner = the dimension that
+  // is summed. The 16 bytes that a lane loads belong to two steps of 16 values of `inner`.
   kPass,
-  kLeft,   // operand A of expand, the factor L of expand.cuh: outer = rows, inner = ranks
-  kRight,  // operand B of expand (F): outer = columns, inner = ranks; a lane's part has two tiles of 8 columns
+  // Operand A of mma.sync in expand_kernel, the factor L of expand.cuh: outer = rows, inner = ranks.
+  kLeft,
+  // Operand B of mma.sync in expand_kernel, the factor F of expand.cuh: outer = columns of the result, inner = ranks.
+  // The 16 bytes that a lane loads belong to two tiles of 8 columns.
+  kRight,
 };
 
 // The bfloat16 terms of a small matrix [outer, inner], zero-padded. `inner` is the summed dimension, padded to a
@@ -61,8 +65,8 @@ struct Terms {
 // along `inner`.
 constexpr int kFragmentWords = 64;
 
-// Returns the offset, in words of 4 bytes, at which term `term` of the elements (outer, inner) and (outer, inner + 1)
-// is stored. count: number of terms.
+// Returns the offset, in words of 4 bytes, of the word that holds term number `term` of the elements (outer, inner) and
+// (outer, inner + 1). count: number of terms.
 __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64_t outer_padded, int64_t inner_padded,
                                               int term, int64_t outer, int64_t inner) {
   const int upper = static_cast<int>(inner % 16 / 8), t = static_cast<int>(inner % 8 / 2);
@@ -142,8 +146,8 @@ struct Split {
   TermsOut out;
 };
 
-// Writes all terms of two elements of a matrix, the pair with the number `pair`. Pairs are counted along the contiguous
-// dimension of the matrix.
+// Writes all terms of a pair of elements, which are adjacent along `inner`. `pair` is the number of the pair. Pairs are
+// counted along the contiguous dimension of the matrix.
 __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
   const int64_t pairs = work.out.inner / 2;
   if (pair >= work.out.outer * pairs) return;

@@ -1,11 +1,12 @@
-// Computes DoRA's norm n of each row of W + s B A. The kernels never form the matrix W + s B A. One pass over W
-// (linear/cuda/rank_pass.cuh) computes U = W Aᵀ [N, R] and the sum of squares of each row of W. M is A Aᵀ [R, R].
+// Computes DoRA's norm n of each row of W + s B A, where s is the LoRA scaling, and the gradients through n. The
+// kernels never form the matrix W + s B A. One pass over W (linear/cuda/rank_pass.cuh) computes U = W Aᵀ [N, R] and the
+// sum of squares of each row of W. M is A Aᵀ [R, R].
 //
 //   n² = ‖W‖² + Σ_r s B_r (2 U_r + s (B M)_r), clamped to 0 or more
 //
 // The gradient, with c = dn / n, or 0 where n = 0: dB = c s (U + s B M); dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where (cB)ᵀ W
 // is one more pass over W. A warp computes the norm of one row of W, and the warp's lanes divide the ranks. The
-// arithmetic of these kernels is float32.
+// arithmetic of all kernels in this file is float32.
 #pragma once
 
 #include "cuda/vector.cuh"

@@ -1,5 +1,5 @@
 // Decodes packed weights on the CPU, on one or all threads: NF4 by the kernels of nf4_kernels.h, and the other formats
-// by those of format_kernels.h.
+// by the kernels of format_kernels.h.
 #include "packed/cpu/decode.h"
 
 #include "common/registration.h"
@@ -122,7 +122,8 @@ const void* dequantize_range(const FrozenWeight& weight, int64_t begin, int64_t 
 }
 
 int64_t room_of_rows(const FrozenWeight& weight, int64_t rows) {
-  // A block of NF4 may span rows, so that the first block of a row may begin in the row before.
+  // A block of NF4 may span rows, so that the first block of the rows may begin in the row before, and the last block
+  // may end in the row after.
   return rows * weight.in_features() + (weight.is_nf4() ? 2 * weight.blocksize() : 0);
 }
 

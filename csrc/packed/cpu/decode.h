@@ -27,8 +27,8 @@ class Scales {
 // Returns [N, K] in `type`: the dense weight itself, or the decoded packed weight.
 Tensor dense_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
-// Returns the dense weight for one product within a call. A packed weight is decoded into the calling thread's scratch,
-// which the next call of working_weight overwrites.
+// Returns the dense weight [N, K] in `type`, for one product within a call. A packed weight is decoded into the calling
+// thread's scratch, which the next call of working_weight overwrites.
 Tensor working_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
 // Returns the number of scales of a weight that have to be decoded: 0 unless the weight is double-quantized NF4.

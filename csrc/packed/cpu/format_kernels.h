@@ -6,7 +6,7 @@
 
 namespace peft_ext {
 
-constexpr int64_t kRunColumns = 32;  // number of columns that a format's decode32 decodes
+constexpr int64_t kRunColumns = 32;  // number of columns that a format's function decode32 decodes
 
 struct FormatKernels {
   // Writes W[row + i, begin + j], rounded once from float32 to dtype, to out[i * stride + j], for i < rows and begin +
@@ -24,7 +24,8 @@ struct FormatKernels {
 
 constexpr int kFormatNumbers = 128;
 
-// The kernels of an instruction set, by the number of the format. A number without a format has null pointers.
+// The kernels of an instruction set, by the number of the format. A number to which no format belongs has null
+// pointers.
 struct FormatTable {
   FormatKernels of[kFormatNumbers];
 };

@@ -1,6 +1,5 @@
-// The kernels of format_kernels.h, written with the type Vec, for the formats of weight/formats/list.h. Include this
-// file after the target pragma and the instruction set's simd_<isa>.h, by a file that then defines the table of the
-// instruction set.
+// The kernels of format_kernels.h, written with the type Vec, for the formats of weight/formats/list.h. The file that
+// defines an instruction set's table includes this file, after the target pragma and simd_<isa>.h.
 //
 // decode: a run of 32 columns is decoded to a buffer in L1, rounded, and stored, or, with AVX-512, 4-bit codes are
 // looked up among 16 rounded values, and FP8 codes are converted in registers; columns before and after whole runs, and
@@ -49,11 +48,12 @@ inline void decode_run(const PackedView& w, int64_t row, int64_t column, T* out)
   }
 }
 
-constexpr int64_t kRowsTogether = 16;  // largest number of rows that decode_rows decodes
+constexpr int64_t kRowsTogether = 16;  // largest number of rows that a call of decode_rows decodes
 
 template <typename F>
 struct KernelsOf {
-  // All calls are inlined, so that a run's scales and values stay in registers.
+  // The attribute gnu::flatten inlines all calls in decode_row, so that the scales and values of 32 columns stay in
+  // registers.
   template <typename T>
   [[gnu::flatten]] static void decode_row(const PackedView& w, bool runs, int64_t row, int64_t begin, int64_t end,
                                           T* out) {
@@ -68,7 +68,7 @@ struct KernelsOf {
     one_by_one(end);
   }
 
-  // Decodes whole runs of all rows, 16 rows together.
+  // Decodes the rows [row, row + rows), up to 16 rows together. `begin` and `end` are multiples of 32.
   template <typename T>
   static void decode_row_blocks(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, T* out,
                                 int64_t stride) {
@@ -123,7 +123,7 @@ struct KernelsOf {
     }
   }
 
-  // The variant of few() for formats with decode_rows: it computes 16 rows together.
+  // The variant of few() for formats with decode_rows, which computes up to 16 rows together.
   template <int kTokens>
   static void few_row_blocks(const PackedView& w, const float* x, float* y, int64_t begin, int64_t end) {
     constexpr int kVecs = static_cast<int>(kRunColumns) / Vec::kWidth;

@@ -24,7 +24,7 @@ struct HasE4m3<F, decltype(static_cast<void>(F::kE4m3))> {
   static constexpr bool kValue = true;
 };
 
-// Tells whether a format has decode_rows.
+// Tells whether a format has the function decode_rows, which decodes several rows together.
 template <typename F, typename = void>
 struct HasRowBlocks {
   static constexpr bool kValue = false;

@@ -32,7 +32,7 @@ struct BlockWords {
   static_assert(Block::kBytes % 2 == 0 && kAll >= 32 && kAll <= 64, "two registers hold all words");
   __m512i first, last;  // the first 32 and the last 32 words of the blocks
 
-  // Reads `blocks` blocks, and zeros after them.
+  // Reads `blocks` blocks, and sets the words of the missing blocks to zero.
   BlockWords(const uint8_t* from, int blocks) {
     const uint8_t* from_last = from + 2 * (kAll - 32);
     if (blocks >= kBlocks) {
@@ -281,8 +281,8 @@ struct IQ4_XSStep : GgufStep<BlockIQ4_XS> {
   }
 };
 
-// Q2_K, Q3_K: a step reads 64 bytes with codes of two bits. A nibble holds the codes of two columns, which two tables
-// look up. Sum f is the sum over the codes in bits 2 f and 2 f + 1 of the bytes.
+// Q2_K, Q3_K: a step reads 64 bytes with codes of two bits. A nibble holds the codes of two columns, whose numbers are
+// looked up in two tables. Sum f is the sum over the codes in bits 2 f and 2 f + 1 of the bytes.
 template <typename Block>
 struct FieldStep : GgufStep<Block> {
   static constexpr int kColumns = 256, kParts = 8, kSums = 4, kBytes = Block::kBytes;

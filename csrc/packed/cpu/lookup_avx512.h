@@ -65,8 +65,8 @@ inline void e4m3_run(const uint8_t* codes, float scale, T* out) {
   for (int i = 0; i < 32; i += 16) store16(out + i, _mm512_mul_ps(e4m3_values(codes + i), _mm512_set1_ps(scale)));
 }
 
-// Writes the 32 values of 16 bytes of codes. tables: 16 values for all columns, or, if `two`, 16 values for the first
-// 16 columns and 16 for the others. Each value is rounded once to T.
+// Writes the 32 values of 16 bytes of codes. tables: the 16 values of the codes of all columns, or, if `two` is true,
+// 16 values for the first 16 columns and then 16 values for the last 16 columns. Each value is rounded once to T.
 template <Nibbles kNibbles, typename T>
 inline void lookup32(const uint8_t* codes, const float* tables, bool two, T* out) {
   const __m256i first = round16(tables, T{});

@@ -1,10 +1,11 @@
 // The kernels of few_tokens_kernels.h for GPTQ and AWQ, which store W transposed, with AVX512-BF16.
 //
 // For consecutive rows n of W, the words are neighbours in memory. The kernels read words in the order of the file:
-// bands of up to 128 columns k, and in a band panels of kRows rows. Lane n of a sum is row n, a dword of a token holds
-// x of two columns for all lanes, and vpermw looks the codes' numbers up: see row_products_avx512.h. After a band,
-// whose columns share a scale, y += scale * sum - zero * scale * (sum of x). The rows of a panel belong to one thread,
-// so that the order of a sum does not depend on the number of threads.
+// bands of up to 128 columns k, and in a band panels of kRows rows. Each lane of a sum belongs to one row. A dword with
+// x of two columns is broadcast to all lanes, and vpermw looks the codes' numbers up, as in row_products_avx512.h.
+// The columns of a band share one scale and one zero point per row. After a band, y += scale * sum - zero * scale *
+// (sum of x). The rows of a panel belong to one thread, so that the order of a sum does not depend on the number of
+// threads.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.
@@ -45,7 +46,8 @@ class Ahead {
   int64_t stride_, lines_, line_ = 0;
 };
 
-// A kernel adds in a local array of sums, which stays in registers, and copies the array to its result at the end.
+// clear and copy: a kernel adds up in a local array of sums, which stays in registers, and copies the array to `out` at
+// the end.
 template <int kSums, int kTokens>
 inline void clear(__m512 (&sums)[kSums][kTokens]) {
 #pragma GCC unroll 8
@@ -84,7 +86,8 @@ struct GptqPanel : PanelStep {
     return static_cast<const uint32_t*>(w.part[0]) + k / kCodes * w.rows + n;
   }
 
-  // Computes the sums of products over the columns [begin, end). Prefetches `next`, the words that are read afterwards.
+  // Computes the sums of products over the columns [begin, end). The function also prefetches `next`, the words that
+  // are read after these columns.
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
                        const uint32_t* next, Ahead* ahead, __m512 (&out)[kSums][kTokens]) {

@@ -276,8 +276,8 @@ struct E4m3Magnitudes {
 };
 constexpr E4m3Magnitudes kE4m3Magnitudes;
 
-// Part 0 has the codes of the even columns, which are in register 0 of x, and part 1 has those of the odd columns, in
-// register 1.
+// Part 0 has the codes of the even columns, which are multiplied with register 0 of x. Part 1 has the codes of the odd
+// columns, which are multiplied with register 1 of x.
 struct Fp8Step : ByteStep {
   static constexpr int kParts = 2;
   static constexpr int register_of(int part) { return part; }
@@ -303,7 +303,7 @@ struct Fp8Step : ByteStep {
     __m512i bits = _mm512_permutex2var_epi16(table[0].load(), index, table[1].load());
     bits = _mm512_mask_mov_epi16(bits, large, _mm512_permutex2var_epi16(table[2].load(), index, table[3].load()));
     const __m512i sign = part == 0 ? _mm512_slli_epi16(held.words, 8) : held.words;
-    return reinterpret_cast<__m512bh>(  // 0xF8 stands for: bits | (sign & 0x8000)
+    return reinterpret_cast<__m512bh>(  // the operand 0xF8 means: bits | (sign & 0x8000)
         _mm512_ternarylogic_epi32(bits, sign, _mm512_set1_epi16(-0x8000), 0xF8));
   }
   static __m512 scale(const Held& held, int, int) { return held.scale; }

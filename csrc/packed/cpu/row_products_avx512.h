@@ -21,17 +21,17 @@
 //   int register_of(part)                 returns the register of x, within the phase, that a part is multiplied with.
 //   int sum_of(part)                      returns the sum to which the products of a part are added.
 //   int column_of(reg, word)              returns the column, within the phase, that a word of a register of x holds.
-//   open(w, row)                          begins a row of W.
-//   enter(start, stop)                    begins the columns [start, stop) of a chunk.
+//   open(w, row)                          prepares the step for a row of W.
+//   enter(start, stop)                    prepares the step for the columns [start, stop), which are one chunk.
 //   Held load(column, blocks)             reads the step from `column` on, of which `blocks` * 32 columns exist.
 //   __m512bh numbers(held, phase, part)   returns the 32 numbers of a part.
 //   __m512 scale(held, phase, sum)        returns the scales of the 16 lanes of a sum.
 //   __m512 step_addends(held)             returns, with kInStep, the addends of the step's blocks, then zeros.
 //   const float* chunk_addends(output)    returns, with kInChunk, the addends of the chunk's blocks, then zeros.
-//   const uint8_t* bytes(column)          returns the address of the step's codes, for a prefetch.
+//   const uint8_t* bytes(column)          returns the address of the codes from `column` on, for a prefetch.
 //   int kBytes                            is the number of bytes of a step's codes.
 //
-// Columns beyond a row have the scale 0. Include this file after the target pragma.
+// For columns beyond the end of a row, scale() returns 0. Include this file after the target pragma.
 #pragma once
 
 #include <immintrin.h>

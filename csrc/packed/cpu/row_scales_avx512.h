@@ -1,5 +1,5 @@
-// Decodes the scales and zero points of integer codes, 16 blocks of 32 columns at a time, with AVX-512. Include this
-// file after the target pragma.
+// Decodes the scales of integer and FP8 codes, and the addends that contain the zero points, for blocks of 32 columns,
+// with AVX-512. Include this file after the target pragma.
 #pragma once
 
 #include <immintrin.h>
@@ -33,8 +33,8 @@ struct BlockScales {
 };
 
 // Writes the scales of `count` blocks of 32 columns from block `block` of a row on. Each group of `together` blocks has
-// one scale, and `first` is the index of the row's first scale. If kAdds, writes addends(index of the scale, group,
-// mask of 16 groups) * scale, too.
+// one scale, and `first` is the index of the row's first scale. If kAdds is true, the function also writes the addends:
+// addends(index of the scale, group, mask of 16 groups) * scale.
 template <bool kAdds, typename Addends>
 inline void decode_blocks(const void* scales, ScaleType type, int64_t first, int64_t together, int64_t block,
                           int64_t count, const Addends& addends, BlockScales* out) {
@@ -48,7 +48,7 @@ inline void decode_blocks(const void* scales, ScaleType type, int64_t first, int
     if (kAdds) _mm512_storeu_ps(out->add + i, add);
   };
   __m512 scale, add;
-  if (together <= 16 && (together & (together - 1)) == 0 && block % together == 0) {  // 16 groups at a time
+  if (together <= 16 && (together & (together - 1)) == 0 && block % together == 0) {  // decodes 16 groups at a time
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(together));
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t i = 0; i < count; i += 16 * together) {
@@ -60,7 +60,7 @@ inline void decode_blocks(const void* scales, ScaleType type, int64_t first, int
         store(i + done, _mm512_permutexvar_ps(from, scale), _mm512_permutexvar_ps(from, add));
       }
     }
-  } else {  // one group at a time
+  } else {  // decodes the scale of one group at a time
     for (int64_t i = 0; i < count;) {
       const int64_t group = (block + i) / together, stop = min_i64(count, (group + 1) * together - block);
       decode(group, 1, &scale, &add);

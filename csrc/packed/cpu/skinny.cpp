@@ -43,7 +43,7 @@ int64_t skinny_chunk(const FrozenWeight& weight) {
   return std::max<int64_t>(1, rows / kRowsTogether) * kRowsTogether;
 }
 
-// Returns the kernels that multiply few bfloat16 tokens without decoding the weight, or null pointers.
+// Returns the kernels of few_tokens_kernels.h that accept the weight and x of dtype `type`, or null pointers.
 FewTokensKernels few_tokens_kernels(const FrozenWeight& weight, ScalarType type) {
 #if defined(__x86_64__)
   if (type == ScalarType::BFloat16 && current_isa() >= Isa::kAvx512Bf16) {

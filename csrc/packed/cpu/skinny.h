@@ -12,8 +12,8 @@ struct FewTokensProduct {
   Tensor y;
   int64_t units = 0;                                         // number of units of W, which threads divide; see by_rows
   int64_t work = 0;                                          // number of multiplications that one unit takes
-  bool by_rows = true;                                       // true: a unit is one row of W; false: several rows
-  std::function<void(int64_t begin, int64_t end)> multiply;  // computes the units [begin, end)
+  bool by_rows = true;                                       // whether a unit is exactly one row of W
+  std::function<void(int64_t begin, int64_t end)> multiply;  // multiplies the units [begin, end) with x
   std::vector<Tensor> held;                                  // tensors in whose memory `multiply` reads and writes
 };
 

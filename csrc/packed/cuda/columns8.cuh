@@ -1,9 +1,9 @@
 // Decoders of 8 columns at a time for the CUDA kernels. If OnCuda<Format> has the function `static void value8(const
-// PackedView& w, int64_t row, int64_t column, float (&out)[8])`, a kernel calls value8; otherwise a kernel calls
-// `value` for each column. value8 gives the bits of `value` for 8 columns from a multiple of 8 on, all of which exist.
-// OnCuda<Format> may also have a `value` of its own, which returns the same bits as Format's `value`. The first
-// weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow without gaps. A specialization
-// of OnCuda adds value8 to a format.
+// PackedView& w, int64_t row, int64_t column, float (&out)[8])`, a kernel calls value8 for 8 columns; otherwise a
+// kernel calls `value` for each column. value8 gives the bits of `value` for 8 columns from a multiple of 8 on, all of
+// which exist. OnCuda<Format> may also have a `value` of its own, which returns the same bits as Format's `value`. The
+// first weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow without gaps. A
+// specialization of OnCuda adds value8 to a format.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -126,8 +126,8 @@ struct OnCuda<Fp8> : Fp8 {
   }
 };
 
-// Returns scale i of an array of float32, bfloat16 or float16, which `option` names: like scale_value, but with fewer
-// branches.
+// Returns scale i of an array of float32, bfloat16 or float16, which `option` names: like scale_value (packed_view.h),
+// but with fewer branches.
 __device__ __forceinline__ float float_scale(const PackedView& w, const void* scales, int64_t i) {
   if (scale_type(w.option) == ScaleType::kF32) return static_cast<const float*>(scales)[i];
   const uint32_t bits = static_cast<const uint16_t*>(scales)[i];
@@ -297,8 +297,8 @@ struct OnCuda<Hqq> : Hqq {
   }
 };
 
-// Returns Number::value(code); a table is held in four registers, because an array that is indexed would be in local
-// memory.
+// Returns Number::value(code). A table of 16 values is held in four registers, because an array that is indexed would
+// be in local memory.
 template <typename Number>
 __device__ __forceinline__ int number_of(int code) {
   if constexpr (Number::kTable) {

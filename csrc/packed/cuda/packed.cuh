@@ -2,13 +2,13 @@
 //
 //   out[n, k] = round(W[n, k] [· g[n]]),  W[n, k] = Format::value(n, k) in float32
 //
-// out has type T: [N, K], or [E, N, K] for E weights whose parts follow one another. A thread block of 8 warps decodes
-// 8 rows, one row per warp, and 4 · 32 · 8 columns. In each step lane l decodes the l-th of 32 adjacent groups of 8
-// columns, so that a warp stores 512 contiguous bytes (1024 of float32). Formats that store W transposed have the codes
-// of adjacent rows in one word or in one sector: the 8 warps of a thread block read the sector from L1. NVRTC contracts
-// no product and sum to an FMA (the option --fmad=false), because the order of operations in `value` defines the bits.
-// The value is multiplied by g in float32, and is rounded once to T, to nearest even. Bytes moved: the parts, out, and
-// 4 N bytes of g.
+// g is an optional scale of the rows. out has type T, and is [N, K], or [E, N, K] for a stack of E weights whose parts
+// follow one another. A thread block of 8 warps decodes 8 rows, one row per warp, and 4 · 32 · 8 columns. In each step
+// lane l decodes the l-th of 32 adjacent groups of 8 columns, so that a warp stores 512 contiguous bytes (1024 of
+// float32). Formats that store W transposed have the codes of adjacent rows in one word or in one sector: the 8 warps
+// of a thread block read the sector from L1. The option --fmad=false keeps NVRTC from contracting a product and a sum
+// to an FMA, because the operations in `value` define the bits. The value is multiplied by g in float32, and is rounded
+// once to T, to nearest even. Bytes moved: the parts of W, out, and, if g is given, 4 N bytes of g.
 //
 // NVRTC options: --fmad=false
 #pragma once
@@ -30,12 +30,12 @@ struct FormatOf;
 PEFT_EXT_FORMATS(FORMAT)
 #undef FORMAT
 
-// Decodes 8 columns from `column` on, a multiple of 8. All of these columns exist.
+// Decodes the 8 columns from `column` on. `column` is a multiple of 8, and all 8 columns exist.
 template <typename Format>
 __device__ __forceinline__ void decode_columns(const PackedView& weight, int64_t row, int64_t column,
                                                float (&values)[kVector]) {
 #ifdef __CUDACC__
-  __builtin_assume(row >= 0 && column >= 0);  // so that divisions by powers of two become shifts
+  __builtin_assume(row >= 0 && column >= 0);  // with this assumption, divisions by powers of two become shifts
 #endif
   if constexpr (kHasValue8<Format>) {
     Format::value8(weight, row, column, values);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kPackedThreads, 4) packed_dequantize_kernel(Pa
   const auto across = static_cast<uint32_t>((weight.columns + kPackedColumns - 1) / kPackedColumns);
   const int64_t row = static_cast<int64_t>(blockIdx.x / across) * kPackedRows + threadIdx.x / kWarpSize;
   if (row >= weight.rows) return;
-  const float g = work.row_scale == nullptr ? 1.0f : work.row_scale[row];  // a product by 1 is exact
+  const float g = work.row_scale == nullptr ? 1.0f : work.row_scale[row];  // if g is 1, the product is exact
   T* to = out + (blockIdx.y * weight.rows + row) * weight.columns;
   int64_t column = static_cast<int64_t>(blockIdx.x % across) * kPackedColumns + threadIdx.x % kWarpSize * kVector;
   const bool whole = weight.columns % kVector == 0;

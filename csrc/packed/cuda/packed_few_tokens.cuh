@@ -5,12 +5,12 @@
 //
 // g is the output scale (of DoRA or IA3), b₀ is the bias that g also multiplies, and b₁ is the bias that g does not
 // multiply. A thread block of 4 warps computes 4 outputs for all tokens. In each step a thread loads 8 inputs of each
-// token, then decodes the 8 weights of each output in registers, as in packed.cuh, and adds the products to 4 sums for
-// each token. The arithmetic is float32 FMAs; a weight is not rounded to x's dtype. The sums of a warp's lanes are
-// added by exchanges between lanes: in each exchange a lane gives away half of its sums and keeps the other half, until
-// the lane has one sum. The warps' sums are added in shared memory, in order, so that the order of the sum is equal on
-// every GPU. Shared memory: 4 · 4 · kTokens floats, where kTokens is 1, 4 or 8. Bytes moved: the parts of W once; x
-// once per thread block, from L2 and L1.
+// token, decodes the 8 weights of each output in registers, as in packed.cuh, and adds the products to one sum for each
+// output and token. The arithmetic is float32 FMAs; a weight is not rounded to x's dtype. The sums of a warp's lanes
+// are added by exchanges between lanes: in each exchange a lane gives away half of its sums and keeps the other half,
+// until the lane has one sum. The warps' sums are added in shared memory, in order, so that the order of the sum is
+// equal on every GPU. Shared memory: 4 · 4 · kTokens floats, where kTokens is 1, 4 or 8. Bytes moved: the parts of W
+// once; x once per thread block, from L2 and L1.
 //
 // NVRTC options: --fmad=false
 #pragma once
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kPackedFewThreads, kTokens == 8 ? 3 : 4) packe
   }
 
   const int lane = threadIdx.x % kWarpSize;
-  constexpr int kLanes = kWarpSize / kSums;  // number of lanes that return one sum
+  constexpr int kLanes = kWarpSize / kSums;  // number of lanes that return the same sum
   const float total = sum_over_lanes(sums, lane);
   if (lane % kLanes == 0) shared[threadIdx.x / kWarpSize][lane / kLanes] = total;
   sync_threads();

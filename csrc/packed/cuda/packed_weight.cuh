@@ -11,8 +11,8 @@ namespace peft_ext {
 // Returns the view of a packed weight, or of the first weight if `weight` holds a stack of weights.
 PackedView packed_view(const Launcher& launcher, const DeviceWeight& weight);
 
-// Decodes a whole weight: returns [N, K] in `type`. If row_scale is given, row n is multiplied by row_scale[n] and
-// rounded once. With `count`, `weight` holds `count` weights, and the result is [count, N, K].
+// packed_dense decodes a whole weight, and returns [N, K] in `type`. If row_scale is given, row n is multiplied by
+// row_scale[n] and rounded once. packed_dense_stack decodes a stack of `count` weights, and returns [count, N, K].
 Tensor packed_dense(const DeviceWeight& weight, ScalarType type, const Tensor* row_scale = nullptr);
 Tensor packed_dense_stack(const DeviceWeight& weight, ScalarType type, int64_t count);
 
@@ -22,7 +22,7 @@ void launch_packed_few(const Launcher& launcher, const PackedFew& work, int64_t 
 
 namespace {
 
-// Calls f(std::integral_constant<int, number>) for the number of a format.
+// Calls f with `number`, the number of a packed format, as a std::integral_constant<int, number>.
 template <typename F>
 inline void with_format(int64_t number, F f) {
   switch (number) {

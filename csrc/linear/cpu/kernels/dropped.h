@@ -2,8 +2,8 @@
 // (cpu/target_<isa>.h).
 //
 // W is given transposed: each row in memory is a column of W. A strip has kDroppedStrip rows or columns of W, and stays
-// in cache while it is multiplied with all tokens. For each dropped element, dropped_product adds one multiple of a row
-// of the strip, and dropped_dots computes one dot product with a row of the strip.
+// in cache while a call multiplies the strip with the call's tokens. For each dropped element, dropped_product adds one
+// multiple of a row of the strip, and dropped_dots computes one dot product with a row of the strip.
 #pragma once
 
 #include "cpu/row_loop.h"

@@ -8,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// For each token, the values of x after the last whole vector of a row, padded with zeros.
+// For each of kCount tokens, the values of the token's row of x after the row's last whole vector, padded with zeros.
 template <int kCount>
 using Tails = float[kCount][Vec::kWidth];
 

@@ -1,5 +1,5 @@
-// The low-rank kernels on the CPU, and the other passes over activations. Each instruction set has a table of these
-// kernels, a PassKernels.
+// Declares the low-rank kernels on the CPU, and the other passes over activations. Each instruction set has a table of
+// these kernels, a PassKernels.
 //
 // In RowPass and Expand, matrices with a dimension of the rank are float32. On one instruction set, the order of the
 // sums depends only on the sizes, and for Dropped also on the dropout mask.
@@ -12,17 +12,18 @@
 
 namespace peft_ext {
 
-// Largest numbers of rows and of columns that an expand computes at a time. Most other kernels also work on
-// kColumnsTogether columns at a time.
+// Largest numbers of rows and of columns that an expand computes at a time. Most other kernels of this folder also work
+// on kColumnsTogether columns at a time.
 constexpr int kRowsTogether = 8;
 constexpr int kColumnsTogether = 512;
 
 // A RowPass is one pass over the rows [begin, end) and the columns [first, last) of m [T, K]. If dropout is active, the
 // pass applies dropout to m first (element [t, k] has the flat index t K + k). If `right` or `squares` is given, the
 // pass must have all columns; otherwise `first` is a multiple of kColumnStep. `totals` and `squares` may be given only
-// if dropout is inactive. The pass computes, for each pointer that is given (after the formula stand its uses):
-//   right given:    out[t, r] = sum_k m[t, k] right[r, k]          S = x̃ Aᵀ,  P = dY B,  W Aᵀ.
-//   left given:     acc[r, k] += sum_t left[t, r] m[t, k]          dA = Pᵀ x̃, dB = dYᵀ S.
+// if dropout is inactive. For each pointer that is given, the pass computes the formula in the pointer's line below.
+// The right column lists uses of the formulas, in the letters of adapted_linear.h:
+//   right given:    out[t, r] = sum_k m[t, k] right[r, k]          S = x̃ Aᵀ,  P = (g ∘ dY) ρB,  W Aᵀ.
+//   left given:     acc[r, k] += sum_t left[t, r] m[t, k]          dA = Pᵀ x̃, dBᵀ = Sᵀ dY.
 //                   `acc` does not contain dropout's scale 1/(1-p).
 //   totals given:   totals[k] += sum_t m[t, k]                     gradient of a bias.
 //   squares given:  squares[t] = sum_k m[t, k]².

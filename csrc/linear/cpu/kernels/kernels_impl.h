@@ -1,6 +1,6 @@
-// Includes the code of all kernels of kernels.h for one instruction set, so that the including file can fill its kernel
-// table. Include this file after the target pragma (cpu/target_<isa>.h) and after the instruction set's Vec
-// (cpu/simd_<isa>.h).
+// Includes the code of all kernels of kernels.h for one instruction set, so that the file that includes kernels_impl.h
+// can fill the instruction set's table PassKernels. Include this file after the target pragma (cpu/target_<isa>.h) and
+// after the instruction set's Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include "linear/cpu/kernels/column_pass.h"

@@ -1,5 +1,5 @@
-// RowPass: the rank passes S = x̃ Aᵀ and dA = Pᵀ x̃. DropElements: x̃ alone. Include this file after the target pragma
-// (cpu/target_<isa>.h).
+// Kernels for RowPass, for example S = x̃ Aᵀ and dA = Pᵀ x̃ with P = (g ∘ dY) ρB, and for DropElements, which computes
+// only x̃ = dropout(x). Include this file after the target pragma (cpu/target_<isa>.h).
 //
 // A vector holds neighbouring columns of one row of m, `right` or `acc`. For kRanksTogether ranks at a time, the dot
 // products of two rows of m with rows of `right` stay in registers over a panel of kPanel columns, and the sums `acc`
@@ -77,8 +77,8 @@ void drop_elements(const DropElements& work, int64_t begin, int64_t end) {
   });
 }
 
-// Makes the compiler keep a vector in a register. Otherwise the compiler would load a weight again for every use, or
-// clear sums by memset.
+// Makes compilers for x86-64 keep a vector in a register. Otherwise the compiler would load a weight again for every
+// use, or clear sums by memset.
 inline Vec in_register(Vec x) {
 #if defined(__x86_64__)
   if constexpr (Vec::kWidth > 1) asm("" : "+v"(x.v));

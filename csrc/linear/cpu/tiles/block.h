@@ -1,22 +1,22 @@
-// A Block holds the sums of up to 2 strips of rows by 2 strips of lanes, and stays in L1. The kernels clear a block,
-// add products to the block, and write the block's results once. Include this file after the target pragma
-// (cpu/target_<isa>.h) and after the files of an instruction set, which define these names:
+// A Block holds the sums of up to 2 strips of rows by 2 strips of lanes (see tiles.h), and stays in L1. The kernels
+// clear a block, add products to the block, and write the block's results once. Include this file after the target
+// pragma (cpu/target_<isa>.h) and after the files of an instruction set, which define these names:
 //   Row: a vector of 16 sums, with the operations of the Vec of simd_<isa>.h.
 //   transposed(part, rows): writes the columns of 16 x 16 sums to `rows`.
 //   store_row(out, first, second, count): rounds the 32 values of two Rows to bfloat16, and stores the first `count`.
 //   kLowRankRows: number of rows of sums that add_low_rank keeps in registers at a time.
 //   multiply(left, left_strips, right, right_strips, tiles, c, ahead), kRowsOfStep:
 //     c[i][j] += left strip i times right strip j over `tiles` tiles of the depth, for up to 2 x 2 strips.
-//     c[i][j] is [16][16] float32, 1 KiB. multiply may call ahead->fetch() once for each kRowsOfStep rows and each
-//     tile of the depth.
+//     c[i][j] is [16][16] float32, 1 KiB. multiply may call ahead->fetch(), which prefetches the next panel, once for
+//     each kRowsOfStep rows and each tile of the depth.
 //   kDecodeStrips: the cost of decoding a panel; the unit is the product of the panel with one strip of tokens.
 //   rows_of(matrix, columns), kFewStrips: rows_of returns whole tiles of a row-major matrix as a left operand, without
 //     a copy. The forward uses rows_of for up to kFewStrips strips of tokens, and never if kFewStrips is 0.
 //   decodes_rows(weight): returns whether multiply can decode the rows of this W during the product with one strip of
 //     tokens.
 //   decoded_rows(weight, row): returns the left operand that decodes W's rows from `row` on.
-//   TileUnit: a class of which `forward` and `backward` keep an object while they run. With AMX, its constructor
-//   configures the tile registers, and its destructor releases the tile registers.
+//   TileUnit: a class of which `forward` and `backward` keep an object while they run. With AMX, the constructor of
+//   TileUnit configures the tile registers, and the destructor releases the tile registers.
 #pragma once
 
 #include "linear/cpu/tiles/tiles.h"
@@ -85,7 +85,8 @@ inline void add_low_rank(const float* left, const float* right, int64_t rank, in
   }
 }
 
-// Adds the low-rank term to all strips of lanes of the block. right is [strips, rank, 16].
+// Adds the low-rank term, left times right, to all strips of lanes of the block. `right` has one matrix [rank, 16] for
+// each strip of lanes.
 inline void add_low_rank(const float* left, const float* right, int64_t rank, Block* block) {
   for (int j = 0; j < block->right; ++j) add_low_rank<false>(left, right + j * rank * kStrip, rank, j, block, 0);
 }

@@ -1,5 +1,6 @@
-// Converts a panel of W to strips, in AVX-512 with BF16: rows of W for the forward, columns of W for the backward.
-// A packed weight is decoded during the conversion. Include this file after the target pragma (cpu/target_<isa>.h).
+// Converts a panel of W to strips with instructions of AVX-512 and AVX512-BF16: rows of W for the forward, columns of W
+// for the backward. A packed weight is decoded during the conversion. Include this file after the target pragma
+// (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/simd_avx512.h"

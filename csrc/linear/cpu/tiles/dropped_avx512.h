@@ -1,7 +1,8 @@
 // Computes the products with the few elements that dropout drops, if dropout acts on the base too, as in PEFT's DoRA.
 // Include this file after the target pragma (cpu/target_<isa>.h).
 //
-//   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is also needed for x̃ Wᵀ. E is the product with the dropped elements:
+//   forward   x Wᵀ = D + E. D = (mask ∘ x) Wᵀ is the product with the kept elements of x, which x̃ Wᵀ needs too.
+//             E is the product with the dropped elements of x:
 //             E[t] = sum over dropped k of x[t, k] W[:, k]. E is computed from the transpose of W. One dot product
 //             instruction multiplies elements of two columns of W with two elements of x.
 //   backward  One product computes dX for all kept elements, beside the low-rank part of dX:
@@ -104,8 +105,8 @@ inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* tur
         sums[q][half][1] = _mm512_dpbf16_ps(sums[q][half][1], high, x);
       }
     }
-  // The unpack instructions put four of each eight values into `low` and the other four into `high`; the indices front
-  // and back restore the order.
+  // The unpack instructions put four of each eight values into `low` and the other four into `high`; the indices
+  // `front` and `back` restore the order.
   const __m512i front = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i back = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
   for (int half = 0; half < kHalves; ++half) {
@@ -126,7 +127,8 @@ inline void dropped_product(const TileForward& work, int64_t rows, int64_t token
   }
 }
 
-// Computes out[i] = grad · rows[i] for kCount rows, dot products of `depth` values. The rows are padded with zeros.
+// Computes out[i] = grad · rows[i] for kCount rows; each result is a dot product of `depth` values. The rows are padded
+// with zeros.
 template <int kCount>
 inline void dots(const bf16* grad, int64_t depth, const bf16* const* rows, float* out) {
   __m512 sums[kCount][2];

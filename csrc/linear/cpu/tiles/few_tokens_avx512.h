@@ -27,16 +27,17 @@ void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out)
 }
 
 // Multiplies kRows rows of W at a time, so that each value of x is loaded once for all kRows rows. For one token kRows
-// is 1, because memory is read faster in order than in several rows at a time. few_tokens_pack stored the tokens of x
-// side by side, and x is read from L1 or L2. The sum of a row does not depend on how many rows are multiplied at a
-// time.
+// is 1, because memory is read faster in order than in several rows at a time. few_tokens_pack has stored the values of
+// all tokens for 32 columns side by side, and x is read from L1 or L2. The sum of a row does not depend on how many
+// rows are multiplied at a time.
 template <int kTokens, int kRows>
 inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
   // Each addition to a sum must wait for the previous addition. Several independent sums keep the multiplier busy.
   constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
-  // Distance in bytes from the memory that is read to the memory that is prefetched. Several rows at a time are too
-  // many streams for the hardware prefetcher, so the kernel prefetches the rows that the kernel multiplies next.
+  // Distance in bytes from the memory that is read to the memory that is prefetched. If kRows is more than 1, the rows
+  // are too many streams for the hardware prefetcher, so the kernel prefetches the rows that the kernel multiplies
+  // next.
   const int64_t ahead = kRows == 1 ? 4096 : kRows * k * static_cast<int64_t>(sizeof(bf16));
   __m512 sums[kRows][kTokens][kSums];
 #pragma GCC unroll 4

@@ -22,7 +22,7 @@ struct TileUnit {
 };
 
 constexpr int kRowsTogether = 8;
-constexpr int64_t kRowsOfStep = kRowsTogether;  // number of rows of a block that one step of the depth multiplies
+constexpr int64_t kRowsOfStep = kRowsTogether;  // number of rows of a block that multiply_rows multiplies at a time
 constexpr int64_t kDecodeStrips = 1;
 inline Strips rows_of(const bf16* matrix, int64_t) { return Strips{matrix, 0}; }
 constexpr int64_t kFewStrips = 0;
@@ -38,7 +38,7 @@ inline DecodedRows decoded_rows(const TileWeight& weight, int64_t row) { return 
 
 // Decodes the columns [column, column + 64) of a row, or writes zeros if the row is beyond the last row. The function
 // also prefetches memory of the row from 256 columns further on, or, beyond the end of the row, memory of the first
-// columns of the row 16 rows below.
+// columns of the row that is 16 rows further on.
 inline void decode_row(const TileWeight& w, int64_t row, int64_t column, bf16* out) {
   const int64_t far = column + 4 * kPanelStep;
   __builtin_prefetch(

@@ -28,8 +28,8 @@ bool tiles_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, T
 // for TileKernels::forward.
 bool tiles_take_few_tokens(ScalarType type);
 
-// Returns the weights, in their order, as arguments of the tile kernels. The decoded scales of NF4 weights with double
-// quantization are in the calling thread's scratch memory.
+// Returns each weight, in the order of `weights`, as an argument of the tile kernels. The decoded scales of NF4 weights
+// with double quantization are in the calling thread's scratch memory.
 std::vector<TileWeight> tile_weights(const std::vector<const FrozenWeight*>& weights);
 
 // strips_of returns the arguments of TileKernels::left_strips and right_strips. strips_room returns scratch memory of
@@ -38,8 +38,8 @@ TokenStrips strips_of(bf16* room, const Tensor& m, int64_t tokens, int64_t depth
                       const KeepBits* keep);
 bf16* strips_room(Scratch use, int64_t tokens, int64_t depth);
 
-// Converts m [tokens, depth] to strips in `room`, which must have room for strips_elements(tokens, depth) elements, or
-// in scratch memory of the calling thread.
+// Converts m [tokens, depth] to strips, left strips if `left` is true, in `room`, which must have room for
+// strips_elements(tokens, depth) elements, or in scratch memory of the calling thread.
 bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
@@ -63,8 +63,8 @@ bf16* panel_scratch(int64_t elements);
 // Divides all panels of W and all token strips into the ranges of a plan, and calls run(begin, end, first, last, panel,
 // sums) for each range, on all threads: [begin, end) are rows of W (in the backward, columns of W), [first, last) are
 // token strips, and panel and sums are the thread's scratch memory. strip_step: number of token strips in a unit of the
-// plan (see plan.h). part: number of tiles in a part of the depth, which is cut by `cut`. turns: whether the scratch of
-// a panel also holds the transpose of the panel.
+// plan (see plan.h). part: number of tiles in a part of the depth; `cut` says how the depth is cut into parts (see
+// DepthCut). turns: whether the scratch of a panel also holds the transpose of the panel.
 template <typename Run>
 void run_panels(int64_t count, int64_t depth, int64_t tokens, int64_t strip_step, const DepthCut& cut, int64_t part,
                 bool turns, const Run& run) {

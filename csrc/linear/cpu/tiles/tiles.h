@@ -1,13 +1,14 @@
 // Declares the tile kernels, which compute the adapted linear layer in bfloat16 on CPUs with a bfloat16 product
-// (AVX512-BF16, AMX, Arm's BF16). Each instruction set has a table of these kernels.
+// (AVX512-BF16, AMX, Arm's BF16). Each of these instruction sets has a table of the kernels, TileKernels. The letters
+// in the formulas are those of linear/cpu/adapted_linear.h.
 //
 //   forward   Z = x Wᵀ + S (ρB)ᵀ                 Y = g (Z + b₀) + b₁          lanes: tokens     rows: W's rows
 //   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
 //             For several layers of one input, one block of sums holds the sum of the layers' dX.
 //
-// In the backward, G is g ∘ dY and P is (g ∘ dY) ρB. If dropout acts on the base too, as in PEFT's DoRA, G is dY and H
-// is (g - 1) ∘ dY; otherwise there is no H. If dropout acts on the base too and drops few elements, the second product
-// with all of W is replaced by a product with the dropped elements: see dropped_avx512.h.
+// In the backward, G is g ∘ dY, P is (g ∘ dY) ρB, and l is in_scale. If dropout acts on the base too, as in PEFT's
+// DoRA, G is dY and H is (g - 1) ∘ dY; otherwise there is no H. If dropout acts on the base too and drops few elements,
+// the second product with all of W is replaced by a product with the dropped elements: see dropped_avx512.h.
 //
 // One microkernel serves the forward and the backward: C [rows, lanes] += left [rows, depth] right [depth, lanes],
 // where the depth is summed in float32 from first to last. A panel of a deep W does not fit L2. The depth is therefore
@@ -39,7 +40,7 @@ constexpr int64_t kTile = kStrip * kTileDepth;
 constexpr int64_t kPanelStep = 64;      // number of rows (in the backward: columns) of W in a panel
 constexpr int64_t kReduceTokens = 512;  // number of tokens in one partial sum of grad_in_scale
 
-// W [rows, columns]: dense, NF4, or in a format that `decode` decodes (see FormatKernels::decode).
+// The frozen weight W [rows, columns]: dense, NF4, or in a format that `decode` decodes (see FormatKernels::decode).
 struct TileWeight {
   const bf16* dense;
   const uint8_t* packed;  // NF4: codes

@@ -6,10 +6,10 @@
 // The headers below must be included after the target pragma (cpu/target_<isa>.h).
 #include "linear/cpu/tiles/microkernel_neon.h"
 #include "linear/cpu/tiles/row_neon.h"
-// The files below use the definitions of the files above.
+// dropped_neon.h and strips_neon.h use the definitions of microkernel_neon.h and row_neon.h.
 #include "linear/cpu/tiles/dropped_neon.h"
 #include "linear/cpu/tiles/strips_neon.h"
-// The files below use the definitions of all files above.
+// backward.h and forward.h use the definitions of all headers that were included before.
 #include "linear/cpu/tiles/backward.h"
 #include "linear/cpu/tiles/forward.h"
 
