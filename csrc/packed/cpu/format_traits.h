@@ -34,8 +34,8 @@ struct HasRowBlocks<F, decltype(static_cast<void>(F::kRowBlocks))> {
   static constexpr bool kValue = true;
 };
 
-// Tells whether part 0, the first tensor of a weight in the format, holds the codes row by row. If a format has no member
-// kRowMajor, the answer is no only for a format with decode_rows, which stores W transposed.
+// Tells whether part 0, the first tensor of a weight in the format, holds the codes row by row. If a format has no
+// member kRowMajor, the answer is no only for a format with decode_rows, which stores W transposed.
 template <typename F, typename = void>
 struct IsRowMajor {
   static constexpr bool kValue = !HasRowBlocks<F>::kValue;
