@@ -66,7 +66,8 @@ def estimate_memory(
         dtype: dtype of the base model's floating-point parameters; default: the model's own, or the configuration's.
             An adapter that ``model`` has already keeps its dtype.
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
-            "lion_8bit", "rmsprop", "sgd", or None.
+            "lion_8bit", "rmsprop", "sgd", or None. As in transformers' Trainer, the states of an nn.Embedding's weight
+            are float32 under an 8-bit optimizer.
         gradient_checkpointing: True: each layer that transformers can checkpoint saves only its input, and the
             backward computes the layer again. If ``gradient_checkpointing`` is False, a model that has checkpointing on
             already keeps it.
