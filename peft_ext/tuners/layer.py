@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Optional, Union
@@ -326,6 +327,9 @@ def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     view = copy.copy(module)
     for attribute in ("_parameters", "_buffers", "_modules"):
         setattr(view, attribute, dict(getattr(module, attribute)))
+    for attribute in ("forward", "_old_forward"):  # accelerate's hooks set both attributes
+        if attribute in vars(module):
+            setattr(view, attribute, _of_copy(vars(module)[attribute], module, view))
     inner: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".")
@@ -336,6 +340,15 @@ def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     for head, below in inner.items():
         view._modules[head] = _with_tensors(module._modules[head], below)
     return view
+
+
+def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) -> Callable[..., Any]:
+    """Returns ``forward``, a method of ``module`` or a partial function of it, as one of ``view``."""
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        return types.MethodType(forward.__func__, view)
+    if isinstance(forward, functools.partial) and forward.args and forward.args[0] is module:
+        return functools.partial(forward.func, view, *forward.args[1:], **forward.keywords)
+    return forward
 
 
 def _checkpoint_of(module: nn.Module) -> Optional[Callable[..., Any]]:

@@ -11,6 +11,7 @@ pytest.importorskip("aenum")
 pytest.importorskip("bitsandbytes")
 
 import peft
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft.utils import get_peft_model_state_dict
 from tuner_models import (
     HIDDEN,
@@ -125,6 +126,8 @@ def test_tensors_are_read_and_children_run_through_the_wrapper():
     unit = spread(peft.get_peft_model(Mixed(), PartialConfig(num_last_layers=1))).base_model.model.layers[1]
     own = unit.partial_tensors["default"]
     assert unit.decay is own.decay and unit.inner.weight is own.inner.weight and unit.norm is not unit.base_layer.norm
+    assert torch.equal(unit.inner(x), nn.functional.linear(x, own.inner.weight, own.inner.bias))
+    add_hook_to_module(unit.base_layer.inner, ModelHook())  # accelerate then replaces the forward of the module itself
     assert torch.equal(unit.inner(x), nn.functional.linear(x, own.inner.weight, own.inner.bias))
     unit.enable_adapters(False)
     assert unit.decay is unit.base_layer.decay and unit.inner is unit.base_layer.inner
