@@ -270,7 +270,9 @@ class BottleneckModel(Tuner):
 
     def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
         # The names of an adapter's tensors, and unload(), work for a layer that is not in or around another layer.
-        names = {name.replace(".base_layer", "") for name, _ in model.named_modules() if ".bottleneck_adapters" not in name}
+        names = {
+            name.replace(".base_layer", "") for name, _ in model.named_modules() if ".bottleneck_adapters" not in name
+        }
         adapted = {name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}
         chosen = expand_all_linear(model, peft_config.target_modules, peft_config)
         config = dataclasses.replace(peft_config, target_modules=chosen)

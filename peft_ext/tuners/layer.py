@@ -175,13 +175,14 @@ class ReplacingLayer(Wrapper):
         if getattr(self, "_is_replica", False):
             raise RuntimeError(f"{type(self).__name__}: nn.DataParallel makes copies without parameters; wanted "
                                "DistributedDataParallel, or one GPU (CUDA_VISIBLE_DEVICES=0)")  # fmt: skip
-        if _offloaded(self.base_layer):
+        below = list(self.base_layer.modules()) if self.base_layer._modules else [self.base_layer]
+        if any(getattr(module.__dict__.get("_hf_hook"), "offload", False) for module in below):
             name = f"{type(self).__name__} over {type(self.base_layer).__name__}"
             raise RuntimeError(f"{name}: accelerate offloads its tensors, wanted a module that stays on a device")
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        tensors = self.replacements(adapter, self.training, x)
+        checkpoints = [(module, func) for module in below if (func := _checkpoint_of(module)) is not None]
         with self._locked():
-            checkpoints = [(module, func) for module in self.base_layer.modules() if (func := _checkpoint_of(module))]
+            tensors = self.replacements(adapter, self.training, x)
             try:
                 for module, func in checkpoints:
                     module._gradient_checkpointing_func = functools.partial(self._checkpoint, func, tensors)
@@ -193,16 +194,15 @@ class ReplacingLayer(Wrapper):
     def _run(self, tensors: dict[str, Tensor], function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Calls ``function`` while ``base_layer`` holds ``tensors`` in place of its own tensors of these names."""
         places = []
-        with self._locked():
-            try:
-                for name, tensor in tensors.items():
-                    held, leaf = self._place(name)
-                    places.append((held, leaf, held[leaf]))
-                    held[leaf] = tensor
-                return function(*args, **kwargs)
-            finally:
-                for held, leaf, tensor in places:
-                    held[leaf] = tensor
+        try:
+            for name, tensor in tensors.items():
+                held, leaf = self._place(name)
+                places.append((held, leaf, held[leaf]))
+                held[leaf] = tensor
+            return function(*args, **kwargs)
+        finally:
+            for held, leaf, tensor in places:
+                held[leaf] = tensor
 
     def _checkpoint(
         self, checkpoint: Callable[..., Any], tensors: dict[str, Tensor], function: Callable[..., Any], /, *args: Any,
@@ -210,7 +210,12 @@ class ReplacingLayer(Wrapper):
     ) -> Any:  # fmt: skip
         """Checkpoints ``function``, whose recomputation in the backward runs after :meth:`forward` has restored the
         tensors of ``base_layer``."""
-        return checkpoint(functools.partial(self._run, tensors, function), *args, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._locked():
+                return self._run(tensors, function, *args, **kwargs)
+
+        return checkpoint(run, *args, **kwargs)
 
     def _place(self, name: str) -> tuple[dict[str, Optional[Tensor]], str]:
         """Returns the dictionary of parameters or buffers that holds the base module's tensor ``name``, and its key."""
@@ -353,11 +358,8 @@ def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) ->
 
 def _checkpoint_of(module: nn.Module) -> Optional[Callable[..., Any]]:
     """Returns the function by which a module of transformers checkpoints a forward, or None if it checkpoints none."""
-    return module.__dict__.get("_gradient_checkpointing_func") if getattr(module, "gradient_checkpointing", 0) else None
-
-
-def _offloaded(module: nn.Module) -> bool:
-    return any(getattr(below.__dict__.get("_hf_hook"), "offload", False) for below in module.modules())
+    func = module.__dict__.get("_gradient_checkpointing_func")
+    return func if func is not None and getattr(module, "gradient_checkpointing", False) else None
 
 
 def _several(layer: nn.Module, names: list[str]) -> str:

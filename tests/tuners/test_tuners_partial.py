@@ -13,6 +13,7 @@ pytest.importorskip("bitsandbytes")
 import peft
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft.utils import get_peft_model_state_dict
+from transformers import Trainer
 from tuner_models import (
     HIDDEN,
     Mixed,
@@ -30,8 +31,6 @@ from tuner_models import (
     state_bits,
     wrapped,
 )
-
-from transformers import Trainer
 
 from peft_ext.tuners import BitFitConfig, PartialConfig
 
