@@ -50,7 +50,8 @@ def estimate_memory(
     A trace does not see the scratch memory of PyTorch's operators: a few MB a thread on the CPU, the workspace of
     cuBLAS on CUDA. The estimate assumes that attention saves q, k, v, its output and the log-sum-exp, as PyTorch's CPU
     kernel and its flash and memory-efficient CUDA kernels do. The estimate counts the scratch memory into which
-    peft_ext's operators dequantize weights.
+    peft_ext's operators dequantize weights. As in transformers' Trainer, the states of an nn.Embedding's weight are
+    float32 under an 8-bit optimizer.
 
     Args:
         model: a model of transformers, a PeftModel over a model of transformers, or any module (then with ``inputs``),

@@ -128,7 +128,7 @@ class Step:
 
     def __init__(self, model: nn.Module, optimizer: Optional[str], device: str) -> None:
         self.model, self.device = model, device
-        self.states, self.copies = OPTIMIZERS["sgd" if optimizer is None else optimizer]
+        self.optimizer = OPTIMIZERS["sgd" if optimizer is None else optimizer]
         self.storages = _Storages(device)
         self.forward_end = 0
         self.begins: list[tuple[int, str]] = []
@@ -159,10 +159,12 @@ class Step:
                     kind = "quantization" if state else "adapters" if id(t) in adapters else "weights"
                     self.storages.note(t, kind)
         allocates = hasattr(getattr(self.model, "base_model", None), "rankallocator")
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         for p in self.model.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self._note_gradient)
-                for size in self.states(p) + [p.numel() * p.element_size()] * (3 * allocates):
+                scores = [p.numel() * p.element_size()] * (3 * allocates)
+                for size in (*self.optimizer.state_bytes(p, id(p) in embeddings), *scores):
                     self.storages.add(size, "optimizer")
 
     def _adapters(self) -> set[int]:
@@ -229,9 +231,8 @@ class Step:
             x.register_hook(lambda _grad: self._begin(f"{before} {stack}"))
 
     def _optimize(self) -> None:
-        sizes = [p.grad.numel() * p.grad.element_size() for p in self.model.parameters() if p.grad is not None]
-        on_cpu = 2 * max(sizes) if self.copies else 0
-        self.storages.add(self.copies * sum(sizes) if self.device == "cuda" else on_cpu, "temporary")
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        self.storages.add(self.optimizer.temporary(trained, self.device), "temporary")
 
     def profile(self) -> Profile:
         storages, end = self.storages.all, self.storages.mark()

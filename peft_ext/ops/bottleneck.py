@@ -146,8 +146,9 @@ def bottleneck_adapter(
     Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. For x on a CPU there is an
     exception: if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two tokens,
     then x Dᵀ (with b_d, if b_d has this dtype), s H and residual + s b_v are rounded to this dtype too. Gradients flow
-    to all tensors, in their own dtypes; saved for backward: x, U in float32, and the two weights. Under autocast x and
-    residual are cast to the autocast dtype.
+    to all tensors, in their own dtypes; saved for backward: x, U in float32, and the two weights. Under autocast x is
+    cast to the autocast dtype, and ``s · (act(x Dᵀ + b_d) Vᵀ + b_v)`` is rounded to the autocast dtype. A float32
+    residual (x itself, if no residual is given) is not cast, and Y is float32 then, as in plain PyTorch.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -156,12 +157,18 @@ def bottleneck_adapter(
     """
     op = "bottleneck_adapter"
     checks.check_float(op, "x", x)
+    kept = x if residual is None else residual
     if (dtype := checks.autocast_dtype(x)) is not None:
         x, residual = x.to(dtype), checks.cast(residual, dtype)
     checks.check_bottleneck(op, x, down_weight, down_bias, up_weight, up_bias, residual)
     checks.check_scale(op, scale, argument="scale")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, wanted one of {reference.ACTIVATIONS}")
+    if dtype is not None and kept.dtype.itemsize > dtype.itemsize:
+        # The operator adds zeros, because its residual has x's dtype.
+        weights = down_weight, down_bias, up_weight, up_bias
+        zeros = torch.zeros_like(x if residual is None else residual)
+        return kept + bottleneck_adapter(x, *weights, scale=scale, activation=activation, residual=zeros)
     if checks.wants_reference(x, down_weight, down_bias, up_weight, up_bias):
         return by_reference(
             reference.bottleneck_adapter, x, down_weight, down_bias, up_weight, up_bias,

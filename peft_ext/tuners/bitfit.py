@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Optional, Union
@@ -130,7 +131,8 @@ class BitFitModel(ReplacingTuner):
     with parameters, the module's own bias stays frozen, with a warning, unless a trained module shares that bias.
 
     Raises: ValueError if no bias is found, if ``add_bias`` names no linear layer among the targets, if a bias is a
-    shard, or if a shared bias belongs both to a target and to a module that is not a target.
+    shard, if a target is transformers' FP8Linear, or if a shared bias belongs both to a target and to a module that is
+    not a target.
     """
 
     prefix = "bitfit_"
@@ -150,6 +152,11 @@ class BitFitModel(ReplacingTuner):
             wanted = gets_one or (bias is not None and targeted(config, name))
             if not wanted or not kinds & bias_kinds_of(name, module):
                 continue
+            if not _bias_trains(module):
+                raise ValueError(
+                    f"BitFitConfig: {name} is a {type(module).__name__}, whose backward computes no gradient of the "
+                    "bias; exclude the module, or load the model with peft_ext.PackedConfig()"
+                )
             if any(True for child in module.children() for _ in child.parameters()):
                 holders[name] = bias
             else:
@@ -180,6 +187,13 @@ class BitFitModel(ReplacingTuner):
             dtype = held.dtype if held.dtype in FLOATS else _quantized_from(base)
             bias = torch.zeros(base.out_features, dtype=dtype, device=held.device)
         return tree({name: nn.Parameter(bias.detach().clone()) for name in names})
+
+
+def _bias_trains(base: nn.Module) -> bool:
+    """Returns whether the backward of ``base`` computes the gradient of the bias. The backward of transformers'
+    FP8Linear computes only the gradient of the layer's input."""
+    library = sys.modules.get("transformers.integrations.finegrained_fp8")
+    return not isinstance(base, getattr(library, "FP8Linear", ())) or base.weight.element_size() > 1
 
 
 def _quantized_from(base: nn.Module) -> torch.dtype:

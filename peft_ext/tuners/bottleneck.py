@@ -10,6 +10,7 @@ AdapterHub's ``adapters`` does. He and others (arXiv 2110.04366) run the adapter
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
@@ -21,7 +22,7 @@ from ..integrations.adapter_layers.reasons import kernel_reason
 from ..nn import BottleneckAdapter
 from ..text import dtype_name as short
 from .register import peft_type, register
-from .targets import FLOATS, TargetConfig, in_layers
+from .targets import FLOATS, TargetConfig, containers, expand_all_linear, in_layers
 from .tuner import Tuner, Wrapper
 
 with required("peft", "peft_ext.tuners"):
@@ -237,7 +238,8 @@ class BottleneckModel(Tuner):
     """A model with bottleneck adapters, made by ``peft.get_peft_model``; see :class:`peft_ext.BottleneckConfig`.
 
     Raises: ValueError if the placement has no default for the model type, if a target has no parameters or an unknown
-    width, if a target of "parallel" has other numbers of input and output features, or if adapters are to be merged.
+    width, if a target is in another target or in or around a module that an earlier adapter adapts, if a target of
+    "parallel" has other numbers of input and output features, or if adapters are to be merged.
     """
 
     prefix = "bottleneck_"
@@ -265,6 +267,23 @@ class BottleneckModel(Tuner):
             )
         peft_config.target_modules = rf"(?:.*\.)?(?:{'|'.join(chosen)})"
         return peft_config
+
+    def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
+        # The names of an adapter's tensors, and unload(), work for a layer that is not in or around another layer.
+        names = {
+            name.replace(".base_layer", "") for name, _ in model.named_modules() if ".bottleneck_adapters" not in name
+        }
+        adapted = {name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}
+        chosen = expand_all_linear(model, peft_config.target_modules, peft_config)
+        config = dataclasses.replace(peft_config, target_modules=chosen)
+        targets = {name for name in names if name and self._check_target_module_exists(config, name)}
+        for inner in sorted(targets | adapted):
+            outer = next((name for name in containers(inner) if name != inner and name in targets | adapted), None)
+            if outer is not None and targets & {inner, outer}:
+                raise ValueError(
+                    f"BottleneckConfig: {inner} is in {outer}, wanted no adapter within another adapter's module; give "
+                    "target_modules"
+                )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, BottleneckLayer):

@@ -10,10 +10,14 @@ wrapped only if parameters are registered on the module itself. Reading an attri
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
+import threading
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Optional, Union
 
 import torch
@@ -30,19 +34,33 @@ with required("peft", "peft_ext.tuners"):
     )
 
 
-def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
+class NormTensors(nn.LayerNorm):
+    """The tensors that an adapter puts in place of the tensors of ``norm``. transformers' Trainer does not apply weight
+    decay to the parameters of an ``nn.LayerNorm``, whatever their names are."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(norm.normalized_shape, norm.eps, elementwise_affine=False)
+
+
+def tree(items: dict[str, Union[Tensor, nn.Module]], base: Optional[nn.Module] = None) -> nn.Module:
     """Returns a module that holds ``items`` under their names. A name with a dot, such as "a.b", becomes the item b of
     a submodule a.
 
-    Parameters and modules are registered as parameters and modules, other tensors as buffers.
+    Parameters and modules are registered as parameters and modules, other tensors as buffers. ``base``: a module with
+    tensors of these names. Items of an ``nn.LayerNorm`` in ``base`` are held by an ``nn.LayerNorm``.
     """
-    root = nn.Module()
+
+    def holder(path: str) -> nn.Module:
+        norm = None if base is None else base.get_submodule(path)
+        return NormTensors(norm) if isinstance(norm, nn.LayerNorm) else nn.Module()
+
+    root = holder("")
     for name, item in items.items():
         *path, leaf = name.split(".")
         module = root
-        for part in path:
+        for depth, part in enumerate(path, 1):
             if part not in module._modules:
-                module.add_module(part, nn.Module())
+                module.add_module(part, holder(".".join(path[:depth])))
             module = module._modules[part]
         if isinstance(item, nn.Module):
             module.add_module(leaf, item)
@@ -53,10 +71,30 @@ def tree(items: dict[str, Union[Tensor, nn.Module]]) -> nn.Module:
     return root
 
 
+class _Lock:
+    """A re-entrant lock. A copy, and a lock that was pickled, is a new lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Lock, ()
+
+
 class ReplacingLayer(Wrapper):
     """Runs ``base_layer`` with tensors of the active adapter in place of the layer's own tensors.
 
     A subclass defines ``adapter_layer_names``, the name of the attribute that holds the adapters, and :meth:`own`.
+
+    While ``base_layer`` runs, it holds the adapter's tensors, so only one thread at a time runs a layer. If
+    ``base_layer`` checkpoints its own forward, as a decoder layer of transformers does, the recomputation in the
+    backward uses the same tensors as the forward.
     """
 
     other_param_names = ("names", "tied")
@@ -71,6 +109,7 @@ class ReplacingLayer(Wrapper):
         self.tied: dict[str, dict[str, tuple[ReplacingLayer, str]]] = {}
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, Optional[Tensor]] = {}
+        self._lock = _Lock()
         self._active_adapter = []
         self.training = base_layer.training
 
@@ -97,12 +136,21 @@ class ReplacingLayer(Wrapper):
         The dictionary also has the replacement of each parameter that this layer shares with another layer and that
         the other layer's adapter owns.
         """
-        found = self.own(adapter, training, x)
+        with self._locked():  # while another thread runs the layer, base_layer does not hold its own tensors
+            found = self.own(adapter, training, x)
         for name, (layer, owned) in self.tied.get(adapter, {}).items():
-            owner = found if layer is self else layer.own(adapter, training)
+            if layer is self:
+                owner = found
+            else:
+                with layer._locked():
+                    owner = layer.own(adapter, training)
             if owned in owner:
                 found[name] = owner[owned]
         return found
+
+    def _locked(self) -> contextlib.AbstractContextManager:
+        # torch.compile can't trace a lock.
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def running(self) -> Optional[str]:
         """Returns the adapter that the next forward uses, or None if the next forward runs the base module alone.
@@ -131,20 +179,47 @@ class ReplacingLayer(Wrapper):
         if getattr(self, "_is_replica", False):
             raise RuntimeError(f"{type(self).__name__}: nn.DataParallel makes copies without parameters; wanted "
                                "DistributedDataParallel, or one GPU (CUDA_VISIBLE_DEVICES=0)")  # fmt: skip
-        if _offloaded(self.base_layer):
+        below = list(self.base_layer.modules()) if self.base_layer._modules else [self.base_layer]
+        if any(getattr(module.__dict__.get("_hf_hook"), "offload", False) for module in below):
             name = f"{type(self).__name__} over {type(self.base_layer).__name__}"
             raise RuntimeError(f"{name}: accelerate offloads its tensors, wanted a module that stays on a device")
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        checkpoints = [(module, func) for module in below if (func := _checkpoint_of(module)) is not None]
+        with self._locked():
+            tensors = self.replacements(adapter, self.training, x)
+            try:
+                for module, func in checkpoints:
+                    module._gradient_checkpointing_func = functools.partial(self._checkpoint, func, tensors)
+                return self._run(tensors, self.base_layer, *args, **kwargs)
+            finally:
+                for module, func in checkpoints:
+                    module._gradient_checkpointing_func = func
+
+    def _run(self, tensors: dict[str, Tensor], function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Calls ``function`` while ``base_layer`` holds ``tensors`` in place of its own tensors of these names."""
         places = []
         try:
-            for name, tensor in self.replacements(adapter, self.training, x).items():
+            for name, tensor in tensors.items():
                 held, leaf = self._place(name)
                 places.append((held, leaf, held[leaf]))
                 held[leaf] = tensor
-            return self.base_layer(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             for held, leaf, tensor in places:
                 held[leaf] = tensor
+
+    def _checkpoint(
+        self, checkpoint: Callable[..., Any], tensors: dict[str, Tensor], function: Callable[..., Any], /, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Checkpoints ``function``, whose recomputation in the backward runs after :meth:`forward` has restored the
+        tensors of ``base_layer``."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._locked():
+                return self._run(tensors, function, *args, **kwargs)
+
+        return checkpoint(run, *args, **kwargs)
 
     def _place(self, name: str) -> tuple[dict[str, Optional[Tensor]], str]:
         """Returns the dictionary of parameters or buffers that holds the base module's tensor ``name``, and its key."""
@@ -261,6 +336,9 @@ def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     view = copy.copy(module)
     for attribute in ("_parameters", "_buffers", "_modules"):
         setattr(view, attribute, dict(getattr(module, attribute)))
+    for attribute in ("forward", "_old_forward"):  # accelerate's hooks set both attributes
+        if attribute in vars(module):
+            setattr(view, attribute, _of_copy(vars(module)[attribute], module, view))
     inner: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".")
@@ -273,8 +351,19 @@ def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return view
 
 
-def _offloaded(module: nn.Module) -> bool:
-    return any(getattr(below.__dict__.get("_hf_hook"), "offload", False) for below in module.modules())
+def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) -> Callable[..., Any]:
+    """Returns ``forward``, a method of ``module`` or a partial function of it, as one of ``view``."""
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        return types.MethodType(forward.__func__, view)
+    if isinstance(forward, functools.partial) and forward.args and forward.args[0] is module:
+        return functools.partial(forward.func, view, *forward.args[1:], **forward.keywords)
+    return forward
+
+
+def _checkpoint_of(module: nn.Module) -> Optional[Callable[..., Any]]:
+    """Returns the function by which a module of transformers checkpoints a forward, or None if it checkpoints none."""
+    func = module.__dict__.get("_gradient_checkpointing_func")
+    return func if func is not None and getattr(module, "gradient_checkpointing", False) else None
 
 
 def _several(layer: nn.Module, names: list[str]) -> str:

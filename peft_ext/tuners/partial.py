@@ -56,7 +56,7 @@ class PartialLayer(ReplacingLayer):
     The adapter's copy of a tensor may be float32 although the base has a narrower dtype (PEFT's
     ``autocast_adapter_dtype``). A float32 copy over a narrower base is the master weight in training and is cast to the
     base's dtype for each forward. In an adapter's file the keys are ``partial_tensors.<name in the module>`` after the
-    module's name.
+    module's name. transformers' Trainer applies weight decay to the same parameters as in full fine-tuning.
     """
 
     adapter_layer_names = ("partial_tensors",)
@@ -101,7 +101,7 @@ class PartialModel(ReplacingTuner):
             tensor = layer.base_tensor(name)
             copy = tensor.detach().clone()
             tensors[name] = nn.Parameter(copy) if isinstance(tensor, nn.Parameter) else copy
-        return tree(tensors)
+        return tree(tensors, layer.base_layer)
 
 
 register("partial", PartialConfig, PartialModel)

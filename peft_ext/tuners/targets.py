@@ -97,7 +97,7 @@ class TargetConfig(PeftConfig):
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _and_containers(name: str) -> Iterator[str]:
+def containers(name: str) -> Iterator[str]:
     """Yields the module's name and the names of the modules that contain it, innermost first: a.b.c, a.b, a."""
     while name:
         yield name
@@ -112,7 +112,7 @@ def _named(names: Union[Iterable[str], str], name: str) -> bool:
 
 def matches(names: Optional[Union[Iterable[str], str]], name: str) -> bool:
     """Returns whether ``names`` contains, or matches, ``name`` or the name of a module that contains ``name``."""
-    return bool(names) and any(_named(names, container) for container in _and_containers(name))
+    return bool(names) and any(_named(names, container) for container in containers(name))
 
 
 def excluded(config: TargetConfig, name: str) -> bool:
@@ -166,7 +166,7 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     names."""
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        holder = next((container for container in _and_containers(name) if container in wrapped), None)
+        holder = next((container for container in containers(name) if container in wrapped), None)
         if holder is None:
             yield name, parameter
         elif name.startswith(f"{holder}.base_layer."):
@@ -202,7 +202,7 @@ def last_layers(model: nn.Module, count: int) -> set[str]:
     """
     stacks: dict[str, int] = {}
     for name, module in base_modules(model):
-        if isinstance(module, nn.ModuleList) and not any(container in stacks for container in _and_containers(name)):
+        if isinstance(module, nn.ModuleList) and not any(container in stacks for container in containers(name)):
             stacks[name] = len(module)
     counts = set(_layer_counts(getattr(model, "config", None)))
     stacks = {name: length for name, length in stacks.items() if length in counts or not counts}
@@ -264,7 +264,7 @@ def own_units(
         own = [key for key, parameter in module._parameters.items() if parameter is not None]
         if not own or (inside is not None and name.startswith(inside)) or not targeted(config, name):
             continue
-        if within is not None and not any(container in within for container in _and_containers(name)):
+        if within is not None and not any(container in within for container in containers(name)):
             continue
         if any(isinstance(below, nn.ModuleList) for below in module.modules()):
             warnings.warn(

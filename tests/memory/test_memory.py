@@ -18,6 +18,7 @@ from memory_steps import (  # noqa: E402
     MIXTRAL,
     TOKENS,
     adapted,
+    allocated,
     assert_near,
     build,
     estimated,
@@ -32,6 +33,7 @@ from tiers import first  # noqa: E402
 import peft_ext  # noqa: E402
 from peft_ext import memory, methods  # noqa: E402
 from peft_ext.memory import KINDS, estimate_memory  # noqa: E402
+from peft_ext.memory.optimizers import OPTIMIZERS as KNOWN_OPTIMIZERS  # noqa: E402
 from peft_ext.ops import cross_entropy  # noqa: E402
 from peft_ext.sources.model import AUTO_CLASSES  # noqa: E402
 from peft_ext.weights.quantizers import PACKED_FORMATS  # noqa: E402
@@ -280,6 +282,15 @@ def test_eight_bit_states():
     assert estimate_memory(model, optimizer=None, inputs=inputs).optimizer == 0
 
 
+def test_the_states_of_an_embedding_are_float32_under_an_8_bit_optimizer():
+    """Trainer tells bitsandbytes to keep 32 bits for each nn.Embedding."""
+    model = nn.Sequential(nn.Embedding(512, 64), nn.Linear(64, 128, bias=False))
+    inputs = {"input": torch.zeros(2, dtype=torch.int64)}
+    embedding, linear = 4 * 512 * 64, 64 * 128 + 4 * 64 * 128 // 256
+    assert estimate_memory(model, optimizer="adamw_8bit", inputs=inputs).optimizer == 2 * (embedding + linear)
+    assert estimate_memory(model, optimizer="lion_8bit", inputs=inputs).optimizer == embedding + linear
+
+
 def test_the_optimizers_step_counts_where_it_is_largest():
     model = nn.Linear(512, 512, bias=False)
     inputs, size = {"input": torch.empty(1, 512)}, 4 * 512 * 512
@@ -287,6 +298,24 @@ def test_the_optimizers_step_counts_where_it_is_largest():
                     ("adamw", "adamw_torch_fused"))  # fmt: skip
     assert abs(adamw.total - fused.total - size) < 64
     assert 4 * size <= fused.total < 4.1 * size
+    # The weight, its gradient and its state, and two temporary copies of the gradient.
+    adagrad = estimate_memory(model, optimizer="adagrad", inputs=inputs, device="cuda")
+    assert 5 * size <= adagrad.total < 5.1 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["adamw", "adagrad", "rmsprop", "adafactor"])
+def test_the_temporary_tensors_of_a_step_are_those_of_a_real_step(name: str, dtype: torch.dtype):
+    """A step updates, on a CPU, one parameter after the other."""
+    shapes = ((256, 512), (512,), (640, 512), (384, 512), (64,))
+    parameters = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
+    optimizer = OPTIMIZERS[name]([{"params": group} for group in groups])
+    optimizer.step()
+    wanted = allocated(optimizer.step)
+    assert abs(KNOWN_OPTIMIZERS[name].temporary(parameters, "cpu") / wanted - 1) < 0.02
 
 
 def test_adalora_keeps_importance_scores():

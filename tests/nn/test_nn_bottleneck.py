@@ -48,6 +48,23 @@ def test_float32_parameters_over_bfloat16_activations():
     assert y.dtype == torch.bfloat16 and {p.grad.dtype for p in adapter.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("parallel", [False, True], ids=["after", "parallel"])
+def test_autocast_does_not_round_a_float32_residual(parallel):
+    adapter = nn.BottleneckAdapter(48, 12, scale=0.5, init="bert")
+    x, other = (torch.randn(2, 5, 48, requires_grad=True) for _ in range(2))
+    inputs = (x, other) if parallel else (x,)
+    leaves, grad = [*inputs, *adapter.parameters()], torch.randn(2, 5, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = adapter(*inputs), adapted(adapter, x, other if parallel else x)
+    assert got.dtype == want.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3)  # the residual rounded to bfloat16 would differ by 1e-2
+    wanted = torch.autograd.grad(want, leaves, grad)
+    for one, two in zip(torch.autograd.grad(got, leaves, grad), wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert adapter(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_state_goes_round():
     adapter, x = nn.BottleneckAdapter(32, 8, init="bert", activation="relu"), torch.randn(3, 32)
     keys = {"down.weight", "down.bias", "up.weight", "up.bias"}

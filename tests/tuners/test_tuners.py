@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import threading
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,15 @@ from peft import PeftConfig, PeftModel, get_layer_status, get_model_status, inje
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiers import first
-from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
 from tuner_models import (
     CASES,
     PREFIX,
@@ -258,6 +267,77 @@ def test_gradient_checkpointing(method, reentrant):
     torch.manual_seed(5)
     actual = gradients(model)
     assert_same(actual, wanted)  # under Diff Pruning, the recomputation must draw the u of the forward
+
+
+@pytest.mark.parametrize("method", ["partial", "diff"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_block_that_checkpoints_itself_is_computed_again_with_the_adapter(method, reentrant):
+    """A layer of BEiT has parameters of its own, so that the adapter wraps the layer, which checkpoints its forward."""
+    torch.manual_seed(1)
+    base = BeitForImageClassification(
+        BeitConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8,
+                   patch_size=4, layer_scale_init_value=0.5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )  # fmt: skip
+    model = peft.get_peft_model(base, config_of(method, target_modules=["layers.1"])).train()
+    spread(model)
+    assert [name for name in wrapped(model) if name.endswith("layers.1")]
+    pixels = torch.randn(3, 3, 8, 8, requires_grad=True)
+
+    def step():
+        model.zero_grad()
+        torch.manual_seed(5)
+        loss = model(pixel_values=pixels, labels=torch.tensor([0, 1, 1])).loss
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted = step()
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    functions = {name: module.__dict__.get("_gradient_checkpointing_func") for name, module in base.named_modules()}
+    assert wanted.keys() == set(adapter_parameters(model))
+    assert_same(step(), wanted)
+    for name, module in base.named_modules():
+        assert module.__dict__.get("_gradient_checkpointing_func") is functions[name]
+
+
+def test_two_threads_run_one_layer_one_after_the_other():
+    inside, second, left = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            if inside.is_set():
+                second.set()
+                left.wait(1.0)
+            else:
+                inside.set()
+                second.wait(0.3)
+            return super().forward(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = Slow(8, 8)
+
+        def forward(self, x):
+            return self.up(x)
+
+    model, x = spread(peft.get_peft_model(Net(), PartialConfig(target_modules=["up"]))), torch.randn(2, 8)
+    layer = model.base_model.model.up
+    weight, own = layer.base_layer.weight, layer.partial_tensors["default"]
+    found = []
+
+    def first_call():
+        found.append(model(x))
+        left.set()
+
+    calls = [threading.Thread(target=first_call), threading.Thread(target=lambda: found.append(model(x)))]
+    calls[0].start()
+    assert inside.wait(10)
+    calls[1].start()
+    for call in calls:
+        call.join()
+    assert layer.base_layer.weight is weight
+    wanted = nn.functional.linear(x, own.weight, own.bias)
+    assert len(found) == 2 and all(torch.equal(y, wanted) for y in found)
 
 
 @pytest.mark.parametrize("method", first(["BitFit", "diff"], ["BitFit"]))

@@ -14,7 +14,7 @@ import accelerate
 import bitsandbytes as bnb
 import peft
 from transformers import BertConfig, BertForSequenceClassification
-from tuner_models import logits, make, spread
+from tuner_models import logits, make, spread, wrapped
 
 import peft_ext
 from peft_ext.model import get_peft_model
@@ -107,3 +107,12 @@ def test_offloading_is_refused():
     accelerate.cpu_offload(model.base_model.model, execution_device=torch.device("cpu"))
     with pytest.raises(RuntimeError, match="BitFitLayer over LayerNorm: accelerate offloads its tensors"):
         logits(model)
+
+
+def test_a_layer_whose_backward_gives_the_bias_no_gradient_is_refused():
+    library = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    base = nn.Sequential(nn.Linear(128, 128), library.FP8Linear(128, 128, (128, 128), has_bias=True))
+    with pytest.raises(ValueError, match="1 is a FP8Linear, whose backward computes no gradient of the bias"):
+        peft.get_peft_model(base, BitFitConfig())
+    model = peft.get_peft_model(base, BitFitConfig(exclude_modules=["1"]))
+    assert wrapped(model) == {"0"}

@@ -254,3 +254,34 @@ def test_accelerate_can_take_its_hooks_off():
     add_hook_to_module(layer.base_layer, ModelHook())
     remove_hook_from_module(model, recurse=True)
     assert torch.equal(logits(model), wanted)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "match"),
+    [
+        ({"placement": "houlsby"}, {"placement": "pfeiffer"}, r"model.layers.0.mlp.down_proj is in model.layers.0,"),
+        ({"placement": "pfeiffer"}, {"placement": "houlsby"}, r"model.layers.0.mlp.down_proj is in model.layers.0,"),
+        ({"placement": "parallel"}, {"target_modules": ["up_proj"]}, r"layers.0.mlp.up_proj is in model.layers.0.mlp,"),
+    ],
+)
+def test_adapters_within_each_other_are_refused(first, second, match):
+    model = adapted(init_weights="bert", bottleneck_dim=4, **first)
+    wanted, base = logits(model), logits(llama())
+    with pytest.raises(ValueError, match=match):
+        model.add_adapter("other", BottleneckConfig(task_type="CAUSAL_LM", **second))
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), wanted)
+    model.add_adapter("other", BottleneckConfig(task_type="CAUSAL_LM", **first))
+    assert torch.equal(logits(model.unload()), base)
+    with pytest.raises(ValueError, match="model.layers.0.mlp.down_proj is in model.layers.0.mlp, wanted no adapter wi"):
+        adapted(target_modules=["mlp", "down_proj"])
+
+
+def test_autocast_leaves_a_float32_residual_stream_as_it_is():
+    model = adapted(placement="pfeiffer", bottleneck_dim=4, init_weights="mam")  # the adapter is the identity
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        found = model(input_ids=tokens(), output_hidden_states=True).hidden_states
+        with model.disable_adapter():
+            wanted = model(input_ids=tokens(), output_hidden_states=True).hidden_states
+    assert all(state.dtype is torch.float32 for state in wanted)
+    for state, stock in zip(found, wanted, strict=True):
+        assert state.dtype is torch.float32 and torch.equal(state, stock)

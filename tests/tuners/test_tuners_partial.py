@@ -11,7 +11,9 @@ pytest.importorskip("aenum")
 pytest.importorskip("bitsandbytes")
 
 import peft
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft.utils import get_peft_model_state_dict
+from transformers import Trainer
 from tuner_models import (
     HIDDEN,
     Mixed,
@@ -23,6 +25,7 @@ from tuner_models import (
     make,
     make_base,
     make_spread,
+    of_base,
     reference,
     spread,
     state_bits,
@@ -123,6 +126,8 @@ def test_tensors_are_read_and_children_run_through_the_wrapper():
     own = unit.partial_tensors["default"]
     assert unit.decay is own.decay and unit.inner.weight is own.inner.weight and unit.norm is not unit.base_layer.norm
     assert torch.equal(unit.inner(x), nn.functional.linear(x, own.inner.weight, own.inner.bias))
+    add_hook_to_module(unit.base_layer.inner, ModelHook())  # accelerate then replaces the forward of the module itself
+    assert torch.equal(unit.inner(x), nn.functional.linear(x, own.inner.weight, own.inner.bias))
     unit.enable_adapters(False)
     assert unit.decay is unit.base_layer.decay and unit.inner is unit.base_layer.inner
     added = peft.get_peft_model(make_base("llama"), BitFitConfig(add_bias=["q_proj"]))
@@ -168,3 +173,32 @@ def test_adapters_on_different_modules_run_together():
     model.base_model.set_adapter(["default", "other"])
     plain = reference(model, reference(model, base), "other")
     assert torch.equal(logits(model), logits(plain))
+
+
+class Sublayer(nn.Module):
+    """A module with a parameter of its own and a LayerNorm whose name does not say that it is a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(8))
+        self.ln_1, self.inner = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.gate * self.inner(self.ln_1(x))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "sublayer"])
+def test_trainer_decays_the_parameters_that_it_decays_in_full_fine_tuning(name):
+    if name == "sublayer":
+        base = nn.Sequential(nn.Linear(8, 8), Sublayer(), nn.LayerNorm(8))
+        model = peft.get_peft_model(copy.deepcopy(base), PartialConfig(target_modules=["1", "2"]))
+    else:
+        model, base = make("partial", name)
+
+    def decayed(net):
+        return set(Trainer.get_decay_parameter_names(None, net))
+
+    trained = {of_base(n) for n, p in model.named_parameters() if p.requires_grad}
+    found = {of_base(n) for n in decayed(model) if "_tensors.default." in n}
+    assert found == decayed(base) & trained and found < trained
+    assert "partial_tensors" in repr(model)
