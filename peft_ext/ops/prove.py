@@ -17,10 +17,9 @@ When a family is proved:
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
     makes all ranks of the default process group drop the families that failed on any rank. :func:`peft_ext.accelerate`
-    calls :func:`agree` for a model whose layers transformers' tensor parallelism splits. For a model without split
-    layers, and for a call of an operator, the ranks need not act together: one rank alone may call
-    ``peft_ext.accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank, and the
-    warning says that the other ranks may use the family's kernels, which round in another way.
+    calls :func:`agree` for a model whose layers transformers' tensor parallelism splits; otherwise one rank alone may
+    call ``peft_ext.accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank,
+    and the warning says that the other ranks may use the family's kernels, which round in another way.
 
 The proof changes no state of the process: no precision of products, random generator, warnings filter or environment.
 
@@ -301,8 +300,7 @@ def _asked() -> str:
 
 
 def _places(key: str) -> list[Place]:
-    """Returns the places of a dispatch key: the CPU with the path in use, or the GPUs of cards.models(). The proof
-    makes no CUDA context on a GPU whose results are saved."""
+    """Returns the CPU with its path, or the GPUs of cards.models(). A GPU with saved results gets no CUDA context."""
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
     return [Place(key, card, device) for card, device in cards.models().items()]
@@ -357,8 +355,7 @@ def drop(dropped: list[str], why: str, key: str = "CUDA") -> None:
 
 
 def _by_arguments(key: str, family: str, name: str) -> Callable[..., Any]:
-    """Returns a function that calls an operator's kernel; calls the reference if the operator or the format of a weight
-    was dropped, or if the tensors are on a GPU of cards.OLD."""
+    """Returns a function that calls the kernel, or the reference for a format that failed or on GPUs of cards.OLD."""
 
     def call(*args: Any) -> Any:
         settle(key, [family])  # proves the family, because this function may have replaced the family's gate
@@ -518,10 +515,8 @@ def prove(
 def calls(
     family: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], key: str
 ) -> Iterator[tuple[str, tuple]]:
-    """Yields the calls that prove a family's kernels; leaves out operators without a kernel for the dispatch key.
-
-    ``shape``: the numbers of tokens, input features and output features of the inputs.
-    """
+    """Yields the calls that prove a family's kernels; leaves out operators without a kernel for the dispatch key. The
+    inputs have ``shape``: the numbers of tokens, input features and output features."""
     names = families(key).get(family, format_proofs.CALLED)
     for name, arguments in (PROOFS | format_proofs.FAMILIES)[family](ProofInputs(device, dtype, shape)):
         if name in names:
@@ -587,8 +582,8 @@ def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[T
 
 
 def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each: bool = False) -> str:
-    """Returns how the kernel's results ``found`` differ from the reference's results ``plain`` by more than rounding;
-    "" if they agree. ``each``: whether every element is compared alone, as in decoded weights."""
+    """Returns how the kernel's results ``found`` differ from the reference's ``plain`` by more than rounding, or "".
+    ``each``: whether every element is compared alone, as in decoded weights."""
     for index, (got, want) in enumerate(zip(found, plain, strict=True)):
         if got.shape != want.shape or got.is_floating_point() != want.is_floating_point():
             return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"
