@@ -68,7 +68,7 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (_words(_DIGIT),)),
     (
         "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe chatglm-bpe "
-        "glm4",
+        "glm4 glm5",
         (_words(_THREE_DIGITS),),
     ),
     ("qwen35", (_words(_DIGIT, r"[\p{L}\p{M}]", r"[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),)),
@@ -92,7 +92,7 @@ _ADD_BOS = {
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
 }  # fmt: skip
 # Names for which a word that is in the vocabulary becomes one token without merges.
-_IGNORE_MERGES = {*_ADD_BOS, "minicpm5"}
+_IGNORE_MERGES = {*_ADD_BOS, "minicpm5", "glm4", "glm5"}
 
 
 def check_pre_tokenizer(header: GgufHeader) -> None:

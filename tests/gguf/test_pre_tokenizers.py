@@ -32,7 +32,7 @@ WORDS = (
     ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
      "It|'s| |1|2|3|4|5| | ABcd|\n\n| |1|.x|==|y|(z|)| $|5| 中a|\t|!\n"),
     ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe "
-    "chatglm-bpe glm4",
+    "chatglm-bpe glm4 glm5",
      "It|'s| |123|45| | ABcd|\n\n| |1|.x|==|y|(z|)| $|5| 中a|\t|!\n"),
     ("qwen35",
      "It|'s| |1|2|3|4|5| | ABcd|\n\n| |1|.x|==|y|(z|)| $|5| 中a|\t|!\n"),
@@ -90,7 +90,9 @@ def test_without_a_name_the_words_are_those_of_the_default(tmp_path: Path) -> No
     assert found == dict(WORDS)["default"]
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("llama-bpe", ["abc"]), ("tekken", ["abc"]), ("qwen2", ["ab", "c"])])
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("llama-bpe", ["abc"]), ("tekken", ["abc"]), ("glm4", ["abc"]), ("qwen2", ["ab", "c"])]
+)
 def test_a_word_in_the_vocabulary_needs_no_merge(name: str, tokens: list[str], tmp_path: Path) -> None:
     """The vocabulary has "abc", to which no merge leads. llama.cpp calls this ignore_merges."""
     tokenizer = read_tokenizer(read_header(write_byte_level(tmp_path / "a.gguf", name, [("a", "b")], ["abc"])))
