@@ -225,7 +225,8 @@ build/llama/.installed: $(VENV)/.built
 llama-cpp: setup build/llama/.installed
 	LLAMA_CPP_SOURCE="$$(echo build/llama/llama_cpp_python-*/vendor/llama.cpp)" PYTHONPATH=build/llama HF_HUB_OFFLINE=1 \
 	  PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/export/test_llama_cpp.py \
-	  tests/merge/test_merge_gguf_llama_cpp.py tests/weights/test_gguf_quantize.py
+	  tests/merge/test_merge_gguf_llama_cpp.py tests/weights/test_gguf_quantize.py \
+	  tests/gguf/test_pre_tokenizers_llama_cpp.py
 	PYTHONPATH=build/llama OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m benchmarks.llama_cpp --out build/llama/compared.json
 
 # Each of the seven releases of transformers is installed into build/forms, and takes 250 MB.

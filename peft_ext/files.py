@@ -31,7 +31,8 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
@@ -79,22 +80,27 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Union[str, Path], mode: str = "w", **kwargs: Any) -> Iterator[IO[Any]]:
+def atomic_file(path: Union[str, Path], mode: str = "w", *, overwrite: bool = True, **kwargs: Any) -> Iterator[IO[Any]]:
     """Yields an open file, which replaces ``path`` as the block ends. If the block raises, ``path`` does not change.
 
     Args:
         path: the file, which need not exist; its folder must exist. If ``path`` is a symbolic link, the file that the
             link names is replaced, and the link stays.
         mode: "w" or "wb".
+        overwrite: whether a file at ``path`` may be replaced, also a file that another process has written since the
+            block began.
         kwargs: further arguments of ``open``: ``encoding`` (default: utf-8), ``newline`` and the like.
 
-    Raises: ValueError for another mode; OSError as ``open``, ``write`` and ``os.replace`` raise it.
+    Raises: ValueError for another mode; FileExistsError where ``path`` exists, before the block or as the block ends,
+    and overwrite is False; OSError as ``open``, ``write`` and ``os.replace`` raise it.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_file: mode is {mode!r}, wanted 'w' or 'wb'")
     if mode == "w":
         kwargs.setdefault("encoding", "utf-8")
     target = Path(os.path.realpath(path))
+    if not overwrite and os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     _remove_leftovers(target)
     with _hidden_folder(target) as folder:
         part = folder / target.name
@@ -102,9 +108,12 @@ def atomic_file(path: Union[str, Path], mode: str = "w", **kwargs: Any) -> Itera
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copymode(target, part)
-        os.replace(part, target)
+        if overwrite:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(target, part)
+            os.replace(part, target)
+        else:
+            _put_new(part, target)
     _sync_folder(target.parent)
 
 
@@ -133,8 +142,18 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
     Raises: FileExistsError where ``path`` is a folder that is not empty and overwrite is False; NotADirectoryError
     where ``path`` is a file; OSError as the system raises it.
     """
+    with _replacing(path, overwrite, keep, lambda old: None) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _replacing(path: Union[str, Path], overwrite: bool, keep: bool, check: Callable[[Path], None]) -> Iterator[Path]:
+    """Does what :func:`atomic_folder` does. ``check(old)`` is called with the old folder, before the block if the
+    folder exists, and again after another folder has taken its place. If ``check`` raises, the old folder stays."""
     target = Path(os.path.realpath(path))
     check_free(target, overwrite)
+    if target.is_dir():
+        check(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     stays = target.is_dir() and (target.is_mount() or Path.cwd().is_relative_to(target))
@@ -150,13 +169,14 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
         yield part
         carried = _carry_over(target, part) if keep and target.is_dir() and not stays else []
         _sync_tree(part)
-        if not stays and not _put(part, target, overwrite):
+        if not stays and not _put(part, target, overwrite, keep, check):
             for file in carried:
                 file.unlink()
             beside, stays, part = part, True, stack.enter_context(_hidden_folder(inside))
             _move_all(beside, part)
         if stays:
             check_free(target, overwrite)
+            check(target)
             _move_into(part, target, keep)
         _sync_folder(target if stays else target.parent)
 
@@ -176,6 +196,8 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
         path: folder of the saved adapter.
         overwrite: whether an adapter that is in the folder may be replaced.
         kwargs: further arguments of ``save_pretrained``: ``selected_adapters``, ``save_embedding_layers`` and the like.
+            With ``is_main_process=False`` the function takes part in the communication of ``save_pretrained`` and
+            writes nothing.
 
     Raises: TypeError where ``model`` is no PeftModel; ValueError where ``safe_serialization`` is False; FileExistsError
     where the folder has an adapter and overwrite is False; OSError as the system raises it.
@@ -188,15 +210,21 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
         raise TypeError(f"save_adapter: model is {type(model).__name__}, wanted a PeftModel")
     if not kwargs.setdefault("safe_serialization", True):
         raise ValueError("save_adapter: safe_serialization is False, wanted True: a pickle runs code as it is read")
+    if not kwargs.get("is_main_process", True):
+        with tempfile.TemporaryDirectory() as folder:  # save_pretrained makes its folder in each process
+            model.save_pretrained(folder, **kwargs)
+        return
     target = Path(os.path.realpath(path))
-    if not overwrite:
-        for name in model.peft_config:
-            folder = target if name == "default" else target / name
+
+    def check(old: Path) -> None:
+        for name in [] if overwrite else model.peft_config:
+            below = "" if name == "default" else name
             for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-                if (folder / file).exists():
+                if (old / below / file).exists():
                     text = "save_adapter: the folder has an adapter, give overwrite=True"
-                    raise FileExistsError(errno.EEXIST, text, str(folder))
-    with atomic_folder(target, overwrite=True, keep=True) as folder:
+                    raise FileExistsError(errno.EEXIST, text, str(target / below))
+
+    with _replacing(target, True, True, check) as folder:
         card = target / "README.md"
         if card.is_file():
             # save_pretrained updates this copy of the model card.
@@ -349,34 +377,65 @@ def check_free(target: Path, overwrite: bool) -> None:
 # --- putting ----------------------------------------------------------------------------------------------------------
 
 
-def _put(part: Path, target: Path, overwrite: bool) -> bool:
-    """Puts ``part`` at the path ``target``; returns False where a folder at ``target`` can't be renamed."""
+def _put_new(part: Path, target: Path) -> None:
+    """Gives the file ``part`` the name ``target``. Raises FileExistsError where ``target`` exists."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        text = "another process has written this file meanwhile"
+        raise FileExistsError(errno.EEXIST, text, str(target)) from None
+    except OSError:  # the file system has no hard links: the empty file reserves the name
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        part.replace(target)
+
+
+def _put(part: Path, target: Path, overwrite: bool, keep: bool, check: Callable[[Path], None]) -> bool:
+    """Puts ``part`` at the path ``target``; returns False where a folder at ``target`` can't be renamed.
+
+    With ``keep``, files that another process has written into the old folder since :func:`_carry_over` stay, too.
+    """
     there = target.is_dir()
+    old = None
     try:
         if there:
             shutil.copymode(target, part)
         if not (there and overwrite):
             os.rename(part, target)  # rename replaces an empty folder, and raises OSError for a folder with entries
-        elif not _exchange(part, target):
-            _move_aside(part, target)
+        elif _exchange(part, target):
+            old = part
+            try:
+                check(part)
+            except BaseException:
+                _exchange(part, target)
+                raise
+        else:
+            old = _move_aside(part, target, check)
     except OSError as error:
         if there and target.is_dir() and error.errno in _FIXED:
             return False
         if (there and overwrite) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        if overwrite:  # another process has made the folder since the first line of this function
+            return _put(part, target, overwrite, keep, check)
         raise FileExistsError(errno.EEXIST, "another process has written this folder meanwhile", str(target)) from None
+    if keep and old is not None:
+        _carry_over(old, target)
+    if old is not None and old != part:
+        shutil.rmtree(old, ignore_errors=True)
     return True
 
 
-def _move_aside(part: Path, target: Path) -> None:
+def _move_aside(part: Path, target: Path, check: Callable[[Path], None]) -> Path:
+    """Gives the folder ``target`` a hidden name, and ``part`` the name ``target``. Returns the hidden name."""
     old = _hidden(target, _OLD)
     os.rename(target, old)
     try:
+        check(old)
         os.rename(part, target)
     except BaseException:
         os.rename(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -109,7 +109,7 @@ def write_gguf_adapter(
     tensors = _places(pairs, about)
     alpha = _alpha(pairs)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file, "wb") as part:
+    with atomic_file(file, "wb", overwrite=overwrite) as part:
         _write(Path(part.name), Path(adapter).resolve().name, folder, about, pairs, tensors, alpha, dtype)
     return ExportReport(
         file=file, nbytes=file.stat().st_size, base=about.name, base_is_gguf=about.is_file,

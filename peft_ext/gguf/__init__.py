@@ -3,6 +3,7 @@
 header    the checked header of a file: metadata, and the place of each tensor
 checks    whether a header is of a model that transformers and the package gguf can read
 metadata  the configuration and the tokenizer that a file describes
+pre_tokenizers  how a tokenizer in a file splits a text into words
 facts     facts of a file that change the model's function and that transformers does not read
 names     the names of a model's modules in a file, and the order in which a file stores rows
 load      loads a transformers model with packed weights from a file

@@ -17,6 +17,7 @@ from .._imports import required
 from .checks import check_model, check_tokenizer
 from .facts import take_facts
 from .header import GgufError, GgufHeader
+from .pre_tokenizers import adds_bos, check_pre_tokenizer, fit_tokenizer
 
 with required("transformers", "a model in a GGUF file"):
     from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -66,17 +67,28 @@ def read_config(header: GgufHeader) -> Any:
 
 
 def read_tokenizer(header: GgufHeader, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a file, with its chat template. Raises GgufError where the file is no model, has no
-    tokenizer, or has a tokenizer that transformers can't read."""
+    """Returns the tokenizer in a file, with its chat template. The tokenizer splits text as llama.cpp does.
+
+    Raises GgufError where the file is no model, has no tokenizer, has a tokenizer that transformers can't read, or has
+    a ``tokenizer.ggml.pre`` that is not known.
+    """
     check_model(header)
     check_tokenizer(header)
     if "tokenizer.ggml.tokens" not in header:
         raise header.error("the file has no tokenizer: tokenizer.ggml.tokens is missing")
+    check_pre_tokenizer(header)
+    return _tokenizer(header, **kwargs)
+
+
+def _tokenizer(header: GgufHeader, **kwargs: Any) -> Any:
+    if adds_bos(header):
+        kwargs.setdefault("add_bos_token", True)
     try:
         # The file is linked into an empty folder, because transformers would take a tokenizer.json beside the file.
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, header.path.name).symlink_to(header.path.resolve())
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=header.path.name, **kwargs)
+        fit_tokenizer(header, tokenizer)
     except Exception as error:  # an untrusted file can make transformers raise any error
         raise header.error(f"transformers can't read the tokenizer: {_line(error)}") from error
     tokenizer.init_kwargs.pop("gguf_file", None)

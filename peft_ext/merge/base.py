@@ -18,11 +18,12 @@ from ..nn.experts import FrozenExperts, dense_experts, expert_parameters, is_sto
 from ..nn.packed import HoldsPacked
 from ..quantize import HEADS, check_packable, experts_to_quantize, linear_groups
 from ..sources.adapter import training_options
+from ..sources.gguf_file import gguf_dtype, read_gguf
 from ..sources.model import SourceError, load_model
 from ..weights.nf4 import NF4Weight
 from ..weights.packed import PackedWeight
 from ..weights.quantizers import quantized
-from .errors import as_merge_error, fail
+from .errors import MergeError, as_merge_error, fail
 
 with required("peft", "peft_ext.merge_to_dense"):
     from peft import PeftConfig, PeftModel
@@ -39,6 +40,7 @@ class Base:
     """The base of a merge: a transformers model of dense modules.
 
     ``dense``: id of a parameter -> function that returns the float32 weight to read in place of the parameter.
+    ``kept``: dtype of the output where no dtype is asked for; None: each tensor keeps its own dtype.
     """
 
     model: PreTrainedModel
@@ -48,6 +50,7 @@ class Base:
     quant: str = "none"
     quant_text: str = "none"
     absent: tuple[str, ...] = ()  # names of parameters that are missing in the base's files
+    kept: Optional[torch.dtype] = None
 
     def read(self, tensor: Tensor) -> Tensor:
         """Returns the tensor on the CPU, or the float32 weight of the function that ``dense`` has for the tensor."""
@@ -71,8 +74,10 @@ def base_of(
     if isinstance(model, (str, Path)) or model is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         with as_merge_error(SourceError):
-            loaded = load_model(model, config, adapter, shapes, trained)
+            loaded = load_model(model, config, adapter, shapes, trained, exact=True)
         base = Base(loaded.model, {}, loaded.name, loaded.folder, absent=loaded.absent)
+        if loaded.folder.is_file() and not trained:
+            base.kept = gguf_dtype(read_gguf(loaded.folder, MergeError))
     elif isinstance(model, PeftModel):
         fail("model is a PeftModel, wanted its base: save the adapter, and give the base's folder or model.unload()")
     elif isinstance(model, PreTrainedModel):
@@ -163,8 +168,9 @@ def _stand_in(base: Base) -> tuple[int, set[str]]:
             formats |= {module.frozen(name).format.name for name in module.frozen_shapes()}
             _stand_in_of_experts(base, module)
             count += 1
-    if count:
-        model = base.model
+    model = base.model
+    # A model of a GGUF file has the marks of a quantized model also if all weights of the file are dense.
+    if count or getattr(model, "peft_ext_dense", None) is not None:
         for mark in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "hf_device_map"):
             if mark in model.__dict__:
                 delattr(model, mark)

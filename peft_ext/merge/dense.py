@@ -120,8 +120,9 @@ def merge_to_dense(
             in one step, see :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the
             merged model.
         dtype: dtype of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the
-            base's. Tensors that the model's class keeps in float32 for this dtype are written in float32. Tensors of
-            integers keep their dtypes.
+            base's, for a GGUF file the dtype of most of its matrices, and bfloat16 where these are quantized or where
+            the adapter is of ``peft-ext finetune``. Tensors that the model's class keeps in float32 for this dtype are
+            written in float32. Tensors of integers keep their dtypes.
         max_shard_size: largest number of bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
             the adapter is added; "mxfp4", "nvfp4", "fp8", "int4": the same as quantize_packed does; "none": the weights
@@ -156,6 +157,7 @@ def merge_to_dense(
             check_finite(adapter / SAFETENSORS_WEIGHTS_NAME)
         base = base_of(model, config, adapter, weights, base_quant, blocksize, double_quant)
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
+        words = writer.gguf_tokenizer(base, adapter)
         plan = Plan(base, config, weights, dtype)
         del weights
         disable = None if progress else True  # with None, tqdm draws on a terminal only
@@ -165,7 +167,7 @@ def merge_to_dense(
         ):
             check_room(folder, plan.nbytes)
             files = plan.write(folder, max_shard_size, bar.update)
-            tokenizer = writer.write_beside(base, plan.config, adapter, folder)
+            tokenizer = writer.write_beside(base, plan.config, adapter, folder, words)
     return MergeReport(
         output=output, files=tuple(files), nbytes=plan.nbytes, base=base.name, model_class=type(base.model).__name__,
         base_quant=base.quant, base_quant_text=base.quant_text, method=str(config.peft_type.value), dtype=dtype,

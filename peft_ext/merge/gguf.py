@@ -52,6 +52,8 @@ _FILE_TYPES = {
 
 _SUMMED = 1 << 16  # number of elements that are summed in float32; these sums are added in float64
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+# Architectures whose files have no head of their own: llama.cpp takes the embedding, and refuses a file with a head.
+_ALWAYS_TIED = ("gemma2",)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def merge_to_gguf(
     not change. A merged tensor is computed in float32 by the method's own merge, as in
     :func:`peft_ext.merge_to_dense`, and rounded once. The report says how large the rounding error is, and which part
     of the adapter's change is left after rounding. Adapters of the methods that :func:`peft_ext.merge_to_dense` merges
-    can be merged, except changes of norms that the file stores with 1 added (Gemma 2, Gemma 3, Nemotron).
+    can be merged, except changes of norms that the file stores with 1 added (Gemma 2, Gemma 3, Nemotron), and changes
+    of the embedding or the head of Gemma 2, whose files can't hold the two as different weights.
 
     Args:
         base: a GGUF file in one part, of an architecture in ``peft_ext.gguf.names.ARCHITECTURES``.
@@ -202,7 +205,7 @@ def _merge(
         disable = None if progress else True  # with None, tqdm draws on a terminal only
         with (
             tqdm(desc="merging", total=len(merge.planned), unit="tensor", leave=False, disable=disable) as bar,
-            atomic_file(output, "wb") as file,
+            atomic_file(output, "wb", overwrite=overwrite) as file,
         ):
 
             def take(name: str) -> Tensor:
@@ -272,6 +275,10 @@ class _Merge:
         self.norms, self._expected = _Norms(), 0.0
         # A head that is tied in the base and not in the merged model becomes a tensor of its own.
         self._places = {**base.tensors, **{name: _HEAD for name in plan.untied}}
+        if plan.untied and self.header.architecture in _ALWAYS_TIED:
+            fail(f"the adapter changes the head or the embedding, which are tied in {self.header.path}, and llama.cpp "
+                 f"reads no head of its own from files of {self.header.architecture}: wanted an adapter that changes "
+                 "neither; merge_to_dense writes a folder with a head of its own")  # fmt: skip
         for name in plan.origin:
             if name not in self._places and not any(plan.origin[name] == plan.origin[one] for one in self._places):
                 fail(f"the adapter adds {name}, for which {self.header.path} has no tensor")

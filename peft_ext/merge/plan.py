@@ -51,7 +51,7 @@ class Plan:
     def __init__(
         self, base: Base, config: PeftConfig, weights: dict[str, Tensor], dtype: Optional[torch.dtype]
     ) -> None:
-        self.base, self.dtype = base, dtype
+        self.base, self.dtype = base, base.kept if dtype is None else dtype
         self.largest_change: tuple[Optional[str], float] = (None, 0.0)
         self.untied: list[str] = []
         ignored = set(base.model._keys_to_ignore_on_save or ())
@@ -66,7 +66,7 @@ class Plan:
         self._made: dict[str, dict[str, Tensor]] = {}
         self.origin = self._origins()
         self.config = copy.deepcopy(base.model.config)
-        self.config.dtype = base.model.dtype if dtype is None else dtype
+        self.config.dtype = base.model.dtype if self.dtype is None else self.dtype
         self._untie()
         self.meta = {name: self._planned(name) for name in self.origin}
         self._check_against_config()
@@ -353,9 +353,27 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
+def _without_packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns an adapter's tensors without copies of packed base layers. Biases of base layers stay.
+
+    PEFT saves the base layer of an adapted embedding or head with the adapter. The merge reads a packed base layer from
+    the base.
+    """
+    # A packed layer has a tensor of integers or of 8-bit floats, and an adapter has neither.
+    packed = {
+        key.rpartition(".base_layer.")[0] for key, tensor in weights.items()
+        if ".base_layer." in key and not (tensor.is_floating_point() and tensor.element_size() > 1)
+    }  # fmt: skip
+    return {
+        key: tensor for key, tensor in weights.items()
+        if key.rpartition(".base_layer.")[0] not in packed or key.endswith(".bias")
+    }  # fmt: skip
+
+
 def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftModel:
     """Adapts the base by PEFT and loads the adapter's tensors without a copy or a cast. Raises MergeError where the
     adapter does not fit the base."""
+    weights = _without_packed(weights)
     kind = str(config.peft_type.value)
     with as_merge_error(ValueError, about=f"the adapter's {CONFIG_NAME}: "):
         check_expressions(config, base.model)

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Optional
+from typing import Any, BinaryIO, Optional
 
 import torch
 from torch import Tensor
 
 from .._imports import required
+from ..gguf import read_header
+from ..sources.json_file import read_object
 from ..sources.model import load_tokenizer
 from ..sources.weight_files import safetensors_header
 from .base import Base
 from .errors import as_merge_error, fail
 
 with required("transformers", "peft_ext.merge_to_dense"):
-    from transformers import PretrainedConfig
+    from transformers import TOKENIZER_MAPPING, PretrainedConfig
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Files of the tokenizer and the chat template, which are copied from the adapter or the base.
+# Files of the tokenizer and the chat template, which are copied from the adapter or the base. The class of a tokenizer
+# may have further files.
 _TOKENIZER = (
     "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
-    "chat_template.jinja", "chat_template.json",
+    "tekken.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
 # Files of the processor, which are copied from the base.
@@ -53,9 +58,23 @@ def write_safetensors(
         advance(tensor.nbytes)
 
 
-def write_beside(base: Base, config: PretrainedConfig, adapter: Path, folder: Path) -> Optional[Path]:
+def gguf_tokenizer(base: Base, adapter: Path) -> Any:
+    """Returns the tokenizer of a base in a GGUF file, if this tokenizer is to be written.
+
+    Returns None if the base is no GGUF file, if the file has no tokenizer, and if the adapter's folder has a tokenizer.
+
+    Raises MergeError for a tokenizer that can't be read.
+    """
+    file = base.folder
+    if file is None or not file.is_file() or (adapter / TOKENIZER_CONFIG).is_file():
+        return None
+    with as_merge_error(ValueError):
+        return load_tokenizer(str(file)) if "tokenizer.ggml.tokens" in read_header(file) else None
+
+
+def write_beside(base: Base, config: PretrainedConfig, adapter: Path, folder: Path, words: Any) -> Optional[Path]:
     """Copies tokenizer files and the base's processor files, writes generation_config.json, if the base has this file
-    or generates text, and then writes config.json.
+    or generates text, and then writes config.json. ``words``: the result of :func:`gguf_tokenizer`.
 
     config.json is written last, because a folder without config.json can't be loaded as a model.
 
@@ -65,10 +84,12 @@ def write_beside(base: Base, config: PretrainedConfig, adapter: Path, folder: Pa
     model = base.model
     tokenizer = adapter if (adapter / TOKENIZER_CONFIG).is_file() else base.folder
     if tokenizer is not None and tokenizer.is_file():
-        with as_merge_error(ValueError):
-            load_tokenizer(str(tokenizer)).save_pretrained(folder)
+        if words is None:
+            tokenizer = None
+        else:
+            words.save_pretrained(folder)
     elif tokenizer is not None:
-        if not _copy(_TOKENIZER, tokenizer, folder):
+        if not _copy((*_TOKENIZER, *_files_of_class(tokenizer, config)), tokenizer, folder):
             tokenizer = None
         elif (tokenizer / _TEMPLATES).is_dir():
             shutil.copytree(tokenizer / _TEMPLATES, folder / _TEMPLATES)
@@ -85,9 +106,22 @@ def write_beside(base: Base, config: PretrainedConfig, adapter: Path, folder: Pa
     return tokenizer
 
 
+def _files_of_class(source: Path, config: PretrainedConfig) -> list[str]:
+    """Returns the names that the class of the tokenizer in the folder ``source`` gives the files of its vocabulary."""
+    named = [getattr(config, "tokenizer_class", None)]
+    with contextlib.suppress(OSError, ValueError):
+        named.append(read_object(source / TOKENIZER_CONFIG).get("tokenizer_class"))
+    classes = [tokenizer_class_from_name(name.removesuffix("Fast")) for name in named if isinstance(name, str)]
+    names: list[Any] = []
+    for found in [*classes, TOKENIZER_MAPPING.get(type(config), None)]:
+        with contextlib.suppress(AttributeError, ImportError):  # a class whose package is not installed has no names
+            names += found.vocab_files_names.values()
+    return [name for name in names if isinstance(name, str)]
+
+
 def _copy(names: tuple[str, ...], source: Path, folder: Path) -> int:
     """Copies the files ``names`` that are in ``source``, and returns their number."""
-    found = [name for name in names if (source / name).is_file()]
+    found = [name for name in dict.fromkeys(names) if (source / name).is_file()]
     for name in found:
         shutil.copyfile(source / name, folder / name)
     return len(found)

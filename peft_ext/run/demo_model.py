@@ -40,8 +40,12 @@ def packed_model() -> Optional[Path]:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
+# Changes where `convert` writes other files from the same package, so that a folder of an older peft_ext is not used.
+_EDITION = 2
+
+
 def _target() -> Path:
-    return cache_folder() / f"smollm2-135m-instruct-{importlib.metadata.version(PACKAGE)}-bf16"
+    return cache_folder() / f"smollm2-135m-instruct-{importlib.metadata.version(PACKAGE)}-bf16-{_EDITION}"
 
 
 def cached_model() -> Optional[Path]:
@@ -90,7 +94,9 @@ def convert(gguf: Path, folder: Path) -> None:
     Raises ValueError where a weight is not finite, and the errors of transformers and gguf for an unreadable file.
     """
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from ..sources.model import load_tokenizer
 
     source, name = str(gguf.parent), gguf.name
     options = {"gguf_file": name, "dtype": torch.bfloat16}
@@ -102,7 +108,7 @@ def convert(gguf: Path, folder: Path) -> None:
     if broken := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
         raise ValueError(f"{gguf}: {broken} has values that are not finite")
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    load_tokenizer(source, gguf_file=name).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from ..gguf import GgufHeader, is_gguf, read_header
 from .json_file import raised_as
 
 __all__ = [
-    "gguf_config", "gguf_path", "gguf_quantization", "gguf_tokenizer", "is_packed", "pack_meta", "read_gguf",
+    "fit_tokenizer_of", "gguf_config", "gguf_dtype", "gguf_path", "gguf_quantization", "gguf_tokenizer", "is_packed",
+    "pack_meta", "read_gguf",
 ]  # fmt: skip
 
 
@@ -47,6 +48,25 @@ def gguf_tokenizer(path: Path, **kwargs: Any) -> Any:
     from ..gguf.metadata import read_tokenizer
 
     return read_tokenizer(read_header(path), **kwargs)
+
+
+def fit_tokenizer_of(path: Path, tokenizer: Any) -> None:
+    """Changes a tokenizer that transformers has made from a GGUF file so that it splits text as llama.cpp does. Raises
+    ValueError, one line, for a ``tokenizer.ggml.pre`` that is not known."""
+    from ..gguf.pre_tokenizers import check_pre_tokenizer, fit_tokenizer
+
+    check_pre_tokenizer(header := read_header(path))
+    fit_tokenizer(header, tokenizer)
+
+
+def gguf_dtype(header: GgufHeader) -> torch.dtype:
+    """Returns the dtype of most elements of a GGUF file's matrices. Quantized matrices count as bfloat16."""
+    sizes = {torch.bfloat16: 0}
+    for info in header.tensors.values():
+        dtype = torch.bfloat16 if info.dtype is None else info.dtype
+        if len(info.shape) > 1 and dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + torch.Size(info.shape).numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def is_packed(header: GgufHeader) -> bool:

@@ -24,7 +24,16 @@ from torch import nn
 from ..methods import METHODS
 from ..nn import PackedExperts
 from ..nn.packed import HoldsPacked
-from .gguf_file import gguf_config, gguf_path, gguf_quantization, gguf_tokenizer, is_packed, pack_meta, read_gguf
+from .gguf_file import (
+    fit_tokenizer_of,
+    gguf_config,
+    gguf_path,
+    gguf_quantization,
+    gguf_tokenizer,
+    is_packed,
+    pack_meta,
+    read_gguf,
+)
 from .json_file import first_line, raised_as, read_object, shown
 
 # PEFT's name of a task -> the transformers class of the model. :func:`model_class` uses this class where the base's own
@@ -41,7 +50,7 @@ AUTO_CLASSES = {
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 # Name patterns of the files of a hub repository to download, for a tokenizer and for a model with its tokenizer.
-TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.spm"]
+TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.spm", "*.codes", "*.tokenizer"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 MOST_LAYERS = 10_000
 
@@ -303,11 +312,12 @@ def load_model(
     adapter: Path,
     shapes: Mapping[str, tuple[int, ...]],
     trained: Mapping[str, Any],
+    exact: bool = False,
 ) -> LoadedModel:
     """Loads the base of an adapter, with the model class and the number of labels that the adapter was trained with.
 
-    A dense base of an adapter of ``peft-ext finetune`` is loaded in bfloat16. Raises SourceError where the base is not
-    named, is not found or can't be loaded.
+    A dense base of an adapter of ``peft-ext finetune`` is loaded in bfloat16, and so are the dense weights of a GGUF
+    file. Raises SourceError where the base is not named, is not found or can't be loaded.
 
     Args:
         name: a folder, a GGUF file or a hub name; None: the base that the adapter's configuration names.
@@ -315,13 +325,15 @@ def load_model(
         adapter: the adapter's folder.
         shapes: shapes of the adapter's tensors, by name.
         trained: options of the adapter's training, as :func:`peft_ext.sources.adapter.training_options` returns them.
+        exact: whether the dense weights of a GGUF file are loaded in float32 if ``trained`` is empty.
     """
     name, revision = (name, None) if name is not None else named_base(config)
     if not name:
         raise SourceError(f"{adapter / 'adapter_config.json'} names no base model, give one")
     folder = model_folder(name, MODEL_FILES, revision)
     if folder.is_file():
-        return _load_gguf(str(name), folder, config, shapes)
+        dtype = torch.float32 if exact and not trained else torch.bfloat16
+        return _load_gguf(str(name), folder, config, shapes, dtype)
     if not any(folder.glob("*.safetensors")):
         pickle = next((file for file in _PICKLES if (folder / file).is_file()), None)
         raise SourceError(f"{folder} has {'no' if pickle is None else f'{pickle}, a pickle, and no'} safetensors")
@@ -345,9 +357,11 @@ def load_model(
     return LoadedModel(loaded, str(name), folder, tuple(sorted(info["missing_keys"])), quant)
 
 
-def _load_gguf(name: str, file: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> LoadedModel:
+def _load_gguf(
+    name: str, file: Path, config: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> LoadedModel:
     """Loads the base of an adapter from a GGUF file. Quantized weights stay packed; dense weights are loaded in
-    bfloat16."""
+    ``dtype``."""
     about = gguf_config(file, SourceError)
     quant, labels = stored_quant(file, about), head_labels(about, config, shapes)
     if labels is not None:
@@ -355,18 +369,23 @@ def _load_gguf(name: str, file: Path, config: Any, shapes: Mapping[str, tuple[in
     with raised_as(SourceError, "", OSError, ValueError, RuntimeError):
         from ..gguf.load import load_gguf
 
-        return LoadedModel(load_gguf(file, model_class=model_class(about, config)), name, file, (), quant)
+        return LoadedModel(load_gguf(file, dtype=dtype, model_class=model_class(about, config)), name, file, (), quant)
 
 
 def load_tokenizer(folder: str, **kwargs: Any) -> Any:
     """Returns the tokenizer in a folder or a GGUF file, and sets a padding token if the tokenizer has none. Raises the
-    errors of transformers, or for a GGUF file those of :func:`gguf_tokenizer`."""
+    errors of transformers, or for a GGUF file those of :func:`gguf_tokenizer`.
+
+    With ``gguf_file``, the name of a file in ``folder``, transformers itself reads the tokenizer.
+    """
     from transformers import AutoTokenizer
 
     if (file := gguf_path(folder)) is not None:
         tokenizer = gguf_tokenizer(file, **kwargs)
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+        if "gguf_file" in kwargs:
+            fit_tokenizer_of(Path(folder, kwargs["gguf_file"]), tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

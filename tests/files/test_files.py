@@ -83,6 +83,27 @@ def test_a_file_refuses_other_modes(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_a_file_is_not_replaced_unasked(tmp_path, monkeypatch, links):
+    def link(*args, **kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(files.os, "link", link)
+    path = tmp_path / "run.json"
+    with atomic_file(path, overwrite=False) as file:
+        file.write("mine")
+        assert not path.exists()
+    assert content(tmp_path) == {"run.json": "mine"}
+    with pytest.raises(FileExistsError), atomic_file(path, overwrite=False):
+        pytest.fail("the block must not begin")
+    path.unlink()
+    with pytest.raises(FileExistsError, match="run.json"), atomic_file(path, overwrite=False) as file:
+        file.write("mine")
+        path.write_text("theirs")  # another process writes the file first
+    assert content(tmp_path) == {"run.json": "theirs"}
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +135,38 @@ def test_what_the_new_folder_has_not_is_kept_where_asked(tmp_path, renaming):
     assert {name for name, text in found.items() if text == "kept"} == {"mine", "link", "sub/mine", "other/mine"}
     assert (path / "link").is_symlink() and (path / "mine").stat().st_ino == inode  # the kept file is not a copy
     assert all(found[name].startswith("2\n") for name in ("a", "b", "sub/c"))
+
+
+def test_files_that_another_process_writes_meanwhile_are_kept_where_asked(tmp_path, renaming, monkeypatch):
+    path, sync = tmp_path / "model", files._sync_tree
+    write(path, 1)
+
+    def slow(folder):
+        sync(folder)
+        (path / "sub/late").write_text("late")  # after the files of the old folder were carried over
+
+    monkeypatch.setattr(files, "_sync_tree", slow)
+    with atomic_folder(path, overwrite=True, keep=True) as folder:
+        (folder / "a").write_text("new")
+        (path / "early").write_text("early")
+    found = content(path)
+    assert (found["a"], found["early"], found["sub/late"]) == ("new", "early", "late")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_replaced_where_asked(tmp_path, renaming, monkeypatch):
+    path, rename = tmp_path / "model", os.rename
+
+    def late(source, target):
+        if not path.exists() and Path(source).suffix == ".part":
+            path.mkdir()
+            (path / "theirs").write_text("theirs")
+            monkeypatch.setattr(files.os, "rename", rename)
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", late)
+    write(path, 1, overwrite=True, keep=True)
+    assert names(path) == ["a", "b", "sub", "sub/c", "theirs"]
 
 
 def test_a_folder_is_not_replaced_unasked(tmp_path):
@@ -483,3 +536,37 @@ def test_save_adapter_refuses_what_it_does_not_save(tmp_path, model):
     with pytest.raises(ValueError, match="safe_serialization is False"):
         save_adapter(model, tmp_path / "a", safe_serialization=False)
     assert names(tmp_path) == []
+
+
+@needs_peft
+@pytest.mark.parametrize("before", [True, False], ids=["beside other files", "no folder"])
+def test_an_adapter_of_another_process_is_not_replaced_unasked(tmp_path, model, renaming, monkeypatch, before):
+    path, save = tmp_path / "adapter", model.save_pretrained
+    if before:
+        path.mkdir()
+        (path / "log").write_text("kept")
+
+    def slow(folder, **kwargs):
+        save(folder, **kwargs)
+        path.mkdir(exist_ok=True)
+        (path / "adapter_config.json").write_text("theirs")
+
+    monkeypatch.setattr(model, "save_pretrained", slow)
+    with pytest.raises(FileExistsError, match=r"has an adapter, give overwrite=True: '.*/adapter'"):
+        save_adapter(model, path)
+    assert content(path) == {"adapter_config.json": "theirs"} | ({"log": "kept"} if before else {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+@needs_peft
+def test_a_process_that_is_not_the_main_process_writes_nothing(tmp_path, model, monkeypatch):
+    called, save = [], model.save_pretrained
+    monkeypatch.setattr(
+        model, "save_pretrained", lambda folder, **kwargs: (called.append(kwargs), save(folder, **kwargs))
+    )
+    save_adapter(model, tmp_path / "new", is_main_process=False)
+    assert called == [{"safe_serialization": True, "is_main_process": False}] and names(tmp_path) == []
+    save_adapter(model, tmp_path / "new")
+    before = {entry: entry.stat() for entry in (tmp_path / "new").rglob("*")}
+    save_adapter(model, tmp_path / "new", is_main_process=False)
+    assert {entry: entry.stat() for entry in (tmp_path / "new").rglob("*")} == before

@@ -24,6 +24,7 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from commands import refused  # noqa: E402
+from gguf_files import model_file  # noqa: E402
 from torch import nn  # noqa: E402
 from untrusted_files import EVIL, edited, rewritten  # noqa: E402
 
@@ -238,6 +239,7 @@ def test_data_that_is_no_file(tmp_path) -> None:
 def test_a_gguf_of_values_that_are_not_finite(made, tmp_path, monkeypatch) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(made[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(made[0])
+    (tmp_path / "x.gguf").write_bytes(model_file(keys=lambda keys: keys.pop("tokenizer.ggml.model")).out)
     broken = copy.deepcopy(model)
     broken.model.norm.weight.data[3] = float("nan")
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)

@@ -306,6 +306,28 @@ def test_what_is_used_beside_the_weights_comes_along(made, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("kind", "about", "files"), [
+    ("WhisperTokenizer", "tokenizer", ["vocab.json", "merges.txt", "normalizer.json"]),
+    ("DebertaV2TokenizerFast", "tokenizer", ["spm.model"]),
+    ("PhobertTokenizer", "model", ["vocab.txt", "bpe.codes"]),
+    ("MistralCommonBackend", "tokenizer", ["tekken.json"]),
+    ("NoSuchTokenizer", "tokenizer", ["vocab.json"]),
+    (["not a name"], "tokenizer", ["vocab.json"]),
+])  # fmt: skip
+def test_files_that_the_tokenizers_class_names_come_along(made, tmp_path, kind, about, files):
+    base, adapter = made("Llama", lora("q_proj"))
+    if about == "model":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "tokenizer_class": kind}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind} if about == "tokenizer" else {}))
+    for name in (*files, "notes.txt", "notes.json"):
+        (base / name).write_text("{}")
+    merge_to_dense(base, adapter, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", *files,
+    }  # fmt: skip
+
+
 def test_the_adapters_tokenizer_is_written_where_it_has_one(made, tiny, tmp_path, capsys):
     base, adapter = made("Llama", lora("q_proj"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")

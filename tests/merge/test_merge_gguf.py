@@ -378,6 +378,19 @@ def test_refuses_norms_that_the_file_stores_with_1_added(tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_refuses_a_head_of_its_own_where_llama_cpp_reads_none(tmp_path):
+    for kind in ("gemma2", "gemma3_text"):
+        model = small_model(kind)
+        base = write_model(model, tmp_path / f"{kind}.gguf")
+        trained(model, lora("embed_tokens", "q_proj")).save_pretrained(tmp_path / kind)
+        if kind == "gemma3_text":
+            assert merge_to_gguf(base, tmp_path / kind, tmp_path / "out.gguf").added == ("output.weight",)
+        else:
+            found = refused(base, tmp_path / kind, tmp_path / "out.gguf")
+            assert f"tied in {base}, and llama.cpp reads no head of its own from files of gemma2" in found
+            assert not (tmp_path / "out.gguf").exists()
+
+
 def test_refuses_damaged_files(made, tmp_path):
     _, base, adapter = made(lora("q_proj"))
     data, out, bad = base.read_bytes(), tmp_path / "out.gguf", tmp_path / "bad.gguf"
