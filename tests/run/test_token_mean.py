@@ -13,9 +13,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers as hf
+from peft import PromptTuningConfig
 from safetensors.torch import load_file
 from tiers import first
 
+import peft_ext
 from peft_ext import recipes
 from peft_ext.run import Options, evaluate, finetune
 
@@ -71,7 +73,8 @@ class IgnoresItemsForCausalLM(hf.LlamaForCausalLM):
         return super().forward(*args, **kwargs)
 
 
-KINDS = {"takes": hf.LlamaForCausalLM, "ignores": IgnoresItemsForCausalLM, "refuses": hf.LlamaForCausalLM}
+KINDS = {"takes": hf.LlamaForCausalLM, "ignores": IgnoresItemsForCausalLM, "refuses": hf.LlamaForCausalLM,
+         "prompt": hf.LlamaForCausalLM}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -85,7 +88,12 @@ def test_a_recipe_of_more_and_smaller_batches(
     folders, losses = [tmp_path / "whole", tmp_path / "parts"], []
     for folder, size in zip(folders, (4, 1), strict=True):
         torch.manual_seed(0)
-        model = recipes.apply_lora_to_model(KINDS[name].from_pretrained(tiny / "model", dtype=torch.float32), rank=4)
+        model = KINDS[name].from_pretrained(tiny / "model", dtype=torch.float32)
+        if name == "prompt":  # the last virtual token predicts a text's first label, which counts
+            config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+            model = peft_ext.get_peft_model(model, config)
+        else:
+            model = recipes.apply_lora_to_model(model, rank=4)
         tokenizer = hf.AutoTokenizer.from_pretrained(tiny / "model", pad_token="</s>")
         done = recipes.train_with_peft(
             model, tokenizer, rows, output_dir=tmp_path / "out", adapter_dir=folder, max_steps=3, warmup_steps=0,
