@@ -283,7 +283,7 @@ build/format-libraries/.installed: $(VENV)/.built
 
 # With PEFT_EXT_TEST_LIBRARIES, a library that is missing fails its tests; otherwise the tests would be skipped.
 format-libraries: setup build/format-libraries/.installed
-	PEFT_EXT_TEST_LIBRARIES="compressed_tensors gptqmodel hqq modelopt" GPTQMODEL_CPU_WORKERS=2 PYTHONPATH=$(CURDIR) \
+	PEFT_EXT_TEST_LIBRARIES="compressed_tensors gptqmodel hqq modelopt" GPTQMODEL_CPU_WORKERS=2 PYTHONPATH="$(CURDIR)" \
 	  HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 3600 build/format-libraries/bin/python -m pytest -q \
 	  -p no:cacheprovider tests/weights/test_floats.py tests/weights/test_int_groups.py tests/weights/test_foreign_layers.py
 

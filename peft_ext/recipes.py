@@ -14,6 +14,8 @@ in a model's folder is never run.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,8 +41,6 @@ __all__ = [
     "setup_qlora",
     "train_with_peft",
 ]
-
-_BLOCK_SIZE = 512  # largest number of tokens of a training example
 
 # Columns of rows that are tokenized already.
 _COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
@@ -127,7 +127,7 @@ def setup_peft_training(
 
 def train_with_peft(
     model: nn.Module, tokenizer: Any, train_dataset: Iterable[Any], *, output_dir: Union[str, Path] = "./peft-output",
-    adapter_dir: Union[str, Path] = "./peft-adapter", **arguments: Any,
+    adapter_dir: Union[str, Path] = "./peft-adapter", block_size: int = 512, **arguments: Any,
 ) -> Any:  # fmt: skip
     """Trains the adapter of ``model`` with transformers' Trainer and saves the adapter; returns the result of
     ``Trainer.train``.
@@ -137,38 +137,52 @@ def train_with_peft(
             ``peft_ext.run.data`` tokenizes. Rows with ``input_ids`` may also have ``labels``, ``attention_mask``,
             ``position_ids`` and ``token_type_ids``; columns of texts, single numbers and messages are ignored. Without
             ``labels``, the labels are the ``input_ids``, and -100, which the loss ignores, where the
-            ``attention_mask`` is 0.
+            ``attention_mask`` is 0. A batch is padded on the right: padding on the left would lie between the virtual
+            tokens of a prompt and the text.
         output_dir: folder of the Trainer's checkpoints.
         adapter_dir: folder of the trained adapter.
+        block_size: most tokens of a training example, at least 2. Texts are joined and divided into blocks of
+            ``block_size`` tokens. A longer conversation, or prompt and completion, is cut, and is left out if its
+            completion begins after the cut; a warning has the numbers. Rows with ``input_ids`` are not cut.
         arguments: further TrainingArguments. The defaults are 3 epochs, batches of 4 examples, 4 batches for each
             optimizer step, and a learning rate of 2e-4 after 100 steps of warm-up.
+
+    The loss of an optimizer step is the mean over the labels of all batches of the step, so that half of the batch size
+    with twice the number of batches makes the same step up to rounding.
 
     For AdaLoRA, a callback updates the rank budget; for Diff Pruning, a callback begins the second phase. In several
     processes, the first process saves the adapter, which is gathered under FSDP2, and the others wait.
 
-    Raises: TypeError if ``model`` has no adapter; peft_ext.run.RunError if the rows of ``train_dataset`` have neither
-    ``input_ids`` nor columns for text, for prompt and completion, or for messages, if a row lacks a column that other
-    rows have, if a row with ``input_ids`` has a list of numbers in a column of another name, or if the columns of a row
-    differ in length.
+    Raises: TypeError if ``model`` has no adapter; ValueError if ``block_size`` is less than 2; peft_ext.run.RunError if
+    the rows of ``train_dataset`` have neither ``input_ids`` nor columns for text, for prompt and completion, or for
+    messages, if a row lacks a column that other rows have, if a row with ``input_ids`` has a list of numbers in a
+    column of another name, if the columns of a row differ in length, or if no completion begins within ``block_size``
+    tokens.
     """
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
     from .files import save_adapter
     from .integrations.trainer import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
+    from .run.token_mean import TokenMeanTrainer
 
     if not hasattr(model, "peft_config"):
         raise TypeError(f"train_with_peft: model is {type(model).__name__}, wanted a PeftModel")
+    if block_size < 2:
+        raise ValueError(f"train_with_peft: block_size is {block_size}, wanted at least 2")
     usual = {
         "num_train_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
         "learning_rate": 2e-4, "warmup_steps": 100, "logging_steps": 10, "save_strategy": "epoch",
         "report_to": "none", "remove_unused_columns": False,
     }  # fmt: skip
     args = TrainingArguments(output_dir=str(output_dir), **{**usual, **arguments})
-    collator = partial(_collate, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
+    padding = copy.copy(tokenizer)
+    padding.padding_side = "right"
+    collator = partial(_collate, DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED))
     kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
     further = {"ADALORA": AdaLoraCallback, "DIFF_PRUNING": DiffPruningCallback}
     callbacks = [further[kind]()] if kind in further else []
-    trainer = Trainer(model, args, collator, _tokenized(train_dataset, tokenizer), callbacks=callbacks)
+    examples = _tokenized(train_dataset, tokenizer, block_size)
+    trainer = TokenMeanTrainer(model, args, collator, examples, callbacks=callbacks)
     PeftExtCallback().attach(trainer)
     done = trainer.train()
     state = {}
@@ -206,7 +220,8 @@ def _load(name: Union[str, Path]) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _tokenized(rows: Iterable[Any], tokenizer: Any) -> list[dict[str, Any]]:
+def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> list[dict[str, Any]]:
+    """Returns rows as examples with ``input_ids`` and labels. Warns if a record has more than ``block_size`` tokens."""
     rows = [dict(row) for row in rows]
     if not rows or any("input_ids" in row for row in rows):
         # A dataset that was tokenized by `map` still has its texts, which transformers' Trainer removes too.
@@ -214,7 +229,14 @@ def _tokenized(rows: Iterable[Any], tokenizer: Any) -> list[dict[str, Any]]:
         columns = {name for row in rows for name in row}
         return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]
     kind, records = read_records("train_dataset", rows)
-    return tokenize(Corpus(kind, records, records[:1], "train_dataset"), tokenizer, _BLOCK_SIZE).train
+    examples = tokenize(Corpus(kind, records, [], "train_dataset"), tokenizer, block_size)
+    if examples.truncated or examples.left_out:
+        warnings.warn(
+            f"train_with_peft: of {len(records)} records, {examples.truncated} were cut at block_size={block_size} "
+            f"tokens, and {examples.left_out} were left out, because no completion begins within these tokens",
+            stacklevel=3,
+        )
+    return examples.train
 
 
 def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import native_build
@@ -35,9 +36,9 @@ def missing() -> str | None:
     return native_build.missing_tools()
 
 
-def build(name: str, sources: list[Path], flags: str = "", libraries: str = "") -> Path:
+def build(name: str, sources: list[Path], flags: str = "", libraries: str = "", folder: Path = BUILD) -> Path:
     """Builds, if a source changed, a shared library of the emulator and of ``sources``, which are compiled with
-    ThreadSanitizer."""
+    ThreadSanitizer, in ``folder``."""
     kernels = (  # the stack frame of a kernel has to fit a fiber's stack of 64 KiB
         f"{COMMON} {SANITIZE} -Wno-unknown-pragmas -Werror=frame-larger-than=32768 -DPEFT_EXT_EMULATE_CUDA "
         f"-include emulator/device.h {flags} -x c++"
@@ -45,12 +46,17 @@ def build(name: str, sources: list[Path], flags: str = "", libraries: str = "") 
     # The emulator comes first: the linker keeps the first copy of an inline function, and the emulator's own copies are
     # not instrumented.
     groups = Group(COMMON, sorted((CSRC / "emulator").glob("*.cpp"))), Group(kernels, sources)
-    return native_build.build(BUILD / f"lib{name}.so", groups, f"-Wl,--as-needed,-z,defs {libraries}")
+    return native_build.build(folder / f"lib{name}.so", groups, f"-Wl,--as-needed,-z,defs {libraries}")
 
 
 def build_ops() -> Path:
-    """Builds build/emulated/libpeft_ext_emulated.so with every CUDA operator."""
-    return build(NAMESPACE, sorted(CSRC.rglob("*_cuda.cpp")), *native_build.torch_flags())
+    """Builds libpeft_ext_emulated.so with every CUDA operator, in a folder of build/emulated for this version of torch.
+
+    Two environments with different torch, which share a checkout, would otherwise replace each other's library. ninja
+    would also keep objects of an older torch at the same place, because ninja does not check torch's headers.
+    """
+    sources = sorted(CSRC.rglob("*_cuda.cpp"))
+    return build(NAMESPACE, sources, *native_build.torch_flags(), folder=BUILD / f"torch-{version('torch')}")
 
 
 def load() -> Path:

@@ -13,7 +13,7 @@ import torch
 
 from .. import _cpu
 from .._native import STATE, TILE_PATHS
-from ..ops.cross_entropy import CHUNK_BYTES
+from ..ops.cross_entropy import default_chunk
 from ..weights.packed import format_of
 
 LOSS = torch.ops.peft_ext.linear_cross_entropy.default
@@ -128,7 +128,7 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
     hidden, (vocab, features) = given["hidden"], given["shape"]
     dtype, tokens = hidden.dtype, given["labels"].numel()
     row = vocab * dtype.itemsize
-    rows = min(given["chunk"] if device == "cpu" else max(1, CHUNK_BYTES[device] // max(1, row)), tokens)
+    rows = min(given["chunk"] or default_chunk(tokens, row, device), tokens)
     logits, several = rows * row, rows < tokens
     in_place = not given["layout"] and not (device == "cpu" and dtype in _cpu.widened_dtypes())
     forward = backward = 0

@@ -36,6 +36,15 @@ _REDUCTIONS = ("mean", "sum", "none")
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
+def default_chunk(count: int, row: int, device: str) -> int:
+    """Returns the number of tokens of a chunk by default, for ``count`` tokens whose logits take ``row`` bytes each.
+
+    The tokens are divided into the fewest equal chunks of at most ``CHUNK_BYTES`` of the device type.
+    """
+    chunks = -(-count * row // CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]))
+    return max(1, -(-count // max(1, chunks)))
+
+
 # --- schema, forward, fake --------------------------------------------------------------------------------------------
 
 
@@ -44,6 +53,7 @@ def _forward(hidden, *args):
     *loss, chunk, summed = args[14:20]
     needs_hidden, needs_adapter, needs_bias = needs = args[20:]
     x, count = common.rows(hidden), tokens(hidden)
+    chunk = chunk or default_chunk(count, weight[-1][0] * hidden.element_size(), hidden.device.type)
     low = x if lora_input is None else common.rows(lora_input)
     apart = lora_input is not None
     losses = x.new_empty(count, dtype=common.sum_dtype(x.dtype))
@@ -131,7 +141,9 @@ define(
     family="cross_entropy",
 )
 # linear_cross_entropy returns the losses [T] or, with summed, Σ row_weight · loss, and the gradients of this sum. On
-# every device, linear_cross_entropy calls other operators and has no kernel of its own.
+# every device, linear_cross_entropy calls other operators and has no kernel of its own. With chunk 0, the operator
+# itself chooses the number of tokens as it runs: a number that torch.compile traced would depend on the number of
+# tokens, and each number of tokens would need a graph of its own.
 define(
     "linear_cross_entropy",
     f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor? lora_input, Tensor? lora_A, Tensor? lora_B, float scaling, "
@@ -274,11 +286,8 @@ def linear_cross_entropy(
         lora_input = lora_input.to(hidden.dtype) if lora_A is not None else None
     softcap = 0.0 if softcap is None else softcap
     _check_loss(op, scaling, logit_scale, softcap, label_smoothing, reduction, num_items_in_batch)
-    if chunk is None:
-        row = weight.shape[0] * hidden.element_size()
-        count = -(-tokens(hidden) * row // CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]))
-        chunk = max(1, -(-tokens(hidden) // max(1, count)))
-    checks.check_count(op, "chunk", chunk)
+    if chunk is not None:
+        checks.check_count(op, "chunk", chunk)
     if checks.wants_reference(hidden, lora_A, lora_B):
         return by_reference(reference.linear_cross_entropy, hidden, weight, labels, bias, lora_A=lora_A, lora_B=lora_B,
                           lora_input=lora_input, scaling=scaling, logit_scale=logit_scale, softcap=softcap,
@@ -304,7 +313,8 @@ def linear_cross_entropy(
         row_weight = torch.ones(labels.numel(), dtype=torch.float32, device=hidden.device) / items
     losses = _linear_cross_entropy(
         hidden, *checks.weight_args(weight), bias, lora_input, lora_A, lora_B, float(scaling), labels.view(-1),
-        row_weight, float(logit_scale), float(softcap), float(label_smoothing), ignore_index, chunk, summed, *needs,
+        row_weight, float(logit_scale), float(softcap), float(label_smoothing), ignore_index, chunk or 0, summed,
+        *needs,
     )[0]  # fmt: skip
     if not summed:
         return losses.view(labels.shape)

@@ -354,12 +354,15 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
 def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
     """Returns token ids and labels of the records, at most ``block_size`` tokens an example.
 
-    Raises RunError where all training conversations or all held-out conversations are left out, and where the chat
-    template can't render a conversation. Without a chat template, raises RunError for a conversation that is not one
-    message and the assistant's answer.
+    The records to hold out may be an empty list.
+
+    Raises RunError where no example is left of the records to train on, or of records to hold out; where the tokenizer
+    has no chat template and a conversation is not one message and the assistant's answer; or where the chat template
+    can't render a conversation.
     """
     if corpus.kind == "text":
-        return Examples(_blocks(corpus.train, tokenizer, block_size), _blocks(corpus.held_out, tokenizer, block_size))
+        sides = [_blocks(texts, tokenizer, block_size) if texts else [] for texts in (corpus.train, corpus.held_out)]
+        return Examples(*sides)
     render = _renderer(corpus, tokenizer, block_size)
     cut = left_out = 0
     sides = []
@@ -374,7 +377,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
                 cut += long
             else:
                 left_out += 1
-        if not examples:
+        if records and not examples:
             raise RunError(
                 f"--data {corpus.where}: no completion begins within {block_size} tokens; take a larger --block-size"
             )

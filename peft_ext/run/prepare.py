@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import math
 import platform
 import time
@@ -531,6 +530,9 @@ def _experts_fields(o: Options, model: Any, targets: Any) -> dict[str, Any]:
         raise RunError("--stock with NF4 and experts: PEFT can't add to 4-bit experts, give --quant none")
     if "target_parameters" in fields and o.stock and o.method == "dora":
         raise RunError("--stock with DoRA and experts: PEFT has no DoRA for experts, give --target-modules")
+    if "target_parameters" in fields and o.stock and o.dropout:
+        raise RunError(f"--stock with experts and --dropout {o.dropout:g}: PEFT has no dropout for experts, which a "
+                       "run without --stock has, give --dropout 0")  # fmt: skip
     return fields
 
 
@@ -552,18 +554,9 @@ def adapter_config(run: Run, model: Any) -> Any:
     fields |= _experts_fields(o, model, targets)
     match o.method:
         case "adalora":
-            from peft import AdaLoraConfig
-
             # A layer's mean rank shrinks from 1.5 times --rank to --rank between a tenth and two thirds of the run.
             fields |= {"init_r": math.ceil(1.5 * o.rank), "target_r": o.rank, "tinit": run.steps // 10,
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
-            # PEFT adds AdaLoRA's orthogonal regularization to the loss of each batch. Where the model's loss takes
-            # num_items_in_batch, the Trainer adds up the losses of a step's batches, over accumulation and processes,
-            # and does not divide the sum. The weight of the regularization is then divided by the number of batches of
-            # a step, so that a step counts the regularization once.
-            takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
-            if getattr(model, "accepts_loss_kwargs", takes_any):
-                fields["orth_reg_weight"] = AdaLoraConfig.orth_reg_weight / (o.grad_accum * run.ranks.world)
         case "lora" | "rslora" | "qlora" | "dora":
             fields["r"] = o.rank
         case "ia3" if targets is None:

@@ -415,11 +415,12 @@ def fit(run: Run, record: Record, model: Any) -> int:
 
 
 def _trainer(run: Run, record: Record, model: Any) -> Any:
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, ProgressCallback, TrainingArguments
 
     from ..integrations.trainer import AdaLoraCallback, DiffPruningCallback, PeftExtCallback
+    from .token_mean import TokenMeanTrainer
 
-    class OrderedTrainer(Trainer):
+    class OrderedTrainer(TokenMeanTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             """Returns the run's order of examples. The accelerate library gives each rank every ``world``-th batch."""
             return Order(len(run.examples.train), run.steps * run.step_examples, o.seed)

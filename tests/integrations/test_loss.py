@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional
 
 import pytest
@@ -544,3 +548,33 @@ def test_a_graph_that_breaks_within_the_forward(where: str) -> None:
         torch.testing.assert_close(out.logits + 0, wanted[2].logits)
         counts.append(counter.frame_count)
     assert counts[0] > 1 and counts[1] == counts[2]
+
+
+# The program has no training step that is not compiled, before or after the compiled steps.
+COMPILED = """
+import sys
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from test_loss import build
+import peft_ext
+
+def steps():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(peft_ext.accelerate(build()), backend=counter, fullgraph=True, dynamic=True)
+    for length in (17, 20, 31, 64):  # peft_ext leaves attention of fewer than 16 queries to PyTorch, in another graph
+        ids = torch.randint(0, 99, (2, length))
+        compiled(input_ids=ids, labels=ids).loss.backward()
+    return sum("linear_cross_entropy" in graph.code for graph in counter.graphs)
+
+print(steps())
+"""
+
+
+@pytest.mark.slow
+def test_the_first_step_may_be_compiled_and_lengths_share_its_graph() -> None:
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+    path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-c", COMPILED], env={**os.environ, "PYTHONPATH": path}, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0 and done.stdout.split() == ["1"], done.stdout + done.stderr

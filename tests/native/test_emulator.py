@@ -292,6 +292,19 @@ def test_pairs(run, dtype, name):
     torch.testing.assert_close(got, want, rtol=2**-23, atol=0, equal_nan=True)
 
 
+def test_each_torch_has_its_own_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ninja does not check torch's headers, and a process may have loaded the library that another torch would
+    replace."""
+    found = []
+    monkeypatch.setattr(emulated_cuda.native_build, "build", lambda library, *_: found.append(library))
+    for release in ("2.11.0+cpu", "2.13.0+cpu"):
+        monkeypatch.setattr(emulated_cuda, "version", lambda name, release=release: release)
+        emulated_cuda.build_ops()
+    one, two = found
+    assert one.name == two.name == "libpeft_ext_emulated.so" and one.parent != two.parent
+    assert {one.parents[1], two.parents[1]} == {ROOT / "build/emulated"}
+
+
 # --- the CUDA ops -----------------------------------------------------------------------------------------------------
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from op_db import DTYPES
 from op_params import names
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from peft_ext import ops, reference
+from peft_ext.ops import cross_entropy
 
 
 def rows(
@@ -143,3 +147,58 @@ def test_float16_divides_by_the_count_in_the_backward(device: torch.device) -> N
     (loss * items).backward()
     torch.nn.functional.cross_entropy(exact @ weight.double().T, labels, reduction="sum").backward()
     assert (x.grad.cpu().double() - exact.grad).norm() <= 2e-3 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_lengths_share_a_compiled_graph(reduction: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator chooses its chunk as it runs, so that a traced chunk does not bind a graph to one length."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 7 * 4 * 19))  # 7 tokens
+    torch.manual_seed(0)
+    weight, factor = torch.randn(19, 8, device=device), torch.rand(64, device=device)
+
+    def loss_of(hidden: Tensor, labels: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+
+    def step(call: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden.clone().requires_grad_()
+        loss = call(hidden, labels)
+        (loss * factor[: len(labels)] if loss.dim() else loss).sum().backward()
+        return loss.detach(), hidden.grad
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (5, 7, 8, 14, 31, 64):
+        given = torch.randn(tokens, 8, device=device), torch.randint(0, 19, (tokens,), device=device)
+        for found, wanted in zip(step(compiled, *given), step(loss_of, *given), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    torch._dynamo.reset()
+    assert sum("linear_cross_entropy" in graph.code for graph in counter.graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "room", "wanted"),
+    [(12, 12, [12]), (13, 12, [7, 6]), (25, 12, [9, 9, 7]), (3, 0.5, [1, 1, 1]), (5, 2.9, [3, 2])],
+)
+def test_the_default_chunks_are_few_and_equal(
+    tokens: int, room: float, wanted: list[int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``room`` is the number of tokens whose logits fit the bytes of a chunk."""
+    seen: list[int] = []
+
+    class Seen:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch.ops.peft_ext, name)
+
+        def cross_entropy_rows(self, logits: Tensor, *args: Any) -> Tensor:
+            seen.append(len(logits))
+            return torch.ops.peft_ext.cross_entropy_rows(logits, *args)
+
+    monkeypatch.setattr(cross_entropy, "_ops", Seen())
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), int(room * 4 * 19)))
+    hidden, weight = torch.randn(tokens, 8, device=device), torch.randn(19, 8, device=device)
+    labels = torch.zeros(tokens, dtype=torch.int64, device=device)
+    ops.linear_cross_entropy(hidden, weight, labels)
+    assert seen == wanted
+    ops.linear_cross_entropy(hidden, weight, labels, chunk=2)
+    assert seen[len(wanted) :] == [2] * (tokens // 2) + [1] * (tokens % 2)

@@ -81,6 +81,11 @@ def test_resumes(mixture: Path, tmp_path: Path) -> None:
             "--stock with DoRA and experts: PEFT has no DoRA for experts, give --target-modules",
         ),
         (("--stock",), "--stock with NF4 and experts: PEFT can't add to 4-bit experts, give --quant none"),
+        (
+            ("--stock", "--quant", "none"),
+            "--stock with experts and --dropout 0.05: PEFT has no dropout for experts, "
+            "which a run without --stock has, give --dropout 0",
+        ),
     ],
 )
 def test_what_can_not_be(mixture: Path, tmp_path: Path, capsys, options: tuple[str, ...], text: str) -> None:

@@ -1,6 +1,7 @@
 """Tests the functions of peft_ext.recipes on a tiny model."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,44 @@ def test_columns_of_tokenized_rows(model):
     ):
         with pytest.raises(RunError, match=why):
             recipes._tokenized(wrong, tokenizer)
+
+
+def test_records_that_are_too_long_are_counted(model):
+    """A first record without a completion within the block is left out, and does not end the function."""
+    _, tokenizer = recipes.setup_peft_training(model, "ia3")
+    rows = [{"prompt": "a" * left, "completion": "b" * right} for left, right in ((600, 3), (3, 600), (3, 9), (3, 3))]
+    with pytest.warns(UserWarning, match="of 4 records, 1 were cut at block_size=512 tokens, and 1 were left out"):
+        assert [len(row["input_ids"]) for row in recipes._tokenized(rows, tokenizer)] == [512, 14, 8]
+    with pytest.warns(UserWarning, match="of 4 records, 2 were cut at block_size=10 tokens, and 1 were left out"):
+        assert [len(row["input_ids"]) for row in recipes._tokenized(rows, tokenizer, 10)] == [10, 10, 8]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(recipes._tokenized(rows, tokenizer, 1000)) == 4
+        texts = recipes._tokenized([{"text": "a" * 30}, {"text": "b" * 30}], tokenizer, 20)
+    assert [len(row["input_ids"]) for row in texts] == [20, 20, 20]  # 62 tokens: an end token follows each text
+    with pytest.raises(RunError, match="no completion begins within 4 tokens"):
+        recipes._tokenized(rows[:1], tokenizer, 4)
+
+
+@pytest.mark.parametrize("block_size", [0, 1])
+def test_a_block_too_small_for_a_label(model, block_size):
+    adapted, tokenizer = recipes.setup_peft_training(model, "ia3")
+    with pytest.raises(ValueError, match=f"train_with_peft: block_size is {block_size}, wanted at least 2"):
+        recipes.train_with_peft(adapted, tokenizer, [{"text": "a"}], block_size=block_size)
+
+
+def test_batches_are_padded_on_the_right(model, tmp_path, monkeypatch):
+    """On the left, the padding would lie between the virtual tokens of a prompt and the text."""
+    adapted, tokenizer = recipes.setup_peft_training(model, "prompt", num_virtual_tokens=4)
+    tokenizer.padding_side = "left"
+    seen = []
+    monkeypatch.setattr(adapted, "forward", lambda run=adapted.forward, **given: (seen.append(given), run(**given))[1])
+    rows = [{"prompt": "one", "completion": "two"}, {"prompt": "three", "completion": "and a longer one"}]
+    recipes.train_with_peft(adapted, tokenizer, rows, output_dir=tmp_path / "out", adapter_dir=tmp_path / "adapter",
+                            max_steps=1, gradient_accumulation_steps=1, save_strategy="no", use_cpu=True)  # fmt: skip
+    (given,) = seen
+    mask = given["attention_mask"]
+    assert mask[:, 0].all() and not mask[:, -1].all() and tokenizer.padding_side == "left"
 
 
 @pytest.mark.slow

@@ -114,14 +114,6 @@ def test_adalora_s_divisor_is_frozen_over_a_dense_base(tiny: Path, tmp_path: Pat
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == run.trainable
 
 
-@pytest.mark.parametrize("takes", [True, False])
-def test_adalora_s_regularization_counts_once_in_a_step(tiny: Path, tmp_path: Path, takes: bool) -> None:
-    run = prepare(options_of(tiny, tmp_path / "run", method="adalora", grad_accum=4))
-    base = meta_base(run)
-    base.accepts_loss_kwargs = takes  # the Trainer divides the loss of a model without num_items_in_batch
-    assert adapter_config(run, base).orth_reg_weight == (0.5 / 4 if takes else 0.5)
-
-
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}|{% endfor %}"])
 def test_a_prompt_is_rendered_as_the_data_is(tiny: Path, template: str | None) -> None:
     tokenizer = hf.AutoTokenizer.from_pretrained(tiny / "model")

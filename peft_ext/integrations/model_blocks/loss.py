@@ -91,7 +91,14 @@ def _is_traced() -> bool:
 
 
 class _Now(threading.local):
-    forward: Optional[Forward] = None  # the Forward that runs on this thread
+    """``forward``: the Forward that runs on this thread, or None.
+
+    ``__init__`` runs on each thread that uses the object. Without an attribute of the thread, torch.compile would guard
+    that the thread has none, and the traced forward, which sets the attribute, would break the guard.
+    """
+
+    def __init__(self) -> None:
+        self.forward: Optional[Forward] = None
 
 
 _NOW = _Now()
