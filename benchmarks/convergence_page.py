@@ -184,7 +184,8 @@ def draw(result: dict[str, Any]) -> str:
         places, and each optimizer step carries a rounding on. PEFT adds an adapter's term to a base output that is
         already rounded, which loses part of the small terms of a new adapter; a fused layer rounds the sum of both
         terms once. The two bfloat16 runs of a method approximate the method's float32 run. The table shows how far the
-        losses of each bfloat16 run are from the losses of the float32 run, over the steps of the float32 run:""",
+        losses of each bfloat16 run are from the losses of the twin's float32 run, over the {steps} steps of that
+        run:""",
         _rounding_table(narrow, wide),
         f"Dropout:{masks or ' no curves were compared.'}",
         f"Saved adapters: {_reload_text(result['rows'])}",

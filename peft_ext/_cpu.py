@@ -52,6 +52,12 @@ def _limit() -> str:
     return name.upper() if name.upper() in _LIMITS else ""
 
 
+def _is_forbidden(least: str) -> bool:
+    """Returns whether the environment limits oneDNN to an instruction set before ``least`` in ``_LIMITS``."""
+    limit = _limit()
+    return bool(limit) and _LIMITS.index(limit) < _LIMITS.index(least)
+
+
 def _onednn_multiplies(check: str) -> bool:
     """Returns the answer of PyTorch's function ``check``: whether oneDNN multiplies matrices of a dtype. Returns False
     if PyTorch was built without oneDNN. On a CPU with AVX2 and without AVX-512, the answer is False."""
@@ -74,7 +80,7 @@ def multiplies(dtype: torch.dtype) -> bool:
     supported, has = _onednn_multiplies(check), capabilities()
     if not is_x86():
         return supported and any(has.get(name) for name in arm)
-    if (limit := _limit()) and _LIMITS.index(limit) < _LIMITS.index(least):
+    if _is_forbidden(least):
         return False
     return supported and any(has.get(name) for name in x86)
 
@@ -101,8 +107,8 @@ def compute_dtype() -> torch.dtype:
     """Returns the default compute dtype: bfloat16 where :func:`why_float32` has no reason against it, else float32.
 
     The reasons for float32: this CPU has no instructions for bfloat16 products, the environment forbids these
-    instructions (ONEDNN_MAX_CPU_ISA, DNNL_MAX_CPU_ISA), or the kernels of the CPU path in use have no bfloat16
-    instructions.
+    instructions (ONEDNN_MAX_CPU_ISA, DNNL_MAX_CPU_ISA), PyTorch was built without oneDNN, or the kernels of the CPU
+    path in use have no bfloat16 instructions.
     """
     return torch.bfloat16 if not why_float32() else torch.float32
 
@@ -110,18 +116,16 @@ def compute_dtype() -> torch.dtype:
 def why_float32() -> str:
     """Returns in words why :func:`compute_dtype` returns float32; "" where :func:`compute_dtype` returns bfloat16."""
     if not multiplies(torch.bfloat16):
-        by = "the environment forbids the" if _forbidden() else "this CPU has no"
+        _, least, x86, arm = _WANTED[torch.bfloat16]
+        if not any(capabilities().get(name) for name in (x86 if is_x86() else arm)):
+            by = "this CPU has no"
+        else:
+            by = "the environment forbids the" if is_x86() and _is_forbidden(least) else "this build of PyTorch has no"
         return f"{by} instructions for bfloat16 products"
     isa = _native.STATE.isa
     if isa == "neon" or (is_x86() and isa not in (*_native.TILE_PATHS, "reference")):
         return f"the CPU path in use, {isa}, has no instructions for bfloat16 products"
     return ""
-
-
-def _forbidden() -> bool:
-    """Returns whether the environment forbids bfloat16 instructions that the CPU has."""
-    has = capabilities()
-    return bool(_limit()) and any(has.get(name) for name in _WANTED[torch.bfloat16][2])
 
 
 def instruction_sets() -> list[str]:

@@ -140,7 +140,7 @@ def train_with_peft(
             ``attention_mask`` is 0. A batch is padded on the right: padding on the left would lie between the virtual
             tokens of a prompt and the text.
         output_dir: folder of the Trainer's checkpoints.
-        adapter_dir: folder of the trained adapter.
+        adapter_dir: the folder into which the trained adapter is saved.
         block_size: most tokens of a training example, at least 2. Texts are joined and divided into blocks of
             ``block_size`` tokens. A longer conversation, or prompt and completion, is cut, and is left out if its
             completion begins after the cut; a warning has the numbers. Rows with ``input_ids`` are not cut.

@@ -251,8 +251,9 @@ def driver_is_here() -> bool:
 def packages(here: Machine, outcome: Outcome) -> None:
     """Chooses the Python of the next parts: the running Python, .venv, or a new .venv.
 
-    Nothing is installed into the running Python, unless the running Python is .venv's. If the running Python has a CUDA
-    build of torch, a new .venv sees the packages of the running Python, and pip installs only what is missing. If pip
+    Nothing is installed into the running Python, unless the running Python is .venv's. If torch in the
+    running Python is 2.11 or newer and sees the GPU, a new .venv sees the packages of the running Python, and pip
+    installs only what is missing. If pip
     fails, for example without a network, the parts run without the missing packages; without torch, no part runs.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
@@ -341,7 +342,8 @@ def prove(here: Machine, outcome: Outcome) -> None:
 
     end = here.runner.clock() + outcome.limit
     while True:
-        # A family that hangs takes three fifths of the remaining time of this part.
+        # One process proves the families of kernels in turn. If a family hangs, the process is ended after three fifths
+        # of the time that this part had left, and a new process proves the other families.
         left = end - here.runner.clock()
         wrong, cut = here.runner.run([here.python, "-c", PROVE, *done], 0.6 * left, see=see)
         if not wrong:

@@ -114,7 +114,7 @@ def page() -> str:
 
 
 def listed(text: str) -> dict[str, str]:
-    """Returns the packages on the page, each with its licence."""
+    """Returns the packages in the tables of ``text``, the text of a page, each with its licence."""
     rows = re.findall(r"^\| (.+) \|$", text, re.MULTILINE)
     cells = [row.split(" | ") for row in rows]
     return {canonicalize_name(row[0]): row[-1] for row in cells if row[0] != "package"}

@@ -134,7 +134,8 @@ struct BackwardPlan {
     if (cells >= rest) {
       ++*phase;
       *begin = cells - rest;
-      // The last group may have so few streams that the region takes the whole next phase.
+      // If the next phase is of the last group, which may have fewer streams, the region may contain all cells of the
+      // next phase.
       if (*phase < phases() && *begin == streams_of(*phase) * width(*phase)) {
         ++*phase;
         *begin = 0;
@@ -152,8 +153,9 @@ struct BackwardPlan {
 
   int64_t parts(const BackwardRegion& region) const { return std::min(threads, region.cells()); }
 
-  // Returns the index, among the cells of a region, of the first cell of part `part`. The cells of a region are divided
-  // into parts(region) parts, which run at the same time. The parts of a region have nearly equal costs.
+  // Returns the index of the first cell of part `part`, counted from the first cell of the region. The cells of a
+  // region are divided into parts(region) parts, which run at the same time. The parts of a region have nearly equal
+  // costs.
   int64_t first_cell(const BackwardRegion& region, int64_t part) const {
     const int64_t all = parts(region);
     if (region.next == 0) return region.count * part / all;
@@ -194,9 +196,9 @@ struct BackwardPlan {
   }
 };
 
-// Plans the backward of `streams` streams of `heads` heads. most_floats: if a head has more than one cell, the plan
-// holds dQ [queries, size] of so many streams in memory at a time that dQ has at most `most_floats` floats, but of at
-// least one stream.
+// Plans the backward of `streams` streams, each a sequence of `heads` heads (see the top of this file). most_floats: if
+// a head has more than one cell, the plan holds dQ [queries, size] of so many streams in memory at a time that dQ has
+// at most `most_floats` floats, but of at least one stream.
 inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t queries, int64_t keys, int64_t size,
                                   bool causal, int64_t threads, int64_t most_floats) {
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };

@@ -140,7 +140,7 @@ def fit_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence([*words, in_bytes])
         backend.model.ignore_merges = name in _IGNORE_MERGES
     elif header.get("tokenizer.ggml.model") == "llama":
-        # Gemma's tokenizer never puts a space before a text, and splits in another way.
+        # Gemma's tokenizer, which never puts a space before a text and splits in another way, is not changed here.
         if header.architecture == "phi3" or isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
             spaces = normalizers.Replace(" ", "▁")
             backend.normalizer, backend.pre_tokenizer = spaces, None

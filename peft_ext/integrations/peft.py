@@ -210,7 +210,7 @@ def agree(model: nn.Module) -> None:
     own, call this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
     ``PeftExtCallback`` makes all ranks use the same kernels when training begins.
 
-    The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` names. Operators that
+    The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that
     only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
 
     Without a process group of several ranks, and with ``PEFT_EXT_PROVE=0``, nothing is exchanged.

@@ -156,7 +156,7 @@ def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
 def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     """Returns the output ``[T, H]`` of the experts for tokens x ``[T, H]``.
 
-    The tokens are sorted by expert (Llama 4's tokens are sorted and scaled already, so that only ``run`` is called).
+    The tokens are sorted by expert (for Llama 4, whose tokens are sorted and scaled already, only ``run`` computes).
     ``run(rows, offsets)`` computes the experts' outputs, which go through the module's ``post_expert_norm`` if it has
     one, are multiplied by the routing weights, put back in the order of the tokens, and summed over the experts of each
     token. The expert index ``num_experts``, which expert parallelism uses, stands for no expert.

@@ -179,8 +179,9 @@ def ia3_linear(
         ia3_l: ``[N]`` or ``[N, 1]``; with ``feedforward`` ``[K]`` or ``[1, K]``; of any float dtype.
         bias: ``[N]`` of x's dtype.
         save_output: True: the caller promises not to change the result in place. With save_output, the forward on a CPU
-            saves Y instead of Z if ia3_l scales the output and needs a gradient, which saves T·N elements. If Y was
-            saved, the backward computes Z again for outputs with ``|ia3_l| < 2^-60`` (in float16 ``|ia3_l| < 2^-6``).
+            saves Y instead of ``Z = x Wᵀ + b`` if ia3_l scales the output and needs a gradient, which saves T·N
+            elements. If Y was saved, the backward computes Z again for outputs with ``|ia3_l| < 2^-60`` (in float16
+            ``|ia3_l| < 2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, ia3_l and bias, in their
     own shapes and dtypes; saved for backward, besides the weight, the bias and ia3_l: x and, where ia3_l scales the

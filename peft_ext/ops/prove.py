@@ -355,7 +355,8 @@ def drop(dropped: list[str], why: str, key: str = "CUDA") -> None:
 
 
 def _by_arguments(key: str, family: str, name: str) -> Callable[..., Any]:
-    """Returns a function that calls the kernel, or the reference for a format that failed or on GPUs of cards.OLD."""
+    """Returns a function that calls the kernel, or, for a dropped operator or format and on GPUs of cards.OLD, the
+    reference."""
 
     def call(*args: Any) -> Any:
         settle(key, [family])  # proves the family, because this function may have replaced the family's gate

@@ -137,7 +137,7 @@ def dequantize(
 
 
 def dequantize_merged(*args: Any) -> Tensor:
-    """Returns ``g ∘ (W + s · B A)``, computed in float32 and rounded once to ``dtype``.
+    """Returns ``g ∘ (W + s · B A)``, where g scales the rows, computed in float32 and rounded once to ``dtype``.
 
     The order of the steps is: ``B A``, times s, plus the dequantized W, times g. The arguments after the weight are
     ``lora_A [R, K]``, ``lora_B [N, R]``, ``row_scale`` (g ``[N]``, or None for ones), ``scaling`` (s) and ``dtype``.

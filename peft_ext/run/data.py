@@ -479,12 +479,12 @@ def _labelled(
     """Returns the tokens of ``text`` and their labels: a token is its own label where the token's first character is in
     an answer; other tokens have the label IGNORED.
 
-    The whole text is tokenized at once, because a tokenizer such as Llama 2's puts a space before each text, and would
-    put a space before each turn if each turn was tokenized by itself. In one case the text is cut, because a model gets
-    the tokens of the text before an answer when it generates the answer: if the tokens of the text with the answer do
-    not begin with the tokens of the text before the answer, as where one token has the last characters of the prompt
-    and the first of the answer, the text is cut at the beginning of the answer, and both parts are tokenized
-    separately.
+    No turn is tokenized by itself, because a tokenizer such as Llama 2's puts a space before each text, and would put a
+    space before each turn. For each answer, the text is tokenized from its beginning up to the next answer. In one case
+    the text is cut, because a model gets the tokens of the text before an answer when it generates the answer: if the
+    tokens of the text with the answer do not begin with the tokens of the text before the answer, as where one token
+    has the last characters of the prompt and the first of the answer, the text is cut at the beginning of the answer,
+    and both parts are tokenized separately.
 
     Args:
         where: name of the data, for error messages.

@@ -26,6 +26,7 @@ import trl
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tiers import first
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
@@ -207,15 +208,20 @@ def test_it_trains_what_trl_trains(name: str, dtype: torch.dtype, tmp_path: Path
     assert trainer.state.log_history[0].keys() >= METRICS[name]
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", first(METRICS, [DPO]))
 def test_under_autocast(name: str, tmp_path: Path) -> None:
     assert_alike(name, tmp_path, within=WITHIN[torch.bfloat16], bf16=True, max_steps=STEPS)
 
 
 LOSSES = [(kind.__name__, loss) for kind, losses in ours._LOSSES.items() for loss in sorted(losses - {None})]
+FIRST_LOSSES = [(SFT, "dft"), (DPO, "ipo"), (KTO, "apo_zero_unpaired"), (GRPO, "dr_grpo")]
+assert set(FIRST_LOSSES) <= set(LOSSES)
 
 
-@pytest.mark.parametrize(("name", "loss"), LOSSES)
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [pytest.param(*each, marks=[pytest.mark.slow] * (each not in FIRST_LOSSES)) for each in LOSSES],
+)
 def test_every_loss(name: str, loss: str, tmp_path: Path) -> None:
     more = {"label_smoothing": 0.1} if loss == "exo_pair" else {}
     more |= {"importance_sampling_level": "sequence"} if loss == "luspo" else {}
@@ -223,48 +229,52 @@ def test_every_loss(name: str, loss: str, tmp_path: Path) -> None:
     assert_alike(name, tmp_path, loss_type=[loss] if name == DPO else loss, **more)
 
 
+FIRST_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    (SFT, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    (SFT, {"packing": True, "max_length": 64}),
+    (DPO, {"eval_strategy": "steps", "eval_steps": 1, "more": {"eval_dataset": rows(DPO, 6)}}),
+    (GRPO, {"gradient_accumulation_steps": 2, "temperature": 1.3}),
+]
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    (SFT, {"gradient_checkpointing": False}),
+    (SFT, {"completion_only_loss": False}),
+    (SFT, {"padding_free": True, "max_length": None}),
+    (SFT, {"average_tokens_across_devices": False}),
+    (SFT, {"eval_strategy": "steps", "eval_steps": 1, "more": {"eval_dataset": rows(SFT, 6)}}),
+    (SFT, {"eval_strategy": "steps", "eval_steps": 1,
+           "more": {"eval_dataset": rows(SFT, 6), "compute_metrics": lambda p: {"mean": float(p[0].mean())}}}),
+    (DPO, {"use_weighting": True}),
+    (DPO, {"ld_alpha": 0.5}),
+    (DPO, {"f_divergence_type": "js_divergence"}),
+    (DPO, {"precompute_ref_log_probs": True}),
+    (DPO, {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.2]}),
+    (GRPO, {"beta": 0.0, "steps_per_generation": 2, "num_iterations": 2}),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        (SFT, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
-        (SFT, {"gradient_checkpointing": False}),
-        (SFT, {"completion_only_loss": False}),
-        (SFT, {"packing": True, "max_length": 64}),
-        (SFT, {"padding_free": True, "max_length": None}),
-        (SFT, {"average_tokens_across_devices": False}),
-        (SFT, {"eval_strategy": "steps", "eval_steps": 1, "more": {"eval_dataset": rows(SFT, 6)}}),
-        (SFT, {"eval_strategy": "steps", "eval_steps": 1,
-               "more": {"eval_dataset": rows(SFT, 6), "compute_metrics": lambda p: {"mean": float(p[0].mean())}}}),
-        (DPO, {"use_weighting": True}),
-        (DPO, {"ld_alpha": 0.5}),
-        (DPO, {"f_divergence_type": "js_divergence"}),
-        (DPO, {"precompute_ref_log_probs": True}),
-        (DPO, {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.2]}),
-        (DPO, {"eval_strategy": "steps", "eval_steps": 1, "more": {"eval_dataset": rows(DPO, 6)}}),
-        (GRPO, {"beta": 0.0, "steps_per_generation": 2, "num_iterations": 2}),
-        (GRPO, {"gradient_accumulation_steps": 2, "temperature": 1.3}),
-    ],
+    [*FIRST_OPTIONS, *(pytest.param(*each, marks=pytest.mark.slow) for each in OPTIONS)],
     ids=lambda value: value if isinstance(value, str) else " ".join((*value, *value.get("more", ()))),
-)  # fmt: skip
+)
 def test_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert_alike(name, tmp_path, **options)
 
 
-@pytest.mark.parametrize(
-    ("kind", "sizes"),
-    [
-        ("Llama", {"tie_word_embeddings": True}),
-        ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 16}),
-        ("Granite", {"logits_scaling": 4.0}),
-        ("Cohere", {"logit_scale": 0.3}),
-        ("Qwen3", {}),
-        ("Phi", {}),  # the head of Phi has a bias
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+HEADS: dict[str, dict[str, Any]] = {
+    "Llama": {"tie_word_embeddings": True},
+    "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {"logit_scale": 0.3},
+    "Qwen3": {},
+    "Phi": {},  # the head of Phi has a bias
+}
+
+
+@pytest.mark.parametrize("kind", first(HEADS, ["Gemma2", "Phi"]))
 @pytest.mark.parametrize("name", [SFT, GRPO])
-def test_heads(name: str, kind: str, sizes: dict[str, Any], tmp_path: Path) -> None:
-    assert_alike(name, tmp_path, llama(kind, **sizes))
+def test_heads(name: str, kind: str, tmp_path: Path) -> None:
+    assert_alike(name, tmp_path, llama(kind, **HEADS[kind]))
 
 
 @pytest.mark.parametrize("kind", ["NF4Linear", "Linear4bit"])

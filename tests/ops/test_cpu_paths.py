@@ -71,6 +71,8 @@ CPUS = {
                      isa="avx512_bf16"), "", {FP16}),
     "a limit that is none": (dict(has=("avx512_bf16", "avx512_fp16"), onednn=("bf16", "fp16"), limit="ALL",
                                   isa="avx512_bf16"), "", set()),
+    "PyTorch without oneDNN": (dict(has=("avx512_bf16",), limit="AVX512_CORE_BF16", isa="avx512_bf16"),
+                               "this build of PyTorch has no instructions for bfloat16 products", {BF16, FP16}),
     "this package's path forced": (dict(has=("avx512_bf16", "avx512_fp16"), onednn=("bf16", "fp16"), isa="avx2"),
                                    "the CPU path in use, avx2, has no instructions for bfloat16 products", set()),
     "no native library": (dict(has=("avx512_bf16",), onednn=("bf16",), isa="reference"), "", set()),

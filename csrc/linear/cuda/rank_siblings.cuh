@@ -38,7 +38,7 @@ template <bool kDropped>
 constexpr int kSiblingStages = kDropped ? 2 : 4;
 
 struct SiblingPart {
-  const uint4* factor = nullptr;  // terms of A_i [ranks][columns of x] or of P_iᵀ [ranks][rows of x]
+  const uint4* factor = nullptr;  // bfloat16 terms of A_i [ranks][columns of x]; for dA, of P_iᵀ [ranks][rows of x]
   DeviceDropout dropout;          // if seed is null, the layer has no dropout
   float* sums = nullptr;          // partial sums, as row_sums or column_sums of RankPass
   uint32_t* kept = nullptr;       // bits of the mask, as `kept` of RankPass, or null; only for dA

@@ -34,8 +34,9 @@ struct HasRowBlocks<F, decltype(static_cast<void>(F::kRowBlocks))> {
   static constexpr bool kValue = true;
 };
 
-// Tells whether part 0, the first tensor of a weight in the format, holds the codes row by row. If a format has no
-// member kRowMajor, the answer is no only for a format with decode_rows, which stores W transposed.
+// Tells whether part 0, the first tensor of a weight in the format, holds the codes row by row. For a format
+// without the member kRowMajor, the answer is no if the format has decode_rows (such a format stores W transposed), and
+// yes otherwise.
 template <typename F, typename = void>
 struct IsRowMajor {
   static constexpr bool kValue = !HasRowBlocks<F>::kValue;

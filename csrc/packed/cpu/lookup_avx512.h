@@ -1,5 +1,5 @@
 // Decodes codes with AVX-512: looks 32 codes of 4 bits up in tables of 16 values, and converts codes of FP8. Include
-// this file after the target pragma and cpu/simd_avx512.h.
+// this file after the target pragma.
 #pragma once
 
 #include "cpu/simd_avx512.h"

@@ -14,7 +14,7 @@ struct FewTokensProduct {
   int64_t work = 0;                                          // number of multiplications that one unit takes
   bool by_rows = true;                                       // whether a unit is exactly one row of W
   std::function<void(int64_t begin, int64_t end)> multiply;  // multiplies the units [begin, end) with x
-  std::vector<Tensor> held;                                  // tensors in whose memory `multiply` reads and writes
+  std::vector<Tensor> held;  // tensors whose memory `multiply` uses; `held` keeps this memory alive
 };
 
 // Returns whether skinny_product accepts `tokens` tokens of dtype `type` for `weight` on the current CPU path.

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kPackedThreads, 4) packed_dequantize_kernel(Pa
 #pragma unroll
       for (int i = 0; i < kVector; ++i) values[i] = fmul_rn(values[i], g);
       if (whole) {
-        save_vector(to + column, values);  // a store that leaves the weight in L2 for the next matrix product
+        save_vector(to + column, values);  // an ordinary store leaves the weight in L2 for the next matrix product
       } else {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) store_value(to + column + i, values[i]);

@@ -52,7 +52,7 @@ inline bool one_group_in_32(const PackedView& w, const void* g_idx) { return !g_
 // Returns the group of a column if groups are consecutive columns.
 inline int64_t group_in_order(const PackedView& w, int64_t column) { return group_at(w, nullptr, column); }
 
-// Writes the groups of 32 columns from `column` on.
+// Writes to groups[c] the index of the group of column `column` + c, for 32 columns.
 inline void groups_of_32(const PackedView& w, const void* g_idx, int64_t column, int32_t* groups) {
   if (!g_idx) {
     for (int c = 0; c < 32; ++c) groups[c] = static_cast<int32_t>(group_at(w, nullptr, column + c));

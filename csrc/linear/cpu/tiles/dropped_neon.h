@@ -42,8 +42,8 @@ void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t
 }
 
 // Computes out [kPanelStep], the sum over one token's DroppedEntries of the entry's value times the entry's column of
-// W. The columns of W are the rows of `turned`, of which only the first kCount values are used. The columns of two
-// entries are interleaved for BFDOT.
+// W. The columns of W are the rows of `turned`, and only the first kCount values of each row are used. The columns of
+// two entries are interleaved for BFDOT.
 template <int kCount>
 inline void dropped_sums(const uint32_t* entries, int64_t count, const bf16* turned, float* out) {
   static_assert(kDroppedStep % 2 == 0);

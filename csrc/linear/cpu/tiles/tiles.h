@@ -205,7 +205,7 @@ inline int64_t strips_elements(int64_t count, int64_t depth) {
   return ceil_div(count, kStrip) * ceil_div(depth, kTileDepth) * kTile;
 }
 
-// Returns the number of float32 sums of `count` rows or columns of W with `strips` token strips, in whole blocks.
+// Returns the number of float32 sums for `count` rows or columns of W and `strips` token strips, both in whole blocks.
 inline int64_t carried_sums(int64_t strips, int64_t count) {
   return ceil_div(strips, 2) * 2 * kStrip * ceil_div(count, 2 * kStrip) * 2 * kStrip;
 }
