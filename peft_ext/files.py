@@ -386,7 +386,11 @@ def _put_new(part: Path, target: Path) -> None:
         raise FileExistsError(errno.EEXIST, text, str(target)) from None
     except OSError:  # the file system has no hard links: the empty file reserves the name
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        part.replace(target)
+        try:
+            part.replace(target)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
 
 
 def _put(part: Path, target: Path, overwrite: bool, keep: bool, check: Callable[[Path], None]) -> bool:

@@ -175,6 +175,10 @@ def train_with_peft(
         "report_to": "none", "remove_unused_columns": False,
     }  # fmt: skip
     args = TrainingArguments(output_dir=str(output_dir), **{**usual, **arguments})
+    if args.n_gpu > 1:
+        warnings.warn(f"train_with_peft: trains on one of {args.n_gpu} GPUs; torchrun starts a process for each GPU",
+                      stacklevel=2)  # fmt: skip
+        args._n_gpu = 1  # with more GPUs, Trainer would use nn.DataParallel and another loss
     padding = copy.copy(tokenizer)
     padding.padding_side = "right"
     collator = partial(_collate, DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED))

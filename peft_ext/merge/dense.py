@@ -157,7 +157,8 @@ def merge_to_dense(
             check_finite(adapter / SAFETENSORS_WEIGHTS_NAME)
         base = base_of(model, config, adapter, weights, base_quant, blocksize, double_quant)
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
-        words = writer.gguf_tokenizer(base, adapter)
+    words = writer.gguf_tokenizer(base, adapter)  # outside of hushed: warns if the file does not name how to split text
+    with hushed():
         plan = Plan(base, config, weights, dtype)
         del weights
         disable = None if progress else True  # with None, tqdm draws on a terminal only

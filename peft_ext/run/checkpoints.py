@@ -25,6 +25,7 @@ from ..files import atomic_folder, is_sealed, not_whole, seal, sort_names
 from ..methods import METHODS
 from .config import FILE as CONFIG_FILE
 from .config import config_text
+from .data import Examples
 from .errors import RunError, Stop
 from .options import SAME_ON_RESUME, Options, check_options
 from .progress import log
@@ -148,6 +149,19 @@ def check_same_data(o: Options, digest: str) -> None:
     before = examples.get("digest") if isinstance(examples, dict) else None
     if before not in (None, digest):
         raise RunError(f"--resume: the records of --data {o.data} differ from those of the run in {o.output}")
+
+
+def check_same_tokens(o: Options, examples: Examples) -> None:
+    """Raises RunError where the tokens of ``examples`` differ from those of the earlier run, or, where the run.json of
+    a former version has no digest of the tokens, where the numbers of examples differ."""
+    found = read_record(o).get("examples")
+    before = found if isinstance(found, dict) else {}
+    counts = {"train": len(examples.train), "held_out": len(examples.held_out)}
+    now = {"tokens": examples.digest} if "tokens" in before else counts
+    if any(before.get(name, value) != value for name, value in now.items()):
+        raise RunError(f"--resume: the tokens of --data {o.data} differ from those of the run in {o.output}: the "
+                       "tokenizer of --model, or peft_ext's reading of it, has changed; start the run anew with "
+                       "--overwrite, or choose another --output")  # fmt: skip
 
 
 def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:

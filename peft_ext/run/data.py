@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,15 @@ class Examples:
     held_out: list[Row]
     truncated: int = 0
     left_out: int = 0
+
+    @property
+    def digest(self) -> str:
+        """The beginning of the SHA-256 of all tokens and labels."""
+        digest = hashlib.sha256()
+        for example in (*self.train, *self.held_out):
+            for values in (example["input_ids"], example["labels"]):
+                digest.update(array("q", [len(values), *values]).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def read_corpus(

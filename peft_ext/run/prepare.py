@@ -11,7 +11,6 @@ import hashlib
 import math
 import platform
 import time
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,6 +200,8 @@ def prepare(
         raise RunError(f"--block-size {options.block_size}{more}: the model takes at most {run.room} tokens")
     with status("tokenizing"):
         run.examples = tokenize(corpus, run.tokenizer, options.block_size)
+    if checkpoint is not None:
+        checkpoints.check_same_tokens(options, run.examples)
     if options.prompt is not None:
         _check_prompt(run)
     run.steps = _count_steps(run)
@@ -322,7 +323,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         if option.name not in ("output", "threads", "model", "data"):  # paths of one file may differ between machines
             facts[f"--{option.name.replace('_', '-')}"] = getattr(run.options, option.name)
     facts["the data of --data, as SHA-256 of the records,"] = run.corpus.digest[:16]
-    facts["the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes,"] = _token_digest(run)
+    facts["the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes,"] = run.examples.digest
     folder = Path(run.folder)
     if folder.is_file():
         with raised_as(RunError, "--model ", SourceError):
@@ -344,15 +345,6 @@ def facts_of(run: Run) -> dict[str, Any]:
     facts["the computation's dtype"] = dtype_name(run.dtype)
     facts["the checkpoint to resume from"] = None if run.checkpoint is None else run.checkpoint.name
     return facts
-
-
-def _token_digest(run: Run) -> str:
-    """Returns the beginning of the SHA-256 of all tokens and labels; "" in a run of one process."""
-    digest = hashlib.sha256()
-    for example in (*run.examples.train, *run.examples.held_out) if run.ranks.world > 1 else ():
-        for values in (example["input_ids"], example["labels"]):
-            digest.update(array("q", [len(values), *values]).tobytes())
-    return digest.hexdigest()[:16] if run.ranks.world > 1 else ""
 
 
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:

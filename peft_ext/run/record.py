@@ -65,7 +65,7 @@ class Record:
             },
             "examples": {
                 "train": len(run.examples.train), "held_out": len(run.examples.held_out), "kind": run.corpus.kind,
-                "digest": run.corpus.digest, "cut": run.examples.truncated,
+                "digest": run.corpus.digest, "tokens": run.examples.digest, "cut": run.examples.truncated,
             },
             "processes": self.processes,
             "step_examples": run.step_examples,

@@ -398,9 +398,13 @@ def fit(run: Run, record: Record, model: Any) -> int:
         run.stop.training = True
         with run.phase("train"):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    except BaseException:
+    except BaseException as error:
         if run.ranks.speaks:
             checkpoints.remove_unsealed(run.options)
+        if run.checkpoint is not None and isinstance(error, ValueError) and "loaded state dict" in str(error):
+            raise RunError(f"--resume: the optimizer's state in {run.checkpoint} does not fit this run: another "
+                           "version of peft_ext, PEFT or transformers wrote the checkpoint; start the run anew with "
+                           "--overwrite, or choose another --output") from error  # fmt: skip
         raise
     finally:
         run.stop.training = False

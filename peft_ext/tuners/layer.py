@@ -113,6 +113,10 @@ class ReplacingLayer(Wrapper):
         self._active_adapter = []
         self.training = base_layer.training
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_lock", _Lock())  # models that a former version pickled have no lock
+
     # --- methods of a subclass ----------------------------------------------------------------------------------------
 
     def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
@@ -184,8 +188,8 @@ class ReplacingLayer(Wrapper):
             name = f"{type(self).__name__} over {type(self.base_layer).__name__}"
             raise RuntimeError(f"{name}: accelerate offloads its tensors, wanted a module that stays on a device")
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        checkpoints = [(module, func) for module in below if (func := _checkpoint_of(module)) is not None]
         with self._locked():
+            checkpoints = [(module, func) for module in below if (func := _checkpoint_of(module)) is not None]
             tensors = self.replacements(adapter, self.training, x)
             try:
                 for module, func in checkpoints:

@@ -104,6 +104,19 @@ def test_a_file_is_not_replaced_unasked(tmp_path, monkeypatch, links):
     assert content(tmp_path) == {"run.json": "theirs"}
 
 
+def test_a_name_that_was_reserved_without_links_is_free_again_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args, **kwargs):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(files.os, "link", refused)
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(PermissionError), atomic_file(tmp_path / "run.json", overwrite=False) as file:
+        file.write("mine")
+    assert content(tmp_path) == {}
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 

@@ -438,6 +438,7 @@ def test_register_form() -> None:
         ("attention", {}, "has to have inputs"),
         ("attention", {"inputs": "q+k+v", "o": "o", "forward": ""}, "cannot be proved"),
         ("rms_norm", {**formula, "bias": "b"}, "has no bias"),
+        ("float_layer_norm", {"weight": "w", "eps": "e", "mixed": False}, "mixed is False, wanted True"),
     ):
         with pytest.raises(ValueError, match=said):
             peft_ext.register_form(Own, kind, **given)
@@ -515,6 +516,11 @@ class Unturned(OwnAttention):
         return (q, k) if self.layer_idx % 4 else apply_rotary_pos_emb(q, k, cos, sin)
 
 
+class Sixth(OwnAttention):
+    def positioned(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin) if (self.layer_idx + 1) % 6 else (q, k)
+
+
 class Limited(OwnAttention):
     def positioned(self, q, k, cos, sin):
         return apply_rotary_pos_emb(q.clamp(-500, 500), k, cos, sin)
@@ -554,7 +560,9 @@ def test_an_attention_of_a_class_of_ones_own() -> None:
         (OwnAttention, {"inputs": ["to_k", "to_q", "to_v"]}, "with this formula"),
         (Tempered, {}, "reads temperature, which is not in the formula"),
         (OfConfig, {}, "reads temperature of its configuration"),
-        (Unturned, {}, "the values differ"),
+        (Unturned, {}, "it computes with its layer_idx, which is not in the formula"),
+        (Sixth, {}, "it computes with its layer_idx, which is not in the formula"),
+        (OwnAttention, {"cache": "past_key_values:plain"}, "its forward takes cache, which is not in the formula"),
         (Limited, {}, "the values differ"),
     ],
 )

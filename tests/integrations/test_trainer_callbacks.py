@@ -19,6 +19,19 @@ def test_adaloras_callback_hands_on_the_step() -> None:
     assert steps == [0, 1, 7]
 
 
+def test_adaloras_callback_leaves_out_the_steps_that_a_scaler_skips() -> None:
+    steps: list[int] = []
+    config = {"default": SimpleNamespace(total_step=10, tfinal=2)}
+    tuner = SimpleNamespace(rankallocator=None, update_and_allocate=steps.append, trainable_adapter_name="default",
+                            peft_config=config)  # fmt: skip
+    for step in range(10):
+        state, optimizer = SimpleNamespace(global_step=step), SimpleNamespace(step_was_skipped=step in (0, 5, 8, 9))
+        AdaLoraCallback().on_optimizer_step(
+            None, state, None, model=SimpleNamespace(base_model=tuner), optimizer=optimizer
+        )
+    assert steps == [1, 2, 3, 4, 6, 7, 8, 9]
+
+
 class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()

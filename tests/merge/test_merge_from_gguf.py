@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tiny_gguf import tiny_model, write_tiny_gguf  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from peft_ext import load_gguf, merge_to_dense, merge_to_gguf, quantize_nf4  # noqa: E402
+from peft_ext.merge import writer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights
 
@@ -111,3 +113,15 @@ def test_an_adapted_nf4_head(tmp_path: Path) -> None:
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_warning_about_the_file_s_tokenizer_reaches_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned(*args: Any) -> None:
+        warnings.warn("tokenizer.ggml.pre is missing", stacklevel=2)
+
+    _, base, adapter = made(tmp_path, "Q8_0")
+    monkeypatch.setattr(writer, "gguf_tokenizer", warned)
+    with pytest.warns(UserWarning, match="tokenizer.ggml.pre is missing"):
+        merge_to_dense(base, adapter, tmp_path / "out")

@@ -185,6 +185,16 @@ def test_batches_are_padded_on_the_right(model, tmp_path, monkeypatch):
     assert mask[:, 0].all() and not mask[:, -1].all() and tokenizer.padding_side == "left"
 
 
+def test_one_of_several_gpus_is_used_with_a_warning(model, tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 1 if self.__dict__.get("_n_gpu") == 1 else 2))
+    adapted, tokenizer = recipes.setup_peft_training(str(model), method="lora", r=4)
+    with pytest.warns(UserWarning, match="train_with_peft: trains on one of 2 GPUs"):
+        recipes.train_with_peft(adapted, tokenizer, [{"text": "Question: what is 3?"}] * 4, tmp_path / "out",
+                                tmp_path / "adapter", block_size=8, max_steps=1, save_strategy="no")  # fmt: skip
+
+
 @pytest.mark.slow
 def test_rows_with_a_mask_train_as_rows_without_padding(model, tmp_path):
     """Rows that are padded beforehand give the loss of the same rows without padding."""

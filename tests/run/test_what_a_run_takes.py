@@ -272,9 +272,34 @@ def test_a_run_goes_on_with_the_records_it_began_with(tiny: Path, tmp_path: Path
     finetune(options)
     assert len(json.loads((tmp_path / "run/run.json").read_text())["examples"]["digest"]) == 64
     assert prepare(replace(options, resume=True, max_steps=3)).checkpoint is not None
+    path = tmp_path / "run/run.json"
+    record = json.loads(path.read_text())
+    wrong = "--resume: the tokens of --data .* differ from those of the run"
+    for of_before in ({"tokens": "0" * 16}, {"train": record["examples"]["train"] + 1}):
+        examples = {**record["examples"], **of_before}
+        if "train" in of_before:  # a former version had no digest of the tokens
+            del examples["tokens"]
+        path.write_text(json.dumps({**record, "examples": examples}))
+        with pytest.raises(RunError, match=wrong):
+            prepare(replace(options, resume=True, max_steps=3))
+    path.write_text(json.dumps(record))
     data.write_text(data.read_text().replace("What is 3", "What was 3"))
     with pytest.raises(RunError, match="--resume: the records of --data .* differ from those of the run"):
         prepare(replace(options, resume=True, max_steps=3))
+
+
+def test_a_checkpoint_whose_optimizer_does_not_fit_is_refused_by_name(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    from transformers import Trainer
+
+    options = options_of(tiny, tmp_path / "run", data=str(tiny / "pairs.jsonl"), save_steps=1)
+    finetune(options)
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("loaded state dict contains a parameter group that doesn't match the size of another group")
+
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", refused)
+    with pytest.raises(RunError, match="--resume: the optimizer's state in .*checkpoint.* does not fit this run"):
+        finetune(replace(options, resume=True, max_steps=options.max_steps + 1))
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

@@ -340,6 +340,50 @@ def test_two_threads_run_one_layer_one_after_the_other():
     assert len(found) == 2 and all(torch.equal(y, wanted) for y in found)
 
 
+def test_two_threads_leave_the_checkpoint_function_as_it_was():
+    """The second thread comes while the first thread has replaced the function."""
+    inside, left = threading.Event(), threading.Event()
+
+    class Slow(nn.Linear):
+        gradient_checkpointing = True
+
+        def forward(self, x):
+            inside.set()
+            left.wait(0.5)
+            return super().forward(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = Slow(8, 8)
+
+        def forward(self, x):
+            return self.up(x)
+
+    def function(run, *args):
+        return run(*args)
+
+    model = spread(peft.get_peft_model(Net(), PartialConfig(target_modules=["up"])))
+    base = model.base_model.model.up.base_layer
+    base._gradient_checkpointing_func = function
+    calls = [threading.Thread(target=model, args=(torch.randn(2, 8),)) for _ in range(2)]
+    calls[0].start()
+    assert inside.wait(10) and base._gradient_checkpointing_func is not function
+    calls[1].start()
+    for call in calls:
+        call.join(30)
+    assert base._gradient_checkpointing_func is function
+
+
+def test_a_layer_that_a_former_version_pickled_runs():
+    model = spread(peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), BitFitConfig(target_modules=["0"])))
+    layer, x = model.base_model.model[0], torch.randn(2, 8)
+    state = {name: value for name, value in layer.__dict__.items() if name != "_lock"}
+    old = layer.__class__.__new__(layer.__class__)
+    old.__setstate__(state)
+    assert torch.equal(old(x), model(x))
+
+
 @pytest.mark.parametrize("method", first(["BitFit", "diff"], ["BitFit"]))
 def test_compiles(method):
     class Net(nn.Module):

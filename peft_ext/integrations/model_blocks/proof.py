@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _K, _F = 24, 20
 # The attributes that the forward of an attention with rotary positions may read, beside its layers and options.
 _OF_ATTENTION = ("attention_dropout", "config", "head_dim", "is_causal", "layer_idx", "num_key_value_groups", "scaling",
                  "training")  # fmt: skip
+_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "position_ids", "cache_position")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
     hands_itself_on = form.passes_itself and row.kind != "attention"
     if hands_itself_on or others:
         return f"its forward reads {others[0]}, which is not in the formula" if others else "it hands itself on"
+    if row.kind == "attention" and (name := _unknown_argument(cls, row)) is not None:
+        return f"its forward takes {name}, which is not in the formula"
     with torch.device("cpu"), torch.random.fork_rng([]), torch.inference_mode(False), torch.enable_grad():
         inputs = PROOFS[row.kind].inputs(row)
         for dtypes, (what, arguments), training in itertools.product(_dtypes(row), inputs, (True, False)):
@@ -76,6 +80,14 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
                 mode, dtype = "training" if training else "evaluation", str(dtypes[0]).removeprefix("torch.")
                 return f"{why}, {dtype}{' under autocast' * dtypes[2]}, {what}, in {mode}"
     return None
+
+
+def _unknown_argument(cls: Any, row: Row) -> Optional[str]:
+    """Returns the name of an argument of an attention's forward that the formula of ``row`` does not have, or None."""
+    known = {"self", *_ARGUMENTS, row.get("cache").partition(":")[0]}
+    parameters = inspect.signature(inspect.unwrap(cls.forward)).parameters.values()
+    return next((p.name for p in parameters if p.name not in known and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)),
+                None)  # fmt: skip
 
 
 def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype, bool]]:
@@ -114,7 +126,7 @@ def _reads_of(row: Row) -> set[str]:
 
 def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
     """Returns an instance of ``cls`` that has only the attributes and layers that the row's formula uses."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the generators of the GPUs too
     # An attention passes itself to other functions, so that its own code or these functions may read any attribute of
     # the attention.
     held = {"__getattr__": _attribute, "__module__": cls.__module__}
@@ -165,13 +177,30 @@ class _Config:
         raise RuntimeError(f"it reads {name} of its configuration, which is not in the formula")
 
 
+class _Index:
+    """The ``layer_idx`` of an attention of the proof. A forward may hand the index on to a cache, and may compare it
+    with None; if the forward computes with the index, the forward raises RuntimeError."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise RuntimeError("it computes with its layer_idx, which is not in the formula")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __floordiv__ = _refuse
+    __rfloordiv__ = __truediv__ = __rtruediv__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
+    __divmod__ = __rdivmod__ = __pow__ = __rpow__ = __lshift__ = __rshift__ = __neg__ = __abs__ = __invert__ = _refuse
+    __index__ = __int__ = __float__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = _refuse
+
+
+_INDEX = _Index()
+
+
 def _fill_attention(made: Any, row: Row, training: bool) -> None:
-    """Gives an attention its layers and attributes. ``layer_idx`` and the row's options have other values in
-    training than in evaluation, so that a forward that asks for ``layer_idx`` or an option is found."""
+    """Gives an attention its layers and attributes. The row's options have other values in training than in
+    evaluation, so that a forward that asks for an option is found."""
     heads, kv_heads, size = 4, 2, 8
     made.config = _Config()
     ALL_ATTENTION_FUNCTIONS.register(_noted.__name__, _noted)
-    made.head_dim, made.num_key_value_groups, made.layer_idx = size, heads // kv_heads, 0 if training else 3
+    made.head_dim, made.num_key_value_groups, made.layer_idx = size, heads // kv_heads, _INDEX
     made.scaling, made.attention_dropout, made.is_causal = 0.3, 0.1, True
     for name, count in zip(row.names("inputs")[0].split("+"), (heads, kv_heads, kv_heads), strict=True):
         setattr(made, name, nn.Linear(_K, count * size))
@@ -354,7 +383,7 @@ def _run(
 ) -> tuple[list[Tensor], list[Tensor], Any]:
     given = [value.requires_grad_() for value in (*args, *kwargs.values())
              if isinstance(value, Tensor) and value.is_floating_point()]  # fmt: skip
-    torch.manual_seed(3)
+    torch.default_generator.manual_seed(3)
     CALLS.clear()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = called(*args, **kwargs)
@@ -477,9 +506,10 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     Returns: the new row of the table of known forms, which the next call of :func:`peft_ext.accelerate` uses.
 
     Raises: ValueError if the kind or the name of a value is unknown, if the formula of an attention lacks ``inputs`` or
-    ``o``, or has another ``forward`` or ``interface``, if the class's code has no form, if its forward reads or writes
-    other attributes than the formula has, or if the formula and the class give different values or gradients. If values
-    or gradients differ, the error's message says for which input.
+    ``o``, or has another ``forward`` or ``interface``, if the formula of a float_layer_norm has another ``mixed``, if
+    the class's code has no form, if its forward reads or writes other attributes than the formula has, or if the
+    formula and the class give different values or gradients. If values or gradients differ, the error's message says
+    for which input.
     """
     if kind not in _REGISTRABLE:
         # register_form refuses all other kinds, because no proof of these kinds tests a formula of the caller.
@@ -492,6 +522,10 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
             raise ValueError("register_form: an attention without a forward of peft_ext cannot be proved: leave out "
                              "forward and interface")  # fmt: skip
         formula["inputs"] = "+".join(formula["inputs"]) if not isinstance(formula["inputs"], str) else formula["inputs"]
+    if kind == "float_layer_norm" and formula["mixed"] not in (True, "yes"):
+        raise ValueError(
+            f"register_form: mixed is {formula['mixed']!r}, wanted True: a float_layer_norm returns x's dtype"
+        )
     if unknown := sorted(set(formula) - set(KINDS[kind])):
         raise ValueError(f"register_form: the formula of {kind} has no {unknown[0]}, wanted {', '.join(KINDS[kind])}")
     try:
