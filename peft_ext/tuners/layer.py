@@ -189,7 +189,7 @@ class ReplacingLayer(Wrapper):
             raise RuntimeError(f"{name}: accelerate offloads its tensors, wanted a module that stays on a device")
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         with self._locked():
-            checkpoints = [(module, func) for module in below if (func := _checkpoint_of(module)) is not None]
+            checkpoints = _checkpoints_of(below)
             tensors = self.replacements(adapter, self.training, x)
             try:
                 for module, func in checkpoints:
@@ -364,10 +364,15 @@ def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) ->
     return forward
 
 
-def _checkpoint_of(module: nn.Module) -> Optional[Callable[..., Any]]:
-    """Returns the function by which a module of transformers checkpoints a forward, or None if it checkpoints none."""
-    func = module.__dict__.get("_gradient_checkpointing_func")
-    return func if func is not None and getattr(module, "gradient_checkpointing", False) else None
+def _checkpoints_of(modules: list[nn.Module]) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Returns the modules of transformers among ``modules`` that checkpoint a forward, each with the function by which
+    it does so."""
+    found = []
+    for module in modules:
+        func = module.__dict__.get("_gradient_checkpointing_func")
+        if func is not None and getattr(module, "gradient_checkpointing", False):
+            found.append((module, func))
+    return found
 
 
 def _several(layer: nn.Module, names: list[str]) -> str:

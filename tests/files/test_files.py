@@ -427,11 +427,12 @@ for at in range(10**6):
         break
 points = len(found)
 random.seed(0)
-def loop():
-    for generation in range(10**6, 10**7):
+def loop(first):
+    for generation in range(first, first + 10**5):
         write(generation)
-for _ in range(15):
-    child = forked(loop)
+for turn in range(15):
+    # The generations of a child are greater than those of the children before.
+    child = forked(lambda: loop(10**6 + turn * 10**5))
     until = time.monotonic() + random.uniform(0.002, 0.02)
     while time.monotonic() < until:
         if not path.is_dir() and (exchange or by_file):

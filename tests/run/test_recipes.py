@@ -191,8 +191,9 @@ def test_one_of_several_gpus_is_used_with_a_warning(model, tmp_path, monkeypatch
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 1 if self.__dict__.get("_n_gpu") == 1 else 2))
     adapted, tokenizer = recipes.setup_peft_training(str(model), method="lora", r=4)
     with pytest.warns(UserWarning, match="train_with_peft: trains on one of 2 GPUs"):
-        recipes.train_with_peft(adapted, tokenizer, [{"text": "Question: what is 3?"}] * 4, tmp_path / "out",
-                                tmp_path / "adapter", block_size=8, max_steps=1, save_strategy="no")  # fmt: skip
+        recipes.train_with_peft(adapted, tokenizer, [{"text": "Question: what is 3?"}] * 4, block_size=8,
+                                output_dir=tmp_path / "out", adapter_dir=tmp_path / "adapter", max_steps=1,
+                                save_strategy="no", use_cpu=True)  # fmt: skip
 
 
 @pytest.mark.slow
