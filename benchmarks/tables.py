@@ -238,7 +238,6 @@ DRAWN: dict[str, Callable[[], str]] = {
     "1b": partial(shown, ("step-1b-avx512_bf16", methods_table)),
     "8b": partial(shown, ("step-8b-avx512_bf16", methods_table)),
     "checkpointing": partial(shown, ("step-checkpointing-avx512_bf16", methods_table)),
-    "compile": partial(shown, ("step-compile-avx512_bf16", methods_table)),
     "experts": partial(shown, ("step-experts-avx512_bf16", experts_table)),
     "lora": _operator(LORA, "lora_linear", *STOCK),
     "ia3": _operator(LORA, "ia3_linear", *STOCK),

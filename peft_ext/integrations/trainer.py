@@ -292,8 +292,8 @@ class PeftExtCallback(TrainerCallback):
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Calls AdaLoRA's ``update_and_allocate`` after each optimizer step, before the gradients are cleared; not after a
-    step that accelerate's float16 scaler skipped.
+    """Calls AdaLoRA's ``update_and_allocate`` after each optimizer step, before the gradients are cleared. Leaves out a
+    step whose gradients are not finite, such as a step that a scaler for float16 skips.
 
     AdaLoRA's paper and PEFT's documentation update the ranks between the optimizer step and the clearing of the
     gradients. Trainer does not call ``update_and_allocate``, and without the call AdaLoRA prunes no ranks.
@@ -310,9 +310,10 @@ class AdaLoraCallback(TrainerCallback):
         tuner = getattr(model, "base_model", None)
         if not hasattr(tuner, "rankallocator"):
             raise TypeError(f"AdaLoraCallback: model is {type(model).__name__}, wanted a PeftModel with AdaLoRA")
-        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
-            # The gradients of a skipped step are not finite, and AdaLoRA's running means of importance would stay NaN.
-            # The last pruning, and all updates behind it, use no gradients.
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
+            # AdaLoRA's running means of importance would stay NaN. The last pruning, and all updates behind it, use no
+            # gradients.
             config = tuner.peft_config[tuner.trainable_adapter_name]
             if state.global_step < config.total_step - config.tfinal:
                 return

@@ -158,16 +158,19 @@ def bottleneck_adapter(
     op = "bottleneck_adapter"
     checks.check_float(op, "x", x)
     kept = x if residual is None else residual
+    is_wide = False
     if (dtype := checks.autocast_dtype(x)) is not None:
-        x, residual = x.to(dtype), checks.cast(residual, dtype)
+        is_wide = isinstance(kept, Tensor) and kept.is_floating_point() and kept.dtype.itemsize > dtype.itemsize
+        x = x.to(dtype)
+        if residual is not None:  # the operator adds zeros, because its residual has x's dtype
+            residual = torch.zeros_like(residual, dtype=dtype) if is_wide else checks.cast(residual, dtype)
     checks.check_bottleneck(op, x, down_weight, down_bias, up_weight, up_bias, residual)
     checks.check_scale(op, scale, argument="scale")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, wanted one of {reference.ACTIVATIONS}")
-    if dtype is not None and kept.dtype.itemsize > dtype.itemsize:
-        # The operator adds zeros, because its residual has x's dtype.
+    if is_wide:
         weights = down_weight, down_bias, up_weight, up_bias
-        zeros = torch.zeros_like(x if residual is None else residual)
+        zeros = torch.zeros_like(x) if residual is None else residual
         return kept + bottleneck_adapter(x, *weights, scale=scale, activation=activation, residual=zeros)
     if checks.wants_reference(x, down_weight, down_bias, up_weight, up_bias):
         return by_reference(

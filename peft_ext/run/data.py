@@ -83,7 +83,7 @@ class Examples:
     truncated: int = 0
     left_out: int = 0
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """The beginning of the SHA-256 of all tokens and labels."""
         digest = hashlib.sha256()

@@ -29,22 +29,18 @@ class TokenMeanTrainer(Trainer):
 
     This class passes no ``num_items_in_batch``. The class multiplies the loss of each batch, a mean, by the batch's
     share of the step's labels. A term that PEFT or the model adds to the loss of each batch, such as AdaLoRA's
-    regularization, therefore counts once in a step.
-
-    A process that uses several GPUs (``nn.DataParallel``) has the loss of transformers' Trainer.
+    regularization, therefore counts once in a step. ``args.n_gpu`` is at most 1: no ``nn.DataParallel``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.weighs_batches = self.args.n_gpu <= 1
         self.shifts_labels = _shifts_labels(self.model)
-        if self.weighs_batches:
-            self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = False
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Returns the batches of a step, and the number of labels of the step's batches, over all processes."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        if not self.weighs_batches or not batches or "labels" not in batches[0]:
+        if not batches or "labels" not in batches[0]:
             return batches, items
         count = sum(self._count(batch["labels"]) for batch in batches).to(self.args.device)
         return batches, self.accelerator.gather(count).sum() if self._counts_all else count
@@ -54,7 +50,7 @@ class TokenMeanTrainer(Trainer):
     ) -> Union[Tensor, tuple[Tensor, Any]]:
         """Returns the loss of a batch, times the batch's share of the step's labels and the number of the step's
         batches and processes, because Trainer and DDP divide by these two numbers."""
-        if not self.weighs_batches or num_items_in_batch is None:
+        if num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         count = self._count(inputs["labels"])  # compute_loss may remove the labels from the inputs
         found = super().compute_loss(model, inputs, return_outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,21 +16,31 @@ def test_adaloras_callback_hands_on_the_step() -> None:
     tuner = SimpleNamespace(rankallocator=None, update_and_allocate=steps.append)
     for step in (0, 1, 7):
         state = SimpleNamespace(global_step=step)
-        AdaLoraCallback().on_optimizer_step(None, state, None, model=SimpleNamespace(base_model=tuner))
+        AdaLoraCallback().on_optimizer_step(None, state, None, model=SimpleNamespace(base_model=tuner, parameters=list))
     assert steps == [0, 1, 7]
 
 
-def test_adaloras_callback_leaves_out_the_steps_that_a_scaler_skips() -> None:
-    steps: list[int] = []
-    config = {"default": SimpleNamespace(total_step=10, tfinal=2)}
-    tuner = SimpleNamespace(rankallocator=None, update_and_allocate=steps.append, trainable_adapter_name="default",
-                            peft_config=config)  # fmt: skip
-    for step in range(10):
-        state, optimizer = SimpleNamespace(global_step=step), SimpleNamespace(step_was_skipped=step in (0, 5, 8, 9))
-        AdaLoraCallback().on_optimizer_step(
-            None, state, None, model=SimpleNamespace(base_model=tuner), optimizer=optimizer
-        )
-    assert steps == [1, 2, 3, 4, 6, 7, 8, 9]
+def test_adaloras_callback_leaves_out_gradients_that_are_not_finite() -> None:
+    """A scaler for float16 skips such a step, and Trainer calls the callback all the same."""
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, tinit=0, tfinal=2, deltaT=1, total_step=6, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    nn.init.ones_(model.base_model.model[0].lora_E["default"])
+    allocator, x = model.base_model.rankallocator, torch.randn(3, 8)
+    for step in range(6):
+        model.zero_grad()
+        (model(x).square().sum() * (torch.inf if step in (0, 2, 4) else 1.0)).backward()
+        before = {name: value.clone() for name, value in allocator.exp_avg_ipt.items()}
+        AdaLoraCallback().on_optimizer_step(None, SimpleNamespace(global_step=step), None, model=model)
+        assert all(value.isfinite().all() for value in allocator.exp_avg_ipt.values())
+        if step in (0, 2):
+            assert all(torch.equal(allocator.exp_avg_ipt[name], value) for name, value in before.items())
+        elif step in (1, 3):
+            assert allocator.exp_avg_ipt.keys() > before.keys() or any(
+                not torch.equal(allocator.exp_avg_ipt[name], value) for name, value in before.items()
+            )
+    (kept,) = model.peft_config["default"].rank_pattern.values()
+    assert sum(kept) == 2  # the last pruning, at a step whose gradients are not finite, ran
 
 
 class Tokens(nn.Module):

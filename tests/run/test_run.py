@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_ext
 from peft_ext.methods import KINDS, METHODS, make_config, method_config
-from peft_ext.run import Options, RunError, dry_run, evaluate, finetune, train
+from peft_ext.run import Options, RunError, dry_run, finetune, train
 from peft_ext.run.checkpoints import check_output, may_write_config, own_output
 from peft_ext.run.config import write_config
 from peft_ext.run.prepare import prepare, pruning_step
@@ -32,16 +32,9 @@ from peft_ext.tuners import DiffPruningModel
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.cpu_only("a run chooses the device itself"),
+    pytest.mark.usefixtures("short_answers"),
 ]
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "NEW_TOKENS", 2)
-        patch.setattr(evaluate, "SAMPLES", 0)
-        yield
 
 
 def options_of(tiny: Path, output: Path, **changes) -> Options:

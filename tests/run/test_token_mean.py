@@ -19,22 +19,17 @@ from tiers import first
 
 import peft_ext
 from peft_ext import recipes
-from peft_ext.run import Options, evaluate, finetune
+from peft_ext.run import Options, finetune
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.cpu_only("a run chooses the device itself"),
+    pytest.mark.usefixtures("short_answers"),
 ]
 WEIGHTS = "adapter_model.safetensors"
 RUNS = [(data, accepts, method) for data in ("pairs.jsonl", "docs.txt") for accepts in (True, False)
         for method in ("lora", "adalora", "prompt", "prefix")]  # fmt: skip
 FIRST = [("pairs.jsonl", True, "lora"), ("pairs.jsonl", False, "lora"), ("pairs.jsonl", True, "adalora")]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "NEW_TOKENS", 2)
-    monkeypatch.setattr(evaluate, "SAMPLES", 0)
 
 
 def assert_same(folders: list[Path], losses: list[list[float]]) -> None:

@@ -312,16 +312,9 @@ def test_two_threads_run_one_layer_one_after_the_other():
                 second.wait(0.3)
             return super().forward(x)
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up = Slow(8, 8)
-
-        def forward(self, x):
-            return self.up(x)
-
-    model, x = spread(peft.get_peft_model(Net(), PartialConfig(target_modules=["up"]))), torch.randn(2, 8)
-    layer = model.base_model.model.up
+    model = spread(peft.get_peft_model(nn.Sequential(Slow(8, 8)), PartialConfig(target_modules=["0"])))
+    x = torch.randn(2, 8)
+    layer = model.base_model.model[0]
     weight, own = layer.base_layer.weight, layer.partial_tensors["default"]
     found = []
 
@@ -352,19 +345,11 @@ def test_two_threads_leave_the_checkpoint_function_as_it_was():
             left.wait(0.5)
             return super().forward(x)
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up = Slow(8, 8)
-
-        def forward(self, x):
-            return self.up(x)
-
     def function(run, *args):
         return run(*args)
 
-    model = spread(peft.get_peft_model(Net(), PartialConfig(target_modules=["up"])))
-    base = model.base_model.model.up.base_layer
+    model = spread(peft.get_peft_model(nn.Sequential(Slow(8, 8)), PartialConfig(target_modules=["0"])))
+    base = model.base_model.model[0].base_layer
     base._gradient_checkpointing_func = function
     calls = [threading.Thread(target=model, args=(torch.randn(2, 8),)) for _ in range(2)]
     calls[0].start()
