@@ -293,7 +293,7 @@ rank-kills: setup
 
 # `make nightly` runs these targets one after the other, also after a target that fails, and prints the failed targets
 # at the end.
-NIGHTLY = test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite kills rank-kills deepspeed format-libraries aarch64-tests macos-check newest forms mutations llama-cpp
+NIGHTLY = lint docs test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite cuda-link hub-tests kills rank-kills deepspeed format-libraries aarch64-tests macos-check newest forms mutations llama-cpp
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
@@ -325,6 +325,7 @@ sanitize-battery: setup
 # Tests the native library, which was built with the torch of .venv, with the torch of .venv-cuda. NVRTC compiles
 # kernels without a GPU.
 cuda-link: setup .venv-cuda/.installed
+	PYTHONPATH="$(CURDIR)" .venv-cuda/bin/python -c 'from peft_ext import device_code; why = device_code.missing(); assert why is None, why'
 	PYTHONPATH="$(CURDIR)" PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider tests/ops/test_cuda_library.py \
 	  tests/native/test_device_code.py tests/native/test_driver.py
 

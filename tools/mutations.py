@@ -151,10 +151,12 @@ def killers_that_left(
 
 
 def summary(results: dict[str, dict[str, str]], mutations: Sequence[Mutation]) -> str:
-    """Returns, as text, how many mutations each tier killed, and how many have no result in the tier."""
+    """Returns, as text, how many mutations each tier killed, and how many have no result in the tier. A result of an
+    earlier version of a mutation does not count."""
     said = []
     for tier in TIERS:
-        known = [results.get(each.name, {}).get(tier, "") for each in mutations]
+        rows = [(each, results.get(each.name, {})) for each in mutations]
+        known = [row.get(tier, "") if row.get("digest") == each.digest else "" for each, row in rows]
         killed, unknown = sum(value not in ("", SURVIVED) for value in known), known.count("")
         said.append(f"{tier} {killed} of {len(known)} killed" + (f" ({unknown} not run)" if unknown else ""))
     return ", ".join(said)

@@ -42,8 +42,8 @@ def _reference(indices, *args):
     ).contiguous()
 
 
-def _fake(indices, weight, absmax, nested_absmax, nested_code, nested_offset, blocksize, shape, *rest):
-    return indices.new_empty((*indices.shape, shape[1]), dtype=rest[-1])
+def _fake(indices, weight, part1, part2, part3, part4, layout, shape, lora_A, lora_B, scaling, padding_idx, dtype):
+    return indices.new_empty((*indices.shape, shape[1]), dtype=dtype)
 
 
 def _backward_reference(grad, indices, lora_A, lora_B, scaling, padding_idx, needs_grad_A, needs_grad_B):

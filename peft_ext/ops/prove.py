@@ -80,7 +80,6 @@ WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
 # Texts in the errors of PyTorch, of peft_ext and of cuBLAS (which needs a workspace) that say that memory is lacking.
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-_COMPOSED = ("decoder_layer", "experts", "siblings")  # families whose references call operators of other families
 
 QUIET_SECONDS = 1.0  # after so many seconds, proofs on a CPU print a line before each further family
 PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
@@ -552,7 +551,7 @@ def _prove_family(family: str, device: torch.device, key: str, large: bool) -> s
 
 def _disagrees(name: str, arguments: tuple, dtype: torch.dtype, key: str) -> str:
     ours = _called(native_op(key, name), name, arguments)
-    with _References() if OPERATORS[name].family in _COMPOSED else nullcontext():
+    with _References():
         plain = _called(OPERATORS[name].reference, name, widened(arguments, dtype))
     why = _differs(ours, plain, dtype, name == "nf4_dequantize")
     return why and f"{name} in {str(dtype).removeprefix('torch.')} {why}"

@@ -516,6 +516,13 @@ def test_the_newest_file_of_exactly_that_name_is_taken(monkeypatch, tmp_path):
     assert files.newest("layer-nf4-avx2") == {"turn": 1}
 
 
+def test_every_result_file_is_read_by_a_program_that_draws_it():
+    programs = "".join(path.read_text() for path in Path(files.__file__).parent.glob("*.py"))
+    names = {path.stem[: -len("-2026-01-02")] for path in files.RESULTS.glob("*.json")}
+    unread = {name for name in names if f'"{name}"' not in programs}
+    assert not {name for name in unread if not name.startswith("layer-all-")}  # files.newest_by_gpu reads layer-all-
+
+
 def test_ratios_stand_by_case_peer_and_tokens():
     def row(case, tokens, **speedup):
         return {"op": "lora_linear", "case": f"T={tokens} 8->8, {case}", "tokens": tokens, "speedup": speedup,

@@ -423,6 +423,11 @@ def test_an_old_torch_is_to_be_replaced(version, checkout, monkeypatch):
     assert _native.STATE.module is None and _native.mend() == 'pip install "torch>=2.11"'
 
 
+def test_the_bindings_declare_that_they_need_no_global_lock():
+    """A Python without free threading ignores the declaration, so that this test reads the source."""
+    assert "PYBIND11_MODULE(_C, m, py::mod_gil_not_used())" in (ROOT / "csrc/bindings.cpp").read_text()
+
+
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a global lock")
 def test_a_free_threaded_python_keeps_its_lock_off(native):
     done = python("import sys, torch; before = sys._is_gil_enabled()\n"

@@ -78,6 +78,10 @@ def test_results_outlive_other_results_and_mutations_that_are_gone(root: Path) -
     assert mutations.summary(found, [first, second]) == (
         "fast 0 of 2 killed (2 not run), all 1 of 2 killed (1 not run)"
     )
+    found[first.name]["digest"] = "of another text"
+    assert mutations.summary(found, [first, second]) == (
+        "fast 0 of 2 killed (2 not run), all 0 of 2 killed (2 not run)"
+    )
 
 
 @pytest.mark.parametrize(

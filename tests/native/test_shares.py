@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,15 +36,20 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def selected(file: Path, *options: str) -> list[str]:
-    """Returns the names of the tests that pytest collects with tests/conftest.py and the options."""
+def collected(file: Path, *options: str) -> str:
+    """Returns what pytest prints when it collects tests with tests/conftest.py and the options."""
     paths = " ".join(str(ROOT / name) for name in ("tests", "tests/support", "tests/fuzz"))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
                f"--rootdir={file.parent}", "-o", f"pythonpath={paths}", "-p", "conftest", "--collect-only", "-q",
                *options, str(file)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    return done.stdout
+
+
+def selected(file: Path, *options: str) -> list[str]:
+    """Returns the names of the tests that pytest collects with tests/conftest.py and the options."""
+    return [line.partition("::")[2] for line in collected(file, *options).splitlines() if "::" in line]
 
 
 @pytest.mark.slow
@@ -52,6 +59,35 @@ def test_products_divides_the_cases_of_large_tests_alone(file: Path) -> None:
     assert len(small) == 6 and all(small <= set(part) for part in parts)
     assert sorted([*parts[0], *parts[1]]) == sorted([*every, *small])
     assert all(10 <= len(part) - 6 <= 30 for part in parts)
+
+
+@pytest.fixture
+def share_of(pytestconfig: pytest.Config) -> Callable[[str], tuple[int, int]]:
+    return pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests/conftest.py")).share_of
+
+
+@pytest.mark.parametrize(("commit", "number"), [("6", 7), ("7", 1), ("f" * 40, 2), ("", 1)])
+def test_the_commit_chooses_the_share(share_of, commit: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command[-2:])
+        return subprocess.CompletedProcess(command, 0, commit + "\n", "")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert share_of("7") == (number, 7) and asked == [["rev-parse", "HEAD"]]
+    assert share_of("3/7") == (3, 7) and len(asked) == 1
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "0"])
+def test_a_share_that_is_none_is_refused(share_of, text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"--share is {text}, wanted K/N"):
+        share_of(text)
+
+
+@pytest.mark.slow
+def test_the_share_is_printed(file: Path) -> None:
+    assert "share 2 of 3; --share 2/3 repeats it" in collected(file, "--share", "2/3")
 
 
 def test_the_values_that_are_not_of_the_first_tier_are_slow() -> None:

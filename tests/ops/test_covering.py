@@ -7,6 +7,7 @@ CPU path and the thread count of a call have no influence.
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 
 import covering
 import pytest
@@ -39,5 +40,14 @@ def test_calls_of_the_covering_array(case: Case, device: torch.device, pytestcon
 
 def test_every_pair_is_in_the_array() -> None:
     covered, wanted = covering.pairs()
-    print(f"{len(wanted)} pairs")
     assert not wanted - covered, sorted(map(str, wanted - covered))[:20]
+
+
+def test_the_page_for_contributors_has_the_numbers_of_the_array() -> None:
+    page = Path(__file__).parents[2] / "CONTRIBUTING.md"
+    paths = ["scalar", "avx2", "avx512", "avx512_bf16"]
+    if not page.is_file() or [path for path in _native.STATE.module.isas() if "amx" not in path] != paths:
+        pytest.skip("the page has the numbers of a checkout on a CPU with AVX512-BF16")
+    calls, cases, pairs = len(covering.array()), len((*CASES, *SAVED_OUTPUT)), len(covering.pairs()[1])
+    wanted = f"{calls:,} calls of {cases} cases contain each of the {pairs:,} pairs"
+    assert wanted in " ".join(page.read_text().split()), f"wanted: {wanted}"
