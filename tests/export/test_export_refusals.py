@@ -192,7 +192,11 @@ def test_damaged_tensors(made, change, within):
         ({"alpha_pattern": {"up_proj": "8"}}, "the alpha is '8', wanted a number"),
         ({"alpha_pattern": {"up_proj": True}}, "the alpha is True, wanted a number"),
         ({"rank_pattern": {"up_proj": 2}}, "the configuration has the rank 2, lora_A has the rank 4"),
-        ({"alpha_pattern": {EVIL: 4}}, "alpha_pattern has the expression"),
+        pytest.param(
+            {"alpha_pattern": {EVIL: 4}},
+            "alpha_pattern has the expression",
+            marks=pytest.mark.slow,  # the expression is searched until the time limit
+        ),
         ({"lora_alpha": 3e38, "use_rslora": True}, "float32 does not hold"),
     ],
 )

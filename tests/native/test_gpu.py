@@ -106,6 +106,7 @@ def test_other_parts_run_on_an_earlier_build(here: Any, monkeypatch: pytest.Monk
 # --- commands that fail, crash and hang -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_command_is_cut_off_with_all_that_it_started_and_its_output_kept(here: Any) -> None:
     assert here.runner.run([sys.executable, "-c", "print('one')"], 300.0) == ("", False)
     assert here.runner.run([sys.executable, "-c", "raise SystemExit(3)"], 300.0) == ("exit status 3", False)
@@ -188,6 +189,7 @@ def test_the_layers_are_the_first_rows_of_the_table(here: Any, monkeypatch: pyte
     assert command[command.index("--limit") + 1] == "35"
 
 
+@pytest.mark.slow
 def test_the_families_after_a_crash_and_a_hang_are_proved(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GRACE", 0.5)
     program = ("import json, os, sys, time\n"
