@@ -4,10 +4,11 @@
 ``python -m benchmarks.e2e methods``                 steps of LoRA, DoRA, AdaLoRA and IA3 on random weights
 ``python -m benchmarks.e2e experts``                 steps of LoRA and DoRA on a mixture's experts
 ``python -m benchmarks.e2e parts``                   the parts of a step: linear layers, attention, loss, the rest
+``python -m benchmarks.e2e compiled``                steps under torch.compile and eager steps
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv) over seeds
 
 Each training run is a process of its own, so that the peak memory of the process is the peak memory of one run. Each of
-the five commands writes a result file. With ``--device cuda`` the command methods trains on a GPU.
+the six commands writes a result file. With ``--device cuda`` the command methods trains on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
-from . import cuda, mixture, parts
+from . import compiled, cuda, mixture, parts
 from .files import result_path, write
 from .harness import machine
 
@@ -382,8 +383,7 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
     failed: list[str] = []
     result = {
         "what": f"a Llama of {shape} with random weights, rank 16 on all linears, {args.batch} x {args.length} tokens, "
-        f"{args.steps} steps{', gradient checkpointing' if args.checkpointing else ''}"
-        f"{', all models under torch.compile' if args.compile else ''}",
+        f"{args.steps} steps{', gradient checkpointing' if args.checkpointing else ''}",
         "model": ", ".join(f"{key} {value}" for key, value in sizes.items()),
         "rows": rows,
         "failed": failed,
@@ -394,8 +394,7 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
             for kind in KINDS:
                 command = [sys.executable, "-m", "benchmarks.e2e", "method", name, kind, "--steps", str(args.steps),
                            "--batch", str(args.batch), "--length", str(args.length), "--shape", args.shape,
-                           "--device", args.device, *["--checkpointing"] * args.checkpointing,
-                           *["--compile"] * args.compile]  # fmt: skip
+                           "--device", args.device, *["--checkpointing"] * args.checkpointing]  # fmt: skip
                 try:
                     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=args.limit)
                 except subprocess.SubprocessError as error:
@@ -463,9 +462,9 @@ def _names(text: str) -> list[str]:
 def _subject(args: argparse.Namespace) -> str:
     """Returns the beginning of the result file's name."""
     if args.command != "methods":
-        return f"{'step' if args.command in ('experts', 'parts') else 'run'}-{args.command}"
+        return f"{'step' if args.command in ('experts', 'parts', 'compiled') else 'run'}-{args.command}"
     shape = [args.shape] * (args.shape != "smollm2")
-    options = shape + ["checkpointing"] * args.checkpointing + ["compile"] * args.compile
+    options = shape + ["checkpointing"] * args.checkpointing
     return "-".join(["step", *(options or ["methods"])])
 
 
@@ -493,7 +492,6 @@ def main() -> None:
         command.add_argument("--batch", type=int, default=4)
         command.add_argument("--shape", choices=SHAPES, default="smollm2")
         command.add_argument("--checkpointing", action="store_true")
-        command.add_argument("--compile", action="store_true", help="compile each model with torch.compile")
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     three.add_argument("--limit", type=float, help="seconds after which a run is killed; default: none")
     five = commands.add_parser("experts")
@@ -515,14 +513,25 @@ def main() -> None:
         command.add_argument("--steps", type=int, default=3)
         command.add_argument("--batch", type=int, default=2)
         command.add_argument("--length", type=int, default=512)
-    for command in (one, two, three, five, seven):
+    nine = commands.add_parser("compiled")
+    nine.add_argument("--methods", type=_names, default=["LoRA, dropout 0.05", "LoRA"])
+    nine.add_argument("--steps", type=int, default=9)
+    ten = commands.add_parser("compiled-peak", help="one run of compiled: its figures as JSON")
+    ten.add_argument("method", choices=METHODS)
+    ten.add_argument("kind", choices=KINDS)
+    ten.add_argument("--compile", action="store_true")
+    for command in (nine, ten):
+        command.add_argument("--layers", type=int, default=4)
+        command.add_argument("--batch", type=int, default=4)
+        command.add_argument("--length", type=int, default=256)
+    for command in (one, two, three, five, seven, nine):
         command.add_argument(
             "--out", type=Path, help="result file; default: benchmarks/results/<step|run>-<command>-<isa>-<date>.json"
         )
     args = parser.parse_args()
     if args.command == "method":
         print(json.dumps(train(METHODS[args.method], args.kind, args.steps, args.batch, args.length,
-                               SHAPES[args.shape][0], args.checkpointing, args.device, args.compile)))  # fmt: skip
+                               SHAPES[args.shape][0], args.checkpointing, args.device)))  # fmt: skip
         return
     if args.command == "mixture":
         print(json.dumps(mixture.train(args.kind, args.steps, args.batch, args.length)))
@@ -530,8 +539,11 @@ def main() -> None:
     if args.command == "part":
         print(json.dumps(parts.train(args.kind, args.shape, args.steps, args.batch, args.length)))
         return
+    if args.command == "compiled-peak":
+        print(json.dumps(compiled.peak(args.method, args.kind, args.compile, args.layers, args.batch, args.length)))
+        return
     measure = {"speed": speed, "parts": parts.compare, "intents": intents, "methods": methods,
-               "experts": mixture.compare}[args.command]  # fmt: skip
+               "experts": mixture.compare, "compiled": compiled.compare}[args.command]  # fmt: skip
     result = {"machine": _machine(getattr(args, "device", "cpu")), **measure(args)}
     out = result_path(_subject(args), result["machine"], args.out)
     write(out, result)

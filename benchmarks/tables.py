@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Optional
 
-from . import llama_cpp, llama_speed, packed_memory, packed_training
+from . import compiled, llama_cpp, llama_speed, packed_memory, packed_training
 from .files import Result, newest, newest_by_gpu
 from .harness import ratio_text, spread_text
 
@@ -238,6 +238,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "1b": partial(shown, ("step-1b-avx512_bf16", methods_table)),
     "8b": partial(shown, ("step-8b-avx512_bf16", methods_table)),
     "checkpointing": partial(shown, ("step-checkpointing-avx512_bf16", methods_table)),
+    "compiled": partial(shown, (compiled.NAME, compiled.table)),
     "experts": partial(shown, ("step-experts-avx512_bf16", experts_table)),
     "lora": _operator(LORA, "lora_linear", *STOCK),
     "ia3": _operator(LORA, "ia3_linear", *STOCK),

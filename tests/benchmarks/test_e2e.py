@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 pytest.importorskip("benchmarks", reason="benchmarks/ is not here: not a checkout")
-e2e, mixture, parts = (importlib.import_module(f"benchmarks.{name}") for name in ("e2e", "mixture", "parts"))
+compiled, e2e, mixture, parts = (
+    importlib.import_module(f"benchmarks.{name}") for name in ("compiled", "e2e", "mixture", "parts")
+)
 
 
 @pytest.mark.parametrize("name", ["QLoRA, dropout 0.05", "AdaLoRA", "IA3"])
@@ -113,11 +115,35 @@ def test_methods_are_named_by_their_beginnings():
 
 def test_a_results_name_says_what_was_run():
     def subject(command, **given):
-        return e2e._subject(argparse.Namespace(**{"command": command, "compile": False, **given}))
+        return e2e._subject(argparse.Namespace(**{"command": command, **given}))
 
-    names = {command: subject(command) for command in ("speed", "intents", "experts", "parts")}
-    assert [*names.values()] == ["run-speed", "run-intents", "step-experts", "step-parts"]
+    names = {command: subject(command) for command in ("speed", "intents", "experts", "parts", "compiled")}
+    assert [*names.values()] == ["run-speed", "run-intents", "step-experts", "step-parts", "step-compiled"]
     assert subject("methods", shape="smollm2", checkpointing=False) == "step-methods"
     assert subject("methods", shape="smollm2", checkpointing=True) == "step-checkpointing"
     assert subject("methods", shape="1b", checkpointing=True) == "step-1b-checkpointing"
-    assert subject("methods", shape="smollm2", checkpointing=False, compile=True) == "step-compile"
+
+
+def test_compiled_steps_are_compared_with_eager_steps_of_the_same_turn():
+    seconds = {"ours, eager": [1.0, 2.0, 8.0], "ours, compiled": [0.5, 1.5, 8.0],
+               "stock, eager": [2.0, 2.0, 2.0], "stock, compiled": [2.0, 3.0, 1.0]}  # fmt: skip
+    peaks = {"ours, eager": 100, "ours, compiled": 90, "stock, eager": 200, "stock, compiled": 300}
+    found = compiled.row("LoRA", seconds, peaks)
+    assert found["time_over_eager"] == {"ours": 0.75, "stock": 1.0}
+    assert found["memory_over_eager"] == {"ours": 0.9, "stock": 1.5}
+    drawn = compiled.table({"what": "a model", "rows": [found]}).splitlines()
+    assert drawn[-2:] == ["| LoRA | peft_ext | 2000 | 1500 | **0.75** | 100 | 90 |",
+                          "| LoRA | PEFT | 2000 | 2000 | **1.00** | 200 | 300 |"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_steps_of_compiled_models_are_timed(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
+    monkeypatch.setattr(compiled, "sizes_of", lambda layers: e2e.TINY)
+    monkeypatch.setattr(compiled, "WARMING", 1)
+    found = compiled.times("LoRA", 1, 2, 2, 8)
+    assert {name: len(times) for name, times in found.items()} == dict.fromkeys(
+        ("ours, eager", "ours, compiled", "stock, eager", "stock, compiled"), 2
+    )
+    assert compiled.peak("LoRA", "ours", True, 1, 2, 8)["peak_mib"] > 0

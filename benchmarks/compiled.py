@@ -1,0 +1,112 @@
+"""Compares training steps under torch.compile with eager training steps, for peft_ext and for PEFT.
+
+``python -m benchmarks.e2e compiled`` times, for each method, a step of four contenders: peft_ext and PEFT, eager and
+compiled. The four models are in one process and train in turn, so that a change of the machine's speed alters the four
+times alike. A ratio is the median, over the turns, of a compiled step's time divided by the time of the eager step of
+the same turn. The time of the compilation is not part of a step. The peak memory of each contender is measured in a
+process of its own, and contains the compilation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+NAME = "step-compiled-avx512_bf16"
+CONTENDERS = [("ours", False), ("ours", True), ("stock", False), ("stock", True)]
+WARMING = 2  # steps before the timed steps: the first compiles, and the second may compile for the optimizer's state
+
+
+def sizes_of(layers: int) -> dict[str, Any]:
+    from . import e2e
+
+    return {**e2e.SMOLLM2, "num_hidden_layers": layers}
+
+
+def peak(method: str, kind: str, compiles: bool, layers: int, batch: int, length: int) -> dict[str, Any]:
+    """Returns the figures of a short run of one contender, see :func:`benchmarks.e2e.train`."""
+    from . import e2e
+
+    return e2e.train(e2e.METHODS[method], kind, WARMING, batch, length, sizes_of(layers), compiles=compiles)
+
+
+def times(method: str, layers: int, steps: int, batch: int, length: int) -> dict[str, list[float]]:
+    """Returns the seconds of each contender's steps, which run in turn."""
+    from . import e2e
+
+    sizes = sizes_of(layers)
+    torch.manual_seed(1)
+    contenders = {
+        named(kind, compiles): e2e.stepper(e2e.METHODS[method], kind, WARMING + steps, sizes, compiles=compiles)
+        for kind, compiles in CONTENDERS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(WARMING + steps):
+        tokens = torch.randint(0, sizes["vocab_size"], (batch, length))
+        for name, step in contenders.items():
+            start = time.perf_counter()
+            step(tokens, turn)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: found[WARMING:] for name, found in seconds.items()}
+
+
+def named(kind: str, compiles: bool) -> str:
+    return f"{kind}, {'compiled' if compiles else 'eager'}"
+
+
+def row(method: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
+    """Returns a method's row: the medians, and for each package the compiled step over the eager step."""
+    over = {}
+    for kind in ("ours", "stock"):
+        pairs = zip(seconds[named(kind, True)], seconds[named(kind, False)], strict=True)
+        over[kind] = statistics.median(compiled / eager for compiled, eager in pairs)
+    return {
+        "method": method,
+        "milliseconds": {name: round(1e3 * statistics.median(found), 1) for name, found in seconds.items()},
+        "peak_mib": peaks,
+        "time_over_eager": {kind: round(ratio, 3) for kind, ratio in over.items()},
+        "memory_over_eager": {
+            kind: round(peaks[named(kind, True)] / peaks[named(kind, False)], 3) for kind in ("ours", "stock")
+        },
+    }
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    from . import e2e
+
+    rows = []
+    for method in args.methods:
+        peaks = {}
+        for kind, compiles in CONTENDERS:
+            command = [sys.executable, "-m", "benchmarks.e2e", "compiled-peak", method, kind, "--layers",
+                       str(args.layers), "--batch", str(args.batch), "--length", str(args.length),
+                       *["--compile"] * compiles]  # fmt: skip
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            peaks[named(kind, compiles)] = json.loads(done.stdout.splitlines()[-1])["peak_mib"]
+            print(f"{method}, {named(kind, compiles)}: peak {peaks[named(kind, compiles)]} MiB", flush=True)
+        rows.append(row(method, times(method, args.layers, args.steps, args.batch, args.length), peaks))
+        print(json.dumps(rows[-1]), flush=True)
+    what = (f"a Llama of {e2e.SHAPES['smollm2'][1]} with {args.layers} layers and random weights, rank 16 on all "
+            f"linears, {args.batch} x {args.length} tokens, {args.steps} steps")  # fmt: skip
+    return {"what": what, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| method | | eager, ms | compiled, ms | compiled over eager | eager, MiB | compiled, MiB |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for found in result["rows"]:
+        for kind, label in (("ours", "peft_ext"), ("stock", "PEFT")):
+            eager, compiled = named(kind, False), named(kind, True)
+            milliseconds, peaks = found["milliseconds"], found["peak_mib"]
+            lines.append(
+                f"| {found['method']} | {label} | {milliseconds[eager]:.0f} | {milliseconds[compiled]:.0f} | "
+                f"**{found['time_over_eager'][kind]:.2f}** | {peaks[eager]:.0f} | {peaks[compiled]:.0f} |"
+            )
+    return f"**A training step under torch.compile**: {result['what']}.\n\n" + "\n".join(lines)
