@@ -34,7 +34,7 @@ BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cud
 LIMIT = $(BIN)/python tools/limit.py
 
 .PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-formats cuda-emulated cuda-emulated-rounded \
-  cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp deepspeed format-libraries rank-kills
+  cuda-12 cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp deepspeed format-libraries rank-kills
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -66,6 +66,7 @@ help:
 	@echo "make nightly     all that is too long for every change: an evening on two cores"
 	@echo "make cuda-check  compile every CUDA kernel with NVRTC, without a GPU; compare registers with docs/ptxas.tsv"
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
+	@echo "make cuda-12     compile an instance of each CUDA kernel with NVRTC 12.6, without a GPU"
 	@echo "make cuda-link   load the library with a CUDA torch, and compile kernels, without a GPU (3 GB once)"
 	@echo "make wheels      the source distribution and the wheels, each checked and tried, in dist; WHEEL_PYTHONS=\"python3.12 ...\""
 	@echo "                 and WHEEL_ARCHITECTURES=\"x86_64 aarch64\" for more than this Python and machine"
@@ -293,7 +294,7 @@ rank-kills: setup
 
 # `make nightly` runs these targets one after the other, also after a target that fails, and prints the failed targets
 # at the end.
-NIGHTLY = lint docs test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite cuda-link hub-tests kills rank-kills deepspeed format-libraries aarch64-tests macos-check newest forms mutations llama-cpp
+NIGHTLY = lint docs test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite cuda-link cuda-12 hub-tests kills rank-kills deepspeed format-libraries aarch64-tests macos-check newest forms mutations llama-cpp
 nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
@@ -328,6 +329,19 @@ cuda-link: setup .venv-cuda/.installed
 	PYTHONPATH="$(CURDIR)" .venv-cuda/bin/python -c 'from peft_ext import device_code; why = device_code.missing(); assert why is None, why'
 	PYTHONPATH="$(CURDIR)" PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider tests/ops/test_cuda_library.py \
 	  tests/native/test_device_code.py tests/native/test_driver.py
+
+# .venv-cuda-12 has the oldest NVRTC that a supported CUDA build of torch brings, beside the packages of .venv.
+.venv-cuda-12/.installed: $(VENV)/.built
+	$(PYTHON) -m venv .venv-cuda-12
+	.venv-cuda-12/bin/pip install --quiet --disable-pip-version-check "cuda-bindings==12.*" "nvidia-cuda-nvrtc-cu12==12.6.*"
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$site" >"$$(.venv-cuda-12/bin/python -c "$$site")/packages_of_venv.pth"
+	touch $@
+
+# Compiles an instance of each kernel with NVRTC 12.6. `make cuda-check` and `make cuda-link` use NVRTC 13.
+cuda-12: setup .venv-cuda-12/.installed
+	PYTHONPATH="$(CURDIR)" .venv-cuda-12/bin/python -c 'from peft_ext import device_code; why = device_code.missing(); assert why is None, why'
+	PYTHONPATH="$(CURDIR)" PEFT_EXT_REQUIRE=1 .venv-cuda-12/bin/python -m pytest -p no:cacheprovider tests/native/test_device_code.py
 
 # tools/gpu.py installs nothing into PYTHON; it installs missing packages into .venv. GPU_ARGS has further arguments of
 # tools/gpu.py, for example GPU_ARGS="--parts build,table".
@@ -364,4 +378,4 @@ release-check:
 	$(PYTHON) tools/release_check.py "$(TAG)" $(if $(FILES),--files $(FILES))
 
 clean:
-	rm -rf $(VENV) .venv-cuda .venv-newest build dist outputs peft_ext.egg-info peft_ext/*.so
+	rm -rf $(VENV) .venv-cuda .venv-cuda-12 .venv-newest build dist outputs peft_ext.egg-info peft_ext/*.so

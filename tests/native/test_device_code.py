@@ -349,6 +349,8 @@ def one_of_each() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_an_instance_of_every_kernel_compiles(arch):
     """All instances are compiled by tools/cuda_check.py."""
+    if int(arch.removeprefix("sm_")) not in device_code._known_architectures():
+        pytest.skip(f"NVRTC {device_code.version()} does not know {arch}")
     for kernel, file in one_of_each():
         image, log = device_code.compile_kernel(kernel, file, arch)
         assert image.code.startswith(b"\x7fELF") and image.symbol in image.code, kernel

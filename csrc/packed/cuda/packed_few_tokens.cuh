@@ -33,8 +33,11 @@ struct PackedFew {
   TokensFinish finish;
 };
 
+// The sums of each warp. A struct, because NVRTC 12.6 crashes at an alias template for an array in PEFT_EXT_SHARED.
 template <int kSums>
-using PackedFewShared = float[kPackedFewWarps][kSums];
+struct PackedFewShared {
+  float sums[kPackedFewWarps][kSums];
+};
 
 // Adds each of kSums sums, a power of two of at most 32, over the lanes of the warp. Returns the total of the sum with
 // the number lane / (32 / kSums).
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(kPackedFewThreads, kTokens == 8 ? 3 : 4) packe
   const int lane = threadIdx.x % kWarpSize;
   constexpr int kLanes = kWarpSize / kSums;  // number of lanes that return the same sum
   const float total = sum_over_lanes(sums, lane);
-  if (lane % kLanes == 0) shared[threadIdx.x / kWarpSize][lane / kLanes] = total;
+  if (lane % kLanes == 0) shared.sums[threadIdx.x / kWarpSize][lane / kLanes] = total;
   sync_threads();
   if (threadIdx.x >= kSums) return;
   const int token = threadIdx.x % kTokens;
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(kPackedFewThreads, kTokens == 8 ? 3 : 4) packe
   if (token >= work.tokens || row >= work.weight.rows) return;
   float sum[1] = {};
 #pragma unroll
-  for (int w = 0; w < kPackedFewWarps; ++w) sum[0] += shared[w][threadIdx.x];
+  for (int w = 0; w < kPackedFewWarps; ++w) sum[0] += shared.sums[w][threadIdx.x];
   finish_tokens<T, 1>(work.finish, work.weight.rows, row, token, work.tokens, sum);
 }
 
