@@ -54,7 +54,7 @@ from .adapter_layers.lora import Lora
 from .adapter_layers.packed_codes import adapters_that_read_codes
 from .adapter_layers.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
 from .adapter_layers.tensor_parallel import is_split
-from .model_blocks.blocks import block_parts, fuse_blocks, plain_blocks
+from .model_blocks.blocks import block_parts, expected_input, fuse_blocks, plain_blocks
 from .model_blocks.decoder_layer import DecoderLayer
 from .model_blocks.loss import compute_losses, defer_losses, loss_parts
 
@@ -346,7 +346,7 @@ def _blocks(model: nn.Module) -> Iterator[Row]:
     held = dict(model.named_modules())
     for name, kind, reason in block_parts(model):
         reason = reason or _old_card(held[name])
-        yield Row(name, kind, reason is None, reason or "")
+        yield Row(name, kind, reason is None, reason or getattr(held[name], "fused_remark", ""))
     for layer, reason in loss_parts(model):
         reason = reason or _old_card(layer)
         yield Row(names.get(id(layer), ""), "loss", reason is None, reason or "logits in chunks")
@@ -401,7 +401,9 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             fused = FUSED.get(type(module))
             reason = module.stock_reason() if fused is None else _lacking(module, fused) or _NOT_ACCELERATED
         reason = reason or old
-        part = None if reason else getattr(module, "part_reason", lambda: None)()
+        part = None
+        if not reason and hasattr(module, "part_reason"):
+            part = module.part_reason(expected_input(model, name.rpartition(".")[0]))
         text = reason or (f"the adapter's part: {part}" if part else "")
         yield Row(name, kind, not reason, "; ".join(filter(None, (text, _note(module)))))
 

@@ -88,7 +88,7 @@ def _token(row: int, ids: Tensor) -> list[int]:
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     with monkeypatch.context() as patch:
         for module in (attention, decoder_layer, mlp, norm):
-            patch.setattr(module, "is_few", lambda x: False)
+            patch.setattr(module, "few_reason", lambda x: "off")
         yield
 
 

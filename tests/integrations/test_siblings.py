@@ -415,7 +415,7 @@ def test_few_tokens_and_one_layer_are_computed_alone() -> None:
         outputs(joint, draw())
     assert not seen.layers
     (row,) = [row for row in peft_ext.explain(joint).blocks if row.kind == "projections of one input"]
-    assert not row.fused and row.reason.startswith("no two of q_proj, k_proj, v_proj have an adapter")
+    assert not row.fused and row.reason.startswith("q_proj, k_proj, v_proj: no two have adapters")
 
 
 def test_copies_pickles_restore_and_layers_alone() -> None:

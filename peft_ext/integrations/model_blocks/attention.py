@@ -19,8 +19,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,10 @@ from torch import Tensor, nn
 from ... import _native, ops
 from ..._imports import optional
 from ...ops.checks import autocast_dtype
+from ...text import dtype_name
 from ..adapter_layers import siblings
-from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of, together
-from ..adapter_layers.lora import LowRank
-from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
+from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, plan_of, together
+from ..adapter_layers.reasons import accepts_input, input_reason, kernel_reason, replaced_on_instance
 from ..forms import Row, row_of
 from .block import Block, device_of
 from .cache import Room, appended, room_for
@@ -66,16 +67,12 @@ _LEAST_QUERIES, _FEW_QUERIES = 16, 8
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
 _rotate, _attention = kernel_of("rotary_embedding"), kernel_of("scaled_dot_product_attention")
-# Keyword arguments of an attention call. transformers' sdpa ignores the arguments that _IGNORED names. The checks
-# before the operator read the arguments that _LOOKED_AT names. An attention call with a keyword argument in neither
-# set, with another value than None, runs transformers' function.
+# Keyword arguments of an attention call that transformers' sdpa ignores, see _argument_reason.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",
     "use_cache",
 })  # fmt: skip
-_LOOKED_AT = frozenset({"output_attentions", "position_bias", "softcap"})
-_KNOWN = _IGNORED | _LOOKED_AT
 # Maps a function that was registered as "sdpa" to whether the function accepts a bias of the scores; to None if the
 # form of the function is unknown.
 _SDPA: dict[Any, Optional[bool]] = {}
@@ -107,23 +104,43 @@ class Attention(Block):
                 "options": tuple(tuple(option.split(":", 1)) for option in row.names("options")),
                 "names": names, "found": {name: names.get(name) for name in (_ROTATES, _EAGER)}}  # fmt: skip
 
-    def block_parts(self) -> Any:
+    def block_parts(self, like: Tensor) -> Iterator[tuple[str, Optional[str]]]:
         replaced, known = self.replaced_reason(), self.peft_ext_known
         if known.groups:
-            yield "projections of one input", replaced or self._joint_reason()
+            yield "projections of one input", replaced or self._joint_reason(like)
         if known.own:
-            yield "rotary positions", replaced or self._own_reason() or kernel_reason(_ROTARY, device_of(self))
+            reason = replaced or self._own_reason() or kernel_reason(_ROTARY, device_of(self))
+            yield "rotary positions", reason or input_reason(like) or self._rotary_reason(like)
         if known.asks:
-            yield "attention", replaced or _reason(self)
+            yield "attention", replaced or _reason(self) or input_reason(like) or self._option_reason()
 
-    def _joint_reason(self) -> Optional[str]:
-        groups = self.peft_ext_known.groups
-        for names in groups:
-            layers = [self._modules.get(name) for name in names]
-            joint = [layer for layer in layers if isinstance(layer, LowRank) and layer.joint_state() is not None]
-            if len(joint) > 1:
-                return kernel_reason("lora_linears", next(joint[0].parameters()).device.type)
-        return f"no two of {', '.join(groups[0])} have an adapter that can be computed with another's"
+    def _joint_reason(self, like: Tensor) -> Optional[str]:
+        reasons = []
+        for names in self.peft_ext_known.groups:
+            layers = [layer for name in names if hasattr(layer := self._modules.get(name), "joint_state")]
+            states = [layer.joint_state() for layer in layers]
+            reasons.append(siblings.joint_reason(layers, states, like.device.type))
+        return None if None in reasons else f"{', '.join(self.peft_ext_known.groups[0])}: {reasons[0]}"
+
+    def _rotary_reason(self, x: Tensor) -> Optional[str]:
+        """Returns why transformers' function rotates q and k of hidden states x, or None.
+
+        The model computes the positions in the dtype of its hidden states. Norms of q and k may change the dtype of
+        q and k, so only :func:`_fits_rotary` tells whether the two dtypes are equal.
+        """
+        if type(size := self.__dict__.get("head_dim")) is int and size % 2:
+            return f"the size of its heads is {size}, wanted an even number"
+        cast = autocast_dtype(x)
+        if self.peft_ext_known.norms or cast in (None, x.dtype):
+            return None
+        return f"autocast computes q and k in {dtype_name(cast)}, and the positions are {dtype_name(x.dtype)}"
+
+    def _option_reason(self) -> Optional[str]:
+        """Returns which number of the module keeps its attention from the operator in each call, or None."""
+        if type(size := self.__dict__.get("head_dim")) is int and size > _LARGEST_HEAD:
+            return f"the size of its heads is {size}, wanted at most {_LARGEST_HEAD}"
+        given = {name: getattr(self, attribute, None) for name, attribute in self.peft_ext_known.options}
+        return _argument_reason(given)
 
     def _own_reason(self) -> Optional[str]:
         """Returns which function of the model's Python module was replaced since the call of
@@ -139,7 +156,7 @@ class Attention(Block):
         if not isinstance(self, Attention):
             return type(self).forward(self, *args, **kwargs)
         known = self.peft_ext_known
-        if known.own and not args and is_few(kwargs.get("hidden_states")) and self._takes(kwargs):
+        if known.own and not args and few_reason(kwargs.get("hidden_states")) is None and self._takes(kwargs):
             if (plan := plan_of(self, kwargs["hidden_states"], self._few)) is not None:
                 return self._rotary_few(plan, **kwargs)
         if replaced_on_instance(self) or self.replaced_reason() is not None:
@@ -189,9 +206,11 @@ class Attention(Block):
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **given)
         return modules[known.out](out.reshape(*shape, -1).contiguous()), weights
 
-    def _few(self, facts: Facts, x: Tensor) -> Optional[SimpleNamespace]:
-        """Returns the functions and numbers that :meth:`_rotary_few` uses; None if the attention has no plan."""
+    def _few(self, facts: Facts, x: Tensor) -> Union[SimpleNamespace, str]:
+        """Returns the functions and numbers that :meth:`_rotary_few` uses; the reason if the attention has no plan."""
         known, held = self.peft_ext_known, self.__dict__
+        if not known.own:
+            return "no forward of peft_ext replaces its own"
         for name in known.found:
             facts.value(known.names, name)
         names = ("head_dim", "layer_idx", "scaling", "training", *(attribute for _, attribute in known.options))
@@ -199,10 +218,12 @@ class Attention(Block):
         groups, is_causal = facts.value(held, "num_key_value_groups"), facts.value(held, "is_causal")
         layers = [facts.child(self, name) for name in (*known.groups[0], known.out)]
         norms = [facts.child(self, name) for name in (("q_norm", "k_norm") if known.norms else ())]
-        if not self.holds(facts) or self._own_reason() or kernel_reason(_ROTARY, "cpu") or self.training:
-            return None
+        if self.training:
+            return "it is in training"
+        if reason := self.held_reason(facts) or self._own_reason() or kernel_reason(_ROTARY, "cpu"):
+            return reason
         if any(name not in held for name in names) or len(layers) != 4 or None in (*layers, *norms):
-            return None
+            return "it lacks a layer or a number that its class's forward reads"
         q, k, v, o = (direct(facts, layer, x) for layer in layers)
         options = {name: found[attribute] for name, attribute in known.options}
         attends = type(groups) is int and is_causal is True and _IGNORED.issuperset(options)
@@ -235,7 +256,7 @@ class Attention(Block):
         k, v = self._appended(given, k, v, cos, sin, few=True)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
         if attend is sdpa_attention_forward and plan.attends and tokens <= _FEW_QUERIES:
-            if _is_plain_call(given) and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
+            if _argument_reason(given) is None and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
                 return plan.o(out.view(batch, tokens, -1)), None
         out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=plan.scaling, **plan.options, **given)
         return plan.o(out.reshape(batch, tokens, -1).contiguous()), weights
@@ -250,7 +271,7 @@ class Attention(Block):
             return None
         others = {name: value for name, value in given.items() if name not in (known.cache_name, "attention_mask")}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
-        if attend is not sdpa_attention_forward or not _is_plain_call(others):
+        if attend is not sdpa_attention_forward or _argument_reason(others) is not None:
             return None
         if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _device_reason("cpu"):
             return None
@@ -450,12 +471,14 @@ if AttentionInterface is not None:
     AttentionMaskInterface.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def _is_plain_call(given: dict[str, Any]) -> bool:
-    """Returns whether no keyword argument of an attention call changes the result of sdpa."""
+def _argument_reason(given: dict[str, Any], *read: str) -> Optional[str]:
+    """Returns which keyword argument of an attention call may change the result of sdpa, so that transformers' function
+    has to run, or None. ``read``: names of arguments that the operator takes."""
     for name, value in given.items():
-        if value is not None and (name not in _IGNORED and not (name == "output_attentions" and value is False)):
-            return False
-    return True
+        if value is not None and name not in _IGNORED and name not in read:
+            if name != "output_attentions" or value:
+                return f"its call has a {name}, which only transformers' function reads"
+    return None
 
 
 def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Tensor]:
@@ -530,9 +553,7 @@ def _fits(
         return False
     if scaling is not None and (type(scaling) not in _NUMBERS or not 0 < scaling < math.inf):
         return False
-    if others.get("output_attentions") or others.get("softcap") is not None:
-        return False
-    if any(value is not None for name, value in others.items() if name not in _KNOWN):
+    if _argument_reason(others, "position_bias") is not None:
         return False
     batch, heads, queries, size = q.shape
     _, kv_heads, keys, _ = k.shape

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter_layers.base import STOCK
 from ..adapter_layers.few_tokens import Facts
-from ..adapter_layers.reasons import accepts_input, replaced_on_instance
+from ..adapter_layers.reasons import accepts_input, input_reason, replaced_on_instance
 from ..forms import Form, Row, row_of
 
 __all__ = ["Block", "Fused", "class_of"]
@@ -32,7 +32,7 @@ class Block:
     stock_class: type
     stock_forward: Callable[..., Any]
     peft_ext_known: types.SimpleNamespace
-    block_kind = ""
+    block_kind = fused_remark = ""
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Does nothing: a model's class may register its subclasses in this method, and a fused class must not be
@@ -64,21 +64,28 @@ class Block:
                 return f"its {name} is {getattr(self, name, None)!r}, wanted {value}"
         return None
 
-    def holds(self, facts: Facts) -> bool:
-        """Returns whether the module has no hooks, and its forward is the code of its known form. Adds to ``facts`` the
-        objects on which this result depends."""
+    def call_reason(self, x: Tensor) -> Optional[str]:
+        """Returns why the module's own forward runs for inputs of x's dtype and device, or None. The forward calls this
+        method too, and checks what else depends on the call, such as sizes."""
+        return None
+
+    def held_reason(self, facts: Facts) -> Optional[str]:
+        """Returns why the module has no plan (see :mod:`..adapter_layers.few_tokens`): the module has hooks, or its
+        forward is not the code of its known form. Returns None otherwise. Adds to ``facts`` the objects on which this
+        result depends."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.of_class:
             facts.value(held, name)
-        needs = [facts.value(held, name) for name, _ in known.needs]
-        if any(type(value) not in (type(None), bool, int, float, str) for value in needs):
-            return False
-        return facts.plain_block(self) and self.replaced_reason() is None
+        for name, _ in known.needs:
+            if type(facts.value(held, name)) not in (type(None), bool, int, float, str):
+                return f"its {name} is neither a number nor a string"
+        is_plain = facts.plain_block(self)
+        return self.replaced_reason() or (None if is_plain else "hooks on it would not run")
 
-    def block_parts(self) -> Iterator[tuple[str, Optional[str]]]:
+    def block_parts(self, like: Tensor) -> Iterator[tuple[str, Optional[str]]]:
         """Yields the name of each part of the module that can be fused, with the reason why the part is not fused now,
-        or None."""
-        yield self.block_kind, self.block_reason()
+        or None. ``like`` has the dtype and the device that the module's input is expected to have."""
+        yield self.block_kind, self.block_reason() or input_reason(like) or self.call_reason(like)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # Pickle can't find a class that was made at run time, so unpickling makes the class again from the stock class.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ... import ops
+from ...ops.checks import autocast_dtype
 from ...reference.activations import ACTIVATIONS
+from ...text import dtype_name
 from ..adapter_layers import siblings
-from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of, together
+from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, plan_of, together
 from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason
 from ..adapter_layers.recompute import computed_again
 from ..forms import Row
@@ -42,7 +44,7 @@ class MlpCall(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         one, other = self.both(x)
-        if not (self.are_direct or (is_few(one) and is_few(other) and one.dtype is other.dtype is x.dtype)):
+        if not self.are_direct and (few_reason(one) or few_reason(other) or not one.dtype is other.dtype is x.dtype):
             return self.layers[2](self.act(one) * other)
         return self.layers[2](_gated(one, other, self.number))
 
@@ -82,23 +84,40 @@ class Mlp(Fused):
             return "one of its layers is no module"
         return kernel_reason("gated_activation" if known.gated else "activation", device_of(self))
 
+    def _act_reason(self, dtype: torch.dtype) -> Optional[str]:
+        is_known = activation_name(getattr(self, self.peft_ext_known.act), dtype) is not None
+        return None if is_known else f"its activation is none of the known ones in {dtype_name(dtype)}"
+
+    def _cast_reason(self, x: Tensor) -> Optional[str]:
+        known = self.peft_ext_known
+        if known.drops != "act":
+            return None
+        # T5's MLP casts the input of the last layer to the dtype of the layer's weight.
+        dtype = getattr(getattr(self._modules[known.out], "weight", x), "dtype", None)
+        return None if dtype is x.dtype else f"its input is {dtype_name(x.dtype)}, and it casts for its {known.out}"
+
+    def call_reason(self, x: Tensor) -> Optional[str]:
+        return self._cast_reason(x) or self._act_reason(autocast_dtype(x) or x.dtype)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and is_few(args[0]) and isinstance(self, Mlp):
+        if len(args) == 1 and not kwargs and few_reason(args[0]) is None and isinstance(self, Mlp):
             if (run := plan_of(self, args[0], self._few)) is not None:
                 return run(args[0])
         return Fused.forward(self, *args, **kwargs)
 
-    def _few(self, facts: Facts, x: Tensor) -> Optional[MlpCall]:
-        """Returns the function that computes the MLP for few tokens; None if the MLP has no plan."""
+    def _few(self, facts: Facts, x: Tensor) -> Union[MlpCall, str]:
+        """Returns the function that computes the MLP for few tokens; the reason if the MLP has no plan."""
         known = self.peft_ext_known
-        if not known.gated or not known.out:
-            return None
-        out, act = facts.child(self, known.out), facts.child(self, known.act)
-        inner = [facts.child(self, name) for name in known.inner]
-        if not self.holds(facts) or self.block_reason() is not None or known.drops:
-            return None
-        if act is None or not facts.plain(act) or len(inner) != 2 or (name := activation_name(act, x.dtype)) is None:
-            return None
+        if not known.gated or len(known.layers) != 3 or known.drops:
+            return "it is not down(act(gate x) * up x) without a dropout"
+        act = facts.child(self, known.act)
+        *inner, out = [facts.child(self, name) for name in known.layers]
+        if reason := self.held_reason(facts) or self.block_reason():
+            return reason
+        if act is None or not facts.plain(act):
+            return "its activation is no module, or has hooks"
+        if (name := activation_name(act, x.dtype)) is None:
+            return self._act_reason(x.dtype)
         for attribute in list(act.__dict__):
             if attribute != "training":
                 facts.value(act.__dict__, attribute)
@@ -110,8 +129,8 @@ class Mlp(Fused):
     def _fused(self, x: Tensor) -> Tensor:
         known, modules = self.peft_ext_known, self._modules
         out, act = modules[known.out] if known.out else None, getattr(self, known.act)
-        if known.drops == "act" and getattr(getattr(out, "weight", x), "dtype", None) is not x.dtype:
-            return self.stock_class.forward(self, x)  # T5's MLP casts the input of the last layer to the weight's dtype
+        if self._cast_reason(x) is not None:
+            return self.stock_class.forward(self, x)
         with siblings.together(self, (known.inner,)):
             inner = [modules[name](x) for name in known.inner]
         # The operator runs for contiguous inputs alone, because its result is contiguous, while PyTorch's result has
