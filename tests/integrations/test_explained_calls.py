@@ -11,11 +11,14 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.models.beam.modeling_beam import BeamMLP
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import peft_ext
 from peft_ext import ops
 from peft_ext.integrations.adapter_layers.reasons import KERNELS
 from peft_ext.integrations.model_blocks import decoder_layer
+from peft_ext.integrations.model_blocks.mlp import Mlp
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
          "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -216,3 +219,31 @@ def test_a_layer_that_adds_in_float32_what_its_base_multiplies_in_16_bits() -> N
     with AUTOCAST():
         (row,) = peft_ext.explain(model).rows
     assert row.fused and not row.reason
+
+
+# --- the class's own code behind layers that were called ---------------------------------------------------------------
+
+
+class Strided(nn.Linear):
+    """A linear layer whose output is not contiguous."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("name", ["Beam", "Llama"])
+def test_an_mlp_whose_layers_give_strided_outputs_rounds_as_its_class_does(name: str, few: bool) -> None:
+    """Beam computes the activation and the product in float32, Llama in the dtype of the layers."""
+    kinds = {"Beam": (BeamMLP, hf.BeamConfig(hidden_size=64, intermediate_size=96)),
+             "Llama": (LlamaMLP, hf.LlamaConfig(hidden_size=64, intermediate_size=96))}  # fmt: skip
+    kind, config = kinds[name]
+    torch.manual_seed(0)
+    mlp = kind(config).bfloat16()
+    mlp.gate_proj.__class__ = Strided
+    x = torch.randn(2, 3 if few else 40, 64).bfloat16()
+    with torch.no_grad() if few else contextlib.nullcontext():
+        stock = mlp(x)
+        with pytest.warns(UserWarning, match="nothing to accelerate"):
+            peft_ext.accelerate(model := nn.Sequential(mlp))
+        assert isinstance(model[0], Mlp) and torch.equal(model(x), stock)

@@ -130,5 +130,5 @@ class DecoderLayer(Block):
                 return f"hooks on its {name} would not run"
             plans.append(plan := block._few(facts, x))
             if isinstance(plan, str):
-                return f"its {name} has no plan for few tokens: {plan}"
+                return f"its {name} is called as a module: {plan}"
         return LayerPlan(blocks[2], *plans, _lists(*plans))

@@ -7,7 +7,8 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Optional, Union
 
@@ -39,13 +40,13 @@ class MlpCall(NamedTuple):
     layers: tuple[Callable[[Tensor], Tensor], ...]  # functions that compute gate, up and down
     both: Callable[[Tensor], Any]  # function that computes gate and up of one input
     are_direct: bool  # whether neither gate nor up is called as a module
-    act: nn.Module
+    block: weakref.ref[Mlp]
     number: int
 
     def __call__(self, x: Tensor) -> Tensor:
         one, other = self.both(x)
         if not self.are_direct and (few_reason(one) or few_reason(other) or not one.dtype is other.dtype is x.dtype):
-            return self.layers[2](self.act(one) * other)
+            return self.block()._behind((one, other), x)
         return self.layers[2](_gated(one, other, self.number))
 
 
@@ -124,7 +125,7 @@ class Mlp(Fused):
         number = ACTIVATIONS.index(name)
         gate, up, down = (direct(facts, layer, x) for layer in (*inner, out))
         are_direct = gate is not inner[0] and up is not inner[1]
-        return MlpCall((gate, up, down), together((gate, up)), are_direct, act, number)
+        return MlpCall((gate, up, down), together((gate, up)), are_direct, weakref.ref(self), number)
 
     def _fused(self, x: Tensor) -> Tensor:
         known, modules = self.peft_ext_known, self._modules
@@ -138,13 +139,15 @@ class Mlp(Fused):
         plain = all(accepts_input(value) and value.is_contiguous() for value in inner)
         name = activation_name(act, inner[0].dtype) if plain else None
         if name is None or len({value.dtype for value in inner}) > 1:
-            halves = inner[0].chunk(2, dim=-1) if known.gated and len(inner) == 1 else inner
-            h = act(halves[0])
-            h = h * halves[1] if known.gated else h
-            return h if out is None else self._dropped(out(self._dropped(h, "act")), "out")
+            return self._behind(inner, x)
         operator = ops.gated_activation if known.gated else ops.activation
         args = (*inner, *([None] if known.gated and len(inner) == 1 else []), name)
         return operator(*args) if out is None else self._dropped(self._finished(operator, args, out), "out")
+
+    def _behind(self, inner: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Returns what the class's own forward computes for x behind the first layers, whose outputs are ``inner``. A
+        class may round at other places than the operator's formula in PyTorch's operations would."""
+        return self.stock_class.forward(_Called(self, dict(zip(self.peft_ext_known.inner, inner, strict=True))), x)
 
     def _finished(self, operator: Callable[..., Tensor], args: tuple, out: nn.Module) -> Tensor:
         if torch.compiler.is_compiling():  # torch.compile can't trace saved-tensor hooks, but can trace a checkpoint
@@ -160,6 +163,17 @@ class Mlp(Fused):
             return x
         dropout = getattr(self, known.dropout)
         return dropout(x) if isinstance(dropout, nn.Module) else F.dropout(x, p=dropout, training=self.training)
+
+
+class _Called:
+    """Stands for an MLP whose first layers were called: in place of each of these layers it has a function that returns
+    the layer's output."""
+
+    def __init__(self, mlp: Mlp, outputs: dict[str, Tensor]) -> None:
+        self._mlp, self._outputs = mlp, outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mlp, name) if name not in self._outputs else lambda _: self._outputs[name]
 
 
 def _calls_hooks(layer: nn.Module) -> bool:
