@@ -92,8 +92,8 @@ class PeftExtCallback(TrainerCallback):
         restore: whether to call :func:`peft_ext.restore` on the model when training ends. With ``restore`` True, the
             whole model is restored, also layers that were accelerated before training. If training ends with an
             exception, the model stays accelerated.
-        blocks, dora_dropout, experts_dropout: arguments for :func:`peft_ext.accelerate`. With None, the model keeps what
-            an earlier call of ``accelerate`` chose.
+        blocks, dora_dropout, experts_dropout: arguments for :func:`peft_ext.accelerate`. With None, the model keeps
+            what an earlier call of ``accelerate`` chose.
 
     Attributes that describe the latest run:
 

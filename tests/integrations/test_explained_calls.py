@@ -11,8 +11,6 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers.models.beam.modeling_beam import BeamMLP
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 import peft_ext
 from peft_ext import ops
@@ -221,7 +219,7 @@ def test_a_layer_that_adds_in_float32_what_its_base_multiplies_in_16_bits() -> N
     assert row.fused and not row.reason
 
 
-# --- the class's own code behind layers that were called ---------------------------------------------------------------
+# --- the class's own code behind layers that were called --------------------------------------------------------------
 
 
 class Strided(nn.Linear):
@@ -235,11 +233,10 @@ class Strided(nn.Linear):
 @pytest.mark.parametrize("name", ["Beam", "Llama"])
 def test_an_mlp_whose_layers_give_strided_outputs_rounds_as_its_class_does(name: str, few: bool) -> None:
     """Beam computes the activation and the product in float32, Llama in the dtype of the layers."""
-    kinds = {"Beam": (BeamMLP, hf.BeamConfig(hidden_size=64, intermediate_size=96)),
-             "Llama": (LlamaMLP, hf.LlamaConfig(hidden_size=64, intermediate_size=96))}  # fmt: skip
-    kind, config = kinds[name]
+    module = pytest.importorskip(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
     torch.manual_seed(0)
-    mlp = kind(config).bfloat16()
+    config = getattr(hf, f"{name}Config")(hidden_size=64, intermediate_size=96)
+    mlp = getattr(module, f"{name}MLP")(config).bfloat16()
     mlp.gate_proj.__class__ = Strided
     x = torch.randn(2, 3 if few else 40, 64).bfloat16()
     with torch.no_grad() if few else contextlib.nullcontext():
