@@ -67,7 +67,7 @@ LAYERS: dict[str, tuple[Callable, Callable, str]] = {
             **SMALL, num_key_value_heads=4, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=16,
             qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16)),
         lambda model: model.eval(),
-        "its self_attn has no plan",
+        "no forward of peft_ext replaces its own",
     ),
 }  # fmt: skip
 

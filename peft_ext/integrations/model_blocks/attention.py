@@ -2,10 +2,9 @@
 
 An attention module with a known form runs one of two forwards. If the form's row in the table of known forms says
 ``forward=rotary``, ``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache,
-attention, and the output projection. (``_rotary_few`` is the variant of ``_rotary_forward`` for few tokens without a
-gradient.) Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers
-that get one input tensor (``inputs`` of the row) are computed together. If the module's forward was replaced, only the
-replaced forward runs.
+attention, and the output projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own
+code runs, and the layers that get one input tensor (``inputs`` of the row) are computed together. If the module's
+forward was replaced, only the replaced forward runs.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
@@ -20,6 +19,7 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Optional, Union
 
@@ -98,9 +98,7 @@ class Attention(Block):
         # the new function.
         names = inspect.unwrap(stock.forward).__globals__
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
-        return {**super().settled(stock, row), "groups": groups,
-                "asks": row.get("interface") == "yes", "own": row.get("forward"), "norms": row.get("norms"),
-                "cache_name": cache_name, "cache_style": cache_style, "out": row.get("o"),
+        return {**super().settled(stock, row), "groups": groups, "cache_name": cache_name, "cache_style": cache_style,
                 "options": tuple(tuple(option.split(":", 1)) for option in row.names("options")),
                 "names": names, "found": {name: names.get(name) for name in (_ROTATES, _EAGER)}}  # fmt: skip
 
@@ -108,10 +106,10 @@ class Attention(Block):
         replaced, known = self.replaced_reason(), self.peft_ext_known
         if known.groups:
             yield "projections of one input", replaced or self._joint_reason(like)
-        if known.own:
+        if known.forward:
             reason = replaced or self._own_reason() or kernel_reason(_ROTARY, device_of(self))
             yield "rotary positions", reason or input_reason(like) or self._rotary_reason(like)
-        if known.asks:
+        if known.interface:
             yield "attention", replaced or _reason(self) or input_reason(like) or self._option_reason()
 
     def _joint_reason(self, like: Tensor) -> Optional[str]:
@@ -156,12 +154,12 @@ class Attention(Block):
         if not isinstance(self, Attention):
             return type(self).forward(self, *args, **kwargs)
         known = self.peft_ext_known
-        if known.own and not args and few_reason(kwargs.get("hidden_states")) is None and self._takes(kwargs):
+        if known.forward and not args and few_reason(kwargs.get("hidden_states")) is None and self._takes(kwargs):
             if (plan := plan_of(self, kwargs["hidden_states"], self._few)) is not None:
-                return self._rotary_few(plan, **kwargs)
+                return self._rotary_forward(plan, **kwargs)
         if replaced_on_instance(self) or self.replaced_reason() is not None:
             return super(Block, self).forward(*args, **kwargs)
-        if known.own and not args and self._own_reason() is None and self._takes(kwargs):
+        if known.forward and not args and self._own_reason() is None and self._takes(kwargs):
             return self._rotary_forward(**kwargs)
         with siblings.together(self, known.groups):
             return super(Block, self).forward(*args, **kwargs)
@@ -179,44 +177,53 @@ class Attention(Block):
         )
 
     def _rotary_forward(
-        self, *, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any = None,
-        **given: Any,
+        self, plan: Optional[SimpleNamespace] = None, /, *, hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor], attention_mask: Any = None, **given: Any,
     ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
-        """Returns the output and the attention weights of attention with rotary positions.
+        """Returns the output and the attention weights of attention with rotary positions. ``plan``: the result of
+        :meth:`_few` for few tokens without a gradient.
 
         The norms of q and k are applied if the row of the table of forms names them in ``norms``.
         """
-        known, modules, shape = self.peft_ext_known, self._modules, hidden_states.shape[:-1]
-        heads = (*shape, -1, self.head_dim)
-        with siblings.together(self, known.groups):
-            q, k, v = (modules[name](hidden_states) for name in known.groups[0])
+        known, modules, x, (cos, sin) = self.peft_ext_known, self._modules, hidden_states, position_embeddings
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        with nullcontext() if plan is not None else siblings.together(self, known.groups):
+            q, k, v = [modules[name](x) for name in known.groups[0]] if plan is None else plan.projections(x)
         if known.norms == "flat":
             q, k = modules["q_norm"](q), modules["k_norm"](k)
         q, k = q.view(heads), k.view(heads)
         if known.norms == "head":
             q, k = modules["q_norm"](q), modules["k_norm"](k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.view(heads).transpose(1, 2)
-        cos, sin = position_embeddings
-        rotate = ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else known.names[_ROTATES]
-        q, k = rotate(q, k, cos, sin)
-        k, v = self._appended(given, k, v, cos, sin)
+        if plan is not None and plan.are_direct and _are_positions(cos, sin, x, plan.size):
+            q, k = _rotate(q, k, cos, sin)
+        else:
+            rotate = ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else known.names[_ROTATES]
+            q, k = rotate(q, k, cos, sin)
+        k, v = self._appended(given, k, v, cos, sin, few=plan is not None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
+        project = modules[known.o] if plan is None else plan.o
+        if plan is not None and plan.attends and attend is sdpa_attention_forward and x.shape[1] <= _FEW_QUERIES:
+            if _argument_reason(given) is None and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
+                return project(out.view(*x.shape[:-1], -1)), None
         options = {name: getattr(self, attribute) for name, attribute in known.options}
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **given)
-        return modules[known.out](out.reshape(*shape, -1).contiguous()), weights
+        return project(out.reshape(*x.shape[:-1], -1).contiguous()), weights
 
     def _few(self, facts: Facts, x: Tensor) -> Union[SimpleNamespace, str]:
-        """Returns the functions and numbers that :meth:`_rotary_few` uses; the reason if the attention has no plan."""
+        """Returns the functions and numbers that :meth:`_rotary_forward` uses; the reason if the attention has no
+        plan."""
         known, held = self.peft_ext_known, self.__dict__
-        if not known.own:
+        if not known.forward:
             return "no forward of peft_ext replaces its own"
         for name in known.found:
             facts.value(known.names, name)
         names = ("head_dim", "layer_idx", "scaling", "training", *(attribute for _, attribute in known.options))
-        found = {name: facts.value(held, name) for name in names}
+        for name in names:
+            facts.value(held, name)
         groups, is_causal = facts.value(held, "num_key_value_groups"), facts.value(held, "is_causal")
-        layers = [facts.child(self, name) for name in (*known.groups[0], known.out)]
+        layers = [facts.child(self, name) for name in (*known.groups[0], known.o)]
         norms = [facts.child(self, name) for name in (("q_norm", "k_norm") if known.norms else ())]
         if self.training:
             return "it is in training"
@@ -225,45 +232,17 @@ class Attention(Block):
         if any(name not in held for name in names) or len(layers) != 4 or None in (*layers, *norms):
             return "it lacks a layer or a number that its class's forward reads"
         q, k, v, o = (direct(facts, layer, x) for layer in layers)
-        options = {name: found[attribute] for name, attribute in known.options}
-        attends = type(groups) is int and is_causal is True and _IGNORED.issuperset(options)
+        is_plain = _IGNORED.issuperset(name for name, _ in known.options)
+        attends = type(groups) is int and is_causal is True and is_plain
         return SimpleNamespace(
             layers=(q, k, v, o), projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim,
-            kv_heads=getattr(layers[1], "out_features", 0) // self.head_dim, scaling=self.scaling, options=options,
-            attends=attends, rotates=known.names[_ROTATES],
+            kv_heads=getattr(layers[1], "out_features", 0) // self.head_dim, scaling=self.scaling, attends=attends,
             are_direct=q is not layers[0] and k is not layers[1] and not norms,
         )  # fmt: skip
 
-    def _rotary_few(
-        self, plan: Any, *, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Any = None, **given: Any,
-    ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
-        """Returns what :meth:`_rotary_forward` returns, for few tokens without a gradient."""
-        known, x, (cos, sin) = self.peft_ext_known, hidden_states, position_embeddings
-        batch, tokens, _ = x.shape
-        heads = (batch, tokens, -1, plan.size)
-        q, k, v = plan.projections(x)
-        v = v.view(heads).transpose(1, 2)
-        if plan.norms:
-            q_norm, k_norm = plan.norms
-            per_head = known.norms == "head"
-            q, k = (q_norm(q.view(heads)), k_norm(k.view(heads))) if per_head else (q_norm(q), k_norm(k))
-        q, k = q.view(heads).transpose(1, 2), k.view(heads).transpose(1, 2)
-        if plan.are_direct and _are_positions(cos, sin, x, plan.size):
-            q, k = _rotate(q, k, cos, sin)
-        else:
-            q, k = (ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else plan.rotates)(q, k, cos, sin)
-        k, v = self._appended(given, k, v, cos, sin, few=True)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
-        if attend is sdpa_attention_forward and plan.attends and tokens <= _FEW_QUERIES:
-            if _argument_reason(given) is None and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
-                return plan.o(out.view(batch, tokens, -1)), None
-        out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=plan.scaling, **plan.options, **given)
-        return plan.o(out.reshape(batch, tokens, -1).contiguous()), weights
-
     def room_of_few(self, plan: Any, x: Tensor, given: dict[str, Any]) -> Optional[Room]:
-        """Returns room in the cache for the tokens of x, if :meth:`_rotary_few` would call only operators in this call,
-        so that the operator decoder_layer can compute the whole decoder layer; else None."""
+        """Returns room in the cache for the tokens of x, if :meth:`_rotary_forward` would call only operators in this
+        call, so that the operator decoder_layer can compute the whole decoder layer; else None."""
         known, tokens = self.peft_ext_known, x.shape[1]
         cos, sin = given["position_embeddings"]
         cache, mask = given.get(known.cache_name), given.get("attention_mask")
@@ -278,7 +257,7 @@ class Attention(Block):
         room = room_for(cache, self.layer_idx, (x.shape[0], plan.kv_heads, tokens, plan.size), x.dtype)
         if room is None or not _sees(mask, x.shape[0], tokens, room.past + tokens):
             return None
-        return None if _has_fast_tiles(x.dtype, room.past + tokens) else room
+        return None if _tiles_are_ahead(x.dtype, room.past + tokens) else room
 
     def _appended(
         self, given: dict[str, Any], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, few: bool = False
@@ -374,7 +353,7 @@ def set_view(module: nn.Module) -> None:
     """Replaces the configuration of a fused attention by a :class:`_View` if the attention uses transformers'
     registry."""
     config = module.__dict__.get("config")
-    asks = AttentionInterface is not None and isinstance(module, Attention) and module.peft_ext_known.asks
+    asks = AttentionInterface is not None and isinstance(module, Attention) and module.peft_ext_known.interface
     if asks and not isinstance(config, _View):
         if isinstance(getattr(type(config), "_attn_implementation", None), property):
             module.__dict__["config"] = view_of(config)
@@ -459,7 +438,12 @@ def sdpa_attention_forward(
         knows_bias is None
         or not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs)
         or not (bias is None or (knows_bias and _fits_bias(bias, query, key, attention_mask)))
-        or _tiles_are_ahead(query, key, dropout, bias is None and _causal(module, attention_mask, is_causal))
+        or _tiles_are_ahead(
+            autocast_dtype(query) or query.dtype,
+            key.shape[2],
+            dropout,
+            bias is None and _causal(module, attention_mask, is_causal),
+        )
     ):
         return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                         is_causal=is_causal, **kwargs)  # fmt: skip
@@ -495,7 +479,7 @@ def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Te
     batch, heads, queries, size = q.shape
     if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1] or size > _LARGEST_HEAD:
         return None
-    if not _sees(mask, batch, queries, k.shape[2]) or _has_fast_tiles(q.dtype, k.shape[2]):
+    if not _sees(mask, batch, queries, k.shape[2]) or _tiles_are_ahead(q.dtype, k.shape[2]):
         return None
     return _attention(q, k, v, mask, False, scaling, 0.0, None, None)[0].transpose(1, 2)
 
@@ -506,12 +490,6 @@ def _sees(mask: Any, batch: int, queries: int, keys: int) -> bool:
     if mask is None:
         return queries == 1
     return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, queries, keys)
-
-
-def _has_fast_tiles(dtype: torch.dtype, keys: int) -> bool:
-    """Returns whether PyTorch's own attention computes a call of few queries in place of the operator, on the CPU path
-    ``amx``, see _MOST_KEYS_ON_AMX."""
-    return _isa() == "amx" and dtype is torch.bfloat16 and keys > _MOST_KEYS_ON_AMX[False]
 
 
 def by_operator(
@@ -600,9 +578,7 @@ def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
     return type(mask) is not Tensor or bool(mask.any(-1).all())
 
 
-def _tiles_are_ahead(q: Tensor, k: Tensor, dropout: float, causal: bool) -> bool:
+def _tiles_are_ahead(dtype: torch.dtype, keys: int, dropout: float = 0.0, causal: bool = False) -> bool:
     """Returns whether PyTorch's own attention computes a call in place of the operator, on the CPU path ``amx``, see
     _MOST_KEYS_ON_AMX."""
-    if _isa() != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
-        return False
-    return k.shape[2] > _MOST_KEYS_ON_AMX[causal]
+    return _isa() == "amx" and dropout == 0 and dtype is torch.bfloat16 and keys > _MOST_KEYS_ON_AMX[causal]

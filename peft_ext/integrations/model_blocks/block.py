@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
 from ..adapter_layers.base import STOCK
-from ..adapter_layers.few_tokens import Facts
+from ..adapter_layers.few_tokens import Facts, few_reason, plan_of
 from ..adapter_layers.reasons import accepts_input, input_reason, replaced_on_instance
-from ..forms import Form, Row, row_of
+from ..forms import KINDS, Form, Row, row_of
 
 __all__ = ["Block", "Fused", "class_of"]
 
@@ -41,8 +41,10 @@ class Block:
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         """Returns the facts that the fused class keeps about its form, taken from the row of the table of forms, as a
-        dict from name to value. ``class_of`` calls this method when it makes the fused class."""
-        return {"row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
+        dict from name to value: the values of the formula, with a bool for yes and no. ``class_of`` calls this method
+        when it makes the fused class."""
+        formula = {name: {"yes": True, "no": False}.get(row.get(name), row.get(name)) for name in KINDS[row.kind]}
+        return {**formula, "row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
     def block_reason(self) -> Optional[str]:
         """Returns why the module's own forward runs, or None."""
@@ -104,6 +106,21 @@ class Fused(Block):
         return self._fused(*args) if alone and self.block_reason() is None else super().forward(*args, **kwargs)
 
     def _fused(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Planned(Fused):
+    """The base class of fused blocks that make a plan for calls of few tokens (see
+    :mod:`..adapter_layers.few_tokens`). A subclass defines ``_few``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and few_reason(args[0]) is None and isinstance(self, Planned):
+            if (run := plan_of(self, args[0], self._few)) is not None:
+                return run(args[0])
+        return Fused.forward(self, *args, **kwargs)
+
+    def _few(self, facts: Facts, x: Tensor) -> Union[Callable[[Tensor], Tensor], str]:
+        """Returns the function that computes the block for x; the reason if the block has no plan."""
         raise NotImplementedError
 
 

@@ -55,7 +55,7 @@ class LayerPlan(NamedTuple):
             y = _decoder_layer(x, *given["position_embeddings"], mask, *room[1:], *self.lists)
             room.fill(x.shape[1])
             return y
-        attend = functools.partial(self.module._rotary_few, self.attention)
+        attend = functools.partial(self.module._rotary_forward, self.attention)
         return layer_of_parts(x, self.first_norm, attend, self.second_norm, self.mlp, given)
 
 
@@ -85,8 +85,8 @@ class DecoderLayer(Block):
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        parts = {"norms": row.names("norms"), "attention": row.get("attention"), "mlp": row.get("mlp")}
-        return {**super().settled(stock, row), **parts, "passes": frozenset(row.names("passes"))}
+        own = {"norms": row.names("norms"), "passes": frozenset(row.names("passes"))}
+        return {**super().settled(stock, row), **own}
 
     def block_reason(self) -> Optional[str]:
         """Returns why a call of few tokens without a gradient runs the layer's own code, or None: makes the plan of

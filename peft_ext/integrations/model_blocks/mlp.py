@@ -22,12 +22,12 @@ from ...ops.checks import autocast_dtype
 from ...reference.activations import ACTIVATIONS
 from ...text import dtype_name
 from ..adapter_layers import siblings
-from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, plan_of, together
+from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, together
 from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason
 from ..adapter_layers.recompute import computed_again
 from ..forms import Row
 from ..forms.activations import activation_name
-from .block import Fused, device_of
+from .block import Planned, device_of
 
 __all__ = ["Mlp"]
 
@@ -50,7 +50,7 @@ class MlpCall(NamedTuple):
         return self.layers[2](_gated(one, other, self.number))
 
 
-class Mlp(Fused):
+class Mlp(Planned):
     """A fused MLP.
 
     Facts of an MLP's row in the table of forms: ``inner``, the names of the first layer, or of gate and up; ``out``,
@@ -65,9 +65,8 @@ class Mlp(Fused):
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         drops, dropout = row.get("drop").partition(":")[0], row.get("drop").rpartition(":")[2]
-        own = {"inner": row.names("inner"), "out": row.get("out"), "act": row.get("act")}
-        own["layers"] = (*own["inner"], own["out"]) if own["out"] else own["inner"]
-        own |= {"gated": row.get("gated") == "yes", "drops": drops, "dropout": dropout}
+        layers = (*row.names("inner"), *row.names("out"))
+        own = {"inner": row.names("inner"), "layers": layers, "drops": drops, "dropout": dropout}
         return {**super().settled(stock, row), **own}
 
     def block_reason(self) -> Optional[str]:
@@ -100,14 +99,7 @@ class Mlp(Fused):
     def call_reason(self, x: Tensor) -> Optional[str]:
         return self._cast_reason(x) or self._act_reason(autocast_dtype(x) or x.dtype)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and few_reason(args[0]) is None and isinstance(self, Mlp):
-            if (run := plan_of(self, args[0], self._few)) is not None:
-                return run(args[0])
-        return Fused.forward(self, *args, **kwargs)
-
     def _few(self, facts: Facts, x: Tensor) -> Union[MlpCall, str]:
-        """Returns the function that computes the MLP for few tokens; the reason if the MLP has no plan."""
         known = self.peft_ext_known
         if not known.gated or len(known.layers) != 3 or known.drops:
             return "it is not down(act(gate x) * up x) without a dropout"

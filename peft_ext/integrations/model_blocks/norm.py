@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops.checks import autocast_dtype
 from ...text import dtype_name
-from ..adapter_layers.few_tokens import Facts, few_reason, kernel_of, plan_of
+from ..adapter_layers.few_tokens import Facts, kernel_of
 from ..adapter_layers.reasons import kernel_reason, plain_types, tensor_reason
-from ..forms import Row
-from .block import Fused
+from .block import Fused, Planned
 
 __all__ = ["LEAST", "FloatLayerNorm", "LayerNorm", "RMSNorm"]
 
@@ -59,45 +58,32 @@ class NormCall(NamedTuple):
         return _rms_norm(x, *self)[0]
 
 
-class RMSNorm(Norm):
+class RMSNorm(Planned, Norm):
     """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row of the table of
     forms has ``rounds``, the normalized x is rounded to x's dtype before the multiplication by the weight."""
 
     block_kind = "RMSNorm"
 
-    @classmethod
-    def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        return {**super().settled(stock, row), "weight": row.get("weight"), "eps": row.get("eps"),
-                "adds_one": row.get("offset") == "1", "rounds": row.get("rounds") == "yes",
-                "mixed": row.get("mixed") == "yes"}  # fmt: skip
-
     def block_reason(self) -> Optional[str]:
         known = self.peft_ext_known
         return self._norm_reason("rms_norm", getattr(self, known.eps), known.weight)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and few_reason(args[0]) is None and isinstance(self, RMSNorm):
-            if (run := plan_of(self, args[0], self._few)) is not None:
-                return run(args[0])
-        return Fused.forward(self, *args, **kwargs)
 
     def call_reason(self, x: Tensor) -> Optional[str]:
         known = self.peft_ext_known
         return None if known.mixed else self._of_two_dtypes(x, self._parameters[known.weight])
 
     def _few(self, facts: Facts, x: Tensor) -> Union[NormCall, str]:
-        """Returns the function that calls the kernel for a contiguous x; the reason if the norm has no plan."""
         known = self.peft_ext_known
         weight, eps = facts.tensor(self._parameters, known.weight), facts.value(self.__dict__, known.eps)
         if reason := self.held_reason(facts) or self.block_reason() or self._of_two_dtypes(x, weight):
             return reason
         if type(weight) not in plain_types() or x.shape[-1] != weight.shape[0]:
             return f"its weight is a {type(weight).__name__} of {list(weight.shape)}, its input {list(x.shape)}"
-        return NormCall(weight, float(eps), float(known.adds_one), known.rounds)
+        return NormCall(weight, float(eps), float(known.offset or 0), known.rounds)
 
     def _fused(self, x: Tensor) -> Tensor:
         known = self.peft_ext_known
-        weight, eps, offset = self._parameters[known.weight], getattr(self, known.eps), 1.0 if known.adds_one else 0.0
+        weight, eps, offset = self._parameters[known.weight], getattr(self, known.eps), float(known.offset or 0)
         if x.dim() == 0 or x.shape[-1] != weight.shape[0] or self.call_reason(x) is not None:
             return self.stock_class.forward(self, x)
         y = _with_strides_of(x, lambda x: ops.rms_norm(x, weight, eps, offset=offset, round_before_weight=known.rounds))
@@ -126,11 +112,6 @@ class FloatLayerNorm(Norm):
     """
 
     block_kind = "LayerNorm"
-
-    @classmethod
-    def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        return {**super().settled(stock, row), "weight": row.get("weight"), "eps": row.get("eps"),
-                "shape": row.get("shape")}  # fmt: skip
 
     def block_reason(self) -> Optional[str]:
         known = self.peft_ext_known
