@@ -11,6 +11,7 @@ import ast
 import inspect
 import itertools
 import textwrap
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
@@ -31,7 +32,7 @@ _OPTIONS = {
 
 def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields the kinds and formulas of forms.tsv that may fit an attention class, the most specific first."""
-    groups, asks = groups_in(cls.forward), _asks_by_config(cls.forward)
+    groups, asks = groups_in(cls.forward), _asks_by_config(cls)
     inputs = ",".join("+".join(names) for names in groups)
     if asks and groups and len(groups[0]) == 3:
         yield from (
@@ -67,24 +68,37 @@ def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) ->
         yield {name: value for name, value in formula.items() if value}
 
 
-def _asks_by_config(forward: Callable) -> bool:
-    """Returns whether a forward reads ``self.config._attn_implementation`` only to choose the attention function in
-    transformers' registry, and passes ``self.config`` to no other code.
+def _asks_by_config(cls: type) -> bool:
+    """Returns whether the code that an attention's forward reaches (the forward, methods of the class and functions of
+    the class's module) reads ``self.config._attn_implementation`` only to choose the attention function in
+    transformers' registry, once, and passes ``self.config`` to no other code.
     """
-    tree = _tree(forward)
-    if tree is None or "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(forward).__code__.co_names:
+    if "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(cls.forward).__code__.co_names:
         return False
+    asked = [_asked(function) for function in _reached(cls)]
+    return None not in asked and sum(asked) == 1
+
+
+def _asked(function: Callable) -> Optional[int]:
+    """Returns how often the code of a function chooses an attention function by ``self.config._attn_implementation``;
+    None if the code reads the configuration in another way, or if its source cannot be read.
+    """
+    if (tree := _tree(function)) is None:
+        return None
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     asked = 0
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Attribute) and node.attr == "config" and ast.unparse(node) == "self.config"):
+            if isinstance(node, ast.Attribute) and node.attr == "_attn_implementation":
+                if ast.unparse(node.value) != "self.config":
+                    return None
             continue
         around = parents[node]
         if isinstance(around, ast.Call) and ast.unparse(around.func) == "getattr" and len(around.args) > 1:
             if isinstance(around.args[1], ast.Constant) and around.args[1].value != "_attn_implementation":
                 continue
         if not isinstance(around, ast.Attribute):
-            return False
+            return None
         if around.attr != "_attn_implementation":
             continue
         use = parents[around]
@@ -92,9 +106,26 @@ def _asks_by_config(forward: Callable) -> bool:
         in_index = isinstance(use, ast.Subscript) and ast.unparse(use.value) == "ALL_ATTENTION_FUNCTIONS"
         is_eager = isinstance(use, ast.Compare) and ast.unparse(use) in _COMPARED
         if not (in_call or in_index or is_eager):
-            return False
+            return None
         asked += in_call or in_index
-    return asked == 1
+    return asked
+
+
+def _reached(cls: type) -> list[Callable]:
+    """Returns the forward of a class, and the methods of the class and functions of its module whose names the code of
+    the forward, or of another function of the result, has."""
+    found: list[Callable] = [inspect.unwrap(cls.forward)]
+    for function in found:  # the list grows in this loop
+        codes = [function.__code__]
+        for code in codes:
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        for name in {name for code in codes for name in code.co_names}:
+            for value in (inspect.getattr_static(cls, name, None), function.__globals__.get(name)):
+                value = getattr(value, "fget", None) or getattr(value, "__func__", value)  # a property, a static method
+                value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else None
+                if value is not None and value.__module__ == cls.__module__ and value not in found:
+                    found.append(value)
+    return found
 
 
 def _tree(forward: Callable) -> Optional[ast.AST]:

@@ -54,9 +54,10 @@ from .adapter_layers.lora import Lora
 from .adapter_layers.packed_codes import adapters_that_read_codes
 from .adapter_layers.reasons import as_in_forward, kernel_reason, tensor_reason, variant_name
 from .adapter_layers.tensor_parallel import is_split
-from .model_blocks.blocks import block_parts, fuse_blocks, plain_blocks
+from .model_blocks.block import Block
+from .model_blocks.blocks import block_parts, expected_input, fuse_blocks, plain_blocks
 from .model_blocks.decoder_layer import DecoderLayer
-from .model_blocks.loss import compute_losses, defer_losses, loss_parts
+from .model_blocks.loss import LanguageModel, compute_losses, defer_losses, loss_parts
 
 PeftModel = BaseTunerLayer = None
 with optional("peft", "accelerate does not know an adapted model that has no layer to fuse"):
@@ -82,8 +83,9 @@ _DORA_DROPOUTS = ("peft", "lora")
 
 
 def accelerate(
-    model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft", experts_dropout: float = 0.0
-) -> nn.Module:
+    model: nn.Module, *, blocks: Optional[bool] = True, dora_dropout: Optional[str] = "peft",
+    experts_dropout: Optional[float] = 0.0,
+) -> nn.Module:  # fmt: skip
     """Replaces, in place, the classes of the adapter layers, 4-bit linear layers and known blocks of a live model by
     classes that run fused operators.
 
@@ -128,6 +130,9 @@ def accelerate(
             adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
             of ``accelerate``, or until ``restore``.
 
+    With ``blocks=None``, ``dora_dropout=None`` or ``experts_dropout=None``, the model keeps what an earlier call of
+    ``accelerate`` chose; a layer for which no call has chosen gets the default.
+
     Before ``accelerate`` returns, the kernels that the model needs are proved, that is compared with the reference
     (``peft_ext.ops.prove``). ``accelerate`` waits for no other process, unless tensor parallelism of transformers
     splits layers of the model.
@@ -142,13 +147,17 @@ def accelerate(
     layer), if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the layer to x, and if
     a method's code in PEFT computes with the codes of a packed weight.
     """
-    if dora_dropout not in _DORA_DROPOUTS:
+    if dora_dropout is not None and dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
-    if not isinstance(experts_dropout, (int, float)) or not 0.0 <= experts_dropout < 1.0:
-        raise ValueError(f"accelerate: experts_dropout is {experts_dropout!r}, wanted 0 <= p < 1")
+    if experts_dropout is not None:
+        if not isinstance(experts_dropout, (int, float)) or not 0.0 <= experts_dropout < 1.0:
+            raise ValueError(f"accelerate: experts_dropout is {experts_dropout!r}, wanted 0 <= p < 1")
     found = False
     adapted = tuple(kind for kind in (NF4Linear, BaseTunerLayer, PeftModel) if kind is not None)
     check_module("accelerate", model)
+    if blocks is None:
+        kinds = {type(module) for module in model.modules()}
+        blocks = kinds.isdisjoint(STOCK) or any(issubclass(kind, (Block, LanguageModel)) for kind in kinds)
     compute_losses(model)  # a layer that was a head at the last call may now be the base layer of an adapter
     if not blocks:
         plain_blocks(model)
@@ -165,7 +174,7 @@ def accelerate(
         if isinstance(module, Lora):
             prepare_dora(module, dora_dropout)
         found = found or type(module) in STOCK or isinstance(module, adapted)
-    prepare_experts(model, float(experts_dropout))
+    prepare_experts(model, experts_dropout)
     if blocks:
         fuse_blocks(model)
         defer_losses(model)
@@ -328,8 +337,9 @@ def explain(model: nn.Module) -> Explanation:
     """Returns which layers and blocks of ``model`` run fused now, and why other layers and blocks do not.
 
     The result depends on the current state: ``train()``, ``set_adapter``, ``merge_adapter``, autocast and other state
-    change it. The result does not cover the arguments of a single call: a call with arguments that the operators do not
-    accept (such as an x of another dtype) takes the stock path.
+    change it. For example, a decoder layer is fused in evaluation only, and a loss and a dropout in training only. The
+    result does not cover the arguments of a single call: a call with arguments that the operators do not accept (such
+    as an x of another dtype) takes the stock path.
 
     Under FSDP2, the result is for a call of ``model``, in which ``fully_shard`` gathers the parameters. ``explain``
     communicates nothing, so a single process may call it.
@@ -346,7 +356,7 @@ def _blocks(model: nn.Module) -> Iterator[Row]:
     held = dict(model.named_modules())
     for name, kind, reason in block_parts(model):
         reason = reason or _old_card(held[name])
-        yield Row(name, kind, reason is None, reason or "")
+        yield Row(name, kind, reason is None, reason or getattr(held[name], "fused_remark", ""))
     for layer, reason in loss_parts(model):
         reason = reason or _old_card(layer)
         yield Row(names.get(id(layer), ""), "loss", reason is None, reason or "logits in chunks")
@@ -401,7 +411,9 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             fused = FUSED.get(type(module))
             reason = module.stock_reason() if fused is None else _lacking(module, fused) or _NOT_ACCELERATED
         reason = reason or old
-        part = None if reason else getattr(module, "part_reason", lambda: None)()
+        part = None
+        if not reason and hasattr(module, "part_reason"):
+            part = module.part_reason(expected_input(model, name.rpartition(".")[0]))
         text = reason or (f"the adapter's part: {part}" if part else "")
         yield Row(name, kind, not reason, "; ".join(filter(None, (text, _note(module)))))
 

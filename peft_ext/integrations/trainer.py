@@ -92,7 +92,8 @@ class PeftExtCallback(TrainerCallback):
         restore: whether to call :func:`peft_ext.restore` on the model when training ends. With ``restore`` True, the
             whole model is restored, also layers that were accelerated before training. If training ends with an
             exception, the model stays accelerated.
-        blocks, dora_dropout, experts_dropout: arguments for :func:`peft_ext.accelerate`.
+        blocks, dora_dropout, experts_dropout: arguments for :func:`peft_ext.accelerate`. With None, the model keeps
+            what an earlier call of ``accelerate`` chose.
 
     Attributes that describe the latest run:
 
@@ -118,8 +119,8 @@ class PeftExtCallback(TrainerCallback):
     """
 
     def __init__(
-        self, accelerate: bool = True, warmup_steps: int = 2, *, restore: bool = False, blocks: bool = True,
-        dora_dropout: str = "peft", experts_dropout: float = 0.0,
+        self, accelerate: bool = True, warmup_steps: int = 2, *, restore: bool = False, blocks: Optional[bool] = None,
+        dora_dropout: Optional[str] = None, experts_dropout: Optional[float] = None,
     ) -> None:  # fmt: skip
         if warmup_steps < 0:
             raise ValueError(f"PeftExtCallback: warmup_steps is {warmup_steps}, wanted at least 0")

@@ -271,24 +271,26 @@ class ReplacingLayer(Wrapper):
             return
         if len(names) > 1 or self.merged:
             raise ValueError(_several(self, [*self.merged_adapters, *names]))
-        found = self.own(names[0], training=False)
-        if safe_merge:
+        with self._locked():  # while another thread runs the layer, base_layer does not hold its own tensors
+            found = self.own(names[0], training=False)
+            if safe_merge:
+                for name, tensor in found.items():
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        raise ValueError(f"NaNs detected in {name} of the adapter {names[0]}, which seems to be broken")
             for name, tensor in found.items():
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise ValueError(f"NaNs detected in {name} of the adapter {names[0]}, which seems to be broken")
-        for name, tensor in found.items():
-            self._unmerged[name] = self._exchange(name, tensor.detach().clone())
-        self.merged_adapters.append(names[0])
+                self._unmerged[name] = self._exchange(name, tensor.detach().clone())
+            self.merged_adapters.append(names[0])
 
     @torch.no_grad()
     def unmerge(self) -> None:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for name, tensor in self._unmerged.items():
-            merged = self.base_tensor(name)
-            self._exchange(name, tensor if tensor is None else tensor.to(merged.device, merged.dtype))
-        self._unmerged.clear()
+        with self._locked():
+            for name, tensor in self._unmerged.items():
+                merged = self.base_tensor(name)
+                self._exchange(name, tensor if tensor is None else tensor.to(merged.device, merged.dtype))
+            self._unmerged.clear()
         # A shared tensor is merged in the layer that owns the tensor. The owner of a shared tensor may wrap a module
         # that is never called, such as T5's embedding, so the other layers that share the tensor unmerge the owner.
         owners = [layer for name in self.merged_adapters for layer, _ in self.tied.get(name, {}).values()]

@@ -101,8 +101,8 @@ def test_gemmas_and_llamas_are_told_apart_by_where_they_round() -> None:
     for name in ("Llama", "Gemma"):
         model = peft_ext.accelerate(build(name))
         known = [type(module).peft_ext_known for module in model.modules() if isinstance(module, norm.Norm)]
-        (found[name],) = {(one.adds_one, one.rounds, one.mixed) for one in known}
-    assert found == {"Llama": (False, True, True), "Gemma": (True, False, True)}
+        (found[name],) = {(one.offset, one.rounds, one.mixed) for one in known}
+    assert found == {"Llama": ("0", True, True), "Gemma": ("1", False, True)}
 
 
 @pytest.mark.parametrize("of_weight", [torch.float32, torch.bfloat16], ids=str)
@@ -156,7 +156,7 @@ def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> N
         "attention",
         "decoder layer",
     }
-    assert all(row.fused for row in rows), rows
+    assert {row.kind for row in rows if not row.fused} == {"decoder layer"}, rows  # few tokens are for evaluation
 
 
 class Odd(nn.Module):

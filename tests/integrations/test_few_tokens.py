@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_ext
 from peft_ext.integrations.adapter_layers import few_tokens, linear
-from peft_ext.integrations.model_blocks import attention, decoder_layer, mlp, norm
+from peft_ext.integrations.model_blocks import attention, block, decoder_layer
 from peft_ext.integrations.model_blocks.cache import appended
 from peft_ext.ops import prove
 from peft_ext.ops.library import OPERATORS, PROOFS
@@ -87,8 +87,8 @@ def _token(row: int, ids: Tensor) -> list[int]:
 @contextlib.contextmanager
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     with monkeypatch.context() as patch:
-        for module in (attention, decoder_layer, mlp, norm):
-            patch.setattr(module, "is_few", lambda x: False)
+        for module in (attention, block, decoder_layer):
+            patch.setattr(module, "few_reason", lambda x: "off")
         yield
 
 
@@ -102,7 +102,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append((type(block).__name__, made))
         return made
 
-    for module in (attention, decoder_layer, mlp, norm):
+    for module in (attention, block, decoder_layer):
         monkeypatch.setattr(module, "plan_of", noting)
     return found
 

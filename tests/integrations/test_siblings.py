@@ -21,12 +21,14 @@ from tiny_models import OperatorCalls
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import peft_ext
-from peft_ext.integrations.forms import REGISTERED, Row, form_of
+from peft_ext.integrations.forms import REGISTERED, Row, form_of, row_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from reads_of_attention import groups_in
+from reads_of_attention import attention_formulas, groups_in
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 T, K = 40, 64
@@ -145,6 +147,59 @@ class Odd(nn.Module):
 )
 def test_the_groups_are_read_in_the_source(forward: Any, groups: tuple) -> None:
     assert sorted(groups_in(forward)) == sorted(groups)
+
+
+class Asks(LlamaAttention):
+    """Chooses the attention function in the registry, as Llama's attention does, and reads one more thing."""
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.more)
+        return attend(self, q, k, v, self.more(x))
+
+    def more(self, x: Tensor) -> Any:
+        return x if self.config.hidden_size else None
+
+
+class AsksInAMethod(Asks):
+    def more(self, x: Tensor) -> Any:
+        return x if self.config._attn_implementation == "sdpa" else None
+
+
+class AsksInAProperty(Asks):
+    def more(self, x: Tensor) -> Any:
+        return x if self.is_sdpa else None
+
+    @property
+    def is_sdpa(self) -> bool:
+        return self.config._attn_implementation == "sdpa"
+
+
+def _is_sdpa(module: nn.Module) -> bool:
+    return module.config._attn_implementation == "sdpa"
+
+
+class AsksInAFunction(Asks):
+    def more(self, x: Tensor) -> Any:
+        return [x for _ in range(2) if _is_sdpa(self)]
+
+
+class HandsItsConfigOn(Asks):
+    def more(self, x: Tensor) -> Any:
+        return repr(self.config)
+
+
+@pytest.mark.parametrize("kind", [LlamaAttention, Asks, AsksInAMethod, AsksInAProperty, AsksInAFunction,
+                                  HandsItsConfigOn])  # fmt: skip
+def test_the_attention_implementation_is_read_only_to_choose_the_function(kind: type) -> None:
+    """A fused attention's configuration names another implementation, which other code must not see."""
+    kinds = {found for found, _ in attention_formulas(kind, form_of(kind))}
+    assert kinds == ({"attention"} if kind in (LlamaAttention, Asks) else {"projections"})
+
+
+def test_the_attention_of_glm5_next_reads_its_implementation_in_a_method() -> None:
+    glm = pytest.importorskip("transformers.models.glm5_next.modeling_glm5_next")
+    assert row_of(glm.Glm5NextTextAttention)[0].kind == "projections"
 
 
 @pytest.mark.parametrize("name", ["Llama", "T5", "BERT"])
@@ -415,7 +470,7 @@ def test_few_tokens_and_one_layer_are_computed_alone() -> None:
         outputs(joint, draw())
     assert not seen.layers
     (row,) = [row for row in peft_ext.explain(joint).blocks if row.kind == "projections of one input"]
-    assert not row.fused and row.reason.startswith("no two of q_proj, k_proj, v_proj have an adapter")
+    assert not row.fused and row.reason.startswith("q_proj, k_proj, v_proj: no two have adapters")
 
 
 def test_copies_pickles_restore_and_layers_alone() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import peft_ext
 from peft_ext.integrations.trainer import AdaLoraCallback, PeftExtCallback
 
 
@@ -66,3 +68,41 @@ def test_only_the_tokens_of_steps_are_counted() -> None:
         callback.on_step_end(args, state, None, model=model)
         model.embedding(ids)
     assert callback.step_tokens == [10, 10]
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "vocab_size": 32}  # fmt: skip
+CHOICES = {"blocks": False, "dora_dropout": "lora", "experts_dropout": 0.25}
+
+
+def chosen(model: nn.Module) -> dict[str, Any]:
+    """Returns the arguments of the last ``accelerate(model)``, as ``explain`` shows their effects."""
+    found = peft_ext.explain(model)
+    kinds = {row.kind.partition(" over ")[0] for row in found.rows}
+    return {
+        "blocks": any(row.fused for row in found.blocks),
+        "dora_dropout": "lora" if any("dropout on the low-rank path" in kind for kind in kinds) else "peft",
+        "experts_dropout": max([float(kind.partition(" with dropout ")[2] or 0.0) for kind in kinds]),
+    }
+
+
+@pytest.mark.parametrize("given", [{}, *({name: value} for name, value in CHOICES.items())], ids=str)
+def test_the_callback_leaves_what_accelerate_chose(given: dict[str, Any]) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    args = SimpleNamespace(device=torch.device("cpu"), torch_compile=False)
+    defaults = {"blocks": True, "dora_dropout": "peft", "experts_dropout": 0.0}
+    configs = (
+        peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
+        peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]),
+    )
+    sizes = transformers.MixtralConfig(**SIZES, num_local_experts=2)
+    models = (peft.get_peft_model(transformers.MixtralForCausalLM(sizes), config) for config in configs)
+    model = nn.ModuleList(models)
+    PeftExtCallback().on_train_begin(args, None, None, model=model)
+    assert chosen(model) == defaults  # no call of accelerate has chosen anything
+    peft_ext.accelerate(model, **given)
+    assert chosen(model) == {**defaults, **given}
+    PeftExtCallback().on_train_begin(args, None, None, model=model)
+    assert chosen(model) == {**defaults, **given}
+    PeftExtCallback(**defaults).on_train_begin(args, None, None, model=model)
+    assert chosen(model) == defaults

@@ -333,6 +333,33 @@ def test_two_threads_run_one_layer_one_after_the_other():
     assert len(found) == 2 and all(torch.equal(y, wanted) for y in found)
 
 
+def test_a_merge_waits_for_a_call_in_another_thread():
+    """During a call, the base layer holds the adapter's tensors; a merge would keep them as the unmerged tensors."""
+    inside, left = threading.Event(), threading.Event()
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            inside.set()
+            left.wait(10)
+            return super().forward(x)
+
+    model = spread(peft.get_peft_model(nn.Sequential(Slow(8, 8)), PartialConfig(target_modules=["0"])))
+    layer, x, found = model.base_model.model[0], torch.randn(2, 8), []
+    weight = layer.base_layer.weight.detach().clone()
+    own = layer.partial_tensors["default"].weight.detach().clone()
+    calls = [threading.Thread(target=lambda: found.append(model(x))), threading.Thread(target=layer.merge)]
+    calls[0].start()
+    assert inside.wait(10)
+    calls[1].start()
+    calls[1].join(0.5)
+    left.set()
+    for call in calls:
+        call.join()
+    assert layer.merged and torch.equal(layer.base_layer.weight, own)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, weight) and torch.equal(layer.partial_tensors["default"].weight, own)
+
+
 def test_two_threads_leave_the_checkpoint_function_as_it_was():
     """The second thread comes while the first thread has replaced the function."""
     inside, left = threading.Event(), threading.Event()

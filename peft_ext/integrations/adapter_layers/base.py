@@ -96,9 +96,12 @@ class Fused:
         """Returns why the next call takes the stock path; None if the call is fused."""
         return self._reasons()[0]
 
-    def part_reason(self) -> Optional[str]:
-        """Returns why only the adapter's part is fused and the base layer's own forward runs; else None."""
+    def part_reason(self, like: Tensor) -> Optional[str]:
+        """Returns why only the adapter's part is fused and the base layer's own forward runs for inputs of the dtype
+        and on the device of ``like``; else None."""
         reason, alone = self._reasons()
+        if reason is None and alone is None and sums_wider(self._modules["base_layer"], like):
+            return "PEFT adds in float32, its base layer multiplies in 16 bits"
         return alone if reason is None else None
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:

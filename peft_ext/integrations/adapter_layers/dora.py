@@ -71,11 +71,13 @@ if DoraLinearVariant is not None:
     VARIANTS = (DoraLinearVariant, DoraNF4Variant)
 
 
-def prepare_dora(layer: Any, dora_dropout: str) -> None:
-    """Sets the attribute DORA_DROPOUT on a LoRA layer if ``dora_dropout`` is not "peft", and over an NF4Linear replaces
-    PEFT's DoRA variants by DoraNF4Variant."""
-    layer.__dict__.pop(DORA_DROPOUT, None)
-    if dora_dropout != "peft":
+def prepare_dora(layer: Any, dora_dropout: Optional[str]) -> None:
+    """Sets the attribute DORA_DROPOUT on a LoRA layer to ``dora_dropout``, or removes the attribute if ``dora_dropout``
+    is "peft", or leaves the attribute as it is if ``dora_dropout`` is None. Over an NF4Linear, replaces PEFT's DoRA
+    variants by DoraNF4Variant."""
+    if dora_dropout is not None:
+        layer.__dict__.pop(DORA_DROPOUT, None)
+    if dora_dropout not in (None, "peft"):
         layer.__dict__[DORA_DROPOUT] = dora_dropout
     if isinstance(layer.get_base_layer(), NF4Linear):
         _replace_variants(layer, DoraLinearVariant, DoraNF4Variant)

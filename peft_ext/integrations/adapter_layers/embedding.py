@@ -107,7 +107,13 @@ if LoraEmbedding is not None:
             if a.dtype is not b.dtype or a.dtype not in DTYPES:
                 names = f"lora_A is {dtype_name(a.dtype)}, lora_B {dtype_name(b.dtype)}"
                 return f"{names}, wanted both float32, bfloat16 or float16"
-            return scaling_reason(self.scaling[name], a) or kernel_reason("lora_embedding", a.device.type)
+            scaling = self.scaling[name]
+            if reason := scaling_reason(scaling, a) or kernel_reason("lora_embedding", a.device.type):
+                return reason
+            if isinstance(scaling, Tensor):
+                return "its scaling is a tensor"
+            # Under autocast PEFT rounds its low-rank product, which the operator does not.
+            return None if autocast_dtype(a) is None else "under autocast PEFT rounds its low-rank product"
 
         def _pair(self, name: str) -> tuple[Tensor, Tensor]:
             return self.lora_embedding_A[name], self.lora_embedding_B[name]
@@ -117,13 +123,12 @@ if LoraEmbedding is not None:
                 return None
             if not torch.compiler.is_compiling() and (under_a_transform() or torch._C._is_tracing()):
                 return None
-            # Under autocast PEFT rounds its low-rank product, which the operator does not.
-            if autocast_dtype(x) is not None or self._reason() is not None:
+            if self._reason() is not None:
                 return None
             (name,), base = active_in(self, self.lora_embedding_A), self._modules["base_layer"]
             packed = type(base) is PackedEmbedding
             scaling, weight = self.scaling[name], base.table if packed else base._parameters["weight"]
-            if isinstance(scaling, Tensor) or x.device != weight.device:
+            if x.device != weight.device:
                 return None
             a, b = self._pair(name)
             y = ops.lora_embedding(x, weight, a, b, scaling=scaling, padding_idx=base.padding_idx)

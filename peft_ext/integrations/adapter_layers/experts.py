@@ -291,14 +291,16 @@ def _known_gate(experts: Any, dtype: torch.dtype) -> Optional[str]:
     return act if act is None or not gated or _is_plain_gate(experts) else None
 
 
-def prepare_experts(model: nn.Module, dropout: float) -> None:
-    """Stores the experts_dropout of :func:`peft_ext.accelerate` on the wrappers of the model's experts, and clears the
-    cache of known gates."""
-    clear_experts(model)
+def prepare_experts(model: nn.Module, dropout: Optional[float]) -> None:
+    """Clears the cache of known gates, and unless ``dropout`` is None, stores the experts_dropout of
+    :func:`peft_ext.accelerate` on the wrappers of the model's experts."""
     _GATES.clear()
+    if dropout is None:
+        return
+    clear_experts(model)
     for module in model.modules():
         if isinstance(module, Experts) and dropout:
-            module.__dict__[EXPERTS_DROPOUT] = dropout
+            module.__dict__[EXPERTS_DROPOUT] = float(dropout)
 
 
 def clear_experts(model: nn.Module) -> None:

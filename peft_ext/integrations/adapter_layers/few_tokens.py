@@ -6,7 +6,7 @@ the checks read. The next call of the block runs the plan if each object that th
 otherwise the block makes a new plan. A layer that :func:`direct` does not know is called as a module, with its own
 checks.
 
-:func:`is_few` tells whether a call may run a plan.
+:func:`few_reason` returns why a call may not run a plan.
 
 :func:`plan_of` returns the plan of a block, and makes a new plan if the facts have changed.
 
@@ -36,7 +36,7 @@ from .known import KNOWN
 from .linear import MANY_TOKENS, FusedLinear, is_ahead
 from .reasons import any_global_hook, kernel_reason
 
-__all__ = ["Facts", "Kernel", "clear_plans", "direct", "is_few", "kernel_of", "listed", "plan_of", "together"]
+__all__ = ["Facts", "Kernel", "clear_plans", "direct", "few_reason", "kernel_of", "listed", "plan_of", "together"]
 
 # Hooks on the backward never run in a call without a gradient.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -54,25 +54,28 @@ def kernel_of(name: str) -> Callable[..., Any]:
 _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), kernel_of("lora_linears")
 
 
-def is_few(x: Any) -> bool:
-    """Returns whether a call on x ``[B, T, K]`` may run a plan: x is contiguous, on a CPU and in a dtype of the
-    operators, with fewer tokens than MANY_TOKENS, and the call is eager and runs without a gradient, autocast, global
-    hooks and transforms of torch.func."""
-    return (
-        not torch.is_grad_enabled()
-        and type(x) in reasons.plain_types()
-        and x.dtype in reasons.DTYPES
-        and x.dim() == 3
-        and 0 < x.numel() < MANY_TOKENS * x.shape[-1]
-        and x.device.type == "cpu"
-        and x.layout is torch.strided
-        and x.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-        and not any_global_hook()
-        and not torch.compiler.is_compiling()
-        and not under_a_transform()
-        and not _is_tracing()
-    )
+def few_reason(x: Any) -> Optional[str]:
+    """Returns why a call on x ``[B, T, K]`` may not run a plan, or None.
+
+    A call may run a plan if x is contiguous, on a CPU and in a dtype of the operators, with fewer tokens than
+    MANY_TOKENS, and if the call is eager and runs without a gradient, autocast, global hooks and transforms of
+    torch.func.
+    """
+    if torch.is_grad_enabled():
+        return "the call records gradients"
+    if type(x) not in reasons.plain_types() or x.dtype not in reasons.DTYPES or x.layout is not torch.strided:
+        return "its input is no plain tensor in float32, bfloat16 or float16"
+    if x.device.type != "cpu":
+        return f"it is on {x.device.type}, wanted a CPU"
+    if x.dim() != 3 or not 0 < x.numel() < MANY_TOKENS * x.shape[-1] or not x.is_contiguous():
+        return "the call has many tokens"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if any_global_hook():
+        return "global hooks of torch.nn would not run"
+    if torch.compiler.is_compiling() or under_a_transform() or _is_tracing():
+        return "the call is traced or transformed"
+    return None
 
 
 class Facts:
@@ -174,7 +177,8 @@ def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -
     facts of that plan no longer hold. Also calls ``make`` again while the facts are not final, because the checks of a
     layer have not accepted a call yet, until ``_MOST_TRIALS`` plans were made.
 
-    ``make`` returns None if the block has no plan. Several threads may call the block at the same time.
+    If the block has no plan, ``make`` returns the reason, and this function returns None. Several threads may call the
+    block at the same time.
     """
     plan, trials = _PLANS.get(block), 0
     if plan is not None and plan.dtype is x.dtype and plan.kind is type(block):
@@ -183,6 +187,7 @@ def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -
             return plan.made
     facts = Facts()
     made = make(facts, x)
+    made = None if isinstance(made, str) else made
     _PLANS[block] = _Plan(type(block), x.dtype, trials + 1, facts, made)
     return made
 

@@ -198,6 +198,13 @@ def accepts_input(x: Any) -> bool:
     return torch.compiler.is_compiling() or not (under_a_transform() or torch._C._is_tracing())
 
 
+def input_reason(x: Tensor) -> Optional[str]:
+    """Returns why the operators do not accept x, or None, see :func:`accepts_input`."""
+    if accepts_input(x):
+        return None
+    return f"its input is a {type(x).__name__} in {short(x.dtype)}, or the call is traced or transformed"
+
+
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
     """Returns why the operators can't read the parameter ``tensor``, or None. The returned text calls the parameter
     ``name``."""
@@ -205,8 +212,11 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
     # took the parameter out of the module.
     if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
-    if is_partitioned(tensor) or len(whole_shape(tensor)) != dim:
+    shape = whole_shape(tensor)
+    if is_partitioned(tensor) or len(shape) == 1 < dim:  # FSDP1 flattens the parameters that it shards
         return f"{name} is a shard (FSDP, ZeRO-3 or tensor parallelism)"
+    if len(shape) != dim:
+        return f"{name} is {list(shape)}, wanted {dim} dimension{'s' * (dim > 1)}"
     if tensor.is_meta or tensor.layout is not torch.strided:
         return f"{name} is on {tensor.device} with layout {tensor.layout}"
     return None

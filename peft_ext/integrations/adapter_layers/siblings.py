@@ -25,7 +25,7 @@ from .linear import MANY_TOKENS
 from .reasons import accepts_input, hooked, kernel_reason
 from .tensor_parallel import sum_gradient
 
-__all__ = ["output_of", "together"]
+__all__ = ["joint_reason", "output_of", "together"]
 
 
 # --- while a module's forward runs ------------------------------------------------------------------------------------
@@ -104,21 +104,19 @@ class _Group:
         hooks, if ``leader`` is not the first layer that can be computed together, if no other layer can, or if
         transformers' tensor parallelism split the layers in different ways.
         """
-        if kernel_reason("lora_linears", x.device.type) is not None:
+        states = [_state(layer, x) for layer in self._layers]
+        if joint_reason(self._layers, states, x.device.type) is not None:
             return None
-        if any(map(hooked, self._layers)):
-            return None  # a hook may change x in place without an increase of x's version counter
         found = []
-        for layer in self._layers:
-            if (state := _state(layer, x)) is None or (call := layer.joint_call(x)) is None:
+        for layer, state in zip(self._layers, states, strict=True):
+            if state is None or (call := layer.joint_call(x)) is None:
                 continue
             if not found and layer is not leader:
                 return None
             found.append((layer, state, call))
-        splits = {layer.joint_split() for layer, *_ in found}
-        if len(found) < 2 or len(splits) > 1:
+        if len(found) < 2:
             return None
-        (split,) = splits
+        split = leader.joint_split()
         given = x if split is None else sum_gradient(x, split)  # x's gradient is summed over the processes only once
         weights, biases, lora_As, lora_Bs, rank_scales, scalings, ps, dtypes = zip(
             *(call for *_, call in found), strict=True
@@ -129,6 +127,19 @@ class _Group:
         self._x, self._version = x, x._version
         self._held = {id(layer): (y, state) for (layer, state, _), y in zip(found[1:], ys[1:], strict=True)}
         return ys[0]
+
+
+def joint_reason(layers: list[Any], states: list[Optional[tuple]], device: str) -> Optional[str]:
+    """Returns why no two of the sibling layers ``layers`` on ``device`` can be computed together, or None. ``states``:
+    the layers' ``joint_state()``."""
+    joint = [layer for layer, state in zip(layers, states, strict=True) if state is not None]
+    if len(joint) < 2:
+        return "no two have adapters that can be computed together"
+    if any(map(hooked, layers)):
+        return "a hook on one of them may change the input in place, which its version counter need not show"
+    if len({layer.joint_split() for layer in joint}) > 1:
+        return "tensor parallelism splits them in different ways"
+    return kernel_reason("lora_linears", device)
 
 
 def _state(layer: Any, x: Tensor) -> Optional[tuple]:

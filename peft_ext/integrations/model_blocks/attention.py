@@ -2,10 +2,9 @@
 
 An attention module with a known form runs one of two forwards. If the form's row in the table of known forms says
 ``forward=rotary``, ``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache,
-attention, and the output projection. (``_rotary_few`` is the variant of ``_rotary_forward`` for few tokens without a
-gradient.) Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own code runs, and the layers
-that get one input tensor (``inputs`` of the row) are computed together. If the module's forward was replaced, only the
-replaced forward runs.
+attention, and the output projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own
+code runs, and the layers that get one input tensor (``inputs`` of the row) are computed together. If the module's
+forward was replaced, only the replaced forward runs.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
@@ -19,8 +18,10 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,10 @@ from torch import Tensor, nn
 from ... import _native, ops
 from ..._imports import optional
 from ...ops.checks import autocast_dtype
+from ...text import dtype_name
 from ..adapter_layers import siblings
-from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of, together
-from ..adapter_layers.lora import LowRank
-from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
+from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, plan_of, together
+from ..adapter_layers.reasons import accepts_input, input_reason, kernel_reason, replaced_on_instance
 from ..forms import Row, row_of
 from .block import Block, device_of
 from .cache import Room, appended, room_for
@@ -66,16 +67,12 @@ _LEAST_QUERIES, _FEW_QUERIES = 16, 8
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
 _rotate, _attention = kernel_of("rotary_embedding"), kernel_of("scaled_dot_product_attention")
-# Keyword arguments of an attention call. transformers' sdpa ignores the arguments that _IGNORED names. The checks
-# before the operator read the arguments that _LOOKED_AT names. An attention call with a keyword argument in neither
-# set, with another value than None, runs transformers' function.
+# Keyword arguments of an attention call that transformers' sdpa ignores, see _argument_reason.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",
     "use_cache",
 })  # fmt: skip
-_LOOKED_AT = frozenset({"output_attentions", "position_bias", "softcap"})
-_KNOWN = _IGNORED | _LOOKED_AT
 # Maps a function that was registered as "sdpa" to whether the function accepts a bias of the scores; to None if the
 # form of the function is unknown.
 _SDPA: dict[Any, Optional[bool]] = {}
@@ -101,29 +98,47 @@ class Attention(Block):
         # the new function.
         names = inspect.unwrap(stock.forward).__globals__
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
-        return {**super().settled(stock, row), "groups": groups,
-                "asks": row.get("interface") == "yes", "own": row.get("forward"), "norms": row.get("norms"),
-                "cache_name": cache_name, "cache_style": cache_style, "out": row.get("o"),
+        return {**super().settled(stock, row), "groups": groups, "cache_name": cache_name, "cache_style": cache_style,
                 "options": tuple(tuple(option.split(":", 1)) for option in row.names("options")),
                 "names": names, "found": {name: names.get(name) for name in (_ROTATES, _EAGER)}}  # fmt: skip
 
-    def block_parts(self) -> Any:
+    def block_parts(self, like: Tensor) -> Iterator[tuple[str, Optional[str]]]:
         replaced, known = self.replaced_reason(), self.peft_ext_known
         if known.groups:
-            yield "projections of one input", replaced or self._joint_reason()
-        if known.own:
-            yield "rotary positions", replaced or self._own_reason() or kernel_reason(_ROTARY, device_of(self))
-        if known.asks:
-            yield "attention", replaced or _reason(self)
+            yield "projections of one input", replaced or self._joint_reason(like)
+        if known.forward:
+            reason = replaced or self._own_reason() or kernel_reason(_ROTARY, device_of(self))
+            yield "rotary positions", reason or input_reason(like) or self._rotary_reason(like)
+        if known.interface:
+            yield "attention", replaced or _reason(self) or input_reason(like) or self._option_reason()
 
-    def _joint_reason(self) -> Optional[str]:
-        groups = self.peft_ext_known.groups
-        for names in groups:
-            layers = [self._modules.get(name) for name in names]
-            joint = [layer for layer in layers if isinstance(layer, LowRank) and layer.joint_state() is not None]
-            if len(joint) > 1:
-                return kernel_reason("lora_linears", next(joint[0].parameters()).device.type)
-        return f"no two of {', '.join(groups[0])} have an adapter that can be computed with another's"
+    def _joint_reason(self, like: Tensor) -> Optional[str]:
+        reasons = []
+        for names in self.peft_ext_known.groups:
+            layers = [layer for name in names if hasattr(layer := self._modules.get(name), "joint_state")]
+            states = [layer.joint_state() for layer in layers]
+            reasons.append(siblings.joint_reason(layers, states, like.device.type))
+        return None if None in reasons else f"{', '.join(self.peft_ext_known.groups[0])}: {reasons[0]}"
+
+    def _rotary_reason(self, x: Tensor) -> Optional[str]:
+        """Returns why transformers' function rotates q and k of hidden states x, or None.
+
+        The model computes the positions in the dtype of its hidden states. Norms of q and k may change the dtype of
+        q and k, so only :func:`_fits_rotary` tells whether the two dtypes are equal.
+        """
+        if type(size := self.__dict__.get("head_dim")) is int and size % 2:
+            return f"the size of its heads is {size}, wanted an even number"
+        cast = autocast_dtype(x)
+        if self.peft_ext_known.norms or cast in (None, x.dtype):
+            return None
+        return f"autocast computes q and k in {dtype_name(cast)}, and the positions are {dtype_name(x.dtype)}"
+
+    def _option_reason(self) -> Optional[str]:
+        """Returns which number of the module keeps its attention from the operator in each call, or None."""
+        if type(size := self.__dict__.get("head_dim")) is int and size > _LARGEST_HEAD:
+            return f"the size of its heads is {size}, wanted at most {_LARGEST_HEAD}"
+        given = {name: getattr(self, attribute, None) for name, attribute in self.peft_ext_known.options}
+        return _argument_reason(given)
 
     def _own_reason(self) -> Optional[str]:
         """Returns which function of the model's Python module was replaced since the call of
@@ -139,12 +154,12 @@ class Attention(Block):
         if not isinstance(self, Attention):
             return type(self).forward(self, *args, **kwargs)
         known = self.peft_ext_known
-        if known.own and not args and is_few(kwargs.get("hidden_states")) and self._takes(kwargs):
+        if known.forward and not args and few_reason(kwargs.get("hidden_states")) is None and self._takes(kwargs):
             if (plan := plan_of(self, kwargs["hidden_states"], self._few)) is not None:
-                return self._rotary_few(plan, **kwargs)
+                return self._rotary_forward(plan, **kwargs)
         if replaced_on_instance(self) or self.replaced_reason() is not None:
             return super(Block, self).forward(*args, **kwargs)
-        if known.own and not args and self._own_reason() is None and self._takes(kwargs):
+        if known.forward and not args and self._own_reason() is None and self._takes(kwargs):
             return self._rotary_forward(**kwargs)
         with siblings.together(self, known.groups):
             return super(Block, self).forward(*args, **kwargs)
@@ -162,87 +177,72 @@ class Attention(Block):
         )
 
     def _rotary_forward(
-        self, *, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any = None,
-        **given: Any,
+        self, plan: Optional[SimpleNamespace] = None, /, *, hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor], attention_mask: Any = None, **given: Any,
     ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
-        """Returns the output and the attention weights of attention with rotary positions.
+        """Returns the output and the attention weights of attention with rotary positions. ``plan``: the result of
+        :meth:`_few` for few tokens without a gradient.
 
         The norms of q and k are applied if the row of the table of forms names them in ``norms``.
         """
-        known, modules, shape = self.peft_ext_known, self._modules, hidden_states.shape[:-1]
-        heads = (*shape, -1, self.head_dim)
-        with siblings.together(self, known.groups):
-            q, k, v = (modules[name](hidden_states) for name in known.groups[0])
+        known, modules, x, (cos, sin) = self.peft_ext_known, self._modules, hidden_states, position_embeddings
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        with nullcontext() if plan is not None else siblings.together(self, known.groups):
+            q, k, v = [modules[name](x) for name in known.groups[0]] if plan is None else plan.projections(x)
         if known.norms == "flat":
             q, k = modules["q_norm"](q), modules["k_norm"](k)
         q, k = q.view(heads), k.view(heads)
         if known.norms == "head":
             q, k = modules["q_norm"](q), modules["k_norm"](k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.view(heads).transpose(1, 2)
-        cos, sin = position_embeddings
-        rotate = ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else known.names[_ROTATES]
-        q, k = rotate(q, k, cos, sin)
-        k, v = self._appended(given, k, v, cos, sin)
+        if plan is not None and plan.are_direct and _are_positions(cos, sin, x, plan.size):
+            q, k = _rotate(q, k, cos, sin)
+        else:
+            rotate = ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else known.names[_ROTATES]
+            q, k = rotate(q, k, cos, sin)
+        k, v = self._appended(given, k, v, cos, sin, few=plan is not None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
+        project = modules[known.o] if plan is None else plan.o
+        if plan is not None and plan.attends and attend is sdpa_attention_forward and x.shape[1] <= _FEW_QUERIES:
+            if _argument_reason(given) is None and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
+                return project(out.view(*x.shape[:-1], -1)), None
         options = {name: getattr(self, attribute) for name, attribute in known.options}
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **given)
-        return modules[known.out](out.reshape(*shape, -1).contiguous()), weights
+        return project(out.reshape(*x.shape[:-1], -1).contiguous()), weights
 
-    def _few(self, facts: Facts, x: Tensor) -> Optional[SimpleNamespace]:
-        """Returns the functions and numbers that :meth:`_rotary_few` uses; None if the attention has no plan."""
+    def _few(self, facts: Facts, x: Tensor) -> Union[SimpleNamespace, str]:
+        """Returns the functions and numbers that :meth:`_rotary_forward` uses; the reason if the attention has no
+        plan."""
         known, held = self.peft_ext_known, self.__dict__
+        if not known.forward:
+            return "no forward of peft_ext replaces its own"
         for name in known.found:
             facts.value(known.names, name)
         names = ("head_dim", "layer_idx", "scaling", "training", *(attribute for _, attribute in known.options))
-        found = {name: facts.value(held, name) for name in names}
+        for name in names:
+            facts.value(held, name)
         groups, is_causal = facts.value(held, "num_key_value_groups"), facts.value(held, "is_causal")
-        layers = [facts.child(self, name) for name in (*known.groups[0], known.out)]
+        layers = [facts.child(self, name) for name in (*known.groups[0], known.o)]
         norms = [facts.child(self, name) for name in (("q_norm", "k_norm") if known.norms else ())]
-        if not self.holds(facts) or self._own_reason() or kernel_reason(_ROTARY, "cpu") or self.training:
-            return None
+        if self.training:
+            return "it is in training"
+        if reason := self.held_reason(facts) or self._own_reason() or kernel_reason(_ROTARY, "cpu"):
+            return reason
         if any(name not in held for name in names) or len(layers) != 4 or None in (*layers, *norms):
-            return None
+            return "it lacks a layer or a number that its class's forward reads"
         q, k, v, o = (direct(facts, layer, x) for layer in layers)
-        options = {name: found[attribute] for name, attribute in known.options}
-        attends = type(groups) is int and is_causal is True and _IGNORED.issuperset(options)
+        is_plain = _IGNORED.issuperset(name for name, _ in known.options)
+        attends = type(groups) is int and is_causal is True and is_plain
         return SimpleNamespace(
             layers=(q, k, v, o), projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim,
-            kv_heads=getattr(layers[1], "out_features", 0) // self.head_dim, scaling=self.scaling, options=options,
-            attends=attends, rotates=known.names[_ROTATES],
+            kv_heads=getattr(layers[1], "out_features", 0) // self.head_dim, scaling=self.scaling, attends=attends,
             are_direct=q is not layers[0] and k is not layers[1] and not norms,
         )  # fmt: skip
 
-    def _rotary_few(
-        self, plan: Any, *, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Any = None, **given: Any,
-    ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
-        """Returns what :meth:`_rotary_forward` returns, for few tokens without a gradient."""
-        known, x, (cos, sin) = self.peft_ext_known, hidden_states, position_embeddings
-        batch, tokens, _ = x.shape
-        heads = (batch, tokens, -1, plan.size)
-        q, k, v = plan.projections(x)
-        v = v.view(heads).transpose(1, 2)
-        if plan.norms:
-            q_norm, k_norm = plan.norms
-            per_head = known.norms == "head"
-            q, k = (q_norm(q.view(heads)), k_norm(k.view(heads))) if per_head else (q_norm(q), k_norm(k))
-        q, k = q.view(heads).transpose(1, 2), k.view(heads).transpose(1, 2)
-        if plan.are_direct and _are_positions(cos, sin, x, plan.size):
-            q, k = _rotate(q, k, cos, sin)
-        else:
-            q, k = (ops.rotary_embedding if _fits_rotary(q, k, cos, sin) else plan.rotates)(q, k, cos, sin)
-        k, v = self._appended(given, k, v, cos, sin, few=True)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
-        if attend is sdpa_attention_forward and plan.attends and tokens <= _FEW_QUERIES:
-            if _is_plain_call(given) and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
-                return plan.o(out.view(batch, tokens, -1)), None
-        out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=plan.scaling, **plan.options, **given)
-        return plan.o(out.reshape(batch, tokens, -1).contiguous()), weights
-
     def room_of_few(self, plan: Any, x: Tensor, given: dict[str, Any]) -> Optional[Room]:
-        """Returns room in the cache for the tokens of x, if :meth:`_rotary_few` would call only operators in this call,
-        so that the operator decoder_layer can compute the whole decoder layer; else None."""
+        """Returns room in the cache for the tokens of x, if :meth:`_rotary_forward` would call only operators in this
+        call, so that the operator decoder_layer can compute the whole decoder layer; else None."""
         known, tokens = self.peft_ext_known, x.shape[1]
         cos, sin = given["position_embeddings"]
         cache, mask = given.get(known.cache_name), given.get("attention_mask")
@@ -250,14 +250,14 @@ class Attention(Block):
             return None
         others = {name: value for name, value in given.items() if name not in (known.cache_name, "attention_mask")}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
-        if attend is not sdpa_attention_forward or not _is_plain_call(others):
+        if attend is not sdpa_attention_forward or _argument_reason(others) is not None:
             return None
         if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _device_reason("cpu"):
             return None
         room = room_for(cache, self.layer_idx, (x.shape[0], plan.kv_heads, tokens, plan.size), x.dtype)
         if room is None or not _sees(mask, x.shape[0], tokens, room.past + tokens):
             return None
-        return None if _has_fast_tiles(x.dtype, room.past + tokens) else room
+        return None if _tiles_are_ahead(x.dtype, room.past + tokens) else room
 
     def _appended(
         self, given: dict[str, Any], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, few: bool = False
@@ -353,7 +353,7 @@ def set_view(module: nn.Module) -> None:
     """Replaces the configuration of a fused attention by a :class:`_View` if the attention uses transformers'
     registry."""
     config = module.__dict__.get("config")
-    asks = AttentionInterface is not None and isinstance(module, Attention) and module.peft_ext_known.asks
+    asks = AttentionInterface is not None and isinstance(module, Attention) and module.peft_ext_known.interface
     if asks and not isinstance(config, _View):
         if isinstance(getattr(type(config), "_attn_implementation", None), property):
             module.__dict__["config"] = view_of(config)
@@ -438,7 +438,12 @@ def sdpa_attention_forward(
         knows_bias is None
         or not _fits(module, query, key, value, attention_mask, dropout, scaling, kwargs)
         or not (bias is None or (knows_bias and _fits_bias(bias, query, key, attention_mask)))
-        or _tiles_are_ahead(query, key, dropout, bias is None and _causal(module, attention_mask, is_causal))
+        or _tiles_are_ahead(
+            autocast_dtype(query) or query.dtype,
+            key.shape[2],
+            dropout,
+            bias is None and _causal(module, attention_mask, is_causal),
+        )
     ):
         return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                         is_causal=is_causal, **kwargs)  # fmt: skip
@@ -450,12 +455,14 @@ if AttentionInterface is not None:
     AttentionMaskInterface.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def _is_plain_call(given: dict[str, Any]) -> bool:
-    """Returns whether no keyword argument of an attention call changes the result of sdpa."""
+def _argument_reason(given: dict[str, Any], *read: str) -> Optional[str]:
+    """Returns which keyword argument of an attention call may change the result of sdpa, so that transformers' function
+    has to run, or None. ``read``: names of arguments that the operator takes."""
     for name, value in given.items():
-        if value is not None and (name not in _IGNORED and not (name == "output_attentions" and value is False)):
-            return False
-    return True
+        if value is not None and name not in _IGNORED and name not in read:
+            if name != "output_attentions" or value:
+                return f"its call has a {name}, which only transformers' function reads"
+    return None
 
 
 def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Tensor]:
@@ -472,7 +479,7 @@ def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Te
     batch, heads, queries, size = q.shape
     if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1] or size > _LARGEST_HEAD:
         return None
-    if not _sees(mask, batch, queries, k.shape[2]) or _has_fast_tiles(q.dtype, k.shape[2]):
+    if not _sees(mask, batch, queries, k.shape[2]) or _tiles_are_ahead(q.dtype, k.shape[2]):
         return None
     return _attention(q, k, v, mask, False, scaling, 0.0, None, None)[0].transpose(1, 2)
 
@@ -483,12 +490,6 @@ def _sees(mask: Any, batch: int, queries: int, keys: int) -> bool:
     if mask is None:
         return queries == 1
     return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, queries, keys)
-
-
-def _has_fast_tiles(dtype: torch.dtype, keys: int) -> bool:
-    """Returns whether PyTorch's own attention computes a call of few queries in place of the operator, on the CPU path
-    ``amx``, see _MOST_KEYS_ON_AMX."""
-    return _isa() == "amx" and dtype is torch.bfloat16 and keys > _MOST_KEYS_ON_AMX[False]
 
 
 def by_operator(
@@ -530,9 +531,7 @@ def _fits(
         return False
     if scaling is not None and (type(scaling) not in _NUMBERS or not 0 < scaling < math.inf):
         return False
-    if others.get("output_attentions") or others.get("softcap") is not None:
-        return False
-    if any(value is not None for name, value in others.items() if name not in _KNOWN):
+    if _argument_reason(others, "position_bias") is not None:
         return False
     batch, heads, queries, size = q.shape
     _, kv_heads, keys, _ = k.shape
@@ -579,9 +578,7 @@ def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
     return type(mask) is not Tensor or bool(mask.any(-1).all())
 
 
-def _tiles_are_ahead(q: Tensor, k: Tensor, dropout: float, causal: bool) -> bool:
+def _tiles_are_ahead(dtype: torch.dtype, keys: int, dropout: float = 0.0, causal: bool = False) -> bool:
     """Returns whether PyTorch's own attention computes a call in place of the operator, on the CPU path ``amx``, see
     _MOST_KEYS_ON_AMX."""
-    if _isa() != "amx" or dropout > 0 or (autocast_dtype(q) or q.dtype) is not torch.bfloat16:
-        return False
-    return k.shape[2] > _MOST_KEYS_ON_AMX[causal]
+    return _isa() == "amx" and dropout == 0 and dtype is torch.bfloat16 and keys > _MOST_KEYS_ON_AMX[causal]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
 from ..adapter_layers.base import STOCK
-from ..adapter_layers.few_tokens import Facts
-from ..adapter_layers.reasons import accepts_input, replaced_on_instance
-from ..forms import Form, Row, row_of
+from ..adapter_layers.few_tokens import Facts, few_reason, plan_of
+from ..adapter_layers.reasons import accepts_input, input_reason, replaced_on_instance
+from ..forms import KINDS, Form, Row, row_of
 
 __all__ = ["Block", "Fused", "class_of"]
 
@@ -32,7 +32,7 @@ class Block:
     stock_class: type
     stock_forward: Callable[..., Any]
     peft_ext_known: types.SimpleNamespace
-    block_kind = ""
+    block_kind = fused_remark = ""
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Does nothing: a model's class may register its subclasses in this method, and a fused class must not be
@@ -41,8 +41,10 @@ class Block:
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         """Returns the facts that the fused class keeps about its form, taken from the row of the table of forms, as a
-        dict from name to value. ``class_of`` calls this method when it makes the fused class."""
-        return {"row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
+        dict from name to value: the values of the formula, with a bool for yes and no. ``class_of`` calls this method
+        when it makes the fused class."""
+        formula = {name: {"yes": True, "no": False}.get(row.get(name), row.get(name)) for name in KINDS[row.kind]}
+        return {**formula, "row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
     def block_reason(self) -> Optional[str]:
         """Returns why the module's own forward runs, or None."""
@@ -64,21 +66,28 @@ class Block:
                 return f"its {name} is {getattr(self, name, None)!r}, wanted {value}"
         return None
 
-    def holds(self, facts: Facts) -> bool:
-        """Returns whether the module has no hooks, and its forward is the code of its known form. Adds to ``facts`` the
-        objects on which this result depends."""
+    def call_reason(self, x: Tensor) -> Optional[str]:
+        """Returns why the module's own forward runs for inputs of x's dtype and device, or None. The forward calls this
+        method too, and checks what else depends on the call, such as sizes."""
+        return None
+
+    def held_reason(self, facts: Facts) -> Optional[str]:
+        """Returns why the module has no plan (see :mod:`..adapter_layers.few_tokens`): the module has hooks, or its
+        forward is not the code of its known form. Returns None otherwise. Adds to ``facts`` the objects on which this
+        result depends."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.of_class:
             facts.value(held, name)
-        needs = [facts.value(held, name) for name, _ in known.needs]
-        if any(type(value) not in (type(None), bool, int, float, str) for value in needs):
-            return False
-        return facts.plain_block(self) and self.replaced_reason() is None
+        for name, _ in known.needs:
+            if type(facts.value(held, name)) not in (type(None), bool, int, float, str):
+                return f"its {name} is neither a number nor a string"
+        is_plain = facts.plain_block(self)
+        return self.replaced_reason() or (None if is_plain else "hooks on it would not run")
 
-    def block_parts(self) -> Iterator[tuple[str, Optional[str]]]:
+    def block_parts(self, like: Tensor) -> Iterator[tuple[str, Optional[str]]]:
         """Yields the name of each part of the module that can be fused, with the reason why the part is not fused now,
-        or None."""
-        yield self.block_kind, self.block_reason()
+        or None. ``like`` has the dtype and the device that the module's input is expected to have."""
+        yield self.block_kind, self.block_reason() or input_reason(like) or self.call_reason(like)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # Pickle can't find a class that was made at run time, so unpickling makes the class again from the stock class.
@@ -97,6 +106,21 @@ class Fused(Block):
         return self._fused(*args) if alone and self.block_reason() is None else super().forward(*args, **kwargs)
 
     def _fused(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Planned(Fused):
+    """The base class of fused blocks that make a plan for calls of few tokens (see
+    :mod:`..adapter_layers.few_tokens`). A subclass defines ``_few``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and few_reason(args[0]) is None and isinstance(self, Planned):
+            if (run := plan_of(self, args[0], self._few)) is not None:
+                return run(args[0])
+        return Fused.forward(self, *args, **kwargs)
+
+    def _few(self, facts: Facts, x: Tensor) -> Union[Callable[[Tensor], Tensor], str]:
+        """Returns the function that computes the block for x; the reason if the block has no plan."""
         raise NotImplementedError
 
 

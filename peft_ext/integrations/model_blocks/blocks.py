@@ -9,22 +9,23 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Optional, Union
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..adapter_layers.base import STOCK, give_back, is_fully_sharded
+from ..adapter_layers.base import STOCK, give_back, is_fully_sharded, without_adapters
 from ..adapter_layers.few_tokens import clear_plans
 from ..adapter_layers.lora import LowRank
 from ..forms import Form, Row, row_of
 from ..forms.activations import activation_name, refresh
 from .attention import Attention, look_at_sdpa, set_view, take_view
-from .block import Block, class_of, device_of
+from .block import Block, class_of
 from .cache import forget_caches
 from .decoder_layer import DecoderLayer
 from .dropout import Dropout, dropouts_of_adapters
 from .mlp import Mlp
 from .norm import FloatLayerNorm, LayerNorm, RMSNorm
 
-__all__ = ["MIXINS", "block_parts", "fuse_blocks", "plain_blocks"]
+__all__ = ["MIXINS", "block_parts", "expected_input", "fuse_blocks", "plain_blocks"]
 
 MIXINS: dict[str, type[Block]] = {
     "attention": Attention, "decoder_layer": DecoderLayer, "dropout": Dropout, "float_layer_norm": FloatLayerNorm,
@@ -130,9 +131,7 @@ def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
         found = _found(module, rows)
         if isinstance(module, Block) and type(module).peft_ext_known.row.kind in MIXINS:
             changed = not isinstance(found, tuple) or found[0] != type(module).peft_ext_known.row
-            for kind, reason in module.block_parts():
-                if reason is None and isinstance(module, Dropout) and (device := _device_around(model, name)) != "cpu":
-                    reason = f"it is on {device}, where PyTorch's own is used"
+            for kind, reason in module.block_parts(expected_input(model, name)):
                 yield name, kind, reason or (_CHANGED if changed else None)
         elif isinstance(found, tuple):
             yield name, MIXINS[found[0].kind].block_kind, _NOT_ACCELERATED
@@ -152,10 +151,15 @@ def _called(module: nn.Module) -> Optional[str]:
     return None if any(part in _stock(child).__name__.lower() for child in inner) else kind
 
 
-def _device_around(model: nn.Module, name: str) -> str:
-    """Returns the device type of the first parameter in the nearest module around ``name`` that has parameters."""
-    while name:
+def expected_input(model: nn.Module, name: str) -> Tensor:
+    """Returns an empty tensor with the dtype and the device that the input of the module ``name`` is expected to have:
+    those of the first floating-point parameter of at least 16 bits, of an adapter's base layer or outside of adapters,
+    in the module or in the nearest module around it that has such a parameter."""
+    while True:
+        for module in without_adapters(model.get_submodule(name)):
+            for one in module._parameters.values():
+                if one is not None and one.is_floating_point() and one.itemsize > 1:
+                    return torch.empty(0, dtype=one.dtype, device=one.device)
+        if not name:
+            return torch.empty(0)
         name = name.rpartition(".")[0]
-        if (parameter := next(model.get_submodule(name).parameters(), None)) is not None:
-            return parameter.device.type
-    return device_of(model)

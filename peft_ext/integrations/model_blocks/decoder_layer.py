@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
+import torch
 from torch import Tensor, nn
 
 from ...ops.library import has_kernel
-from ..adapter_layers.few_tokens import Facts, Kernel, is_few, kernel_of, listed, plan_of
+from ..adapter_layers.few_tokens import Facts, Kernel, few_reason, kernel_of, listed, plan_of
 from ..forms import Row
 from .attention import Attention
 from .block import Block
@@ -54,7 +55,7 @@ class LayerPlan(NamedTuple):
             y = _decoder_layer(x, *given["position_embeddings"], mask, *room[1:], *self.lists)
             room.fill(x.shape[1])
             return y
-        attend = functools.partial(self.module._rotary_few, self.attention)
+        attend = functools.partial(self.module._rotary_forward, self.attention)
         return layer_of_parts(x, self.first_norm, attend, self.second_norm, self.mlp, given)
 
 
@@ -80,39 +81,54 @@ class DecoderLayer(Block):
     attention.
     """
 
-    block_kind = "decoder layer"
+    block_kind, fused_remark = "decoder layer", "calls of few tokens without a gradient"
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        parts = {"norms": row.names("norms"), "attention": row.get("attention"), "mlp": row.get("mlp")}
-        return {**super().settled(stock, row), **parts, "passes": frozenset(row.names("passes"))}
+        own = {"norms": row.names("norms"), "passes": frozenset(row.names("passes"))}
+        return {**super().settled(stock, row), **own}
 
     def block_reason(self) -> Optional[str]:
-        known, modules = self.peft_ext_known, self._modules
-        if reason := self.replaced_reason():
+        """Returns why a call of few tokens without a gradient runs the layer's own code, or None: makes the plan of
+        such a call, for a single token."""
+        if reason := self._blocks_reason() or self._modules[self.peft_ext_known.norms[0]].block_reason():
             return reason
+        weight = next(self._modules[self.peft_ext_known.norms[0]].parameters())
+        with torch.no_grad():
+            x = torch.empty((1, 1, weight.shape[0]), dtype=weight.dtype, device=weight.device)
+            plan = few_reason(x) or self._few(Facts(), x)
+        return plan if isinstance(plan, str) else None
+
+    def _blocks_reason(self) -> Optional[str]:
+        known = self.peft_ext_known
         for names, kind in ((known.norms, RMSNorm), ((known.attention,), Attention), ((known.mlp,), Mlp)):
             for name in names:
-                if not isinstance(modules.get(name), kind):
+                if not isinstance(self._modules.get(name), kind):
                     return f"its {name} is not fused"
         return None
 
     # `forward` stays the stock class's: transformers' gradient checkpointing asks whether the class of a layer has the
     # forward that transformers made.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and is_few(args[0]) and self.peft_ext_known.passes <= kwargs.keys():
+        if len(args) == 1 and few_reason(args[0]) is None and self.peft_ext_known.passes <= kwargs.keys():
             plan = plan_of(self, args[0], self._few)
             if plan is not None and plan.module._takes({"hidden_states": args[0], **kwargs}):
                 return plan(args[0], kwargs)
         return nn.Module.__call__(self, *args, **kwargs)
 
-    def _few(self, facts: Facts, x: Tensor) -> Optional[LayerPlan]:
-        """Returns the layer's plan for calls of few tokens; None if some block has no plan."""
+    def _few(self, facts: Facts, x: Tensor) -> Union[LayerPlan, str]:
+        """Returns the layer's plan for calls of few tokens; the reason if the layer or one of its blocks has no
+        plan."""
         known = self.peft_ext_known
-        blocks: list[Any] = [facts.child(self, name) for name in (*known.norms, known.attention, known.mlp)]
-        if not self.holds(facts) or self.block_reason() is not None or not blocks[2].peft_ext_known.own:
-            return None
-        if not all([facts.plain(block) for block in blocks]):
-            return None
-        plans = [block._few(facts, x) for block in blocks]
-        return None if None in plans else LayerPlan(blocks[2], *plans, _lists(*plans))
+        names = (*known.norms, known.attention, known.mlp)
+        blocks: list[Any] = [facts.child(self, name) for name in names]
+        if reason := self.held_reason(facts) or self._blocks_reason():
+            return reason
+        plans = []
+        for name, block in zip(names, blocks, strict=True):
+            if not facts.plain(block):
+                return f"hooks on its {name} would not run"
+            plans.append(plan := block._few(facts, x))
+            if isinstance(plan, str):
+                return f"its {name} is called as a module: {plan}"
+        return LayerPlan(blocks[2], *plans, _lists(*plans))

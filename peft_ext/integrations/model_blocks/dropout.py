@@ -26,13 +26,18 @@ class Dropout(Fused):
             return "it drops in place, or all"
         return kernel_reason("dropout", "cpu")
 
+    def call_reason(self, x: Tensor) -> Optional[str]:
+        if x.device.type != "cpu":
+            return f"it is on {x.device.type}, where PyTorch's own is used"
+        return None if self.training and self.p > 0.0 else "it drops nothing in evaluation, or with p = 0"
+
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(self, Dropout):
             return type(self).forward(self, input)
-        acts = self.training and self.p > 0.0 and not torch.compiler.is_compiling() and accepts_input(input)
+        acts = not torch.compiler.is_compiling() and accepts_input(input) and self.call_reason(input) is None
         # The operator runs for a contiguous input alone, because its result is contiguous, while PyTorch's result has
         # the strides of the input.
-        if not acts or input.device.type != "cpu" or not input.is_contiguous() or self.block_reason() is not None:
+        if not acts or not input.is_contiguous() or self.block_reason() is not None:
             return self.stock_class.forward(self, input)
         return ops.dropout(input, self.p)
 

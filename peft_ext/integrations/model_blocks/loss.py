@@ -487,4 +487,4 @@ def _reason(owner: Any, layer: nn.Module) -> Optional[str]:
         inner = (owner.__dict__.get(name) for name in ("_original_forward", "_old_forward"))
         if not any(getattr(one, "__func__", None) is type(owner).forward for one in inner):
             return "the model's forward was replaced on the instance (TRL does, and computes the loss by itself)"
-    return _USED.get(owner) or None
+    return _USED.get(owner) or (None if owner.training else "in evaluation the logits are whole")

@@ -7,9 +7,10 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ... import ops
+from ...ops.checks import autocast_dtype
 from ...reference.activations import ACTIVATIONS
+from ...text import dtype_name
 from ..adapter_layers import siblings
-from ..adapter_layers.few_tokens import Facts, direct, is_few, kernel_of, plan_of, together
+from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, together
 from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason
 from ..adapter_layers.recompute import computed_again
 from ..forms import Row
 from ..forms.activations import activation_name
-from .block import Fused, device_of
+from .block import Planned, device_of
 
 __all__ = ["Mlp"]
 
@@ -37,17 +40,17 @@ class MlpCall(NamedTuple):
     layers: tuple[Callable[[Tensor], Tensor], ...]  # functions that compute gate, up and down
     both: Callable[[Tensor], Any]  # function that computes gate and up of one input
     are_direct: bool  # whether neither gate nor up is called as a module
-    act: nn.Module
+    block: weakref.ref[Mlp]
     number: int
 
     def __call__(self, x: Tensor) -> Tensor:
         one, other = self.both(x)
-        if not (self.are_direct or (is_few(one) and is_few(other) and one.dtype is other.dtype is x.dtype)):
-            return self.layers[2](self.act(one) * other)
+        if not self.are_direct and (few_reason(one) or few_reason(other) or not one.dtype is other.dtype is x.dtype):
+            return self.block()._behind((one, other), x)
         return self.layers[2](_gated(one, other, self.number))
 
 
-class Mlp(Fused):
+class Mlp(Planned):
     """A fused MLP.
 
     Facts of an MLP's row in the table of forms: ``inner``, the names of the first layer, or of gate and up; ``out``,
@@ -62,9 +65,8 @@ class Mlp(Fused):
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         drops, dropout = row.get("drop").partition(":")[0], row.get("drop").rpartition(":")[2]
-        own = {"inner": row.names("inner"), "out": row.get("out"), "act": row.get("act")}
-        own["layers"] = (*own["inner"], own["out"]) if own["out"] else own["inner"]
-        own |= {"gated": row.get("gated") == "yes", "drops": drops, "dropout": dropout}
+        layers = (*row.names("inner"), *row.names("out"))
+        own = {"inner": row.names("inner"), "layers": layers, "drops": drops, "dropout": dropout}
         return {**super().settled(stock, row), **own}
 
     def block_reason(self) -> Optional[str]:
@@ -82,36 +84,46 @@ class Mlp(Fused):
             return "one of its layers is no module"
         return kernel_reason("gated_activation" if known.gated else "activation", device_of(self))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and is_few(args[0]) and isinstance(self, Mlp):
-            if (run := plan_of(self, args[0], self._few)) is not None:
-                return run(args[0])
-        return Fused.forward(self, *args, **kwargs)
+    def _act_reason(self, dtype: torch.dtype) -> Optional[str]:
+        is_known = activation_name(getattr(self, self.peft_ext_known.act), dtype) is not None
+        return None if is_known else f"its activation is none of the known ones in {dtype_name(dtype)}"
 
-    def _few(self, facts: Facts, x: Tensor) -> Optional[MlpCall]:
-        """Returns the function that computes the MLP for few tokens; None if the MLP has no plan."""
+    def _cast_reason(self, x: Tensor) -> Optional[str]:
         known = self.peft_ext_known
-        if not known.gated or not known.out:
+        if known.drops != "act":
             return None
-        out, act = facts.child(self, known.out), facts.child(self, known.act)
-        inner = [facts.child(self, name) for name in known.inner]
-        if not self.holds(facts) or self.block_reason() is not None or known.drops:
-            return None
-        if act is None or not facts.plain(act) or len(inner) != 2 or (name := activation_name(act, x.dtype)) is None:
-            return None
+        # T5's MLP casts the input of the last layer to the dtype of the layer's weight.
+        dtype = getattr(getattr(self._modules[known.out], "weight", x), "dtype", None)
+        return None if dtype is x.dtype else f"its input is {dtype_name(x.dtype)}, and it casts for its {known.out}"
+
+    def call_reason(self, x: Tensor) -> Optional[str]:
+        return self._cast_reason(x) or self._act_reason(autocast_dtype(x) or x.dtype)
+
+    def _few(self, facts: Facts, x: Tensor) -> Union[MlpCall, str]:
+        known = self.peft_ext_known
+        if not known.gated or len(known.layers) != 3 or known.drops:
+            return "it is not down(act(gate x) * up x) without a dropout"
+        act = facts.child(self, known.act)
+        *inner, out = [facts.child(self, name) for name in known.layers]
+        if reason := self.held_reason(facts) or self.block_reason():
+            return reason
+        if act is None or not facts.plain(act):
+            return "its activation is no module, or has hooks"
+        if (name := activation_name(act, x.dtype)) is None:
+            return self._act_reason(x.dtype)
         for attribute in list(act.__dict__):
             if attribute != "training":
                 facts.value(act.__dict__, attribute)
         number = ACTIVATIONS.index(name)
         gate, up, down = (direct(facts, layer, x) for layer in (*inner, out))
         are_direct = gate is not inner[0] and up is not inner[1]
-        return MlpCall((gate, up, down), together((gate, up)), are_direct, act, number)
+        return MlpCall((gate, up, down), together((gate, up)), are_direct, weakref.ref(self), number)
 
     def _fused(self, x: Tensor) -> Tensor:
         known, modules = self.peft_ext_known, self._modules
         out, act = modules[known.out] if known.out else None, getattr(self, known.act)
-        if known.drops == "act" and getattr(getattr(out, "weight", x), "dtype", None) is not x.dtype:
-            return self.stock_class.forward(self, x)  # T5's MLP casts the input of the last layer to the weight's dtype
+        if self._cast_reason(x) is not None:
+            return self.stock_class.forward(self, x)
         with siblings.together(self, (known.inner,)):
             inner = [modules[name](x) for name in known.inner]
         # The operator runs for contiguous inputs alone, because its result is contiguous, while PyTorch's result has
@@ -119,13 +131,15 @@ class Mlp(Fused):
         plain = all(accepts_input(value) and value.is_contiguous() for value in inner)
         name = activation_name(act, inner[0].dtype) if plain else None
         if name is None or len({value.dtype for value in inner}) > 1:
-            halves = inner[0].chunk(2, dim=-1) if known.gated and len(inner) == 1 else inner
-            h = act(halves[0])
-            h = h * halves[1] if known.gated else h
-            return h if out is None else self._dropped(out(self._dropped(h, "act")), "out")
+            return self._behind(inner, x)
         operator = ops.gated_activation if known.gated else ops.activation
         args = (*inner, *([None] if known.gated and len(inner) == 1 else []), name)
         return operator(*args) if out is None else self._dropped(self._finished(operator, args, out), "out")
+
+    def _behind(self, inner: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Returns what the class's own forward computes for x behind the first layers, whose outputs are ``inner``. A
+        class may round at other places than the operator's formula in PyTorch's operations would."""
+        return self.stock_class.forward(_Called(self, dict(zip(self.peft_ext_known.inner, inner, strict=True))), x)
 
     def _finished(self, operator: Callable[..., Tensor], args: tuple, out: nn.Module) -> Tensor:
         if torch.compiler.is_compiling():  # torch.compile can't trace saved-tensor hooks, but can trace a checkpoint
@@ -141,6 +155,17 @@ class Mlp(Fused):
             return x
         dropout = getattr(self, known.dropout)
         return dropout(x) if isinstance(dropout, nn.Module) else F.dropout(x, p=dropout, training=self.training)
+
+
+class _Called:
+    """Stands for an MLP whose first layers were called: in place of each of these layers it has a function that returns
+    the layer's output."""
+
+    def __init__(self, mlp: Mlp, outputs: dict[str, Tensor]) -> None:
+        self._mlp, self._outputs = mlp, outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mlp, name) if name not in self._outputs else lambda _: self._outputs[name]
 
 
 def _calls_hooks(layer: nn.Module) -> bool:

@@ -4,17 +4,17 @@ and no float32 copy of x."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
-from ..adapter_layers.few_tokens import Facts, is_few, kernel_of, plan_of
+from ...text import dtype_name
+from ..adapter_layers.few_tokens import Facts, kernel_of
 from ..adapter_layers.reasons import kernel_reason, plain_types, tensor_reason
-from ..forms import Row
-from .block import Fused
+from .block import Fused, Planned
 
 __all__ = ["LEAST", "FloatLayerNorm", "LayerNorm", "RMSNorm"]
 
@@ -26,6 +26,10 @@ LEAST = {torch.bfloat16: 1 << 17, torch.float16: 1 << 17, torch.float32: 1 << 20
 
 class Norm(Fused):
     """The base class of fused norms over the last dimension."""
+
+    def _of_two_dtypes(self, x: Tensor, weight: Tensor) -> Optional[str]:
+        same = x.dtype is weight.dtype
+        return None if same else f"its input is {dtype_name(x.dtype)}, its weight {dtype_name(weight.dtype)}"
 
     def _norm_reason(self, operator: str, eps: Any, *names: str) -> Optional[str]:
         if reason := self.replaced_reason():
@@ -54,42 +58,33 @@ class NormCall(NamedTuple):
         return _rms_norm(x, *self)[0]
 
 
-class RMSNorm(Norm):
+class RMSNorm(Planned, Norm):
     """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row of the table of
     forms has ``rounds``, the normalized x is rounded to x's dtype before the multiplication by the weight."""
 
     block_kind = "RMSNorm"
 
-    @classmethod
-    def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        return {**super().settled(stock, row), "weight": row.get("weight"), "eps": row.get("eps"),
-                "adds_one": row.get("offset") == "1", "rounds": row.get("rounds") == "yes",
-                "mixed": row.get("mixed") == "yes"}  # fmt: skip
-
     def block_reason(self) -> Optional[str]:
         known = self.peft_ext_known
         return self._norm_reason("rms_norm", getattr(self, known.eps), known.weight)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and is_few(args[0]) and isinstance(self, RMSNorm):
-            if (run := plan_of(self, args[0], self._few)) is not None:
-                return run(args[0])
-        return Fused.forward(self, *args, **kwargs)
+    def call_reason(self, x: Tensor) -> Optional[str]:
+        known = self.peft_ext_known
+        return None if known.mixed else self._of_two_dtypes(x, self._parameters[known.weight])
 
-    def _few(self, facts: Facts, x: Tensor) -> Optional[NormCall]:
-        """Returns the function that calls the kernel for a contiguous x; None if the norm has no plan."""
+    def _few(self, facts: Facts, x: Tensor) -> Union[NormCall, str]:
         known = self.peft_ext_known
         weight, eps = facts.tensor(self._parameters, known.weight), facts.value(self.__dict__, known.eps)
-        if not self.holds(facts) or self.block_reason() is not None or type(weight) not in plain_types():
-            return None
-        if x.shape[-1] != weight.shape[0] or x.dtype is not weight.dtype:
-            return None
-        return NormCall(weight, float(eps), float(known.adds_one), known.rounds)
+        if reason := self.held_reason(facts) or self.block_reason() or self._of_two_dtypes(x, weight):
+            return reason
+        if type(weight) not in plain_types() or x.shape[-1] != weight.shape[0]:
+            return f"its weight is a {type(weight).__name__} of {list(weight.shape)}, its input {list(x.shape)}"
+        return NormCall(weight, float(eps), float(known.offset or 0), known.rounds)
 
     def _fused(self, x: Tensor) -> Tensor:
         known = self.peft_ext_known
-        weight, eps, offset = self._parameters[known.weight], getattr(self, known.eps), 1.0 if known.adds_one else 0.0
-        if x.dim() == 0 or x.shape[-1] != weight.shape[0] or (not known.mixed and x.dtype is not weight.dtype):
+        weight, eps, offset = self._parameters[known.weight], getattr(self, known.eps), float(known.offset or 0)
+        if x.dim() == 0 or x.shape[-1] != weight.shape[0] or self.call_reason(x) is not None:
             return self.stock_class.forward(self, x)
         y = _with_strides_of(x, lambda x: ops.rms_norm(x, weight, eps, offset=offset, round_before_weight=known.rounds))
         return self.stock_class.forward(self, x) if y is None else y
@@ -118,11 +113,6 @@ class FloatLayerNorm(Norm):
 
     block_kind = "LayerNorm"
 
-    @classmethod
-    def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        return {**super().settled(stock, row), "weight": row.get("weight"), "eps": row.get("eps"),
-                "shape": row.get("shape")}  # fmt: skip
-
     def block_reason(self) -> Optional[str]:
         known = self.peft_ext_known
         if known.weight:
@@ -132,12 +122,15 @@ class FloatLayerNorm(Norm):
         shape = getattr(self, known.shape)
         return None if type(shape) is tuple and len(shape) == 1 else f"its {known.shape} is {shape}, wanted one number"
 
+    def call_reason(self, x: Tensor) -> Optional[str]:
+        return kernel_reason("layer_norm", x.device.type)
+
     def _fused(self, x: Tensor) -> Tensor:
         known = self.peft_ext_known
         weight = self._parameters[known.weight] if known.weight else None
         shape = getattr(self, known.shape) if weight is None else tuple(weight.shape)
         y = None
-        if x.shape[-1:] == shape and not kernel_reason("layer_norm", x.device.type):
+        if x.shape[-1:] == shape and self.call_reason(x) is None:
             if weight is None:  # F.layer_norm, which the class calls, returns a contiguous result
                 return ops.layer_norm(x, None, None, float(known.eps))
             y = _with_strides_of(x, lambda x: ops.layer_norm(x, weight, None, getattr(self, known.eps)))
@@ -162,11 +155,14 @@ class LayerNorm(Norm):
             return "autocast takes it in float32"
         return self._norm_reason("layer_norm", self.eps, "weight", "bias")
 
+    def call_reason(self, x: Tensor) -> Optional[str]:
+        return self._of_two_dtypes(x, self._parameters["weight"])
+
     def _fused(self, x: Tensor) -> Tensor:
         weight = self._parameters["weight"]
         few = x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() < LEAST.get(x.dtype, 0)
         # PyTorch's layer_norm runs for few elements, and where dtype or shape do not fit. For a wrong dtype or shape,
         # PyTorch's layer_norm raises its own error, or computes with two dtypes.
-        if few or x.dtype is not weight.dtype or x.shape[-1:] != self.normalized_shape:
+        if few or x.shape[-1:] != self.normalized_shape or self.call_reason(x) is not None:
             return nn.LayerNorm.forward(self, x)
         return ops.layer_norm(x, weight, self._parameters["bias"], self.eps)

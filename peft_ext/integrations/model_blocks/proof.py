@@ -374,9 +374,8 @@ def fused_forward(cls: type, row: Row, form: Form, module: Any) -> Callable:
     fused.__dict__ = module.__dict__
     if row.kind == "attention":
         return fused._rotary_forward
-    for _, why in fused.block_parts():
-        if why is not None:
-            raise RuntimeError(why)
+    if (why := fused.block_reason()) is not None:
+        raise RuntimeError(why)
     return fused._fused
 
 
