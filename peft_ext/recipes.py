@@ -29,6 +29,7 @@ from .methods import METHODS, make_config, method_config
 from .model import get_peft_model, load_adapter
 from .quantize import quantize_nf4
 from .recommend import recommend_peft_method
+from .run.causal_loss import check_causal_loss
 from .run.data import IGNORED, Corpus, read_records, tokenize
 from .run.errors import RunError
 from .sources.model import load_tokenizer, text_targets
@@ -186,6 +187,7 @@ def train_with_peft(
     further = {"ADALORA": AdaLoraCallback, "DIFF_PRUNING": DiffPruningCallback}
     callbacks = [further[kind]()] if kind in further else []
     examples = _tokenized(train_dataset, tokenizer, block_size)
+    check_causal_loss(model, examples)
     trainer = TokenMeanTrainer(model, args, collator, examples, callbacks=callbacks)
     PeftExtCallback().attach(trainer)
     done = trainer.train()

@@ -31,6 +31,7 @@ from ..sources.model import base_model, beside_text, loading_arguments, widen
 from ..text import dtype_name
 from ..weights.quantizers import PACKED_FORMATS
 from . import checkpoints, evaluate, shard
+from .causal_loss import check_causal_loss
 from .config import FILE as CONFIG_FILE
 from .config import write_config
 from .data import IGNORED, Order
@@ -146,6 +147,8 @@ def train(run: Run) -> Result:
     held = memory_of(torch.device("cpu"))[2] / 2**20
     with run.phase("load"):
         model = _sharded(run) if run.sharded else load_base(run)
+        with raised_as(RunError, f"--model {run.options.model}: ", RunError):
+            check_causal_loss(model, run.examples.train)
     peak = peak_memory_mib()
     growths = run.ranks.gather(None if peak is None else round(peak - held, 1))
     with run.phase("evaluate before"), shard.without_adapter(run, model):
