@@ -33,6 +33,7 @@ from ..sources.model import (
     check_model_config,
     find_folder,
     load_tokenizer,
+    most_tokens,
     pack_as_stored,
     quant_method,
     stored_quant,
@@ -142,8 +143,7 @@ class Run:
     @property
     def room(self) -> float:
         """Most tokens that the model takes; infinity where the configuration has no limit."""
-        room = getattr(self.config, "max_position_embeddings", None)
-        return room if isinstance(room, int) and room > 0 else math.inf  # XLNet's max_position_embeddings is -1
+        return most_tokens(self.config)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -55,7 +55,8 @@ class TokenMeanTrainer(Trainer):
         count = self._count(inputs)  # compute_loss may remove the labels from the inputs
         found = super().compute_loss(model, inputs, return_outputs)
         loss = found[0] if return_outputs else found
-        weight = count * self.current_gradient_accumulation_steps / num_items_in_batch
+        # A step without labels has the loss 0.
+        weight = count * self.current_gradient_accumulation_steps / num_items_in_batch.clamp(min=1)
         if self._counts_all:
             weight = weight * self.accelerator.num_processes
         # The mean over the labels of a batch without labels is NaN.

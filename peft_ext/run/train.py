@@ -522,6 +522,8 @@ def _describe(run: Run) -> None:
         log.info(f"data: {examples.truncated} examples longer than --block-size {o.block_size} were cut")
     if examples.left_out:
         log.info(f"data: {examples.left_out} without a completion within --block-size {o.block_size} were left out")
+    if examples.rest:
+        log.info(f"data: {examples.rest} tokens at the end of the texts, which fill no block, were left out")
     log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
     if run.ranks.world == 1 and (gpus := torch.cuda.device_count()) > 1:
         log.info(f"one of {gpus} GPUs is used: torchrun --standalone --nproc-per-node {gpus} -m peft_ext uses all")
