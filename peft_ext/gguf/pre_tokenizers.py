@@ -113,7 +113,8 @@ def check_pre_tokenizer(header: GgufHeader) -> None:
         raise header.error(
             f"{_KEY} is {name!r:.60}, whose way to split text into words is not known, wanted one of "
             f"{', '.join(sorted(_EXPRESSIONS))}; peft_ext.load_gguf loads the model without the tokenizer, and "
-            "transformers' AutoTokenizer loads the tokenizer from the folder of the model that was converted to GGUF"
+            "transformers' AutoTokenizer, or peft-ext finetune --tokenizer, loads the tokenizer from the folder of the "
+            "model that was converted to GGUF"
         )
 
 

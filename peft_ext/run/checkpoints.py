@@ -333,6 +333,12 @@ def _set_aside(o: Options) -> None:
     names = list(ADAPTER_FILES) if of_run or whole else []
     if of_run:
         names += ["report.html", *[CONFIG_FILE] * may_write_config(o), *[EXPORTED_FILE] * (old_export(o) is not None)]
+        found = read_record(o).get("tokenizer_files")
+        names += (
+            [name for name in found if isinstance(name, str) and Path(name).name == name]
+            if isinstance(found, list)
+            else []
+        )
         names.append("run.json")  # removed last, because only run.json shows that the other files are those of a run
     there = [name for name in names if (o.output / name).is_file()]
     if whole:
