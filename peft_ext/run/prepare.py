@@ -208,6 +208,9 @@ def prepare(
     if checkpoint is not None and (done := checkpoints.step_of(checkpoint)) > run.steps:
         raise RunError(f"--resume: {checkpoint.name} has {done} steps, more than the {run.steps} steps of this run; "
                        f"wanted at least {done} steps, or the folder of that checkpoint removed")  # fmt: skip
+    if 1 <= options.warmup >= run.steps:
+        log.warning(f"--warmup {options.warmup:g}: the run has {run.steps} steps, so that the learning rate stays "
+                    f"below {options.learning_rate:g}")  # fmt: skip
     if options.method == "diff-pruning" and pruning_step(run) > run.steps:
         raise RunError(f"--method diff-pruning with one step and --warmup {options.warmup:g}: the learning rate of the "
                        "first step is 0, so pruning would keep nothing; wanted more steps, or --warmup 0")  # fmt: skip

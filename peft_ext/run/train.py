@@ -174,7 +174,8 @@ def train(run: Run) -> Result:
             "resumed": resumed,
         }  # fmt: skip
         if run.options.tokenizer is not None and run.ranks.speaks:  # the commands chat and merge read it there
-            saved = run.tokenizer.save_pretrained(run.options.output)
+            with raised_as(RunError, f"{run.options.output}: the tokenizer can't be saved (", Exception, after=")"):
+                saved = run.tokenizer.save_pretrained(run.options.output)
             record.results["tokenizer_files"] = sorted(Path(file).name for file in saved if Path(file).is_file())
         writes_config = run.ranks.speaks and checkpoints.may_write_config(run.options)
         record.write()  # a restarted process recognizes its run by run.json

@@ -526,3 +526,10 @@ def test_the_memory_of_a_process_with_a_share_of_the_base(quant, tiny: Path, tmp
     scales = memory.quantization
     assert (alone.frozen - scales) / 3 < third.frozen - scales < 0.37 * (alone.frozen - scales)
     assert third.shards == 3 and third.gathered > 0 and third.other > 0
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(2.0, True), (1.0, False), (0.5, False)])
+def test_a_warmup_of_the_whole_run(tiny: Path, tmp_path: Path, warmup: float, told: bool, caplog: Any) -> None:
+    caplog.set_level("WARNING", "peft_ext.run")
+    prepare(options_of(tiny, tmp_path / "run", warmup=warmup, quant="none"))
+    assert ("--warmup 2: the run has 2 steps, so that the learning rate stays below 0.0002" in caplog.text) is told
