@@ -29,9 +29,10 @@ from .methods import METHODS, make_config, method_config
 from .model import get_peft_model, load_adapter
 from .quantize import quantize_nf4
 from .recommend import recommend_peft_method
+from .run.causal_loss import check_causal_loss
 from .run.data import IGNORED, Corpus, read_records, tokenize
 from .run.errors import RunError
-from .sources.model import load_tokenizer, text_targets
+from .sources.model import base_model, load_tokenizer, most_tokens, text_targets
 
 __all__ = [
     "apply_lora_to_model",
@@ -143,7 +144,8 @@ def train_with_peft(
         adapter_dir: the folder into which the trained adapter is saved.
         block_size: most tokens of a training example, at least 2. Texts are joined and divided into blocks of
             ``block_size`` tokens. A longer conversation, or prompt and completion, is cut, and is left out if its
-            completion begins after the cut; a warning has the numbers. Rows with ``input_ids`` are not cut.
+            completion begins after the cut; a warning has the numbers. The tokens after the last whole block of texts
+            are left out, with a warning where they are many. Rows with ``input_ids`` are not cut.
         arguments: further TrainingArguments. The defaults are 3 epochs, batches of 4 examples, 4 batches for each
             optimizer step, and a learning rate of 2e-4 after 100 steps of warm-up.
 
@@ -156,8 +158,9 @@ def train_with_peft(
     Raises: TypeError if ``model`` has no adapter; ValueError if ``block_size`` is less than 2; peft_ext.run.RunError if
     the rows of ``train_dataset`` have neither ``input_ids`` nor columns for text, for prompt and completion, or for
     messages, if a row lacks a column that other rows have, if a row with ``input_ids`` has a list of numbers in a
-    column of another name, if the columns of a row differ in length, or if no completion begins within ``block_size``
-    tokens.
+    column of another name, if the columns of a row differ in length, if no completion begins within ``block_size``
+    tokens, if an example has more tokens than the model takes, virtual tokens counted, if all labels are -100, or if
+    the loss of a causal language model is not the mean cross-entropy of the next tokens.
     """
     from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
@@ -186,6 +189,8 @@ def train_with_peft(
     further = {"ADALORA": AdaLoraCallback, "DIFF_PRUNING": DiffPruningCallback}
     callbacks = [further[kind]()] if kind in further else []
     examples = _tokenized(train_dataset, tokenizer, block_size)
+    _check_room(model, examples)
+    check_causal_loss(model, examples)
     trainer = TokenMeanTrainer(model, args, collator, examples, callbacks=callbacks)
     PeftExtCallback().attach(trainer)
     done = trainer.train()
@@ -225,7 +230,11 @@ def _load(name: Union[str, Path]) -> nn.Module:
 
 
 def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> list[dict[str, Any]]:
-    """Returns rows as examples with ``input_ids`` and labels. Warns if a record has more than ``block_size`` tokens."""
+    """Returns rows as examples with ``input_ids`` and labels.
+
+    Warns if a record has more than ``block_size`` tokens, and if the tokens of texts that fill no block are more than a
+    tenth of the other tokens.
+    """
     rows = [dict(row) for row in rows]
     if not rows or any("input_ids" in row for row in rows):
         # A dataset that was tokenized by `map` still has its texts, which transformers' Trainer removes too.
@@ -234,6 +243,11 @@ def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> li
         return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]
     kind, records = read_records("train_dataset", rows)
     examples = tokenize(Corpus(kind, records, [], "train_dataset"), tokenizer, block_size)
+    if examples.rest > sum(len(row["input_ids"]) for row in examples.train) / 10:
+        warnings.warn(
+            f"train_with_peft: {examples.rest} tokens at the end of the texts, which do not fill a block of "
+            f"{block_size} tokens, were left out", stacklevel=3,
+        )  # fmt: skip
     if examples.truncated or examples.left_out:
         warnings.warn(
             f"train_with_peft: of {len(records)} records, {examples.truncated} were cut at block_size={block_size} "
@@ -241,6 +255,20 @@ def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> li
             stacklevel=3,
         )
     return examples.train
+
+
+def _check_room(model: nn.Module, examples: list[dict[str, Any]]) -> None:
+    """Raises RunError where an example has more tokens than the model takes, or where no example has a label."""
+    config = model.active_peft_config
+    virtual = config.num_virtual_tokens if config.is_prompt_learning else 0
+    room = most_tokens(getattr(base_model(model), "config", None))
+    longest = max((len(row["input_ids"]) for row in examples), default=0)
+    if longest + virtual > room:
+        more = f", and the adapter adds {virtual} virtual tokens" if virtual else ""
+        raise RunError(f"--data train_dataset: an example has {longest} tokens{more}, the model takes at most {room}; "
+                       "wanted shorter rows, or a smaller block_size")  # fmt: skip
+    if examples and all(label == IGNORED for row in examples for label in row["labels"]):
+        raise RunError("--data train_dataset: all labels are -100, which the loss ignores, wanted a label to train on")
 
 
 def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, list[int]]:

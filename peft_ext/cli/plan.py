@@ -53,6 +53,8 @@ def _summary(plan: Plan) -> Any:
     cut = f", {run.examples.truncated:,} cut at {o.block_size} tokens" if run.examples.truncated else ""
     if run.examples.left_out:
         cut += f", {run.examples.left_out:,} left out: no completion begins within {o.block_size} tokens"
+    if run.examples.rest:
+        cut += f", {run.examples.rest:,} tokens left out that fill no block"
     table.add_row("  to train on", f"{len(train):,} {unit}, {plan.train_tokens:,} tokens")
     table.add_row("  held out", f"{len(held_out):,}, {plan.held_out_tokens:,} tokens{cut and '; of all' + cut[1:]}")
     steps = f"{plan.steps:,}, {plan.steps * run.step_examples / len(train):.3g} epochs"

@@ -113,7 +113,8 @@ def check_pre_tokenizer(header: GgufHeader) -> None:
         raise header.error(
             f"{_KEY} is {name!r:.60}, whose way to split text into words is not known, wanted one of "
             f"{', '.join(sorted(_EXPRESSIONS))}; peft_ext.load_gguf loads the model without the tokenizer, and "
-            "transformers' AutoTokenizer loads the tokenizer from the folder of the model that was converted to GGUF"
+            "transformers' AutoTokenizer, or peft-ext finetune --tokenizer, loads the tokenizer from the folder of the "
+            "model that was converted to GGUF"
         )
 
 
@@ -128,8 +129,8 @@ def fit_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
 
     A byte-level BPE tokenizer gets the expressions of the file's ``tokenizer.ggml.pre``, and the file's control tokens
     that transformers has left out (see :func:`_add_tokens`). A tokenizer of SentencePiece puts a space before each text
-    between control tokens, also before a text that begins with a space, and puts no space if the file's
-    ``tokenizer.ggml.add_space_prefix`` is false. The header must have passed :func:`check_pre_tokenizer`.
+    between control tokens, also before a text that begins with a space. This tokenizer and T5's put no space if the
+    file's ``tokenizer.ggml.add_space_prefix`` is false. The header must have passed :func:`check_pre_tokenizer`.
     """
     if (name := _name(header)) is not None:
         _add_tokens(header, tokenizer)
@@ -149,6 +150,11 @@ def fit_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
             else:  # this decoder keeps a space at the start
                 decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
                 backend.decoder = decoders.Sequence(decoder)
+    elif header.get("tokenizer.ggml.model") == "t5" and not header.get("tokenizer.ggml.add_space_prefix", True):
+        # Spaces between words are merged, as in transformers' tokenizer of T5, which puts a space before each word.
+        backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="never")
+        backend.decoder = decoders.Metaspace("▁", prepend_scheme="never")
 
 
 def _add_tokens(header: GgufHeader, tokenizer: Any) -> None:

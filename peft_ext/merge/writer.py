@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,12 +108,16 @@ def write_beside(base: Base, config: PretrainedConfig, adapter: Path, folder: Pa
 
 
 def _files_of_class(source: Path, config: PretrainedConfig) -> list[str]:
-    """Returns the names that the class of the tokenizer in the folder ``source`` gives the files of its vocabulary."""
-    named = [getattr(config, "tokenizer_class", None)]
+    """Returns the names that the class of the tokenizer in the folder ``source`` gives the files of its vocabulary, and
+    the names of files in the folder that tokenizer_config.json lists as ``fast_tokenizer_files``."""
+    about: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        named.append(read_object(source / TOKENIZER_CONFIG).get("tokenizer_class"))
+        about = read_object(source / TOKENIZER_CONFIG)
+    named = [getattr(config, "tokenizer_class", None), about.get("tokenizer_class")]
     classes = [tokenizer_class_from_name(name.removesuffix("Fast")) for name in named if isinstance(name, str)]
-    names: list[Any] = []
+    listed = about.get("fast_tokenizer_files")
+    listed = map(str, listed if isinstance(listed, list) else [])
+    names: list[Any] = [name for name in listed if re.fullmatch(r"tokenizer\.[\w.-]+\.json", name)]
     for found in [*classes, TOKENIZER_MAPPING.get(type(config), None)]:
         with contextlib.suppress(AttributeError, ImportError):  # a class whose package is not installed has no names
             names += found.vocab_files_names.values()

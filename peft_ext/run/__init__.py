@@ -19,7 +19,8 @@ peft_ext.run in reading order::
     launch.py       the process's launcher        ranks.py       what the processes exchange
     shard.py        a base sharded by FSDP2       runner.py      llama.cpp's adapter file
     shard_memory.py memory of a sharded run       demo_model.py  the default model
-    token_mean.py   the loss of an optimizer step
+    token_mean.py   the loss of a step            causal_loss.py  a check of the model's loss
+    tokenizer.py    the tokenizer of a run
 """
 
 from .config import read_config, write_config

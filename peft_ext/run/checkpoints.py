@@ -97,9 +97,7 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
         raise RunError(f"--output {o.output}: {existing} can't be written to: {error.strerror}") from None
     if o.resume:
         return _checkpoint_to_resume(o, ranks or Ranks())
-    if o.output.is_dir() and not all(map(_is_ours, o.output.iterdir())) and not o.overwrite:
-        resume = "--resume continues it, " if saved_checkpoints(o) else ""
-        raise RunError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")
+    _check_empty(o)
     if o.overwrite and _options_of_run(o) is None:
         names = ("run.json", "report.html", *[EXPORTED_FILE] * (o.export is not None))
         foreign = [*(path for name in names if os.path.lexists(path := o.output / name)), *saved_checkpoints(o)]
@@ -107,6 +105,14 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
             raise RunError(f"--overwrite: {foreign[0]} is not of an earlier run, because {o.output} has no run.json of "
                            "a run: move the file or folder away, or choose another --output")  # fmt: skip
     return None
+
+
+def _check_empty(o: Options) -> None:
+    """Raises RunError where the output folder is not empty, unless the options have --resume or --overwrite."""
+    if o.resume or o.overwrite or not o.output.is_dir() or all(map(_is_ours, o.output.iterdir())):
+        return
+    resume = "--resume continues it, " if saved_checkpoints(o) else ""
+    raise RunError(f"--output {o.output}: not empty; {resume}--overwrite starts over, keeping other files")
 
 
 def after_restart(options: Options, ranks: Ranks) -> Options:
@@ -274,6 +280,13 @@ def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator
 def _owned(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator[None]:
     Path(os.path.realpath(o.output)).mkdir(parents=True, exist_ok=True)
     with sole_writer(o.output, 30.0 if ranks.restarts else 0.0):
+        # Another run may have written into the folder, and ended, since the first look at the folder.
+        _check_empty(o)
+        if checkpoint is not None and not ranks.restarts:
+            last = next((found for found in saved_checkpoints(o) if not_whole(found) is None), None)
+            if last != checkpoint:
+                raise RunError(f"--resume: another run has written into {o.output} since this run began: its last "
+                               f"checkpoint is no longer {checkpoint.name}; start the command again")  # fmt: skip
         if o.overwrite:
             _set_aside(o)
         if checkpoint is not None:  # later checkpoints of a killed run must not mix with checkpoints of this run
@@ -333,6 +346,12 @@ def _set_aside(o: Options) -> None:
     names = list(ADAPTER_FILES) if of_run or whole else []
     if of_run:
         names += ["report.html", *[CONFIG_FILE] * may_write_config(o), *[EXPORTED_FILE] * (old_export(o) is not None)]
+        found = read_record(o).get("tokenizer_files")
+        names += (
+            [name for name in found if isinstance(name, str) and Path(name).name == name]
+            if isinstance(found, list)
+            else []
+        )
         names.append("run.json")  # removed last, because only run.json shows that the other files are those of a run
     there = [name for name in names if (o.output / name).is_file()]
     if whole:

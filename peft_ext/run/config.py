@@ -50,6 +50,7 @@ _ELSEWHERE = {
     "max_length": "block_size", "max_seq_length": "block_size", "model_name_or_path": "model",
     "num_train_epochs": "epochs", "output_dir": "output", "peft_method": "method",
     "per_device_train_batch_size": "batch_size", "r": "rank", "target_module": "target_modules",
+    "tokenizer_name_or_path": "tokenizer",
     "warmup_ratio": "warmup", "warmup_steps": "warmup",
 }  # fmt: skip
 

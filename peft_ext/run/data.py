@@ -76,12 +76,14 @@ class Examples:
         truncated: number of conversations that were cut at the block size.
         left_out: number of conversations that were left out, because no token within the
             block size has a loss.
+        rest: number of tokens of texts that were left out, because they do not fill a block.
     """
 
     train: list[Row]
     held_out: list[Row]
     truncated: int = 0
     left_out: int = 0
+    rest: int = 0
 
     @functools.cached_property
     def digest(self) -> str:
@@ -366,13 +368,15 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
 
     The records to hold out may be an empty list.
 
-    Raises RunError where no example is left of the records to train on, or of records to hold out; where the tokenizer
-    has no chat template and a conversation is not one message and the assistant's answer; or where the chat template
-    can't render a conversation.
+    Raises RunError where no example is left of the records to train on, or of records to hold out; where the texts of
+    one side have fewer than two tokens together, so that no token has another before it; where the tokenizer has no
+    chat template and a conversation is not one message and the assistant's answer; or where the chat template can't
+    render a conversation.
     """
     if corpus.kind == "text":
-        sides = [_blocks(texts, tokenizer, block_size) if texts else [] for texts in (corpus.train, corpus.held_out)]
-        return Examples(*sides)
+        (train, rest), (held_out, more) = (_blocks(corpus.where, texts, tokenizer, block_size) if texts else ([], 0)
+                                           for texts in (corpus.train, corpus.held_out))  # fmt: skip
+        return Examples(train, held_out, rest=rest + more)
     render = _renderer(corpus, tokenizer, block_size)
     cut = left_out = 0
     sides = []
@@ -416,18 +420,22 @@ def _bos(tokenizer: Any) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _blocks(texts: list[str], tokenizer: Any, block_size: int) -> list[Row]:
+def _blocks(where: str, texts: list[str], tokenizer: Any, block_size: int) -> tuple[list[Row], int]:
+    """Returns the blocks of the texts, and the number of tokens that were left out."""
     stream: list[int] = []
     bos = _bos(tokenizer)
     for text in texts:
         stream += bos + _ids(tokenizer, text)
         if tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
+    if len(stream) < 2:
+        raise RunError(f"--data {where}: the texts to train on, or those to hold out, have {len(stream)} token(s), "
+                       "wanted at least 2")  # fmt: skip
     # A last block shorter than block_size is left out, unless it is the only block, so that blocks have equal weight.
     last = len(stream) - len(stream) % block_size
     starts = range(0, last, block_size) if last else range(1)
     blocks = [stream[start : start + block_size] for start in starts]
-    return [{"input_ids": block, "labels": list(block)} for block in blocks]
+    return [{"input_ids": block, "labels": list(block)} for block in blocks], len(stream) - sum(map(len, blocks))
 
 
 def _renderer(

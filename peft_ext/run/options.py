@@ -46,6 +46,7 @@ class Options:
     model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, GGUF file, hub name, or "{DEMO_MODEL}".', "Model")
     data: str = _option(PYTHON_DOCS, f'File, folder of files, hub name, or "{PYTHON_DOCS}".', "Data")
     output: Path = _option(Path("outputs/finetune"), "Folder for adapter, report and checkpoints.")
+    tokenizer: Optional[str] = _option(None, "Folder with a tokenizer. Default: the model's.", "Model")
     method: str = _option("lora", f"One of {' '.join(METHODS)}.", "Adapter")
     rank: int = _option(16, "Rank of a low-rank method.", "Adapter", 1)
     alpha: float = _option(32.0, "Scaling of a low-rank method, times the rank.", "Adapter")
@@ -93,13 +94,15 @@ class Options:
     def resolved(self) -> Options:
         """Returns the options with the method's quantization where ``quant`` is None, and with converted types.
 
-        ``output`` becomes a Path, ``model`` and ``data`` become texts, and lists of names become texts with commas.
+        ``output`` becomes a Path; ``model``, ``data`` and ``tokenizer`` become texts; and lists of names become texts
+        with commas.
         """
         quant = METHODS[self.method].quant if self.quant is None else self.quant
         lists: dict[str, Any] = {name: ",".join(value) for name in LISTS
                                  if isinstance(value := getattr(self, name), (list, tuple))}  # fmt: skip
+        words = None if self.tokenizer is None else str(self.tokenizer)
         return dataclasses.replace(self, quant=quant, output=Path(self.output), model=str(self.model),
-                                   data=str(self.data), **lists)  # fmt: skip
+                                   data=str(self.data), tokenizer=words, **lists)  # fmt: skip
 
     def changed(self) -> list[str]:
         """Returns the names of the options whose values differ from the defaults of the method."""

@@ -32,7 +32,7 @@ from ..sources.model import (
     check_index,
     check_model_config,
     find_folder,
-    load_tokenizer,
+    most_tokens,
     pack_as_stored,
     quant_method,
     stored_quant,
@@ -48,6 +48,7 @@ from .launch import check_settings
 from .options import DEFAULT_STEPS, DEMO_MODEL, Options, check_options, check_quant, quant_name
 from .progress import log, quiet, status
 from .ranks import Ranks
+from .tokenizer import check_vocabulary, read_tokenizer
 
 _SHARDED = ("lora", "rslora", "qlora", "dora", "ia3")  # methods whose adapters can be sharded
 
@@ -142,8 +143,7 @@ class Run:
     @property
     def room(self) -> float:
         """Most tokens that the model takes; infinity where the configuration has no limit."""
-        room = getattr(self.config, "max_position_embeddings", None)
-        return room if isinstance(room, int) and room > 0 else math.inf  # XLNet's max_position_embeddings is -1
+        return most_tokens(self.config)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -192,14 +192,14 @@ def prepare(
     run.folder = ranks.first_of_node(lambda: _model_folder(run)) if reads_weights else _packed_folder(run)
     run.config = _read_config(run)
     _check_export(run)
-    with raised_as(RunError, f"--model {options.model}: no tokenizer (", *REFUSALS, after=")"):
-        run.tokenizer = load_tokenizer(run.folder, **run.packed)
+    run.tokenizer = read_tokenizer(options, run.folder, **run.packed)
     if options.block_size > run.room_of_prompts:
         virtual = options.virtual_tokens if run.is_prompt_method else 0
         more = f", and {virtual} virtual tokens (--virtual-tokens)" if virtual else ""
         raise RunError(f"--block-size {options.block_size}{more}: the model takes at most {run.room} tokens")
     with status("tokenizing"):
         run.examples = tokenize(corpus, run.tokenizer, options.block_size)
+    check_vocabulary(options, run.config, run.tokenizer, run.examples)
     if checkpoint is not None:
         checkpoints.check_same_tokens(options, run.examples)
     if options.prompt is not None:
@@ -208,6 +208,9 @@ def prepare(
     if checkpoint is not None and (done := checkpoints.step_of(checkpoint)) > run.steps:
         raise RunError(f"--resume: {checkpoint.name} has {done} steps, more than the {run.steps} steps of this run; "
                        f"wanted at least {done} steps, or the folder of that checkpoint removed")  # fmt: skip
+    if 1 <= options.warmup >= run.steps:
+        log.warning(f"--warmup {options.warmup:g}: the run has {run.steps} steps, so that the learning rate stays "
+                    f"below {options.learning_rate:g}")  # fmt: skip
     if options.method == "diff-pruning" and pruning_step(run) > run.steps:
         raise RunError(f"--method diff-pruning with one step and --warmup {options.warmup:g}: the learning rate of the "
                        "first step is 0, so pruning would keep nothing; wanted more steps, or --warmup 0")  # fmt: skip
@@ -270,6 +273,8 @@ def _check_packages(o: Options) -> None:
     wanted = ["transformers", "peft", "accelerate", *["bitsandbytes"] * needs_bitsandbytes(o)]
     need("finetune", *wanted)
     folder = Path(o.model).expanduser() if o.model != DEMO_MODEL else None
+    if o.tokenizer is not None and not Path(o.tokenizer).expanduser().is_dir():
+        raise RunError(f"--tokenizer {o.tokenizer}: no such folder")
     if folder is None:
         check_demo_model()
     elif gguf_path(o.model) is not None:
@@ -311,8 +316,8 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
 
 
 def facts_of(run: Run) -> dict[str, Any]:
-    """Returns what must be equal in all processes of a run: the options but output, threads, model and data; versions;
-    the data; the model's files; the dtype; and the checkpoint.
+    """Returns what must be equal in all processes of a run: the options but output, threads, model, tokenizer and data;
+    versions; the data; the model's files; the dtype; and the checkpoint.
 
     The facts about a file of weights are the size of the file and the SHA-256 of the file's header, which has the
     tensors' names and shapes.
@@ -320,7 +325,13 @@ def facts_of(run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = {"Python": platform.python_version(), "peft_ext": __version__}
     facts |= versions()
     for option in dataclasses.fields(run.options):
-        if option.name not in ("output", "threads", "model", "data"):  # paths of one file may differ between machines
+        if option.name not in (
+            "output",
+            "threads",
+            "model",
+            "tokenizer",
+            "data",
+        ):  # paths of one file may differ between machines
             facts[f"--{option.name.replace('_', '-')}"] = getattr(run.options, option.name)
     facts["the data of --data, as SHA-256 of the records,"] = run.corpus.digest[:16]
     facts["the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes,"] = run.examples.digest

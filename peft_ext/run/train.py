@@ -31,6 +31,7 @@ from ..sources.model import base_model, beside_text, loading_arguments, widen
 from ..text import dtype_name
 from ..weights.quantizers import PACKED_FORMATS
 from . import checkpoints, evaluate, shard
+from .causal_loss import check_causal_loss
 from .config import FILE as CONFIG_FILE
 from .config import write_config
 from .data import IGNORED, Order
@@ -146,6 +147,8 @@ def train(run: Run) -> Result:
     held = memory_of(torch.device("cpu"))[2] / 2**20
     with run.phase("load"):
         model = _sharded(run) if run.sharded else load_base(run)
+        with raised_as(RunError, f"--model {run.options.model}: ", RunError):
+            check_causal_loss(model, run.examples.train)
     peak = peak_memory_mib()
     growths = run.ranks.gather(None if peak is None else round(peak - held, 1))
     with run.phase("evaluate before"), shard.without_adapter(run, model):
@@ -170,6 +173,10 @@ def train(run: Run) -> Result:
             "held_out": {"examples": len(record.curve), "first": [0, first]},
             "resumed": resumed,
         }  # fmt: skip
+        if run.options.tokenizer is not None and run.ranks.speaks:  # the commands chat and merge read it there
+            with raised_as(RunError, f"{run.options.output}: the tokenizer can't be saved (", Exception, after=")"):
+                saved = run.tokenizer.save_pretrained(run.options.output)
+            record.results["tokenizer_files"] = sorted(Path(file).name for file in saved if Path(file).is_file())
         writes_config = run.ranks.speaks and checkpoints.may_write_config(run.options)
         record.write()  # a restarted process recognizes its run by run.json
         if writes_config:
@@ -519,6 +526,8 @@ def _describe(run: Run) -> None:
         log.info(f"data: {examples.truncated} examples longer than --block-size {o.block_size} were cut")
     if examples.left_out:
         log.info(f"data: {examples.left_out} without a completion within --block-size {o.block_size} were left out")
+    if examples.rest:
+        log.info(f"data: {examples.rest} tokens at the end of the texts, which fill no block, were left out")
     log.info(f"method: {o.method}, {run.trainable:,} trainable parameters")
     if run.ranks.world == 1 and (gpus := torch.cuda.device_count()) > 1:
         log.info(f"one of {gpus} GPUs is used: torchrun --standalone --nproc-per-node {gpus} -m peft_ext uses all")

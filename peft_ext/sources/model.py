@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -214,6 +215,15 @@ def quant_method(about: Any) -> str:
         return gguf_quantization(read_gguf(file, SourceError))
     method = (_quantization_config(about) or {}).get("quant_method")
     return str(getattr(method, "value", method))
+
+
+def most_tokens(about: Any) -> float:
+    """Returns the number of tokens that the text decoder of a model with the configuration ``about`` takes at most;
+    infinity where the configuration has no limit."""
+    text = about.get_text_config(decoder=True) if hasattr(about, "get_text_config") else about
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # max_seq_len: MPT
+    # XLNet's max_position_embeddings is -1.
+    return next((count for count in found if isinstance(count, int) and count > 0), math.inf)
 
 
 def loading_arguments(quant: str) -> dict[str, Any]:

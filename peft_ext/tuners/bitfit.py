@@ -136,6 +136,7 @@ class BitFitModel(ReplacingTuner):
     """
 
     prefix = "bitfit_"
+    trains_biases = True
     tuner_layer_cls = BitFitLayer
 
     def make_plan(self, config: BitFitConfig, model: nn.Module) -> Plan:

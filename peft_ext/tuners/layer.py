@@ -93,8 +93,8 @@ class ReplacingLayer(Wrapper):
     A subclass defines ``adapter_layer_names``, the name of the attribute that holds the adapters, and :meth:`own`.
 
     While ``base_layer`` runs, it holds the adapter's tensors, so only one thread at a time runs a layer. If
-    ``base_layer`` checkpoints its own forward, as a decoder layer of transformers does, the recomputation in the
-    backward uses the same tensors as the forward.
+    ``base_layer`` or a module in it checkpoints a forward, as a decoder layer of transformers and PyTorch's
+    CheckpointWrapper do, the recomputation in the backward uses the same tensors as the forward.
     """
 
     other_param_names = ("names", "tied")
@@ -192,12 +192,12 @@ class ReplacingLayer(Wrapper):
             checkpoints = _checkpoints_of(below)
             tensors = self.replacements(adapter, self.training, x)
             try:
-                for module, func in checkpoints:
-                    module._gradient_checkpointing_func = functools.partial(self._checkpoint, func, tensors)
+                for module, name, func in checkpoints:
+                    setattr(module, name, functools.partial(self._checkpoint, func, tensors))
                 return self._run(tensors, self.base_layer, *args, **kwargs)
             finally:
-                for module, func in checkpoints:
-                    module._gradient_checkpointing_func = func
+                for module, name, func in checkpoints:
+                    setattr(module, name, func)
 
     def _run(self, tensors: dict[str, Tensor], function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Calls ``function`` while ``base_layer`` holds ``tensors`` in place of its own tensors of these names."""
@@ -366,14 +366,17 @@ def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) ->
     return forward
 
 
-def _checkpoints_of(modules: list[nn.Module]) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """Returns the modules of transformers among ``modules`` that checkpoint a forward, each with the function by which
-    it does so."""
+def _checkpoints_of(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
+    """Returns the modules among ``modules`` that checkpoint a forward, each with the function by which it does so and
+    the name of the attribute that holds the function. The modules are transformers' layers, and PyTorch's
+    CheckpointWrapper."""
     found = []
     for module in modules:
         func = module.__dict__.get("_gradient_checkpointing_func")
         if func is not None and getattr(module, "gradient_checkpointing", False):
-            found.append((module, func))
+            found.append((module, "_gradient_checkpointing_func", func))
+        if "_checkpoint_wrapped_module" in module._modules and "checkpoint_fn" in module.__dict__:
+            found.append((module, "checkpoint_fn", module.checkpoint_fn))
     return found
 
 

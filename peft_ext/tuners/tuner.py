@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,10 +35,25 @@ class Wrapper(nn.Module, BaseTunerLayer):
         return self._read(name)
 
 
+# The expressions of transformers' Trainer for the names of parameters that get no weight decay.
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|_)norm$")
+
+
 class Tuner(BaseTuner):
     """PEFT's BaseTuner for methods whose adapters are modules and whose targets may be other than linear layers."""
 
     target_module_mapping: dict[str, list[str]] = {}
+    trains_biases = False  # whether the method trains biases alone, to which Trainer applies no weight decay
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        named_so = not self.trains_biases and _NO_DECAY.search(adapter_name.lower())
+        if named_so and not self.peft_config[adapter_name].inference_mode:
+            warnings.warn(
+                f"{type(self).__name__}: transformers' Trainer applies no weight decay to the adapter "
+                f"{adapter_name!r}, because the name reads as that of a bias or of a norm; wanted another name",
+                stacklevel=2,
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's _replace_module reads the weight of the replaced module, and a feed-forward block has no weight.

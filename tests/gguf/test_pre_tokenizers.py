@@ -149,6 +149,15 @@ def test_a_space_before_the_text(architecture: str, prefix: bool | None, tokens:
     assert tokenizer.decode(tokenizer(" ab")["input_ids"]) == " ab"
 
 
+@pytest.mark.parametrize(("prefix", "tokens"), [(None, ["▁ab", "▁a"]), (True, ["▁ab", "▁a"]), (False, ["ab", "▁a"])])
+def test_a_space_before_a_text_of_t5(prefix: bool | None, tokens: list[str], tmp_path: Path) -> None:
+    file = write_sentencepiece(tmp_path / "a.gguf", prefix, "t5", "t5")
+    tokenizer = read_tokenizer(read_header(file))
+    for text in ("ab a", " ab  a", "ab\na "):
+        assert tokenizer.tokenize(text) == tokens
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == "ab a"
+
+
 def test_smollm2(tmp_path: Path) -> None:
     """The tokenizer of SmolLM2's own tokenizer.json splits by Digits and ByteLevel."""
     file = smollm2()

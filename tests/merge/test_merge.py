@@ -328,6 +328,21 @@ def test_files_that_the_tokenizers_class_names_come_along(made, tmp_path, kind, 
     }  # fmt: skip
 
 
+def test_files_that_the_tokenizer_lists_come_along(made, tmp_path):
+    """Only names such as tokenizer.4.0.json, which transformers reads, so that no list replaces another file."""
+    base, adapter = made("Llama", lora("q_proj"))
+    listed = ["tokenizer.json", "tokenizer.4.0.json", "tokenizer.5.json", "notes.json", "model.safetensors",
+              "../tokenizer.x.json", 5]  # fmt: skip
+    (base / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": listed}))
+    for name in ("tokenizer.json", "tokenizer.4.0.json", "notes.json"):
+        (base / name).write_text("{}")
+    merge_to_dense(base, adapter, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.json")} == {
+        "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.4.0.json",
+    }  # fmt: skip
+    assert (tmp_path / "out/model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
+
+
 def test_the_adapters_tokenizer_is_written_where_it_has_one(made, tiny, tmp_path, capsys):
     base, adapter = made("Llama", lora("q_proj"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")

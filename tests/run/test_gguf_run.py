@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -156,3 +157,57 @@ def test_a_damaged_file_is_refused_at_the_start(gguf: Path, tmp_path: Path, caps
     assert not (tmp_path / "run").exists()
     assert main(["finetune", "--model", str(tmp_path / "none.gguf"), "--output", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"error: --model {tmp_path / 'none.gguf'}: no such file\n"
+
+
+def test_a_file_of_an_unknown_pre_tokenizer_gets_its_tokenizer_from_a_folder(
+    gguf: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The run saves the tokenizer beside the adapter, where chat and merge find it. A run that replaces this run
+    removes the tokenizer."""
+    from tiny_gguf import write_tiny_gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    keys = {"tokenizer.ggml.scores": [0.0] * 258, "tokenizer.ggml.pre": "tomorrow"}
+    write_tiny_gguf(tmp_path / "model", model, "Q8_0", tokenizer, keys)
+    shutil.copy(tiny / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    output, named = tmp_path / "run", ("--tokenizer", str(tiny / "model"))
+
+    def refusal(*options: str) -> str:
+        assert finetune(tmp_path, output, *options, steps=1) == 2 and not output.exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "tokenizer.ggml.pre is 'tomorrow', whose way to split text" in refusal() and "--tokenizer" in refusal()
+    assert refusal("--tokenizer", "nowhere") == "error: --tokenizer nowhere: no such folder"
+    (tmp_path / "empty").mkdir()
+    assert f"--tokenizer {tmp_path / 'empty'}: no tokenizer (" in refusal("--tokenizer", str(tmp_path / "empty"))
+    turned = json.loads((tiny / "model/tokenizer.json").read_text())
+    vocabulary = turned["model"]["vocab"]
+    turned["model"]["vocab"] = {token: number if number < 2 else 259 - number for token, number in vocabulary.items()}
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "turned")
+    (tmp_path / "turned/tokenizer.json").write_text(json.dumps(turned))
+    assert "its token 2 is" in refusal("--tokenizer", str(tmp_path / "turned"))
+
+    assert finetune(tmp_path, output, *named, steps=1) == 0
+    assert report(output)["options"]["tokenizer"] == named[1]
+    assert main(["chat", "--adapter", str(output), "--prompt", "hello", "--max-new-tokens", "2"]) == 0
+    assert main(["merge", "--adapter", str(output), "--output", str(tmp_path / "merged")]) == 0
+    words = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert words("What is 2?")["input_ids"] == tokenizer("What is 2?")["input_ids"]
+    saved = report(output)["tokenizer_files"]
+    assert "tokenizer.json" in saved and all((output / name).is_file() for name in saved)
+    shutil.copy(gguf / "model", tmp_path / "model")
+    assert finetune(tmp_path, output, "--overwrite", steps=1) == 0
+    assert not any((output / name).exists() for name in saved) and "tokenizer_files" not in report(output)
+
+
+def test_a_token_beyond_the_model_s_vocabulary(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.add_tokens(["plus"])
+    tokenizer.save_pretrained(tmp_path / "words")
+    assert finetune(tiny, tmp_path / "run", "--tokenizer", str(tmp_path / "words")) == 2
+    message = "the tokenizer gives 'plus' the number 258, wanted less than 258, the size of the model's vocabulary"
+    assert message in capsys.readouterr().err

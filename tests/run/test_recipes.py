@@ -162,6 +162,37 @@ def test_records_that_are_too_long_are_counted(model):
     assert [len(row["input_ids"]) for row in texts] == [20, 20, 20]  # 62 tokens: an end token follows each text
     with pytest.raises(RunError, match="no completion begins within 4 tokens"):
         recipes._tokenized(rows[:1], tokenizer, 4)
+    with pytest.warns(UserWarning, match="22 tokens at the end of the texts, which do not fill a block of 40 tokens"):
+        assert len(recipes._tokenized([{"text": "a" * 61}], tokenizer, 40)) == 1
+
+
+def test_examples_that_the_model_does_not_take(model, tmp_path):
+    """The tiny model takes 256 tokens, virtual tokens counted."""
+    folders = {"output_dir": tmp_path / "out", "adapter_dir": tmp_path / "adapter", "use_cpu": True}
+    adapted, tokenizer = recipes.setup_peft_training(model, "prompt", num_virtual_tokens=4)
+    for rows, block_size, why in (
+        ([{"text": "a" * 300}], 254,
+         "an example has 254 tokens, and the adapter adds 4 virtual tokens, the model takes at most 256"),
+        ([{"input_ids": [3] * 253}], 8, "an example has 253 tokens"),
+        ([{"input_ids": [3, 4], "labels": [-100, -100]}], 8, "all labels are -100, which the loss ignores"),
+    ):  # fmt: skip
+        with pytest.raises(RunError, match=f"train_dataset: {why}"):
+            recipes.train_with_peft(adapted, tokenizer, rows, block_size=block_size, **folders)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_step_without_labels(model, tmp_path):
+    """The loss of such a step is 0, and the adapter stays finite."""
+    adapted, tokenizer = recipes.setup_peft_training(model, "lora", r=4)
+    rows = [{"input_ids": [3, 4, 5], "labels": [-100] * 3}, {"input_ids": [3, 4, 5]}]
+    done = recipes.train_with_peft(
+        adapted, tokenizer, rows, output_dir=tmp_path / "out", adapter_dir=tmp_path / "adapter", max_steps=2,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, warmup_steps=0, save_strategy="no", use_cpu=True,
+        logging_nan_inf_filter=False,
+    )  # fmt: skip
+    assert 0 < done.training_loss < 10
+    assert all(p.isfinite().all() for p in adapted.parameters())
+    assert any(p.any() for name, p in adapted.named_parameters() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("block_size", [0, 1])

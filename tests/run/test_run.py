@@ -20,6 +20,7 @@ from tiers import first
 from transformers import AutoModelForCausalLM
 
 import peft_ext
+from peft_ext.files import seal
 from peft_ext.methods import KINDS, METHODS, make_config, method_config
 from peft_ext.run import Options, RunError, dry_run, finetune, train
 from peft_ext.run.checkpoints import check_output, may_write_config, own_output
@@ -197,6 +198,27 @@ def test_overwrite_removes_nothing_where_no_run_was(tmp_path):
             check_output(replace(options, export="gguf"))
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert check_output(replace(options, export="gguf")) is None
+
+
+def test_another_run_that_began_and_ended_meanwhile(tiny, tmp_path):
+    """The folder was empty, or had an earlier last checkpoint, when the run looked at the folder first."""
+    options = options_of(tiny, tmp_path / "run")
+    assert check_output(options) is None
+    checkpoint, later = (tmp_path / f"run/checkpoints/checkpoint-{step}" for step in (2, 4))
+    for folder in (checkpoint, later):
+        folder.mkdir(parents=True)
+        (folder / "a").write_text("a")
+        seal(folder)
+    with pytest.raises(RunError, match="not empty; --resume continues it"), own_output(options, None, Ranks()):
+        pass
+    resumed = replace(options, resume=True)
+    with pytest.raises(RunError, match="another run has written into .*: its last checkpoint is no longer"):
+        with own_output(resumed, checkpoint, Ranks()):
+            pass
+    assert later.is_dir()
+    (later / "a").write_text("b")  # a later checkpoint that is not whole is removed
+    with own_output(resumed, checkpoint, Ranks()):
+        assert checkpoint.is_dir() and not later.exists()
 
 
 def test_resume_needs_the_record_of_the_run(tmp_path):

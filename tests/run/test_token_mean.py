@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers as hf
-from peft import PromptTuningConfig
+from peft import CPTConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from tiers import first
 
@@ -69,7 +69,7 @@ class IgnoresItemsForCausalLM(hf.LlamaForCausalLM):
 
 
 KINDS = {"takes": hf.LlamaForCausalLM, "ignores": IgnoresItemsForCausalLM, "refuses": hf.LlamaForCausalLM,
-         "prompt": hf.LlamaForCausalLM}  # fmt: skip
+         "prompt": hf.LlamaForCausalLM, "cpt": hf.LlamaForCausalLM}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", first(KINDS, ["refuses"]))
@@ -86,6 +86,11 @@ def test_a_recipe_of_more_and_smaller_batches(
         model = KINDS[name].from_pretrained(tiny / "model", dtype=torch.float32)
         if name == "prompt":  # the last virtual token predicts a text's first label, which counts
             config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+            model = peft_ext.get_peft_model(model, config)
+        elif name == "cpt":  # labels of two of the virtual tokens count too, and a weight for each type
+            config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[9, 8, 7, 6, 5], cpt_mask=[1] * 5,
+                               cpt_tokens_type_mask=[1, 2, 3, 4, 4], opt_weighted_loss_type="decay",
+                               opt_loss_decay_factor=0.5)  # fmt: skip
             model = peft_ext.get_peft_model(model, config)
         else:
             model = recipes.apply_lora_to_model(model, rank=4)

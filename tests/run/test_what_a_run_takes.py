@@ -69,6 +69,16 @@ def test_csv_of_long_fields_and_lines_of_windows(tmp_path: Path) -> None:
     assert sorted(corpus.train + corpus.held_out, key=len) == ["y\nz", "x" * 200_000]
 
 
+def test_tokens_of_texts_that_fill_no_block(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny / "model")
+    found = tokenize(Corpus("text", ["a" * 30, "b" * 30], ["c" * 12], "here"), tokenizer, 20)
+    assert [len(row["input_ids"]) for row in found.train] == [20] * 3 and len(found.held_out[0]["input_ids"]) == 13
+    assert found.rest == 2  # an end token follows each text; the held-out text is the only block of its side
+    tokenizer.eos_token = None
+    with pytest.raises(RunError, match="--data here: the texts .* to hold out, have 1 token"):
+        tokenize(Corpus("text", ["a" * 30], ["c"], "here"), tokenizer, 20)
+
+
 def test_a_conversation_is_asked_by_its_user() -> None:
     record = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
     assert Corpus("chat", [record], [record], "here").sample_prompt() == "u"
@@ -516,3 +526,10 @@ def test_the_memory_of_a_process_with_a_share_of_the_base(quant, tiny: Path, tmp
     scales = memory.quantization
     assert (alone.frozen - scales) / 3 < third.frozen - scales < 0.37 * (alone.frozen - scales)
     assert third.shards == 3 and third.gathered > 0 and third.other > 0
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(2.0, True), (1.0, False), (0.5, False)])
+def test_a_warmup_of_the_whole_run(tiny: Path, tmp_path: Path, warmup: float, told: bool, caplog: Any) -> None:
+    caplog.set_level("WARNING", "peft_ext.run")
+    prepare(options_of(tiny, tmp_path / "run", warmup=warmup, quant="none"))
+    assert ("--warmup 2: the run has 2 steps, so that the learning rate stays below 0.0002" in caplog.text) is told

@@ -72,14 +72,14 @@ def all_pairs(characters: str) -> list[tuple[str, str]]:
     return list(itertools.product(characters, characters))
 
 
-def write_sentencepiece(path: Path, prefix: Optional[bool], architecture: str = "llama") -> Path:
+def write_sentencepiece(path: Path, prefix: Optional[bool], architecture: str = "llama", kind: str = "llama") -> Path:
     """Writes a file with a vocabulary of SentencePiece. ``prefix``: the value of ``tokenizer.ggml.add_space_prefix``;
-    None: no such key."""
+    None: no such key. ``kind``: the value of ``tokenizer.ggml.model``."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = ["<unk>", "<s>", "</s>", *bytes_, "▁", "a", "b", "▁a", "ab", "▁ab", "▁b"]
     scores = [0.0] * 259 + [-10.0, -11.0, -12.0, -1.0, -3.0, -2.0, -4.0]
     keys: dict[str, tuple[int, Any]] = {
-        "tokenizer.ggml.model": (STRING, "llama"),
+        "tokenizer.ggml.model": (STRING, kind),
         "tokenizer.ggml.pre": (STRING, "default"),
         "tokenizer.ggml.scores": (ARRAY, (F32, scores)),
         "tokenizer.ggml.bos_token_id": (U32, 1),

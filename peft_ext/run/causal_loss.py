@@ -1,0 +1,112 @@
+"""The check that a causal language model computes the loss of the next token.
+
+Some classes of transformers that are made for other tasks, such as PegasusForCausalLM, XLNetLMHeadModel and
+WhisperForCausalLM, compare the logits at a position with the label at the same position. These classes expect labels
+that the caller has shifted. With the labels of a run, the target of a token would be the token itself, which the model
+has just read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..sources.json_file import raised_as
+from ..sources.model import base_model
+from .data import IGNORED
+from .errors import RunError
+
+_TOKENS = 8  # most tokens of the check's forwards
+# The model's loss may differ from the wanted loss by this share of the distance to the loss without a shift. The bound
+# for rounding is larger where the logits' dtype is narrow, but never above _MOST of that distance.
+_SHARE, _MOST = 0.01, 0.25
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Returns whether the base of ``model`` is a causal language model: it generates text and has no encoder."""
+    base = base_model(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return False
+    return hasattr(base, "can_generate") and bool(base.can_generate())
+
+
+def check_causal_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises RunError if ``model`` is a causal language model whose loss fails, or is not the mean cross-entropy of
+    each token under the logits of the position before the token.
+
+    The check makes three forwards of at most 8 tokens of the longest of ``rows``, without gradients and in evaluation
+    mode. The first forward has no labels. Each of the other two has labels that are chosen from the logits of the
+    first, so that the two losses differ as much as possible from those of a class that does not shift the labels. The
+    check compares the difference of the two losses, in which a term that does not depend on the labels, such as the
+    load-balancing loss of a mixture of experts, cancels.
+
+    The check changes neither the modes of the modules nor the states of PyTorch's random generators. In a sharded
+    model, all processes have to call the function, with equal rows. The base of a prompt method is checked without the
+    virtual tokens.
+    """
+    row = max(rows, key=lambda row: len(row["input_ids"]), default={"input_ids": ()})
+    count = min(len(row["input_ids"]), _TOKENS)
+    if count < 2 or not is_causal(model):
+        return
+    config = getattr(model, "active_peft_config", None)
+    called = base_model(model) if config is not None and config.is_prompt_learning else model
+    device = next(model.parameters()).device
+    inputs = {name: torch.tensor([list(values[:count])], device=device)
+              for name, values in row.items() if name != "labels"}  # fmt: skip
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+
+    def forward(labels: Any = None) -> Any:
+        # Each forward begins with the same states of the generators, and leaves the states as they were.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return called(**inputs, **({} if labels is None else {"labels": labels}))
+
+    with _evaluating(model), torch.no_grad():
+        given = forward().logits[0]
+        logits = given.float()
+        # The difference of the logits that predict a token and those at the token itself. A logit may be -inf.
+        change = (logits[:-1] - logits[1:]).nan_to_num(0.0, 0.0, 0.0)
+        labels = torch.full((2, count), IGNORED, device=device)
+        labels[0, 1:], labels[1, 1:] = change.argmin(-1), change.argmax(-1)
+        if count > 3:
+            labels[:, count // 2] = IGNORED  # the mean leaves out a token without a label
+        with raised_as(RunError, f"{_name(model)}: its loss fails (", ValueError, TypeError, after=")"):
+            losses = [forward(one[None]).loss.float() for one in labels]
+    found = (losses[0] - losses[1]).item()
+    wanted, unshifted = _difference(logits[:-1], labels[:, 1:]), _difference(logits[1:], labels[:, 1:])
+    distance = abs(wanted - unshifted)
+    rounding = 4 * torch.finfo(given.dtype).eps * logits.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    bound = min(max(_SHARE * distance, rounding), _MOST * distance)
+    # If the logits have NaNs, or are nearly equal at all positions, the losses tell nothing.
+    if not distance > rounding or abs(found - wanted) <= bound:
+        return
+    is_unshifted = abs(found - unshifted) <= _MOST * distance
+    what = "the token itself" if is_unshifted else "something else"
+    raise RunError(f"{_name(model)}: its loss compares the logits at each token with {what}, wanted a causal language "
+                   "model whose loss is the mean cross-entropy of the next tokens")  # fmt: skip
+
+
+def _name(model: nn.Module) -> str:
+    return type(base_model(model)).__name__
+
+
+def _difference(logits: Tensor, labels: Tensor) -> float:
+    """Returns the mean cross-entropy of the first row of labels, minus that of the second row."""
+    one, other = (cross_entropy(logits, row, ignore_index=IGNORED) for row in labels)
+    return (one - other).item()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts all modules into evaluation mode, and restores the mode of each module at the end of the block."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
