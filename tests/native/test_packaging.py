@@ -362,6 +362,19 @@ def test_the_release_workflow_builds_tries_and_publishes_all():
     assert "release-check" in publish["steps"][-2]["run"] and "pypi-publish" in publish["steps"][-1]["uses"]
 
 
+def test_make_wheels_installs_what_its_programs_import(tmp_path):
+    """A fresh clone runs `make wheels` without `make setup`, so that .venv has no other packages."""
+    command = ["make", "--no-print-directory", "-n", "wheels", f"VENV={tmp_path}/venv", "WHEEL_PYTHONS=python3.12"]
+    recipe = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    installed = set(re.findall(r"[\w-]+", "\n".join(re.findall(r"venv/bin/pip install (.*)", recipe))))
+    programs = [path for path in map(Path, re.findall(r"tools/\w+\.py", recipe)) if path.name != "system_needs.py"]
+    assert {"limit.py", "wheels.py"} <= {path.name for path in programs}
+    own = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    imported = {module for path in programs
+                for module in re.findall(r"^(?:import|from) (\w+)", (ROOT / path).read_text(), re.MULTILINE)}  # fmt: skip
+    assert imported - own - sys.stdlib_module_names <= installed
+
+
 # --- licences and tools -----------------------------------------------------------------------------------------------
 
 
