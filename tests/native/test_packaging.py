@@ -355,6 +355,7 @@ def test_the_release_workflow_builds_tries_and_publishes_all():
     matrix = jobs["try"]["strategy"]["matrix"]
     floor = ".".join(map(str, stable_abi.TARGET))
     assert matrix["python"] == versions and matrix["torch"] == [f"torch=={floor}.*", "torch"]
+    assert matrix["exclude"] == [{"python": "3.15", "torch": f"torch=={floor}.*"}]  # torch 2.11 ends at Python 3.14
     publish = jobs["publish"]
     assert publish["if"] == jobs["tag"]["if"] == "github.ref_type == 'tag'"
     assert set(publish["needs"]) == jobs.keys() - {"publish"}
@@ -403,3 +404,22 @@ def test_an_extra_is_what_its_names_ask_for():
     found = list(extra.requirements("examples"))
     assert any(text.startswith("trl>=") for text in found) and any(text.startswith("transformers>=") for text in found)
     assert not any("peft_ext" in text for text in found)
+
+
+def test_the_requirements_are_read_where_peft_ext_is_not_installed(tmp_path, monkeypatch):
+    """`make wheels` tries a wheel for 64-bit Arm from an environment without peft_ext."""
+    import extra
+
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(extra, "requires", not_installed)
+    monkeypatch.setattr(extra, "ROOT", tmp_path)
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        extra.declared()
+    of_sdist = tmp_path / "peft_ext.egg-info"
+    of_sdist.mkdir()
+    (of_sdist / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: peft_ext\nVersion: 1.0\n")
+    (of_sdist / "requires.txt").write_text("torch>=2.11\n\n[hf]\npeft>=0.21\n\n[demo]\npeft_ext[hf]\n")
+    assert extra.declared()[0] == "torch>=2.11"
+    assert list(extra.requirements("demo")) == ["peft>=0.21"]
