@@ -139,7 +139,8 @@ def test_python_3_10_finds_the_names_of_wrappers_in_their_source() -> None:
     """Code objects have ``co_qualname`` since Python 3.11. Python 3.10 must find the same names, because they are a part
     of the digest."""
     module = compile(Path(generic.__file__).read_text(), generic.__file__, "exec", dont_inherit=True)
-    codes = [code for code in digest._codes(module) if code is not module]
+    # Python 3.14 and newer compile annotations into functions of their own, which are no wrappers.
+    codes = [code for code in digest._codes(module) if code is not module and code.co_name != "__annotate__"]
     found = {code: digest._qualname_of_source(code) for code in codes}
     assert "can_return_tuple.<locals>.wrapper" in found.values()
     assert digest._qualname_of_source(can_return_tuple(lambda: None).__code__) == "can_return_tuple.<locals>.wrapper"
