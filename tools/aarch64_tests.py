@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import requires
 from pathlib import Path
 
 import extra
@@ -107,7 +106,7 @@ def make_site(version: str) -> None:
         return
     partial = BUILD / "site.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    own = [line for line in requires(extra.PACKAGE) or () if ";" not in line and not line.startswith("torch")]
+    own = [line for line in extra.declared() if ";" not in line and not line.startswith("torch")]
     wheels = [f"torch=={'.'.join(map(str, stable_abi.TARGET))}.*", *own, *extra.requirements("hf"), *OF_TESTS]
     tags = ["manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in range(5, NEWEST_MANYLINUX + 1))]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",

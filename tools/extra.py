@@ -1,23 +1,36 @@
-"""Prints the requirements of extras of the installed peft_ext, so that pip installs these packages without building
-peft_ext.
+"""Prints the requirements of extras of peft_ext, so that pip installs these packages without building peft_ext.
 
 python -m pip install $(python tools/extra.py docs examples)
+
+If peft_ext is not installed, the requirements are those that ``setup.py sdist`` wrote into the checkout.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, distributions, requires
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
 PACKAGE = "peft_ext"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def declared() -> list[str]:
+    """Returns all requirements of peft_ext with their markers."""
+    try:
+        return requires(PACKAGE) or []
+    except PackageNotFoundError:
+        for found in distributions(name=PACKAGE, path=[str(ROOT)]):
+            return found.requires or []
+        raise
 
 
 def requirements(extra: str) -> Iterator[str]:
     """Yields the requirements of ``extra`` and of the extras that it includes."""
-    for requirement in map(Requirement, requires(PACKAGE) or ()):
+    for requirement in map(Requirement, declared()):
         if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue
         if requirement.name.replace("-", "_") == PACKAGE:

@@ -26,6 +26,7 @@ and the summary gpu-<date>.json are written during the run, so that a crash lose
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -60,8 +61,25 @@ is_new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 found |= {{"cuda": torch.version.cuda, "gpu": is_new and torch.cuda.is_available()}}
 if found["gpu"]:
     found |= {{"name": torch.cuda.get_device_name(), "arch": "%d.%d" % torch.cuda.get_device_capability()}}
+elif not is_new:
+    found["why"] = f"torch {{torch.__version__}} is older than 2.11"
+elif torch.version.cuda is None:
+    found["why"] = f"torch {{torch.__version__}} is not a CUDA build"
+else:
+    try:
+        torch.cuda.init()
+        found["why"] = f"torch {{torch.__version__}} sees no GPU"
+    except Exception as error:  # for example, the driver is older than torch's CUDA release
+        found["why"] = f"torch {{torch.__version__}}: {{str(error).partition('. ')[0]}}"
 print(json.dumps(found))
 """
+# pip's index of a torch for an older driver than the torch on PyPI needs: by the driver's newest CUDA release, the newest
+# first. torch 2.11 and newer on PyPI need a driver for CUDA 13.
+OLDER_TORCH = {
+    (12, 8): "https://download.pytorch.org/whl/cu128",
+    (12, 0): "https://download.pytorch.org/whl/cu126",
+}
+PYPI_CUDA = (13, 0)
 PROBE_SECONDS = 90.0  # seconds after which a process that runs PROBE or LOADS is killed
 IMPORT = """
 import json, sys, time
@@ -248,50 +266,81 @@ def driver_is_here() -> bool:
     return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
 
 
+def driver_cuda() -> Optional[tuple[int, int]]:
+    """Returns the newest CUDA release that NVIDIA's driver supports, such as (12, 4). Returns None without a driver."""
+    found = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (found.value // 1000, found.value % 1000 // 10)
+
+
+def torch_arguments(driver: Optional[tuple[int, int]]) -> list[str]:
+    """Returns pip's arguments for a torch that runs with a driver for the CUDA release ``driver``."""
+    index = None
+    if driver is not None and driver < PYPI_CUDA:
+        index = next((url for release, url in OLDER_TORCH.items() if driver >= release), None)
+    return ["torch>=2.11", *(["--index-url", index] if index else [])]
+
+
+def pip_names(missing: Sequence[str], cuda: Optional[str]) -> list[str]:
+    """Returns pip's requirements for the packages ``missing``. cuda-bindings gets the major release of torch's CUDA
+    release ``cuda``, because a newer cuda-bindings looks for a newer NVRTC than torch has.
+    """
+    major = (cuda or "").partition(".")[0]
+    return [f"{name}=={major}.*" if name == "cuda-bindings" and major else name for name in missing]
+
+
 def packages(here: Machine, outcome: Outcome) -> None:
     """Chooses the Python of the next parts: the running Python, .venv, or a new .venv.
 
-    Nothing is installed into the running Python, unless the running Python is .venv's. If torch in the
-    running Python is 2.11 or newer and sees the GPU, a new .venv sees the packages of the running Python, and pip
-    installs only what is missing. If pip
-    fails, for example without a network, the parts run without the missing packages; without torch, no part runs.
+    Nothing is installed into the running Python, unless the running Python is .venv's. If torch in the running Python
+    is 2.11 or newer and sees the GPU, a new .venv sees the packages of the running Python, and pip installs only what
+    is missing. Otherwise pip installs a torch that the driver supports. If pip fails, for example without a network,
+    the parts run without the missing packages; without torch, no part runs.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
     end = here.runner.clock() + outcome.limit
     if here.device == "cpu":
         here.gpu = probe(here.python)
         return
-    found = {python: about for python in (here.python, venv) if (about := probe(python)).get("gpu")}
+    probed = {python: probe(python) for python in dict.fromkeys((here.python, venv))}
+    found = {python: about for python, about in probed.items() if about.get("gpu")}
     if found:
         here.python = min(found, key=lambda python: len(found[python]["missing"]))
         here.gpu = found[here.python]
-    wanted = here.gpu["missing"] if found else ["torch>=2.11", *PACKAGES]
-    if (new or here.python == venv) and (wanted or sanitizer_package(here)):
-        install(here, venv, wanted, end)
+    wanted = [here.gpu["missing"]] if found else [torch_arguments(driver_cuda()), PACKAGES]
+    if (new or here.python == venv) and (any(wanted) or sanitizer_package(here)):
+        probed[venv] = install(here, venv, wanted, end) or probed[venv]
     if not here.gpu:
-        outcome.add((f"no Python has a CUDA build of torch that sees the GPU: {here.python}, {venv}", False))
+        told = (f"{python} ({about.get('why', 'no torch that loads')})" for python, about in probed.items())
+        outcome.add((f"no Python has a CUDA build of torch that sees the GPU: {', '.join(told)}", False))
     elif here.gpu["missing"]:
         outcome.why = f"without {', '.join(here.gpu['missing'])}"
 
 
-def install(here: Machine, venv: str, wanted: Sequence[str], end: float) -> None:
-    """Makes .venv if it is missing, and installs packages there. If the Python of .venv then finds a GPU, the next
-    parts use this Python."""
+def install(here: Machine, venv: str, wanted: Sequence[Sequence[str]], end: float) -> dict:
+    """Makes .venv if it is missing, and runs pip there for each list of arguments in ``wanted``. If the Python of .venv
+    then finds a GPU, the next parts use this Python. Returns the last result of ``probe`` for .venv.
+    """
+    about: dict = {}
     if not VENV.exists():
         wrong, _ = here.runner.run([sys.executable, "-m", "venv", str(VENV)], end - here.runner.clock())
         if wrong:
             shutil.rmtree(VENV, ignore_errors=True)
-            return
+            return about
         if here.gpu:
             (place,) = VENV.glob("lib/python*/site-packages")
             (place / "running_python.pth").write_text("\n".join(here.gpu["path"]) + "\n")
     pip = [venv, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "15"]
-    # compute-sanitizer comes last, because its version depends on the CUDA release of the installed torch.
-    for names in (lambda: wanted, lambda: sanitizer_package(here)):
-        if packages := names():
-            here.runner.run([*pip, *packages], end - here.runner.clock())
+    # The versions of cuda-bindings and of compute-sanitizer, which comes last, depend on the CUDA release of torch.
+    for names in (*wanted, None):
+        if arguments := sanitizer_package(here) if names is None else pip_names(names, here.gpu.get("cuda")):
+            here.runner.run([*pip, *arguments], end - here.runner.clock())
             if (about := probe(venv)).get("gpu"):
                 here.python, here.gpu = venv, about
+    return about
 
 
 def sanitizer_package(here: Machine) -> list[str]:

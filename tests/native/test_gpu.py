@@ -294,16 +294,55 @@ def test_what_is_missing_goes_into_a_venv_or_is_done_without(
 
 
 def test_without_a_cuda_torch_there_is_nothing_to_run(here: Any, pips: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "probe", lambda python: {})
+    told = {sys.executable: {"why": "torch 2.13.0+cpu is not a CUDA build"}}
+    monkeypatch.setattr(gpu, "probe", lambda python: told.get(python, {}))
+    monkeypatch.setattr(gpu, "driver_cuda", lambda: (13, 0))
     found = outcome()
     gpu.packages(here, found)
-    assert found.result == "failed" and found.why.startswith("no Python has a CUDA build of torch that sees the GPU")
-    assert "torch>=2.11" in pips[0]
+    assert found.result == "failed" and found.why == (
+        "no Python has a CUDA build of torch that sees the GPU: "
+        f"{sys.executable} (torch 2.13.0+cpu is not a CUDA build), {gpu.VENV}/bin/python (no torch that loads)"
+    )
+    assert [command[-1] for command in pips] == ["torch>=2.11", gpu.PACKAGES[-1]]
+
+
+@pytest.mark.parametrize(("driver", "index"), [((12, 9), "cu128"), ((12, 8), "cu128"), ((12, 4), "cu126"),
+                                               ((13, 0), None), ((11, 8), None), (None, None)])  # fmt: skip
+def test_an_older_driver_gets_a_torch_that_the_driver_supports(driver: Any, index: Any) -> None:
+    name, *more = gpu.torch_arguments(driver)
+    assert name == "torch>=2.11"
+    assert more == (["--index-url", f"https://download.pytorch.org/whl/{index}"] if index else [])
+
+
+def test_the_release_of_the_driver_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        @staticmethod
+        def cuDriverGetVersion(found: Any) -> int:  # noqa: N802  the driver's name
+            found._obj.value = 12040
+            return 0
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Driver if name == "libcuda.so.1" else pytest.fail(name))
+    assert gpu.driver_cuda() == (12, 4)
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", missing)
+    assert gpu.driver_cuda() is None
+
+
+def test_cuda_bindings_has_the_release_of_torchs_cuda(here: Any, pips: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = {**DESCRIBED, "cuda": "12.6", "missing": ["numpy", "cuda-bindings"]}
+    monkeypatch.setattr(gpu, "probe", lambda python: lacking if python == sys.executable else {})
+    gpu.packages(here, outcome())
+    assert [command[-2:] for command in pips] == [["numpy", "cuda-bindings==12.*"]]
+    assert gpu.pip_names(["cuda-bindings"], None) == ["cuda-bindings"]
 
 
 def test_this_python_is_described() -> None:
     found = gpu.probe(sys.executable)
     assert isinstance(found["missing"], list) and any("site-packages" in place for place in found["path"])
+    assert found["gpu"] or found["why"].startswith("torch ")
     assert gpu.probe("/no/such/python") == {}
 
 

@@ -355,11 +355,25 @@ def test_the_release_workflow_builds_tries_and_publishes_all():
     matrix = jobs["try"]["strategy"]["matrix"]
     floor = ".".join(map(str, stable_abi.TARGET))
     assert matrix["python"] == versions and matrix["torch"] == [f"torch=={floor}.*", "torch"]
+    assert matrix["exclude"] == [{"python": "3.15", "torch": f"torch=={floor}.*"}]  # torch 2.11 ends at Python 3.14
     publish = jobs["publish"]
     assert publish["if"] == jobs["tag"]["if"] == "github.ref_type == 'tag'"
     assert set(publish["needs"]) == jobs.keys() - {"publish"}
     assert publish["permissions"]["id-token"] == "write" and workflow["permissions"] == {"contents": "read"}
     assert "release-check" in publish["steps"][-2]["run"] and "pypi-publish" in publish["steps"][-1]["uses"]
+
+
+def test_make_wheels_installs_what_its_programs_import(tmp_path):
+    """A fresh clone runs `make wheels` without `make setup`, so that .venv has no other packages."""
+    command = ["make", "--no-print-directory", "-n", "wheels", f"VENV={tmp_path}/venv", "WHEEL_PYTHONS=python3.12"]
+    recipe = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    installed = set(re.findall(r"[\w-]+", "\n".join(re.findall(r"venv/bin/pip install (.*)", recipe))))
+    programs = [path for path in map(Path, re.findall(r"tools/\w+\.py", recipe)) if path.name != "system_needs.py"]
+    assert {"limit.py", "wheels.py"} <= {path.name for path in programs}
+    own = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    imported = {module for path in programs
+                for module in re.findall(r"^(?:import|from) (\w+)", (ROOT / path).read_text(), re.MULTILINE)}  # fmt: skip
+    assert imported - own - sys.stdlib_module_names <= installed
 
 
 # --- licences and tools -----------------------------------------------------------------------------------------------
@@ -390,3 +404,22 @@ def test_an_extra_is_what_its_names_ask_for():
     found = list(extra.requirements("examples"))
     assert any(text.startswith("trl>=") for text in found) and any(text.startswith("transformers>=") for text in found)
     assert not any("peft_ext" in text for text in found)
+
+
+def test_the_requirements_are_read_where_peft_ext_is_not_installed(tmp_path, monkeypatch):
+    """`make wheels` tries a wheel for 64-bit Arm from an environment without peft_ext."""
+    import extra
+
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(extra, "requires", not_installed)
+    monkeypatch.setattr(extra, "ROOT", tmp_path)
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        extra.declared()
+    of_sdist = tmp_path / "peft_ext.egg-info"
+    of_sdist.mkdir()
+    (of_sdist / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: peft_ext\nVersion: 1.0\n")
+    (of_sdist / "requires.txt").write_text("torch>=2.11\n\n[hf]\npeft>=0.21\n\n[demo]\npeft_ext[hf]\n")
+    assert extra.declared()[0] == "torch>=2.11"
+    assert list(extra.requirements("demo")) == ["peft>=0.21"]

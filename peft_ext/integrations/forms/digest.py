@@ -17,6 +17,7 @@ import ast
 import builtins
 import dis
 import enum
+import functools
 import hashlib
 import inspect
 import linecache
@@ -146,7 +147,7 @@ class _Walk:
         if _is_wrapper_of(function, _CHECKPOINTS):
             return "checkpointed", _canonical(_tree(function)), self.function(function.__wrapped__, kind)
         if _is_wrapper_of(function, _TRANSPARENT):
-            return "wrapped", function.__code__.co_qualname, self.function(function.__wrapped__, kind)
+            return "wrapped", _qualname(function.__code__), self.function(function.__wrapped__, kind)
         code = function.__code__
         if code in self._seen:
             return "again", self._seen[code]
@@ -357,6 +358,29 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for value in code.co_consts:
         if isinstance(value, types.CodeType):
             yield from _codes(value)
+
+
+@functools.cache
+def _qualname(code: types.CodeType) -> str:
+    """Returns the qualified name under which the source defines a function's code; functools.wraps does not change this
+    name."""
+    return code.co_qualname if sys.version_info >= (3, 11) else _qualname_of_source(code)
+
+
+def _qualname_of_source(code: types.CodeType) -> str:
+    """Returns the qualified name of a function's code for Python 3.10, whose code objects have no ``co_qualname``."""
+    try:
+        module = compile("".join(linecache.getlines(code.co_filename)), code.co_filename, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        raise Unknown(f"{code.co_filename} cannot be parsed") from None
+    names = {module: ""}
+    for outer in _codes(module):
+        is_function = outer.co_flags & inspect.CO_OPTIMIZED
+        for inner in filter(lambda value: isinstance(value, types.CodeType), outer.co_consts):
+            names[inner] = f"{names[outer]}{'.<locals>' * bool(is_function)}.{inner.co_name}".removeprefix(".")
+    if code not in names:
+        raise Unknown(f"the source of {code.co_name} is not the code that runs")
+    return names[code]
 
 
 def _canonical(node: Any) -> Any:
