@@ -34,7 +34,7 @@ from ...text import dtype_name
 from ..adapter_layers import siblings
 from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, plan_of, together
 from ..adapter_layers.reasons import accepts_input, input_reason, kernel_reason, replaced_on_instance
-from ..forms import Row, row_of
+from ..forms import KINDS, Row, row_of
 from .block import Block, device_of
 from .cache import Room, appended, room_for
 
@@ -98,7 +98,9 @@ class Attention(Block):
         # the new function.
         names = inspect.unwrap(stock.forward).__globals__
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
-        return {**super().settled(stock, row), "groups": groups, "cache_name": cache_name, "cache_style": cache_style,
+        empty = dict.fromkeys(KINDS["attention"], "")  # a row of the kind "projections" has inputs alone
+        return {**empty, **super().settled(stock, row), "groups": groups, "cache_name": cache_name,
+                "cache_style": cache_style,
                 "options": tuple(tuple(option.split(":", 1)) for option in row.names("options")),
                 "names": names, "found": {name: names.get(name) for name in (_ROTATES, _EAGER)}}  # fmt: skip
 
