@@ -147,8 +147,7 @@ def train(run: Run) -> Result:
     held = memory_of(torch.device("cpu"))[2] / 2**20
     with run.phase("load"):
         model = _sharded(run) if run.sharded else load_base(run)
-        with raised_as(RunError, f"--model {run.options.model}: ", RunError):
-            check_causal_loss(model, run.examples.train)
+        run.ranks.together(lambda: _check_loss(run, model))
     peak = peak_memory_mib()
     growths = run.ranks.gather(None if peak is None else round(peak - held, 1))
     with run.phase("evaluate before"), shard.without_adapter(run, model):
@@ -310,6 +309,12 @@ def load_base(run: Run) -> Any:
 
         to_linear4bit(model, run.dtype)
     return model
+
+
+def _check_loss(run: Run, model: Any) -> None:
+    """Raises RunError where the loss of the model is not that of the next tokens."""
+    with raised_as(RunError, f"--model {run.options.model}: ", RunError):
+        check_causal_loss(model, run.examples.train)
 
 
 def _sharded(run: Run) -> Any:
