@@ -73,8 +73,8 @@ else:
         found["why"] = f"torch {{torch.__version__}}: {{str(error).partition('. ')[0]}}"
 print(json.dumps(found))
 """
-# pip's index of a torch for an older driver than the torch on PyPI needs: by the driver's newest CUDA release, the newest
-# first. torch 2.11 and newer on PyPI need a driver for CUDA 13.
+# pip's index of a torch for a driver that is too old for the torch on PyPI: by the newest CUDA release that the driver
+# supports, the newest first. torch 2.11 and newer on PyPI need a driver for CUDA 13.
 OLDER_TORCH = {
     (12, 8): "https://download.pytorch.org/whl/cu128",
     (12, 0): "https://download.pytorch.org/whl/cu126",

@@ -26,8 +26,9 @@ from transformers.utils import generic
 from transformers.utils.generic import can_return_tuple
 
 import peft_ext
-from peft_ext.integrations.forms import HEADER, KINDS, TABLE, Row, Unknown, digest, form_of, read_rows, row_of
+from peft_ext.integrations.forms import HEADER, KINDS, TABLE, Row, Unknown, form_of, read_rows, row_of
 from peft_ext.integrations.forms.activations import activation_name, refresh
+from peft_ext.integrations.forms.digest import _codes, _qualname_of_source
 from peft_ext.integrations.model_blocks import proof
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -136,19 +137,19 @@ def test_a_decorator_that_names_a_function_that_it_does_not_call() -> None:
 
 
 def test_python_3_10_finds_the_names_of_wrappers_in_their_source() -> None:
-    """Code objects have ``co_qualname`` since Python 3.11. Python 3.10 must find the same names, because they are a part
-    of the digest."""
+    """Code objects have ``co_qualname`` since Python 3.11. Python 3.10 must find the same names, because the names are
+    a part of the digest."""
     module = compile(Path(generic.__file__).read_text(), generic.__file__, "exec", dont_inherit=True)
     # Python 3.14 and newer compile annotations into functions of their own, which are no wrappers.
-    codes = [code for code in digest._codes(module) if code is not module and code.co_name != "__annotate__"]
-    found = {code: digest._qualname_of_source(code) for code in codes}
+    codes = [code for code in _codes(module) if code is not module and code.co_name != "__annotate__"]
+    found = {code: _qualname_of_source(code) for code in codes}
     assert "can_return_tuple.<locals>.wrapper" in found.values()
-    assert digest._qualname_of_source(can_return_tuple(lambda: None).__code__) == "can_return_tuple.<locals>.wrapper"
+    assert _qualname_of_source(can_return_tuple(lambda: None).__code__) == "can_return_tuple.<locals>.wrapper"
     if sys.version_info >= (3, 11):
         assert found == {code: code.co_qualname for code in codes}
     other = compile("def f():\n    return 1\n", generic.__file__, "exec").co_consts[0]
     with pytest.raises(Unknown, match="not the code that runs"):
-        digest._qualname_of_source(other)
+        _qualname_of_source(other)
 
 
 @pytest.mark.parametrize("kind", [Calls, Answers])

@@ -317,7 +317,7 @@ def test_an_older_driver_gets_a_torch_that_the_driver_supports(driver: Any, inde
 def test_the_release_of_the_driver_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     class Driver:
         @staticmethod
-        def cuDriverGetVersion(found: Any) -> int:  # noqa: N802  the driver's name
+        def cuDriverGetVersion(found: Any) -> int:
             found._obj.value = 12040
             return 0
 

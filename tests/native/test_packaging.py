@@ -371,8 +371,8 @@ def test_make_wheels_installs_what_its_programs_import(tmp_path):
     programs = [path for path in map(Path, re.findall(r"tools/\w+\.py", recipe)) if path.name != "system_needs.py"]
     assert {"limit.py", "wheels.py"} <= {path.name for path in programs}
     own = {path.stem for path in (ROOT / "tools").glob("*.py")}
-    imported = {module for path in programs
-                for module in re.findall(r"^(?:import|from) (\w+)", (ROOT / path).read_text(), re.MULTILINE)}  # fmt: skip
+    texts = [(ROOT / path).read_text() for path in programs]
+    imported = {module for text in texts for module in re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)}
     assert imported - own - sys.stdlib_module_names <= installed
 
 
