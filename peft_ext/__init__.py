@@ -36,7 +36,7 @@ _LAZY = {
     "restore": "integrations.peft",
     "estimate_memory": "memory",
     "explain": "integrations.peft",
-    "register_form": "integrations.model_blocks.proof",
+    "register_form": "verification.proof",
     "PackedConfig": "integrations.packed",
     "load_gguf": "gguf.load",
     "get_peft_model": "model",

@@ -3,7 +3,8 @@ dtype.
 
 compare.py has the public function ``verify`` and its result ``Verification``. twins.py makes three copies of the model:
 the stock and the accelerated copy share the model's weights, and the third copy is in the wider dtype. steps.py runs
-one training step or each block alone, and computes the limit of each error.
+one training step or each block alone, and computes the limit of each error. proof.py has the proof that a formula is
+the code of a class of a model's blocks, which ``register_form`` and ``python -m peft_ext.verification`` run.
 """
 
 from .compare import Compared, Verification, verify

@@ -282,7 +282,7 @@ def check_command(words: list[str]) -> Optional[str]:
         path = ROOT / rest[1].replace(".", "/")
         return None if path.is_dir() or path.with_suffix(".py").is_file() else f"{rest[1]} is no module"
     if program == "python":
-        known = ("pytest", "venv", "pip", "peft_ext.integrations.model_blocks")
+        known = ("pytest", "venv", "pip", "peft_ext.verification")
         return None if rest[1] in known else f"{rest[1]} is no known module"
     if program == "pip":
         extras = re.findall(r"\[(\w+)\]", " ".join(rest))

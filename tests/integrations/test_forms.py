@@ -29,7 +29,7 @@ import peft_ext
 from peft_ext.integrations.forms import HEADER, KINDS, TABLE, Row, Unknown, form_of, read_rows, row_of
 from peft_ext.integrations.forms.activations import activation_name, refresh
 from peft_ext.integrations.forms.digest import _codes, _qualname_of_source
-from peft_ext.integrations.model_blocks import proof
+from peft_ext.verification import proof
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import forms as tool
@@ -608,7 +608,7 @@ def test_a_small_difference_is_a_difference() -> None:
     [("Own", 0, "register_form(Own"), ("Capped", 1, "no formula passes"), ("OwnSiLU", 1, "no formula passes")],
 )
 def test_the_command_that_explain_names(name: str, code: int, said: str) -> None:
-    command = [sys.executable, "-m", "peft_ext.integrations.model_blocks", f"{Path(__file__).stem}:{name}"]
+    command = [sys.executable, "-m", "peft_ext.verification", f"{Path(__file__).stem}:{name}"]
     paths = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
                           env={**__import__("os").environ, "PYTHONPATH": ":".join(paths)})  # fmt: skip

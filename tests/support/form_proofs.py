@@ -1,5 +1,5 @@
 """The proofs of the rows of the table of known forms that ``register_form`` does not accept, beside the proofs of
-:mod:`peft_ext.integrations.model_blocks.proof`: nn.LayerNorm, activations, gates, decoder layers, attention functions
+:mod:`peft_ext.verification.proof`: nn.LayerNorm, activations, gates, decoder layers, attention functions
 of transformers' registry, the loss function, and the ``update`` of a cache.
 
 The tests repeat these proofs, and tools/forms.py draws the table of known forms with them.
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from peft_ext import ops
 from peft_ext.integrations.forms import Form, Row
-from peft_ext.integrations.model_blocks import proof
 from peft_ext.integrations.model_blocks.attention import by_operator
 from peft_ext.integrations.model_blocks.decoder_layer import layer_of_parts
 from peft_ext.integrations.model_blocks.norm import LEAST
-from peft_ext.integrations.model_blocks.proof import CALLS, DTYPES, MAGNITUDES, told, unlike
+from peft_ext.verification import proof
+from peft_ext.verification.proof import CALLS, DTYPES, MAGNITUDES, told, unlike
 
 K, FEATURES = 24, 20
 # The attributes that the forward of a class may read, by the kind of the class's form, beside the values of the
@@ -37,7 +37,7 @@ METHODS = {"gate": "_apply_gate", "cache": "update", "cache_layer": "update"}
 
 def disproof(subject: Any, row: Row, form: Form) -> Optional[str]:
     """Returns why the formula of ``row`` does not stand for the code of a class or function, or None: see
-    :func:`peft_ext.integrations.model_blocks.proof.disproof`."""
+    :func:`peft_ext.verification.proof.disproof`."""
     if row.kind in OF_FUNCTIONS:
         return OF_FUNCTIONS[row.kind](subject)
     if row.kind == "decoder_layer":  # the parts of a decoder layer that its forward reads have any names

@@ -6,7 +6,7 @@ row.
 
 The key of a row is the digest of the code (:mod:`.digest`), not the name of a class. Except for nn.Dropout, a row whose
 formula replaces a computation is in the table only if the formula gave the same values and gradients as the code of a
-class with the form, for extreme inputs and in each dtype (see :mod:`peft_ext.integrations.model_blocks.proof`). Code
+class with the form, for extreme inputs and in each dtype (see :mod:`peft_ext.verification.proof`). Code
 that has no row in the table, and was not registered with ``register_form``, runs unchanged.
 """
 
@@ -114,4 +114,4 @@ def holds_for(row: Row, dtype: Any) -> bool:
 
 def command(subject: Any) -> str:
     """Returns the shell command that tests which known formula a class computes."""
-    return f"python -m peft_ext.integrations.model_blocks {subject.__module__}:{subject.__qualname__}"
+    return f"python -m peft_ext.verification {subject.__module__}:{subject.__qualname__}"

@@ -4,7 +4,7 @@ extreme inputs, in each dtype.
 The proof makes an instance of the class from the formula alone, with layers and random weights that the proof chooses,
 and runs the class's forward and the fused forward. The tests repeat the proof of each row whose formula replaces a
 computation, with one or two classes of the installed transformers that have the row's form. ``register_form`` and the
-command ``python -m peft_ext.integrations.model_blocks`` prove a formula for a class without a known form. This module
+command ``python -m peft_ext.verification`` prove a formula for a class without a known form. This module
 proves the kinds of forms that ``register_form`` accepts; tests/support/form_proofs.py proves the other kinds.
 """
 
@@ -21,10 +21,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from ..forms import KINDS, REGISTERED, Form, Row, Unknown, form_of, holds_for
-from .attention import ALL_ATTENTION_FUNCTIONS
-from .block import class_of
-from .blocks import MIXINS
+from ..integrations.forms import KINDS, REGISTERED, Form, Row, Unknown, form_of, holds_for
+from ..integrations.model_blocks.attention import ALL_ATTENTION_FUNCTIONS
+from ..integrations.model_blocks.block import class_of
+from ..integrations.model_blocks.blocks import MIXINS
 
 __all__ = ["CALLS", "DTYPES", "MAGNITUDES", "PROOFS", "Proof", "disproof", "drawn", "fused_forward", "proposals",
            "proposed", "register_form", "tensors", "told", "unlike"]  # fmt: skip

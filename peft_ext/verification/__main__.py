@@ -1,6 +1,6 @@
 """Tells whether the forward of a class is a known form, and if not, looks for a formula for ``peft_ext.register_form``.
 
-python -m peft_ext.integrations.model_blocks my_package.my_model:MyRMSNorm
+python -m peft_ext.verification my_package.my_model:MyRMSNorm
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 
-from ..forms import Unknown, row_of
+from ..integrations.forms import Unknown, row_of
 from .proof import proposed
 
 
