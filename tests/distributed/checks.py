@@ -259,7 +259,7 @@ def accelerate_before_and_after_wrapping(folder: Path) -> None:
             for model in (before, after):
                 assert_all_fused(model)
                 blocks = peft_ext.explain(model).blocks
-                assert blocks and all(row.fused for row in blocks), blocks
+                assert {row.kind for row in blocks if not row.fused} <= {"decoder layer"} and blocks, blocks
             with counted_calls() as calls:
                 assert train(before) == train(after)
             assert (calls["fused"], calls["stock"]) == (2 * STEPS * LAYERS, 0), calls

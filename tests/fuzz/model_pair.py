@@ -407,10 +407,10 @@ class Pair:
     def call(self, probe: Probe) -> Optional[list[Parts]]:
         """Returns the values of PEFT's model and of the accelerated model; None if both models raise."""
         self.tell(f"  {probe}")
+        for model in (self.stock, self.fused):
+            model.train(probe.training)
         self.share_own_masks()
         if self.drops:
-            for model in (self.stock, self.fused):
-                model.train(probe.training)
             self.share_masks(probe)
         return self.attempt(str(probe), lambda model: measure(model, self.batch, probe, self.dtype))
 
