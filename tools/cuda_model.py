@@ -215,7 +215,7 @@ LAYERS: dict[str, list[str]] = {
                       "launch by PyTorch"],
     "QLoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", "dequantize", "dequantize",
                        *["launch"] * 5, "launch by PyTorch"],
-    "DoRA": ["S", "Y0", "P, dB and dg", "dA", "dX0", "norm", "finish", "g in W or in dY", *["launch"] * 12,
+    "DoRA": ["S", "Y0", "P, dB and dg", "dA", "dX0", "norm", "finish", "g in W or in dY", *["launch"] * 10,
              *["launch by PyTorch"] * 5],
     "IA3": ["finish", "column pass, g and dg", "launch"],
 }  # fmt: skip
