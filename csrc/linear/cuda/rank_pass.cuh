@@ -243,7 +243,7 @@ constexpr int kRankTilesOfBoth = 4;
 // thread accordingly.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
-                                    (kWork == RankWork::kBoth && kRanks > 2)
+                                    (kWork == RankWork::kBoth && kRanks > 2) || (kNf4 && sizeof(T) == 4 && kRanks > 4)
                                 ? 2
                             : kWork == RankWork::kBoth || kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
                                                                                                : 4;
