@@ -32,7 +32,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_kernels import cuda_call  # noqa: F401  a fixture
+from cuda_kernels import cuda_call, launches  # noqa: F401  fixtures
 from tiny_run import tiny  # noqa: F401  a fixture of many folders' tests
 
 from peft_ext import _native

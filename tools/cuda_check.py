@@ -121,7 +121,8 @@ def compare(path: Path, table: str, nvrtc: str, write: bool, archs: list[str], o
     release, which its first line names, is not compared. With ``write``, writes ``table`` (with ``only``, in place of
     the same kernels' rows) and returns no difference.
     """
-    wanted = f"# NVRTC {nvrtc}\n{table}"
+    note = f". {slots.NOTE}" if path == slots.TABLE else ""
+    wanted = f"# NVRTC {nvrtc}{note}\n{table}"
     if write:
         header = wanted.splitlines()[:2]
         rows = wanted.splitlines()[2:]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import slots
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/kernels.md"
 LAUNCH = 2.5e-6  # seconds of a small kernel, nearly all of them for the launch
+PASS = 1e-6  # seconds that each pass adds for its launch, its first wave and its last blocks
 REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
 BLOCK_CYCLES = 1000  # cycles in which a block waits for its first tile and writes its sums, an assumption
 BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of one weight in each packed format, scales included
@@ -43,8 +44,11 @@ class Card:
     """Rates of a GPU.
 
     clock: cycles per second. bandwidth: bytes per second. tensor: 16-bit multiplications of a multiprocessor's tensor
-    cores in a cycle. product: FLOP/s that a large matrix product reaches in practice. l2: bytes per second that L2
-    delivers, a rounded figure of published measurements that nobody has checked for this project.
+    cores in a cycle, with float32 sums (on a GeForce card half as many as with float16 sums). product: FLOP/s that a
+    large matrix product reaches in practice. l2: bytes per second that L2 delivers, a rounded figure of published
+    measurements that nobody has checked for this project. ideal: whether a pass takes nothing but the time to move the
+    bytes of its activations, its weight and its adapters, and a launch takes no time; partial sums and bfloat16 terms
+    are not moved.
     """
 
     arch: str
@@ -54,6 +58,22 @@ class Card:
     tensor: int
     product: float
     l2: float
+    ideal: bool = False
+
+    @property
+    def reached(self) -> float:
+        """Bytes per second that a kernel moves to and from memory."""
+        return self.bandwidth * REACHED
+
+    @property
+    def launch(self) -> float:
+        """Seconds of a small kernel."""
+        return 0.0 if self.ideal else LAUNCH
+
+    @property
+    def overhead(self) -> float:
+        """Seconds that each pass adds to the time of its work."""
+        return 0.0 if self.ideal else PASS
 
 
 # "H100 at 800" has the rates of an H100 at which an adapter takes the largest part of the time: a product at 800
@@ -62,7 +82,7 @@ CARDS = {
     "A100": Card("80", 108, 1.41e9, 2.04e12, 1024, 250e12, 4.0e12),
     "H100": Card("90", 132, 1.755e9, 3.35e12, 1300, 650e12, 5.5e12),
     "H100 at 800": Card("90", 132, 1.755e9, 3.0e12 / REACHED, 1300, 800e12, 5.5e12),
-    "4090": Card("89", 128, 2.52e9, 1.008e12, 512, 150e12, 5.0e12),
+    "4090": Card("89", 128, 2.52e9, 1.008e12, 256, 150e12, 5.0e12),
 }
 
 
@@ -79,7 +99,8 @@ def tile_cycles(loop: dict[str, float], card: Card) -> float:
     """Returns the cycles that a multiprocessor needs for a tile of 64 x 64, if no warp waits for L2 or memory
     bandwidth."""
     products = loop["mma"] * 4 * 2048 / card.tensor
-    warps = loop["blocks"]  # warps of a scheduler: each block has one warp on each scheduler
+    # Warps of a scheduler: each block has one warp on each scheduler, unless `loop` gives another number.
+    warps = loop.get("warps", loop["blocks"])
     return max(loop["slots"], 2 * loop["alu"], 2 * loop["fma"], products, 4 * loop["transactions"],
                loop["alone"] / warps)  # fmt: skip
 
@@ -98,30 +119,36 @@ def terms_of_tile(name: str, rank: int = 16) -> float:
     return 3 * matrix * (0.5 if name.startswith("P") else 1)
 
 
-def over_tiles(name: str, rows: int, columns: int, moved: float, card: Card, work: str | None = None) -> float:
+def over_tiles(
+    name: str, rows: int, columns: int, moved: float, card: Card, work: str | None = None, *, count: int = 1,
+    loop: dict[str, float] | None = None,
+) -> float:  # fmt: skip
     """Returns the seconds of a pass over an activation [rows, columns] that moves ``moved`` bytes.
 
-    ``work`` names how the pass is cut into blocks (see :func:`plan`); without ``work``, all multiprocessors have
-    equally many tiles, and one wave of blocks.
+    ``work`` names how the pass is cut into blocks (see :func:`plan`), or is "tiles" if each tile has a block; without
+    ``work``, all multiprocessors have equally many tiles, and one wave of blocks. ``count``: number of layers that the
+    pass computes from one read of the activation; ``loop`` then has the numbers of a tile and one of the layers.
     """
-    loop = loops(card)[name]
+    if card.ideal:
+        return moved / card.reached
+    loop = loops(card)[name] if loop is None else loop
     tiles, waves = -(-rows // 64) * -(-columns // 64), 1
     busiest = tiles / card.multiprocessors
     if work is not None:
-        blocks, of_block, _ = plan(rows, columns, work)
+        blocks, of_block = (tiles, 1) if work == "tiles" else plan(rows, columns, work)[:2]
         busiest = -(-blocks // card.multiprocessors) * of_block
         waves = -(-blocks // (card.multiprocessors * int(loop["blocks"])))
-    compute = busiest * tile_cycles(loop, card) / card.clock
-    from_l2 = (moved + tiles * terms_of_tile(name)) / card.l2
-    return max(compute, moved / (card.bandwidth * REACHED), from_l2) + (waves - 1) * BLOCK_CYCLES / card.clock + 1e-6
+    compute = busiest * count * tile_cycles(loop, card) / card.clock
+    from_l2 = (moved + tiles * count * terms_of_tile(name)) / card.l2
+    return max(compute, moved / card.reached, from_l2) + (waves - 1) * BLOCK_CYCLES / card.clock + card.overhead
 
 
 def over_memory(moved: float, card: Card) -> float:
-    return moved / (card.bandwidth * REACHED) + 1e-6
+    return moved / card.reached + card.overhead
 
 
 def product(t: int, n: int, k: int, card: Card) -> float:
-    return 2 * t * n * k / card.product + 1e-6
+    return 2 * t * n * k / card.product + PASS
 
 
 def plan(t: int, columns: int, work: str) -> tuple[int, int, int]:
@@ -141,16 +168,19 @@ def plan(t: int, columns: int, work: str) -> tuple[int, int, int]:
     return across * chunks, of_block, chunks * (t if work == "rows" else columns)
 
 
-def partial_sums(t: int, columns: int, rank: int, work: str) -> float:
-    """Returns the bytes of a rank pass's float32 partial sums, each of which is written once and read once."""
-    return 2 * 4.0 * plan(t, columns, work)[2] * rank
+def partial_sums(t: int, columns: int, rank: int, work: str, card: Card | None = None) -> float:
+    """Returns the bytes of a rank pass's float32 partial sums, each of which is written once and read once; 0 for an
+    ideal card."""
+    return 0.0 if card is not None and card.ideal else 2 * 4.0 * plan(t, columns, work)[2] * rank
 
 
 def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> dict[str, float]:
     """Returns the computed seconds of each part of a training step of a bf16 layer [n, k] with ``t`` tokens and a
     float32 adapter of rank ``rank``."""
     x, y, w = 2.0 * t * k, 2.0 * t * n, 2.0 * n * k
-    rows, both, columns = (partial_sums(t, *of) for of in ((k, rank, "rows"), (n, rank, "both"), (k, rank, "columns")))
+    rows, both, columns = (
+        partial_sums(t, *of, card) for of in ((k, rank, "rows"), (n, rank, "both"), (k, rank, "columns"))
+    )
     return {
         "product": product(t, n, k, card),
         "S": over_tiles("S", t, k, x + rows, card, "rows"),
@@ -163,22 +193,30 @@ def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> d
         "dX0, dropout": over_tiles("dX0, dropout", t, k, x + x / 16, card),
         "dequantize": over_memory(BYTES["NF4"] * n * k + w, card),
         "dequantize, MXFP4": over_memory(BYTES["MXFP4"] * n * k + w, card),
-        "norm": over_tiles("W A and the norm", n, k, w, card) + LAUNCH * 3,
+        "norm": over_tiles("W A and the norm", n, k, w + partial_sums(n, k, rank, "rows", card), card, "rows"),
         "P, dB and dg": over_tiles("P, dB and dg", t, n, 2 * y + both, card, "both"),
         "g in W or in dY": over_memory(2 * w if t > k else 2 * y, card),
-        "column pass, g and dg": over_memory(2 * y + 2 * w if t > k else 3 * y, card),
+        # If g scales W, dg is a pass of its own.
+        "column pass, g and dg": over_memory(2 * w, card) + over_memory(2 * y, card) if t > k
+                                 else over_memory(3 * y, card),
         "finish": over_memory(2 * y, card),
-        "launch": LAUNCH,
-    }
+        "launch": card.launch,
+        "launch by PyTorch": card.launch,
+    }  # fmt: skip
 
 
-# The parts of a layer's training step in addition to the frozen layer's two products.
+# The parts of a layer's training step in addition to the frozen layer's two products. A test counts the launches under
+# the emulator, and the operators that PyTorch runs. "launch" is a small kernel of peft_ext: kernels that split matrices
+# into terms and add partial sums, and in DoRA's norm also A Aᵀ and the norm itself. "launch by PyTorch" is a small
+# kernel of PyTorch: the seed of the dropout; DoRA's g, four in the forward and one in the backward.
 LAYERS: dict[str, list[str]] = {
     "LoRA": ["S", "Y0", "P and dB", "dA", "dX0", *["launch"] * 5],
-    "LoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", *["launch"] * 5],
+    "LoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", *["launch"] * 5,
+                      "launch by PyTorch"],
     "QLoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", "dequantize", "dequantize",
-                       *["launch"] * 5],
-    "DoRA": ["S", "Y0", "P, dB and dg", "dA", "dX0", "norm", "finish", "g in W or in dY", *["launch"] * 7],
+                       *["launch"] * 5, "launch by PyTorch"],
+    "DoRA": ["S", "Y0", "P, dB and dg", "dA", "dX0", "norm", "finish", "g in W or in dY", *["launch"] * 10,
+             *["launch by PyTorch"] * 5],
     "IA3": ["finish", "column pass, g and dg", "launch"],
 }  # fmt: skip
 
@@ -191,25 +229,26 @@ def ratio(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> floa
     return (frozen + sum(found[part] for part in LAYERS[method])) / frozen
 
 
+def ideal(card: Card) -> Card:
+    """Returns the card for which the functions of this module compute limits: no kernels with the same passes are
+    faster."""
+    return replace(card, ideal=True)
+
+
 def limit(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> float:
     """Returns what :func:`ratio` would return if each pass over an activation took nothing but the time to move its
     bytes, and the launches between the passes took no time: no kernel with these passes is faster.
     """
-    x, y, w = (moved / (card.bandwidth * REACHED) for moved in (2.0 * t * k, 2.0 * t * n, 2.0 * n * k))
-    times = {
-        **dict.fromkeys(("S", "S, dropout", "dA", "dX0"), x), "Y0": y, "P and dB": y, "P, dB and dg": 2 * y,
-        **dict.fromkeys(("dA, dropout", "dX0, dropout"), x * 17 / 16), "dequantize": w * (1 + BYTES["NF4"] / 2),
-        "norm": w, "finish": 2 * y, "g in W or in dY": 2 * min(w, y),
-        "column pass, g and dg": min(2 * y + 2 * w, 3 * y), "launch": 0.0,
-    }  # fmt: skip
-    frozen = 2 * product(t, n, k, card)
-    return (frozen + sum(times[part] for part in LAYERS[method])) / frozen
+    return ratio(method, ideal(card), t, n, k)
 
 
 def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
     """Returns the seconds of a linear layer's forward with few tokens over NF4 or MXFP4: one launch that reads W once.
     The launch that computes S for an adapter is not counted.
     """
+    read = BYTES[base] * n * k
+    if card.ideal:
+        return (read + 2.0 * tokens * (n + k)) / card.reached
     names = {"NF4": ("NF4, T <= 8", "NF4, T <= 16"), "MXFP4": ("MXFP4, T = 1", "MXFP4, T <= 8")}[base]
     loop = loops(card)[names[tokens > (8 if base == "NF4" else 1)]]
     # Number of weights that one lane would decode if a single warp decoded all weights of a multiprocessor.
@@ -217,22 +256,23 @@ def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
     schedulers, warps = 4, 2 * loop["blocks"]
     cycles = weights * max(loop["slots"] / schedulers, 2 * loop["alu"] / schedulers, loop["transactions"],
                            loop["alone"] / (schedulers * warps))  # fmt: skip
-    read = BYTES[base] * n * k
-    return max(cycles / card.clock, read / (card.bandwidth * REACHED)) + 2e-6
+    return max(cycles / card.clock, read / card.reached) + 2 * PASS
 
 
 def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: bool, rank: int = 16) -> float:
     """Returns the seconds of the pass that computes S (``columns``: dA) of ``count`` layers with one input."""
-    found = loops(card)[("dA" if columns else "S") + " of siblings" + (", dropout" if dropout else "")]
-    # The row in docs/slots.tsv is for three layers, so a block of rank_siblings_kernel has three warps, which are three
-    # quarters of a warp for each scheduler. The same row is used for two layers.
-    loop = found | {"blocks": found["blocks"] * 3 / 4}
-    tiles = -(-t // 64) * -(-k // 64)
-    compute = tiles * count * tile_cycles(loop, card) / card.multiprocessors / card.clock
-    x = 2.0 * t * k
-    moved = x + count * partial_sums(t, k, rank, "columns" if columns else "rows")
-    moved += count * x / 16 if columns and dropout else 0.0
-    return max(compute, moved / (card.bandwidth * REACHED)) + 1e-6
+    name = ("dA" if columns else "S") + " of siblings" + (", dropout" if dropout else "")
+    # The row in docs/slots.tsv is for three layers. A block of rank_siblings_kernel has one warp for each layer, and
+    # with dropout 4 KiB of shared memory for each warp. The counts of a tile and a layer hardly depend on the number of
+    # layers.
+    found = loops(card)[name]
+    shared = int(found["shared"]) - (4096 * (3 - count) if dropout else 0)
+    blocks = slots.resident_blocks(card.arch, 32 * count, int(found["registers"]), shared)
+    loop = found | {"blocks": blocks, "warps": blocks * count / 4}
+    work = "columns" if columns else "rows"
+    moved = 2.0 * t * k + count * partial_sums(t, k, rank, work, card)
+    moved += count * 2.0 * t * k / 16 if columns and dropout else 0.0
+    return over_tiles(name, t, k, moved, card, work, count=count, loop=loop)
 
 
 # The adapted linear layers in a layer of Llama 3 8B, grouped by their input: for each group, the numbers of output
@@ -240,16 +280,22 @@ def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: boo
 LLAMA_LAYER = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
 
 
+LLAMA_HIDDEN = 14336  # width of the hidden state h = act(gate) ∘ up, the input of the last group
+
+
 def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
-    """Returns the time of LLAMA_LAYER with adapters divided by its time without adapters, forward and backward. The
-    two times leave out attention and norms.
+    """Returns the time of LLAMA_LAYER with adapters divided by its time without adapters, forward and backward. Both
+    times leave out what both layers compute alike: attention, rotary positions, norms, and the activation's forward and
+    backward.
 
     Without adapters, separate passes add the gradients of layers with one input. With adapters and ``together``, these
     passes are not needed: one pass writes the sum of the low-rank terms of dX of all layers with one input, and each
     layer's product is added to this sum. One pass over x computes S of all these layers, and one pass computes dA of
-    all these layers. Each small kernel is launched once for all layers.
+    all these layers. Each small kernel is launched once for all layers. With adapters, the backward computes h =
+    act(gate) ∘ up again, which reads and writes three times T x LLAMA_HIDDEN elements: dA of the last layer needs h,
+    which a frozen layer does not need.
     """
-    frozen, adapted = 0.0, 0.0
+    frozen, adapted = 0.0, over_memory(3 * 2.0 * t * LLAMA_HIDDEN, card)
     for outputs, k in LLAMA_LAYER:
         x, count = 2.0 * t * k, len(outputs)
         adds = (count - 1) * over_memory(3 * x, card)
@@ -258,18 +304,16 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
         frozen += products + adds
         low_rank = sum(layer[part] for layer in layers for part in LAYERS[method])
         if together and count > 1:
-            dropped = "dX0, dropout" if "dX0, dropout" in LAYERS[method] else "dX0"
-            low_rank -= sum(layer[dropped] for layer in layers)
-            mask = x / 16 * count if dropped != "dX0" else 0.0
-            tiles = -(-t // 64) * -(-k // 64) * count
-            cycles = tile_cycles(loops(card)["dX0 of a layer among several"], card)
-            low_rank += max(tiles * cycles / card.multiprocessors / card.clock, over_memory(x + mask, card)) + 1e-6
+            drawn = "dX0, dropout" in LAYERS[method]
+            low_rank -= sum(layer["dX0, dropout" if drawn else "dX0"] for layer in layers)
+            moved = x * (1 + count / 16) if drawn else x
+            low_rank += over_tiles("dX0 of a layer among several", t, k, moved, card, "tiles", count=count)
             adds = 0.0
-            drawn = dropped != "dX0"
             for part, columns in (("S", False), ("dA", True)):
                 low_rank -= sum(layer[part + ", dropout" if drawn else part] for layer in layers)
                 low_rank += siblings(card, t, k, count, columns, drawn)
-            low_rank -= (count - 1) * LAYERS[method].count("launch") * LAUNCH
+            small = LAYERS[method].count("launch") + LAYERS[method].count("launch by PyTorch")
+            low_rank -= (count - 1) * small * card.launch
         adapted += products + adds + low_rank
     return adapted / frozen
 
@@ -282,9 +326,14 @@ def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: st
     expert are multiplied in tiles of up to 64 rows.
     """
     moved = (2.0 if base == "bf16" else 0.516) * active * n * k + 2.0 * rows * (n + k)
-    if base == "bf16" and rows >= MANY_ROWS * active:
+    grouped = base == "bf16" and rows >= MANY_ROWS * active
+    if card.ideal:
+        peak = 2.0 * card.tensor * card.multiprocessors * card.clock
+        rate = card.product if grouped else max(card.product, peak)
+        return max(2.0 * rows * n * k / rate, moved / card.reached)
+    if grouped:
         onto = over_memory(4.0 * rows * n, card)
-        return max(2.0 * rows * n * k / card.product, moved / (card.bandwidth * REACHED)) + onto + 1e-6
+        return max(2.0 * rows * n * k / card.product, moved / card.reached) + onto + PASS
     loop = loops(card)["experts, Y" if base == "bf16" else "experts, NF4, Y"]
     tiles = active * -(-rows // active // 64)
     blocks, resident = tiles * -(-n // 128), card.multiprocessors * loop["blocks"]
@@ -298,7 +347,13 @@ def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: st
                     8 * transactions) * min(loop["blocks"], blocks / card.multiprocessors)  # fmt: skip
     waves = -(-blocks // resident)
     cycles = waves * -(-k // 64) * max(slab, 32 * loop["alone"])
-    return max(cycles / card.clock, moved / (card.bandwidth * REACHED)) + 2e-6
+    return max(cycles / card.clock, moved / card.reached) + 2 * PASS
+
+
+# Launches of small kernels in a step of experts: kernels of peft_ext in the forward and in the backward (the rows of
+# each expert, terms, sums of P and S, sums of dA and dB), and kernels of PyTorch. With DoRA, a kernel more for the
+# terms of the norm, a kernel more for the sums of dg, and PyTorch's kernels for g. A test counts the launches.
+EXPERT_LAUNCHES = {"forward": 3, "backward": 5, "norm": 1, "dg": 1, "seed": 1, "g, forward": 4, "g, backward": 1}
 
 
 def experts(
@@ -308,31 +363,37 @@ def experts(
     """Returns the seconds of the forward and of the backward of LoRA (or of DoRA with the norms of its weights) with
     float32 adapters, for experts [n, k] with equally many rows each.
     """
-    bandwidth, padded = card.bandwidth * REACHED, active * -(-rows // active // 64) * 64
+    bandwidth, padded = card.reached, active * -(-rows // active // 64) * 64
     a, b = (4.0 * active * rank * size for size in (k, n))
-    sums = 2 * 4.0 * padded * rank * max(1, min(768 // (padded // 64), -(-k // 64 // 2)))
+    # Bytes of the terms: a rank pass reads A or B as three terms, and a product as two terms, of two bytes a value.
+    terms = 0.0 if card.ideal else 1.0
+    chunks = {size: max(1, min(768 // (padded // 64), -(-size // 64 // 2))) for size in (k, n)}
+    sums = {size: terms * 2 * 4.0 * padded * rank * of for size, of in chunks.items()}
     drawn = ", dropout" if dropout else ""
+    small = {name: count * card.launch for name, count in EXPERT_LAUNCHES.items()}
 
     def over(loop: str, columns: int, moved: float) -> float:
         return over_tiles(loop + drawn if loop + drawn in loops(card) else loop, padded, columns, moved, card)
 
-    # A rank pass reads A or B as three terms, and a product as two terms, of two bytes a value.
-    forward = 2 * LAUNCH + (a * 2.5 + b * 2) / bandwidth + LAUNCH
-    forward += over("S of experts", k, 2.0 * rows * k + a * 1.5 + sums) + experts_product(
-        card, rows, active, n, k, base
-    )
-    backward = 2 * LAUNCH + (b * 2.5 + a * 2) / bandwidth + 3 * LAUNCH
-    backward += over_tiles("S of experts", padded, n, 2.0 * rows * n + b * 1.5 + sums, card)
-    backward += over_tiles("dA of experts", padded, n, 2.0 * rows * n + b, card)
-    backward += over("dA of experts", k, 2.0 * rows * k + a)
-    backward += (2 * a + 2 * b) / bandwidth + experts_product(card, rows, active, k, n, base)
+    forward = small["forward"] + (small["seed"] if dropout else 0.0) + (a + b + terms * (a * 1.5 + b)) / bandwidth
+    forward += over("S of experts", k, 2.0 * rows * k + terms * a * 1.5 + sums[k])
+    forward += experts_product(card, rows, active, n, k, base)
+    backward = small["backward"] + (b + a + terms * (b * 1.5 + a)) / bandwidth
+    backward += over_tiles("S of experts", padded, n, 2.0 * rows * n + terms * b * 1.5 + sums[n], card)
+    backward += over_tiles("dA of experts", padded, n, 2.0 * rows * n + terms * b, card)
+    backward += over("dA of experts", k, 2.0 * rows * k + terms * a + (2.0 * rows * k / 16 if dropout else 0.0))
+    # The last pass over partial sums reads these sums and writes dA and dB.
+    backward += (a + b + terms * (a + b)) / bandwidth + experts_product(card, rows, active, k, n, base)
+    backward += 2.0 * rows * k / 16 / bandwidth if dropout else 0.0  # the product reads the mask's bits
     if dora:
         read = (2.0 if base == "bf16" else 0.516) * active * n * k
         norm = "the norm of experts" if base == "bf16" else "the norm of experts, NF4"
-        forward += LAUNCH + (a + b) * 2 / bandwidth
-        forward += over_tiles(norm, active * n, k, read + (a + b) + 4.0 * active * n, card) + 2.0 * rows * n / bandwidth
-        parts = 4.0 * padded / 64 * n
-        backward += over_memory(3 * 2.0 * rows * n + 2 * parts + 8.0 * active * n, card) + 2 * LAUNCH
+        forward += small["norm"] + small["g, forward"] + (a + b + terms * (a + b)) / bandwidth
+        forward += over_tiles(norm, active * n, k, read + terms * (a + b) + 4.0 * active * n, card)
+        forward += 2.0 * rows * n / bandwidth
+        parts = terms * 4.0 * padded / 64 * n
+        backward += over_memory(3 * 2.0 * rows * n + 2 * parts + 8.0 * active * n, card)
+        backward += small["dg"] + small["g, backward"]
     return forward, backward
 
 
@@ -349,19 +410,19 @@ def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 
     a, b = (4.0 * adapters * rank * size for size in (k, n))
     if t <= FEW:
         # Separate kernels read A and B once. The time of these kernels is added to the time of the product.
-        adapter = 2 * LAUNCH + (a + b) / (card.bandwidth * REACHED)
+        adapter = 2 * card.launch + (a + b) / card.reached
         if base == "NF4":
             # The kernel that computes the product also adds the low-rank term, without a launch of its own.
-            return decode(card, n, k, t) + adapter - LAUNCH
+            return decode(card, n, k, t) + adapter - card.launch
         return product_of_few(t, n, k, card) + adapter
     tiles, name = (-(-t // 64), "") if adapters == 1 else (adapters * -(-(t // adapters) // 64), ", mixed batch")
     rows = tiles * 64
     # A kernel reads the adapters and writes three terms of A and two terms of B.
-    terms = LAUNCH + (a * 2.5 + b * 2) / (card.bandwidth * REACHED)
+    terms = card.launch + (a + b if card.ideal else a * 2.5 + b * 2) / card.reached
     low_rank = [
         terms,
-        over_tiles(f"S{name}", rows, k, 2.0 * t * k + partial_sums(rows, k, rank, "rows"), card),
-        LAUNCH,
+        over_tiles(f"S{name}", rows, k, 2.0 * t * k + partial_sums(rows, k, rank, "rows", card), card),
+        card.launch,
         over_tiles(f"Y0{name}", rows, n, 2.0 * t * n, card),
     ]
     dequantized = over_memory(0.516 * n * k + 2.0 * n * k, card) if base == "NF4" else 0.0
@@ -383,7 +444,7 @@ MEASURED = {
 # The kernels of each part of a layer: a regular expression of the name that slots.kernel_name returns.
 KERNELS = {
     "product": r"gemm|nvjet|cutlass|xmma",
-    "S": r"^rank_pass_kernel<.*, kRows, kNone>",
+    "S": r"^rank_pass_kernel<(bf16|f16), .*, kRows, kNone>",
     "S, dropout": r"^rank_pass_kernel<.*, kRows, (kDrawn|kKept)>",
     "Y0": r"^expand_kernel<.*, kBias>",
     "dX0": r"^expand_kernel<.*, kBias>",
@@ -393,12 +454,15 @@ KERNELS = {
     "dA": r"^rank_pass_kernel<.*, kColumns, kNone>",
     "dA, dropout": r"^rank_pass_kernel<.*, kColumns, (kDrawn|kKept)>",
     "dequantize": r"^nf4_dequantize_kernel",
-    "norm": r"^rank_pass_kernel<.*, kRowsAndSquares, |^dora_norm_kernel",
+    "norm": r"^rank_pass_kernel<.*, kRowsAndSquares, ",
     "finish": r"^finish_kernel",
     "g in W or in dY": r"^(scale_rows|column_pass)_kernel",
-    "column pass, g and dg": r"^column_pass_kernel",
-    # Small kernels: those that split matrices into terms, and those that add partial sums or scale ranks.
-    "launch": r"^(split|rank_reduce|column_reduce|rank_scale)_kernel",
+    "column pass, g and dg": r"^(column_pass|scale_rows)_kernel",
+    # Small kernels: those that split matrices into terms, add partial sums or scale ranks, and the kernels for A Aᵀ and
+    # for DoRA's norm.
+    "launch": r"^(split|rank_reduce|column_reduce|rank_scale|dora_norm)_kernel|^rank_pass_kernel<float, .*, kRows, ",
+    # Small kernels of PyTorch: random numbers, and functions of the elements of a vector.
+    "launch by PyTorch": r"^at::native::.*(distribution|elementwise)",
 }
 
 
@@ -445,18 +509,20 @@ def microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs" if seconds >= 1e-5 else f"{seconds * 1e6:.1f} µs"
 
 
+def as_it_is(card: Card) -> Card:
+    return card
+
+
 def tables() -> str:
     """Returns the computed tables that docs/kernels.md shows."""
     lines = ["| 4096 x 4096, T = 8192 | " + " | ".join(CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
     by_card = {name: parts(card, 8192) for name, card in CARDS.items()}
     for part in next(iter(by_card.values())):
         lines.append(f"| {part} | " + " | ".join(microseconds(by_card[name][part]) for name in CARDS) + " |")
-    for tokens in (1, 16):
-        row = (microseconds(decode(card, 4096, 4096, tokens)) for card in CARDS.values())
-        lines.append(f"| NF4, T = {tokens} | " + " | ".join(row) + " |")
-    for tokens in (1, 8):
-        row = (microseconds(decode(card, 4096, 4096, tokens, "MXFP4")) for card in CARDS.values())
-        lines.append(f"| MXFP4, T = {tokens} | " + " | ".join(row) + " |")
+    for base, tokens in (("NF4", 1), ("NF4", 16), ("MXFP4", 1), ("MXFP4", 8)):
+        for name, of in ((f"{base}, T = {tokens}", as_it_is), (f"{base}, T = {tokens}: limit", ideal)):
+            row = (microseconds(decode(of(card), 4096, 4096, tokens, base)) for card in CARDS.values())
+            lines.append(f"| {name} | " + " | ".join(row) + " |")
     lines += ["", "| time / the frozen layer's time, for T = | "
               + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
@@ -469,8 +535,9 @@ def tables() -> str:
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
     for method in ("LoRA", "LoRA, dropout", "QLoRA, dropout"):
         for how, together in (("each linear layer alone", False), ("layers with one input together", True)):
-            row = (f"{llama_layer(card, t, method, together):.2f}" for card in CARDS.values() for t in SIZES)
-            lines.append(f"| {method}: {how} | " + " | ".join(row) + " |")
+            for name, of in ((f"{method}: {how}", as_it_is), (f"{method}: {how}: limit", ideal)):
+                row = (f"{llama_layer(of(card), t, method, together):.2f}" for card in CARDS.values() for t in SIZES)
+                lines.append(f"| {name} | " + " | ".join(row) + " |")
     sizes = (4096, 32768)
     lines += ["", "| time of a step of 128 experts 2048 -> 768, for rows = | "
               + " | ".join(f"{c}, {rows}" for c in CARDS for rows in sizes) + " |"]  # fmt: skip
@@ -480,26 +547,30 @@ def tables() -> str:
         "QDoRA": {"dora": True, "base": "NF4"},
     }  # fmt: skip
     for kind, how in (("frozen, bf16", None), *kinds.items()):
-        row = []
-        for card in CARDS.values():
-            for rows in sizes:
-                frozen = sum(experts_product(card, rows, 128, *of, "bf16") for of in ((768, 2048), (2048, 768)))
-                row.append(frozen if how is None else sum(experts(card, rows, 128, 768, 2048, **how)))
-        lines.append(f"| {kind} | " + " | ".join(map(microseconds, row)) + " |")
+        for name, of in ((kind, as_it_is), (f"{kind}: limit", ideal)):
+            row = []
+            for card in map(of, CARDS.values()):
+                for rows in sizes:
+                    frozen = sum(experts_product(card, rows, 128, *nk, "bf16") for nk in ((768, 2048), (2048, 768)))
+                    row.append(frozen if how is None else sum(experts(card, rows, 128, 768, 2048, **how)))
+            lines.append(f"| {name} | " + " | ".join(map(microseconds, row)) + " |")
     few = (1, 8, 64)
     lines += ["", "| time of a forward of QLoRA, eight of 128 experts 2048 -> 1536, for T = | "
               + " | ".join(f"{c}, {t}" for c in CARDS for t in few) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(few) + 1) + "|")
     active = {t: round(128 * (1 - (1 - 8 / 128) ** t)) for t in few}  # mean number of experts that have a row
-    row = [microseconds(experts(card, 8 * t, active[t], 1536, 2048, "NF4")[0]) for card in CARDS.values() for t in few]
-    lines.append("| LoRA over NF4 | " + " | ".join(row) + " |")
+    for name, of in (("LoRA over NF4", as_it_is), ("LoRA over NF4: limit", ideal)):
+        row = [microseconds(experts(of(card), 8 * t, active[t], 1536, 2048, "NF4")[0])
+               for card in CARDS.values() for t in few]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
     columns = [(name, t) for name in CARDS for t in MIXED_SIZES]
     lines += ["", "| forward with eight adapters / forward with one adapter, for T = | "
               + " | ".join(f"{c}, {t}" for c, t in columns) + " |"]  # fmt: skip
     lines.append("|---" * (len(columns) + 1) + "|")
     for base in ("bf16", "NF4"):
-        row = (f"{mixed(CARDS[c], t, 8, base) / mixed(CARDS[c], t, 1, base):.2f}" for c, t in columns)
-        lines.append(f"| over {base} | " + " | ".join(row) + " |")
+        for name, of in ((f"over {base}", as_it_is), (f"over {base}: limit", ideal)):
+            row = (f"{mixed(of(CARDS[c]), t, 8, base) / mixed(CARDS[c], t, 1, base):.2f}" for c, t in columns)
+            lines.append(f"| {name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

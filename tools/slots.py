@@ -17,6 +17,9 @@ import sass
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs/slots.tsv"
+# The end of the first line of docs/slots.tsv.
+NOTE = ("In loops over tiles of 64 x 64, the counts are those of one of the four warps that share a tile: "
+        "all four warps together take four times as many")  # fmt: skip
 # By architecture, the limits of a multiprocessor: threads, kilobytes of shared memory, blocks. Each multiprocessor has
 # 65,536 registers. A block takes 1 KB of shared memory more than the kernel declares.
 ARCHS = {
@@ -203,7 +206,7 @@ def table(rows: Iterable[dict[str, str]]) -> str:
 
 
 def read() -> list[dict[str, str]]:
-    """Returns the rows of docs/slots.tsv, whose first line names the compiler and is left out."""
+    """Returns the rows of docs/slots.tsv. The first line, which names the compiler and the unit, is left out."""
     with TABLE.open() as file:
         next(file)
         return list(csv.DictReader(file, delimiter="\t"))

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad, const Te
   const Parts parts = parts_of(op, gate, up, halves);
   const Activation kind = checked_gate(op, activation);
   const ScalarType type = gate.scalar_type();
-  STD_TORCH_CHECK(on_device(grad) && grad.scalar_type() == type && has_sizes(grad, parts.shape), op,
+  STD_TORCH_CHECK(same_device(grad, gate) && grad.scalar_type() == type && has_sizes(grad, parts.shape), op,
                   ": grad is not of the result's shape and type on gate's device");
   const RowsApart dy = rows_apart(grad);
   const bool two = up.has_value();

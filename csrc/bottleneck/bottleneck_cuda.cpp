@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cuda(Tensor x, std::optional<Tenso
   if (size.tokens == 0) return {y, u};
   const Tensor held = flat_rows(x), onto = residual.has_value() ? flat_rows(*residual) : held;
   STD_TORCH_CHECK(
-      on_device(onto) && onto.size(0) == size.tokens && onto.size(1) == size.out && onto.scalar_type() == type, kOp,
-      ": residual is not [..., ", size.out, "] of x's type on its device");
+      same_device(onto, x) && onto.size(0) == size.tokens && onto.size(1) == size.out && onto.scalar_type() == type,
+      kOp, ": residual is not [..., ", size.out, "] of x's type on its device");
   const Tensor down = as_contiguous(down_weight), up = as_contiguous(up_weight);
   const int64_t padded = padded_rank(size.size);
   Splitter splitter(x, type);
@@ -95,12 +95,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_adapter_backward_c
   constexpr const char* kOp = "bottleneck_adapter_backward";
   const Bottleneck size = checked_sizes(kOp, x, down_weight, up_weight);
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(grad.scalar_type() == type && grad.numel() == size.tokens * size.out, kOp, ": grad has ",
-                  grad.numel(), " elements, wanted ", size.tokens * size.out, " of x's type");
+  check_tensor(kOp, "grad", grad, type, size.tokens * size.out, x);
   STD_TORCH_CHECK(!own || size.in == size.out, kOp, ": x is the residual, and up_weight has ", size.out,
                   " rows, wanted ", size.in);
-  STD_TORCH_CHECK(u.scalar_type() == ScalarType::Float && u.numel() == size.tokens * size.size, kOp, ": u has ",
-                  u.numel(), " elements, wanted ", size.tokens * size.size);
+  check_tensor(kOp, "u", u, ScalarType::Float, size.tokens * size.size, x);
   Tensor grad_x = device_empty(x, {0}, type);
   if (needs_grad_x) grad_x = device_empty(x, {x.sizes().begin(), x.sizes().end()}, type);
   if (size.tokens == 0) {

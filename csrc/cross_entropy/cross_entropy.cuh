@@ -9,12 +9,16 @@
 //
 // A block of kThreads threads computes a row, and a thread reads every kThreads-th group of eight columns. The first
 // reading of the row gives each thread its largest z and its sum of exp(z - largest); these values are combined over
-// lanes and then over warps in a fixed order. The second reading of the row, if needs_grad, gives the gradient. If a
-// row has more than 64 KiB, the block keeps up to 96 KiB from the start of the row in shared memory for the second
-// reading, and reads the rest of the row from L2 again: with two blocks of 1,024 threads on each of the 132
-// multiprocessors of an H100, the rests of the rows need 42 MB of L2 if a row has 128,000 16-bit logits. The L2 cache
-// of an H100 has 50 MB. Arithmetic is in float32, and each result is rounded once. Bytes moved with the gradient: the
-// row is read once from memory, and written once.
+// lanes and then over warps in a fixed order. The second reading of the row, if needs_grad, gives the gradient, and
+// goes from the last column to the first. If a row has more than 64 KiB, the block keeps up to 96 KiB from the start of
+// the row in shared memory for the second reading, and reads the rest of the row again: between the two readings of a
+// column, the block reads no other part of the row than the columns behind it. With two blocks of 1,024 threads on each
+// of the 132 multiprocessors of an H100, the rests of the rows are 42 MB if a row has 128,000 16-bit logits, and 54 MB
+// if a row has 152,000. The L2 cache of an H100 has 50 MB. If the rests do not fit in L2, L2 holds the ends of the
+// rests, which the second reading needs first. Loads of the columns in shared memory and stores of the gradient are
+// streaming, so that they leave L2 before the rests. Arithmetic is in float32, and each result is rounded once. Bytes
+// moved with the gradient: the row is read from memory once (of rests that do not fit in L2, a part twice), and written
+// once.
 #pragma once
 
 #include <math.h>
@@ -39,6 +43,14 @@ struct CrossEntropyWork {
 // because a block has at most 99 KiB of shared memory on a GPU of compute capability 8.6.
 constexpr int kCrossEntropyThreads = 512, kLongRowThreads = 1024;
 constexpr int64_t kShortRow = 65536, kHeldBytes = 98304;
+
+// Number of threads of a multiprocessor. All of them have registers for the kernel: a block waits for memory most of
+// the time.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMostThreads = 1536;
+#else
+constexpr int kMostThreads = 2048;
+#endif
 
 // A partial softmax: the largest z, the sum of exp(z - most), and the sum of z.
 struct SoftmaxSum {
@@ -75,7 +87,7 @@ __device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShare
 
 // Grid: one block for each row. A block of kLongRowThreads threads has kHeldBytes of dynamic_shared().
 template <typename T, bool kSoftcap, int kThreads>
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWork work) {
+__global__ void __launch_bounds__(kThreads, kMostThreads / kThreads) cross_entropy_kernel(CrossEntropyWork work) {
   PEFT_EXT_KERNEL;
   PEFT_EXT_SHARED(SoftmaxShared<kThreads>, shared);
   const int64_t at = blockIdx.x, columns = work.columns, label = work.labels[at];
@@ -98,9 +110,12 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWor
   if (!ignored) {
     for (int64_t column = threadIdx.x * kVector; column < columns; column += kThreads * kVector) {
       float z[kVector];
-      load_columns(row, column, columns, work.whole, z);
-      if constexpr (kHolds) {
-        if (work.needs_grad && holds(column)) save_vector(held + column, z);
+      // The columns that shared memory holds are not read from memory again.
+      if (kHolds && holds(column)) {
+        load_columns<Reuse::kStreaming>(row, column, columns, work.whole, z);
+        if (work.needs_grad) save_vector(held + column, z);
+      } else {
+        load_columns(row, column, columns, work.whole, z);
       }
       const int count = static_cast<int>(min_of(kVector, columns - column));
       float most = mine.most;
@@ -129,7 +144,10 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWor
 
   const float by = work.scale * (work.row_weight == nullptr ? 1.0f : work.row_weight[at]);
   const float share = 1.0f / all.sum, even = work.smoothing / static_cast<float>(columns);
-  for (int64_t column = threadIdx.x * kVector; column < columns; column += kThreads * kVector) {
+  // From the last columns to the first: L2 still holds the columns that were read last.
+  constexpr int64_t kStep = kThreads * kVector;
+  const int64_t first = threadIdx.x * kVector, last = first + (columns - 1 - first) / kStep * kStep;
+  for (int64_t column = first < columns ? last : -1; column >= 0; column -= kStep) {
     float out[kVector] = {};
     if (!ignored) {
       if (kHolds && holds(column)) {
@@ -144,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyWor
         out[i] = kSoftcap ? d * (1.0f - t * t) : d;
       }
     }
-    save_columns(row, column, columns, work.whole, out);
+    save_columns<Reuse::kStreaming>(row, column, columns, work.whole, out);
   }
 }
 

@@ -15,11 +15,11 @@ Tensor cross_entropy_rows_cuda(Tensor logits, const Tensor& labels, const std::o
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.size(1) > 0, kOp,
                   ": logits is not [T, V] with at least one column, contiguous");
   const int64_t tokens = logits.size(0), columns = logits.size(1);
-  STD_TORCH_CHECK(on_device(labels) && labels.scalar_type() == ScalarType::Long && labels.numel() == tokens &&
+  STD_TORCH_CHECK(same_device(labels, logits) && labels.scalar_type() == ScalarType::Long && labels.numel() == tokens &&
                       labels.is_contiguous(),
                   kOp, ": labels is not Long [", tokens, "], contiguous, on logits' device");
   STD_TORCH_CHECK(
-      !row_weight.has_value() || (on_device(*row_weight) && row_weight->scalar_type() == ScalarType::Float &&
+      !row_weight.has_value() || (same_device(*row_weight, logits) && row_weight->scalar_type() == ScalarType::Float &&
                                   row_weight->numel() == tokens && row_weight->is_contiguous()),
       kOp, ": row_weight is not Float [", tokens, "], contiguous, on logits' device");
   Tensor losses = device_empty(logits, {tokens}, ScalarType::Float);

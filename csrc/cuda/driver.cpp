@@ -36,6 +36,7 @@ struct Driver {
   Result (*context_set)(void* context);
   Result (*primary_context)(void** context, int device);
   Result (*stream_query)(void* stream);
+  Result (*stream_is_capturing)(void* stream, int* status);
   Result (*exchange_capture_mode)(int* mode);
   Result (*module_load)(void** module, const void* code);
   Result (*module_unload)(void* module);
@@ -67,6 +68,7 @@ Driver open_driver() {
   find(library, kName, "cuCtxSetCurrent", driver.context_set);
   find(library, kName, "cuDevicePrimaryCtxRetain", driver.primary_context);
   find(library, kName, "cuStreamQuery", driver.stream_query);
+  find(library, kName, "cuStreamIsCapturing", driver.stream_is_capturing);
   find(library, kName, "cuThreadExchangeStreamCaptureMode", driver.exchange_capture_mode);
   find(library, kName, "cuModuleLoadData", driver.module_load);
   find(library, kName, "cuModuleUnload", driver.module_unload);
@@ -122,25 +124,47 @@ struct RelaxedCapture {
   int mode = kRelaxedCapture;
 };
 
-// Makes the device's primary context, which PyTorch uses, the thread's context if the thread has none. A thread has no
-// context until the thread's first call of the CUDA runtime that needs a context, and PyTorch's allocator often needs
-// no such call.
-void enter_context(int device) {
-  void* context = nullptr;
-  check(driver().context_get(&context), "context", "a GPU");
-  if (context != nullptr) return;
+// Returns the device's primary context, which PyTorch uses. The context is retained once and never released.
+void* primary_context(int device) {
+  static std::atomic<void*> held[kMaxDevices];
+  void* context = held[device].load(std::memory_order_acquire);
+  if (context != nullptr) return context;
   int number = 0;
   check(driver().device_get(&number, device), "context", "a GPU");
   check(driver().primary_context(&context, number), "context", "a GPU");
-  check(driver().context_set(context), "context", "a GPU");
+  held[device].store(context, std::memory_order_release);
+  return context;
 }
+
+// Makes the device's primary context the thread's context for the lifetime of the object. A thread has no context until
+// the thread's first call of the CUDA runtime that needs a context, and PyTorch's allocator often needs no such call;
+// such a thread keeps the primary context. A thread may also have a context that another library has made; such a
+// thread gets its own context back.
+class PrimaryContext {
+ public:
+  explicit PrimaryContext(int device) {
+    STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "peft_ext: GPU number ", device, ", wanted less than ",
+                    kMaxDevices);
+    void *own = nullptr, *primary = primary_context(device);
+    check(driver().context_get(&own), "context", "a GPU");
+    if (own == primary) return;
+    check(driver().context_set(primary), "context", "a GPU");
+    before_ = own;
+  }
+  ~PrimaryContext() {
+    if (before_ != nullptr) driver().context_set(before_);
+  }
+  PrimaryContext(const PrimaryContext&) = delete;
+  PrimaryContext& operator=(const PrimaryContext&) = delete;
+
+ private:
+  void* before_ = nullptr;
+};
 
 // Returns the kernel's handle on a device. The function holds no lock while Python code makes the machine code: a
 // thread that holds Python's lock might wait for this thread. Two threads may load a kernel at once; the handle of only
 // one of the threads is kept.
 void* handle_of(const Kernel& kernel, int device) {
-  STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "peft_ext: GPU number ", device, ", wanted less than ",
-                  kMaxDevices);
   std::atomic<void*>& held = kernel.handles[device];
   if (void* handle = held.load(std::memory_order_acquire)) return handle;
   const std::string name = expression(kernel);
@@ -149,7 +173,6 @@ void* handle_of(const Kernel& kernel, int device) {
   PeftExtImage image{};
   source(name.c_str(), kernel.file, compute_capability(device), &image);
   STD_TORCH_CHECK(image.error == nullptr, "peft_ext: no machine code of ", name, ": ", image.error);
-  enter_context(device);
   const RelaxedCapture relaxed;
   void *module = nullptr, *handle = nullptr, *before = nullptr;
   check(driver().module_load(&module, image.data), "loading", name.c_str());
@@ -234,16 +257,20 @@ int compute_capability(int device) {
 const char* device_fault() {
   // After error 214 (an uncorrectable memory error) and errors 700 to 799 (faults of kernels), every later call of the
   // driver fails. Without the relaxed mode, stream_query would invalidate a CUDA graph that another thread or stream is
-  // capturing.
+  // capturing. While a blocking stream is being captured, which no stream of PyTorch is, the relaxed mode does not
+  // allow stream_query for the legacy default stream (null), and the call would invalidate the capture.
+  // stream_is_capturing then returns an error and leaves the capture valid, as NVIDIA documents.
   const RelaxedCapture while_asking;
-  const Result result = driver().stream_query(nullptr);
+  int status = 0;
+  Result result = driver().stream_is_capturing(nullptr, &status);
+  if (result == kSuccess) result = driver().stream_query(nullptr);
   return result == 214 || (result >= 700 && result < 800) ? described(result) : "";
 }
 
 void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Block& block, void* stream,
                    void** parameters) {
+  const PrimaryContext entered(device);
   void* handle = handle_of(kernel, device);
-  enter_context(device);
   const auto shared = static_cast<unsigned>(block.dynamic_shared);
   if (block.dynamic_shared > 0) allow_shared(kernel, device, handle, static_cast<int>(shared));
   const Result result = driver().launch_kernel(handle, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),

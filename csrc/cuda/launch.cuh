@@ -70,6 +70,16 @@ inline bool on_device(const torch::stable::Tensor& tensor) {
 #endif
 }
 
+// Returns whether kernels can use the tensor together with `like`: both tensors are on the same CUDA device.
+inline bool same_device(const torch::stable::Tensor& tensor, const torch::stable::Tensor& like) {
+#ifdef PEFT_EXT_EMULATE_CUDA
+  return on_device(tensor) &&
+         emulator::is_elsewhere(tensor.const_data_ptr()) == emulator::is_elsewhere(like.const_data_ptr());
+#else
+  return on_device(tensor) && tensor.get_device_index() == like.get_device_index();
+#endif
+}
+
 // Computes out [T, N] = a [T, K] b [K, N] by PyTorch's matrix product.
 inline void mm_out(const torch::stable::Tensor& out, const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
 #ifdef PEFT_EXT_EMULATE_CUDA
@@ -100,6 +110,7 @@ class Launcher {
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), const Grid& grid, const Block& block,
                   const Arguments&... arguments) const {
+    static_assert(sizeof(std::tuple<Parameters...>) <= 4096, "the arguments of a kernel take at most 4 KiB");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     check_shape(grid, block);
     std::tuple<Parameters...> parameters{arguments...};

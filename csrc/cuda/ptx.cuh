@@ -199,6 +199,16 @@ __device__ __forceinline__ T load_streaming(const T* from) {
 #endif
 }
 
+// st.global.cs: a store whose data leaves the caches first, for data that is not read again soon.
+template <typename T>
+__device__ __forceinline__ void store_streaming(T* to, T value) {
+#ifdef __CUDACC__
+  __stcs(to, value);
+#else
+  *to = value;
+#endif
+}
+
 // ld.global.nc: a load through the read-only cache, for memory that no thread of this launch writes.
 template <typename T>
 __device__ __forceinline__ T load_cached(const T* from) {

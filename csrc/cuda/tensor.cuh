@@ -20,6 +20,14 @@ using torch::stable::Tensor;
 // Raises an error unless kernels support the element type.
 void check_kernel_dtype(const char* op, const char* argument, ScalarType type);
 
+// Raises an error unless the tensor is on `like`'s device. name: the name of `like` in the error.
+void check_same_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
+                       const char* name = "x");
+
+// Raises an error unless the tensor has the element type and `elements` elements, and is on `like`'s device.
+void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType type, int64_t elements,
+                  const Tensor& like, const char* name = "x");
+
 // Raises an error unless the matrix has a supported element type and is on `like`'s device.
 void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like);
 

@@ -37,15 +37,27 @@ void check_kernel_dtype(const char* op, const char* argument, ScalarType type) {
                   argument, " is ", torch::headeronly::toString(type), ", wanted Float, BFloat16 or Half");
 }
 
+void check_same_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like,
+                       const char* name) {
+  STD_TORCH_CHECK(same_device(tensor, like), op, ": ", argument, " is on another device than ", name,
+                  ", wanted cuda:", like.get_device_index());
+}
+
+void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType type, int64_t elements,
+                  const Tensor& like, const char* name) {
+  check_same_device(op, argument, tensor, like, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.numel() == elements, op, ": ", argument, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
+                  torch::headeronly::toString(type), " with ", elements);
+}
+
 void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like) {
-  STD_TORCH_CHECK(on_device(matrix) && matrix.get_device_index() == like.get_device_index(), op, ": ", argument,
-                  " is on another device than x, wanted cuda:", like.get_device_index());
+  check_same_device(op, argument, matrix, like);
   check_kernel_dtype(op, argument, matrix.scalar_type());
 }
 
 Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like) {
-  STD_TORCH_CHECK(on_device(vector) && vector.get_device_index() == like.get_device_index(), op, ": ", argument,
-                  " is on another device than x, wanted cuda:", like.get_device_index());
+  check_same_device(op, argument, vector, like);
   STD_TORCH_CHECK(vector.numel() == size, op, ": ", argument, " has ", vector.numel(), " elements, wanted ", size);
   return as_type(as_contiguous(vector), ScalarType::Float);
 }
@@ -53,8 +65,7 @@ Tensor device_vector(const char* op, const char* argument, const Tensor& vector,
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like) {
   if (!seed.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(on_device(*seed) && seed->get_device_index() == like.get_device_index(), op,
-                  ": seed is on another device than x, wanted cuda:", like.get_device_index());
+  check_same_device(op, "seed", *seed, like);
   STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 2, op, ": seed is ",
                   torch::headeronly::toString(seed->scalar_type()), " with ", seed->numel(),
                   " elements, wanted Long with 2");

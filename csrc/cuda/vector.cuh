@@ -10,23 +10,42 @@ constexpr int kVector = 8;
 
 __device__ __forceinline__ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Loads eight elements from an address that is aligned to 16 bytes.
-template <typename T>
-__device__ __forceinline__ void load_vector(const T* from, float (&values)[kVector]) {
-  const uint4 words = *reinterpret_cast<const uint4*>(from);
-  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = unpack2<T>(pairs[i]);
-    values[2 * i] = pair.x;
-    values[2 * i + 1] = pair.y;
+// Tells a load or a store whether the data is read again soon. kStreaming data leaves the caches first.
+enum class Reuse { kSoon, kStreaming };
+
+template <Reuse kReuse, typename Words>
+__device__ __forceinline__ Words load_words(const Words* from) {
+  if constexpr (kReuse == Reuse::kStreaming) return load_streaming(from);
+  return *from;
+}
+
+template <Reuse kReuse, typename Words>
+__device__ __forceinline__ void store_words(Words* to, Words words) {
+  if constexpr (kReuse == Reuse::kStreaming) {
+    store_streaming(to, words);
+  } else {
+    *to = words;
   }
 }
 
-__device__ __forceinline__ void load_vector(const float* from, float (&values)[kVector]) {
-  const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-  values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-  values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+// Loads eight elements from an address that is aligned to 16 bytes.
+template <Reuse kReuse = Reuse::kSoon, typename T>
+__device__ __forceinline__ void load_vector(const T* from, float (&values)[kVector]) {
+  if constexpr (sizeof(T) == 4) {
+    const float4 low = load_words<kReuse>(reinterpret_cast<const float4*>(from));
+    const float4 high = load_words<kReuse>(reinterpret_cast<const float4*>(from + 4));
+    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+  } else {
+    const uint4 words = load_words<kReuse>(reinterpret_cast<const uint4*>(from));
+    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack2<T>(pairs[i]);
+      values[2 * i] = pair.x;
+      values[2 * i + 1] = pair.y;
+    }
+  }
 }
 
 __device__ __forceinline__ float load_value(const float* from) { return *from; }
@@ -63,15 +82,16 @@ __device__ __forceinline__ float rounded_to<float>(float value) {
   return value;
 }
 
-template <typename T>
+template <Reuse kReuse = Reuse::kSoon, typename T>
 __device__ __forceinline__ void save_vector(T* to, const float (&values)[kVector]) {
-  *reinterpret_cast<uint4*>(to) = make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
-                                             pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
-}
-
-__device__ __forceinline__ void save_vector(float* to, const float (&values)[kVector]) {
-  reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
-  reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
+  if constexpr (sizeof(T) == 4) {
+    store_words<kReuse>(reinterpret_cast<float4*>(to), make_float4(values[0], values[1], values[2], values[3]));
+    store_words<kReuse>(reinterpret_cast<float4*>(to) + 1, make_float4(values[4], values[5], values[6], values[7]));
+  } else {
+    store_words<kReuse>(reinterpret_cast<uint4*>(to),
+                        make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
+                                   pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7])));
+  }
 }
 
 // Stores eight values, with 0 in the place of each value that is not kept. Bits 15 and 31 of masks[i] tell whether
@@ -96,10 +116,10 @@ __device__ __forceinline__ void save_masked(float* to, const float (&values)[kVe
 // Loads the columns [column, column + 8) of a row with `columns` columns. `whole` means that columns is a multiple of 8
 // and the row is aligned to 16 bytes, so that all eight columns exist. Columns beyond the end of the row load as 0, and
 // save_columns does not store them.
-template <typename T>
+template <Reuse kReuse = Reuse::kSoon, typename T>
 __device__ __forceinline__ void load_columns(const T* row, int64_t column, int64_t columns, bool whole,
                                              float (&values)[kVector]) {
-  if (whole) return load_vector(row + column, values);
+  if (whole) return load_vector<kReuse>(row + column, values);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) values[i] = column + i < columns ? load_value(row + column + i) : 0.0f;
 }
@@ -112,10 +132,10 @@ __device__ __forceinline__ void load_columns(const void* from, DType type, int64
   load_columns(static_cast<const float*>(from) + row, column, columns, whole, values);
 }
 
-template <typename T>
+template <Reuse kReuse = Reuse::kSoon, typename T>
 __device__ __forceinline__ void save_columns(T* row, int64_t column, int64_t columns, bool whole,
                                              const float (&values)[kVector]) {
-  if (whole) return save_vector(row + column, values);
+  if (whole) return save_vector<kReuse>(row + column, values);
 #pragma unroll
   for (int i = 0; i < kVector; ++i)
     if (column + i < columns) store_value(row + column + i, values[i]);

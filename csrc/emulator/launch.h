@@ -73,5 +73,9 @@ void launch(Memory& memory, void (*kernel)(Parameters...), const int64_t (&grid)
   run(memory, reinterpret_cast<const void*>(kernel), Call<Parameters...>::invoke, &call, grid, threads, dynamic_shared);
 }
 
+// Returns whether a test has declared that the data at the address is on another device than all other data. The
+// emulator has one device, so that checks of devices could not be tested otherwise.
+bool is_elsewhere(const void* data);
+
 }  // namespace emulator
 }  // namespace peft_ext

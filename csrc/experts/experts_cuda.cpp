@@ -30,8 +30,7 @@ constexpr int64_t kManyRows = 128;
 
 // Checks a matrix [S, columns] of the S rows of all experts, and returns the matrix as a contiguous tensor.
 Tensor checked_rows(const char* op, const char* argument, const Tensor& rows, int64_t columns, const Tensor& like) {
-  STD_TORCH_CHECK(on_device(rows) && rows.get_device_index() == like.get_device_index(), op, ": ", argument,
-                  " is on another device than weight, wanted cuda:", like.get_device_index());
+  check_same_device(op, argument, rows, like, "weight");
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == columns, op, ": ", argument, " has ", rows.numel(),
                   " elements in ", rows.dim(), " dimensions, wanted [S, ", columns, "]");
   check_kernel_dtype(op, argument, rows.scalar_type());
@@ -39,8 +38,8 @@ Tensor checked_rows(const char* op, const char* argument, const Tensor& rows, in
 }
 
 Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& stack) {
-  STD_TORCH_CHECK(on_device(offsets) && offsets.get_device_index() == stack.all.weight.get_device_index() &&
-                      offsets.scalar_type() == ScalarType::Long && offsets.numel() == stack.experts,
+  STD_TORCH_CHECK(same_device(offsets, stack.all.weight) && offsets.scalar_type() == ScalarType::Long &&
+                      offsets.numel() == stack.experts,
                   op, ": offsets is ", torch::headeronly::toString(offsets.scalar_type()), " with ", offsets.numel(),
                   " elements, wanted Long with ", stack.experts, " on weight's device");
   return as_contiguous(offsets);
@@ -322,8 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cuda(
                   torch::headeronly::toString(type));
   Tensor grad_x = device_empty(held, {0}, type), grad_A = device_empty(held, {0}, ScalarType::Float), grad_B = grad_A;
   if (rank > 0) {
-    STD_TORCH_CHECK(s.scalar_type() == ScalarType::Float && s.numel() == rows * rank, kOp, ": s has ", s.numel(),
-                    " elements, wanted Float [", rows, ", ", rank, "]");
+    check_tensor(kOp, "s", s, ScalarType::Float, rows * rank, held);
     grad_A = torch::stable::empty_like(*lora_A);
     grad_B = torch::stable::empty_like(*lora_B);
   }
@@ -382,7 +380,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cuda(
 
   const PassSums for_b = rank_pass(over_grad, nullptr, &s_transposed);
   PassWants mask;
-  mask.mask = true;
+  mask.mask = needs_grad_x;  // the product for dX reads the bits of the mask
   const PassSums for_a = rank_pass(over_x, nullptr, &p_transposed, mask);
   reduce_stacks(runs, adapters, {{&for_a.columns, &grad_A, 2, 1.0, nullptr}, {&for_b.columns, &grad_B, 1, scaling, g}});
   if (g != nullptr)

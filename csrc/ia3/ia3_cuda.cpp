@@ -58,8 +58,10 @@ Tensor ia3_scale_cuda(const Tensor& x, const Tensor& ia3_l) {
 std::tuple<Tensor, Tensor> ia3_scale_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& ia3_l,
                                                    bool needs_grad_x, bool needs_grad_l) {
   constexpr const char* kOp = "ia3_scale_backward";
-  STD_TORCH_CHECK(on_device(grad), kOp, ": grad is not on a CUDA device");
-  STD_TORCH_CHECK(same_sizes(grad, x), kOp, ": grad is not of x's shape");
+  STD_TORCH_CHECK(on_device(x), kOp, ": x is not on a CUDA device");
+  check_same_device(kOp, "grad", grad, x);
+  STD_TORCH_CHECK(same_sizes(grad, x) && grad.scalar_type() == x.scalar_type(), kOp,
+                  ": grad is not of x's shape and type");
   std::optional<Tensor> scale, other;
   if (needs_grad_x) scale = device_vector(kOp, "ia3_l", ia3_l, x.size(x.dim() - 1), x);
   if (needs_grad_l) other = x;

@@ -113,8 +113,8 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
                             double offset, const Tensor* mean, const Tensor& rstd, bool needs_x, bool needs_weight,
                             bool needs_bias) {
   const int64_t columns = checked_columns(op, x, weight), rows = device_rows(x);
-  STD_TORCH_CHECK(on_device(grad) && grad.numel() == x.numel(), op, ": grad has ", grad.numel(), " elements, wanted ",
-                  x.numel(), " on x's device");
+  STD_TORCH_CHECK(same_device(grad, x) && grad.numel() == x.numel(), op, ": grad has ", grad.numel(),
+                  " elements, wanted ", x.numel(), " on x's device");
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() || grad.scalar_type() == ScalarType::Float, op, ": grad is ",
                   torch::headeronly::toString(grad.scalar_type()), ", wanted x's type or Float");
   STD_TORCH_CHECK(!needs_weight || weight.has_value(), op, ": weight is None, wanted the one that is trained");

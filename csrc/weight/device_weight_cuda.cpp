@@ -22,11 +22,7 @@ DeviceWeight nf4_weights(const char* op, const Tensor& weight, const DeviceParts
   held.outputs = outputs;
   held.inputs = inputs;
   const auto checked = [&](const char* name, const Tensor& tensor, ScalarType wanted, int64_t elements) {
-    STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), op, ": ", name,
-                    " is on another device than weight, wanted cuda:", weight.get_device_index());
-    STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == elements, op, ": ", name, " is ",
-                    torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel(), " elements, wanted ",
-                    torch::headeronly::toString(wanted), " with ", elements);
+    check_tensor(op, name, tensor, wanted, elements, weight, "weight");
     return as_contiguous(tensor);
   };
   const int64_t scales = held.scales();
@@ -55,9 +51,7 @@ DeviceWeight packed_weights(const char* op, const Tensor& weight, const DevicePa
   check_format(
       op, layout, count, outputs, inputs, "weight's device",
       [&](int part) { return part == 0 ? weight : parts[static_cast<size_t>(part - 1)]; },
-      [&](const Tensor& tensor) {
-        return on_device(tensor) && tensor.get_device_index() == weight.get_device_index();
-      });
+      [&](const Tensor& tensor) { return same_device(tensor, weight); });
   DeviceWeight held;
   held.layout = layout;
   held.outputs = outputs;

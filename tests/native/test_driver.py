@@ -94,6 +94,7 @@ def test_a_launch_reaches_the_driver_with_all_its_arguments(run):
     assert calls == [
         "init",
         "context of 0",
+        "current 0x1000",
         "load full_kernel in mode 2",
         f"launch full_kernel {shape} first {2**40} last 7 extra (nil)",
         f"launch full_kernel {shape} first -3 last 9 extra (nil)",
@@ -201,7 +202,27 @@ thread.start(); thread.join()
 show(calls())
 """
     )
-    assert [call.split()[0] for call in calls] == ["context", "launch", "launch"]
+    assert [call.split()[0] for call in calls] == ["current", "launch", "launch"] and calls[0] == "current 0x1000"
+
+
+def test_a_thread_with_a_context_of_another_library_gets_it_back(run):
+    """The launch, and the load of a kernel, need the primary context, in which PyTorch's memory and streams are."""
+    errors, calls = run(
+        WITH_SOURCE
+        + """
+driver().fake_context(5)
+errors = [launch(0), launch(0), launch(0, device=1)]
+driver().fake_fail(b"launch")
+errors.append(launch(0))
+show(errors, calls())
+"""
+    )
+    assert errors[:3] == [None] * 3 and "unspecified launch failure" in errors[3]
+    own = "current 0x2005"
+    assert [call for call in calls if call.startswith("current")] == [
+        "current 0x1000", own, "current 0x1000", own, "current 0x1001", own, "current 0x1000", own,
+    ]  # fmt: skip
+    assert [call.split()[0] for call in calls].count("context") == 2  # each primary context is retained once
 
 
 def test_errors_say_what_failed(run):
@@ -251,6 +272,18 @@ def test_the_search_for_a_fault_leaves_a_capture_valid(run):
     """An allocation may fail while a CUDA graph is captured; the search for an earlier fault runs in relaxed mode."""
     (fault, calls) = run("fault = library.test_fault().decode()\nshow([fault, calls()])")[0]
     assert fault == "" and [call for call in calls if call.startswith("query")] == ["query in mode 2"]
+
+
+def test_the_search_for_a_fault_leaves_the_capture_of_a_blocking_stream_valid(run):
+    (found,) = run("""
+driver().fake_blocking_capture(1)
+found = [library.test_fault().decode(), driver().fake_invalidated()]
+driver().fake_blocking_capture(0)
+driver().fake_fail(b"stream")
+found.append(library.test_fault().decode())
+show(found)
+""")
+    assert found == ["", 0, "unspecified launch failure"]
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has NVIDIA's driver")

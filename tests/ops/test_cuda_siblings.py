@@ -6,7 +6,6 @@ passes are cut into several chunks.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_kernels import kernels
+from cuda_kernels import Launches
 from torch import Tensor
 
 from peft_ext import ops
@@ -199,29 +198,6 @@ def test_no_tokens_and_views(cuda_call: Callable[..., Any]) -> None:
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
-
-
-class Launches:
-    """Calls operators under the emulator and counts the launches of kernels. PyTorch's products are not counted."""
-
-    def __init__(self) -> None:
-        self.call = kernels("emulated")
-        import emulated_cuda
-
-        self.count = ctypes.CDLL(str(emulated_cuda.load())).peft_ext_emulated_launches
-        self.count.restype = ctypes.c_int64
-
-    def of(self, name: str, *args: Any) -> tuple[Any, int]:
-        before = self.count()
-        found = self.call(name, *args)
-        return found, self.count() - before
-
-
-@pytest.fixture(scope="module")
-def launches(request: pytest.FixtureRequest) -> Launches:
-    if request.config.getoption("--device") == "cuda":
-        pytest.skip("--device cuda: the emulator does not run")
-    return Launches()
 
 
 @pytest.mark.parametrize("rank", [8, 32])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,29 @@ def cuda_call(request: pytest.FixtureRequest) -> Callable[..., Any]:
     if request.param == "emulated" and request.config.getoption("--device") == "cuda":
         pytest.skip("--device cuda: the kernels run on the GPU")
     return kernels(request.param)
+
+
+class Launches:
+    """Calls operators under the emulator and counts the launches of kernels. PyTorch's products are not counted."""
+
+    def __init__(self) -> None:
+        self.call = kernels("emulated")
+        import emulated_cuda
+
+        self.count = ctypes.CDLL(str(emulated_cuda.load())).peft_ext_emulated_launches
+        self.count.restype = ctypes.c_int64
+
+    def of(self, name: str, *args: Any) -> tuple[Any, int]:
+        before = self.count()
+        found = self.call(name, *args)
+        return found, self.count() - before
+
+
+@pytest.fixture(scope="module")
+def launches(request: pytest.FixtureRequest) -> Launches:
+    if request.config.getoption("--device") == "cuda":
+        pytest.skip("--device cuda: the emulator does not run")
+    return Launches()
 
 
 def assert_same_bits(got: Tensor, want: Tensor) -> None:

@@ -14,6 +14,7 @@ namespace peft_ext {
 namespace {
 
 void check_grad(const char* op, const Tensor& grad, const Tensor& x, const LinearSizes& size) {
+  check_same_device(op, "grad", grad, x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() && device_rows(grad) == size.tokens &&
                       grad.size(grad.dim() - 1) == size.outputs,
                   op, ": grad is ", torch::headeronly::toString(grad.scalar_type()), " with ", grad.numel(),
@@ -40,6 +41,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
                                 const std::optional<Tensor>& z) {
   const LinearSizes size = checked_sizes(op, x, weight, adapter);
   check_grad(op, grad, x, size);
+  if (size.rank > 0) check_tensor(op, "s", *s, ScalarType::Float, size.tokens * size.rank, x);
+  if (z.has_value()) check_tensor(op, "z", *z, x.scalar_type(), size.tokens * size.outputs, x);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
   // If there are no tokens, the gradients of rank_scale, in_scale and out_scale are zeros. If there are tokens, the
@@ -129,6 +132,7 @@ DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::
     if (!grads[i].has_value()) continue;
     const LinearSizes size = checked_sizes(op, x, layers[i].weight, adapter);
     check_grad(op, *grads[i], x, size);
+    if (size.rank > 0) check_tensor(op, "s", s[i], ScalarType::Float, size.tokens * size.rank, x);
     if (size.tokens == 0) {
       no_tokens(x, adapter, size, &own);
       if (adapter.rank_scale.has_value()) own.grad_rank_scale = device_zeros(x, {size.rank}, ScalarType::Float);
@@ -156,7 +160,8 @@ DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::
 }
 
 Tensor frozen_backward(const char* op, const Tensor& grad, const DeviceWeight& weight) {
-  STD_TORCH_CHECK(on_device(grad) && grad.dim() >= 1 && grad.size(grad.dim() - 1) == weight.outputs, op, ": grad has ",
+  check_same_device(op, "grad", grad, weight.weight, "weight");
+  STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == weight.outputs, op, ": grad has ",
                   grad.dim() >= 1 ? grad.size(grad.dim() - 1) : 0, " columns, wanted ", weight.outputs);
   const Tensor out = device_empty(grad, shape_with_last(grad, weight.inputs), grad.scalar_type());
   if (out.numel() == 0) return out;

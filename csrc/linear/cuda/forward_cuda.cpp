@@ -13,9 +13,8 @@ namespace peft_ext {
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x,
                                    int64_t outputs) {
   if (!bias.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(on_device(*bias) && bias->get_device_index() == x.get_device_index() &&
-                      bias->scalar_type() == x.scalar_type() && bias->numel() == outputs,
-                  op, ": bias is ", torch::headeronly::toString(bias->scalar_type()), " with ", bias->numel(),
+  STD_TORCH_CHECK(same_device(*bias, x) && bias->scalar_type() == x.scalar_type() && bias->numel() == outputs, op,
+                  ": bias is ", torch::headeronly::toString(bias->scalar_type()), " with ", bias->numel(),
                   " elements, wanted ", torch::headeronly::toString(x.scalar_type()), " with ", outputs,
                   " on x's device");
   return as_contiguous(*bias);

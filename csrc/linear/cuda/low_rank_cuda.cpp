@@ -19,8 +19,7 @@ DeviceAdapter lora_device_adapter(const char* op, const Tensor& lora_A, const Te
 }
 
 LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter) {
-  STD_TORCH_CHECK(on_device(x) && x.get_device_index() == weight.weight.get_device_index(), op,
-                  ": x is on another device than weight, wanted cuda:", weight.weight.get_device_index());
+  check_same_device(op, "x", x, weight.weight, "weight");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == weight.inputs, op, ": x has ",
                   x.dim() >= 1 ? x.size(x.dim() - 1) : 0, " columns, wanted ", weight.inputs);
   LinearSizes size{device_rows(x), weight.inputs, weight.outputs, 0, 0};
@@ -201,9 +200,9 @@ DeviceWeight no_weight(const char* op, const DeviceAdapter& adapter) {
 DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& residual, const DeviceAdapter& adapter) {
   const LinearSizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(on_device(residual) && residual.get_device_index() == x.get_device_index() &&
-                      residual.scalar_type() == type && residual.numel() == size.tokens * size.outputs,
-                  op, ": residual is not [..., ", size.outputs, "] of x's type, on its device");
+  STD_TORCH_CHECK(
+      same_device(residual, x) && residual.scalar_type() == type && residual.numel() == size.tokens * size.outputs, op,
+      ": residual is not [..., ", size.outputs, "] of x's type, on its device");
   DeviceForward out;
   out.y = device_empty(x, shape_with_last(x, size.outputs), type);
   out.s = device_empty(x, {size.tokens, size.rank}, ScalarType::Float);
@@ -226,8 +225,8 @@ DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& re
 DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceAdapter& adapter,
                                  const Tensor& s, bool needs_grad_x) {
   const LinearSizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == size.tokens * size.outputs, op,
-                  ": grad has ", grad.numel(), " elements, wanted ", size.tokens * size.outputs, " of x's type");
+  check_tensor(op, "grad", grad, x.scalar_type(), size.tokens * size.outputs, x);
+  check_tensor(op, "s", s, ScalarType::Float, size.tokens * size.rank, x);
   DeviceBackward out;
   out.grad_rank_scale = device_empty(x, {0}, ScalarType::Float);
   out.grad_x = needs_grad_x ? device_empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type())

@@ -29,8 +29,7 @@ std::string shape_of(const Tensor& tensor) {
 // Returns lora_A, lora_B or row_scale as float32, aligned to 16 bytes. The argument may be float32, bfloat16, float16
 // or float64.
 Tensor factor(const char* name, const Tensor& tensor, const Tensor& weight) {
-  STD_TORCH_CHECK(on_device(tensor) && tensor.get_device_index() == weight.get_device_index(), kOp, ": ", name,
-                  " is on another device than weight, wanted cuda:", weight.get_device_index());
+  check_same_device(kOp, name, tensor, weight, "weight");
   STD_TORCH_CHECK(is_float(tensor.scalar_type()), kOp, ": ", name, " is ",
                   torch::headeronly::toString(tensor.scalar_type()), ", wanted Float, BFloat16, Half or Double");
   const Tensor wide = as_contiguous(as_type(tensor, ScalarType::Float));

@@ -230,6 +230,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
     plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};
   pass.row_tiles = plan.row_tiles;
   pass.column_tiles = plan.column_tiles;
+  pass.column_chunks = plan.column_chunks;
 
   PassSums found;
   const Tensor& like = input.tensor();
@@ -257,7 +258,9 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
     pass.kept = static_cast<uint32_t*>(launcher.scratch<void>(*found.kept));
   }
   with_type(input.type, [&](auto zero) {
-    const Grid grid(plan.row_chunks, plan.column_chunks);
+    const bool one_dimension = right != nullptr && input.runs == nullptr;
+    const Grid grid =
+        one_dimension ? Grid(plan.row_chunks * plan.column_chunks) : Grid(plan.row_chunks, plan.column_chunks);
     input.runs != nullptr ? launch_rank_runs<decltype(zero)>(launcher, grid, pass, variant)
                           : launch_rank_pass<decltype(zero)>(launcher, grid, pass, variant);
   });

@@ -36,11 +36,12 @@ struct RankPass {
   int64_t rows = 0, columns = 0;
   const void* beside = nullptr;  // the matrix E of the sums of D ∘ E, in the layout of D
   DeviceDropout dropout;
-  Terms right;               // bfloat16 terms of F: outer = ranks, inner = columns of D, both padded
-  Terms left;                // bfloat16 terms of L: outer = ranks, inner = rows of D, both padded
-  int64_t row_tiles = 1;     // number of tiles of rows of D per thread block
-  int64_t column_tiles = 1;  // number of tiles of columns of D per thread block
-  int64_t padded_rank = 0;   // padded rank, which is the row length of the partial sums of P and Q
+  Terms right;                // bfloat16 terms of F: outer = ranks, inner = columns of D, both padded
+  Terms left;                 // bfloat16 terms of L: outer = ranks, inner = rows of D, both padded
+  int64_t row_tiles = 1;      // number of tiles of rows of D per thread block
+  int64_t column_tiles = 1;   // number of tiles of columns of D per thread block
+  int64_t column_chunks = 1;  // number of thread blocks among which a row of tiles is divided
+  int64_t padded_rank = 0;    // padded rank, which is the row length of the partial sums of P and Q
   // First rank that this launch computes. There are several launches if the padded rank is more than a launch computes,
   // which is 64 or 128 ranks (rank_pass_launch.cuh).
   int64_t first_rank = 0;

@@ -243,15 +243,20 @@ constexpr int kRankTilesOfBoth = 4;
 // thread accordingly.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
-                                    (kWork == RankWork::kBoth && kRanks > 2)
+                                    (kWork == RankWork::kBoth && kRanks > 2) || (kNf4 && sizeof(T) == 4 && kRanks > 4)
                                 ? 2
                             : kWork == RankWork::kBoth || kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
                                                                                                : 4;
 
 // kWhole: whether the number of D's columns is a multiple of 8, offsets within the rows of a tile fit in 32 bits, and D
 // is aligned to 16 bytes (an NF4 weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F;
-// L always has three terms. Grid: x has a thread block for each chunk of row_tiles tiles of rows, or, if there are
-// runs, for each run; y has one for each chunk of column_tiles tiles of columns.
+// L always has three terms. A chunk of rows is row_tiles tiles of rows, and a chunk of columns is column_tiles tiles
+// of columns. Grid: if P is computed and there are no runs, x has a thread block for each chunk of columns of the first
+// chunk of rows, then of the second chunk of rows, and so on. If only Q is computed, x has a thread block for each
+// chunk of rows, and y for each tile of columns. If there are runs, x has a thread block for each run, and y for each
+// chunk of columns. In the first two grids, the thread blocks that read the same part of F (for Q alone: of L) are a
+// fixed distance apart, the number of chunks of columns (for Q alone: of rows); see kernels.md for when L1 holds this
+// part.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
@@ -277,8 +282,13 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const SharedAt base = shared_at(shared.tile), copy_at = base + rank_offset<T>(copy_row, copy_group);
   const SharedAt rows_at = base + ldmatrix_offset<false, kRanks>(), columns_at = base + ldmatrix_offset<true, kRanks>();
 
-  const int64_t row_tile = kRuns ? run.tile : blockIdx.x * pass.row_tiles;
-  const int64_t column_tile = blockIdx.y * pass.column_tiles;
+  // The blocks that read the same chunk of the factor are a fixed distance apart in the grid, see the grid below.
+  constexpr bool kOneDimension = kRows && !kRuns;
+  const uint32_t chunks = static_cast<uint32_t>(pass.column_chunks);
+  const int64_t row_chunk = kOneDimension ? blockIdx.x / chunks : blockIdx.x;
+  const int64_t column_chunk = kOneDimension ? blockIdx.x % chunks : blockIdx.y;
+  const int64_t row_tile = kRuns ? run.tile : row_chunk * pass.row_tiles;
+  const int64_t column_tile = column_chunk * pass.column_tiles;
   const int64_t row = kRuns ? run.first : row_tile * kRankTile, column = column_tile * kRankTile;
   // To compute P, or P and Q, a thread block reads one tile of columns after the other. To compute only Q, a thread
   // block reads one tile of rows after the other, in one tile of columns.
@@ -316,7 +326,10 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const uint32_t drawn_tile = kRows ? kRankTile / kPhiloxGroup : 4 * drawn_step;
   uint32_t* kept = nullptr;
   const uint32_t kept_tile = static_cast<uint32_t>(pass.padded_columns / kRankTile * kRankThreads);
-  if constexpr (kMask == RankMask::kKept)
+  // A pass over experts' rows has no instance that draws a mask without storing its bits; `kept` may be null instead.
+  [[maybe_unused]] const bool keeps =
+      kMask == RankMask::kKept && (kWork != RankWork::kRunColumns || pass.kept != nullptr);
+  if (keeps)
     kept = pass.kept + (row_tile * (pass.padded_columns / kRankTile) + column_tile) * kRankThreads + threadIdx.x;
 
   // `right` and `left` point to this lane's part of the first fragments of F and L.
@@ -328,7 +341,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const int64_t left_halves = pass.padded_rows / kRankTile * Left::kTile;
   const uint4* right =
       pass.right.data + pass.first_rank / 64 * right_halves + column_tile * Right::kTile + Right::share(right_halves);
-  if constexpr (kTabled) right += pass.table.tiles[blockIdx.x].factor * pass.right_stride;
+  if constexpr (kTabled) right += pass.table.tiles[row_chunk].factor * pass.right_stride;
   if constexpr (kRuns) right += run.expert * pass.right_stride;
   const uint4* left =
       pass.left.data + pass.first_rank / 64 * left_halves + row_tile * Left::kTile + Left::share(left_halves);
@@ -405,7 +418,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
       if constexpr (kDots) rank_dots<T>(copy_at + stage, other, dots);
       if constexpr (kWhole && kMask != RankMask::kNone) {
         const uint32_t bits = rank_drop<T, kMask == RankMask::kKept>(philox, copy_at + stage, drawn, drawn_step);
-        if constexpr (kMask == RankMask::kKept) *kept = bits;
+        if (keeps) *kept = bits;
       }
       sync_threads();  // all threads have filled the stage, and no thread reads the previous stage any more
       issue(outer, (held + kOnTheWay) / kAround, (held + kOnTheWay) % kAround,
@@ -442,9 +455,9 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
       rows_left -= kRankTile;
       left += Left::kTile;
     }
-    if constexpr (kMask == RankMask::kKept) kept += kept_tile;
+    if (keeps) kept += kept_tile;
     if constexpr (kBoth) {
-      const int64_t at = blockIdx.x * pass.padded_columns + column + outer * kRankTile;
+      const int64_t at = row_chunk * pass.padded_columns + column + outer * kRankTile;
       rank_store<kRanks>(pass.column_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, column_sums);
 #pragma unroll
       for (int run = 0; run < Share::kRuns; ++run)
@@ -468,12 +481,12 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < kRankThreads / kWarpSize; ++w) sum += shared.sums[w][threadIdx.x];
-        pass.dots[blockIdx.x * pass.padded_columns + column + outer * kRankTile + threadIdx.x] = sum;
+        pass.dots[row_chunk * pass.padded_columns + column + outer * kRankTile + threadIdx.x] = sum;
       }
     }
   }
   if constexpr (!kRows) {
-    const int64_t at = blockIdx.x * pass.padded_columns + column;
+    const int64_t at = row_chunk * pass.padded_columns + column;
     rank_store<kRanks>(pass.column_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, column_sums);
   }
   if constexpr (kRows) {
@@ -481,7 +494,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
     for (int held = 0; held < kAround; ++held) {
       const int64_t mine = (kRuns ? row_tile * kRankTile : row) + held * kRankTile;
       if (mine >= pass.padded_rows) break;
-      const int64_t at = blockIdx.y * pass.padded_rows + mine;
+      const int64_t at = column_chunk * pass.padded_rows + mine;
       rank_store<kRanks>(pass.row_sums + at * pass.padded_rank + pass.first_rank, pass.padded_rank, row_sums[held]);
       if constexpr (kSquares) {
         // Adds the sums of squares of a row over the four lanes that hold parts of the row.

@@ -37,7 +37,6 @@ constexpr int kMostReduces = 16;
 struct RankReduces {
   RankReduce work[kMostReduces];
 };
-static_assert(sizeof(RankReduces) <= 4096, "the arguments of a kernel take at most 4 KiB");
 
 constexpr int kReduceThreads = 256;
 

@@ -15,6 +15,16 @@ HeldTerms split_right(const Tensor& matrix, ScalarType type) {
   return held;
 }
 
+// Checks the adapter of the operators for the norm.
+void check_adapter(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B) {
+  check_matrix(op, "lora_A", lora_A, weight.weight);
+  check_matrix(op, "lora_B", lora_B, weight.weight);
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(0) > 0 && lora_A.size(1) == weight.inputs, op, ": lora_A has ",
+                  lora_A.numel(), " elements, wanted [R, ", weight.inputs, "] of a rank of 1 or more");
+  STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == weight.outputs && lora_B.size(1) == lora_A.size(0), op,
+                  ": lora_B is not [", weight.outputs, ", ", lora_A.size(0), "]");
+}
+
 // Returns A Aᵀ [R, R] float32.
 Tensor gram(const Tensor& a) {
   const HeldTerms terms = split_right(a, a.scalar_type());
@@ -41,7 +51,7 @@ DeviceWeight pass_weight(const DeviceWeight& weight, ScalarType type) {
 
 WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
                        double scaling, ScalarType type) {
-  DeviceAdapter adapter;
+  check_adapter(op, weight, lora_A, lora_B);
   const int64_t rows = weight.outputs, rank = lora_A.size(0);
   WeightNorm out;
   out.norm = device_empty(weight.weight, {rows}, ScalarType::Float);
@@ -53,12 +63,18 @@ WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor&
   }
   const DeviceWeight held = pass_weight(weight, type);
   const Tensor a = as_contiguous(lora_A), b = as_type(as_contiguous(lora_B), ScalarType::Float);
+  // The passes over W and over A have the same factor, and one launch reduces the sums of both.
   const HeldTerms terms = split_right(a, type);
   const PassSums sums = rank_pass(weight_input(held, type), &terms, nullptr, PassWants{true});
-  Reduced wanted;
-  wanted.plain = &out.u;
-  reduce(sums.rows, rank, wanted);
-  const Tensor products = gram(a);
+  const PassSums gram_sums = rank_pass(dense_input(a), &terms, nullptr);
+  const Tensor products = device_empty(a, {rank, rank}, ScalarType::Float);
+  Reduced of_weight, of_a;
+  of_weight.plain = &out.u;
+  of_a.plain = &products;
+  Reducer reducer(a);
+  reducer.add(sums.rows, rank, of_weight);
+  reducer.add(gram_sums.rows, rank, of_a);
+  reducer.run();
   Launcher launcher(b);
   Norm work{};
   work.u = launcher.in<float>(out.u);
@@ -78,7 +94,9 @@ WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor&
 WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const DeviceWeight& weight,
                                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
                                         double scaling, ScalarType type) {
+  check_adapter(op, weight, lora_A, lora_B);
   const int64_t rows = weight.outputs, inputs = weight.inputs, rank = lora_A.size(0);
+  check_tensor(op, "u", u, ScalarType::Float, rows * rank, weight.weight, "weight");
   if (rows == 0 || inputs == 0)
     return {device_zeros(lora_A, {rank, inputs}, lora_A.scalar_type()),
             device_zeros(lora_B, {rows, rank}, lora_B.scalar_type())};
@@ -110,11 +128,15 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
   splitter.run();
   const Tensor outer = device_empty(b, {inputs, rank}, ScalarType::Float);
   const Tensor inner = device_empty(b, {rank, rank}, ScalarType::Float);
-  Reduced wanted;
-  wanted.plain = &outer;
-  reduce(rank_pass(weight_input(held, type), nullptr, &c_b).columns, rank, wanted);
-  wanted.plain = &inner;
-  reduce(rank_pass(dense_input(b), nullptr, &c_b).columns, rank, wanted);
+  const PassSums over_weight = rank_pass(weight_input(held, type), nullptr, &c_b);
+  const PassSums over_b = rank_pass(dense_input(b), nullptr, &c_b);
+  Reduced of_weight, of_b;
+  of_weight.plain = &outer;
+  of_b.plain = &inner;
+  Reducer reducer(b);
+  reducer.add(over_weight.columns, rank, of_weight);
+  reducer.add(over_b.columns, rank, of_b);
+  reducer.run();
   const Tensor grad_a = device_empty(b, {rank, inputs}, ScalarType::Float);
   Launcher launcher(grad_a);
   NormGradA work{};

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_absmax_cuda(const Tensor& centred, const
   STD_TORCH_CHECK(centred.scalar_type() == ScalarType::Float, "nf4_quantize_absmax: centred is ",
                   torch::headeronly::toString(centred.scalar_type()), ", wanted Float");
   STD_TORCH_CHECK(
-      on_device(code) && code.get_device_index() == centred.get_device_index(),
+      same_device(code, centred),
       "nf4_quantize_absmax: code is on another device than centred, wanted cuda:", centred.get_device_index());
   STD_TORCH_CHECK(code.scalar_type() == ScalarType::Float && code.numel() == kNestedCodes,
                   "nf4_quantize_absmax: code is ", torch::headeronly::toString(code.scalar_type()), " with ",

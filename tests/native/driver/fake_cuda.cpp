@@ -14,6 +14,7 @@ std::string calls, failing;
 std::map<void*, int> limits;  // most bytes of dynamic shared memory of a launch, by function; default: 48 KiB
 int capture_mode = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL
 thread_local void* context = nullptr;
+bool blocking = false, invalidated = false;  // whether a blocking stream is being captured, and its capture's fate
 
 int call(const std::string& name, const std::string& text, int error) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -32,6 +33,11 @@ const char* fake_calls() {
   calls.clear();
   return told.c_str();
 }
+
+// Gives the thread a context that is the primary context of no device.
+void fake_context(int number) { context = reinterpret_cast<void*>(0x2000 + number); }
+void fake_blocking_capture(int on) { blocking = on, invalidated = false; }
+int fake_invalidated() { return invalidated; }
 
 int cuInit(unsigned) { return call("init", "", 100); }
 int cuGetErrorString(int error, const char** text) {
@@ -52,7 +58,9 @@ int cuCtxGetCurrent(void** found) {
 }
 int cuCtxSetCurrent(void* set) {
   context = set;
-  return 0;
+  char text[40];
+  snprintf(text, sizeof(text), " %p", set);
+  return call("current", text, 1);
 }
 int cuDevicePrimaryCtxRetain(void** found, int device) {
   *found = reinterpret_cast<void*>(0x1000 + device);
@@ -61,7 +69,16 @@ int cuDevicePrimaryCtxRetain(void** found, int device) {
 // In another mode than the relaxed one (2), the driver ends a capture of a CUDA graph as invalid.
 int cuStreamQuery(void*) {
   call("query", " in mode " + std::to_string(capture_mode), 0);
+  if (blocking) {
+    invalidated = true;
+    return 906;
+  }
   return failing == "stream" ? 719 : failing == "capture" ? 906 : 600;
+}
+// For the legacy default stream, while a blocking stream is being captured: an error that leaves the capture valid.
+int cuStreamIsCapturing(void* stream, int* status) {
+  *status = 0;
+  return stream == nullptr && blocking ? 906 : 0;
 }
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   const int before = capture_mode;
@@ -94,6 +111,7 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 }
 int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** parameters, void** extra) {
+  if (context != reinterpret_cast<void*>(0x1000) && context != reinterpret_cast<void*>(0x1001)) return 201;
   char text[300];
   snprintf(text, sizeof(text), " %s grid %u %u %u block %u %u %u shared %u stream %p first %lld last %d extra %p",
            static_cast<char*>(kernel), gx, gy, gz, bx, by, bz, shared, stream, *static_cast<long long*>(parameters[0]),
