@@ -162,7 +162,13 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]], battery: dict[s
         "replaced, one thing after the other: functions of its Python module, attributes of its class, functions of "
         "PyTorch, numbers, and transformers' attention functions. The column known is the number of replacements that "
         "changed no digest, so that `accelerate` would still have fused the class, which would be an error. "
-        "Replacements on an instance and hooks are tested in `tests/integrations`.", "",
+        "The forward of a decoder layer finds nothing by name, and calls its norms, its attention and its MLP, which "
+        "are blocks of their own. A call of few tokens computes a decoder layer as a whole only if each of these "
+        "blocks is fused, and neither the decoder layer nor one of these blocks has a forward of its own or a hook on "
+        "its forward. Otherwise the forward of the decoder layer's class runs. Hooks, forwards, attributes, "
+        "parameters, activations and registry entries, replaced before `accelerate`, are tested for some of these "
+        "classes in `tests/integrations/test_battery.py`, which compares the results with those of the changed "
+        "stock model.", "",
         "| kind | classes | replacements | known |", "|---|---|---|---|",
         *(f"| {kind} | {' | '.join(map(str, counts))} |" for kind, counts in sorted(battery.items())), "",
     ]  # fmt: skip

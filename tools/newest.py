@@ -1,12 +1,14 @@
 """Runs tests on the newest releases that pip offers of transformers, PEFT, bitsandbytes and the accelerate library.
 
-    python tools/newest.py [--always] [--folder .venv-newest] [pytest arguments]
+    python tools/newest.py [--always] [--transformers VERSION] [--folder .venv-newest] [pytest arguments]
 
 The tests are those of the integrations, of packed weights and of GGUF files. The packages are installed into a new
 environment, which also sees the packages of the running Python. The native library is not built again. The program
 prints which share of the classes of norms, attentions and MLPs of the newest transformers has a known form;
 peft_ext does not fuse modules of the other classes. If the newest versions are already those of the running Python,
-with which `make test` runs, no test runs without --always. The last line names the versions and the result.
+with which `make test` runs, no test runs without --always. --transformers installs the named release of transformers
+in place of the newest, and always runs the tests: with a release that tools/forms.py has not read, the tests show what
+a later release will do. The last line names the versions and the result.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
+from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
@@ -33,15 +36,17 @@ def versions(python: str) -> dict[str, str]:
     return dict(zip(PACKAGES, json.loads(done.stdout), strict=True))
 
 
-def install(folder: Path) -> str:
-    """Returns the Python of an environment in ``folder`` with the newest PACKAGES."""
+def install(folder: Path, transformers: Optional[str] = None) -> str:
+    """Returns the Python of an environment in ``folder`` with the newest PACKAGES. ``transformers``: the release of
+    transformers to install in place of the newest."""
     venv.create(folder, with_pip=True)
     python = str(folder / "bin/python")
     paths = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", "venv", paths))
     (site / "zz-below.pth").write_text(sysconfig.get_path("purelib") + "\n")
     environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", *PACKAGES]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
+    pip += [f"{name}=={transformers}" if name == "transformers" and transformers else name for name in PACKAGES]
     subprocess.run(pip, check=True, env=environment)
     return python
 
@@ -49,9 +54,10 @@ def install(folder: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--always", action="store_true", help="run the tests whatever the versions are")
+    parser.add_argument("--transformers", metavar="VERSION", help="a release of transformers in place of the newest")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-newest")
     options, rest = parser.parse_known_args()
-    python = install(options.folder)
+    python = install(options.folder, options.transformers)
     here, newest = versions(sys.executable), versions(python)
     said = ", ".join(f"{name} {newest[name]}" + (f" (here {here[name]})" if newest[name] != here[name] else "")
                      for name in PACKAGES)  # fmt: skip
@@ -59,7 +65,7 @@ def main() -> int:
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PEFT_EXT_REQUIRE": "1", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     subprocess.run([python, str(ROOT / "tools/forms.py"), "--share"], cwd=ROOT, env=environment)
-    if newest == here and not options.always:
+    if newest == here and not (options.always or options.transformers):
         print(f"newest: SAME as in this environment, whose tests say what holds: {said}")
         return 0
     # As in `make test`, at most four processes run the tests. The tests import peft_ext from this checkout, which is

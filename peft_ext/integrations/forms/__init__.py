@@ -48,8 +48,8 @@ class Row:
     """One known form.
 
     ``formula``: pairs of a name and a value; KINDS lists the names for each kind. ``classes``: number of classes with
-    this form in the newest release of transformers that the table was drawn from. ``since``: the oldest release of
-    transformers, of those that the table was drawn from, that has the form.
+    this form in one release of transformers, the newest of those that the table was drawn from and that have the form.
+    ``since``: the oldest release of transformers, of those that the table was drawn from, that has the form.
     """
 
     digest: str
