@@ -26,7 +26,6 @@ and the summary gpu-<date>.json are written during the run, so that a crash lose
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -42,6 +41,7 @@ from pathlib import Path
 from typing import Optional, TextIO
 
 import cuda_model
+from gpu_torch import driver_cuda, pip_names, torch_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
@@ -73,13 +73,6 @@ else:
         found["why"] = f"torch {{torch.__version__}}: {{str(error).partition('. ')[0]}}"
 print(json.dumps(found))
 """
-# pip's index of a torch for a driver that is too old for the torch on PyPI: by the newest CUDA release that the driver
-# supports, the newest first. torch 2.11 and newer on PyPI need a driver for CUDA 13.
-OLDER_TORCH = {
-    (12, 8): "https://download.pytorch.org/whl/cu128",
-    (12, 0): "https://download.pytorch.org/whl/cu126",
-}
-PYPI_CUDA = (13, 0)
 PROBE_SECONDS = 90.0  # seconds after which a process that runs PROBE or LOADS is killed
 IMPORT = """
 import json, sys, time
@@ -264,32 +257,6 @@ def probe(python: str) -> dict:
 
 def driver_is_here() -> bool:
     return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
-
-
-def driver_cuda() -> Optional[tuple[int, int]]:
-    """Returns the newest CUDA release that NVIDIA's driver supports, such as (12, 4). Returns None without a driver."""
-    found = ctypes.c_int()
-    try:
-        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
-    except (OSError, AttributeError):
-        return None
-    return None if failed else (found.value // 1000, found.value % 1000 // 10)
-
-
-def torch_arguments(driver: Optional[tuple[int, int]]) -> list[str]:
-    """Returns pip's arguments for a torch that runs with a driver for the CUDA release ``driver``."""
-    index = None
-    if driver is not None and driver < PYPI_CUDA:
-        index = next((url for release, url in OLDER_TORCH.items() if driver >= release), None)
-    return ["torch>=2.11", *(["--index-url", index] if index else [])]
-
-
-def pip_names(missing: Sequence[str], cuda: Optional[str]) -> list[str]:
-    """Returns pip's requirements for the packages ``missing``. cuda-bindings gets the major release of torch's CUDA
-    release ``cuda``, because a newer cuda-bindings looks for a newer NVRTC than torch has.
-    """
-    major = (cuda or "").partition(".")[0]
-    return [f"{name}=={major}.*" if name == "cuda-bindings" and major else name for name in missing]
 
 
 def packages(here: Machine, outcome: Outcome) -> None:

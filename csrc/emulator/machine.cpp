@@ -587,21 +587,6 @@ void trap() { fault(SITE, "trap"); }
 }  // namespace emulator
 }  // namespace peft_ext
 
-namespace peft_ext {
-namespace emulator {
-
-static std::atomic<const void*> elsewhere{nullptr};
-
-bool is_elsewhere(const void* data) { return data != nullptr && data == elsewhere; }
-
-}  // namespace emulator
-}  // namespace peft_ext
-
-// Declares that the data at the address is on another device than all other data; a null pointer ends this.
-extern "C" __attribute__((visibility("default"))) void peft_ext_emulated_elsewhere(const void* data) {
-  peft_ext::emulator::elsewhere = data;
-}
-
 // Number of launches since the library was loaded, for tests.
 extern "C" __attribute__((visibility("default"))) int64_t peft_ext_emulated_launches() {
   return peft_ext::emulator::launches;

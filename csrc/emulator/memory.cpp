@@ -6,6 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <atomic>
+
+#include "emulator/launch.h"
 #include "emulator/machine.h"
 
 namespace peft_ext {
@@ -278,5 +281,16 @@ void global_access(uintptr_t address, size_t bytes, Access access, const void* s
   for (size_t element = first; element <= last; ++element) access_element(machine, *range, element, access, site);
 }
 
+// ---- another device
+
+static std::atomic<const void*> elsewhere{nullptr};
+
+bool is_elsewhere(const void* data) { return data != nullptr && data == elsewhere; }
+
 }  // namespace emulator
 }  // namespace peft_ext
+
+// Declares that the data at the address is on another device than all other data; a null pointer ends this.
+extern "C" __attribute__((visibility("default"))) void peft_ext_emulated_elsewhere(const void* data) {
+  peft_ext::emulator::elsewhere = data;
+}

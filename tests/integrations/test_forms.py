@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
-from transformers.utils import generic
 from transformers.utils.generic import can_return_tuple
 
 import peft_ext
 from peft_ext.integrations.forms import HEADER, KINDS, TABLE, Row, Unknown, form_of, read_rows, row_of
 from peft_ext.integrations.forms.activations import activation_name, refresh
-from peft_ext.integrations.forms.digest import _codes, _qualname_of_source
 from peft_ext.verification import proof
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -134,22 +132,6 @@ def test_a_decorator_that_names_a_function_that_it_does_not_call() -> None:
     except Unknown:
         found = None
     assert found != known
-
-
-def test_python_3_10_finds_the_names_of_wrappers_in_their_source() -> None:
-    """Code objects have ``co_qualname`` since Python 3.11. Python 3.10 must find the same names, because the names are
-    a part of the digest."""
-    module = compile(Path(generic.__file__).read_text(), generic.__file__, "exec", dont_inherit=True)
-    # Python 3.14 and newer compile annotations into functions of their own, which are no wrappers.
-    codes = [code for code in _codes(module) if code is not module and code.co_name != "__annotate__"]
-    found = {code: _qualname_of_source(code) for code in codes}
-    assert "can_return_tuple.<locals>.wrapper" in found.values()
-    assert _qualname_of_source(can_return_tuple(lambda: None).__code__) == "can_return_tuple.<locals>.wrapper"
-    if sys.version_info >= (3, 11):
-        assert found == {code: code.co_qualname for code in codes}
-    other = compile("def f():\n    return 1\n", generic.__file__, "exec").co_consts[0]
-    with pytest.raises(Unknown, match="not the code that runs"):
-        _qualname_of_source(other)
 
 
 @pytest.mark.parametrize("kind", [Calls, Answers])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -321,13 +322,13 @@ def test_the_release_of_the_driver_is_read(monkeypatch: pytest.MonkeyPatch) -> N
             found._obj.value = 12040
             return 0
 
-    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Driver if name == "libcuda.so.1" else pytest.fail(name))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver if name == "libcuda.so.1" else pytest.fail(name))
     assert gpu.driver_cuda() == (12, 4)
 
     def missing(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(gpu.ctypes, "CDLL", missing)
+    monkeypatch.setattr(ctypes, "CDLL", missing)
     assert gpu.driver_cuda() is None
 
 

@@ -198,18 +198,10 @@ def accepts_input(x: Any) -> bool:
     return torch.compiler.is_compiling() or not (under_a_transform() or torch._C._is_tracing())
 
 
-def input_reason(x: Tensor) -> Optional[str]:
-    """Returns why the operators do not accept x, or None, see :func:`accepts_input`."""
-    if accepts_input(x):
-        return None
-    return f"its input is a {type(x).__name__} in {short(x.dtype)}, or the call is traced or transformed"
-
-
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
     """Returns why the operators can't read the parameter ``tensor``, or None. The returned text calls the parameter
     ``name``."""
-    # A parameter that is not plain is, for example, a DTensor or a quantized subclass. The parameter is None if FSDP
-    # took the parameter out of the module.
+    # A DTensor and a quantized subclass are not plain. FSDP leaves None in place of a parameter that it takes out.
     if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
     shape = whole_shape(tensor)
@@ -348,8 +340,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
         quant_state = quant_state_of(base)
         if reason := why_not_nf4(quant_state, ("nf4", "fp4")) or _table_reason(quant_state):
             return reason
-        # The device is read from absmax, because absmax is a plain tensor on the weight's device, and the attributes of
-        # a plain tensor are faster to read than those of a tensor subclass.
+        # absmax is a plain tensor, whose attributes are faster to read than those of the weight, a tensor subclass.
         absmax = quant_state.absmax
         if absmax.is_meta or tuple(quant_state.shape) != (base.out_features, base.in_features):
             return f"its weight is {tuple(quant_state.shape)} on {absmax.device}, wanted [N, K] in memory"
@@ -382,8 +373,7 @@ def _table_reason(state: Any) -> Optional[str]:
     decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to one of these. The
     values of a table are read once."""
     code, kind = state.code, state.quant_type
-    # torch.compile can't read the values of a table of codes while it traces. `accelerate` has read the tables of a
-    # model before.
+    # torch.compile can't read the values of a table while it traces. `accelerate` has read a model's tables before.
     if not torch.compiler.is_compiling():
         known = _TABLES.get(id(code))
         if type(code) is not Tensor or (known is not None and known[0]() is code and known[1] == kind):

@@ -33,9 +33,9 @@ from ...ops.checks import autocast_dtype
 from ...text import dtype_name
 from ..adapter_layers import siblings
 from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, plan_of, together
-from ..adapter_layers.reasons import accepts_input, input_reason, kernel_reason, replaced_on_instance
+from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_instance
 from ..forms import KINDS, Row, row_of
-from .block import Block, device_of
+from .block import Block, device_of, input_reason
 from .cache import Room, appended, room_for
 
 ALL_ATTENTION_FUNCTIONS: Any = None

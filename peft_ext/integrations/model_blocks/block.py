@@ -13,12 +13,20 @@ from typing import Any, Optional, Union
 
 from torch import Tensor, nn
 
+from ...text import dtype_name
 from ..adapter_layers.base import STOCK
 from ..adapter_layers.few_tokens import Facts, few_reason, plan_of
-from ..adapter_layers.reasons import accepts_input, input_reason, replaced_on_instance
+from ..adapter_layers.reasons import accepts_input, replaced_on_instance
 from ..forms import KINDS, Form, Row, row_of
 
-__all__ = ["Block", "Fused", "class_of"]
+__all__ = ["Block", "Fused", "class_of", "input_reason"]
+
+
+def input_reason(x: Tensor) -> Optional[str]:
+    """Returns why the operators do not accept x, or None, see :func:`accepts_input`."""
+    if accepts_input(x):
+        return None
+    return f"its input is a {type(x).__name__} in {dtype_name(x.dtype)}, or the call is traced or transformed"
 
 
 class Block:
