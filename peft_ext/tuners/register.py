@@ -31,6 +31,7 @@ MODEL_HOOKS = (
     "_remove_adapter_name_from_key",
     "_replace_module",
     "_unload_and_optionally_merge",
+    "inject_adapter",
     "set_adapter",
 )
 LAYER_HOOKS = (

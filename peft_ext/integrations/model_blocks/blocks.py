@@ -155,11 +155,12 @@ def expected_input(model: nn.Module, name: str) -> Tensor:
     """Returns an empty tensor with the dtype and the device that the input of the module ``name`` is expected to have:
     those of the first floating-point parameter of at least 16 bits, of an adapter's base layer or outside of adapters,
     in the module or in the nearest module around it that has such a parameter."""
-    while True:
-        for module in without_adapters(model.get_submodule(name)):
+    around = [model]
+    for part in filter(None, name.split(".")):  # not get_submodule, because a class may define __getattr__
+        around.append(around[-1]._modules[part])
+    for nearest in reversed(around):
+        for module in without_adapters(nearest):
             for one in module._parameters.values():
                 if one is not None and one.is_floating_point() and one.itemsize > 1:
                     return torch.empty(0, dtype=one.dtype, device=one.device)
-        if not name:
-            return torch.empty(0)
-        name = name.rpartition(".")[0]
+    return torch.empty(0)
