@@ -5,8 +5,8 @@
                                      known form
 
 pip installs each release into a folder of build/forms, and a separate process reads each release. A form whose forward
-``peft_ext.accelerate`` would replace gets a row if a formula passes the proof for a class with this form (proof.py of
-peft_ext/integrations/model_blocks, and tests/support/form_proofs.py). Some rows need no proof: dropouts, and attentions
+``peft_ext.accelerate`` would replace gets a row if a formula passes the proof for a class with this form
+(peft_ext/verification/proof.py and tests/support/form_proofs.py). Some rows need no proof: dropouts, and attentions
 that keep their own forward. The row of an attention also names the layers that receive one input, which this tool reads
 from the source of the attention's forward (:mod:`reads_of_attention`); ``peft_ext.accelerate`` only reads the table.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -183,6 +184,21 @@ def test_norms_without_kernels_or_over_two_dimensions(name: str, monkeypatch: py
     wanted = {"OLMo": {"no native kernels of layer_norm for cpu tensors are loaded"},
               "Cohere": {"", "its weight is [4, 8], wanted 1 dimension"}}  # fmt: skip
     assert said == wanted[name]
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_layer_norm_with_parameters_of_two_dtypes_raises_pytorchs_error(name: str) -> None:
+    """x has the dtype of the weight, so that the operator alone would compute a result."""
+    norm = nn.LayerNorm(16)
+    norm._parameters[name].data = norm._parameters[name].data.bfloat16()
+    x = torch.randn(512, 16, dtype=norm.weight.dtype)
+    with pytest.raises(RuntimeError) as stock:
+        norm(x)
+    with pytest.warns(UserWarning, match="no adapter layer"):
+        model = peft_ext.accelerate(nn.Sequential(norm))
+    assert explained(model, "LayerNorm")[0] is False
+    with pytest.raises(RuntimeError, match=re.escape(str(stock.value))):
+        model(x)
 
 
 def test_a_model_in_float64() -> None:

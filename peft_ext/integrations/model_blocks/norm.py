@@ -156,7 +156,10 @@ class LayerNorm(Norm):
         return self._norm_reason("layer_norm", self.eps, "weight", "bias")
 
     def call_reason(self, x: Tensor) -> Optional[str]:
-        return self._of_two_dtypes(x, self._parameters["weight"])
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if bias is not None and bias.dtype is not weight.dtype:
+            return f"its weight is {dtype_name(weight.dtype)}, its bias {dtype_name(bias.dtype)}"
+        return self._of_two_dtypes(x, weight)
 
     def _fused(self, x: Tensor) -> Tensor:
         weight = self._parameters["weight"]
