@@ -333,7 +333,7 @@ cuda-link: setup .venv-cuda/.installed
 # .venv-cuda-12 has the oldest NVRTC that a supported CUDA build of torch brings, beside the packages of .venv.
 .venv-cuda-12/.installed: $(VENV)/.built
 	$(PYTHON) -m venv .venv-cuda-12
-	.venv-cuda-12/bin/pip install --quiet --disable-pip-version-check "cuda-bindings==12.*" "nvidia-cuda-nvrtc-cu12==12.6.*"
+	.venv-cuda-12/bin/pip install --quiet --disable-pip-version-check "cuda-bindings>=12,<13" "nvidia-cuda-nvrtc-cu12>=12.6,<12.7"
 	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  $(BIN)/python -c "$$site" >"$$(.venv-cuda-12/bin/python -c "$$site")/packages_of_venv.pth"
 	touch $@
