@@ -26,7 +26,7 @@ from ..run.errors import REFUSALS, need
 from ..run.evaluate import continued
 from ..run.progress import quiet, status
 from ..sources.json_file import first_line, raised_as
-from ..sources.model import hushed, load_model, load_tokenizer, tokenizer_folder
+from ..sources.model import hushed, load_model, load_tokenizer, most_tokens, tokenizer_folder
 from . import CliError
 from ._common import (
     QUANT_HELP,
@@ -113,8 +113,8 @@ class _Pair:
     Attributes:
         about: the base, the quantization and the adapter in words.
         no_base: the reason why the base can't answer; None where the base can answer.
-        room: most tokens that a prompt and its answer may have together; None for an encoder-decoder, and where the
-            model has no limit.
+        room: most tokens that a prompt and its answer may have together; infinity for an encoder-decoder, and where
+            the model has no limit.
     """
 
     def __init__(
@@ -136,9 +136,8 @@ class _Pair:
         encodes_decodes = bool(getattr(base.config, "is_encoder_decoder", False))
         if encodes_decodes and self.is_prompt:
             raise CliError(f"{adapter} is a {method} adapter of an encoder-decoder, whose answers are not supported")
-        room = getattr(base.config, "max_position_embeddings", None)
         virtual = config.num_virtual_tokens if self.is_prompt else 0
-        self.room = None if room is None or encodes_decodes else room - virtual
+        self.room = math.inf if encodes_decodes else most_tokens(base.config) - virtual
 
     def answers(self, prompt: str) -> tuple[str, str]:
         """Returns the base's answer, or the reason why the base can't answer, and the adapted model's answer.
@@ -163,7 +162,7 @@ class _Pair:
         else:
             inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         count = inputs["input_ids"].shape[1]
-        if self.room is not None and count + self.max_new_tokens > self.room:
+        if count + self.max_new_tokens > self.room:
             raise CliError(
                 f"the prompt is {count} tokens, which with {self.max_new_tokens} more (--max-new-tokens) is over the "
                 f"model's {self.room}"

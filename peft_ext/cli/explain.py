@@ -29,6 +29,7 @@ from ..sources.json_file import raised_as
 from ..sources.model import (
     head_labels,
     model_class,
+    most_tokens,
     named_base,
     pack_as_stored,
     quant_method,
@@ -178,10 +179,10 @@ def _check(
 
 
 def _length(config: Any, asked: Optional[int], most: int) -> int:
-    room = getattr(config, "max_position_embeddings", None)
-    if asked is not None and room and asked > room:
+    room = most_tokens(config)
+    if asked is not None and asked > room:
         raise CliError(f"--sequence-length {asked}: the model takes at most {room} tokens")
-    return asked or min(room or most, most)
+    return asked or int(min(room, most))
 
 
 # --- the base, without a weight ---------------------------------------------------------------------------------------

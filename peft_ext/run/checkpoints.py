@@ -347,11 +347,8 @@ def _set_aside(o: Options) -> None:
     if of_run:
         names += ["report.html", *[CONFIG_FILE] * may_write_config(o), *[EXPORTED_FILE] * (old_export(o) is not None)]
         found = read_record(o).get("tokenizer_files")
-        names += (
-            [name for name in found if isinstance(name, str) and Path(name).name == name]
-            if isinstance(found, list)
-            else []
-        )
+        found = found if isinstance(found, list) else []
+        names += [name for name in found if isinstance(name, str) and Path(name).name == name]
         names.append("run.json")  # removed last, because only run.json shows that the other files are those of a run
     there = [name for name in names if (o.output / name).is_file()]
     if whole:
