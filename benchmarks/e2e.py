@@ -17,6 +17,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import math
 import os
 import random
 import statistics
@@ -35,6 +36,7 @@ os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, 
 from . import compiled, cuda, mixture, parts
 from .files import result_path, write
 from .harness import machine
+from .turns import in_turn, serve
 
 PROMPT = "Question of a bank's customer: {text}\nIntent:"
 
@@ -320,58 +322,84 @@ def stepper(
     return step
 
 
-def train(
-    method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2,
-    checkpointing: bool = False, device: str = "cpu", compiles: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Times ``steps`` training steps after one step that warms up, and that compiles the model if ``compiles`` is True.
+class Training:
+    """Training steps of one contender; see :func:`stepper`. ``seconds`` and ``losses`` have an entry for each step.
 
     On a GPU, the peak memory is the peak of PyTorch's allocations after the model was built.
     """
-    import torch
 
-    import peft_ext
-    from peft_ext.integrations.transformers import peak_memory_mib
+    def __init__(
+        self, method: Method, kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = SMOLLM2,
+        checkpointing: bool = False, device: str = "cpu", compiles: bool = False,
+    ) -> None:  # fmt: skip
+        import torch
 
-    step = stepper(method, kind, steps, sizes, checkpointing, device, compiles)
-    explained = [] if kind == "frozen" else peft_ext.explain(step.model).rows
-    on_gpu = device == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+        import peft_ext
 
-    def peak_mib() -> float:
-        return torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mib() or 0
+        self.step = stepper(method, kind, steps, sizes, checkpointing, device, compiles)
+        self.explained = [] if kind == "frozen" else peft_ext.explain(self.step.model).rows  # type: ignore[attr-defined]
+        self.device, self.shape, self.words = device, (batch, length), sizes["vocab_size"]
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.before = self._peak_mib()
+        torch.manual_seed(1)
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.metered: dict[str, float] = {}
 
-    before = peak_mib()
-    torch.manual_seed(1)
-    seconds, losses = [], []
-    with cuda.Meter(cuda.uuid() if on_gpu else None) as meter:
-        for turn in range(1 + steps):
-            tokens = torch.randint(0, sizes["vocab_size"], (batch, length)).to(device)
-            if on_gpu:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            loss = step(tokens, turn)
-            if on_gpu:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            losses.append(loss.item())
-        metered = meter.lap()
-    return {
-        "tokens_per_s": round(batch * length / statistics.median(seconds[1:]), 1),
-        "milliseconds": round(1e3 * statistics.median(seconds[1:]), 3),
-        "meter": metered,
-        "peak_mib": round(peak_mib()),
-        "peak_before_training_mib": round(before),
-        "losses": [round(loss, 5) for loss in losses],
-        "fused": sum(row.fused for row in explained),
-        "layers": len(explained),
-    }
+    def _peak_mib(self) -> float:
+        import torch
+
+        from peft_ext.integrations.transformers import peak_memory_mib
+
+        return torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else peak_memory_mib() or 0
+
+    def run(self, steps: int) -> None:
+        """Takes and times ``steps`` steps."""
+        import torch
+
+        on_gpu = self.device == "cuda"
+        with cuda.Meter(cuda.uuid() if on_gpu else None) as meter:
+            for _ in range(steps):
+                tokens = torch.randint(0, self.words, self.shape).to(self.device)
+                if on_gpu:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                loss = self.step(tokens, len(self.seconds))
+                if on_gpu:
+                    torch.cuda.synchronize()
+                self.seconds.append(time.perf_counter() - start)
+                self.losses.append(loss.item())
+            self.metered = meter.lap()
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the figures of all steps but the first step, which warms up and, if asked to, compiles the model.
+        ``step_ms`` has the time of each of these steps."""
+        taken = self.seconds[1:]
+        return {
+            "tokens_per_s": round(math.prod(self.shape) / statistics.median(taken), 1),
+            "milliseconds": round(1e3 * statistics.median(taken), 3),
+            "step_ms": [round(1e3 * seconds, 3) for seconds in taken],
+            "meter": self.metered,
+            "peak_mib": round(self._peak_mib()),
+            "peak_before_training_mib": round(self.before),
+            "losses": [round(loss, 5) for loss in self.losses],
+            "fused": sum(row.fused for row in self.explained),
+            "layers": len(self.explained),
+        }
+
+
+def train(method: Method, kind: str, steps: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns the figures of ``steps`` steps, after one step that is not timed; see :class:`Training`."""
+    training = Training(method, kind, steps, *args, **kwargs)
+    training.run(1 + steps)
+    return training.figures()
 
 
 def methods(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the contenders of each method in turn, each run in its own process. A ratio compares runs of the same
-    repetition.
+    """Runs the contenders of each method, each in its own process. On a CPU the contenders take their steps in turn; on
+    a GPU, where only one contender may use the GPU while its clock and power are read, each takes all its steps at once.
+    A ratio is the median over the turns of the ratio of two steps of the same turn.
 
     The result file is written anew after each method. A run that fails, or that takes more than ``args.limit`` seconds,
     is named in "failed", and the method's row has the other runs.
@@ -390,22 +418,23 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
     }
     for name in args.methods:
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        commands = {
+            kind: [sys.executable, "-m", "benchmarks.e2e", "method", name, kind, "--steps", str(args.steps), "--batch",
+                   str(args.batch), "--length", str(args.length), "--shape", args.shape, "--device", args.device,
+                   *["--checkpointing"] * args.checkpointing]
+            for kind in KINDS
+        }  # fmt: skip
+        steps = [1] * (1 + args.steps) if args.device == "cpu" else [1 + args.steps]
         for _ in range(args.repeats):
-            for kind in KINDS:
-                command = [sys.executable, "-m", "benchmarks.e2e", "method", name, kind, "--steps", str(args.steps),
-                           "--batch", str(args.batch), "--length", str(args.length), "--shape", args.shape,
-                           "--device", args.device, *["--checkpointing"] * args.checkpointing]  # fmt: skip
-                try:
-                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=args.limit)
-                except subprocess.SubprocessError as error:
-                    failed.append(f"{name}, {kind}: {error}")
-                    print(f"failed: {failed[-1]}", flush=True)
-                    continue
-                runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
-                run = runs[kind][-1]
+            found, errors = in_turn(commands, steps, args.limit)
+            for kind, run in found.items():
+                runs[kind].append(run)
                 metered = "".join(f", {field} {value:g}" for field, value in run["meter"].items())
                 print(f"{name}, {kind}: {run['tokens_per_s']:.0f} tokens/s, peak {run['peak_mib']} MiB, "
                       f"{run['fused']} of {run['layers']} layers fused{metered}", flush=True)  # fmt: skip
+            for kind, error in errors.items():
+                failed.append(f"{name}, {kind}: {error}")
+                print(f"failed: {failed[-1]}", flush=True)
         if any(runs.values()):
             rows.append(method_row(name, runs))
         if all(runs.values()):
@@ -433,13 +462,21 @@ def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
         return row
     differences = [abs(a - b) for a, b in zip(ours[0]["losses"], stock[0]["losses"], strict=True)]
     return row | {
-        "speedup": _ratio(ours, stock, "tokens_per_s"),
+        "speedup": _of_steps(stock, ours),
         "memory": _ratio(ours, stock, "peak_mib"),
-        "over_frozen": _ratio(ours, runs["frozen"], "milliseconds"),
+        "over_frozen": _of_steps(ours, runs["frozen"]),
         "memory_over_frozen": _ratio(ours, runs["frozen"], "peak_mib"),
         # With dropout the contenders draw different masks, so that losses are not compared.
         "max_loss_difference": None if METHODS[name].dropout else max(differences),
     }
+
+
+def _of_steps(over: list[dict[str, Any]], under: list[dict[str, Any]]) -> float:
+    """Returns the median, over the turns of all runs, of the time of a step in ``over`` divided by the time of the step
+    of the same turn in ``under``.
+    """
+    steps = [pair for a, b in zip(over, under, strict=True) for pair in zip(a["step_ms"], b["step_ms"], strict=True)]
+    return round(statistics.median(a / b for a, b in steps), 3)
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -484,7 +521,7 @@ def main() -> None:
     three = commands.add_parser("methods")
     three.add_argument("--methods", type=_names, default=list(METHODS), help=f"'{'; '.join(METHODS)}'; default: all")
     three.add_argument("--repeats", type=int, default=2)
-    four = commands.add_parser("method", help="one run of methods: its figures as JSON")
+    four = commands.add_parser("method", help="a contender of methods: takes the steps that standard input asks for")
     four.add_argument("method", choices=METHODS)
     four.add_argument("kind", choices=KINDS)
     for command in (three, four):
@@ -530,8 +567,9 @@ def main() -> None:
         )
     args = parser.parse_args()
     if args.command == "method":
-        print(json.dumps(train(METHODS[args.method], args.kind, args.steps, args.batch, args.length,
-                               SHAPES[args.shape][0], args.checkpointing, args.device)))  # fmt: skip
+        training = Training(METHODS[args.method], args.kind, args.steps, args.batch, args.length,
+                            SHAPES[args.shape][0], args.checkpointing, args.device)  # fmt: skip
+        serve(training.run, training.figures)
         return
     if args.command == "mixture":
         print(json.dumps(mixture.train(args.kind, args.steps, args.batch, args.length)))

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Optional
 
-from . import compiled, llama_cpp, llama_speed, packed_memory, packed_training
+from . import compiled, generation, llama_cpp, llama_speed, packed_memory, packed_training
 from .files import Result, newest, newest_by_gpu
 from .harness import ratio_text, spread_text
 
@@ -245,6 +245,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "dora": _operator(DORA, "dora_linear", *STOCK),
     "dropout": _operator(DORA, "dropout", "torch eager"),
     "nf4": _operator(NF4, "nf4_linear", "bitsandbytes", "bitsandbytes, repacked", "frozen"),
+    "generation": partial(shown, (generation.NAME, generation.table)),
     "quantize": partial(shown, (NF4, quantize_table)),
     "attention": _operator(ATTENTION, "scaled_dot_product_attention", "torch eager"),
     "shapes": partial(shown, ("layer-shapes-avx512_bf16", shapes_table)),

@@ -87,6 +87,11 @@ inline torch::stable::Tensor as_shape(const torch::stable::Tensor& tensor, const
   return torch::stable::Tensor(out);
 }
 
+// Returns a gradient in the shape and the dtype of its parameter.
+inline torch::stable::Tensor like(const torch::stable::Tensor& gradient, const torch::stable::Tensor& parameter) {
+  return as_shape(as_type(gradient, parameter.scalar_type()), {parameter.sizes().begin(), parameter.sizes().end()});
+}
+
 // Returns a new tensor, or nothing if PyTorch does not make the tensor; shim_message() then returns the reason. The
 // caller must have checked the shape with checked_bytes().
 inline std::optional<torch::stable::Tensor> try_empty(int32_t device_type, int32_t device_index,

@@ -7,7 +7,6 @@
 
 #include "common/registration.h"
 #include "cpu/operator_call.h"
-#include "ia3/glue.h"
 #include "linear/cpu/adapted_linear.h"
 
 namespace peft_ext {

@@ -8,7 +8,6 @@
 // instead. If l scales the input (feedforward), one pass over U computes dX and dl.
 #include <tuple>
 
-#include "ia3/glue.h"
 #include "linear/cuda/adapted_linear.cuh"
 
 namespace peft_ext {

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   AdaptedBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x);
-  if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());
+  if (rank_scale.has_value()) out.grad_rank_scale = like(out.grad_rank_scale, *rank_scale);
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
 }
 
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_residual_backward_cpu(Tensor gra
   constexpr const char* kOp = "lora_residual_backward";
   const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   AdaptedBackward out = low_rank_backward(kOp, grad, x, adapter, s, needs_grad_x);
-  if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());
+  if (rank_scale.has_value()) out.grad_rank_scale = like(out.grad_rank_scale, *rank_scale);
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
 }
 

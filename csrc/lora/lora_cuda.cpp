@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cuda(
   const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, x.scalar_type());
   const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   DeviceBackward out = adapted_backward(kOp, grad, x, held, adapter, s, needs_grad_x, std::nullopt);
-  if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());
+  if (rank_scale.has_value()) out.grad_rank_scale = like(out.grad_rank_scale, *rank_scale);
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
 }
 
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_residual_backward_cuda(
   constexpr const char* kOp = "lora_residual_backward";
   const DeviceAdapter adapter = lora_device_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   DeviceBackward out = low_rank_backward(kOp, grad, x, adapter, s, needs_grad_x);
-  if (rank_scale.has_value()) out.grad_rank_scale = as_type(out.grad_rank_scale, rank_scale->scalar_type());
+  if (rank_scale.has_value()) out.grad_rank_scale = like(out.grad_rank_scale, *rank_scale);
   return {out.grad_x, out.grad_A, out.grad_B, out.grad_rank_scale};
 }
 

@@ -207,7 +207,7 @@ def lora_linear(
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
         lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, for example float32 with a bfloat16 weight.
         bias: ``[N]`` of x's dtype.
-        rank_scale: ``[R]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
+        rank_scale: ``[R]`` or ``[R, 1]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
         scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
         dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
         training: dropout acts only when True.
@@ -215,9 +215,9 @@ def lora_linear(
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B,
-    rank_scale and bias, in their own dtypes; saved for backward, besides the weight and the adapter: x, S ``[T, R]``
-    float32 and the seed. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapter is
-    not cast.
+    rank_scale and bias, in their own shapes and dtypes; saved for backward, besides the weight and the adapter: x, S
+    ``[T, R]`` float32 and the seed. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the
+    adapter is not cast.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -227,7 +227,7 @@ def lora_linear(
     op = "lora_linear"
     x, weight, bias = checks.adapted_operands(op, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if rank_scale is not None:
-        checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
+        checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],), (lora_A.shape[0], 1))
     checks.check_seed(op, seed, x)
     if checks.wants_reference(x, lora_A, lora_B, rank_scale):
         return by_reference(reference.lora_linear, x, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
@@ -292,7 +292,7 @@ def lora_residual(
     checks.check_residual(op, x, residual, lora_B, "lora_B")
     checks.check_low_rank(op, (residual.shape[-1], x.shape[-1]), x, "x", lora_A, lora_B)
     if rank_scale is not None:
-        checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],))
+        checks.check_vector(op, "rank_scale", rank_scale, x, (lora_A.shape[0],), (lora_A.shape[0], 1))
     checks.check_scale(op, scaling, dropout_p)
     checks.check_seed(op, seed, x)
     if checks.wants_reference(x, lora_A, lora_B, rank_scale):

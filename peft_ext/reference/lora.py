@@ -29,7 +29,7 @@ __all__ = [
 
 
 def _rho(rank_scale: Optional[Tensor], scaling: float, wide: torch.dtype) -> Union[Tensor, float]:
-    return scaling if rank_scale is None else scaling * rank_scale.to(wide)
+    return scaling if rank_scale is None else scaling * rank_scale.reshape(-1).to(wide)
 
 
 def lora_linear_forward(
@@ -108,7 +108,7 @@ def _low_rank_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Ten
     p, gs = flat @ (rho * b), flat.t() @ s.to(wide)
     grad_a = p.t() @ rows(dropped(x.to(wide), dropout_p, seed))
     low_rank = dropped((p @ lora_A.to(wide)).view(x.shape), dropout_p, seed)
-    grad_scale = None if rank_scale is None else (scaling * (b * gs).sum(0)).to(rank_scale.dtype)
+    grad_scale = None if rank_scale is None else (scaling * (b * gs).sum(0)).to(rank_scale.dtype).view(rank_scale.shape)
     return low_rank, grad_a.to(lora_A.dtype), (rho * gs).to(lora_B.dtype), grad_scale
 
 

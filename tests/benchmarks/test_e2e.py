@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 
@@ -67,33 +66,38 @@ def test_a_mixture_trains(monkeypatch):
     assert runs["nf4"]["weights_mib"] <= runs["frozen"]["weights_mib"]
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
-    run = {"tokens_per_s": 10.0, "milliseconds": 5.0, "peak_mib": 7, "peak_before_training_mib": 6, "meter": {},
-           "losses": [2.0, 1.0], "fused": 7, "layers": 7}  # fmt: skip
+def test_a_run_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_path):
+    run = {"tokens_per_s": 10.0, "milliseconds": 5.0, "step_ms": [4.0, 6.0], "peak_mib": 7, "meter": {},
+           "peak_before_training_mib": 6, "losses": [2.0, 1.0], "fused": 7, "layers": 7}  # fmt: skip
     asked = []
 
-    def started(command, *, timeout, **how):
-        asked.append(command[4:6])
-        assert timeout == 60 and command[command.index("--device") + 1] == "cpu"
-        if command[4:6] == ["LoRA", "stock"]:
-            raise subprocess.TimeoutExpired(command, timeout)
-        if command[4:6] == ["DoRA", "ours"]:
-            raise subprocess.CalledProcessError(-11, command)
-        return MagicMock(stdout=f"a line\n{json.dumps(run)}\n")
+    def in_turn(commands, steps, limit):
+        name = commands["ours"][4]
+        asked.append([name, list(commands)])
+        assert limit == 60 and steps == [1] * 6
+        assert all(command[4:6] == [name, kind] for kind, command in commands.items())
+        found = {kind: run for kind in commands}
+        if name == "LoRA":
+            del found["stock"]
+            return found, {"stock": subprocess.TimeoutExpired("a command", 60)}
+        if name == "DoRA":
+            del found["ours"]
+            return found, {"ours": subprocess.CalledProcessError(-11, "a command")}
+        return {**found, "stock": {**run, "step_ms": [8.0, 18.0]}}, {}
 
-    monkeypatch.setattr(e2e.subprocess, "run", started)
+    monkeypatch.setattr(e2e, "in_turn", in_turn)
     monkeypatch.setattr(sys, "argv", ["e2e", "methods", "--methods", "LoRA; IA3; DoRA", "--repeats", "1", "--shape",
                                       "tiny", "--limit", "60", "--out", str(tmp_path / "out.json")])  # fmt: skip
     with pytest.raises(SystemExit, match="1"):
         e2e.main()
     result = json.loads((tmp_path / "out.json").read_text())
-    assert asked == [[name, kind] for name in ("LoRA", "IA3", "DoRA") for kind in e2e.KINDS]
+    assert asked == [[name, list(e2e.KINDS)] for name in ("LoRA", "IA3", "DoRA")]
     assert [name.partition(":")[0] for name in result["failed"]] == ["LoRA, stock", "DoRA, ours"]
     assert "timed out after 60" in result["failed"][0] and "SIGSEGV" in result["failed"][1]
     rows = {row["method"]: row for row in result["rows"]}
     assert rows["LoRA"]["tokens_per_s"] == {"ours": [10.0], "stock": [], "frozen": [10.0]}
     assert "speedup" not in rows["LoRA"]
-    assert rows["IA3"]["speedup"] == 1.0 and rows["IA3"]["max_loss_difference"] == 0.0
+    assert rows["IA3"]["speedup"] == 2.5 and rows["IA3"]["max_loss_difference"] == 0.0
     assert rows["IA3"]["over_frozen"] == 1.0 and "over_frozen" not in rows["DoRA"]
     assert rows["DoRA"]["peak_mib"] == {"ours": [], "stock": [7], "frozen": [7]}
 

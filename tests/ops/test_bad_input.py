@@ -171,7 +171,7 @@ _SHAPES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("lora_linear", {"weight": torch.zeros(K)}, f"weight has shape ({K},), wanted [N, K]"),
     ("lora_linear", {"weight": torch.zeros(())}, "weight has shape (), wanted [N, K]"),
     ("lora_linear", {"lora_B": torch.zeros(1, N, R)}, f"lora_B has shape (1, {N}, {R}), wanted 2 dimensions"),
-    ("lora_linear", {"rank_scale": torch.zeros(())}, f"rank_scale has shape (), wanted ({R},)"),
+    ("lora_linear", {"rank_scale": torch.zeros(())}, f"rank_scale has shape (), wanted ({R},) or ({R}, 1)"),
     ("lora_residual", {"residual": torch.zeros(N)}, f"residual has shape ({N},), wanted ({T}, {N})"),
     ("lora_residual", {"x": torch.zeros(())}, "x has shape (), wanted [..., K]"),
     ("lora_residual", {"lora_B": torch.zeros(())}, f"residual has shape ({T}, {N}), wanted ({T}, 0)"),

@@ -53,6 +53,14 @@ class AdaLora(LowRank):
         rank_scale = modules["lora_E"]._parameters[name].flatten() / (modules["ranknum"]._parameters[name] + 1e-5)
         return rank_scale if scaling == 1.0 else rank_scale * scaling
 
+    def _scales(self, name: str) -> tuple[Tensor, float]:
+        # The operator takes E as the scale per rank, and a number as the scaling, so that autograd sees no division.
+        # On a GPU, a read of ranknum would wait for the GPU.
+        lora_E, ranknum = self._scale_tensors(name)
+        if ranknum.device.type != "cpu" or ranknum.requires_grad:
+            return super()._scales(name)
+        return lora_E, self.scaling[name] / (ranknum.item() + 1e-5)
+
 
 if SVDLinear is not None:
 

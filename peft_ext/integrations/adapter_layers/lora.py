@@ -141,6 +141,13 @@ class LowRank(Fused):
         """Returns ``scaling`` times the adapter's scale per rank ``[R]``; None if the adapter has no scale per rank."""
         return None
 
+    def _scales(self, name: str) -> tuple[Optional[Tensor], float]:
+        """Returns ``rank_scale`` and ``scaling`` for :func:`checked_lora_linear`, if the adapter's scaling is a number.
+
+        The result is for eager calls alone.
+        """
+        return self._rank_scale(name, 1.0), float(self.scaling[name])
+
     def _bias(self, name: str) -> Optional[Tensor]:
         """Returns the bias ``[N]`` of lora_B, which PEFT multiplies by the adapter's scaling; None without a bias."""
         return None
@@ -188,11 +195,11 @@ class LowRank(Fused):
         if (common := self._common(x)) is not None and common[0] in KNOWN:
             _, name, base, lora_A, lora_B, p = common
             weight = base.nf4 if type(base) is NF4Linear else weight_of(base)
-            bias, scaling = base._parameters["bias"], self.scaling[name]
+            bias = base._parameters["bias"]
             if name in self.lora_variant:
                 return dora.forward(self, name, x, weight, bias, (lora_A, lora_B), x.dtype, True)
-            rank_scale = self._rank_scale(name, 1.0)
-            return checked_lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, float(scaling), p)
+            rank_scale, scaling = self._scales(name)
+            return checked_lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, scaling, p)
         names, modules = self._names(), self._modules
         if tensor_parallel.is_split(modules["base_layer"]):
             return None if layer_reason(self) else tensor_parallel.forward(self, x, names)

@@ -1,0 +1,95 @@
+"""Runs contenders in processes of their own, which take their steps in turn.
+
+Each contender has the memory of a process to itself, so that the peak memory of the process is the contender's. All
+contenders take a step before one takes its next step, so that a change of the machine's speed alters all of them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Optional
+
+DONE = "# done"  # the line that a process prints after it took the steps that it was asked for
+
+
+class _Contender:
+    """A process that runs :func:`serve`. The process is killed after ``limit`` seconds; None: never."""
+
+    def __init__(self, command: list[str], limit: Optional[float]) -> None:
+        self.command, self.limit, self.is_late = command, limit, False
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.timer = threading.Timer(limit or 0, self._kill)
+        self.timer.daemon = True
+        if limit is not None:
+            self.timer.start()
+
+    def _kill(self) -> None:
+        self.is_late = True
+        self.process.kill()
+
+    def lines(self) -> Iterable[str]:
+        assert self.process.stdout is not None
+        return iter(self.process.stdout.readline, "")
+
+    def take(self, steps: int) -> None:
+        """Has the process take ``steps`` steps and waits for them. The end of the process is left to be found by
+        :meth:`figures`."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return
+        for line in self.lines():
+            if line.strip() == DONE:
+                return
+
+    def figures(self) -> dict[str, Any]:
+        """Ends the process and returns the figures that it prints. Raises subprocess.SubprocessError if the process
+        failed or was killed."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
+        last = "".join(list(self.lines())[-1:])
+        code = self.process.wait()
+        self.timer.cancel()
+        if self.is_late:
+            raise subprocess.TimeoutExpired(self.command, self.limit or 0)
+        if code:
+            raise subprocess.CalledProcessError(code, self.command)
+        return json.loads(last)
+
+
+def in_turn(
+    commands: dict[str, list[str]], turns: list[int], limit: Optional[float]
+) -> tuple[dict[str, dict[str, Any]], dict[str, subprocess.SubprocessError]]:
+    """Runs each command in a process, which takes ``turns[0]`` steps, then ``turns[1]`` steps, and so on, each time
+    after the others.
+
+    Returns the figures of each contender, and the error of each contender that failed.
+    """
+    contenders = {kind: _Contender(command, limit) for kind, command in commands.items()}
+    for steps in turns:
+        for contender in contenders.values():
+            contender.take(steps)
+    found, failed = {}, {}
+    for kind, contender in contenders.items():
+        try:
+            found[kind] = contender.figures()
+        except subprocess.SubprocessError as error:
+            failed[kind] = error
+    return found, failed
+
+
+def serve(run: Callable[[int], None], figures: Callable[[], dict[str, Any]]) -> None:
+    """Takes the steps that :func:`in_turn` asks for by ``run``, and prints ``figures()`` when no more are asked for."""
+    for line in sys.stdin:
+        run(int(line))
+        print(f"\n{DONE}", flush=True)
+    print(f"\n{json.dumps(figures())}", flush=True)

@@ -1,0 +1,53 @@
+"""Tests the benchmark of generation on a tiny model."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+pytest.importorskip("benchmarks", reason="benchmarks/ is not here: not a checkout")
+pytest.importorskip("transformers")
+pytest.importorskip("bitsandbytes")
+e2e, generation = (importlib.import_module(f"benchmarks.{name}") for name in ("e2e", "generation"))
+
+
+def tiny():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**e2e.TINY)).to(torch.bfloat16).requires_grad_(False)
+
+
+def test_the_questions_are_different():
+    assert len(set(generation.prompts(200))) == 200
+
+
+def test_each_contender_generates_the_tokens_that_are_timed():
+    ids = torch.arange(8)[None]
+    models = {f"{name}; {kind}": generation.contender(name, kind, tiny)
+              for name in ("LoRA", "NF4, LoRA") for kind in ("ours", "stock")}  # fmt: skip
+    assert {len(generation.generated(model, ids, 5)) for model in models.values()} == {5}
+    assert all(rate > 0 for rate in generation.rates(models, ids, 3, 1).values())
+
+
+def test_prompts_are_counted_by_where_their_tokens_differ(monkeypatch):
+    found = generation.compared(tiny, lambda text: torch.arange(len(text) % 5 + 3)[None], 4, 6)
+    assert found["equal"] + found["tie"] == found["prompts"] == 4 and found["different"] == 0
+    # Tokens of which the second way's logits are far apart are no tie.
+    stock = generation.generated
+    calls = iter(range(8))
+    monkeypatch.setattr(generation, "generated", lambda *args: stock(*args).add(next(calls) < 4).remainder(96))
+    found = generation.compared(tiny, lambda text: torch.arange(len(text) % 5 + 3)[None], 4, 6)
+    assert found["different"] > 0 and found["equal"] == 0
+
+
+def test_the_table_has_a_row_for_each_model():
+    result = {"what": "a model", "rows": [{"model": "NF4", "ours": 60.0, "stock": 30.0},
+                                          {"model": "NF4, compiled", "ours": 50.0, "stock": None}],
+              "same_tokens": {"prompts": 3, "tokens": 8, "equal": 2, "tie": 1, "different": 0}}  # fmt: skip
+    lines = generation.table(result).splitlines()
+    assert "| NF4 | 60.0 | 30.0 | 2.00 |" in lines and "| NF4, compiled | 50.0 |  |  |" in lines
+    assert "equal tokens in 2" in lines[-1]
