@@ -1,4 +1,4 @@
-"""The documentation: ``make docs`` builds it, strictly, without the network."""
+"""Configuration of Sphinx. ``make docs`` builds the documents without the network; a warning of Sphinx is an error."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "examples"]
 templates_path: list[str] = []
 
-myst_heading_anchors = 4  # pages link to headings by GitHub's names of them, so that both places have them
+myst_heading_anchors = 4  # headings get the anchors that GitHub gives them, so that links work here and on GitHub
 
-autodoc_mock_imports = ["trl"]  # of peft_ext[examples], without which the documents are built as well
+autodoc_mock_imports = ["trl"]  # the documents are built without TRL, a package of the extra peft_ext[examples]
 autodoc_member_order = "bysource"
-autodoc_inherit_docstrings = False  # torch's and PEFT's say nothing of what a method does here
+autodoc_inherit_docstrings = False  # a method without a docstring does not get the docstring of torch or PEFT
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
@@ -30,7 +30,8 @@ napoleon_use_ivar = True
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 
-# Names that have no page here: other projects' (nothing is fetched, so no intersphinx), and what is not public.
+# Names that docstrings mention and that have no page: names of other projects, because the build fetches no inventory
+# of another project (intersphinx), and names of peft_ext that are not public.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|peft|transformers|bitsandbytes|nn|abc|collections|pathlib)\b.*"),
@@ -63,13 +64,14 @@ _ITEM = re.compile(r"(?<=[.;`]) (?=(?:\w+, )*\w+: )")
 
 
 def _as_sphinx_reads_it(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are written to be read in the source; this makes of them what napoleon wants.
+    """Rewrites the lines of a docstring of peft_ext to the form that Sphinx's extension napoleon reads.
 
-    An indented block after a paragraph, without ``::``, is a formula. Several parameters on one line,
-    "x: ... y: ...", get a line each.
+    An indented block after a paragraph without ``::`` becomes a code block, because the block is a formula. If a line
+    describes several parameters ("x: ... y: ..."), each parameter gets a line.
     """
     found: list[str] = []
-    outside = section = ""  # the last line that is not indented; the section, while in one
+    # outside: the last line that is not indented. section: "Args:" or "Attributes:" inside of such a section, else "".
+    outside = section = ""
     parameters = _parameters(obj)
     for i, line in enumerate(lines):
         if line.strip() and not line.startswith(" "):
@@ -98,4 +100,4 @@ def _as_sphinx_reads_it(app: Any, what: str, name: str, obj: Any, options: Any, 
 
 
 def setup(app: Any) -> None:
-    app.connect("autodoc-process-docstring", _as_sphinx_reads_it, priority=400)  # before napoleon's, which has 500
+    app.connect("autodoc-process-docstring", _as_sphinx_reads_it, priority=400)  # napoleon, with 500, runs later

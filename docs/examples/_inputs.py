@@ -100,7 +100,7 @@ def questions(count: int, length: int = 100) -> list[dict[str, str]]:
 
 
 def summary(losses: list[float]) -> str:
-    """Returns a line with the first and the last loss. Raises ValueError if a loss is not finite, or without losses."""
+    """Returns a line with the first and the last loss. Raises ValueError without losses, or if one is not finite."""
     if not losses or not all(map(math.isfinite, losses)):
         raise ValueError(f"the losses are {losses}")
     return f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps"

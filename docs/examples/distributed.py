@@ -38,7 +38,7 @@ def join() -> torch.device:
 def wrap(model: PeftModel, strategy: str) -> nn.Module:
     """Returns the wrapped model that the training loop calls. FSDP2 shards the decoder layers in place."""
     if strategy == "ddp":
-        # The buffers belong to the frozen base and do not change, so DDP need not send them before each forward.
+        # The model's buffers belong to the frozen base and do not change, so DDP need not send them in each step.
         parameters = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # PyTorch < 2.13
         return DistributedDataParallel(model, **{name: False})

@@ -1,4 +1,4 @@
-"""Trains LoRA with TRL's SFTTrainer on prompts and completions. Only the tokens of completions have a loss.
+"""Trains LoRA with TRL's SFTTrainer on prompts and completions. Only the tokens of completions count in the loss.
 
 python docs/examples/trl_sft.py --max-steps 20
 """
