@@ -4,8 +4,8 @@
 //   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b)
 //   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W
 //
-// If l scales the output, one pass over dY computes dl, and, if dX is wanted, also l ∘ dY unless W is multiplied by l
-// instead. If l scales the input (feedforward), one pass over U computes dX and dl.
+// If l scales the output, one pass over dY computes dl. If dX is wanted and W is not multiplied by l (folds_scale),
+// this pass also computes l ∘ dY. If l scales the input (feedforward), one pass over U computes dX and dl.
 #include <tuple>
 
 #include "ia3/glue.h"

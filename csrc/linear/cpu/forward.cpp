@@ -30,8 +30,8 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
                                      : tokens <= kFewTokens;
 }
 
-// Prepares the product x Wᵀ of a call of few tokens. The threads compute the product later, by `multiply` of the
-// result. `wide` is x in float32, and is read for a dense weight.
+// Prepares the product x Wᵀ of a call of few tokens. The threads compute the product later, by calling
+// FewTokensProduct::multiply. `wide` is x in float32, and is read for a dense weight.
 FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const Tensor& wide) {
   if (f.weight.is_packed()) return skinny_parts(f.op, x, f.weight);
   FewTokensProduct product;
@@ -374,7 +374,7 @@ void forward_by_products(const ForwardCall& f) {
 
 namespace {
 
-// Checks the arguments of a call of the forward, and allocates the results unless `room` is given. x is [..., K],
+// Checks the arguments of a call of the forward, and allocates y, s and z unless `room` is given. x is [..., K],
 // contiguous.
 ForwardCall checked_forward(const char* op, const Tensor& x, const FrozenWeight& weight,
                             const std::optional<Tensor>& bias, const Adapter& adapter, bool bias_inside, bool want_z,

@@ -1,4 +1,4 @@
-// The arguments of the second kernel of a rank pass, see rank_reduce.cuh.
+// Declares the arguments of rank_reduce_kernel, which adds the partial sums of a rank pass, see rank_reduce.cuh.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -20,11 +20,11 @@ struct RankReduce {
   float scale;
   const float* row_scale;   // factors of the rows; null: all factors are 1
   const float* rank_scale;  // factors of the ranks; null: all factors are 1
-  float after;              // a number by which the results in terms, transposed and out are multiplied
+  float after;              // factor of the results in terms, transposed and out
   float* plain;             // values [rows][plain_stride], not multiplied by after · rank_scale
   int64_t plain_stride;
-  TermsOut terms;       // terms [padded rows, padded rank] of the values multiplied by after · rank_scale
-  TermsOut transposed;  // terms [padded rank, padded rows] of the values multiplied by after · rank_scale
+  TermsOut terms;       // bfloat16 terms [padded rows, padded rank] of the values multiplied by after · rank_scale
+  TermsOut transposed;  // bfloat16 terms [padded rank, padded rows] of these multiplied values
   // Values multiplied by after · rank_scale, of dtype `type`, with the strides row_stride and rank_stride.
   void* out;
   DType type;

@@ -8,7 +8,7 @@
 //
 // A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps, one or two, compute the
 // product of one layer. For up to 16 ranks, one warp computes all 64 rows (for dA: all 64 columns) of a tile, and so
-// uses each fragment of the factor for four products. For up to 32 ranks, two warps each compute half of the rows (for
+// uses each fragment of the factor for four products. For 17 to 32 ranks, two warps each compute half of the rows (for
 // dA: of the columns). A warp draws the mask of its own layer, 2,048 elements at a time, and writes the masked elements
 // to 4 KiB of shared memory that no other warp uses, in the layout of a tile: 32 lines of 128 bytes, with the eight
 // groups of a line in the order group ^ line % 8. ldmatrix reads the fragments of x̃_i from the warp's masked elements,
@@ -41,7 +41,7 @@ constexpr int kSiblingStages = kDropped ? 2 : 4;
 struct SiblingPart {
   const uint4* factor = nullptr;  // bfloat16 terms of A_i [ranks][columns of x]; for dA, of P_iᵀ [ranks][rows of x]
   DeviceDropout dropout;          // if seed is null, the layer has no dropout
-  float* sums = nullptr;          // partial sums, as row_sums or column_sums of RankPass
+  float* sums = nullptr;          // partial sums in the layout of RankPass's row_sums (for dA: of its column_sums)
   uint32_t* kept = nullptr;       // bits of the mask, as `kept` of RankPass, or null; only for dA
 };
 
@@ -83,8 +83,8 @@ struct SiblingHalf {
 // Writes the masked elements of a part of a tile to `to`. `from` is the address of this lane's first element of the
 // part in the tile, and `to` is the address of that element in the warp's memory. `drawn` is the number of the Philox
 // block of this element, and `drawn_step` is the number of Philox blocks in a row of x. bits: the mask's bits of the
-// lane's elements of a tile, in four words of the layout of kKeptBits. Each call shifts the bits of the previous rows
-// to the left.
+// lane's elements of a tile, in four words of the layout of kKeptBits. Each call of sibling_mask shifts the bits of the
+// previous call's rows to the left.
 template <bool kBits>
 __device__ __forceinline__ void sibling_mask(const Philox& philox, SharedAt from, SharedAt to, uint64_t drawn,
                                              uint32_t drawn_step, uint32_t (&bits)[4]) {
@@ -137,8 +137,9 @@ __device__ __forceinline__ void sibling_fragment(SharedAt at, uint32_t (&a)[kTer
   }
 }
 
-// Number of thread blocks, of kMostSiblingWarps warps each, that must fit on a multiprocessor. The compiler limits the
-// registers of a thread accordingly. The two terms of a float16 x need more registers.
+// Number of thread blocks, of kMostSiblingWarps warps each, that must fit on a multiprocessor; the compiler limits the
+// registers of a thread so that they fit. A float16 x has two terms, which need more registers, so that only one thread
+// block must fit.
 template <typename T>
 constexpr int kSiblingBlocks = kTermsOf<T> > 1 ? 1 : 2;
 
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
   for (int outer = 0; outer < tiles; ++outer) {
     if constexpr (kRoomy) factor.start(factor_at);
     cp_async_wait<kOnTheWay - 1>();
-    sync_threads();  // all threads have filled the stage, and no thread reads the previous stage any more
+    sync_threads();  // after the barrier, the stage is full, and no thread reads the previous stage
     issue(outer + kOnTheWay < tiles, kOnTheWay, stage == 0 ? kOnTheWay * kSiblingTile : stage - kSiblingTile);
     const SharedAt tile = stages + stage;
     const uint4* next = outer + 1 < tiles ? factor_at + Factor::kTile : factor_at;
