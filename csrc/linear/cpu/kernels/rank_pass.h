@@ -19,7 +19,7 @@
 namespace peft_ext {
 namespace {
 
-// Number of ranks whose sums stay in registers at a time.
+// Largest number of ranks for which row_pass keeps sums in registers at a time.
 constexpr int kRanksTogether = Vec::kWidth == 8 ? 4 : 8;
 
 // Computes totals[i], scale times the sum over the lanes of sums[i].
@@ -106,8 +106,9 @@ inline void for_rank_groups(int64_t count, const Run& run) {
   for (; r < count; ++r) run(std::integral_constant<int, 1>(), r);
 }
 
-// Multiplies kCount rows with kRanks rows of `right` over `count` columns, in vectors of `lanes`, and multiplies the
-// products by `scale`. The results are added to out[i][q] if `onto` is true, and otherwise stored in out[i][q].
+// Multiplies kCount rows of m with kRanks rows of `right` over `count` columns, and multiplies the products by `scale`.
+// `lanes` is WholeVec, or PartVec for columns that do not fill a vector. The results are added to out[i][q] if `onto`
+// is true, and otherwise stored in out[i][q].
 template <int kCount, int kRanks, typename V, typename T>
 inline void shrink_tile(V lanes, Rows<T> rows, const float* right, int64_t right_stride, int64_t count, float scale,
                         bool onto, float* out, int64_t out_stride) {

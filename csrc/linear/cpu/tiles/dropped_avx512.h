@@ -127,8 +127,8 @@ inline void dropped_product(const TileForward& work, int64_t rows, int64_t token
   }
 }
 
-// Computes out[i] = grad · rows[i] for kCount rows; each result is a dot product of `depth` values. The rows are padded
-// with zeros.
+// Computes out[i] = grad · rows[i] for kCount rows; each result is a dot product of `depth` values. Each row is padded
+// with zeros to a multiple of 32 values.
 template <int kCount>
 inline void dots(const bf16* grad, int64_t depth, const bf16* const* rows, float* out) {
   __m512 sums[kCount][2];

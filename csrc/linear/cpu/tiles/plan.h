@@ -8,9 +8,9 @@
 //
 // Every unit is in exactly one range, and so in exactly one part. There are two divisions: in the first division, a
 // range may end at any unit, and two threads may decode the same panel; in the second division, a range ends only at a
-// whole panel. The plan takes the division whose busiest thread has the smaller cost. The unit of cost is the product
-// of one panel with one strip of tokens; decoding a panel costs `decode` of these products. In each block, the cost of
-// the most expensive part is at most the mean cost of a part, plus the cost of one unit, plus the cost of decoding two
+// whole panel. The plan uses the division whose busiest thread has the smaller cost. The unit of cost is the product of
+// one panel with one strip of tokens; decoding a panel costs `decode` of these products. In each block, the cost of the
+// most expensive part is at most the mean cost of a part, plus the cost of one unit, plus the cost of decoding two
 // panels.
 #pragma once
 
@@ -45,8 +45,8 @@ constexpr DepthCut kForwardCut{kPlanPanel, 1024, 4};
 // few sets of a cache. Parts of few rows and panels of many columns have longer runs and fewer pages.
 constexpr DepthCut kBackwardCut{kPlanPanel, 512, 8};
 // If there are several blocks, the largest block that is allowed has this number of units or more for each thread.
-// Blocks are equally large, so that a thread may have about half as many units in a block. With so many units, it costs
-// little if a thread has one unit more than the other threads.
+// Blocks are equally large, so that a thread may have about half as many units in a block. With kPlanUnits units for
+// each thread, it costs little if a thread has one unit more than the other threads.
 constexpr int64_t kPlanUnits = 32;
 
 // The rows [row, end) of W, which are multiplied with the token strips [first, last).

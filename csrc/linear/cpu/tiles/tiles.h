@@ -11,11 +11,12 @@
 // the second product with all of W is replaced by a product with the dropped elements: see dropped_avx512.h.
 //
 // One microkernel serves the forward and the backward: C [rows, lanes] += left [rows, depth] right [depth, lanes],
-// where the depth is summed in float32 from first to last. A panel of a deep W does not fit L2. The depth is therefore
-// cut into parts, and a panel has one part of the depth at a time: all tokens of a kernel's call are multiplied with
-// the first part, then with the second part, and the float32 sums of a block are carried from part to part in scratch
-// memory. The cut does not change the order of a sum, and so does not change the results. Operands are stored in tiles
-// of 1 KiB. The tiles of a strip are in the order of the depth, with zeros beyond the end of the matrix:
+// where the depth is summed in float32 from first to last. A panel over the whole of a large depth does not fit L2. The
+// depth is therefore cut into parts, and a panel has one part of the depth at a time: all tokens of a kernel's call are
+// multiplied with the first part, then with the second part, and the float32 sums of a block are carried from part to
+// part in scratch memory. The cut does not change the order of a sum, and so does not change the results. Operands are
+// stored in tiles of 1 KiB. The tiles of a strip are in the order of the depth, with zeros beyond the end of the
+// matrix:
 //   left   A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
 //   right  A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
 //          operand is AMX's VNNI layout, of which vdpbf16ps reads one register for each pair.
@@ -51,15 +52,15 @@ struct TileWeight {
                  DType dtype) = nullptr;
   PackedView view{};  // packed W, as an argument of `decode`
   // For prefetches of a weight that `decode` decodes, for part 0 and for part 1 of the weight: the bytes of a row, and
-  // the bytes of kPanelStep columns of a row. Both are 0 if the part is not stored row by row.
+  // the bytes of kPanelStep columns of a row. row_bytes and step_bytes are 0 if the part is not stored row by row.
   int64_t row_bytes[2] = {}, step_bytes[2] = {};
 };
 
 // An Ahead describes the memory of the next panel of W. This memory is prefetched into L2 during the products with the
 // present panel, a little at each step of the depth, so that memory and multiplier work at the same time. `left` is the
-// number of runs of 128 bytes that remain. Every `every`-th step prefetches `each` runs. Runs are not prefetched
-// earlier, because runs that are prefetched long before their use may be displaced from L2. The runs lie in groups of
-// `group` adjacent runs, and the groups are `stride` bytes apart.
+// number of runs of 128 bytes that remain. Every `every`-th step prefetches `each` runs. The runs are not all
+// prefetched at once, because runs that are prefetched long before their use may be displaced from L2. The runs lie in
+// groups of `group` adjacent runs, and the groups are `stride` bytes apart.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, group = 1, left = 0, each = 0;
@@ -180,7 +181,7 @@ struct TileKernels {
   int64_t decode_strips;
   void (*left_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
-  // Writes the DroppedEntries of the tokens [begin, end). The caller has set out.first.
+  // Writes the DroppedEntries of the tokens [begin, end). The caller of dropped_entries has set out.first.
   void (*dropped_entries)(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end);
   // Computes the forward for the rows [begin, end) of W and the token strips [first, last). panel: memory for the
   // strips of these rows in one part of the depth, and for twice as much if `rest` is given (in the backward, if
@@ -189,8 +190,8 @@ struct TileKernels {
   void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel,
                   float* sums);
   // Computes dX for the columns [begin, end) of W and the token strips [first, last), summed over `count` layers with
-  // the same tokens, columns and grad_x. A layer with in_scale must be alone, and `first` is then a multiple of
-  // kReduceTokens.
+  // the same tokens, columns and grad_x. A layer with in_scale must be alone, and the first token, first · kStrip, is
+  // then a multiple of kReduceTokens.
   void (*backward)(const TileBackward* work, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
                    bf16* panel, float* sums);
   // Multiplies the rows [begin, end) of w with few tokens. few_tokens is null on Arm, where PassKernels::few_tokens
