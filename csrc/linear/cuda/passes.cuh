@@ -152,8 +152,8 @@ struct PassSums {
 };
 
 // Selects the results that a rank pass over D computes in addition to P and Q. The pass computes P = D F if `right` is
-// given, which is F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. P and Q are
-// returned as partial sums.
+// given, which is F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. rank_pass
+// returns P and Q as partial sums.
 struct PassWants {
   bool squares = false;  // whether to sum the squares of D's rows; only if F is given and L is not
   // Whether to store the bits of the dropout mask. May be true only if F is not given. The bits are stored only if
@@ -172,7 +172,8 @@ struct RankVariant {
   RankMask mask;
 };
 
-// Launches rank_pass_kernel for a matrix D of element type T. Each element type has its own translation unit.
+// Launches rank_pass_kernel for a matrix D of element type T. Each element type T has its own translation unit,
+// rank_pass_<type>_cuda.cpp.
 template <typename T>
 void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
@@ -265,7 +266,7 @@ void expand_grouped(const Tensor& out, const RowTiles& tiles, const HeldTerms& l
                     const std::optional<Tensor>& bias);
 
 // Computes out = before + left rightᵀ + bias_scale bias + (g - 1) ∘ z, where g and z are the fields of `scaled`. Each
-// term of the sum may be absent. `before` may be `out` itself.
+// of these four terms may be absent. `before` may be `out` itself.
 void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
             const std::optional<Tensor>& bias, const std::optional<Scaled>& scaled = std::nullopt,
             double bias_scale = 1.0);
@@ -291,7 +292,8 @@ struct DroppedProduct {
 void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms);
 
 // launch_expand launches expand_kernel, and launch_expand_sum launches expand_sum_kernel, for one element type. Each
-// element type has its own translation unit. `whole`: whether the kernel may load and store vectors of eight elements.
+// element type has its own translation unit, expand_<type>_cuda.cpp. `whole`: whether the kernel may load and store
+// vectors of eight elements.
 template <typename T>
 void launch_expand(const Launcher& launcher, const ExpandTerms& work, bool whole);
 template <typename T>
@@ -310,8 +312,8 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
 Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& g);
 
 // Returns whether scaling W by g is allowed and takes less work than scaling an activation [tokens, N]. A packed weight
-// is decoded anyway, so that scaling the weight costs nothing. For float16 the result is false, because the product of
-// a small scale and a weight would lose digits.
+// is decoded anyway, so that scaling the weight costs nothing. folds_scale returns false for float16, because the
+// product of a small scale and a weight would lose digits.
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens);
 
 // Adds the partial sums of column_pass, or of the dots of rank_pass, in order, and returns the sums.

@@ -4,9 +4,9 @@
 //   struct Table;
 //     Holds the 16 values of an NF4 block in registers.
 //   Table make_table(float absmax, DType dtype);
-//     Returns the values of a block, rounded to dtype, as float32.
+//     Returns the 16 values of an NF4 block with the scale absmax, rounded to dtype, as float32.
 //   void decode(const uint8_t* packed, const Table& table, Vec* w);
-//     Decodes kSkinnyStep values to w.
+//     Decodes kSkinnyStep packed NF4 codes to float32 values in w.
 //
 // For each group of up to 8 tokens that for_token_groups makes, a step of a row of w is decoded in registers and
 // multiplied with every token of the group before the next step is read. The kernel reads W once for each group, half a

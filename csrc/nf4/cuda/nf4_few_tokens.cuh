@@ -1,4 +1,5 @@
-// Multiplies few tokens with an NF4 weight, and computes all other terms of the layer in the same launch:
+// Multiplies up to 16 tokens with an NF4 weight, and applies the low-rank term, the output scale and the biases in the
+// same launch:
 //
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
 //
@@ -8,14 +9,15 @@
 // consecutive inputs, which have 8 bytes. In step s the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t +
 // 8, 2t + 9 of the fragment. The B operand has the inputs of x in the order of W's inputs, 16 bytes for two steps. One
 // lookup in a table [256 bytes][32 lanes], which has no bank conflicts, turns a byte of W into two values of type T.
-// The table holds the NF4 values without scales. The product over a slab of 64 inputs is multiplied by the slab's scale
-// in float32, which is nearer to the exact result than rounding each product of code and scale to T, as nf4_dequantize
-// does. A thread block of 8 warps computes 16 columns of y for all tokens. Warp w multiplies the slabs w, w + 8, …, so
-// that the warps together read the bytes of a row contiguously. The warps' sums are added in shared memory, in order,
-// so that the kernel needs no partial sums in global memory and no second launch, and the order of the sum is equal on
-// every GPU. Each warp loads the bytes of W four slabs ahead, and x one slab ahead, into registers. Lane t of a row's
-// four lanes decodes the scale of every fourth slab of the warp. The stored scale was loaded four slabs earlier. Shared
-// memory: 32 KiB, for the table and then for the sums. Bytes moved: W once; x once per thread block, from L2 and L1.
+// The lookup table holds the NF4 values without scales. The product over a slab of 64 inputs is multiplied by the
+// slab's scale in float32, which is nearer to the exact result than rounding each product of code and scale to T, as
+// nf4_dequantize does. A thread block of 8 warps computes 16 columns of y for all tokens. Warp w multiplies the slabs
+// w, w + 8, …, so that the warps together read the bytes of a row contiguously. The warps' sums are added in shared
+// memory, in order, so that the kernel needs no partial sums in global memory and no second launch, and the order of
+// the sum is equal on every GPU. Each warp loads the bytes of W four slabs ahead, and x one slab ahead, into registers.
+// Lane t of a row's four lanes decodes the scale of every fourth slab of the warp, after loading the stored scale four
+// slabs earlier. Shared memory: 32 KiB, for the table and then for the sums. Bytes moved: W once; x once per thread
+// block, from L2 and L1.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -31,7 +33,7 @@ constexpr int kFewSlab = 1 << kLog2FewSlab;  // number of inputs in a slab; the 
 constexpr int kFewAhead = 4;                 // number of slabs that a warp loads ahead
 constexpr int kFewTokens = 16;
 
-// The lora_B of the adapter of one token of a mixed batch.
+// The lora_B, rank and scaling of the adapter of one token of a mixed batch.
 struct TokenFactor {
   const void* lora_B;  // [outputs, rank]
   DType type;

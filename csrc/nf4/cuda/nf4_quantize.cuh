@@ -135,8 +135,8 @@ __device__ __forceinline__ float at_least_smallest(float absmax) {
   return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN stays a NaN
 }
 
-// Loads 16 bytes of w. If kWhole is false, only the first `left` elements exist, and the other elements are set to
-// zero.
+// Loads 16 bytes of the input w into four words. If kWhole is false, only the first `left` elements exist, and the
+// other elements are set to zero.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&words)[4]) {
   using Word = QuantizeWord<T>;
@@ -262,7 +262,7 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
       const int i = nibble ^ 1;  // the high nibble holds the code of the even element
       float scaled = fmul_rn(values[i], step_inverse);
       if (tail) scaled = values[i] / step_divisor;
-      if (!kWhole && element + i >= left) scaled = 0.0f;  // an odd number of elements is padded with a zero
+      if (!kWhole && element + i >= left) scaled = 0.0f;  // if the number of elements is odd, w is padded with a zero
       codes = nf4_append_code(codes, scaled, threshold, below);
     }
     uint8_t* to = packed + step * kStride / 2;
@@ -298,9 +298,9 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
 
 // a_c = max |x_i| over group c of 256,  q_i = #{thresholds < x_i · (1 / max(a_c, 1e-38))},  thresholds halfway between
 // the values of `code` [256], ascending. x [n] float32 -> codes [n] uint8, absmax [ceil(n/256)] float32, not clamped.
-// A warp encodes a group of 256 scales, 8 values per lane. The thresholds take 1 KiB of shared memory and are searched
-// by bisection. Bank conflicts of this search hardly matter, because there is at most one scale for 32 weights. A NaN
-// has code 255.
+// A warp of nf4_quantize_absmax_kernel encodes a group of 256 scales, 8 scales per lane. The thresholds take 1 KiB of
+// shared memory and are searched by bisection. Bank conflicts of this search hardly matter, because there is at most
+// one scale for 32 weights. A scale that is NaN gets code 255.
 // Bytes moved: 5n + 4n/256, and the table once per thread block.
 
 // Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads. x is aligned to 16 bytes, and codes

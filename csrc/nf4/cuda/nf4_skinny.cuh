@@ -23,7 +23,7 @@ namespace peft_ext {
 
 constexpr int kSkinnyThreads = 128;
 constexpr int kSkinnyRows = 128;  // number of outputs that a thread block computes
-constexpr int kSkinnySlab = 64;   // number of inputs in a slab, which fills a stage
+constexpr int kSkinnySlab = 64;   // number of inputs in a slab; a stage of shared memory holds one slab of W and of x
 constexpr int kSkinnyStride = kSkinnySlab + 8;
 constexpr int64_t kSkinnyTokens = 64;
 
@@ -44,7 +44,7 @@ constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
 template <typename T, int kTokenTiles>
 struct SkinnyStage {
-  uint2 codes[4][kSkinnyThreads];  // codes[part][thread] are of row row_of(part) of W; see nf4_skinny_kernel
+  uint2 codes[4][kSkinnyThreads];  // codes[part][thread] are codes of row row_of(part) of W, see nf4_skinny_kernel
   T x[kTokenTiles * 8][kSkinnyStride];
 };
 
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
   load_stored(1);
   for (int64_t slab = 0; slab < slabs; ++slab) {
     cp_async_wait<kStages - 2>();
-    sync_threads();  // x of this slab is loaded, and no thread reads the previous stage any more
+    sync_threads();  // after the barrier, x of this slab is loaded, and no thread reads the previous stage
     issue(slab + kStages - 1);
     look_up(slab + 1);
     load_stored(slab + 2);

@@ -14,8 +14,8 @@ struct FormatKernels {
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
                  DType dtype);
   // Writes y[t, n] = sum_k x[t, k] w[n, k] for the rows n of [begin, end), with x [tokens, columns] and y [tokens,
-  // rows] in float32. The weight is decoded in registers or L1, read once for each group of up to 8 tokens, and not
-  // rounded.
+  // rows] in float32. few_tokens decodes the weight in registers or L1, without rounding, and reads the weight once for
+  // each group of up to 8 tokens.
   void (*few_tokens)(const PackedView& w, const float* x, int64_t tokens, float* y, int64_t begin, int64_t end);
   // Returns whether few_tokens accepts the weight.
   bool (*has_few_tokens)(const PackedView& w);

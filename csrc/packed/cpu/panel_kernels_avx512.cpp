@@ -1,8 +1,9 @@
 // The kernels of few_tokens_kernels.h for GPTQ and AWQ, which store W transposed, with AVX512-BF16.
 //
-// For consecutive rows n of W, the words are neighbours in memory. The kernels read words in the order of the file:
-// bands of up to 128 columns k, and in a band panels of kRows rows. Each lane of a sum belongs to one row. A dword with
-// x of two columns is broadcast to all lanes, and vpermw looks the codes' numbers up, as in row_products_avx512.h.
+// For consecutive rows n of W, the words of codes are neighbours in memory. The kernels read words in the order of the
+// file: bands of up to 128 columns k, and in a band panels of kRows rows. Each lane of a register of sums belongs to
+// one row of W. A dword with x of two columns is broadcast to all lanes, and vpermw looks the codes' numbers up, as in
+// row_products_avx512.h.
 // The columns of a band share one scale and one zero point per row. After a band, y += scale * sum - zero * scale *
 // (sum of x). The rows of a panel belong to one thread, so that the order of a sum does not depend on the number of
 // threads.
