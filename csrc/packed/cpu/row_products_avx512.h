@@ -16,7 +16,7 @@
 //   int kColumns, kParts, kSums           are the numbers of columns, parts and sums of a phase.
 //   int kPhases                           is the number of phases of a step.
 //   int kOutputs                          is 1, or 2 if the sums 0 and 1 belong to two rows of W, units() apart.
-//   AddsAt kAdds                          tells where addends are added.
+//   AddsAt kAdds                          tells where addends are added: in each step, in each chunk, or nowhere.
 //   int kAddColumns                       is the number of columns that share one addend.
 //   int register_of(part)                 returns the register of x, within the phase, that a part is multiplied with.
 //   int sum_of(part)                      returns the sum to which the products of a part are added.

@@ -1,9 +1,9 @@
 // Decoders of 8 columns at a time for the CUDA kernels. If OnCuda<Format> has the function `static void value8(const
 // PackedView& w, int64_t row, int64_t column, float (&out)[8])`, a kernel calls value8 for 8 columns; otherwise a
-// kernel calls `value` for each column. value8 gives the bits of `value` for 8 columns from a multiple of 8 on, all of
-// which exist. OnCuda<Format> may also have a `value` of its own, which returns the same bits as Format's `value`. The
-// first weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow without gaps. A
-// specialization of OnCuda adds value8 to a format.
+// kernel calls `value` for each column. value8 writes the values of 8 columns from a multiple of 8 on, all of which
+// exist, with the same bits as `value`. OnCuda<Format> may also have a `value` of its own, which returns the same bits
+// as Format's `value`. The first weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow
+// without gaps. A specialization of OnCuda adds value8 to a format.
 #pragma once
 
 #include "cuda/ptx.cuh"

@@ -23,8 +23,8 @@ inline void gguf_nibbles(const uint8_t* bytes, GgufWords* out) {
 
 // Adds 16 to each code whose bit in four bytes is set.
 inline void gguf_add_fifth_bits(const uint8_t* bits, GgufWords* codes) {
-  // Byte i of a word is 1 << i if the bit is set, otherwise 0. Adding 127 carries a set bit into the highest bit of the
-  // byte.
+  // Byte i of a word is 1 << i if the fifth bit of code i is set, otherwise 0. Adding 127 carries a set bit into the
+  // highest bit of the byte.
   constexpr uint64_t kDiagonal = 0x8040201008040201u;
   const GgufWords spread = {bits[0] * kGgufOnes, bits[1] * kGgufOnes, bits[2] * kGgufOnes, bits[3] * kGgufOnes};
   *codes |= (((spread & kDiagonal) + 127 * kGgufOnes) & 128 * kGgufOnes) >> 3;
