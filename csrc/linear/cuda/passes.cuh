@@ -227,9 +227,9 @@ struct SiblingTerm {
 bool siblings_read(const Tensor& x);
 
 // Divides layers into groups, each of which one siblings_pass can compute. kinds: a number for each layer. The layers
-// of a group have the same number, whose lower 32 bits are the padded rank. The number is -1 for a layer that needs no
-// pass. A layer with more than 32 ranks has a group of its own; a group has at most six layers, or three of padded rank
-// 32.
+// of a group have the same number, whose lower 32 bits are the padded rank. In `kinds`, the number of a layer that
+// needs no pass over x is -1. A layer with more than 32 ranks has a group of its own; a group has at most six layers,
+// or three of padded rank 32.
 std::vector<std::vector<size_t>> sibling_groups(const std::vector<int64_t>& kinds);
 
 struct SiblingSums {
@@ -266,7 +266,7 @@ void expand_grouped(const Tensor& out, const RowTiles& tiles, const HeldTerms& l
                     const std::optional<Tensor>& bias);
 
 // Computes out = before + left rightᵀ + bias_scale bias + (g - 1) ∘ z, where g and z are the fields of `scaled`. Each
-// of these four terms may be absent. `before` may be `out` itself.
+// of the four terms of expand's sum may be absent. `before` may be `out` itself.
 void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
             const std::optional<Tensor>& bias, const std::optional<Scaled>& scaled = std::nullopt,
             double bias_scale = 1.0);
@@ -287,8 +287,8 @@ struct DroppedProduct {
 
 // Computes out, the sum of several products, each with its own dropout mask. `out` is written only once if there are at
 // most kMostExpandParts products, if `out` can be written in vectors of eight, if the bits of all masks are stored, and
-// if all factors have equally many terms. If one of these conditions is not met, `out` is written once for each
-// product.
+// if all factors have equally many terms. If `out` cannot be written only once, a launch for each product adds the
+// product to `out`.
 void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms);
 
 // launch_expand launches expand_kernel, and launch_expand_sum launches expand_sum_kernel, for one element type. Each

@@ -14,9 +14,9 @@ constexpr int kRankThreads = 128;
 
 // The results of a rank pass: P = D F (kRows), Q = Dᵀ L (kColumns), or both (kBoth). kRowsAndSquares computes P and the
 // sum of the squares of each row of D. kBothAndDots computes P, Q and the sum of each column of D ∘ E (the dots).
-// kGroupedRows: P for the rows of a RowTable (a mixed batch), in which each tile has the factor F of its adapter.
-// kRunRows: P for the rows of each expert (row_runs.cuh), with the factor F of the expert. kRunColumns: Q for the rows
-// of each expert.
+// kGroupedRows computes P for the rows of a RowTable (a mixed batch), in which each tile has the factor F of its
+// adapter. kRunRows computes P for the rows of each expert (row_runs.cuh), with the factor F of the expert. kRunColumns
+// computes Q for the rows of each expert.
 enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGroupedRows, kRunRows, kRunColumns };
 
 // Dropout of a rank pass: kNone has no dropout, kDrawn draws the mask, and kKept also stores the bits of the mask for a

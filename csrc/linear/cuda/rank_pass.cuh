@@ -138,9 +138,9 @@ __device__ __forceinline__ uint32_t ldmatrix_offset() {
 }
 
 // Adds the product of this warp's rows of the stage with F to `sums`, or, if kTransposed is true, the product of the
-// transpose of this warp's columns with L. If kRoomy is true, `factor` holds the fragments of all four steps. Otherwise
-// `factor` holds the fragments of two steps: as soon as a term of F or L is used, the term's registers are loaded for
-// the next two steps, first of this tile and then of the tile at `next`.
+// transpose of this warp's columns with L. If kRoomy is true, `factor` holds the fragments of F or L for all four steps
+// of a tile of D. Otherwise `factor` holds the fragments of two steps: as soon as a term of F or L is used, the term's
+// registers are loaded for the next two steps, first of this tile and then of the tile at `next`.
 template <typename T, bool kTransposed, bool kSquares, int kRanks, int kTerms, bool kRoomy>
 __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedAt at,
                                              RankFactor<kRanks, kTerms, kRoomy>& factor, const uint4* tile,
@@ -254,10 +254,10 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
 // L always has three terms. A chunk of rows is row_tiles tiles of rows, and a chunk of columns is column_tiles tiles
 // of columns. Grid: if P is computed and there are no runs, x has a thread block for each chunk of columns of the first
 // chunk of rows, then of the second chunk of rows, and so on. If only Q is computed, x has a thread block for each
-// chunk of rows, and y for each tile of columns. If there are runs, x has a thread block for each run, and y for each
-// chunk of columns. In the first two grids, the thread blocks that read the same part of F (for Q alone: of L) are a
-// fixed distance apart, the number of chunks of columns (for Q alone: of rows); see docs/kernels.md for when L1 holds
-// this part.
+// chunk of rows, and y for each tile of columns. If there are runs (row_runs.cuh), x has a thread block for each run,
+// and y for each chunk of columns. In the first two grids, the thread blocks that read the same part of F (for Q alone:
+// of L) are a fixed distance apart, the number of chunks of columns (for Q alone: of rows); see docs/kernels.md for
+// when L1 holds this part.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
@@ -468,8 +468,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
           for (int i = 0; i < 4; ++i) column_sums[run][n][i] = 0.0f;
     }
     if constexpr (kDots) {
-      // In every warp, the four lanes whose numbers are equal modulo 8 hold sums `dots` of the same eight columns. The
-      // shuffles add the sums of these four lanes. shared.sums may be written again after the next tile's barrier.
+      // In every warp, the four lanes whose numbers are equal modulo 8 hold sums `dots` of the same eight columns.
+      // shared.sums may be written again after the next tile's barrier.
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         dots[i] += shuffle_xor(dots[i], 8);

@@ -62,7 +62,7 @@ __device__ __forceinline__ Philox sibling_philox(const DeviceDropout& dropout) {
 
 // The part of a tile to which a warp applies the dropout mask at a time. If kColumns is true and a layer has two warps,
 // the part has the 64 rows of the warp's 32 columns, and line l of the warp's memory has the rows l and l + 32. In all
-// other cases, the part has 32 rows of all columns.
+// other cases, the part that a warp masks at a time has 32 rows of all columns.
 template <int kSplit, bool kColumns>
 struct SiblingHalf {
   static constexpr bool kFolded = kSplit == 2 && kColumns;
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
 #pragma unroll
           for (int i = 0; i < 4; ++i) fresh[run][n][i] = 0.0f;
     };
-    // Adds the products of the steps 2 · `two` and 2 · `two` + 1. Each step sums over 16 columns, or over 16 rows if
-    // kColumns is true.
+    // Adds to `fresh` the products of the steps 2 · `two` and 2 · `two` + 1 of the four steps of a tile. Each step sums
+    // over 16 columns, or over 16 rows if kColumns is true.
     const auto multiply = [&](SharedAt at, int two) {
       if constexpr (kLate) {
 #pragma unroll

@@ -197,8 +197,8 @@ struct ScaleHalves {
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   const __m512 offset = _mm512_set1_ps(scales.offset);
   const ScaleHalves low(scales.code, 0), high(scales.code, 1);
-  // The unpack instructions join the halves within 128-bit lanes. Therefore the permutation `lanes` gives each lane
-  // four of the first 16 codes and four of the last 16 codes.
+  // The unpack instructions join the low and the high halves of the scales only within 128-bit lanes. Therefore the
+  // permutation `lanes` gives each lane four of the first 16 codes and four of the last 16 codes.
   const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = begin;
   while (i < end) {

@@ -13,8 +13,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns the codes of four scaled values. A comparison gives -1 if true. For a NaN no comparison is true, so that a
-// NaN has code 15.
+// Returns the codes of four scaled values. A comparison gives -1 in each lane in which the comparison is true. For a
+// NaN no comparison is true, so that a NaN has code 15.
 inline uint32x4_t encode4(float32x4_t scaled) {
   uint32x4_t code = vdupq_n_u32(15);
   for (int i = 0; i < 15; ++i) code = vaddq_u32(code, vcgeq_f32(vdupq_n_f32(nf4_threshold(i)), scaled));

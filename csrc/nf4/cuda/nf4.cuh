@@ -87,8 +87,8 @@ struct Nf4RowScale {
 };
 
 // Dequantizes this warp's part of the thread block's elements, which start at element `first`. If kWhole is true, all
-// elements of the thread block lie within the weight; otherwise every access is checked. All lanes take part in both
-// cases, because each lane holds an NF4 value that other lanes read.
+// elements of the thread block lie within the weight; otherwise every access is checked. All lanes take part, with and
+// without kWhole, because each lane holds an NF4 value that other lanes read.
 template <typename T, bool kWhole, bool kScaled>
 __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first,
                                                     const Nf4RowScale& rows) {

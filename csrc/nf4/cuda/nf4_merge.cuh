@@ -9,9 +9,9 @@
 // all. One slab is used while cp.async fills the other slab. The padding of B spreads the transposed writes over the
 // banks and keeps 16-byte reads aligned. The arithmetic is float32: FMAs add the products of B and A in the order of r.
 // The sum over r is multiplied by scaling, added to the rounded code · s_b, and multiplied by g, and each of these
-// steps is rounded. The result is then rounded once to T, to nearest even. Bytes moved: as in nf4.cuh, plus 4RK + 4RN +
-// 4N. Each tile reads 768 R bytes of A and B, after the first time from L2. An element needs R float32 FMAs: for more
-// than a few ranks, the FMAs limit the speed, not the moved bytes.
+// steps is rounded. The merged value is then rounded once to T, to nearest even. Bytes moved: as in nf4.cuh, plus 4RK +
+// 4RN + 4N. Each tile reads 768 R bytes of A and B, after the first time from L2. An element needs R float32 FMAs: for
+// more than a few ranks, the FMAs limit the speed, not the moved bytes.
 #pragma once
 
 #include "cuda/block_sum.cuh"
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
 
 // The kernels below compute the error of requantizing a merged weight w: Σ (w' - w)² and Σ w², where w' is decoded from
 // the new codes. A thread block sums every gridDim.x-th group of kErrorThreads elements. The number of thread blocks
-// does not depend on the model of GPU. A second kernel adds the blocks' sums in order.
+// does not depend on the model of GPU. nf4_merge_error_sum_kernel adds the thread blocks' sums in order.
 constexpr int kErrorThreads = 256;
 constexpr int kErrorBlocks = 512;
 

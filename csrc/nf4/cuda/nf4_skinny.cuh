@@ -1,10 +1,10 @@
 // Multiplies up to 64 tokens with an NF4 weight: Z [T, N] = x [T, K] Wᵀ. W is decoded during the product.
 //
-// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs may be summed
-// in any order. Therefore, of each 64 inputs of a row, lane t of the row's four lanes multiplies 16 consecutive inputs,
-// which have 8 contiguous bytes. In step s (16 of the 64 inputs) the lane's inputs 16 t + 4 s … + 3 are the columns 2t,
-// 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand has the inputs of x in the order of W's inputs, so that two
-// steps read 16 contiguous bytes of a row of x.
+// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs of an output
+// may be summed in any order. Therefore, of each 64 inputs of a row, lane t of the row's four lanes multiplies 16
+// consecutive inputs, which have 8 contiguous bytes. In step s (16 of the 64 inputs) the lane's inputs 16 t + 4 s … + 3
+// are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand has the inputs of x in the order of W's
+// inputs, so that two steps read 16 contiguous bytes of a row of x.
 //
 // A thread block of 4 warps computes 128 outputs over a chunk of K, because the outputs of one weight alone give too
 // few blocks for a GPU; a warp computes 32 outputs. cp.async copies slabs of 64 inputs into kSkinnyStages stages of
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
     }
     cp_async_commit();
   };
-  // A lane loads the scales of its four rows of W, as they are stored, two slabs ahead. If the scales are quantized,
-  // the lane looks up the values of their codes one slab ahead.
+  // A lane loads the scales of its four rows of W, as they are stored, two slabs ahead. If the scales are
+  // double-quantized, the lane looks up the values of the scales' codes one slab ahead.
   const bool nested = work.weight.nested_absmax != nullptr;
   const float offset = nested ? *work.weight.nested_offset : 0.0f;
   uint32_t stored[4] = {};

@@ -26,8 +26,8 @@ struct FewTokensKernels {
                    int64_t end) = nullptr;
 };
 
-// Largest number of tokens for which skinny.cpp calls the FewTokensKernels. For more tokens, decoding the weight once
-// and multiplying is as fast.
+// Largest number of tokens for which skinny.cpp calls the FewTokensKernels. For more than kMostFewTokens tokens,
+// decoding the weight once and multiplying is as fast.
 constexpr int64_t kMostFewTokens = 16;
 
 // Each of the three functions below returns kernels for a weight in the format `number`, or null pointers if no kernel

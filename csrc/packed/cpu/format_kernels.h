@@ -24,8 +24,8 @@ struct FormatKernels {
 
 constexpr int kFormatNumbers = 128;
 
-// The kernels of an instruction set, by the number of the format. A number to which no format belongs has null
-// pointers.
+// The kernels of an instruction set, by the number of the format. In the table, a number to which no format belongs has
+// null pointers.
 struct FormatTable {
   FormatKernels of[kFormatNumbers];
 };
@@ -42,8 +42,8 @@ extern const FormatTable kFormatTableNeon;
 // the number of a format other than NF4.
 const FormatKernels& format_kernels(int64_t layout);
 
-// Largest number of tokens that FormatKernels::few_tokens is used for. For more tokens, decoding the weight once and
-// multiplying is as fast.
+// Largest number of tokens that FormatKernels::few_tokens is used for. For more than kFormatFewTokens tokens, decoding
+// the weight once and multiplying is as fast.
 constexpr int64_t kFormatFewTokens = 8;
 
 }  // namespace peft_ext

@@ -5,9 +5,9 @@
 // `decode` looks 4-bit codes up among 16 rounded values, and converts FP8 codes in registers. Columns before and after
 // whole runs, and all columns of a weight that F::runs refuses, are decoded one by one. The kernel few_tokens decodes
 // each step of kRunColumns columns of a row to a buffer that stays in registers or L1, and multiplies the step with all
-// tokens of a group of up to 8. Of a format with decode_rows, both kernels decode up to 16 rows together, `decode` only
-// if F::runs accepts the weight and `begin` and `end` are multiples of 32. One thread computes whole rows, so that a
-// sum has one order for every number of threads. Sums are float32.
+// tokens of a group of up to 8. For a format with decode_rows, both kernels, `decode` and few_tokens, decode up to 16
+// rows together, `decode` only if F::runs accepts the weight and `begin` and `end` are multiples of 32. One thread
+// computes whole rows, so that a sum has one order for every number of threads. Sums are float32.
 #pragma once
 
 #include "cpu/token_groups.h"

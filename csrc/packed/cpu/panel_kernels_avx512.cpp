@@ -20,8 +20,8 @@ namespace peft_ext {
 namespace {
 
 // Returns the number of columns of a band. With codes of 4 bits and up to 32,768 rows, two bands of W have at most 1
-// MiB, which fits in the L2 cache. The number of columns depends on W alone, so that sums are equal for every number of
-// threads.
+// MiB, which fits in the L2 cache. The number of columns of a band depends on W alone, so that sums are equal for every
+// number of threads.
 inline int64_t band_columns(const PackedView& w) { return w.rows <= 8192 ? 128 : w.rows <= 16384 ? 64 : 32; }
 
 // Returns a mask of the first `count` of 16 lanes.
@@ -71,8 +71,9 @@ struct PanelStep {
   static constexpr AddsAt kAdds = AddsAt::kInChunk;
 };
 
-// A register holds the words of 16 rows and of 8 columns (codes of 4 bits) or 4 columns (codes of 8 bits). A dword of x
-// holds the two columns whose codes are at one place in the lower and in the upper half of a word.
+// GptqPanel: a register holds a word of codes for each of 16 rows; a word has the codes of 8 columns (codes of 4 bits)
+// or 4 columns (codes of 8 bits). A dword of x holds the two columns whose codes are at one place in the lower and in
+// the upper half of a word.
 template <int kBits>
 struct GptqPanel : PanelStep {
   static constexpr int kRows = 64, kSums = 4, kMostTokens = 4, kCodes = 32 / kBits, kLineRows = 16;
@@ -87,8 +88,8 @@ struct GptqPanel : PanelStep {
     return static_cast<const uint32_t*>(w.part[0]) + k / kCodes * w.rows + n;
   }
 
-  // Computes the sums of products over the columns [begin, end). The function also prefetches `next`, the words that
-  // are read after these columns.
+  // Computes the sums of products over the columns [begin, end). multiply also prefetches `next`, the words that are
+  // read after these columns.
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
                        const uint32_t* next, Ahead* ahead, __m512 (&out)[kSums][kTokens]) {

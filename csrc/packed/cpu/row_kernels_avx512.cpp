@@ -162,8 +162,8 @@ struct Int4Step : NibbleStep<Nibbles::kLowFirst> {
   IntRow<kZeros> row_scales_;
 };
 
-// The steps with one byte for each column, 64 bytes at a time. Registers 0 and 1 of x hold the even and the odd
-// columns, and two parts are the nibbles of the bytes in one register.
+// ByteStep: base of the steps of formats with one byte for each column, which read 64 bytes at a time. Registers 0 and
+// 1 of x hold the even and the odd columns, and two parts are the nibbles of the bytes in one register.
 struct ByteStep : OneRowStep {
   static constexpr int kColumns = 64, kParts = 4, kBytes = 64;
   static constexpr int register_of(int part) { return part / 2; }

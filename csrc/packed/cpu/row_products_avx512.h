@@ -46,7 +46,8 @@ constexpr int64_t kChunkColumns = 4096;  // number of columns whose scales are d
 
 enum class AddsAt : int { kNone, kInStep, kInChunk };
 
-// Base of the steps: the members that most steps share. A step redefines the members that differ.
+// OneRowStep: base of the steps, with the members that most steps share. A step redefines the members of OneRowStep
+// that differ.
 struct OneRowStep {
   static constexpr int kPhases = 1, kSums = 1, kOutputs = 1, kAddColumns = 32;
   static constexpr AddsAt kAdds = AddsAt::kNone;

@@ -315,7 +315,7 @@ __device__ __forceinline__ int number_of(int code) {
   }
 }
 
-// The 8 columns from a multiple of 8 on lie in one group of 16 columns of a block.
+// In a GGUF format, the 8 columns from a multiple of 8 on lie in one group of 16 columns of a block.
 template <typename Block, typename Number>
 struct OnCuda<Gguf<Block, Number>> : Gguf<Block, Number> {
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {

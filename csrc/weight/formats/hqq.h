@@ -3,7 +3,7 @@
 //
 // part 0: W_q, uint8. Codes are numbered f = n K + k. With 8 bits, code f is byte f. With 4 bits, the first half of the
 // codes is in the high nibbles of the N K / 2 bytes, and the second half is in the low nibbles. part 1: scale, part 2:
-// zero, G = N K / group of each. g is f / group, or f % G with the flag kAxis0.
+// zero, G = N K / group of each. The group g of code f is f / group, or f % G with the flag kAxis0.
 #pragma once
 
 #include "weight/formats/int_codes.h"

@@ -74,8 +74,8 @@ inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, 
 }
 
 // Multiplies few tokens with the rows [begin, end) of a float32 matrix whose rows have kVecs vectors, such as lora_B.
-// The function keeps x in registers, and has no loop over the columns. The results have the same bits as those of
-// few_tokens_row.
+// few_tokens_short_rows keeps x in registers, and has no loop over the columns. The results have the same bits as those
+// of few_tokens_row.
 template <int kCount, int kVecs>
 void few_tokens_short_rows(const FewTokens& work, const float* x, int64_t first, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = kVecs * Vec::kWidth;

@@ -36,7 +36,7 @@ struct DecodedRows {
 inline bool decodes_rows(const TileWeight& w) { return aligned_blocks(w); }
 inline DecodedRows decoded_rows(const TileWeight& weight, int64_t row) { return DecodedRows{&weight, row}; }
 
-// Decodes the columns [column, column + 64) of a row, or writes zeros if the row is beyond the last row. The function
+// Decodes the columns [column, column + 64) of a row, or writes zeros if the row is beyond the last row. decode_row
 // also prefetches memory of the row from 256 columns further on, or, beyond the end of the row, memory of the first
 // columns of the row that is 16 rows further on.
 inline void decode_row(const TileWeight& w, int64_t row, int64_t column, bf16* out) {

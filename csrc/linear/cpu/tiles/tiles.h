@@ -14,9 +14,9 @@
 // where the depth is summed in float32 from first to last. A panel over the whole of a large depth does not fit L2. The
 // depth is therefore cut into parts, and a panel has one part of the depth at a time: all tokens of a kernel's call are
 // multiplied with the first part, then with the second part, and the float32 sums of a block are carried from part to
-// part in scratch memory. The cut does not change the order of a sum, and so does not change the results. Operands are
-// stored in tiles of 1 KiB. The tiles of a strip are in the order of the depth, with zeros beyond the end of the
-// matrix:
+// part in scratch memory. Cutting the depth into parts does not change the order of a sum, and so does not change the
+// results. Operands are stored in tiles of 1 KiB. The tiles of a strip are in the order of the depth, with zeros beyond
+// the end of the matrix:
 //   left   A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
 //   right  A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
 //          operand is AMX's VNNI layout, of which vdpbf16ps reads one register for each pair.
@@ -58,9 +58,9 @@ struct TileWeight {
 
 // An Ahead describes the memory of the next panel of W. This memory is prefetched into L2 during the products with the
 // present panel, a little at each step of the depth, so that memory and multiplier work at the same time. `left` is the
-// number of runs of 128 bytes that remain. Every `every`-th step prefetches `each` runs. The runs are not all
-// prefetched at once, because runs that are prefetched long before their use may be displaced from L2. The runs lie in
-// groups of `group` adjacent runs, and the groups are `stride` bytes apart.
+// number of runs of 128 bytes that remain. Every `every`-th step of the depth prefetches `each` runs of 128 bytes. The
+// runs are not all prefetched at once, because runs that are prefetched long before their use may be displaced from L2.
+// The runs lie in groups of `group` adjacent runs, and the groups are `stride` bytes apart.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, group = 1, left = 0, each = 0;
@@ -115,8 +115,8 @@ struct DroppedEntries {
   uint32_t* entries = nullptr;
 };
 constexpr int64_t kDroppedStep = 4;
-// Largest depth for which DroppedEntries are made, because an entry has 16 bits for the column. At this depth, a panel
-// and the panel's transpose together take half of the scratch memory that a thread keeps.
+// Largest depth for which DroppedEntries are made, because an entry has 16 bits for the column. At a depth of
+// kDroppedDepth, a panel and the panel's transpose together take half of the scratch memory that a thread keeps.
 constexpr int64_t kDroppedDepth = 65536;
 
 // Arguments of the forward. If `dropped` is given, as in PEFT's DoRA with dropout on the base: Z = x̃ Wᵀ + S (ρB)ᵀ and
