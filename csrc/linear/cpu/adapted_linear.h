@@ -93,8 +93,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
 
 // Result of the backward of several layers with the same input: the sum of all dX, and each layer's own gradients. If
 // the tile kernels accept all layers, the layers' panels of W fit the cache together and there are at most kMostLayers
-// layers, each element of the sum is rounded to dX's dtype once. If one of these conditions is not met and there are
-// two or more layers, the dX of some layers is added to the sum of the previous layers, which is already rounded to
+// layers, each element of the sum is rounded to dX's dtype once. If the layers cannot be computed together and there
+// are two or more layers, the dX of some layers is added to the sum of the previous layers, which is already rounded to
 // dX's dtype. A layer whose dY is missing adds nothing to dX, and all of its gradients have shape [0].
 struct SiblingsBackward {
   Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false

@@ -99,9 +99,9 @@ struct RankCall {
 // computed in the same parallel loops.
 void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x);
 
-// Sets the arguments of `finish` so that run_expand computes dX = mask/(1-p) ∘ (P A). The caller adds further terms to
-// `finish`. Returns the tensor that holds A in float32, to which `finish` points, or an undefined tensor if there is no
-// low-rank term.
+// Sets the arguments of `finish` so that run_expand computes dX = mask/(1-p) ∘ (P A). The caller of behind_dropout adds
+// further terms to `finish`. Returns the tensor that holds A in float32, to which `finish` points, or an undefined
+// tensor if there is no low-rank term.
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out);
 
 }  // namespace peft_ext

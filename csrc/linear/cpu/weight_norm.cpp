@@ -36,7 +36,7 @@ Tensor times_gram(const char* op, const Tensor& b, const Tensor& products) {
   return weight_row_facts(op, rows, square, ScalarType::Float).product;
 }
 
-// Returns sum_r s b[r] (2 u[r] + s t[r]) for a row b of B, a row u of U and a row t of B A Aᵀ. The function keeps eight
+// Returns sum_r s b[r] (2 u[r] + s t[r]) for a row b of B, a row u of U and a row t of B A Aᵀ. norm_term keeps eight
 // parallel sums, so that compilers vectorize the loop.
 float norm_term(const float* b, const float* u, const float* t, float s, int64_t rank) {
   constexpr int64_t kSide = 8;

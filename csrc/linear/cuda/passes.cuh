@@ -156,8 +156,8 @@ struct PassSums {
 // returns P and Q as partial sums.
 struct PassWants {
   bool squares = false;  // whether to sum the squares of D's rows; only if F is given and L is not
-  // Whether to store the bits of the dropout mask. May be true only if F is not given. The bits are stored only if
-  // there is dropout and kWhole (rank_pass.cuh) is true for D.
+  // Whether to store the bits of the dropout mask. `mask` may be true only if F is not given. The bits are stored only
+  // if there is dropout and kWhole (rank_pass.cuh) is true for D.
   bool mask = false;
   // E, a matrix of D's shape, for the sums of D ∘ E over the rows; or null. The sums are computed only if F and L are
   // given, there are up to 32 ranks and no dropout, kWhole (rank_pass.cuh) is true for D, and E is aligned to 16 bytes.

@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   if constexpr (kNf4 && kWhole) rank_load(pass, ahead, row, column);
 
   // Starts to load a tile into a stage. The tile comes `further` tiles after the tile with the index `outer`. `held` is
-  // the index of the tile's row of tiles among the thread block's rows of tiles.
+  // the index, among the thread block's tiles of rows, of the tile of rows in which the tile lies.
   const auto issue = [&](int outer, int further, int held, uint32_t stage) {
     if (outer + further < tiles) {
       if constexpr (!kWhole) {

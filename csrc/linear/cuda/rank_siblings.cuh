@@ -16,8 +16,9 @@
 //
 // Thread blocks that read the same chunk of the factors are `chunks` blocks apart in the grid. If the number of
 // multiprocessors is a multiple of `chunks`, and the GPU gives consecutive thread blocks to the multiprocessors in
-// turn, all thread blocks of a multiprocessor read the same chunk. Whether L1 holds the chunk depends on its size,
-// which is 66 KB for each layer if x is [8192, 4096] and a layer has up to 16 ranks (computed, see docs/kernels.md).
+// turn, all thread blocks of a multiprocessor read the same chunk. Whether L1 holds the chunk depends on the chunk's
+// size, which is 66 KiB for each layer if x is [8192, 4096], a layer has up to 16 ranks, and the factors have three
+// terms (computed, see docs/kernels.md).
 //
 // The order of the sums is the same as in rank_pass.cuh, so that a layer's results have the same bits as the results of
 // a pass for this layer alone. Bytes moved by a launch: x once, the mask's bits once if wanted, and the partial sums of

@@ -4,9 +4,9 @@
 // weight of any shape. The result `out` [n] is float32, bfloat16 or float16. blocksize is a power of two >= 32, so that
 // 32 aligned elements share one scale.
 // A warp dequantizes 1024 consecutive elements. Lane l decodes the scale of the l-th group of 32 elements. Up to 8/9 of
-// the moved bytes are output. Therefore the lanes follow the order of the output: in each step lane l computes the l-th
-// of the next 32 groups of 16 bytes (8 elements; 4 of float32), so that a warp stores 512 contiguous bytes. A warp's
-// loads of codes are contiguous too, 4 bytes per lane (2 for float32).
+// the bytes that the kernel moves are output. Therefore the lanes follow the order of the output: in each step lane l
+// computes the l-th of the next 32 groups of 16 bytes (8 elements; 4 of float32), so that a warp stores 512 contiguous
+// bytes. A warp's loads of codes are contiguous too, 4 bytes per lane (2 for float32).
 // Each lane holds one of the 16 NF4 values, and other lanes read the value by a shuffle, without bank conflicts.
 // nf4_dequantize_kernel uses no shared memory.
 // Each float32 product and sum is rounded, without FMA; the result is then rounded once to T, to nearest even.

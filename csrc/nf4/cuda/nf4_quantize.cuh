@@ -160,8 +160,8 @@ __device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&w
 }
 
 // Quantizes a thread block's tile, which starts at element `first` and of which `left` elements lie in w. If kWhole is
-// true, all elements lie in w. Otherwise every access is checked, and the values of a tail block are divided instead of
-// multiplied.
+// true, all elements of the tile lie in w. If kWhole is false, every access is checked, and the values of a tail block
+// are divided instead of multiplied.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int left, int log2_blocksize,
                                                   uint8_t* packed, float* absmax,

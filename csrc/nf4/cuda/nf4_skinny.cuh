@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
 #pragma unroll
     for (int part = 0; part < 4; ++part) codes[part] = stage.codes[part][threadIdx.x];
 #pragma unroll
-    for (int two = 0; two < 2; ++two) {  // each iteration computes two steps
+    for (int two = 0; two < 2; ++two) {  // each iteration computes two steps of 16 inputs
       uint32_t a[2][2][4];               // a[m][step] is the A operand of tile m of 16 rows of W
 #pragma unroll
       for (int part = 0; part < 4; ++part) {

@@ -88,8 +88,8 @@ struct GptqPanel : PanelStep {
     return static_cast<const uint32_t*>(w.part[0]) + k / kCodes * w.rows + n;
   }
 
-  // Computes the sums of products over the columns [begin, end). multiply also prefetches `next`, the words that are
-  // read after these columns.
+  // Computes the sums of the products of x with the codes of a panel of W over the columns [begin, end). multiply also
+  // prefetches `next`, the words that are read after these columns.
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
                        const uint32_t* next, Ahead* ahead, __m512 (&out)[kSums][kTokens]) {

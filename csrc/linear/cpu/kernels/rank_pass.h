@@ -77,8 +77,8 @@ void drop_elements(const DropElements& work, int64_t begin, int64_t end) {
   });
 }
 
-// Makes compilers for x86-64 keep a vector in a register. Otherwise the compiler would load a weight again for every
-// use, or clear sums by memset.
+// Makes compilers for x86-64 keep a vector in a register. Without in_register, the compiler would load a weight again
+// for every use, or clear sums by memset.
 inline Vec in_register(Vec x) {
 #if defined(__x86_64__)
   if constexpr (Vec::kWidth > 1) asm("" : "+v"(x.v));

@@ -20,12 +20,12 @@
 //   left   A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
 //   right  A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
 //          operand is AMX's VNNI layout, of which vdpbf16ps reads one register for each pair.
-// With these layouts, the forward reads and decodes W's rows in row-major order, and transposes x once. The backward
-// interleaves pairs of W's rows and copies G without transposing. On Arm the tiles of both operands are 8 steps of the
-// depth x 8 pairs x 2 x 4, see microkernel_neon.h. A panel of W is copied or decoded into scratch memory that stays in
-// L2 while all tokens of a kernel's call are multiplied with the panel; for few strips of tokens, the forward may read
-// or decode W's rows without a panel (rows_of and decoded_rows in block.h). No repacked copy of the whole W is made. A
-// call of a kernel writes and rounds each element of Y or dX once.
+// With these layouts of the operands, the forward reads and decodes W's rows in row-major order, and transposes x once.
+// The backward interleaves pairs of W's rows and copies G without transposing. On Arm the tiles of both operands are 8
+// steps of the depth x 8 pairs x 2 x 4, see microkernel_neon.h. A panel of W is copied or decoded into scratch memory
+// that stays in L2 while all tokens of a kernel's call are multiplied with the panel; for few strips of tokens, the
+// forward may read or decode W's rows without a panel (rows_of and decoded_rows in block.h). No repacked copy of the
+// whole W is made. A call of a kernel writes and rounds each element of Y or dX once.
 #pragma once
 
 #include <stdint.h>
@@ -107,9 +107,9 @@ struct TileTerm {
   uint16_t lanes;  // bit j: token j has this adapter; other tokens do not change, even if B is not finite
 };
 
-// The elements of x that dropout drops. Token t has the entries [first[t], first[t + 1]). The upper 16 bits of an entry
-// are the column, and the lower 16 bits are the element's value in bfloat16. A token's entries are padded to a multiple
-// of kDroppedStep by entries with the value 0 and the last entry's column.
+// DroppedEntries holds the elements of x that dropout drops. Token t has the entries [first[t], first[t + 1]). The
+// upper 16 bits of an entry are the column, and the lower 16 bits are the element's value in bfloat16. A token's
+// entries are padded to a multiple of kDroppedStep by entries with the value 0 and the last entry's column.
 struct DroppedEntries {
   const int64_t* first = nullptr;
   uint32_t* entries = nullptr;
