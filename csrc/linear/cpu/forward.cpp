@@ -1,11 +1,11 @@
 // Computes the forward of the adapted layer, whose formula is in adapted_linear.h. The base product is computed in one
 // of three ways:
 //
-//   tiles    If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
+//   tiles:   If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
 //            the tile kernels (tiles/tiles.h) writes Y with all terms of Y.
-//   few      For few tokens, W (its codes, if W is packed), A and B are read in the order in which they are stored, and
+//   few:     For few tokens, W (its codes, if W is packed), A and B are read in the order in which they are stored, and
 //            W is not copied or decoded into panels.
-//   mm       In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
+//   mm:      In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
 //            and dropout on the base). If the product runs in x's dtype and Y is only the sum of the product, the
 //            low-rank term and the bias, PyTorch adds the product in place to the other terms. Otherwise another pass
 //            computes Y from the product, in float32.

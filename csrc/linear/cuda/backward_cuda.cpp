@@ -1,9 +1,9 @@
 // Computes the backward of the adapted layer, whose formula is in adapted_linear.cuh. The steps are:
 //
-//   P = dY (ρB), dB = dYᵀ (S ∘ ρ)   one pass over dY, or two passes for more than 32 ranks
-//   dA = x̃ᵀ P                       one pass over x
-//   dX₀ = mask ∘ (P A)              one write of dX
-//   dX = dX₀ + dY W                 PyTorch's matrix product, added in place
+//   One pass over dY, or two passes for more than 32 ranks, compute P = dY (ρB) and dB = dYᵀ (S ∘ ρ).
+//   One pass over x computes dA = x̃ᵀ P.
+//   One write of dX computes dX₀ = mask ∘ (P A).
+//   PyTorch's matrix product adds dY W in place, which gives dX = dX₀ + dY W.
 //
 // P also contains dropout's factor 1/(1-p), unless dropout also acts on the base product (drop_base). With an output
 // scale g, these formulas have g ∘ dY in place of dY. With dropout on the base (PEFT's DoRA), dX needs two products

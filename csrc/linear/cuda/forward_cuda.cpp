@@ -1,9 +1,9 @@
 // Computes the forward of the adapted layer, whose formula is in adapted_linear.cuh. Without an output scale, the steps
 // are:
 //
-//   S                 one pass over x (rank_pass)
-//   Y₀ = S (ρB)ᵀ + b  one write of Y (expand)
-//   Y = Y₀ + x Wᵀ     PyTorch's matrix product, added in place
+//   One pass over x computes S (rank_pass).
+//   One write of Y computes Y₀ = S (ρB)ᵀ + b (expand).
+//   PyTorch's matrix product adds x Wᵀ in place, which gives Y = Y₀ + x Wᵀ.
 //
 // A packed weight is decoded before PyTorch's product, except in calls that few_tokens_accept accepts: for these calls,
 // the kernels of few_tokens_cuda.cpp decode the weight during the product.

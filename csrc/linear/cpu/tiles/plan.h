@@ -1,10 +1,10 @@
 // Divides the work of the tile kernels among threads. The plan is pure arithmetic without torch and without a search,
 // so that planning ends for every input.
 //
-//   unit     The product of a panel of kPlanRows rows of W with kPlanStrip * step tokens, which one thread computes.
-//   block    Token strips that are multiplied with all of W before the strips of the next block. The token strips of a
+//   unit:    The product of a panel of kPlanRows rows of W with kPlanStrip * step tokens, which one thread computes.
+//   block:   Token strips that are multiplied with all of W before the strips of the next block. The token strips of a
 //            block stay in L3.
-//   part     The work of one thread: a range of units in each block, panel after panel.
+//   part:    The work of one thread: a range of units in each block, panel after panel.
 //
 // Every unit is in exactly one range, and so in exactly one part. There are two divisions: in the first division, a
 // range may end at any unit, and two threads may decode the same panel; in the second division, a range ends only at a

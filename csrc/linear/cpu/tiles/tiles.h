@@ -2,9 +2,9 @@
 // (AVX512-BF16, AMX, Arm's BF16). Each of these instruction sets has a table of the kernels, TileKernels. The letters
 // in the formulas are those of linear/cpu/adapted_linear.h.
 //
-//   forward   Z = x Wᵀ + S (ρB)ᵀ                 Y = g (Z + b₀) + b₁          lanes: tokens     rows: W's rows
-//   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
-//             For several layers of one input, one block of sums holds the sum of the layers' dX.
+//   Forward: Z = x Wᵀ + S (ρB)ᵀ and Y = g (Z + b₀) + b₁. A block of sums has tokens as lanes and W's rows as rows.
+//   Backward: dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W)). A block of sums has W's columns as lanes and tokens as rows.
+//   For several layers of one input, one block of sums holds the sum of the layers' dX.
 //
 // In the backward, G is g ∘ dY, P is (g ∘ dY) ρB, and l is in_scale. If dropout acts on the base too, as in PEFT's
 // DoRA, G is dY and H is (g - 1) ∘ dY; otherwise there is no H. If dropout acts on the base too and drops few elements,
@@ -17,8 +17,8 @@
 // part in scratch memory. Cutting the depth into parts does not change the order of a sum, and so does not change the
 // results. Operands are stored in tiles of 1 KiB. The tiles of a strip are in the order of the depth, with zeros beyond
 // the end of the matrix:
-//   left   A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
-//   right  A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
+//   left:  A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
+//   right: A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
 //          operand is AMX's VNNI layout, of which vdpbf16ps reads one register for each pair.
 // With these layouts of the operands, the forward reads and decodes W's rows in row-major order, and transposes x once.
 // The backward interleaves pairs of W's rows and copies G without transposing. On Arm the tiles of both operands are 8
