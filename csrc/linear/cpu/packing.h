@@ -61,8 +61,8 @@ Tensor lane_strips(Loops* loops, const char* op, const char* argument, const Ten
 // Writes the strips [first, last) of the transpose of m [columns, rank], in the layout that lane_strips returns.
 void lane_strips_of_rows(const float* m, int64_t rank, int64_t columns, int64_t first, int64_t last, float* strips);
 
-// Checks that a vector such as out_scale has `numel` elements, and returns the vector as float32. The result may be the
-// vector itself.
+// Checks that a vector such as out_scale has `numel` elements, and returns the vector as float32. The returned tensor
+// may be `values` itself.
 Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel);
 
 }  // namespace peft_ext

@@ -52,8 +52,8 @@ Terms read_terms(const Launcher& launcher, const HeldTerms& held);
 TermsOut write_terms(const Launcher& launcher, const HeldTerms& held);
 
 // Splits all small matrices of a call into bfloat16 terms, in one launch for every kMaxSplits matrices. The caller adds
-// each matrix and then calls run(). The matrices must live until run() returns. A matrix is contiguous [rows, columns];
-// if `transpose` is true, the transposed matrix is split.
+// each matrix and then calls run(). The caller must keep the matrices alive until run() returns. A matrix is contiguous
+// [rows, columns]; if `transpose` is true, the transposed matrix is split.
 class Splitter {
  public:
   // type: dtype of the call's large matrices, which decides how many terms are made.

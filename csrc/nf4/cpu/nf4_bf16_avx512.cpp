@@ -14,7 +14,7 @@
 // bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero), and bit 4 of an index selects the block. Rounding an NF4
 // value or a product to bfloat16 changes a weight by at most 2^-9 of its magnitude. The kernel reads W once for each
 // group of tokens that for_token_groups makes, half a byte per element and the scales, and never writes a decoded
-// weight to memory. One thread computes whole rows of W.
+// weight to memory. Each thread computes whole rows of W.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.

@@ -132,7 +132,7 @@ struct QuantizeCodes<float> {
 };
 
 __device__ __forceinline__ float at_least_smallest(float absmax) {
-  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN stays a NaN
+  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN in absmax stays a NaN
 }
 
 // Loads 16 bytes of the input w into four words. If kWhole is false, only the first `left` elements exist, and the
