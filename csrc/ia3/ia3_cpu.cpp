@@ -1,8 +1,8 @@
 // Defines the IA3 operators on the CPU: a linear layer whose input or output is scaled by the vector l (the argument
 // ia3_l), and the scaling alone.
 //
-//   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = sum_t dY ∘ (x Wᵀ + b)
-//   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = sum_t x ∘ U,  U = dY W
+//   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = sum_t dY ∘ (x Wᵀ + b).
+//   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = sum_t x ∘ U,  U = dY W.
 #include <tuple>
 
 #include "common/registration.h"

@@ -1,11 +1,11 @@
 // Defines the IA3 operators on CUDA: a linear layer whose input or output is scaled by the vector l (the argument
 // ia3_l), and the scaling alone. See linear/cuda/adapted_linear.cuh.
 //
-//   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b)
-//   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W
+//   output:       Y = l ∘ (x Wᵀ + b)    dX = (l ∘ dY) W    dl = Σ_t dY ∘ (x Wᵀ + b).
+//   feedforward:  Y = (l ∘ x) Wᵀ + b    dX = l ∘ U         dl = Σ_t x ∘ U,  U = dY W.
 //
-// If l scales the output, one pass over dY computes dl, and, if dX is wanted, also l ∘ dY unless W is multiplied by l
-// instead. If l scales the input (feedforward), one pass over U computes dX and dl.
+// If l scales the output, one pass over dY computes dl. If dX is wanted and W is not multiplied by l (folds_scale),
+// this pass also computes l ∘ dY. If l scales the input (feedforward), one pass over U computes dX and dl.
 #include <tuple>
 
 #include "linear/cuda/adapted_linear.cuh"

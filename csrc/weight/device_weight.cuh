@@ -25,9 +25,9 @@ struct DeviceWeight {
   int64_t scales() const { return ceil_div(outputs * inputs, blocksize()); }
 };
 
-// Checks a weight and returns the weight. The returned NF4 codes are aligned to 8 bytes, and each part of another
-// packed format is contiguous and aligned to 16 bytes. The error of a wrong device, size or dtype names op and
-// argument. `type` is the dtype that a dense weight must have.
+// Checks the tensors, the layout and the shape of a weight, and returns the weight. The returned NF4 codes are aligned
+// to 8 bytes, and each part of another packed format is contiguous and aligned to 16 bytes. The error of a wrong
+// device, size or dtype names op and argument. `type` is the dtype that a dense weight must have.
 DeviceWeight device_weight(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout,
                            const std::vector<int64_t>& shape, ScalarType type);
 

@@ -37,8 +37,8 @@ void check_blocksize(const char* op, int64_t blocksize);
 // `type` or if the tensor does not have `numel` elements.
 Tensor checked_part(const char* op, const char* argument, const Tensor& tensor, ScalarType type, int64_t numel);
 
-// Returns the weight with contiguous parts. Fails with an error that names op and argument if a part's size or dtype
-// does not fit the shape. `layout` is 0 for a dense weight; for a packed weight see packed_view.h.
+// Returns the weight with contiguous parts. Fails with an error that names op and the part if a part's size, or for NF4
+// a part's dtype, does not fit the shape. `layout` is 0 for a dense weight; for a packed weight see packed_view.h.
 FrozenWeight checked_weight(const char* op, Tensor weight, WeightParts parts, int64_t layout,
                             std::vector<int64_t> shape);
 

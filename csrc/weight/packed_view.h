@@ -50,8 +50,8 @@ inline float e8m0_value(uint8_t byte) {
 }
 
 // Returns the value of an e4m3 code (the variant without infinities: 0x7f and 0xff are NaN). From magnitude 8 on, the
-// bits of a code are the bits of a float32, apart from the bias of the exponent. A smaller magnitude is subnormal: the
-// function makes the bits of 2^-6 + value, and then subtracts 2^-6.
+// bits of a code are the bits of a float32, apart from the bias of the exponent. A magnitude below 8 is subnormal:
+// e4m3_value makes the bits of 2^-6 + value, and then subtracts 2^-6.
 inline float e4m3_value(uint32_t code) {
   const uint32_t magnitude = code & 0x7f;
   const uint32_t subnormal = 0u - ((magnitude - 8) >> 31), nan = 0u - ((magnitude + 1) >> 7);
@@ -60,7 +60,7 @@ inline float e4m3_value(uint32_t code) {
   return bits_to_float(float_to_bits(value) | (code & 0x80) << 24);
 }
 
-// Returns scale i of an array of scales.
+// Returns scale i of an array of scales, as float32.
 inline float scale_value(const void* scales, ScaleType type, int64_t i) {
   switch (type) {
     case ScaleType::kF32:

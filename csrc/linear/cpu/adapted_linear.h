@@ -24,8 +24,9 @@ namespace peft_ext {
 // inactive.
 Dropout make_dropout(const char* op, double p, const std::optional<Tensor>& seed);
 
-// The low-rank term, the scales and the dropout that a CPU kernel adds to a frozen linear layer. out_scale and in_scale
-// are float32 and contiguous. ρ, the factors of the ranks, is scaling times rank_scale.
+// The operands that an adapter adds to a frozen linear layer on the CPU: the factors of the low-rank term, the scales,
+// and dropout. out_scale and in_scale are float32 and contiguous. ρ, the factors of the ranks, is scaling times
+// rank_scale.
 struct Adapter {
   std::optional<Tensor> lora_A, lora_B;  // lora_A is [R, K], lora_B is [N, R]; the two dtypes may differ
   std::optional<Tensor> rank_scale;      // [R]
@@ -51,8 +52,8 @@ struct AdaptedForward {
 };
 
 // Computes the forward of the adapted linear layer. If bias_inside is true, `bias` is b₀, which g scales; otherwise
-// `bias` is b₁, which g does not scale. room: contiguous tensors that receive the results; if room is null, the
-// function allocates the results.
+// `bias` is b₁, which g does not scale. room: contiguous tensors that receive y, s and z; if room is null,
+// adapted_forward allocates y, s and z.
 AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& weight, const std::optional<Tensor>& bias,
                                const Adapter& adapter, bool bias_inside, bool want_z,
                                const AdaptedForward* room = nullptr);
@@ -61,7 +62,7 @@ AdaptedForward adapted_forward(const char* op, Tensor x, const FrozenWeight& wei
 struct Layer {
   FrozenWeight weight;
   std::optional<Tensor> bias;  // b₁
-  Adapter adapter;             // adapter of the layer; drop_base, in_scale and groups may not be set
+  Adapter adapter;             // the layer's adapter, in which drop_base, in_scale and groups must not be set
 };
 
 // Computes the forward of several layers with the same input x. Each layer's results have the same bits as the results
@@ -84,16 +85,16 @@ Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const
                       const std::optional<Tensor>& bias_before);
 
 // Computes the backward of the adapted linear layer. s is S from the forward. x may be nullopt if the layer has neither
-// a low-rank term nor in_scale. room: a contiguous tensor that receives dX; if room is nullopt, the function allocates
-// dX.
+// a low-rank term nor in_scale. room: a contiguous tensor that receives dX; if room is nullopt, adapted_backward
+// allocates dX.
 AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tensor> x, const FrozenWeight& weight,
                                  const Adapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                  const std::optional<Tensor>& room = std::nullopt);
 
 // Result of the backward of several layers with the same input: the sum of all dX, and each layer's own gradients. If
 // the tile kernels accept all layers, the layers' panels of W fit the cache together and there are at most kMostLayers
-// layers, each element of the sum is rounded to dX's dtype once. If one of these conditions is not met and there are
-// two or more layers, the dX of some layers is added to the sum of the previous layers, which is already rounded to
+// layers, each element of the sum is rounded to dX's dtype once. If the layers cannot be computed together and there
+// are two or more layers, the dX of some layers is added to the sum of the previous layers, which is already rounded to
 // dX's dtype. A layer whose dY is missing adds nothing to dX, and all of its gradients have shape [0].
 struct SiblingsBackward {
   Tensor grad_x;  // dX in x's shape; shape [0] if needs_grad_x is false

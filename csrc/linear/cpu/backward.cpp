@@ -88,7 +88,7 @@ void backward_on_tiles(const std::vector<const BackwardCall*>& calls, bool onto,
     if (b->strips == nullptr) elements += strips_elements(size.tokens, b->size.out);
     tiles_of_all += ceil_div(b->size.out, kTileDepth);
     apart = apart || rest_apart(*b);
-    // With dropout on the base and an output scale g, the depth (the rows of the Ws, over which dX sums) is not cut.
+    // With dropout on the base and an output scale g, the rows of W, over which dY W sums, are not divided into parts.
     whole = whole || (b->drop_base() && b->g() != nullptr);
   }
   const int64_t part = whole ? tiles_of_all : depth_part(kBackwardCut, tiles_of_all);
@@ -140,7 +140,7 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   Tensor before, scale;
   if (b.drop_base() && b.g() != nullptr && products_apart(b.weight, type, size.tokens, adapter.dropout)) {
     // One product computes dX as if dropout kept every element. Each dropped element of dX is then replaced by a dot
-    // product of dY and a column of W.
+    // product of a row of dY and a column of W.
     const Tensor by = around_one(b, adapter.dropout.scale, 1.0f);
     const Tensor product = product_backward(b.op, column_pass(b.op, grad, &by, 0.0f, nullptr).scaled, b.weight, type);
     put_dropped_dots(b.op, b.grad, b.keep, b.weight, product);
@@ -164,8 +164,8 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
 }
 
 // backward_on_tiles multiplies several layers together only if kPanelStep columns of all their weights take at most
-// kPanelBytes. This bound also limits the scratch memory, which holds the strips of dY of all these layers at the same
-// time.
+// kPanelBytes. kPanelBytes also limits the scratch memory, which holds the strips of dY of all layers that are
+// multiplied together.
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
 }  // namespace
@@ -191,8 +191,7 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
     if (call.tiles && !rest_apart(call)) call.strips = strips_room(Scratch::kTokens, size.tokens, size.out);
     rank_gradients({{&call, &s, &out}}, needs_grad_x);
   }
-  // The gradient of in_scale is computed together with dX, so that the function returns before dX is computed only if
-  // the caller wants neither of the two gradients.
+  // The gradient of in_scale is computed together with dX, so that both are skipped only if the caller wants neither.
   if (!needs_grad_x && !adapter.in_scale.has_value()) return out;
   out.grad_x = room.has_value() ? *room : empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
   if (out.grad_x.numel() == 0) return out;

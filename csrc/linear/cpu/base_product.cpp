@@ -86,7 +86,7 @@ namespace {
 
 constexpr int64_t kDroppedTokens = 128;  // largest number of tokens in one call of a kernel for dropped elements
 
-// Calls run(work, first row) for each group of kDroppedRows rows of W. During this call of `run`, work.turned is the
+// Calls run(work, first row) for each group of kDroppedRows rows of W. In each call of `run`, work.turned is the
 // transpose of the group's rows of W.
 template <typename Run>
 void for_turned_rows(const char* op, const FrozenWeight& weight, ScalarType type, const KeepBits& keep,

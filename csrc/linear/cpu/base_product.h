@@ -24,7 +24,7 @@ Tensor product_backward(const char* op, const Tensor& g, const FrozenWeight& wei
 bool drops_few(const Dropout& dropout);
 
 // PEFT's DoRA with dropout on the base needs two base products. products_apart returns whether the second product uses
-// only the dropped elements. The result is true only if dropout drops few elements, products run in float32,
+// only the dropped elements. products_apart returns true only if dropout drops few elements, products run in float32,
 // skinny_product does not accept the call, and there are enough tokens to pay for transposing W.
 bool products_apart(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Dropout& dropout);
 

@@ -10,8 +10,8 @@ struct LinearSizes {
   int64_t tokens, in, out, rank;
 };
 
-// Returns the sizes of a call: tokens, inputs, outputs and rank. Fails if the size of x, lora_A or lora_B does not fit
-// the weight.
+// Returns the sizes of a call: tokens, inputs, outputs and rank. Raises an error if the size of x, lora_A or lora_B
+// does not fit the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter);
 
 // Returns ρ [R], the factors of the ranks: scaling times rank_scale.
@@ -95,13 +95,13 @@ struct RankCall {
 };
 
 // Computes for each layer P = (g ∘ dY) ρB, dB and the gradient of rank_scale from dY and S, and dA from x and P. If dX
-// is wanted and dropout is active, the function also computes the bits of the dropout mask for dX. The same parallel
-// loops compute all layers.
+// is wanted and dropout is active, the function also computes the bits of the dropout mask for dX. All layers are
+// computed in the same parallel loops.
 void rank_gradients(const std::vector<RankCall>& calls, bool needs_grad_x);
 
-// Sets the arguments of `finish` so that run_expand computes dX = mask/(1-p) ∘ (P A). The caller adds further terms to
-// `finish`. Returns the tensor that holds A in float32, to which `finish` points, or an undefined tensor if there is no
-// low-rank term.
+// Sets the arguments of `finish` so that run_expand computes dX = mask/(1-p) ∘ (P A). The caller of behind_dropout adds
+// further terms to `finish`. Returns the tensor that holds A in float32, to which `finish` points, or an undefined
+// tensor if there is no low-rank term.
 Tensor behind_dropout(const BackwardCall& b, Expand* finish, AdaptedBackward* out);
 
 }  // namespace peft_ext

@@ -1,11 +1,11 @@
 // Computes the forward of the adapted layer, whose formula is in adapted_linear.h. The base product is computed in one
 // of three ways:
 //
-//   tiles    If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
+//   tiles:   If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
 //            the tile kernels (tiles/tiles.h) writes Y with all terms of Y.
-//   few      For few tokens, W (its codes, if W is packed), A and B are read in the order in which they are stored, and
+//   few:     For few tokens, W (its codes, if W is packed), A and B are read in the order in which they are stored, and
 //            W is not copied or decoded into panels.
-//   mm       In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
+//   mm:      In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
 //            and dropout on the base). If the product runs in x's dtype and Y is only the sum of the product, the
 //            low-rank term and the bias, PyTorch adds the product in place to the other terms. Otherwise another pass
 //            computes Y from the product, in float32.
@@ -30,8 +30,8 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
                                      : tokens <= kFewTokens;
 }
 
-// Prepares the product x Wᵀ of a call of few tokens. The threads compute the product later, by `multiply` of the
-// result. `wide` is x in float32, and is read for a dense weight.
+// Prepares the product x Wᵀ of a call of few tokens. The threads compute the product later, by calling
+// FewTokensProduct::multiply. `wide` is x in float32, and is read for a dense weight.
 FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const Tensor& wide) {
   if (f.weight.is_packed()) return skinny_parts(f.op, x, f.weight);
   FewTokensProduct product;
@@ -374,7 +374,7 @@ void forward_by_products(const ForwardCall& f) {
 
 namespace {
 
-// Checks the arguments of a call of the forward, and allocates the results unless `room` is given. x is [..., K],
+// Checks the arguments of a call of the forward, and allocates y, s and z unless `room` is given. x is [..., K],
 // contiguous.
 ForwardCall checked_forward(const char* op, const Tensor& x, const FrozenWeight& weight,
                             const std::optional<Tensor>& bias, const Adapter& adapter, bool bias_inside, bool want_z,

@@ -4,10 +4,10 @@
 //
 // A_g, B_g, R_g and s_g are lora_A, lora_B, the rank and the scaling of adapter g. W is the frozen weight.
 //
-// A segment is a run of tokens with one adapter. For few tokens, the matrices of an adapter are read as they are
-// stored; otherwise packed() (packing.h) converts them once per call. The tokens are not copied or reordered. The tile
-// kernels compute, for a strip of 16 tokens, the term of each adapter that one of the strip's tokens has; the other
-// kernels compute for a token only the term of the token's adapter.
+// A segment is a run of tokens that all have the same adapter or all have none. For few tokens, the matrices of an
+// adapter are read as they are stored; otherwise packed() (packing.h) converts them once per call. The tokens of a
+// mixed batch are not copied or reordered. The tile kernels compute, for a strip of 16 tokens, the term of each adapter
+// that one of the strip's tokens has; the other kernels compute for a token only the term of the token's adapter.
 #pragma once
 
 #include <vector>
@@ -51,7 +51,7 @@ struct GroupedS {
 // beyond the rank of a token's adapter.
 GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, const Tensor& s);
 
-// Adds the low-rank terms of few tokens x [T, K] float32 to y [T, N] float32. The function also writes S to s, as
+// Adds the low-rank terms of few tokens x [T, K] float32 to y [T, N] float32. grouped_few_tokens also writes S to s, as
 // grouped_shrink does.
 void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, const Tensor& y, const Tensor& s);
 

@@ -52,7 +52,7 @@ Shrunk shrink_tokens(const ForwardCall& f) {
 namespace {
 
 // Returns the gradient of rank_scale, [R], computed from sums = Sᵀ dY [R, N]. `sums` is not multiplied by the output
-// scale g; the function multiplies B by g instead.
+// scale g; rank_scale_gradient multiplies B by g instead.
 Tensor rank_scale_gradient(const BackwardCall& b, const Tensor& sums) {
   const int64_t columns = b.size.out;
   const Tensor wide = packed(b.op, "lora_B", *b.adapter.lora_B, b.g(), nullptr, true, b.size.rank, columns);

@@ -4,9 +4,9 @@
 // end, at a boundary of NF4 blocks; if the fewest such rows have more than 64 K elements, a thread merges these rows at
 // a time. The thread decodes the rows, adds the low-rank term, scales and quantizes the rows, and decodes the quantized
 // rows again to compare them with the rows before quantization. The rows that a thread merges stay in L2, so that only
-// codes and scales of W are read from and written to memory. The arithmetic is float32, as in nf4_dequantize_merged.
-// The result `error` has two double sums: of the squared rounding errors, and of the squared merged weights. The order
-// of these sums depends only on the sizes.
+// codes and scales of W are read from and written to memory. nf4_merge computes W' in float32, as nf4_dequantize_merged
+// does. The result `error` has two double sums: of the squared rounding errors, and of the squared merged weights. The
+// order of these sums depends only on the sizes.
 #include <algorithm>
 #include <numeric>
 #include <tuple>

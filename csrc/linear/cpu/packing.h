@@ -25,9 +25,9 @@ Tensor zeros(const std::vector<int64_t>& shape);
 
 // Converts a matrix [rows, columns] of float32, bfloat16 or float16 to float32, zero-padded to [frame_rows,
 // frame_columns], and transposed if `transpose` is true. Each element is multiplied by by_row[row] and by
-// by_column[column], if these pointers are not null. If nothing has to change, the result is the matrix itself and must
-// not be written to. The packed() with the argument `loops` only adds the loops that fill the result to `loops`; by_row
-// and by_column must stay valid until the caller has run the loops.
+// by_column[column], if these pointers are not null. If the matrix needs no conversion, packed() returns the matrix
+// itself, which must not be written to. The packed() with the argument `loops` only adds the loops that fill the result
+// to `loops`; by_row and by_column must stay valid until the caller has run the loops.
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
 Tensor packed(Loops* loops, const char* op, const char* argument, const Tensor& matrix, const float* by_row,
@@ -50,8 +50,8 @@ Tensor unpacked(const char* op, const char* argument, const Tensor& sums, float 
 Tensor unpacked(Loops* loops, const char* op, const char* argument, const LateSums& sums, float by,
                 const float* by_column, const float* by_rank, bool transpose, const Tensor& like);
 
-// Returns a vector as float32, zero-padded to `length` elements. If nothing has to change, the result is the vector
-// itself, and must not be written to.
+// Returns a vector as float32, zero-padded to `length` elements. If the vector needs no conversion, padded_vector
+// returns the vector itself, which must not be written to.
 Tensor padded_vector(const char* op, const char* argument, const Tensor& values, int64_t length);
 
 // Adds loops that convert a matrix [R, columns] to zero-padded float32 strips [ceil(columns / 16), R, 16], and returns
@@ -61,8 +61,8 @@ Tensor lane_strips(Loops* loops, const char* op, const char* argument, const Ten
 // Writes the strips [first, last) of the transpose of m [columns, rank], in the layout that lane_strips returns.
 void lane_strips_of_rows(const float* m, int64_t rank, int64_t columns, int64_t first, int64_t last, float* strips);
 
-// Checks that a vector such as out_scale has `numel` elements, and returns the vector as float32. The result may be the
-// vector itself.
+// Checks that a vector such as out_scale has `numel` elements, and returns the vector as float32. The returned tensor
+// may be `values` itself.
 Tensor float_vector(const char* op, const char* argument, const Tensor& values, int64_t numel);
 
 }  // namespace peft_ext

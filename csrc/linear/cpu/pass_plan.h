@@ -15,9 +15,9 @@ namespace peft_ext {
 constexpr int64_t kTokenStep = 16;
 constexpr int64_t kMinChunkTokens = 64;
 constexpr int64_t kMaxChunks = 32;
-// The smallest number of columns in a thread's part of a chunk: kBlockColumns without dropout, kDrawnColumns with
-// dropout, and kMaskColumns with dropout if there are enough parts for all threads. Philox computes 128 draws at a
-// time, and the mask of 512 columns is a cache line.
+// A thread's part of a chunk has at least so many columns: kBlockColumns without dropout, and with dropout
+// kMaskColumns, or fewer, down to kDrawnColumns, if that makes the busiest thread faster (see block_columns). Philox
+// computes 128 draws at a time, and the mask of 512 columns is a cache line.
 constexpr int64_t kBlockColumns = 64;
 constexpr int64_t kDrawnColumns = 128;
 constexpr int64_t kMaskColumns = 512;
@@ -77,7 +77,8 @@ inline int64_t sums_by_columns_cost(int64_t tokens, int64_t columns, int64_t ran
   return std::min(busiest(blocks, part, threads) * part, tokens * columns * rank);
 }
 
-// Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide the chunks of tokens too.
+// Returns the cost of the product mᵀ · left, of shape [K, R], if the threads divide both the columns of m and the
+// chunks of tokens.
 inline int64_t sums_by_chunks_cost(int64_t tokens, int64_t columns, int64_t rank, int64_t threads,
                                    int64_t block = kBlockColumns) {
   return chunks_cost(tokens, columns, rank, shares(columns, block), threads);
@@ -97,7 +98,7 @@ inline int64_t outer_pass_cost(int64_t tokens, int64_t columns, int64_t rank, in
 }
 
 // Returns the number of columns in a part of the product mᵀ · left. With dropout, a part of kMaskColumns columns uses
-// all draws, and writes whole cache lines of the mask; narrower parts are taken only if they make the busiest thread an
+// all draws, and writes whole cache lines of the mask; narrower parts are used only if they make the busiest thread an
 // eighth faster.
 inline int64_t block_columns(int64_t tokens, int64_t columns, int64_t rank, int64_t threads, bool dropout) {
   if (!dropout) return kBlockColumns;

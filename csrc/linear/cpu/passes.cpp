@@ -103,8 +103,8 @@ Tensor summed(LateSums* sums) {
 
 namespace {
 
-// Computes the sums of a pass for the columns [first, last): sums one chunk of tokens after the other, and adds the
-// chunks' sums in order.
+// Computes the sums leftᵀ · m of a pass for the columns [first, last): sums one chunk of tokens after the other, and
+// adds the chunks' sums in order.
 void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t last, float* sums, float* totals) {
   const PassKernels& isa = pass_kernels();
   const int64_t chunk = chunk_tokens(tokens), rank = pass.rank;
@@ -131,9 +131,9 @@ void sum_columns(const RowPass& pass, int64_t tokens, int64_t first, int64_t las
   }
 }
 
-// The sums of a pass that is divided by chunks of tokens. The first chunk's sums are computed in the total's memory.
-// The sums of the other chunks are computed in buffers for up to chunks_together chunks; if there are more chunks, the
-// buffers are added to the total and used again.
+// ChunkSums holds the sums leftᵀ · m of a pass that is divided by chunks of tokens. The first chunk's sums are computed
+// in the total's memory. The sums of the other chunks are computed in buffers for up to chunks_together chunks; if
+// there are more chunks, the buffers are added to the total and used again.
 struct ChunkSums {
   int64_t chunk, chunks, together;
   LateSums sums, totals;  // totals [1, columns]: sums of m's columns, if wanted
@@ -168,8 +168,8 @@ struct ChunkSums {
     pass_kernels().row_pass(part, c * chunk, min_i64((c + 1) * chunk, tokens), first, last);
   }
 
-  // Records that the chunks [start, start + count) are computed. If `now` is true, the function also adds the sums of
-  // these chunks to the total; otherwise the sums are added later (see LateSums).
+  // Records that the chunks [start, start + count) are computed. If `now` is true, finish also adds the sums of these
+  // chunks to the total; otherwise the sums are added later (see LateSums).
   void finish(int64_t start, int64_t count, bool now) {
     const int64_t in_place = start == 0 ? 1 : 0;
     for (LateSums* of : {&sums, &totals}) {
@@ -205,7 +205,7 @@ LateSums outer_by_chunks(const RowPass& pass, int64_t tokens, Tensor* totals, co
 
 // Adds loops to `loops` that compute the sums of a pass without `right`. Each iteration of a loop works on a block of
 // columns, for all tokens or for a chunk of the tokens. If the tokens are divided into chunks, and `totals` is wanted
-// or the chunks' buffers are used more than once, the loops run at once instead.
+// or the chunks' buffers are used more than once, add_outer_loops runs the loops at once instead.
 LateSums add_outer_loops(Loops* loops, const RowPass& pass, int64_t tokens, Tensor* totals) {
   const int64_t threads = loop_threads(), columns = pass.columns, rank = pass.rank;
   const int64_t width = block_columns(tokens, columns, rank, threads, pass.dropout.active);

@@ -24,8 +24,8 @@ using TokenWork = std::function<void(int64_t first, int64_t last)>;
 void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work);
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
-// Runs a pass with `left` (which may be null if there are no tokens) and returns the pass's sums [rank, columns].
-// totals: receives the sums of m's columns, [columns]; may be null.
+// Runs a pass with `left` (which may be null if there are no tokens) and returns the pass's sums leftᵀ · m [rank,
+// columns]. totals: receives the sums of m's columns, [columns]; may be null.
 Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = nullptr);
 
 // Runs a pass with `left`, or adds a part of the pass to the loops `later`, which the caller runs with a grain of at
@@ -42,7 +42,7 @@ void run_expand(const Expand& work, int64_t tokens);
 
 // The bits of a dropout mask, one for each element of a matrix of tokens.
 struct KeepBits {
-  Tensor words;  // 32-bit words, stored in a float32 tensor, because few tensor templates are instantiated
+  Tensor words;  // 32-bit words of the mask; the tensor has the dtype float32, but holds bits
   int64_t per_row = 0;
   uint32_t* data = nullptr;
 };

@@ -1,7 +1,7 @@
 // Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on each run (the
 // rows of one expert) that has more rows than the batch has on average per thread. One thread computes each smaller run
-// of rows. peft_ext's kernels give the same bits for every division. PyTorch's matrix product may give other bits on
-// another number of threads.
+// of rows. peft_ext's kernels give the same bits for every division of the rows among threads. PyTorch's matrix product
+// may give other bits on another number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +21,7 @@ struct Run {
   int64_t rows() const { return end - begin; }
 };
 
-// Calls call(run) for each run. The order of the calls is unspecified, and no result may depend on the order.
+// Calls call(run) for each run. each_run makes these calls in an unspecified order, on which no result may depend.
 template <typename Call>
 void each_run(std::vector<Run> runs, const Call& call) {
   std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.rows() > b.rows(); });

@@ -36,7 +36,7 @@ Tensor times_gram(const char* op, const Tensor& b, const Tensor& products) {
   return weight_row_facts(op, rows, square, ScalarType::Float).product;
 }
 
-// Returns sum_r s b[r] (2 u[r] + s t[r]) for a row b of B, a row u of U and a row t of B A Aᵀ. The function keeps eight
+// Returns sum_r s b[r] (2 u[r] + s t[r]) for a row b of B, a row u of U and a row t of B A Aᵀ. norm_term keeps eight
 // parallel sums, so that compilers vectorize the loop.
 float norm_term(const float* b, const float* u, const float* t, float s, int64_t rank) {
   constexpr int64_t kSide = 8;
@@ -96,7 +96,7 @@ WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, cons
   const Tensor held_u = wide_matrix(u);
   const int64_t padded = products.size(1);
   const float s = static_cast<float>(scaling);
-  // Computes dB and c B, where c = dn / n, or 0 where n = 0.
+  // Computes dB and c B, where c is the norm's gradient divided by the norm, or 0 where the norm is 0.
   Tensor left = empty({n, rank}, ScalarType::Float), grad_b = empty({n, rank}, ScalarType::Float);
   const float* b_data = b.const_data_ptr<float>();
   float* left_data = left.mutable_data_ptr<float>();

@@ -1,8 +1,9 @@
 // Computes DoRA's norm n of each row of W + s B A, where s is the LoRA scaling, and the gradients of A and B through
 // the norm, without forming the matrix W + s B A.
 //
-//   n² = ‖W‖² + 2 rowsum(U ∘ sB) + rowsum(sB (A Aᵀ) ∘ sB),  U = W Aᵀ: one pass over W
-//   dB = c (s U + s² B A Aᵀ),  dA = s (cB)ᵀ W + s² (cB)ᵀ B A,  c = dn / n, or 0 where n = 0: one more pass over W
+//   One pass over W computes U = W Aᵀ and n² = ‖W‖² + 2 rowsum(U ∘ sB) + rowsum(sB (A Aᵀ) ∘ sB).
+//   One more pass over W computes the gradients dB = c (s U + s² B A Aᵀ) and dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where
+//   c = dn / n, or 0 where n = 0.
 #pragma once
 
 #include "weight/frozen_weight.h"

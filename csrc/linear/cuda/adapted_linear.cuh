@@ -77,7 +77,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
 struct DeviceLayer {
   DeviceWeight weight;
   std::optional<Tensor> bias;  // b₁
-  DeviceAdapter adapter;       // adapter of the layer; drop_base, out_scale and in_scale may not be set
+  DeviceAdapter adapter;       // the layer's adapter, in which drop_base, out_scale and in_scale must not be set
 };
 
 // Computes the forward of several layers with the same input x. If siblings_read(x) is true, one pass over x computes S

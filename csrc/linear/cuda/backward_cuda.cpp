@@ -1,13 +1,14 @@
 // Computes the backward of the adapted layer, whose formula is in adapted_linear.cuh. The steps are:
 //
-//   P = dY (ρB), dB = dYᵀ S   one pass over dY, or two passes for more than 32 ranks
-//   dA = x̃ᵀ P                 one pass over x
-//   dX₀ = mask ∘ (P A)        one write of dX
-//   dX = dX₀ + dY W           PyTorch's matrix product, added in place
+//   One pass over dY, or two passes for more than 32 ranks, compute P = dY (ρB) and dB = dYᵀ (S ∘ ρ).
+//   One pass over x computes dA = x̃ᵀ P.
+//   One write of dX computes dX₀ = mask ∘ (P A).
+//   PyTorch's matrix product adds dY W in place, which gives dX = dX₀ + dY W.
 //
-// With dropout, P also contains the factor 1/(1-p), except with dropout on the base. With an output scale g, these
-// formulas have g ∘ dY in place of dY. With dropout on the base, as in PEFT's DoRA, dX needs two products with W.
-// in_scale needs one more pass over dX.
+// P also contains dropout's factor 1/(1-p), unless dropout also acts on the base product (drop_base). With an output
+// scale g, these formulas have g ∘ dY in place of dY. With dropout on the base (PEFT's DoRA), dX needs two products
+// with W: the product of (g - 1) ∘ dY, to which the mask is applied, and the product of dY. If in_scale (IA3's vector
+// for the input) is given, one more pass over dX multiplies dX by in_scale and computes the gradient of in_scale.
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
@@ -27,7 +28,7 @@ Tensor empty_grad_x(const Tensor& x, bool needs_grad_x) {
   return needs_grad_x ? device_empty_like(x) : device_empty(x, {0}, x.scalar_type());
 }
 
-// Sets grad_A and grad_B to zeros, for a call without tokens of a layer with lora_A and lora_B.
+// Sets grad_A and grad_B to zeros if the layer has lora_A and lora_B, for a call whose x has no tokens.
 void no_tokens(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, DeviceBackward* out) {
   if (size.rank == 0) return;
   out->grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
@@ -45,8 +46,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (z.has_value()) check_tensor(op, "z", *z, x.scalar_type(), size.tokens * size.outputs, x);
   DeviceBackward out;
   const bool low_rank = size.rank > 0, drop_base = adapter.drop_base && adapter.seed.has_value();
-  // If there are no tokens, the gradients of rank_scale, in_scale and out_scale are zeros. If there are tokens, the
-  // code below allocates and writes these gradients.
+  // If x has no tokens, the gradients of rank_scale, in_scale and out_scale are zeros.
   const auto sums = [&](bool wanted, int64_t count) {
     return size.tokens == 0 && wanted ? device_zeros(x, {count}, ScalarType::Float)
                                       : device_empty(x, {0}, ScalarType::Float);
@@ -54,7 +54,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   out.grad_rank_scale = sums(adapter.rank_scale.has_value(), size.rank);
   out.grad_in_scale = sums(adapter.in_scale.has_value(), size.inputs);
   out.grad_out_scale = sums(z.has_value(), size.outputs);
-  // With dropout on the base, `dropped` allocates dX.
+  // If dropout acts on the base, `dropped` allocates dX later.
   out.grad_x = empty_grad_x(x, needs_grad_x && !(drop_base && size.tokens > 0));
   if (size.tokens == 0) {
     no_tokens(x, adapter, size, &out);
@@ -72,8 +72,8 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (out.grad_out_scale.numel() > 0) other = std::nullopt;
 
   // If out_scale is given, dX has the product G W with G = g ∘ dY, or with G = (g - 1) ∘ dY if drop_base is true. If
-  // folds_scale returns true, the product is dY (g ∘ W). The pass over dY that computes G also computes the sums of dg,
-  // the gradient of g, unless rank_gradients has computed dg.
+  // `folds` is true, the product is dY (g ∘ W). The pass over dY that computes G also computes the sums of dg, the
+  // gradient of g, unless rank_gradients has computed dg.
   const bool product = needs_grad_x || adapter.in_scale.has_value();
   const bool folds =
       product && adapter.out_scale.has_value() && !drop_base && folds_scale(weight, x.scalar_type(), size.tokens);

@@ -11,8 +11,8 @@ struct LinearSizes {
   int64_t tokens, inputs, outputs, rank, padded;
 };
 
-// Returns the sizes of a call: tokens, inputs, outputs, rank and padded rank. Fails if the size or device of x, lora_A
-// or lora_B does not fit the weight.
+// Returns the sizes of a call: tokens, inputs, outputs, rank and padded rank. Raises an error if the size or device of
+// x, lora_A or lora_B does not fit the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter);
 
 inline Tensor matrix(const std::optional<Tensor>& tensor) { return as_contiguous(*tensor); }
@@ -29,7 +29,8 @@ void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& si
 constexpr int64_t kMaxShrinkTokens = 16;
 void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const Tensor& s);
 
-// Checks a bias, and returns the bias as a contiguous tensor.
+// Checks the dtype, size and device of a bias, and returns the bias as a contiguous tensor, or nullopt if there is no
+// bias.
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t outputs);
 
 // A TokenFactor (lora_B, rank and scaling of the token's adapter) for each token of a mixed batch, and the tensors to
@@ -56,8 +57,8 @@ void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::
 void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, const std::optional<Tensor>& bias);
 
 // The bfloat16 terms (terms.cuh) of P and A, from which the low-rank part of dX, mask ∘ (P A), is computed. P = (g ∘
-// dY) (ρB) also contains dropout's factor 1/(1-p), except if drop_base is true. If dX is not wanted, there are no
-// terms.
+// dY) (ρB) also contains dropout's factor 1/(1-p), except if drop_base is true. If dX is not wanted, `p` and `a` hold
+// no terms.
 struct RankGradients {
   HeldTerms p, a;
   std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits

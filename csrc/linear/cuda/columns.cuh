@@ -9,8 +9,8 @@
 // each result is rounded once. A thread block of column_pass or finish computes 256 columns of a chunk of kColumnRows
 // rows. A warp of the block computes every eighth row of the chunk, so that a thread reads the factors of its eight
 // columns only once. For the sums, column_reduce_kernel adds the partial sums [chunks][columns] in order. column_pass
-// uses 8 KiB of shared memory, in which the sums of the warps are added. Each of the kernels reads or writes each
-// matrix once.
+// uses 8 KiB of shared memory, in which the sums of the warps are added. Each kernel of this file reads or writes each
+// large matrix once.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -36,7 +36,7 @@ struct ColumnWork {
 using ColumnSumsShared = float[kColumnWarps][kColumnTile];
 
 // Adds the column sums of the warps of a thread block, and writes the totals to `out`, as the block's partial sums. All
-// threads of the block must call the function.
+// threads of the block must call save_column_sums.
 __device__ __forceinline__ void save_column_sums(const float (&sums)[kVector], int64_t columns, float* out,
                                                  ColumnSumsShared& shared) {
 #pragma unroll

@@ -44,9 +44,9 @@ void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes
 
 namespace {
 
-// Returns the number of thread blocks into which nf4_skinny_kernel's work should be divided. The number does not depend
-// on the model of GPU, so that sums are equal on all GPUs. For more than 16 tokens there are fewer blocks, because a
-// block's partial sums are larger.
+// Returns the number of thread blocks into which nf4_skinny_kernel's work should be divided. The number of thread
+// blocks does not depend on the model of GPU, so that sums are equal on all GPUs. For more than 16 tokens there are
+// fewer blocks, because a block's partial sums are larger.
 int64_t skinny_blocks(int64_t tokens) { return tokens <= 16 ? 528 : 264; }
 
 template <typename T>

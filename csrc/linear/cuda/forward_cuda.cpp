@@ -1,12 +1,12 @@
 // Computes the forward of the adapted layer, whose formula is in adapted_linear.cuh. Without an output scale, the steps
 // are:
 //
-//   S                 one pass over x (rank_pass)
-//   Y₀ = S (ρB)ᵀ + b  one write of Y (expand)
-//   Y = Y₀ + x Wᵀ     PyTorch's matrix product, added in place
+//   One pass over x computes S (rank_pass).
+//   One write of Y computes Y₀ = S (ρB)ᵀ + b (expand).
+//   PyTorch's matrix product adds x Wᵀ in place, which gives Y = Y₀ + x Wᵀ.
 //
-// A packed weight is decoded before PyTorch's product. Calls that few_tokens_accept accepts are an exception: the
-// kernels of few_tokens_cuda.cpp decode the weight during the product.
+// A packed weight is decoded before PyTorch's product, except in calls that few_tokens_accept accepts: for these calls,
+// the kernels of few_tokens_cuda.cpp decode the weight during the product.
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
@@ -41,8 +41,8 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const Tensor y = as_shape(out.y, {size.tokens, size.outputs});
   const bool low_rank = size.rank > 0, skinny = few_tokens_accept(weight, type, size.tokens, adapter);
   const bool drop_base = adapter.drop_base && adapter.seed.has_value();
-  // If Z is not wanted and folds_scale returns true, the code computes Y = x (g ∘ W)ᵀ + S (g ∘ ρB)ᵀ + b₁, in which g
-  // scales W instead of Z.
+  // If `folds` is true, the code computes Y = x (g ∘ W)ᵀ + S (g ∘ ρB)ᵀ + b₁: the output scale g multiplies W and ρB
+  // instead of Z = x Wᵀ + S (ρB)ᵀ.
   const bool folds = adapter.out_scale.has_value() && !skinny && !want_z && !drop_base &&
                      !(bias_inside && held_bias.has_value()) && folds_scale(weight, type, size.tokens);
 
@@ -76,7 +76,7 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
     } else {
       mm_out(y, held, product);
     }
-    if (want_z) {  // if there is no out_scale, Y is Z + b₀
+    if (want_z) {  // without out_scale, z (the output before scaling) equals y
       Tensor z = out.z;
       torch::stable::copy_(z, y);
     }
@@ -86,7 +86,8 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
   const std::optional<Tensor> after = bias_inside ? std::nullopt : held_bias;
   const Tensor z = want_z ? out.z : drop_base ? device_empty_like(y) : y;
   const Tensor x_of_z = drop_base ? dropped(held, adapter, std::nullopt) : held;
-  // If the caller wants Z + b₀, b₀ is written first, and PyTorch's product is added to b₀.
+  // If the caller wants Z + b₀ (the output before scaling), expand writes b₀ first, and PyTorch's product is added to
+  // b₀.
   const bool bias_first = want_z && before.has_value();
   if (low_rank || bias_first) {
     expand(z, low_rank ? &s_terms : nullptr, &b_terms, nullptr, bias_first ? before : std::nullopt);
@@ -117,8 +118,8 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
       const DeviceLayer& layer = layers[i];
       const bool alone = sizes[i].rank == 0 || layer.weight.outputs == 0 ||
                          few_tokens_accept(layer.weight, type, sizes[i].tokens, layer.adapter);
-      // One pass can only use factors with equally many bfloat16 terms. Therefore layers whose lora_A has one term and
-      // layers whose lora_A has more terms have different numbers in `kinds`.
+      // One rank pass over x for several layers needs factors with equally many bfloat16 terms. Therefore layers whose
+      // lora_A has one term and layers whose lora_A has more terms have different numbers in `kinds`.
       const int64_t one = !alone && type == ScalarType::BFloat16 && layer.adapter.lora_A->scalar_type() == type;
       kinds.push_back(alone ? -1 : sizes[i].padded | one << 32);
     }
@@ -137,7 +138,7 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
       }
     }
     splitter.run();
-    std::vector<SiblingSums> sums;  // the tensors in `sums` must live until reducer.run()
+    std::vector<SiblingSums> sums;  // reducer.run() reads the tensors in `sums`
     Reducer reducer(x);
     for (const std::vector<size_t>& group : groups) {
       if (group.size() < 2) continue;

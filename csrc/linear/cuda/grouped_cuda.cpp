@@ -2,9 +2,9 @@
 // depend on the number of adapters, except that one launch of prepare_groups_kernel has at most 48 adapters and 64 runs
 // of tokens. The steps of the forward, besides PyTorch's product x Wᵀ, are:
 //
-//   the RowTable, and the terms of A and B        prepare_groups_kernel
-//   S                                             one pass over x (rank_pass, reduce)
-//   Y₀ = (s S) Bᵀ + b                             one write of Y (expand_grouped)
+//   prepare_groups_kernel makes the RowTable and the bfloat16 terms of A and B.
+//   One pass over x computes S (rank_pass, reduce).
+//   One write of Y computes Y₀ = (s S) Bᵀ + b (expand_grouped), to which PyTorch's product is added.
 //
 // s, A and B are the scaling, lora_A and lora_B of a token's own adapter.
 //

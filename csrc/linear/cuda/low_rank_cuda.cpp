@@ -67,8 +67,8 @@ double divided(const DeviceAdapter& adapter) {
 
 const Tensor* given(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 
-// Computes dA of each layer from the terms of Pᵀ. If dX is wanted, the function also stores the bits of the dropout
-// masks, for an x that can be read in vectors of 16 bytes.
+// Computes grad_A = Pᵀ x̃ of each layer; Pᵀ is given as bfloat16 terms (terms.cuh). If needs_grad_x is true and x can
+// be read in vectors of 16 bytes, the rank passes also store the bits of the dropout masks, for expand_dropped.
 void grad_A_of(const Tensor& flat_x, const std::vector<DeviceRankCall>& calls, const std::vector<RankWorkOf>& work,
                bool needs_grad_x, std::vector<RankGradients>* grads) {
   std::vector<int64_t> kinds;

@@ -1,6 +1,6 @@
-// peft_ext::nf4_dequantize_merged on CUDA checks the arguments and launches one kernel, after decoding a weight in
-// another format than NF4. peft_ext::nf4_merge also quantizes the merged weight to NF4, and computes the error of the
-// quantization.
+// peft_ext::nf4_dequantize_merged on CUDA checks the arguments and launches one kernel, which computes the merged
+// weight. If the weight has another packed format than NF4, the weight is decoded first. peft_ext::nf4_merge also
+// quantizes the merged weight to NF4, and computes the error of the quantization.
 #include "nf4/cuda/nf4_merge.cuh"
 
 #include <algorithm>
@@ -76,7 +76,7 @@ Tensor nf4_dequantize_merged_cuda(const Tensor& weight, const std::optional<Tens
   const Tensor a = factor("lora_A", lora_A, weight), b = factor("lora_B", lora_B, weight);
   std::optional<Tensor> g;
   if (row_scale.has_value()) g = factor("row_scale", *row_scale, weight);
-  const bool wide = dtype == ScalarType::Double;  // for tests only: a float64 result, computed in float32
+  const bool wide = dtype == ScalarType::Double;  // float64 results are for tests only, and are computed in float32
   const Tensor out = torch::stable::new_empty(weight, shape, wide ? ScalarType::Float : dtype);
 
   if (rows * columns > 0) {

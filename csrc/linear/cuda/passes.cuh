@@ -52,8 +52,8 @@ Terms read_terms(const Launcher& launcher, const HeldTerms& held);
 TermsOut write_terms(const Launcher& launcher, const HeldTerms& held);
 
 // Splits all small matrices of a call into bfloat16 terms, in one launch for every kMaxSplits matrices. The caller adds
-// each matrix and then calls run(). The matrices must live until run() returns. A matrix is contiguous [rows, columns];
-// if `transpose` is true, the transposed matrix is split.
+// each matrix and then calls run(). The caller must keep the matrices alive until run() returns. A matrix is contiguous
+// [rows, columns]; if `transpose` is true, the transposed matrix is split.
 class Splitter {
  public:
   // type: dtype of the call's large matrices, which decides how many terms are made.
@@ -152,12 +152,12 @@ struct PassSums {
 };
 
 // Selects the results that a rank pass over D computes in addition to P and Q. The pass computes P = D F if `right` is
-// given, which is F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. P and Q are
-// returned as partial sums.
+// given, which is F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. rank_pass
+// returns P and Q as partial sums.
 struct PassWants {
   bool squares = false;  // whether to sum the squares of D's rows; only if F is given and L is not
-  // Whether to store the bits of the dropout mask. May be true only if F is not given. The bits are stored only if
-  // there is dropout and kWhole (rank_pass.cuh) is true for D.
+  // Whether to store the bits of the dropout mask. `mask` may be true only if F is not given. The bits are stored only
+  // if there is dropout and kWhole (rank_pass.cuh) is true for D.
   bool mask = false;
   // E, a matrix of D's shape, for the sums of D ∘ E over the rows; or null. The sums are computed only if F and L are
   // given, there are up to 32 ranks and no dropout, kWhole (rank_pass.cuh) is true for D, and E is aligned to 16 bytes.
@@ -172,7 +172,8 @@ struct RankVariant {
   RankMask mask;
 };
 
-// Launches rank_pass_kernel for a matrix D of element type T. Each element type has its own translation unit.
+// Launches rank_pass_kernel for a matrix D of element type T. Each element type T has its own translation unit,
+// rank_pass_<type>_cuda.cpp.
 template <typename T>
 void launch_rank_pass(const Launcher& launcher, const Grid& grid, const RankPass& pass, const RankVariant& variant);
 
@@ -226,9 +227,9 @@ struct SiblingTerm {
 bool siblings_read(const Tensor& x);
 
 // Divides layers into groups, each of which one siblings_pass can compute. kinds: a number for each layer. The layers
-// of a group have the same number, whose lower 32 bits are the padded rank. The number is -1 for a layer that needs no
-// pass. A layer with more than 32 ranks has a group of its own; a group has at most six layers, or three of padded rank
-// 32.
+// of a group have the same number, whose lower 32 bits are the padded rank. In `kinds`, the number of a layer that
+// needs no pass over x is -1. A layer with more than 32 ranks has a group of its own; a group has at most six layers,
+// or three of padded rank 32.
 std::vector<std::vector<size_t>> sibling_groups(const std::vector<int64_t>& kinds);
 
 struct SiblingSums {
@@ -265,7 +266,7 @@ void expand_grouped(const Tensor& out, const RowTiles& tiles, const HeldTerms& l
                     const std::optional<Tensor>& bias);
 
 // Computes out = before + left rightᵀ + bias_scale bias + (g - 1) ∘ z, where g and z are the fields of `scaled`. Each
-// term of the sum may be absent. `before` may be `out` itself.
+// of the four terms of expand's sum may be absent. `before` may be `out` itself.
 void expand(const Tensor& out, const HeldTerms* left, const HeldTerms* right, const Tensor* before,
             const std::optional<Tensor>& bias, const std::optional<Scaled>& scaled = std::nullopt,
             double bias_scale = 1.0);
@@ -286,12 +287,13 @@ struct DroppedProduct {
 
 // Computes out, the sum of several products, each with its own dropout mask. `out` is written only once if there are at
 // most kMostExpandParts products, if `out` can be written in vectors of eight, if the bits of all masks are stored, and
-// if all factors have equally many terms. If one of these conditions is not met, `out` is written once for each
-// product.
+// if all factors have equally many terms. If `out` cannot be written only once, a launch for each product adds the
+// product to `out`.
 void expand_dropped(const Tensor& out, const std::vector<DroppedProduct>& terms);
 
 // launch_expand launches expand_kernel, and launch_expand_sum launches expand_sum_kernel, for one element type. Each
-// element type has its own translation unit. `whole`: whether the kernel may load and store vectors of eight elements.
+// element type has its own translation unit, expand_<type>_cuda.cpp. `whole`: whether the kernel may load and store
+// vectors of eight elements.
 template <typename T>
 void launch_expand(const Launcher& launcher, const ExpandTerms& work, bool whole);
 template <typename T>
@@ -310,8 +312,8 @@ void finish(const Tensor& y, const Tensor& z, const Tensor& scale, const std::op
 Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& g);
 
 // Returns whether scaling W by g is allowed and takes less work than scaling an activation [tokens, N]. A packed weight
-// is decoded anyway, so that scaling the weight costs nothing. For float16 the result is false, because the product of
-// a small scale and a weight would lose digits.
+// is decoded anyway, so that scaling the weight costs nothing. folds_scale returns false for float16, because the
+// product of a small scale and a weight would lose digits.
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens);
 
 // Adds the partial sums of column_pass, or of the dots of rank_pass, in order, and returns the sums.

@@ -74,8 +74,8 @@ TermsOut write_terms(const Launcher& launcher, const HeldTerms& held) {
 }
 
 HeldTerms Splitter::right_of_pass(const Tensor& matrix, bool transpose, const Tensor* inner_scale) {
-  // One term represents a bfloat16 matrix exactly. The kernels that take a factor of one term are compiled only for a
-  // large matrix D in bfloat16.
+  // One term represents a bfloat16 matrix exactly. A kernel for a factor of one term is compiled only for a large
+  // matrix D in bfloat16.
   const bool one = type_ == ScalarType::BFloat16 && matrix.scalar_type() == type_ && inner_scale == nullptr;
   return add(TermsOrder::kPass, matrix, transpose, one ? 1 : kMaxTerms, nullptr, inner_scale);
 }
@@ -226,7 +226,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
 
   RankPlan plan = plan_rank_pass(variant.work, pass.padded_rows / kRankTile, pass.padded_columns / kRankTile);
   if (variant.work == RankWork::kRunColumns)
-    // Each thread block has one chunk of an expert's rows.
+    // Each thread block computes Q = Dᵀ L for one chunk of an expert's rows and one tile of columns.
     plan = {0, 1, input.runs->chunk_room, pass.padded_columns / kRankTile};
   pass.row_tiles = plan.row_tiles;
   pass.column_tiles = plan.column_tiles;

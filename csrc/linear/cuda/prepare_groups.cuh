@@ -20,8 +20,8 @@ struct AdapterFactors {
   int32_t rank;
 };
 
-// A run of tokens that have the same adapter, or that all have none. The tokens are adjacent both in the batch and in
-// the table.
+// A run of tokens that have the same adapter, or that all have none. The tokens of a run are adjacent both in the batch
+// and in the table.
 struct TokenRun {
   int32_t first, count;  // first token of the run, and number of its tokens
   int32_t place;         // first row of the run in the table

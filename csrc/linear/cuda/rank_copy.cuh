@@ -12,18 +12,20 @@ namespace peft_ext {
 constexpr int kRankTile = kTileRows;  // number of rows, and of columns, in a tile of the large matrix D
 constexpr int kRankThreads = 128;
 
-// The results of a rank pass: P = D F (kRows), Q = Dᵀ L (kColumns), or both (kBoth). kRowsAndSquares and kBothAndDots
-// also compute the squares or the dots of rank_pass.cuh. kGroupedRows: P for the rows of a RowTable (a mixed batch), in
-// which each tile has the factor F of its adapter. kRunRows: P for the rows of each expert (row_runs.cuh), with the
-// factor F of the expert. kRunColumns: Q for the rows of each expert.
+// The results of a rank pass: P = D F (kRows), Q = Dᵀ L (kColumns), or both (kBoth). kRowsAndSquares computes P and the
+// sum of the squares of each row of D. kBothAndDots computes P, Q and the sum of each column of D ∘ E (the dots).
+// kGroupedRows computes P for the rows of a RowTable (a mixed batch), in which each tile has the factor F of its
+// adapter. kRunRows computes P for the rows of each expert (row_runs.cuh), with the factor F of the expert. kRunColumns
+// computes Q for the rows of each expert.
 enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGroupedRows, kRunRows, kRunColumns };
 
 // Dropout of a rank pass: kNone has no dropout, kDrawn draws the mask, and kKept also stores the bits of the mask for a
 // later pass.
 enum class RankMask { kNone, kDrawn, kKept };
 
-// Number of stages of a rank pass. A stage is shared memory for one tile of D. 48 KiB of shared memory hold only two
-// float32 tiles. An NF4 weight needs only two stages, because the codes of the next tile are loaded into registers.
+// Number of stages of a rank pass. A stage is shared memory for one tile of D. The limit of 48 KiB of static shared
+// memory allows only two float32 tiles. An NF4 weight needs only two stages, because the codes of the next tile are
+// loaded into registers.
 template <typename T, bool kNf4>
 constexpr int kRankStages = sizeof(T) == 4 || kNf4 ? 2 : 4;
 
@@ -34,7 +36,7 @@ struct RankPass {
   const void* dense = nullptr;  // the large matrix D, contiguous; null for an NF4 weight
   Nf4View nf4{};                // D as an NF4 weight, if `dense` is null; the decoded values are rounded to T
   int64_t rows = 0, columns = 0;
-  const void* beside = nullptr;  // the matrix E of the sums of D ∘ E, in the layout of D
+  const void* beside = nullptr;  // the matrix E, in the layout of D, for the sums of D ∘ E
   DeviceDropout dropout;
   Terms right;                // bfloat16 terms of F: outer = ranks, inner = columns of D, both padded
   Terms left;                 // bfloat16 terms of L: outer = ranks, inner = rows of D, both padded
@@ -56,10 +58,10 @@ struct RankPass {
   const RowRun* runs = nullptr;  // for kRunRows: one run per tile; for kRunColumns: one run per chunk of column_sums
 };
 
-// The layout of a stored dropout mask, which is the layout in which the threads of a rank pass draw the bits. Thread i
-// of a tile has one word, for the rows 16 j + i / 8 with j < 4, and for the 8 columns from column 8 · (i % 8) on. After
-// a shift of the word to the left by 4 j + w, bits 15 and 31 say whether dropout keeps the thread's elements 2 w and 2
-// w + 1 of the row with number j.
+// kKeptBits selects bits 15 and 31 of a word of a stored dropout mask, whose layout is the layout in which the threads
+// of a rank pass draw the bits. Thread i of a tile has one word, for the rows 16 j + i / 8 with j < 4, and for the 8
+// columns from column 8 · (i % 8) on. After a shift of the word to the left by 4 j + w, bits 15 and 31 say whether
+// dropout keeps the thread's elements 2 w and 2 w + 1 of the row with number j.
 constexpr uint32_t kKeptBits = 0x80008000u;
 
 // Shared memory in which a thread block adds its warps' sums of D ∘ E; empty if kDots is false.
@@ -132,8 +134,7 @@ __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox
 }
 
 // Codes and scales of a thread's elements of one tile of an NF4 weight D. The codes and scales are loaded during the
-// products of the previous tile, because loading a scale takes up to three loads, one after the other. The decoded
-// values are then stored into a stage.
+// products of the previous tile, because loading a scale takes up to three loads, one after the other.
 struct RankCodes {
   uint32_t codes[4];
   float scales[4];
@@ -163,8 +164,8 @@ __device__ __forceinline__ void rank_decode(const RankCodes& ahead, SharedAt to)
   }
 }
 
-// Applies dropout to the elements in the stage that this thread copied. Row j of the thread has the Philox block
-// `drawn` + j · `step`. Returns the bits of the mask if kKept is true, and otherwise 0.
+// Applies dropout to the elements in the stage that this thread copied. The random words for row j of the thread's four
+// rows are the Philox block `drawn` + j · `step`. Returns the bits of the mask if kKept is true, and otherwise 0.
 template <typename T, bool kKept>
 __device__ __forceinline__ uint32_t rank_drop(const Philox& philox, SharedAt at, uint64_t drawn, uint32_t step) {
   uint32_t kept = 0;

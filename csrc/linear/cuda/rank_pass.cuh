@@ -21,13 +21,14 @@
 // D are loaded by ldmatrix, transposed for Q. Fragments of F and L, which many thread blocks read, are loaded from L1
 // and L2. Before a warp waits for a tile of D, the warp loads as many fragments of F and L as fit in registers. A stage
 // holds a tile of D with 64 rows and 64 columns. For a 16-bit dtype, the eight groups of eight columns of a row are
-// stored in the order group ^ row % 8, so that ldmatrix has no bank conflicts. Rows of float32 are padded to 72
-// elements.
+// stored in the order group ^ row % 8, so that ldmatrix has no bank conflicts. In a stage of float32, each row is
+// padded to 72 elements.
 //
 // Sums are float32. The products of each tile (or half of a tile) are summed separately and then added to the thread
 // block's sums, because a tensor core rounds its sums toward zero. Thread blocks write partial sums [chunks][padded
 // rows][padded rank]; rank_reduce_kernel adds the partial sums of P and Q in order, and column_reduce_kernel adds those
-// of q. The kernel uses no atomics. Bytes moved by a launch: D once, E once if given, and the partial sums once.
+// of q. rank_pass_kernel uses no atomics. Bytes moved by a launch: D once, E once if given, the partial sums once, and
+// the bits of the dropout mask once if they are stored.
 #pragma once
 
 #include "linear/cuda/rank_copy.cuh"
@@ -61,7 +62,7 @@ struct RankFactor {
   uint4 held[kHeld][kTerms][kTiles];
 
   // Returns the offset in F or L of this lane's part of the warp's ranks, in units of 16 bytes. `halves`: distance from
-  // one group of 64 ranks to the next group, in the same units.
+  // one group of 64 ranks to the next group, in units of 16 bytes.
   static __device__ __forceinline__ int64_t share(int64_t halves) {
     const int part = RankShare<kRanks>::part(), lane = threadIdx.x % kWarpSize;
     return part / 2 * halves + part % 2 * kTiles * 2 * kWarpSize + lane;
@@ -137,9 +138,9 @@ __device__ __forceinline__ uint32_t ldmatrix_offset() {
 }
 
 // Adds the product of this warp's rows of the stage with F to `sums`, or, if kTransposed is true, the product of the
-// transpose of this warp's columns with L. If kRoomy is true, `factor` holds the fragments of all four steps. Otherwise
-// `factor` holds the fragments of two steps: as soon as a term of F or L is used, the term's registers are loaded for
-// the next two steps, first of this tile and then of the tile at `next`.
+// transpose of this warp's columns with L. If kRoomy is true, `factor` holds the fragments of F or L for all four steps
+// of a tile of D. Otherwise `factor` holds the fragments of two steps: as soon as a term of F or L is used, the term's
+// registers are loaded for the next two steps, first of this tile and then of the tile at `next`.
 template <typename T, bool kTransposed, bool kSquares, int kRanks, int kTerms, bool kRoomy>
 __device__ __forceinline__ void rank_product(const unsigned char* stage, SharedAt at,
                                              RankFactor<kRanks, kTerms, kRoomy>& factor, const uint4* tile,
@@ -236,11 +237,11 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
 }
 
 // Number of tiles of rows per thread block in passes that compute P and Q. The sums of P for the tiles of a thread
-// block stay in registers. More tiles per thread block make fewer partial sums of Q.
+// block stay in registers. The more tiles a thread block has, the fewer partial sums of Q are written.
 constexpr int kRankTilesOfBoth = 4;
 
-// Number of thread blocks of rank_pass_kernel that must fit on a multiprocessor. The compiler limits the registers of a
-// thread accordingly.
+// Number of thread blocks of rank_pass_kernel that must fit on a multiprocessor; the compiler limits the registers of a
+// thread so that they fit.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
                                     (kWork == RankWork::kBoth && kRanks > 2) || (kNf4 && sizeof(T) == 4 && kRanks > 4)
@@ -253,10 +254,10 @@ constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothA
 // L always has three terms. A chunk of rows is row_tiles tiles of rows, and a chunk of columns is column_tiles tiles
 // of columns. Grid: if P is computed and there are no runs, x has a thread block for each chunk of columns of the first
 // chunk of rows, then of the second chunk of rows, and so on. If only Q is computed, x has a thread block for each
-// chunk of rows, and y for each tile of columns. If there are runs, x has a thread block for each run, and y for each
-// chunk of columns. In the first two grids, the thread blocks that read the same part of F (for Q alone: of L) are a
-// fixed distance apart, the number of chunks of columns (for Q alone: of rows); see kernels.md for when L1 holds this
-// part.
+// chunk of rows, and y for each tile of columns. If there are runs (row_runs.cuh), x has a thread block for each run,
+// and y for each chunk of columns. In the first two grids, the thread blocks that read the same part of F (for Q alone:
+// of L) are a fixed distance apart, the number of chunks of columns (for Q alone: of rows); see docs/kernels.md for
+// when L1 holds this part.
 template <typename T, bool kNf4, bool kWhole, int kRanks, int kTerms, RankWork kWork, RankMask kMask>
 __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWhole, kRanks>))
     rank_pass_kernel(RankPass pass) {
@@ -282,7 +283,6 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const SharedAt base = shared_at(shared.tile), copy_at = base + rank_offset<T>(copy_row, copy_group);
   const SharedAt rows_at = base + ldmatrix_offset<false, kRanks>(), columns_at = base + ldmatrix_offset<true, kRanks>();
 
-  // The blocks that read the same chunk of the factor are a fixed distance apart in the grid, see the grid below.
   constexpr bool kOneDimension = kRows && !kRuns;
   const uint32_t chunks = static_cast<uint32_t>(pass.column_chunks);
   const int64_t row_chunk = kOneDimension ? blockIdx.x / chunks : blockIdx.x;
@@ -305,8 +305,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const int64_t first_row = kTabled ? 0 : row + copy_row;
   const unsigned char* from = static_cast<const unsigned char*>(pass.dense) +
                               (first_row * pass.columns + column + copy_group * kVector) * sizeof(T);
-  // If kTabled is true: the offsets of this thread's four rows in D, in units of 16 bytes. All bits are ones if the row
-  // of the table is unused.
+  // If kTabled is true: the offsets of this thread's four rows in D, in units of 16 bytes. An offset whose bits are all
+  // ones stands for an unused row of the table.
   [[maybe_unused]] uint32_t tabled[4];
   if constexpr (kTabled && kWhole) {
 #pragma unroll
@@ -326,7 +326,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   const uint32_t drawn_tile = kRows ? kRankTile / kPhiloxGroup : 4 * drawn_step;
   uint32_t* kept = nullptr;
   const uint32_t kept_tile = static_cast<uint32_t>(pass.padded_columns / kRankTile * kRankThreads);
-  // A pass over experts' rows has no instance that draws a mask without storing its bits; `kept` may be null instead.
+  // kRunColumns has no instance that draws a mask without storing its bits. For kRunColumns, pass.kept is null if the
+  // bits are not wanted.
   [[maybe_unused]] const bool keeps =
       kMask == RankMask::kKept && (kWork != RankWork::kRunColumns || pass.kept != nullptr);
   if (keeps)
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   if constexpr (kNf4 && kWhole) rank_load(pass, ahead, row, column);
 
   // Starts to load a tile into a stage. The tile comes `further` tiles after the tile with the index `outer`. `held` is
-  // the index of the tile's row of tiles among the thread block's rows of tiles.
+  // the index, among the thread block's tiles of rows, of the tile of rows in which the tile lies.
   const auto issue = [&](int outer, int further, int held, uint32_t stage) {
     if (outer + further < tiles) {
       if constexpr (!kWhole) {
@@ -420,12 +421,12 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
         const uint32_t bits = rank_drop<T, kMask == RankMask::kKept>(philox, copy_at + stage, drawn, drawn_step);
         if (keeps) *kept = bits;
       }
-      sync_threads();  // all threads have filled the stage, and no thread reads the previous stage any more
+      sync_threads();  // after the barrier, the stage is full, and no thread reads the previous stage
       issue(outer, (held + kOnTheWay) / kAround, (held + kOnTheWay) % kAround,
             stage == 0 ? kOnTheWay * kStage : stage - kStage);
       const unsigned char* tile = &shared.tile[0][0] + stage;
       if constexpr (kBoth) {
-        // The last thread block may have fewer tiles of rows.
+        // The last thread block may have fewer than kRankTilesOfBoth tiles of rows.
         if (held == 0 || (row_tile + held) * kRankTile < pass.padded_rows) {
           const uint4* held_left = left + held * Left::kTile;
           if constexpr (!kRoomy) right_factor.start(right);
@@ -467,8 +468,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
           for (int i = 0; i < 4; ++i) column_sums[run][n][i] = 0.0f;
     }
     if constexpr (kDots) {
-      // In every warp, the four lanes whose numbers are equal modulo 8 hold sums `dots` of the same eight columns. The
-      // shuffles add the sums of these four lanes. shared.sums may be written again after the next tile's barrier.
+      // In every warp, the four lanes whose numbers are equal modulo 8 hold sums `dots` of the same eight columns.
+      // shared.sums may be written again after the next tile's barrier.
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         dots[i] += shuffle_xor(dots[i], 8);

@@ -14,8 +14,8 @@ namespace peft_ext {
 constexpr int64_t kMaxRankColumns = int64_t{1} << 22;
 
 // Target number of thread blocks of a rank pass: several waves on a small GPU, one or two waves on a large GPU. More
-// blocks than these would only write more partial sums. A pass that computes both P and Q writes more partial sums per
-// block, and so has fewer blocks.
+// thread blocks than this target would only write more partial sums. A pass that computes both P and Q writes more
+// partial sums per block, and so has fewer blocks.
 constexpr int64_t kRankBlocksWanted = 768;
 constexpr int64_t kRankBlocksOfBoth = 384;
 

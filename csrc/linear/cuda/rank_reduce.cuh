@@ -1,5 +1,5 @@
-// rank_reduce_kernel is the second kernel of a rank pass. The kernel adds the partial sums of the chunks in order,
-// scales the sums, and writes the results as RankReduce (rank_reduction.cuh) describes.
+// rank_reduce_kernel is the second kernel of a rank pass. rank_reduce_kernel adds the partial sums of the chunks in
+// order, scales the sums, and writes the results as RankReduce (rank_reduction.cuh) describes.
 #pragma once
 
 #include "linear/cuda/rank_reduction.cuh"
@@ -7,8 +7,8 @@
 namespace peft_ext {
 
 // Grid: x has ceil(padded_rows · padded_rank / 2 / kReduceThreads) thread blocks for the largest reduction, with
-// table_rows instead of padded_rows if there is a table; y is the index of the reduction. A thread computes two
-// adjacent ranks.
+// table_rows instead of padded_rows if there is a table; y is the index of the reduction. A thread of
+// rank_reduce_kernel adds the partial sums of two adjacent ranks of a row.
 static __global__ void __launch_bounds__(kReduceThreads) rank_reduce_kernel(RankReduces reduces) {
   PEFT_EXT_KERNEL;
   const RankReduce& work = reduces.work[blockIdx.y];

@@ -1,4 +1,4 @@
-// The arguments of the second kernel of a rank pass, see rank_reduce.cuh.
+// Declares the arguments of rank_reduce_kernel, which adds the partial sums of a rank pass, see rank_reduce.cuh.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"
@@ -6,11 +6,11 @@
 
 namespace peft_ext {
 
-// The reduction of a rank pass's partial sums. The results are value[row][r] = scale · row_scale[row] · Σ_chunks
-// partial. In `terms`, `transposed` and `out` the values are also multiplied by after · rank_scale[r]. Each of the
-// outputs plain, terms, transposed and out may be null. If there is a table, `row` is a row of the table, and each tile
-// has its own rank and its own scaling, which is used in place of `after`. Tiles of tokens without an adapter have no
-// partial sums, and the values of these tiles are zero.
+// A RankReduce describes the reduction of a rank pass's partial sums. The results are value[row][r] = scale ·
+// row_scale[row] · Σ_chunks partial. In `terms`, `transposed` and `out` the values are also multiplied by after ·
+// rank_scale[r]. Each of the outputs plain, terms, transposed and out may be null. If there is a table, `row` is a row
+// of the table, and each tile has its own rank and its own scaling, which is used in place of `after`. Tiles of tokens
+// without an adapter have no partial sums, and the values of these tiles are zero.
 struct RankReduce {
   const float* partial;
   int64_t chunks, rows, padded_rows;
@@ -20,12 +20,13 @@ struct RankReduce {
   float scale;
   const float* row_scale;   // factors of the rows; null: all factors are 1
   const float* rank_scale;  // factors of the ranks; null: all factors are 1
-  float after;              // a number by which the results in terms, transposed and out are multiplied
+  float after;              // factor of the results in terms, transposed and out
   float* plain;             // values [rows][plain_stride], not multiplied by after · rank_scale
   int64_t plain_stride;
-  TermsOut terms;       // terms [padded rows, padded rank] of the values multiplied by after · rank_scale
-  TermsOut transposed;  // terms [padded rank, padded rows] of the values multiplied by after · rank_scale
-  // Values multiplied by after · rank_scale, of dtype `type`, with the strides row_stride and rank_stride.
+  TermsOut terms;       // bfloat16 terms [padded rows, padded rank] of the values multiplied by after · rank_scale
+  TermsOut transposed;  // bfloat16 terms [padded rank, padded rows] of the values multiplied by after · rank_scale
+  // `out` receives the values multiplied by after · rank_scale, in dtype `type`, with the strides row_stride and
+  // rank_stride.
   void* out;
   DType type;
   int64_t row_stride, rank_stride;

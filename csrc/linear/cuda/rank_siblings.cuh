@@ -8,7 +8,7 @@
 //
 // A thread block loads tiles of 64 x 64 elements of x, once for all layers. kSplit warps, one or two, compute the
 // product of one layer. For up to 16 ranks, one warp computes all 64 rows (for dA: all 64 columns) of a tile, and so
-// uses each fragment of the factor for four products. For up to 32 ranks, two warps each compute half of the rows (for
+// uses each fragment of the factor for four products. For 17 to 32 ranks, two warps each compute half of the rows (for
 // dA: of the columns). A warp draws the mask of its own layer, 2,048 elements at a time, and writes the masked elements
 // to 4 KiB of shared memory that no other warp uses, in the layout of a tile: 32 lines of 128 bytes, with the eight
 // groups of a line in the order group ^ line % 8. ldmatrix reads the fragments of x̃_i from the warp's masked elements,
@@ -16,8 +16,9 @@
 //
 // Thread blocks that read the same chunk of the factors are `chunks` blocks apart in the grid. If the number of
 // multiprocessors is a multiple of `chunks`, and the GPU gives consecutive thread blocks to the multiprocessors in
-// turn, all thread blocks of a multiprocessor read the same chunk. Whether L1 holds the chunk depends on its size,
-// which is 66 KB for each layer if x is [8192, 4096] and a layer has up to 16 ranks (computed, see docs/kernels.md).
+// turn, all thread blocks of a multiprocessor read the same chunk. Whether L1 holds the chunk depends on the chunk's
+// size, which is 66 KiB for each layer if x is [8192, 4096], a layer has up to 16 ranks, and the factors have three
+// terms (computed, see docs/kernels.md).
 //
 // The order of the sums is the same as in rank_pass.cuh, so that a layer's results have the same bits as the results of
 // a pass for this layer alone. Bytes moved by a launch: x once, the mask's bits once if wanted, and the partial sums of
@@ -41,7 +42,7 @@ constexpr int kSiblingStages = kDropped ? 2 : 4;
 struct SiblingPart {
   const uint4* factor = nullptr;  // bfloat16 terms of A_i [ranks][columns of x]; for dA, of P_iᵀ [ranks][rows of x]
   DeviceDropout dropout;          // if seed is null, the layer has no dropout
-  float* sums = nullptr;          // partial sums, as row_sums or column_sums of RankPass
+  float* sums = nullptr;          // partial sums in the layout of RankPass's row_sums (for dA: of its column_sums)
   uint32_t* kept = nullptr;       // bits of the mask, as `kept` of RankPass, or null; only for dA
 };
 
@@ -62,7 +63,7 @@ __device__ __forceinline__ Philox sibling_philox(const DeviceDropout& dropout) {
 
 // The part of a tile to which a warp applies the dropout mask at a time. If kColumns is true and a layer has two warps,
 // the part has the 64 rows of the warp's 32 columns, and line l of the warp's memory has the rows l and l + 32. In all
-// other cases, the part has 32 rows of all columns.
+// other cases, the part that a warp masks at a time has 32 rows of all columns.
 template <int kSplit, bool kColumns>
 struct SiblingHalf {
   static constexpr bool kFolded = kSplit == 2 && kColumns;
@@ -83,8 +84,8 @@ struct SiblingHalf {
 // Writes the masked elements of a part of a tile to `to`. `from` is the address of this lane's first element of the
 // part in the tile, and `to` is the address of that element in the warp's memory. `drawn` is the number of the Philox
 // block of this element, and `drawn_step` is the number of Philox blocks in a row of x. bits: the mask's bits of the
-// lane's elements of a tile, in four words of the layout of kKeptBits. Each call shifts the bits of the previous rows
-// to the left.
+// lane's elements of a tile, in four words of the layout of kKeptBits. Each call of sibling_mask shifts the bits of the
+// previous call's rows to the left.
 template <bool kBits>
 __device__ __forceinline__ void sibling_mask(const Philox& philox, SharedAt from, SharedAt to, uint64_t drawn,
                                              uint32_t drawn_step, uint32_t (&bits)[4]) {
@@ -137,8 +138,9 @@ __device__ __forceinline__ void sibling_fragment(SharedAt at, uint32_t (&a)[kTer
   }
 }
 
-// Number of thread blocks, of kMostSiblingWarps warps each, that must fit on a multiprocessor. The compiler limits the
-// registers of a thread accordingly. The two terms of a float16 x need more registers.
+// Number of thread blocks, of kMostSiblingWarps warps each, that must fit on a multiprocessor; the compiler limits the
+// registers of a thread so that they fit. A float16 x has two terms, which need more registers, so that only one thread
+// block must fit.
 template <typename T>
 constexpr int kSiblingBlocks = kTermsOf<T> > 1 ? 1 : 2;
 
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
   for (int outer = 0; outer < tiles; ++outer) {
     if constexpr (kRoomy) factor.start(factor_at);
     cp_async_wait<kOnTheWay - 1>();
-    sync_threads();  // all threads have filled the stage, and no thread reads the previous stage any more
+    sync_threads();  // after the barrier, the stage is full, and no thread reads the previous stage
     issue(outer + kOnTheWay < tiles, kOnTheWay, stage == 0 ? kOnTheWay * kSiblingTile : stage - kSiblingTile);
     const SharedAt tile = stages + stage;
     const uint4* next = outer + 1 < tiles ? factor_at + Factor::kTile : factor_at;
@@ -238,8 +240,8 @@ __global__ void __launch_bounds__(kMostSiblingWarps* kWarpSize, (kSiblingBlocks<
 #pragma unroll
           for (int i = 0; i < 4; ++i) fresh[run][n][i] = 0.0f;
     };
-    // Adds the products of the steps 2 · `two` and 2 · `two` + 1. Each step sums over 16 columns, or over 16 rows if
-    // kColumns is true.
+    // Adds to `fresh` the products of the steps 2 · `two` and 2 · `two` + 1 of the four steps of a tile. Each step sums
+    // over 16 columns, or over 16 rows if kColumns is true.
     const auto multiply = [&](SharedAt at, int two) {
       if constexpr (kLate) {
 #pragma unroll

@@ -1,6 +1,6 @@
 // Makes the tables of row_runs.cuh on the device, from the ends of the experts' rows, in one launch of one thread
-// block. The block computes running sums over the experts, and finds the expert of each tile and of each chunk by a
-// binary search in these sums.
+// block. The thread block computes running sums over the experts, and finds the expert of each tile and of each chunk
+// by a binary search in these sums.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -24,7 +24,7 @@ struct RunTables {
 constexpr int kRunThreads = 512;
 
 // Returns the sum, or the maximum if kSum is false, of the values of the threads from thread 0 to this thread. All
-// threads must call the function.
+// threads of the block must call running().
 template <bool kSum>
 __device__ __forceinline__ int32_t running(int32_t value, int32_t (&shared)[kRunThreads]) {
   sync_threads();

@@ -1,11 +1,11 @@
 // Computes S [T, R] = x̃ Aᵀ for few tokens in one launch, because in generation a launch costs more time than the
 // arithmetic.
 //
-// A thread block computes one rank for kShrinkTokens tokens. The block's threads divide K, eight inputs at a time, and
-// read A's row once for all tokens of the block. The kernel multiplies with float32 FMAs, not on tensor cores. The sums
-// of a warp's lanes are added by shuffles, and the sums of the warps are added in shared memory, always in the same
-// order. In a mixed batch, all tokens of a thread block have the same adapter, or all have none. Bytes moved: A once
-// for each group of kShrinkTokens tokens; x once for each rank, after the first time from L2.
+// A thread block computes S for one rank and up to kShrinkTokens tokens. The block's threads divide K, eight inputs at
+// a time, and read A's row once for all tokens of the block. The kernels of this file multiply with float32 FMAs, not
+// on tensor cores. The sums of a warp's lanes are added by shuffles, and the sums of the warps are added in shared
+// memory, always in the same order. In a mixed batch, all tokens of a thread block have the same adapter, or all have
+// none. Bytes moved: A once for each group of kShrinkTokens tokens; x once for each rank, after the first time from L2.
 #pragma once
 
 #include "nf4/cuda/nf4_few_tokens.cuh"

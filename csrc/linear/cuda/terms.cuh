@@ -66,7 +66,7 @@ struct Terms {
 constexpr int kFragmentWords = 64;
 
 // Returns the offset, in words of 4 bytes, of the word that holds term number `term` of the elements (outer, inner) and
-// (outer, inner + 1). count: number of terms.
+// (outer, inner + 1). count: number of bfloat16 terms of the matrix.
 __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64_t outer_padded, int64_t inner_padded,
                                               int term, int64_t outer, int64_t inner) {
   const int upper = static_cast<int>(inner % 16 / 8), t = static_cast<int>(inner % 8 / 2);
@@ -146,8 +146,8 @@ struct Split {
   TermsOut out;
 };
 
-// Writes all terms of a pair of elements, which are adjacent along `inner`. `pair` is the number of the pair. Pairs are
-// counted along the contiguous dimension of the matrix.
+// Writes all bfloat16 terms of pair number `pair` of the matrix; the two elements of a pair are adjacent along `inner`.
+// Pairs are counted along the contiguous dimension of the matrix.
 __device__ __forceinline__ void split_pair_of(const Split& work, int64_t pair) {
   const int64_t pairs = work.out.inner / 2;
   if (pair >= work.out.outer * pairs) return;

@@ -15,7 +15,7 @@ HeldTerms split_right(const Tensor& matrix, ScalarType type) {
   return held;
 }
 
-// Checks the adapter of the operators for the norm.
+// Checks that lora_A is [R, K] and lora_B is [N, R], on the weight's device.
 void check_adapter(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B) {
   check_matrix(op, "lora_A", lora_A, weight.weight);
   check_matrix(op, "lora_B", lora_B, weight.weight);
@@ -63,7 +63,7 @@ WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor&
   }
   const DeviceWeight held = pass_weight(weight, type);
   const Tensor a = as_contiguous(lora_A), b = as_type(as_contiguous(lora_B), ScalarType::Float);
-  // The passes over W and over A have the same factor, and one launch reduces the sums of both.
+  // The passes over W and over A multiply by the same factor Aᵀ, and one launch reduces the sums of both passes.
   const HeldTerms terms = split_right(a, type);
   const PassSums sums = rank_pass(weight_input(held, type), &terms, nullptr, PassWants{true});
   const PassSums gram_sums = rank_pass(dense_input(a), &terms, nullptr);

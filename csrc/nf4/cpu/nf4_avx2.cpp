@@ -45,7 +45,7 @@ inline void store_codes(uint8_t* packed, const __m256i* codes) {
   const __m256i bytes =
       _mm256_packus_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));
   // The pack instructions order groups of four bytes by 128-bit lanes: the lower halves of all vectors come first, then
-  // the upper halves. The permutation restores the order of the values.
+  // the upper halves. The permutation puts the groups back in the order of the values.
   const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   const __m256i words = _mm256_maddubs_epi16(ordered, _mm256_set1_epi16(1 << 8 | 16));
   const __m256i packs = _mm256_packus_epi16(words, words);

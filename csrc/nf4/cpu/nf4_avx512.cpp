@@ -103,9 +103,9 @@ inline float largest_of(const f16* in, int64_t blocksize) {
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(largest_word_of(in, blocksize))));
 }
 
-// If `inverse` is 0 or NaN, because the block contains an infinity or a NaN, the function encodes the block and returns
-// true. For any other block, the function only returns false. If `inverse` is 0, each finite value becomes 0, and
-// infinity becomes NaN, which has code 15.
+// If `inverse` is 0 or NaN, because the block contains an infinity or a NaN, encoded_unbounded encodes the block and
+// returns true. For a block of finite values, encoded_unbounded only returns false. If `inverse` is 0, each finite
+// value becomes 0, and infinity becomes NaN, which has code 15.
 template <typename T>
 inline bool encoded_unbounded(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
   if (inverse > 0.0f) return false;
@@ -197,8 +197,8 @@ struct ScaleHalves {
 void decode_scales(const Nf4Scales& scales, int64_t begin, int64_t end, float* out) {
   const __m512 offset = _mm512_set1_ps(scales.offset);
   const ScaleHalves low(scales.code, 0), high(scales.code, 1);
-  // The unpack instructions join the halves within 128-bit lanes. Therefore the permutation `lanes` gives each lane
-  // four of the first 16 codes and four of the last 16 codes.
+  // The unpack instructions join the low and the high halves of the scales only within 128-bit lanes. Therefore the
+  // permutation `lanes` gives each lane four of the first 16 codes and four of the last 16 codes.
   const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = begin;
   while (i < end) {

@@ -8,12 +8,13 @@
 // lanes of their own; instead x is permuted once for all rows, to the order of the codes. vpermw looks the weights up,
 // and vdpbf16ps multiplies and adds pairs in float32. For a group of up to kScaledSums tokens, one table with the 16
 // NF4 values is used for all blocks, and the sums over 128 elements are then multiplied by the scales of their two
-// blocks: the lower lanes belong to one block, the upper lanes to the next block. For more tokens, scaling the sums
-// would take too many multiplications, one for each token and 128 elements. Therefore the table then holds the products
-// code * absmax of two blocks, 16 for each block, rounded once to bfloat16 (vcvtne2ps2bf16, which flushes subnormals to
-// zero), and bit 4 of an index selects the block. Rounding an NF4 value or a product to bfloat16 changes a weight by at
-// most 2^-9 of its magnitude. The kernel reads W once for each group of tokens that for_token_groups makes, half a byte
-// per element and the scales, and never writes a decoded weight to memory. One thread computes whole rows of W.
+// blocks: the lower lanes belong to one block, the upper lanes to the next block. For more than kScaledSums tokens,
+// scaling the sums would take too many multiplications, one for each token and 128 elements. For more than kScaledSums
+// tokens, the table therefore holds the products code * absmax of two blocks, 16 for each block, rounded once to
+// bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero), and bit 4 of an index selects the block. Rounding an NF4
+// value or a product to bfloat16 changes a weight by at most 2^-9 of its magnitude. The kernel reads W once for each
+// group of tokens that for_token_groups makes, half a byte per element and the scales, and never writes a decoded
+// weight to memory. Each thread computes whole rows of W.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.

@@ -8,7 +8,7 @@
 // multiplies and adds pairs in float32; the sums of a step are then multiplied by the block's scale. Rounding the NF4
 // values to bfloat16 changes a weight by at most 2^-9 of its magnitude, as much as rounding the product code * absmax
 // would. The kernel reads W once for each group of tokens that for_token_groups makes, half a byte per element and the
-// scales, and never writes a decoded weight to memory. One thread computes whole rows of W.
+// scales, and never writes a decoded weight to memory. Each thread computes whole rows of W.
 #include "cpu/isa.h"
 
 #if defined(PEFT_EXT_ARM_BF16)

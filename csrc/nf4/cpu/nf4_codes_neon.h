@@ -8,7 +8,8 @@
 namespace peft_ext {
 namespace {
 
-// The codes of 32 elements. The code of a byte's even element is the high nibble.
+// The 4-bit codes of 32 elements, one byte for each code: `even` has the codes of the even elements, `odd` the codes of
+// the odd elements. The code of a byte's even element is the high nibble.
 struct Nibbles {
   uint8x16_t even, odd;
 };

@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor> nf4_quantize_cpu(Tensor weight, int64_t blocksize) {
   return {packed, absmax};
 }
 
-// Finds the nearest value in an ascending table of 256 values. The result is the number of thresholds below the value;
-// the thresholds are the midpoints between the table's values.
+// NearestScale finds the index of the nearest value in an ascending table of 256 values. The result is the number of
+// thresholds below the value; the thresholds are the midpoints between the table's values.
 //
 // Values with the same sign, exponent and first six bits of the mantissa share a bin. below_ holds the number of
 // thresholds below each bin. Comparisons count the thresholds within the bin that are below the value; with

@@ -50,7 +50,8 @@ struct Nf4Kernels {
   // Quantizes x [n] of dtype to packed [ceil(n/2)] and absmax [blocks]. For odd n the last nibble is the code of zero.
   void (*quantize)(const void* x, DType dtype, int64_t n, int64_t blocksize, int64_t begin, int64_t end,
                    uint8_t* packed, float* absmax);
-  // Dequantizes the blocks [begin, end). absmax holds only the scales of these blocks; out is the whole tensor.
+  // Dequantizes the blocks [begin, end). absmax holds only the scales of the blocks [begin, end); out is the whole
+  // dequantized tensor.
   void (*dequantize)(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize, int64_t begin,
                      int64_t end, void* out, DType dtype);
   // `skinny` multiplies few tokens with an NF4 weight, and is null if the CPU path has no such kernel. For more than

@@ -2,8 +2,8 @@
 //
 // Quantize: the kernel counts the thresholds below each of 16 values at a time. Dequantize: the kernel computes and
 // rounds the 16 products code * absmax of a block once, and looks each product up by bytes (tbl): two tables of bytes
-// for a 16-bit word, four for a float. Interleaving stores join the bytes. The results have the same bits as a separate
-// product for each element.
+// for a 16-bit word, four for a float. Interleaving stores join the looked-up bytes to words or floats. The results
+// have the same bits as a separate product for each element.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "nf4/cpu/nf4_block.h"
@@ -13,8 +13,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns the codes of four scaled values. A comparison gives -1 if true. For a NaN no comparison is true, so that a
-// NaN has code 15.
+// Returns the codes of four scaled values. A comparison gives -1 in each lane in which the comparison is true. For a
+// NaN no comparison is true, so that a NaN has code 15.
 inline uint32x4_t encode4(float32x4_t scaled) {
   uint32x4_t code = vdupq_n_u32(15);
   for (int i = 0; i < 15; ++i) code = vaddq_u32(code, vcgeq_f32(vdupq_n_f32(nf4_threshold(i)), scaled));

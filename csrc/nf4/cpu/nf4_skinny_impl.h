@@ -4,14 +4,14 @@
 //   struct Table;
 //     Holds the 16 values of an NF4 block in registers.
 //   Table make_table(float absmax, DType dtype);
-//     Returns the values of a block, rounded to dtype, as float32.
+//     Returns the 16 values of an NF4 block with the scale absmax, rounded to dtype, as float32.
 //   void decode(const uint8_t* packed, const Table& table, Vec* w);
-//     Decodes kSkinnyStep values to w.
+//     Decodes kSkinnyStep packed NF4 codes to float32 values in w.
 //
 // For each group of up to 8 tokens that for_token_groups makes, a step of a row of w is decoded in registers and
-// multiplied with every token of the group before the next step is read. The kernel reads W once for each group, half a
-// byte per element and the scales, and never writes a decoded weight to memory. One thread computes whole rows of w, so
-// that the order of a sum is the same for every number of threads. Sums are float32.
+// multiplied with every token of the group before the next step is read. The kernel reads W once for each group of
+// tokens, half a byte per element and the scales, and never writes a decoded weight to memory. One thread computes
+// whole rows of w, so that the order of a sum is the same for every number of threads. Sums are float32.
 #pragma once
 
 #include "nf4/cpu/nf4_kernels.h"
@@ -24,8 +24,8 @@ constexpr int kStepVecs = static_cast<int>(kSkinnyStep) / Vec::kWidth;
 
 template <int kTokens>
 void skinny_rows(const Nf4Skinny& work, int64_t begin, int64_t end, int64_t first_token) {
-  // Each addition to a sum must wait for the previous addition. If there are few tokens, several sums for each token
-  // keep the multiplier busy.
+  // Each addition to a sum must wait for the previous addition, so that several sums for each token keep the multiplier
+  // busy if there are few tokens.
   constexpr int kSums = kTokens >= 4 ? 1 : kStepVecs < 4 ? kStepVecs : 4;
   const int64_t k = work.columns;
   const int64_t first_block = begin * k >> work.block_shift;

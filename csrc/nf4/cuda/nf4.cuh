@@ -4,11 +4,11 @@
 // weight of any shape. The result `out` [n] is float32, bfloat16 or float16. blocksize is a power of two >= 32, so that
 // 32 aligned elements share one scale.
 // A warp dequantizes 1024 consecutive elements. Lane l decodes the scale of the l-th group of 32 elements. Up to 8/9 of
-// the moved bytes are output. Therefore the lanes follow the order of the output: in each step lane l computes the l-th
-// of the next 32 groups of 16 bytes (8 elements; 4 of float32), so that a warp stores 512 contiguous bytes. A warp's
-// loads of codes are contiguous too, 4 bytes per lane (2 for float32).
-// Each lane holds one of the 16 NF4 values, and other lanes read the value by a shuffle, without bank conflicts. The
-// kernel uses no shared memory.
+// the bytes that the kernel moves are output. Therefore the lanes follow the order of the output: in each step lane l
+// computes the l-th of the next 32 groups of 16 bytes (8 elements; 4 of float32), so that a warp stores 512 contiguous
+// bytes. A warp's loads of codes are contiguous too, 4 bytes per lane (2 for float32).
+// Each lane holds one of the 16 NF4 values, and other lanes read the value by a shuffle, without bank conflicts.
+// nf4_dequantize_kernel uses no shared memory.
 // Each float32 product and sum is rounded, without FMA; the result is then rounded once to T, to nearest even.
 // Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
 #pragma once
@@ -35,7 +35,7 @@ constexpr int kNf4Group = 32;                    // number of elements that shar
 constexpr int kNf4Tile = kWarpSize * kNf4Group;  // number of elements of the weight that a warp decodes
 constexpr int kNf4Warps = 8;                     // number of warps per thread block
 constexpr int kNf4Threads = kNf4Warps * kWarpSize;
-constexpr int kNf4BlocksPerMultiprocessor = 6;  // 6 · 256 threads; from sm_80 on, a multiprocessor holds 1536
+constexpr int kNf4BlocksPerMultiprocessor = 6;  // 6 · 256 = 1536 threads, which fit on a multiprocessor from sm_80 on
 constexpr int kNf4BlockTile = kNf4Warps * kNf4Tile;
 
 // A copy of kNf4Code that device code can index.
@@ -87,8 +87,8 @@ struct Nf4RowScale {
 };
 
 // Dequantizes this warp's part of the thread block's elements, which start at element `first`. If kWhole is true, all
-// elements of the thread block lie within the weight; otherwise every access is checked. All lanes take part in both
-// cases, because each lane holds an NF4 value that other lanes read.
+// elements of the thread block lie within the weight; otherwise every access is checked. All lanes take part, with and
+// without kWhole, because each lane holds an NF4 value that other lanes read.
 template <typename T, bool kWhole, bool kScaled>
 __device__ __forceinline__ void nf4_dequantize_tile(const Nf4View& weight, T* out, int64_t first,
                                                     const Nf4RowScale& rows) {

@@ -1,21 +1,23 @@
-// Multiplies few tokens with an NF4 weight, and computes all other terms of the layer in the same launch:
+// Multiplies up to 16 tokens with an NF4 weight, and applies the low-rank term, the output scale and the biases in the
+// same launch:
 //
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 16,  S [T, R] given
 //
 // g is the output scale (of DoRA or IA3), b₀ is the bias that g also multiplies, and b₁ is the bias that g does not
-// multiply. W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs may
-// be summed in any order. Therefore, of a slab of 64 inputs of a row, lane t of the row's four lanes multiplies 16
-// consecutive inputs, which have 8 bytes. In step s the lane's inputs 16 t + 4 s … + 3 are the columns 2t, 2t + 1, 2t +
-// 8, 2t + 9 of the fragment. The B operand has the inputs of x in the order of W's inputs, 16 bytes for two steps. One
-// lookup in a table [256 bytes][32 lanes], which has no bank conflicts, turns a byte of W into two values of type T.
-// The table holds the NF4 values without scales. The product over a slab of 64 inputs is multiplied by the slab's scale
-// in float32, which is nearer to the exact result than rounding each product of code and scale to T, as nf4_dequantize
-// does. A thread block of 8 warps computes 16 columns of y for all tokens. Warp w multiplies the slabs w, w + 8, …, so
-// that the warps together read the bytes of a row contiguously. The warps' sums are added in shared memory, in order,
-// so that the kernel needs no partial sums in global memory and no second launch, and the order of the sum is equal on
-// every GPU. Each warp loads the bytes of W four slabs ahead, and x one slab ahead, into registers. Lane t of a row's
-// four lanes decodes the scale of every fourth slab of the warp. The stored scale was loaded four slabs earlier. Shared
-// memory: 32 KiB, for the table and then for the sums. Bytes moved: W once; x once per thread block, from L2 and L1.
+// multiply. W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs of
+// an output may be summed in any order. Therefore, of a slab of 64 inputs of a row, lane t of the row's four lanes
+// multiplies 16 consecutive inputs, which have 8 bytes. In step s the lane's inputs 16 t + 4 s … + 3 are the columns
+// 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand has the inputs of x in the order of W's inputs, 16 bytes
+// for two steps. One lookup in a table [256 bytes][32 lanes], which has no bank conflicts, turns a byte of W into two
+// values of type T. The lookup table holds the NF4 values without scales. The product over a slab of 64 inputs is
+// multiplied by the slab's scale in float32, which is nearer to the exact result than rounding each product of code and
+// scale to T, as nf4_dequantize does. A thread block of 8 warps computes 16 columns of y for all tokens. Warp w
+// multiplies the slabs w, w + 8, …, so that the warps together read the bytes of a row contiguously. The warps' sums
+// are added in shared memory, in order, so that the kernel needs no partial sums in global memory and no second launch,
+// and the order of the sum is equal on every GPU. Each warp loads the bytes of W four slabs ahead, and x one slab
+// ahead, into registers. Lane t of a row's four lanes decodes the scale of every fourth slab of the warp, after loading
+// the stored scale four slabs earlier. Shared memory: 32 KiB, for the table and then for the sums. Bytes moved: W once;
+// x once per thread block, from L2 and L1.
 #pragma once
 
 #include "cuda/vector.cuh"
@@ -31,7 +33,7 @@ constexpr int kFewSlab = 1 << kLog2FewSlab;  // number of inputs in a slab; the 
 constexpr int kFewAhead = 4;                 // number of slabs that a warp loads ahead
 constexpr int kFewTokens = 16;
 
-// The lora_B of the adapter of one token of a mixed batch.
+// The lora_B, rank and scaling of the adapter of one token of a mixed batch.
 struct TokenFactor {
   const void* lora_B;  // [outputs, rank]
   DType type;
@@ -43,7 +45,7 @@ struct TokenFactor {
 // (of DoRA or IA3) and the biases.
 struct TokensFinish {
   // The adapters of the tokens of a mixed batch [tokens], which replace lora_B, lora_B_type, rank_scale and scaling.
-  // Null if all tokens have one adapter, or none.
+  // `factors` is null if all tokens have the same adapter, or if none has an adapter.
   const TokenFactor* factors;
   int64_t rank;
   const float* s;      // S [tokens, rank]
@@ -170,8 +172,8 @@ __global__ void __launch_bounds__(kFewThreads, kTiles == 1 ? 3 : 2) nf4_few_toke
     x[tile] =
         static_cast<const T*>(work.x) + min_of(tile * 8 + g, work.tokens - 1) * work.inputs + warp * kFewSlab + 16 * t;
 
-  // Loads the codes of step `at` + `further`; the pointers `codes` point to step `at`. Beyond the last step, the
-  // function does nothing.
+  // Loads the codes of step `at` + `further`; the pointers `codes` point to step `at`. load_codes does nothing beyond
+  // the last step.
   uint2 words[kFewAhead][2];
   const auto load_codes = [&](int at, int further, uint2(&to)[2]) {
     if (at + further >= steps) return;

@@ -9,9 +9,9 @@
 // all. One slab is used while cp.async fills the other slab. The padding of B spreads the transposed writes over the
 // banks and keeps 16-byte reads aligned. The arithmetic is float32: FMAs add the products of B and A in the order of r.
 // The sum over r is multiplied by scaling, added to the rounded code · s_b, and multiplied by g, and each of these
-// steps is rounded. The result is then rounded once to T, to nearest even. Bytes moved: as in nf4.cuh, plus 4RK + 4RN +
-// 4N. Each tile reads 768 R bytes of A and B, after the first time from L2. An element needs R float32 FMAs: for more
-// than a few ranks, the FMAs limit the speed, not the moved bytes.
+// steps is rounded. The merged value is then rounded once to T, to nearest even. Bytes moved: as in nf4.cuh, plus 4RK +
+// 4RN + 4N. Each tile reads 768 R bytes of A and B, after the first time from L2. An element needs R float32 FMAs: for
+// more than a few ranks, the FMAs limit the speed, not the moved bytes.
 #pragma once
 
 #include "cuda/block_sum.cuh"
@@ -22,7 +22,7 @@ namespace peft_ext {
 
 constexpr int kMergeRows = 64;      // number of rows of W in a tile
 constexpr int kMergeColumns = 128;  // number of columns of W in a tile
-constexpr int kMergeRanks = 16;     // number of ranks in a slab of A and B
+constexpr int kMergeRanks = 16;     // number of ranks in a slab, a part of A and B that shared memory holds
 constexpr int kMergePitch = kMergeRows + 4;
 constexpr int kMergeThreads = 256;
 constexpr int kMergeThreadRows = 4;
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
       float values[kMergeChunk];
 #pragma unroll
       for (int c = 0; c < kMergeChunk; ++c) {
-        uint32_t nibble = codes[i] >> (16 * j + 4 * (c ^ 1));  // the high nibble of a byte is first
+        uint32_t nibble = codes[i] >> (16 * j + 4 * (c ^ 1));  // the high nibble is the first element's code
         float scale = scales[i][j];
         const bool inside = row_in && column + c < merge.columns;
         if (!kAligned && merge.dense == nullptr && inside) {
@@ -197,14 +197,14 @@ __global__ void __launch_bounds__(kMergeThreads, 2) nf4_merge_kernel(Nf4Merge me
 }
 
 // The kernels below compute the error of requantizing a merged weight w: Σ (w' - w)² and Σ w², where w' is decoded from
-// the new codes. A thread block sums every gridDim.x-th group of kErrorThreads elements. The number of blocks does not
-// depend on the model of GPU. A second kernel adds the blocks' sums in order.
+// the new codes. A thread block sums every gridDim.x-th group of kErrorThreads elements. The number of thread blocks
+// does not depend on the model of GPU. nf4_merge_error_sum_kernel adds the thread blocks' sums in order.
 constexpr int kErrorThreads = 256;
 constexpr int kErrorBlocks = 512;
 
 using MergeErrorShared = BlockSums<kErrorThreads>[2];
 
-// Computes partial [blocks][2].
+// Writes the two sums of each thread block to partial [blocks][2].
 static __global__ void __launch_bounds__(kErrorThreads)
     nf4_merge_error_kernel(Nf4View requantized, const float* merged, float* partial) {
   PEFT_EXT_KERNEL;

@@ -6,16 +6,16 @@
 // float32. blocksize is a power of two from 32 to 4096. A thread block quantizes 8192 elements, which are whole NF4
 // blocks except at the end of w; a warp quantizes 1024 of these elements. In each step lane l loads the l-th of the
 // next 32 groups of 16 bytes of w. The elements stay in registers between the maximum and the codes, so that w is read
-// once (at the end of w twice). Magnitudes are compared by their bits without the sign, as integers. A NaN is above
-// infinity, so that the maximum of a block with a NaN is NaN, as in torch.amax. The lanes of an NF4 block combine their
-// maxima by shuffles. If an NF4 block has more than 1024 elements, the block's warps combine their maxima in shared
-// memory: 8 words, one barrier. After the maxima, lane l computes the reciprocal of the maximum of the warp's l-th NF4
-// block and stores this maximum (adjacent lanes write adjacent words), and other lanes read the reciprocal by a
-// shuffle. The range [-1, 1] is divided into 31 bins: value v is in bin rint(15 v), and each bin has at most one
-// threshold. Lane l holds the threshold of bin l (mod 32) and the number of thresholds below the bin. Therefore two
-// shuffles and one comparison find the exact code, also for a value that equals a threshold. The arithmetic is float32;
-// the reciprocal and the product are each rounded once. A NaN has code 15, as in the reference. Bytes moved:
-// n·sizeof(T) + n/2 + 4n/blocksize.
+// once (at the end of w twice). Magnitudes are compared by their bits without the sign, as integers. Compared in this
+// way, a NaN is above infinity, so that the maximum of a block with a NaN is NaN, as in torch.amax. The lanes of an NF4
+// block combine their maxima by shuffles. If an NF4 block has more than 1024 elements, the block's warps combine their
+// maxima in shared memory: 8 words, one barrier. After the maxima, lane l computes the reciprocal of the maximum of the
+// warp's l-th NF4 block and stores this maximum (adjacent lanes write adjacent words), and other lanes read the
+// reciprocal by a shuffle. The range [-1, 1] is divided into 31 bins: value v is in bin rint(15 v), and each bin has at
+// most one threshold. Lane l holds the threshold of bin l (mod 32) and the number of thresholds below the bin.
+// Therefore two shuffles and one comparison find the exact code, also for a value that equals a threshold. The
+// arithmetic is float32; the reciprocal and the product are each rounded once. A NaN has code 15, as in the reference.
+// Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
 #pragma once
 
 #include <math.h>
@@ -81,8 +81,8 @@ __device__ __forceinline__ float bits_as_float(uint32_t bits) {
 }
 
 // Appends the code of `scaled`, which is the number of thresholds below `scaled`, to `codes` as the lowest nibble.
-// `scaled` may lie outside of [-1, 1] by a few ulp. All lanes of a warp must call the function. `threshold` and `below`
-// are kNf4DeviceBins.threshold[lane] and kNf4DeviceBins.below[lane] of the calling lane.
+// `scaled` may lie outside of [-1, 1] by a few ulp. All lanes of a warp must call nf4_append_code. `threshold` and
+// `below` are kNf4DeviceBins.threshold[lane] and kNf4DeviceBins.below[lane] of the calling lane.
 __device__ __forceinline__ uint32_t nf4_append_code(uint32_t codes, float scaled, float threshold, uint32_t below) {
   scaled = fminf(scaled, 1.0f);  // a NaN becomes 1, which has code 15, the code of a NaN
   // Neighbouring floats near 1.5 · 2^23 differ by one, so that the sum is rounded to an integer. The low bits of the
@@ -132,11 +132,11 @@ struct QuantizeCodes<float> {
 };
 
 __device__ __forceinline__ float at_least_smallest(float absmax) {
-  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN stays a NaN
+  return absmax < kSmallestAbsmax ? kSmallestAbsmax : absmax;  // a NaN in absmax stays a NaN
 }
 
-// Loads 16 bytes of w. If kWhole is false, only the first `left` elements exist, and the other elements are set to
-// zero.
+// Loads 16 bytes of the input w into four words. If kWhole is false, only the first `left` elements exist, and the
+// other elements are set to zero.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&words)[4]) {
   using Word = QuantizeWord<T>;
@@ -160,8 +160,8 @@ __device__ __forceinline__ void quantize_load(const T* w, int left, uint32_t (&w
 }
 
 // Quantizes a thread block's tile, which starts at element `first` and of which `left` elements lie in w. If kWhole is
-// true, all elements lie in w. Otherwise every access is checked, and the values of a tail block are divided instead of
-// multiplied.
+// true, all elements of the tile lie in w. If kWhole is false, every access is checked, and the values of a tail block
+// are divided instead of multiplied.
 template <typename T, bool kWhole>
 __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int left, int log2_blocksize,
                                                   uint8_t* packed, float* absmax,
@@ -225,8 +225,8 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
     for (int step = 1; step < kSteps; ++step) magnitudes[step] = magnitudes[0];
   }
 
-  // Lane l computes the scale of the l-th NF4 block of this warp's elements. If there are fewer blocks than lanes, the
-  // other lanes store nothing.
+  // Lane l computes the scale of the l-th NF4 block of this warp's elements. If the warp has fewer NF4 blocks than
+  // lanes, the other lanes store nothing.
   const int start = lane << log2_blocksize;
   uint32_t magnitude = 0;
 #pragma unroll
@@ -262,7 +262,7 @@ __device__ __forceinline__ void nf4_quantize_tile(const T* w, int64_t first, int
       const int i = nibble ^ 1;  // the high nibble holds the code of the even element
       float scaled = fmul_rn(values[i], step_inverse);
       if (tail) scaled = values[i] / step_divisor;
-      if (!kWhole && element + i >= left) scaled = 0.0f;  // an odd number of elements is padded with a zero
+      if (!kWhole && element + i >= left) scaled = 0.0f;  // if the number of elements is odd, w is padded with a zero
       codes = nf4_append_code(codes, scaled, threshold, below);
     }
     uint8_t* to = packed + step * kStride / 2;
@@ -298,9 +298,9 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocksPerMultiproce
 
 // a_c = max |x_i| over group c of 256,  q_i = #{thresholds < x_i · (1 / max(a_c, 1e-38))},  thresholds halfway between
 // the values of `code` [256], ascending. x [n] float32 -> codes [n] uint8, absmax [ceil(n/256)] float32, not clamped.
-// A warp encodes a group of 256 scales, 8 values per lane. The thresholds take 1 KiB of shared memory and are searched
-// by bisection. Bank conflicts of this search hardly matter, because there is at most one scale for 32 weights. A NaN
-// has code 255.
+// A warp of nf4_quantize_absmax_kernel encodes a group of 256 scales, 8 scales per lane. The thresholds take 1 KiB of
+// shared memory and are searched by bisection. Bank conflicts of this search hardly matter, because there is at most
+// one scale for 32 weights. A scale that is NaN gets code 255.
 // Bytes moved: 5n + 4n/256, and the table once per thread block.
 
 // Grid: ceil(numel / (kQuantizeWarps · kNestedBlock)) blocks of kQuantizeThreads. x is aligned to 16 bytes, and codes

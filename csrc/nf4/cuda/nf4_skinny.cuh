@@ -1,10 +1,10 @@
 // Multiplies up to 64 tokens with an NF4 weight: Z [T, N] = x [T, K] Wᵀ. W is decoded during the product.
 //
-// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs may be summed
-// in any order. Therefore, of each 64 inputs of a row, lane t of the row's four lanes multiplies 16 consecutive inputs,
-// which have 8 contiguous bytes. In step s (16 of the 64 inputs) the lane's inputs 16 t + 4 s … + 3 are the columns 2t,
-// 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand has the inputs of x in the order of W's inputs, so that two
-// steps read 16 contiguous bytes of a row of x.
+// W is the A operand of mma.sync (16 outputs by 16 inputs) in the order in which W is stored. The inputs of an output
+// may be summed in any order. Therefore, of each 64 inputs of a row, lane t of the row's four lanes multiplies 16
+// consecutive inputs, which have 8 contiguous bytes. In step s (16 of the 64 inputs) the lane's inputs 16 t + 4 s … + 3
+// are the columns 2t, 2t + 1, 2t + 8, 2t + 9 of the fragment. The B operand has the inputs of x in the order of W's
+// inputs, so that two steps read 16 contiguous bytes of a row of x.
 //
 // A thread block of 4 warps computes 128 outputs over a chunk of K, because the outputs of one weight alone give too
 // few blocks for a GPU; a warp computes 32 outputs. cp.async copies slabs of 64 inputs into kSkinnyStages stages of
@@ -23,7 +23,7 @@ namespace peft_ext {
 
 constexpr int kSkinnyThreads = 128;
 constexpr int kSkinnyRows = 128;  // number of outputs that a thread block computes
-constexpr int kSkinnySlab = 64;   // number of inputs in a slab, which fills a stage
+constexpr int kSkinnySlab = 64;   // number of inputs in a slab; a stage of shared memory holds one slab of W and of x
 constexpr int kSkinnyStride = kSkinnySlab + 8;
 constexpr int64_t kSkinnyTokens = 64;
 
@@ -44,7 +44,7 @@ constexpr int kSkinnyStages = kTokenTiles == 8 ? 3 : 4;
 
 template <typename T, int kTokenTiles>
 struct SkinnyStage {
-  uint2 codes[4][kSkinnyThreads];  // codes[part][thread] are of row row_of(part) of W; see nf4_skinny_kernel
+  uint2 codes[4][kSkinnyThreads];  // codes[part][thread] are codes of row row_of(part) of W, see nf4_skinny_kernel
   T x[kTokenTiles * 8][kSkinnyStride];
 };
 
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
     }
     cp_async_commit();
   };
-  // A lane loads the scales of its four rows of W, as they are stored, two slabs ahead. If the scales are quantized,
-  // the lane looks up the values of their codes one slab ahead.
+  // A lane loads the scales of its four rows of W, as they are stored, two slabs ahead. If the scales are
+  // double-quantized, the lane looks up the values of the scales' codes one slab ahead.
   const bool nested = work.weight.nested_absmax != nullptr;
   const float offset = nested ? *work.weight.nested_offset : 0.0f;
   uint32_t stored[4] = {};
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
   load_stored(1);
   for (int64_t slab = 0; slab < slabs; ++slab) {
     cp_async_wait<kStages - 2>();
-    sync_threads();  // x of this slab is loaded, and no thread reads the previous stage any more
+    sync_threads();  // after the barrier, x of this slab is loaded, and no thread reads the previous stage
     issue(slab + kStages - 1);
     look_up(slab + 1);
     load_stored(slab + 2);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) nf4_skinny_kernel(Skinny work)
 #pragma unroll
     for (int part = 0; part < 4; ++part) codes[part] = stage.codes[part][threadIdx.x];
 #pragma unroll
-    for (int two = 0; two < 2; ++two) {  // each iteration computes two steps
+    for (int two = 0; two < 2; ++two) {  // each iteration computes two steps of 16 inputs
       uint32_t a[2][2][4];               // a[m][step] is the A operand of tile m of 16 rows of W
 #pragma unroll
       for (int part = 0; part < 4; ++part) {

@@ -37,15 +37,15 @@ int64_t nested_scales(const FrozenWeight& weight);
 // Returns the float32 scales of all blocks of an NF4 weight: the weight's own scales, or scales decoded into `room`.
 const float* all_scales(const FrozenWeight& weight, float* room);
 
-// Decodes the flat elements [begin, end) of an NF4 weight on the calling thread. `room` must hold all blocks that the
-// range touches. Returns the address of element `begin` in `room`.
+// Decodes the flat elements [begin, end) of an NF4 weight on the calling thread. `room` must have space for all NF4
+// blocks that contain an element of the range. Returns the address of element `begin` in `room`.
 const void* dequantize_range(const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, void* room);
 
-// Returns the number of elements that decode_rows needs for `rows` rows of a packed weight.
+// Returns the number of elements that decode_rows needs in `room` for `rows` rows of a packed weight.
 int64_t room_of_rows(const FrozenWeight& weight, int64_t rows);
 
-// Decodes the rows [begin, end) of a packed weight on the calling thread. `room` holds room_of_rows elements. Returns
-// the address of the first row in `room`; the rows are contiguous.
+// Decodes the rows [begin, end) of a packed weight on the calling thread. `room` must have space for room_of_rows
+// elements. Returns the address of the first row in `room`; the rows are contiguous.
 const void* decode_rows(const FrozenWeight& weight, int64_t begin, int64_t end, DType dtype, void* room);
 
 // Returns the rows [begin, end) of a packed weight in `type`, decoded on all threads.

@@ -5,7 +5,7 @@
 // The weight is not decoded: a kernel looks up the number c that a code stands for, without the scale, which is exact
 // in bfloat16. Products of x and c are summed for each block b in float32, and the sums are multiplied by the block's
 // scale, scale_b. The addend add_b of the block contains the zero point or the offset of the format; it is 0 if the
-// format has neither. The file does not depend on torch.
+// format has neither. few_tokens_kernels.h does not depend on torch.
 #pragma once
 
 #include "weight/packed_view.h"
@@ -20,18 +20,18 @@ struct FewTokensKernels {
   // Permutes the columns of x [tokens, columns] to the order in which the kernel reads the format's codes, zero-padded
   // to ordered_columns, and writes the sums of x that the addends need: `sums` [tokens, ordered_columns / 16].
   void (*order)(const bf16* x, int64_t tokens, int64_t columns, bf16* ordered, float* sums) = nullptr;
-  // Multiplies the units [begin, end) of W with x, and writes the products to y [tokens, rows]. The weight is read from
-  // memory once.
+  // Multiplies the units [begin, end) of W with x, and writes the products to y [tokens, rows]. multiply reads the
+  // weight from memory once.
   void (*multiply)(const PackedView& w, const bf16* ordered, const float* sums, int64_t tokens, float* y, int64_t begin,
                    int64_t end) = nullptr;
 };
 
-// Largest number of tokens for which skinny.cpp calls the FewTokensKernels. For more tokens, decoding the weight once
-// and multiplying is as fast.
+// Largest number of tokens for which skinny.cpp calls the FewTokensKernels. For more than kMostFewTokens tokens,
+// decoding the weight once and multiplying is as fast.
 constexpr int64_t kMostFewTokens = 16;
 
-// Each of these functions returns kernels for a weight in the format `number`, or null pointers if no kernel of the
-// file that defines the function accepts the weight.
+// Each of the three functions below returns kernels for a weight in the format `number`, or null pointers if no kernel
+// of the file that defines the function accepts the weight.
 FewTokensKernels row_kernels_avx512_bf16(int number, const PackedView& w);
 FewTokensKernels gguf_kernels_avx512_bf16(int number, const PackedView& w);
 FewTokensKernels panel_kernels_avx512_bf16(int number, const PackedView& w);

@@ -14,8 +14,8 @@ struct FormatKernels {
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
                  DType dtype);
   // Writes y[t, n] = sum_k x[t, k] w[n, k] for the rows n of [begin, end), with x [tokens, columns] and y [tokens,
-  // rows] in float32. The weight is decoded in registers or L1, read once for each group of up to 8 tokens, and not
-  // rounded.
+  // rows] in float32. few_tokens decodes the weight in registers or L1, without rounding, and reads the weight once for
+  // each group of up to 8 tokens.
   void (*few_tokens)(const PackedView& w, const float* x, int64_t tokens, float* y, int64_t begin, int64_t end);
   // Returns whether few_tokens accepts the weight.
   bool (*has_few_tokens)(const PackedView& w);
@@ -24,8 +24,8 @@ struct FormatKernels {
 
 constexpr int kFormatNumbers = 128;
 
-// The kernels of an instruction set, by the number of the format. A number to which no format belongs has null
-// pointers.
+// The kernels of an instruction set, by the number of the format. In the table, a number to which no format belongs has
+// null pointers.
 struct FormatTable {
   FormatKernels of[kFormatNumbers];
 };
@@ -42,8 +42,8 @@ extern const FormatTable kFormatTableNeon;
 // the number of a format other than NF4.
 const FormatKernels& format_kernels(int64_t layout);
 
-// Largest number of tokens that FormatKernels::few_tokens is used for. For more tokens, decoding the weight once and
-// multiplying is as fast.
+// Largest number of tokens that FormatKernels::few_tokens is used for. For more than kFormatFewTokens tokens, decoding
+// the weight once and multiplying is as fast.
 constexpr int64_t kFormatFewTokens = 8;
 
 }  // namespace peft_ext

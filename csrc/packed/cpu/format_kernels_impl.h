@@ -1,13 +1,13 @@
 // The kernels of format_kernels.h, written with the type Vec, for the formats of weight/formats/list.h. The file that
 // defines an instruction set's table includes this file, after the target pragma and simd_<isa>.h.
 //
-// decode: a run of 32 columns is decoded to a buffer in L1, rounded, and stored, or, with AVX-512, 4-bit codes are
-// looked up among 16 rounded values, and FP8 codes are converted in registers; columns before and after whole runs, and
-// all columns of a weight that F::runs refuses, are decoded one by one. few_tokens: each step of kRunColumns columns of
-// a row is decoded to a buffer that stays in registers or L1, and multiplied with all tokens of a group of up to 8. Of
-// a format with decode_rows, both kernels decode up to 16 rows together, `decode` only if F::runs accepts the weight
-// and `begin` and `end` are multiples of 32. One thread computes whole rows, so that a sum has one order for every
-// number of threads. Sums are float32.
+// The kernel `decode` decodes a run of 32 columns to a buffer in L1, and rounds and stores the run. With AVX-512,
+// `decode` looks 4-bit codes up among 16 rounded values, and converts FP8 codes in registers. Columns before and after
+// whole runs, and all columns of a weight that F::runs refuses, are decoded one by one. The kernel few_tokens decodes
+// each step of kRunColumns columns of a row to a buffer that stays in registers or L1, and multiplies the step with all
+// tokens of a group of up to 8. For a format with decode_rows, both kernels, `decode` and few_tokens, decode up to 16
+// rows together, `decode` only if F::runs accepts the weight and `begin` and `end` are multiples of 32. One thread
+// computes whole rows, so that a sum has one order for every number of threads. Sums are float32.
 #pragma once
 
 #include "cpu/token_groups.h"

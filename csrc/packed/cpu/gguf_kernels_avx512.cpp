@@ -154,8 +154,8 @@ inline __m512i with_bits(__m512i words, __m512i bits, int16_t mask) {
   return _mm512_ternarylogic_epi32(words, bits, _mm512_set1_epi16(mask), 0xD8);
 }
 
-// Q4_K, Q5_K: a phase reads 64 bytes of codes. Each half of 32 bytes holds 64 columns: the first 32 in the low nibbles,
-// the last 32 in the high nibbles.
+// Q4_K, Q5_K: each of the two phases of a step (row_products_avx512.h) reads 64 bytes of codes. Each half, of 32 bytes,
+// holds 64 columns: the first 32 in the low nibbles, the last 32 in the high nibbles.
 template <typename Block, int kBits>
 struct LargeBlockStep : GgufStep<Block> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kSums = 2, kBytes = Block::kBytes;
@@ -208,8 +208,8 @@ struct LargeBlockStep : GgufStep<Block> {
   static __m512 step_addends(const Held& held) { return held.add; }
 };
 
-// Q6_K: a phase reads 64 bytes of low nibbles: each half of 32 bytes holds 64 columns. The two high bits of 128 columns
-// are in 32 bytes.
+// Q6_K: each of the two phases of a step (row_products_avx512.h) reads 64 bytes of low nibbles, of which each half
+// holds 64 columns. The two high bits of the codes of 128 columns are in 32 bytes.
 struct Q6_KStep : GgufStep<BlockQ6_K> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kSums = 2, kBytes = BlockQ6_K::kBytes;
   static constexpr int sum_of(int part) { return part % 2; }

@@ -10,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns the indices of 32 codes in 32 words of 16 bits. Bits above the lowest four have no meaning.
+// Returns the indices of 32 codes in 32 words of 16 bits. In each word, the bits above the lowest four have no meaning.
 template <Nibbles kNibbles>
 inline __m512i word_indices(const uint8_t* codes) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));

@@ -1,8 +1,9 @@
 // The kernels of few_tokens_kernels.h for GPTQ and AWQ, which store W transposed, with AVX512-BF16.
 //
-// For consecutive rows n of W, the words are neighbours in memory. The kernels read words in the order of the file:
-// bands of up to 128 columns k, and in a band panels of kRows rows. Each lane of a sum belongs to one row. A dword with
-// x of two columns is broadcast to all lanes, and vpermw looks the codes' numbers up, as in row_products_avx512.h.
+// For consecutive rows n of W, the words of codes are neighbours in memory. The kernels read words in the order of the
+// file: bands of up to 128 columns k, and in a band panels of kRows rows. Each lane of a register of sums belongs to
+// one row of W. A dword with x of two columns is broadcast to all lanes, and vpermw looks the codes' numbers up, as in
+// row_products_avx512.h.
 // The columns of a band share one scale and one zero point per row. After a band, y += scale * sum - zero * scale *
 // (sum of x). The rows of a panel belong to one thread, so that the order of a sum does not depend on the number of
 // threads.
@@ -19,8 +20,8 @@ namespace peft_ext {
 namespace {
 
 // Returns the number of columns of a band. With codes of 4 bits and up to 32,768 rows, two bands of W have at most 1
-// MiB, which fits in the L2 cache. The number of columns depends on W alone, so that sums are equal for every number of
-// threads.
+// MiB, which fits in the L2 cache. The number of columns of a band depends on W alone, so that sums are equal for every
+// number of threads.
 inline int64_t band_columns(const PackedView& w) { return w.rows <= 8192 ? 128 : w.rows <= 16384 ? 64 : 32; }
 
 // Returns a mask of the first `count` of 16 lanes.
@@ -70,8 +71,9 @@ struct PanelStep {
   static constexpr AddsAt kAdds = AddsAt::kInChunk;
 };
 
-// A register holds the words of 16 rows and of 8 columns (codes of 4 bits) or 4 columns (codes of 8 bits). A dword of x
-// holds the two columns whose codes are at one place in the lower and in the upper half of a word.
+// GptqPanel: a register holds a word of codes for each of 16 rows; a word has the codes of 8 columns (codes of 4 bits)
+// or 4 columns (codes of 8 bits). A dword of x holds the two columns whose codes are at one place in the lower and in
+// the upper half of a word.
 template <int kBits>
 struct GptqPanel : PanelStep {
   static constexpr int kRows = 64, kSums = 4, kMostTokens = 4, kCodes = 32 / kBits, kLineRows = 16;
@@ -86,8 +88,8 @@ struct GptqPanel : PanelStep {
     return static_cast<const uint32_t*>(w.part[0]) + k / kCodes * w.rows + n;
   }
 
-  // Computes the sums of products over the columns [begin, end). The function also prefetches `next`, the words that
-  // are read after these columns.
+  // Computes the sums of the products of x with the codes of a panel of W over the columns [begin, end). multiply also
+  // prefetches `next`, the words that are read after these columns.
   template <int kTokens>
   static void multiply(const PackedView& w, const uint32_t* const* x, int64_t begin, int64_t end, int64_t n,
                        const uint32_t* next, Ahead* ahead, __m512 (&out)[kSums][kTokens]) {

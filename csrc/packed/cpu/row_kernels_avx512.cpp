@@ -162,8 +162,8 @@ struct Int4Step : NibbleStep<Nibbles::kLowFirst> {
   IntRow<kZeros> row_scales_;
 };
 
-// The steps with one byte for each column, 64 bytes at a time. Registers 0 and 1 of x hold the even and the odd
-// columns, and two parts are the nibbles of the bytes in one register.
+// ByteStep: base of the steps of formats with one byte for each column, which read 64 bytes at a time. Registers 0 and
+// 1 of x hold the even and the odd columns, and two parts are the nibbles of the bytes in one register.
 struct ByteStep : OneRowStep {
   static constexpr int kColumns = 64, kParts = 4, kBytes = 64;
   static constexpr int register_of(int part) { return part / 2; }
@@ -178,7 +178,7 @@ struct ByteStep : OneRowStep {
   }
 
  protected:
-  // Returns the scales of two blocks, eight lanes each.
+  // Returns the scales of two blocks of 32 columns, the first in lanes 0 to 7 and the second in lanes 8 to 15.
   static __m512 two_blocks(const float* scales) {
     const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales));
     return spread(kTwoBlocks, _mm512_castps128_ps512(_mm_castsi128_ps(two)));
@@ -221,8 +221,9 @@ struct Int8Step : ByteStep {
 
 // --- HQQ -------------------------------------------------------------------------------------------------------------
 
-// 64 bytes hold 64 columns of two rows: the high nibbles belong to row n, the low nibbles to row n + N / 2. HqqStep
-// does not round the difference code - zero; decoding an HQQ weight rounds the difference to the dtype of the scales.
+// HqqStep: 64 bytes hold 64 columns of two rows: the high nibbles belong to row n, the low nibbles to row n + N / 2.
+// HqqStep does not round the difference code - zero; decoding an HQQ weight rounds the difference to the dtype of the
+// scales.
 struct HqqStep : ByteStep {
   static constexpr int kSums = 2, kOutputs = 2;
   static constexpr AddsAt kAdds = AddsAt::kInChunk;
@@ -276,8 +277,8 @@ struct E4m3Magnitudes {
 };
 constexpr E4m3Magnitudes kE4m3Magnitudes;
 
-// Part 0 has the codes of the even columns, which are multiplied with register 0 of x. Part 1 has the codes of the odd
-// columns, which are multiplied with register 1 of x.
+// Fp8Step: part 0 has the codes of the even columns, which are multiplied with register 0 of x. Part 1 has the codes of
+// the odd columns, which are multiplied with register 1 of x.
 struct Fp8Step : ByteStep {
   static constexpr int kParts = 2;
   static constexpr int register_of(int part) { return part; }

@@ -16,7 +16,7 @@
 //   int kColumns, kParts, kSums           are the numbers of columns, parts and sums of a phase.
 //   int kPhases                           is the number of phases of a step.
 //   int kOutputs                          is 1, or 2 if the sums 0 and 1 belong to two rows of W, units() apart.
-//   AddsAt kAdds                          tells where addends are added.
+//   AddsAt kAdds                          tells where addends are added: in each step, in each chunk, or nowhere.
 //   int kAddColumns                       is the number of columns that share one addend.
 //   int register_of(part)                 returns the register of x, within the phase, that a part is multiplied with.
 //   int sum_of(part)                      returns the sum to which the products of a part are added.
@@ -46,7 +46,8 @@ constexpr int64_t kChunkColumns = 4096;  // number of columns whose scales are d
 
 enum class AddsAt : int { kNone, kInStep, kInChunk };
 
-// Base of the steps: the members that most steps share. A step redefines the members that differ.
+// OneRowStep: base of the steps, with the members that most steps share. A step redefines the members of OneRowStep
+// that differ.
 struct OneRowStep {
   static constexpr int kPhases = 1, kSums = 1, kOutputs = 1, kAddColumns = 32;
   static constexpr AddsAt kAdds = AddsAt::kNone;

@@ -1,9 +1,9 @@
 // Decoders of 8 columns at a time for the CUDA kernels. If OnCuda<Format> has the function `static void value8(const
 // PackedView& w, int64_t row, int64_t column, float (&out)[8])`, a kernel calls value8 for 8 columns; otherwise a
-// kernel calls `value` for each column. value8 gives the bits of `value` for 8 columns from a multiple of 8 on, all of
-// which exist. OnCuda<Format> may also have a `value` of its own, which returns the same bits as Format's `value`. The
-// first weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow without gaps. A
-// specialization of OnCuda adds value8 to a format.
+// kernel calls `value` for each column. value8 writes the values of 8 columns from a multiple of 8 on, all of which
+// exist, with the same bits as `value`. OnCuda<Format> may also have a `value` of its own, which returns the same bits
+// as Format's `value`. The first weight's parts are aligned to 16 bytes; the parts of further weights of a stack follow
+// without gaps. A specialization of OnCuda adds value8 to a format.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -315,7 +315,7 @@ __device__ __forceinline__ int number_of(int code) {
   }
 }
 
-// The 8 columns from a multiple of 8 on lie in one group of 16 columns of a block.
+// In a GGUF format, the 8 columns from a multiple of 8 on lie in one group of 16 columns of a block.
 template <typename Block, typename Number>
 struct OnCuda<Gguf<Block, Number>> : Gguf<Block, Number> {
   __device__ __forceinline__ static void value8(const PackedView& w, int64_t row, int64_t column, float (&out)[8]) {

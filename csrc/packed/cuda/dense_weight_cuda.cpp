@@ -40,7 +40,7 @@ Tensor nf4_dequantize_cuda(const Tensor& weight, const std::optional<Tensor>& pa
                            const std::optional<Tensor>& part3, const std::optional<Tensor>& part4, int64_t layout,
                            const std::vector<int64_t>& shape, ScalarType dtype) {
   constexpr const char* kOp = "nf4_dequantize";
-  const bool wide = dtype == ScalarType::Double;  // for tests only: float32 values, converted to float64
+  const bool wide = dtype == ScalarType::Double;  // float64 results are for tests only, and are converted from float32
   if (!wide) check_kernel_dtype(kOp, "dtype", dtype);
   int64_t numel = 1;
   for (const int64_t size : shape) numel *= size;

@@ -1,5 +1,5 @@
-// Multiplies few tokens with a packed weight in a format of weight/formats/list.h, and computes all other terms of the
-// layer in the same launch:
+// Multiplies up to 8 tokens with a packed weight in a format of weight/formats/list.h, and applies the low-rank term,
+// the output scale and the biases in the same launch:
 //
 //   y [T, N] = g ∘ (x Wᵀ + scaling (S ∘ rank_scale) Bᵀ + b₀) + b₁,   T <= 8,  S [T, R] given
 //
@@ -33,7 +33,8 @@ struct PackedFew {
   TokensFinish finish;
 };
 
-// The sums of each warp. A struct, because NVRTC 12.6 crashes at an alias template for an array in PEFT_EXT_SHARED.
+// Each warp's sums. The sums are in a struct, because NVRTC 12.6 crashes at an alias template for an array in
+// PEFT_EXT_SHARED.
 template <int kSums>
 struct PackedFewShared {
   float sums[kPackedFewWarps][kSums];
@@ -58,7 +59,8 @@ __device__ __forceinline__ float sum_over_lanes(float (&sums)[kSums], int lane) 
   return sums[0];
 }
 
-// kTokens: the largest number of tokens of the instance. Grid: ceil(outputs / kPackedFewRows) thread blocks.
+// kTokens: the largest number of tokens that the instance of the kernel can compute. Grid: ceil(outputs /
+// kPackedFewRows) thread blocks.
 template <int kNumber, typename T, int kTokens>
 __global__ void __launch_bounds__(kPackedFewThreads, kTokens == 8 ? 3 : 4) packed_few_tokens_kernel(PackedFew work) {
   PEFT_EXT_KERNEL;

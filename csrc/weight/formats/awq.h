@@ -45,8 +45,8 @@ struct Awq {
     decode_rows(w, row, 1, column, out, 32);
   }
 
-  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. Reads each
-  // word once, for the eight rows of the word.
+  // Writes W[row + r, column + c] to out[r * stride + c] for r below `rows` (16 at most) and c below 32. decode_rows
+  // reads each word once, for the eight rows of the word.
   static void decode_rows(const PackedView& w, int64_t row, int64_t rows, int64_t column, float* out, int64_t stride) {
     const int64_t group = group_in_order(w, column), words = w.rows / 8;
     const uint32_t* from = static_cast<const uint32_t*>(w.part[0]) + column * words;

@@ -1,8 +1,8 @@
 // The quantized types of GGUF files (ggml, llama.cpp): W[n, k] = scale * number(code), or scale * number(code) +
 // offset. number(code) is Number::value of the template argument Number of Gguf.
 //
-// part 0: the bytes of the file, uint8 [N, K / kColumns * kBytes], in the blocks of gguf_blocks.h. K is a multiple of a
-// block's columns, and `group` is this number.
+// part 0: the bytes of the file, uint8 [N, K / kColumns * kBytes], in the blocks of gguf_blocks.h. K is a multiple of
+// the number of columns in a block, and `group` is the number of columns in a block.
 #pragma once
 
 #include "weight/formats/gguf_blocks.h"

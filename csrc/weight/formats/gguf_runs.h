@@ -1,7 +1,7 @@
 // Reads the codes of a run of 32 columns of GGUF's blocks at once: gguf_codes(Block, b, s, out) writes the codes
 // Block::code(b, 2 s, 0 to 15) and Block::code(b, 2 s + 1, 0 to 15), a byte each. Bytes are shifted in words of eight;
-// a mask removes the bits that move from one byte to the next. This file is for the CPU. See gguf_blocks.h for the
-// blocks.
+// a mask removes the bits that move from one byte to the next. gguf_runs.h is compiled only for the CPU. See
+// gguf_blocks.h for the blocks.
 #pragma once
 
 #include "weight/formats/gguf_blocks.h"
@@ -21,10 +21,10 @@ inline void gguf_nibbles(const uint8_t* bytes, GgufWords* out) {
   *out = twice >> shifts & 15 * kGgufOnes;
 }
 
-// Adds 16 to each code whose bit in four bytes is set.
+// Adds 16 to each of 32 codes whose bit in the four bytes `bits` is set.
 inline void gguf_add_fifth_bits(const uint8_t* bits, GgufWords* codes) {
-  // Byte i of a word is 1 << i if the bit is set, otherwise 0. Adding 127 carries a set bit into the highest bit of the
-  // byte.
+  // Byte i of a word is 1 << i if the fifth bit of code i is set, otherwise 0. Adding 127 carries a set bit into the
+  // highest bit of the byte.
   constexpr uint64_t kDiagonal = 0x8040201008040201u;
   const GgufWords spread = {bits[0] * kGgufOnes, bits[1] * kGgufOnes, bits[2] * kGgufOnes, bits[3] * kGgufOnes};
   *codes |= (((spread & kDiagonal) + 127 * kGgufOnes) & 128 * kGgufOnes) >> 3;

@@ -72,7 +72,7 @@ struct Gptq {
   }
 
  private:
-  // Writes the zeros and the scales of `rows` rows in a group.
+  // Writes the zero points and the scales that `rows` rows have in one group of columns.
   template <ScaleType kType, int kBits>
   static void read_group(const PackedView& w, int64_t row, int64_t rows, int64_t group, int* zeros, float* scales) {
     constexpr int kCodes = 32 / kBits;

@@ -3,7 +3,7 @@
 //
 // part 0: W_q, uint8. Codes are numbered f = n K + k. With 8 bits, code f is byte f. With 4 bits, the first half of the
 // codes is in the high nibbles of the N K / 2 bytes, and the second half is in the low nibbles. part 1: scale, part 2:
-// zero, G = N K / group of each. g is f / group, or f % G with the flag kAxis0.
+// zero, G = N K / group of each. The group g of code f is f / group, or f % G with the flag kAxis0.
 #pragma once
 
 #include "weight/formats/int_codes.h"
@@ -47,7 +47,7 @@ struct Hqq {
       wide = magnitude > 0x7f800000 ? magnitude : even;
     } else {
       // Adding and subtracting 2^13 times the number's power of two leaves the 11 bits of a float16 number, and the
-      // multiples of 2^-24 below 2^-14. 65536 and more are infinite.
+      // multiples of 2^-24 below 2^-14. Magnitudes of 65536 and more become infinity.
       const int32_t number = magnitude < 0x47800000 ? magnitude : 0x47800000;
       const int32_t power = ((number > 0x38800000 ? number : 0x38800000) & 0x7f800000) + (13 << 23);
       float sum, large;

@@ -45,8 +45,8 @@ inline int64_t group_at(const PackedView& w, const void* g_idx, int64_t column) 
 
 #ifndef __CUDACC__
 
-// Returns whether the 32 columns from any multiple of 32 on belong to one group. The result is false for every weight
-// with g_idx.
+// Returns whether the 32 columns from any multiple of 32 on belong to one group. one_group_in_32 returns false for
+// every weight with g_idx.
 inline bool one_group_in_32(const PackedView& w, const void* g_idx) { return !g_idx && w.group % 32 == 0; }
 
 // Returns the group of a column if groups are consecutive columns.

@@ -2,7 +2,7 @@
 // argument `layout` and in peft_ext/weights/; 0 is NF4, which csrc/nf4 decodes. Each struct has the following members,
 // where w is the PackedView of a weight and W is the decoded matrix:
 //
-//   const char* refused(w)         returns null, or a text with the group, option or shape that the format wants of w.
+//   const char* refused(w)         returns null if w is valid, or else a text with the valid group, option or shape.
 //   int64_t part_bytes(w, part)    returns the bytes of a part; negated if the part may be absent, 0 if the part must
 //                                  be absent or empty.
 //   float value(w, row, column)    returns W[row, column] in float32, by the operations of the format's own library.

@@ -9,8 +9,8 @@
 namespace peft_ext {
 namespace {
 
-// Computes only ColumnPass::sums, for float32 matrices, without an intermediate copy. The function reads a few rows at
-// a time, and adds each column's products in the order of the rows.
+// Computes only ColumnPass::sums, for float32 matrices, without an intermediate copy. sum_columns reads four rows of
+// both matrices at a time, and adds each column's products in the order of the rows.
 void sum_columns(const ColumnPass& pass, int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   const auto* m = static_cast<const float*>(pass.m);

@@ -1,8 +1,9 @@
 // Expand: computes Y from a base product and the low-rank term. Include this file after the target pragma
 // (cpu/target_<isa>.h).
 //
-// The sums of kTokens rows by kVecs vectors stay in registers while the loop runs over all ranks. `right`, the
-// adapter's matrix B or A in float32, is read from L2 once for every kTokens rows. Each element of y is written once.
+// For kTokens rows and kVecs vectors of columns at a time, the sums of left · right stay in registers while the loop
+// runs over all ranks. `right`, the adapter's matrix B or A in float32, is read from L2 once for every kTokens rows.
+// Each element of y is written once.
 #pragma once
 
 #include "linear/cpu/kernels/row_block.h"

@@ -1,5 +1,5 @@
 // FewTokens: multiplies few tokens with the rows of a matrix. for_token_groups divides the tokens into groups, and each
-// row is read once for each group. Include this file after the target pragma (cpu/target_<isa>.h).
+// row of the matrix is read once for each group. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "cpu/token_groups.h"
@@ -8,7 +8,8 @@
 namespace peft_ext {
 namespace {
 
-// For each of kCount tokens, the values of the token's row of x after the row's last whole vector, padded with zeros.
+// Tails holds for each of kCount tokens the values of the token's row of x after the row's last whole vector, padded
+// with zeros.
 template <int kCount>
 using Tails = float[kCount][Vec::kWidth];
 
@@ -72,8 +73,9 @@ inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, 
   }
 }
 
-// Multiplies few tokens with the rows [begin, end) of a float32 matrix whose rows have kVecs vectors, such as lora_B. x
-// stays in registers, and there is no loop over the columns. The results have the same bits as those of few_tokens_row.
+// Multiplies few tokens with the rows [begin, end) of a float32 matrix whose rows have kVecs vectors, such as lora_B.
+// few_tokens_short_rows keeps x in registers, and has no loop over the columns. The results have the same bits as those
+// of few_tokens_row.
 template <int kCount, int kVecs>
 void few_tokens_short_rows(const FewTokens& work, const float* x, int64_t first, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = kVecs * Vec::kWidth;

@@ -48,8 +48,8 @@ struct RowPass {
 // An Expand is the last pass over a base product, or over the low-rank product alone. An Expand computes, for the rows
 // [begin, end) and the columns [first, last), where first is a multiple of kColumnStep:
 //   z = before + left right + bias_before;   y = mask/(1-p) ∘ scale ∘ z + bias + after + residual.
-// Each element of y and z is written once and rounded once to dtype. A term whose pointer is null is left out. If rank
-// is 0, the low-rank term is left out.
+// Each element of y and z is written once and rounded once to dtype. An Expand leaves out each term whose pointer is
+// null. If rank is 0, an Expand leaves out the low-rank term.
 struct Expand {
   void* y;
   void* z = nullptr;

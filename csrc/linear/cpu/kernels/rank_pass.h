@@ -19,7 +19,7 @@
 namespace peft_ext {
 namespace {
 
-// Number of ranks whose sums stay in registers at a time.
+// Largest number of ranks for which row_pass keeps sums in registers at a time.
 constexpr int kRanksTogether = Vec::kWidth == 8 ? 4 : 8;
 
 // Computes totals[i], scale times the sum over the lanes of sums[i].
@@ -77,8 +77,8 @@ void drop_elements(const DropElements& work, int64_t begin, int64_t end) {
   });
 }
 
-// Makes compilers for x86-64 keep a vector in a register. Otherwise the compiler would load a weight again for every
-// use, or clear sums by memset.
+// Makes compilers for x86-64 keep a vector in a register. Without in_register, the compiler would load a weight again
+// for every use, or clear sums by memset.
 inline Vec in_register(Vec x) {
 #if defined(__x86_64__)
   if constexpr (Vec::kWidth > 1) asm("" : "+v"(x.v));
@@ -106,8 +106,9 @@ inline void for_rank_groups(int64_t count, const Run& run) {
   for (; r < count; ++r) run(std::integral_constant<int, 1>(), r);
 }
 
-// Multiplies kCount rows with kRanks rows of `right` over `count` columns, in vectors of `lanes`, and multiplies the
-// products by `scale`. The results are added to out[i][q] if `onto` is true, and otherwise stored in out[i][q].
+// Multiplies kCount rows of m with kRanks rows of `right` over `count` columns, and multiplies the products by `scale`.
+// `lanes` is WholeVec, or PartVec for columns that do not fill a vector. The results are added to out[i][q] if `onto`
+// is true, and otherwise stored in out[i][q].
 template <int kCount, int kRanks, typename V, typename T>
 inline void shrink_tile(V lanes, Rows<T> rows, const float* right, int64_t right_stride, int64_t count, float scale,
                         bool onto, float* out, int64_t out_stride) {

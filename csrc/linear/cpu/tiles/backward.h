@@ -86,8 +86,9 @@ inline void add_piece(const TileBackward* works, DepthPiece* piece, int64_t colu
            piece->tiles, block->c, &piece->ahead);
 }
 
-// Computes a block of dX from the sums of all layers. columns: if `given` is not null, the transpose of W's columns
-// from `column` on.
+// Computes a block of dX from the block's sums: computes the dropped elements by dot products if `given` is not null,
+// multiplies by in_scale if it is not null, and writes the block to grad_x. columns: if `given` is not null, the
+// transpose of W's columns from `column` on.
 inline void finish_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* columns, Block* block) {
   const int64_t k = work.weight.columns, token = strip * kStrip;
   if (work.given != nullptr) dropped_dots(work, column, strip, columns, block);

@@ -39,8 +39,8 @@ struct BlockSums {
   alignas(64) float c[kBlockElements];
 };
 
-// A block of sums of a product. `c` points to a BlockSums, or to the memory for sums that are carried from part to part
-// of the depth.
+// A Block holds sums of a product for up to 2 strips of rows by 2 strips of lanes. `c` points to a BlockSums, or to the
+// memory for sums that are carried from part to part of the depth.
 struct Block {
   float* c;
   int left, right;  // `left`: number of strips of rows; `right`: number of strips of lanes

@@ -1,5 +1,5 @@
 // Converts a panel of W to strips with instructions of AVX-512 and AVX512-BF16: rows of W for the forward, columns of W
-// for the backward. A packed weight is decoded during the conversion. Include this file after the target pragma
+// for the backward. A packed weight is decoded while the panel is converted. Include this file after the target pragma
 // (cpu/target_<isa>.h).
 #pragma once
 
@@ -24,7 +24,7 @@ inline __m512i decode32(const uint8_t* packed, __m512i table) {
 }
 
 // Decodes `count` flat elements of an NF4 weight (or copies elements of a dense weight) from element `flat` on. The
-// elements may begin and end anywhere in an NF4 block or byte.
+// range of elements may begin and end anywhere in an NF4 block or byte.
 inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* out) {
   if (w.dense != nullptr) {
     for (int64_t i = 0; i < count; ++i) out[i] = w.dense[flat + i];

@@ -1,5 +1,5 @@
 // Converts a panel of W to strips, on Arm: rows of W for the forward, columns of W for the backward. A packed weight is
-// decoded during the conversion. Include this file after the target pragma (cpu/target_<isa>.h) and after
+// decoded while the panel is converted. Include this file after the target pragma (cpu/target_<isa>.h) and after
 // microkernel_neon.h.
 #pragma once
 
@@ -39,7 +39,7 @@ inline void block_values(const TileWeight& w, int64_t block, bf16* out) {
 
 inline Values32 decode32(const uint8_t* packed, WordPlanes table) {
   const Nibbles codes = nibbles(packed);
-  uint16x8_t words[2][2];  // words[0] has the values of the even elements, and words[1] those of the odd elements
+  uint16x8_t words[2][2];  // words[0] has the values of the even elements, and words[1] the values of the odd elements
   for (int i = 0; i < 2; ++i) {
     const uint8x16_t index = i == 0 ? codes.even : codes.odd;
     const uint8x16_t low = vqtbl1q_u8(table.val[0], index), high = vqtbl1q_u8(table.val[1], index);
@@ -50,8 +50,8 @@ inline Values32 decode32(const uint8_t* packed, WordPlanes table) {
            vzip1q_u16(words[0][1], words[1][1]), vzip2q_u16(words[0][1], words[1][1])}};
 }
 
-// Decodes `count` flat elements of an NF4 weight, from element `flat` on. The elements may begin and end anywhere in an
-// NF4 block or byte.
+// Decodes `count` flat elements of an NF4 weight, from element `flat` on. The range of elements may begin and end
+// anywhere in an NF4 block or byte.
 inline void decode_run(const TileWeight& w, int64_t flat, int64_t count, bf16* out) {
   for (int64_t i = 0; i < count;) {
     const int64_t at = flat + i, block = at >> w.block_shift;

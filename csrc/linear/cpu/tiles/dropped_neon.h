@@ -76,7 +76,7 @@ inline void dropped_product(const TileForward& work, int64_t rows, int64_t token
   }
 }
 
-// Returns grad · row, a dot product of `depth` values. The row is padded with zeros.
+// Returns grad · row, a dot product of `depth` values. `row` is padded with zeros to a multiple of 32 values.
 inline float dot(const bf16* grad, int64_t depth, const bf16* row) {
   float32x4_t sums[4];
   for (float32x4_t& sum : sums) sum = vdupq_n_f32(0.0f);

@@ -32,7 +32,8 @@ void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out)
 // rows are multiplied at a time.
 template <int kTokens, int kRows>
 inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
-  // Each addition to a sum must wait for the previous addition. Several independent sums keep the multiplier busy.
+  // Each addition to a sum must wait for the previous addition, so that several independent sums keep the multiplier
+  // busy.
   constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
   // Distance in bytes from the memory that is read to the memory that is prefetched. If kRows is more than 1, the rows
@@ -110,8 +111,8 @@ inline void few_tokens_group(const TileFewTokens& work, int64_t begin, int64_t e
 
 void few_tokens(const TileFewTokens& work, int64_t begin, int64_t end) {
   if (work.tokens <= kFewestTokens) return few_tokens_group(work, begin, end);
-  // kRows rows of W are multiplied with all groups of tokens before the next rows are read. The rows stay in L2 until
-  // then, so that W is read from memory only once.
+  // kRows rows of W are multiplied with all groups of tokens before the next rows are read, so that the rows stay in
+  // L2, and W is read from memory only once.
   constexpr int64_t kRows = 12;  // a multiple of every kRows with which few_tokens_of is compiled
   const int64_t length = tiles_of(work.columns) * kTileDepth;
   for (int64_t row = begin; row < end; row += kRows)

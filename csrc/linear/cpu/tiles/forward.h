@@ -14,8 +14,8 @@ inline float value_at(const float* values, int64_t i, int64_t count, float other
 }
 
 // Adds the products over `tiles` tiles of the depth, from tile `from` on, to the sums of one block. After the last tile
-// of the depth, the function computes the block of Y (and of Z, if wanted) from the sums. rest: null, or for each token
-// of the block the product of the token's dropped elements with W's rows from `row` on.
+// of the depth, forward_block computes the block of Y (and of Z, if wanted) from the sums. rest: null, or for each
+// token of the block the product of the token's dropped elements with W's rows from `row` on.
 template <typename Left>
 inline void forward_block(const TileForward& work, int64_t row, int64_t strip, int64_t from, int64_t tiles,
                           const Left& rows, const float* rest, Block* block, Block* base, Ahead* ahead) {

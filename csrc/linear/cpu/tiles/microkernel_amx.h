@@ -26,8 +26,8 @@ constexpr int64_t kFewStrips = 8;  // measured: up to 128 tokens, reading W's ro
 inline bool decodes_rows(const TileWeight&) { return false; }
 inline Strips decoded_rows(const TileWeight&, int64_t) { return Strips{}; }
 
-// A left operand of multiply(). The fields are distances in elements: `strip` from 16 rows to the next 16 rows, `tile`
-// from 32 elements of the depth to the next 32, and `row` from a row to the next row.
+// A left operand of multiply(). strip, tile and row are distances in elements: `strip` from 16 rows to the next 16
+// rows, `tile` from 32 elements of the depth to the next 32, and `row` from a row to the next row.
 struct Rows {
   const bf16* at;
   int64_t strip, tile, row;

@@ -19,7 +19,8 @@ struct TileUnit {
   TileUnit() {}
 };
 
-// kDepthStep: depth of a step; kPair: number of values that a pair of rows has in a step.
+// kDepthStep: number of values of the depth in one step, over which one BFMMLA sums; kPair: number of values that a
+// pair of rows has in a step.
 constexpr int64_t kDepthStep = 4, kPair = 2 * kDepthStep;
 constexpr int kPairs = 4;  // number of row pairs, and of lane pairs, in registers
 constexpr int64_t kRowsOfStep = 2 * kPairs;

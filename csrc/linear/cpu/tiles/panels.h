@@ -29,17 +29,17 @@ inline const char* element_address(const TileWeight& w, int64_t flat) {
                             : reinterpret_cast<const char*>(w.packed + flat / 2);
 }
 
-// rows_ahead and columns_ahead return the memory of the next panel, which is prefetched during `steps` steps of the
-// product. The next panel of the forward has the rows from `row` on and `tiles` tiles of their columns, from tile
-// `from` on. The next panel of the backward has the columns from `column` on, which are one run of memory in each row
-// of the tiles.
+// rows_ahead and columns_ahead return a description (Ahead in tiles.h) of the next panel's memory, which is prefetched
+// during `steps` steps of the product. The next panel of the forward has the rows from `row` on and `tiles` tiles of
+// their columns, from tile `from` on. The next panel of the backward has the columns from `column` on, which are one
+// run of memory in each row of the tiles.
 // If the codes of a packed weight are not stored row by row, nothing is prefetched.
 inline Ahead rows_ahead(const TileWeight& w, int64_t row, int64_t count, int64_t from, int64_t tiles, int64_t steps) {
   const int64_t rows = w.decode != nullptr && w.row_bytes[0] == 0 ? 0 : min_i64(count, w.rows - row);
   if (rows <= 0 || steps <= 0) return Ahead{};
   const int64_t first = from * kTileDepth, last = min_i64(w.columns, first + tiles * kTileDepth);
   const char* at = element_address(w, row * w.columns + first);
-  if (first == 0 && last == w.columns) {  // if all columns are taken, the rows are one contiguous run
+  if (first == 0 && last == w.columns) {  // if the panel has all columns of W, the panel's rows are one contiguous run
     const int64_t runs = (element_address(w, (row + rows) * w.columns) - at) / 128;
     return Ahead{at, 0, runs, runs, ceil_div(runs, steps)};
   }

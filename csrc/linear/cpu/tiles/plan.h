@@ -1,16 +1,16 @@
 // Divides the work of the tile kernels among threads. The plan is pure arithmetic without torch and without a search,
 // so that planning ends for every input.
 //
-//   unit     The product of a panel of kPlanRows rows of W with kPlanStrip * step tokens, which one thread computes.
-//   block    Token strips that are multiplied with all of W before the strips of the next block. The token strips of a
+//   unit:    The product of a panel of kPlanRows rows of W with kPlanStrip * step tokens, which one thread computes.
+//   block:   Token strips that are multiplied with all of W before the strips of the next block. The token strips of a
 //            block stay in L3.
-//   part     The work of one thread: a range of units in each block, panel after panel.
+//   part:    The work of one thread: a range of units in each block, panel after panel.
 //
 // Every unit is in exactly one range, and so in exactly one part. There are two divisions: in the first division, a
 // range may end at any unit, and two threads may decode the same panel; in the second division, a range ends only at a
-// whole panel. The plan takes the division whose busiest thread has the smaller cost. The unit of cost is the product
-// of one panel with one strip of tokens; decoding a panel costs `decode` of these products. In each block, the cost of
-// the most expensive part is at most the mean cost of a part, plus the cost of one unit, plus the cost of decoding two
+// whole panel. The plan uses the division whose busiest thread has the smaller cost. The unit of cost is the product of
+// one panel with one strip of tokens; decoding a panel costs `decode` of these products. In each block, the cost of the
+// most expensive part is at most the mean cost of a part, plus the cost of one unit, plus the cost of decoding two
 // panels.
 #pragma once
 
@@ -42,11 +42,12 @@ constexpr int64_t kPlanPanel = 4096;
 constexpr DepthCut kForwardCut{kPlanPanel, 1024, 4};
 // A panel of the backward has a few columns of many rows of W, so that it consists of many short runs of memory. Most
 // of the runs lie in different pages, and if the length of a row is a multiple of a large power of two, the runs share
-// few sets of a cache. Parts of few rows and panels of many columns have longer runs and fewer pages.
+// few sets of a cache. Parts of the depth with few rows, and panels with many columns, have longer runs of memory in
+// fewer pages.
 constexpr DepthCut kBackwardCut{kPlanPanel, 512, 8};
-// If there are several blocks, the largest block that is allowed has this number of units or more for each thread.
-// Blocks are equally large, so that a thread may have about half as many units in a block. With so many units, it costs
-// little if a thread has one unit more than the other threads.
+// If there are several blocks, the largest block that is allowed has kPlanUnits units or more for each thread. Blocks
+// are equally large, so that a thread may have about half as many units in a block. With kPlanUnits units for each
+// thread, it costs little if a thread has one unit more than the other threads.
 constexpr int64_t kPlanUnits = 32;
 
 // The rows [row, end) of W, which are multiplied with the token strips [first, last).
@@ -62,7 +63,7 @@ struct TilePlan {
   bool whole_panels;              // whether all units of a panel in a block belong to the same part
   int64_t together;               // largest number of panels of W in a range
 
-  // Returns the largest number of strips in a range.
+  // Returns the largest number of token strips in a PlanRange.
   int64_t strips_together() const { return blocks > 0 ? (steps + blocks - 1) / blocks * step : 0; }
 
   int64_t first_step(int64_t block) const { return steps * block / blocks; }
@@ -95,8 +96,8 @@ struct TilePlan {
   }
 };
 
-// Returns the number of tiles in a part of a depth of `tiles` tiles: all tiles, or a multiple of 8. A deep depth is cut
-// into parts of nearly equal length.
+// Returns the number of tiles in a part of a depth of `tiles` tiles: all tiles, or a multiple of 8. A depth above
+// DepthCut::whole is cut into parts of nearly equal length.
 inline int64_t depth_part(const DepthCut& cut, int64_t tiles) {
   const int64_t most = cut.part / kPlanTile;
   if (tiles <= cut.whole / kPlanTile) return tiles;
@@ -123,8 +124,8 @@ inline TilePlan plan_tiles(int64_t rows, int64_t depth, int64_t tokens, int64_t 
   const int64_t step_bytes = most(1, read) * kPlanStrip * 2 * step;
   const int64_t fitting = most(1, kPlanBlockBytes / step_bytes);
   plan.blocks = ceil(plan.steps, most(fitting, ceil(kPlanUnits * threads, plan.panels)));
-  // The costs are computed for the largest block. Each other block has as many steps as the largest block, or one step
-  // fewer.
+  // The costs of the two divisions are computed for the largest block. Each other block has as many steps as the
+  // largest block, or one step fewer.
   const int64_t of_panel = ceil(plan.steps, plan.blocks), units = plan.panels * of_panel;
   plan.parts = units < threads ? units : threads;
   const int64_t each = ceil(units, plan.parts), touched = (each - 1 + of_panel - 1) / of_panel + 1;

@@ -49,7 +49,8 @@ bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int6
 // multiplies all of W in about the time in which vector instructions multiply a twentieth of W.
 bool tiles_take_dropped(const Dropout& dropout, int64_t depth);
 
-// The dropped elements of m [tokens, depth]. The pointers in `entries` point into the other fields.
+// DroppedTokens holds the elements of m [tokens, depth] that dropout drops. The pointers in `entries` point into
+// `first` and `held`.
 struct DroppedTokens {
   std::vector<int64_t> first;
   Tensor held;  // memory of the 32-bit entries, allocated as a float32 tensor

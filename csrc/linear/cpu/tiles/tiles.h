@@ -2,29 +2,30 @@
 // (AVX512-BF16, AMX, Arm's BF16). Each of these instruction sets has a table of the kernels, TileKernels. The letters
 // in the formulas are those of linear/cpu/adapted_linear.h.
 //
-//   forward   Z = x Wᵀ + S (ρB)ᵀ                 Y = g (Z + b₀) + b₁          lanes: tokens     rows: W's rows
-//   backward  dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W))                       lanes: W's columns  rows: tokens
-//             For several layers of one input, one block of sums holds the sum of the layers' dX.
+//   Forward: Z = x Wᵀ + S (ρB)ᵀ and Y = g (Z + b₀) + b₁. A block of sums has tokens as lanes and W's rows as rows.
+//   Backward: dX = l ∘ (G W + mask/(1-p) ∘ (P A + H W)). A block of sums has W's columns as lanes and tokens as rows.
+//   For several layers of one input, one block of sums holds the sum of the layers' dX.
 //
 // In the backward, G is g ∘ dY, P is (g ∘ dY) ρB, and l is in_scale. If dropout acts on the base too, as in PEFT's
 // DoRA, G is dY and H is (g - 1) ∘ dY; otherwise there is no H. If dropout acts on the base too and drops few elements,
 // the second product with all of W is replaced by a product with the dropped elements: see dropped_avx512.h.
 //
 // One microkernel serves the forward and the backward: C [rows, lanes] += left [rows, depth] right [depth, lanes],
-// where the depth is summed in float32 from first to last. A panel of a deep W does not fit L2. The depth is therefore
-// cut into parts, and a panel has one part of the depth at a time: all tokens of a kernel's call are multiplied with
-// the first part, then with the second part, and the float32 sums of a block are carried from part to part in scratch
-// memory. The cut does not change the order of a sum, and so does not change the results. Operands are stored in tiles
-// of 1 KiB. The tiles of a strip are in the order of the depth, with zeros beyond the end of the matrix:
-//   left   A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
-//   right  A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
+// where the depth is summed in float32 from first to last. A panel over the whole of a large depth does not fit L2. The
+// depth is therefore cut into parts, and a panel has one part of the depth at a time: all tokens of a kernel's call are
+// multiplied with the first part, then with the second part, and the float32 sums of a block are carried from part to
+// part in scratch memory. Cutting the depth into parts does not change the order of a sum, and so does not change the
+// results. Operands are stored in tiles of 1 KiB. The tiles of a strip are in the order of the depth, with zeros beyond
+// the end of the matrix:
+//   left:  A tile of a left operand has 16 rows x 32 elements of the depth, in row-major order.
+//   right: A tile of a right operand has 16 pairs of elements of the depth x 16 lanes x 2. The layout of a right
 //          operand is AMX's VNNI layout, of which vdpbf16ps reads one register for each pair.
-// With these layouts, the forward reads and decodes W's rows in row-major order, and transposes x once. The backward
-// interleaves pairs of W's rows and copies G without transposing. On Arm the tiles of both operands are 8 steps of the
-// depth x 8 pairs x 2 x 4, see microkernel_neon.h. A panel of W is copied or decoded into scratch memory that stays in
-// L2 while all tokens of a kernel's call are multiplied with the panel; for few strips of tokens, the forward may read
-// or decode W's rows without a panel (rows_of and decoded_rows in block.h). No repacked copy of the whole W is made. A
-// call of a kernel writes and rounds each element of Y or dX once.
+// With these layouts of the operands, the forward reads and decodes W's rows in row-major order, and transposes x once.
+// The backward interleaves pairs of W's rows and copies G without transposing. On Arm the tiles of both operands are 8
+// steps of the depth x 8 pairs x 2 x 4, see microkernel_neon.h. A panel of W is copied or decoded into scratch memory
+// that stays in L2 while all tokens of a kernel's call are multiplied with the panel; for few strips of tokens, the
+// forward may read or decode W's rows without a panel (rows_of and decoded_rows in block.h). No repacked copy of the
+// whole W is made. A call of a kernel writes and rounds each element of Y or dX once.
 #pragma once
 
 #include <stdint.h>
@@ -51,15 +52,15 @@ struct TileWeight {
                  DType dtype) = nullptr;
   PackedView view{};  // packed W, as an argument of `decode`
   // For prefetches of a weight that `decode` decodes, for part 0 and for part 1 of the weight: the bytes of a row, and
-  // the bytes of kPanelStep columns of a row. Both are 0 if the part is not stored row by row.
+  // the bytes of kPanelStep columns of a row. row_bytes and step_bytes are 0 if the part is not stored row by row.
   int64_t row_bytes[2] = {}, step_bytes[2] = {};
 };
 
 // An Ahead describes the memory of the next panel of W. This memory is prefetched into L2 during the products with the
 // present panel, a little at each step of the depth, so that memory and multiplier work at the same time. `left` is the
-// number of runs of 128 bytes that remain. Every `every`-th step prefetches `each` runs. Runs are not prefetched
-// earlier, because runs that are prefetched long before their use may be displaced from L2. The runs lie in groups of
-// `group` adjacent runs, and the groups are `stride` bytes apart.
+// number of runs of 128 bytes that remain. Every `every`-th step of the depth prefetches `each` runs of 128 bytes. The
+// runs are not all prefetched at once, because runs that are prefetched long before their use may be displaced from L2.
+// The runs lie in groups of `group` adjacent runs, and the groups are `stride` bytes apart.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0, group = 1, left = 0, each = 0;
@@ -106,16 +107,16 @@ struct TileTerm {
   uint16_t lanes;  // bit j: token j has this adapter; other tokens do not change, even if B is not finite
 };
 
-// The elements of x that dropout drops. Token t has the entries [first[t], first[t + 1]). The upper 16 bits of an entry
-// are the column, and the lower 16 bits are the element's value in bfloat16. A token's entries are padded to a multiple
-// of kDroppedStep by entries with the value 0 and the last entry's column.
+// DroppedEntries holds the elements of x that dropout drops. Token t has the entries [first[t], first[t + 1]). The
+// upper 16 bits of an entry are the column, and the lower 16 bits are the element's value in bfloat16. A token's
+// entries are padded to a multiple of kDroppedStep by entries with the value 0 and the last entry's column.
 struct DroppedEntries {
   const int64_t* first = nullptr;
   uint32_t* entries = nullptr;
 };
 constexpr int64_t kDroppedStep = 4;
-// Largest depth for which DroppedEntries are made, because an entry has 16 bits for the column. At this depth, a panel
-// and the panel's transpose together take half of the scratch memory that a thread keeps.
+// Largest depth for which DroppedEntries are made, because an entry has 16 bits for the column. At a depth of
+// kDroppedDepth, a panel and the panel's transpose together take half of the scratch memory that a thread keeps.
 constexpr int64_t kDroppedDepth = 65536;
 
 // Arguments of the forward. If `dropped` is given, as in PEFT's DoRA with dropout on the base: Z = x̃ Wᵀ + S (ρB)ᵀ and
@@ -180,7 +181,7 @@ struct TileKernels {
   int64_t decode_strips;
   void (*left_strips)(const TokenStrips& work, int64_t begin, int64_t end);
   void (*right_strips)(const TokenStrips& work, int64_t begin, int64_t end);
-  // Writes the DroppedEntries of the tokens [begin, end). The caller has set out.first.
+  // Writes the DroppedEntries of the tokens [begin, end). The caller of dropped_entries has set out.first.
   void (*dropped_entries)(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end);
   // Computes the forward for the rows [begin, end) of W and the token strips [first, last). panel: memory for the
   // strips of these rows in one part of the depth, and for twice as much if `rest` is given (in the backward, if
@@ -189,8 +190,8 @@ struct TileKernels {
   void (*forward)(const TileForward& work, int64_t begin, int64_t end, int64_t first, int64_t last, bf16* panel,
                   float* sums);
   // Computes dX for the columns [begin, end) of W and the token strips [first, last), summed over `count` layers with
-  // the same tokens, columns and grad_x. A layer with in_scale must be alone, and `first` is then a multiple of
-  // kReduceTokens.
+  // the same tokens, columns and grad_x. A layer with in_scale must be alone, and the first token, first · kStrip, is
+  // then a multiple of kReduceTokens.
   void (*backward)(const TileBackward* work, int count, int64_t begin, int64_t end, int64_t first, int64_t last,
                    bf16* panel, float* sums);
   // Multiplies the rows [begin, end) of w with few tokens. few_tokens is null on Arm, where PassKernels::few_tokens

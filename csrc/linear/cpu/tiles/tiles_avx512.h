@@ -8,6 +8,6 @@
 #include "linear/cpu/tiles/dropped_avx512.h"
 #include "linear/cpu/tiles/few_tokens_avx512.h"
 #include "linear/cpu/tiles/strips_avx512.h"
-// The headers that follow use the definitions of the headers that were included before.
+// The order of the headers below matters: each header uses definitions of headers that were included before.
 #include "linear/cpu/tiles/backward.h"
 #include "linear/cpu/tiles/forward.h"
