@@ -12,7 +12,7 @@ namespace peft_ext {
 namespace {
 
 struct Activated {
-  Vec value, slope;  // act(u) and act'(u); the compiler removes the computation of an unused value
+  Vec value, slope;  // act(u) and act'(u); the compiler removes the computation of the one that is not used
 };
 
 template <Activation kActivation>

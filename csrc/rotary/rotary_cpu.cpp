@@ -1,5 +1,5 @@
-// Rotary position embedding on the CPU: checks, allocation and threads. The kernel is in kernels_impl.h. One thread
-// rotates all heads of a token, so that the bits are equal for every number of threads.
+// Rotary position embedding on the CPU: checks, allocation and threads. The kernel is in kernels_impl.h. A thread
+// rotates all heads of a token.
 #include <tuple>
 
 #include "common/registration.h"
