@@ -9,14 +9,14 @@
 
 namespace peft_ext {
 
-// Returns eight bytes of 0 or 1: whether the bytes of `x` are not 0.
+// Returns eight bytes; each is 1 if this byte of `x` is not 0, else 0.
 inline uint64_t nonzero_bytes(uint64_t x) {
   constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full;
   return (((x & kLow) + kLow) | x) >> 7 & 0x0101010101010101ull;
 }
 
-// Computes a block of the mask: bit i of words[j] tells whether query i may see key j, for `count` queries of up to 64.
-// Element [i, j] of the mask is rows[i * of_query + j * of_key].
+// Packs the mask of up to 64 queries: bit i of words[j] tells whether query i may see key j. Element [i, j] of the mask
+// is rows[i * of_query + j * of_key].
 inline void pack_mask_block(const uint8_t* rows, int64_t of_query, int64_t of_key, int64_t count, int64_t keys,
                             uint64_t* words) {
   constexpr int64_t kSide = 8;

@@ -4,8 +4,8 @@
 //
 // A left operand is a sequence of tiles of 16 rows by 32 values of depth, each in 1 KiB of contiguous memory: in a
 // row-major matrix, all 16 rows of a tile could fall into one set of the L1 cache. A tile of a right operand is 16
-// words of depth by 16 lanes. The sums of 2 x 2 tiles stay in tile registers. Each step of the depth loads two tiles of
-// the left and two tiles of the right operand for four products of 16 x 16 x 32.
+// words of depth by 16 lanes. The sums of 2 x 2 tiles of the result stay in tile registers. Each step of the depth
+// loads two tiles of the left and two tiles of the right operand for four products of 16 x 16 x 32.
 #pragma once
 
 #include <string.h>
@@ -21,11 +21,11 @@ constexpr int64_t kRows = 2 * kLeftRows;  // number of keys in a strip
 constexpr int64_t kWidth = Vec::kWidth;
 constexpr bool kInPlace = false;  // whether a product can read rows of k and v in place
 
-// Under a causal mask, the products of the backward that sum over queries begin with the first query that sees a strip
-// of keys. This query must be the first of a tile.
+// Under a causal mask, the backward's products that sum over queries begin with the first query that sees a strip of
+// keys; this query must be the first of a tile.
 static_assert(kRows % kDepth == 0, "the first query that sees a strip must be the first of a tile");
 
-struct ProductUnit {  // lives while a thread computes a unit of work; configures and releases the tile registers
+struct ProductUnit {  // exists while a thread computes a unit of work; configures and releases the tile registers
   ProductUnit() { amx_configure(); }
   ProductUnit(const ProductUnit&) = delete;
   ProductUnit& operator=(const ProductUnit&) = delete;
@@ -96,8 +96,8 @@ inline void multiply(int64_t rows, int64_t vecs, const Element* left, int64_t le
         block(high > kLeftRows, wide == 2, strips, lanes, to, c_stride);
         continue;
       }
-      // The tiles of the last rows, if incomplete, are computed in `sums` and copied to c, because c may end with its
-      // last row.
+      // Incomplete tiles of the last rows are computed in `sums` and copied to c, because c may have no memory after
+      // its last row.
       constexpr int64_t kSide = 2 * kLeftRows;
       alignas(64) float sums[kSide * kSide];
       const size_t bytes = static_cast<size_t>(wide * kWidth) * sizeof(float);
