@@ -32,8 +32,8 @@ inline void store8(float* out, __m256 value) { _mm256_storeu_ps(out, value); }
 inline void store8(bf16* out, __m256 value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_bf16(value)); }
 inline void store8(f16* out, __m256 value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_f16(value)); }
 
-// A vector of eight floats. Each instruction set has a Vec with these members, so that one source of a kernel serves all
-// instruction sets.
+// A vector of eight floats. Each instruction set has a Vec with these members, so that one source of a kernel serves
+// all instruction sets.
 struct Vec {
   static constexpr int kWidth = 8;
   __m256 v;

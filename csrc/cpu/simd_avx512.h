@@ -35,8 +35,8 @@ inline void store16(bf16* out, __m512 value) {
 }
 inline void store16(f16* out, __m512 value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), round_f16(value)); }
 
-// A vector of sixteen floats. Each instruction set has a Vec with these members, so that one source of a kernel serves all
-// instruction sets.
+// A vector of sixteen floats. Each instruction set has a Vec with these members, so that one source of a kernel serves
+// all instruction sets.
 struct Vec {
   static constexpr int kWidth = 16;
   __m512 v;
