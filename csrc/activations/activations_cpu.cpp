@@ -1,5 +1,5 @@
-// Plain and gated activations on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. A row is
-// computed by one thread, so that the bits are equal for every number of threads.
+// The CPU operators of plain and gated activations: checks, allocation and threads. The kernels are in kernels_impl.h.
+// A row is computed by one thread, so that the bits are equal for every number of threads.
 #include <tuple>
 
 #include "common/registration.h"

@@ -1,4 +1,4 @@
-// Plain and gated activations on CUDA. Each call is one launch of the kernel in activations.cuh.
+// The CUDA operators of plain and gated activations. Each call is one launch of the kernel in activations.cuh.
 #include "activations/activations.cuh"
 
 #include <tuple>

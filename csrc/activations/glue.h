@@ -21,8 +21,8 @@ inline Activation checked_gate(const char* op, int64_t activation) {
 }
 
 // A tensor [..., columns] as contiguous rows with a distance of `stride` elements between neighbouring rows. rows_apart
-// makes it without a copy from, for example, a half of a wider contiguous tensor. rows_apart copies a tensor whose rows
-// are not contiguous, overlap, or do not all have the same distance.
+// makes a RowsApart object without a copy from, for example, a half of a wider contiguous tensor. rows_apart copies a
+// tensor whose rows are not contiguous, overlap, or do not all have the same distance.
 struct RowsApart {
   torch::stable::Tensor held;
   int64_t stride;

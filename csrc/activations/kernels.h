@@ -28,9 +28,9 @@ struct GatedRows {
   DType dtype;  // dtype of all matrices
   int64_t columns;
   StridedRows gate, up;  // if up has no data, up is 1
-  StridedRows grad;      // dY; has data only for the gradient
+  StridedRows grad;      // dY; has data only in the gradient
   WrittenRows out;       // receives y in the forward, d gate in the gradient
-  WrittenRows out_up;    // d up; has no data if up has no data
+  WrittenRows out_up;    // receives d up in the gradient; has no data without up
 };
 
 // `rows` computes y and `gradient` computes d gate and d up for the rows [begin, end).

@@ -1,7 +1,7 @@
-// Scaled dot-product attention on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. The
-// threads divide the blocks of queries in the forward (for few queries, groups of up to kFewRows rows as in few.h), and
-// cells of queries and keys in the backward (attention/plan.h). How a sum is divided into partial sums depends only on
-// the shapes and on the CPU path, so that the bits of the results are equal for every number of threads.
+// The CPU operators of scaled dot-product attention: checks, allocation and threads. The kernels are in kernels_impl.h.
+// The threads divide the blocks of queries in the forward (for few queries, groups of up to kFewRows rows as in few.h),
+// and cells of queries and keys in the backward (attention/plan.h). How a sum is divided into partial sums depends only
+// on the shapes and on the CPU path, so that the bits of the results are equal for every number of threads.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -206,8 +206,8 @@ struct Call {
   void in_parallel(int64_t units, size_t bytes, const F& f) {
     parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       f(begin, end, scratch(Scratch::kPanel, bytes));
-      // Releases the scratch of f if it is large, as for a head size of thousands. The scratch that holds the sums
-      // stays allocated, because other threads may still use the sums.
+      // Releases the scratch of f if this scratch is large, for example for a head size of thousands. The scratch that
+      // holds the sums stays allocated, because other threads may still use the sums.
       release_large_scratch(Scratch::kPanel);
     });
   }

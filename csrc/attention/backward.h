@@ -1,5 +1,5 @@
 // Computes the backward of attention for one cell of queries and keys: dV, dQ and dK, defined in attention/kernels.h.
-// Include this file after the target pragma and the path's headers of Vec, words and transposition.
+// Include this file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include "attention/forward.h"
@@ -7,7 +7,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kBackwardKeys = kLeastStep * kPlanBlock;  // number of keys in a block of the backward
+constexpr int64_t kBackwardKeys = kLeastStep * kPlanBlock;  // number of keys that the backward multiplies at a time
 
 struct BackwardParts {
   Element *q_rows, *grad_rows;      // copies of rows of q and dO, unless the products read q and dO in place

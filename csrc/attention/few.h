@@ -1,7 +1,7 @@
 // Computes the forward of attention for few queries, as in generation: O and lse, defined in attention/kernels.h. A
 // unit of a thread's work has up to kFewRows rows; a row is one query of one of the query heads that share a key head.
 // A thread reads k and v in place, once for all rows of a unit, and holds the scores and probabilities of the rows in
-// float32. Include this file after the target pragma, the path's Vec and forward.h.
+// float32. Include this file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include "attention/forward.h"

@@ -1,5 +1,5 @@
 // Computes the forward of attention for a block of queries: O and lse, defined in attention/kernels.h. Include this
-// file after the target pragma and the path's headers of Vec, words and transposition.
+// file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include <math.h>
@@ -10,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kForwardKeys = 192;  // number of keys in a block of the forward; a multiple of kRows
+constexpr int64_t kForwardKeys = 192;  // number of keys that the forward multiplies at a time; a multiple of kRows
 constexpr float kLog2E = 1.44269504f;
 
 struct ForwardParts {

@@ -1,5 +1,4 @@
-// Packs a bool mask into 64-bit words with one bit for each of 64 queries (attention/kernels.h). This file does not
-// depend on torch.
+// Packs a bool mask into 64-bit words with one bit for each of 64 queries (attention/kernels.h).
 #pragma once
 
 #include <stdint.h>
@@ -9,7 +8,7 @@
 
 namespace peft_ext {
 
-// Returns eight bytes; each is 1 if this byte of `x` is not 0, else 0.
+// Byte i of the result is 1 if byte i of `x` is not 0, else 0.
 inline uint64_t nonzero_bytes(uint64_t x) {
   constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full;
   return (((x & kLow) + kLow) | x) >> 7 & 0x0101010101010101ull;

@@ -1,5 +1,5 @@
 // Makes the left and right operands of attention's products (see attention/kernels.h) from rows of q, k, v and dO.
-// Include this file after the target pragma and the path's headers of Vec, words, transposition and product.
+// Include this file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include <string.h>
@@ -55,8 +55,8 @@ inline bool lies_right(int64_t depth) {
   return kTaken<T> && depth % kDepth == 0;
 }
 
-// Returns rows of x as elements, padded with zeros to the padded depth: x in place if lies_right(depth) is true,
-// otherwise a copy in `made` [count, padded depth].
+// Returns rows of x in the operands' element type, padded with zeros to the padded depth: x in place if
+// lies_right(depth), otherwise a copy in `made` [count, padded depth].
 template <typename T>
 inline Rows rows_of_heads(const T* x, int64_t token, int64_t count, int64_t depth, Element* made) {
   if constexpr (kTaken<T>)
@@ -192,7 +192,8 @@ void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, i
   }
 }
 
-// Sets the sums of dK and dV of the keys [key, key_end) of a unit's split to zero.
+// Sets one split's sums of dK and dV to zero for the keys [key, key_end) of a key head. unit: index among the B · Hkv
+// key heads.
 inline void clear_sums(const Attention& work, int64_t unit, int64_t split, int64_t key, int64_t key_end) {
   const int64_t first = (split * work.batches * work.kv_heads + unit) * work.keys + key;
   const auto clear = [&](float* sums, int64_t lanes) {

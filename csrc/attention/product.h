@@ -1,6 +1,6 @@
 // The product of a left and a right operand (see attention/kernels.h) with vector instructions. In this file, a left
-// operand is a row-major matrix. Include this file after the target pragma and the path's headers of Vec and words.
-// product_amx.h defines the same names for AMX.
+// operand is a row-major matrix. Include this file after the target pragma (cpu/target_<isa>.h) and the headers that
+// define Vec and the operands' words. product_amx.h defines the same names for AMX.
 #pragma once
 
 #include <utility>

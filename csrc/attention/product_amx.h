@@ -1,6 +1,6 @@
 // The product of a left and a right operand (see attention/kernels.h) with AMX-BF16 tiles; product.h has the same names
-// for vectors. Include this file after the target pragma, the path's headers of Vec and words, and
-// linear/cpu/tiles/amx.h or amx_emulated.h.
+// for vectors. Include this file after the target pragma (cpu/target_<isa>.h), the headers that define Vec and the
+// operands' words, and linear/cpu/tiles/amx.h or amx_emulated.h.
 //
 // A left operand is a sequence of tiles of 16 rows by 32 values of depth, each in 1 KiB of contiguous memory: in a
 // row-major matrix, all 16 rows of a tile could fall into one set of the L1 cache. A tile of a right operand is 16

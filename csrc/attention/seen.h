@@ -1,5 +1,5 @@
 // Functions that find which queries may see a key, and a product that leaves out invisible blocks of keys. Include this
-// file after the target pragma and the path's headers of Vec, words and transposition.
+// file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include "attention/operands.h"

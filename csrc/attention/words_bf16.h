@@ -1,5 +1,5 @@
 // Words of bfloat16 operands for the dot product of AVX512-BF16: a word holds two values (see attention/kernels.h).
-// Include this file after the target pragma and the path's header of Vec.
+// Include this file after the target pragma (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include <immintrin.h>

@@ -4,11 +4,12 @@
 //
 // For more than two tokens with x, D and V in one 16-bit dtype that multiplies_in (linear/cpu/base_product.h) accepts,
 // PyTorch's matrix products compute the forward and the gradients. For up to eight tokens, PyTorch's matrix products
-// compute the gradients in every dtype. In all other cases, the kernels of linear/cpu compute the products. Their
-// forward is one pass over x for U, and one pass that reads the residual and writes Y; for up to kUnpackedTokens tokens
-// D and V are not packed. Their backward is one or two passes over dY for P = s dY V (the gradient of H), dV and db_v,
-// one pass over x for dD, and one pass that reads dY and writes dX = dY + dU D (if the residual is not x, dX is dU D).
-// U, H, P and dU are float32. PyTorch's operators compute erf, tanh, exp, SiLU and ReLU.
+// compute the gradients in every dtype. In all other cases, the kernels of linear/cpu compute the products. The forward
+// of these kernels is one pass over x for U, and one pass that reads the residual and writes Y; for up to
+// kUnpackedTokens tokens D and V are not packed. The backward of these kernels is one or two passes over dY for P = s
+// dY V (the gradient of H), dV and db_v, one pass over x for dD, and one pass that reads dY and writes dX = dY + dU D
+// (if the residual is not x, dX is dU D). U, H, P and dU are float32. PyTorch's operators compute erf, tanh, exp, SiLU
+// and ReLU.
 #include <algorithm>
 #include <tuple>
 
@@ -100,8 +101,8 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activ
 // kFewer tokens, the dtype is the common 16-bit dtype of x, D and V if multiplies_in accepts that dtype. Otherwise the
 // dtype is float32 for up to `few` tokens, for which packing would take most of the time.
 std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up, int64_t few) {
-  // Up to kFewer tokens are multiplied in float32: to widen a row of D to float32 takes as long as to multiply the row
-  // with one token.
+  // Up to kFewer tokens are multiplied in float32, because converting a row of D to float32 takes only as long as
+  // multiplying the row with one token.
   constexpr int64_t kFewer = 2;
   const ScalarType type = x.scalar_type();
   const bool same = type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type;
@@ -110,8 +111,8 @@ std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, cons
   return std::nullopt;
 }
 
-// Returns the arguments of an expand pass that adds to `residual` and writes y. The caller sets what is added. An empty
-// residual stands for zeros.
+// Returns the arguments of an expand pass that adds to `residual` and writes y. The caller sets the fields for the
+// added terms, such as left, right, bias and before. An empty residual stands for zeros.
 Expand onto_residual(const Tensor& y, const Tensor& residual) {
   Expand work;
   work.y = y.mutable_data_ptr();
@@ -199,8 +200,8 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
 
   const std::optional<ScalarType> products = product_type(x, down_weight, up_weight, kUnpackedTokens);
   const float factor = static_cast<float>(scale);
-  // Computes U. In a 16-bit dtype, a bias of the same dtype is added before the product is rounded, as in PyTorch's
-  // linear layer.
+  // Computes U. PyTorch's product in a 16-bit dtype adds a bias of the same dtype before rounding, as PyTorch's linear
+  // layer does.
   bool biased = !down_bias.has_value();
   if (products == ScalarType::Float) {
     times_weight(kOp, held, down_weight, u);

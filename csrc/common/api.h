@@ -52,7 +52,7 @@ PEFT_EXT_API const char* peft_ext_source_text(int source);
 // The machine code of a kernel, or an error. The pointers must stay valid until the same thread asks for another image.
 struct PeftExtImage {
   const char* symbol;  // the kernel's name in the machine code
-  const void* data;    // a cubin, or PTX
+  const void* data;    // the machine code: a cubin, or PTX
   const char* error;   // the reason why there is no machine code; null: no error
 };
 // A function that sets `image` to the machine code of a kernel for a compute capability (10 · major + minor).

@@ -111,8 +111,8 @@ inline std::string shim_message() {
 #endif
 }
 
-// Returns whether the message of a failed allocation means a lack of memory. An empty message (torch before 2.13) means
-// so too, because the tensor's sizes were checked before.
+// Returns whether the message of a failed allocation means a lack of memory. An empty message (torch before 2.13)
+// counts as a lack of memory, because the tensor's sizes were checked before.
 inline bool tells_no_memory(const std::string& message) {
   if (message.empty()) return true;
   for (const char* words : {"out of memory", "can't allocate memory", "not enough memory", "bad_alloc"})

@@ -1,4 +1,5 @@
-// Computes Philox draws with the vector type Lanes (cpu/simd_<isa>.h). Include this file after the target pragma.
+// Computes Philox draws with the vector type Lanes (cpu/simd_<isa>.h). Include this file after the target pragma
+// (cpu/target_<isa>.h).
 //
 // A 64-bit lane holds one 32-bit word of Philox in its lower half, so that a round is two widening products, two shifts
 // and two xors. The upper half holds bits without meaning, which the widening products ignore. Two independent sets of

@@ -1,5 +1,5 @@
 // Loops over a row in vectors of Vec (cpu/simd_<isa>.h); the last vector may have fewer lanes. Include this file after
-// the target pragma.
+// the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include <stdint.h>

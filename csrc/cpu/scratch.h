@@ -1,17 +1,17 @@
 // Scratch memory that a thread keeps from one call of an operator to the next call. A new block of megabytes costs a
 // page fault per 4 KiB, about a tenth of a small layer's time. Calls that may need a block above kKeptScratchBytes
-// release such a block at their end (ScratchOfCall): its page faults cost little compared with the call's products, and
-// otherwise a thread would keep memory for its longest batch. release_scratch() releases the blocks of all threads that
-// are in no call. This file does not depend on torch.
+// release such a block at their end (ScratchOfCall): the page faults of a large block cost little compared with the
+// call's products, and otherwise a thread would keep memory for its longest batch. release_scratch() releases the
+// blocks of all threads that are in no call. This file does not depend on torch.
 #pragma once
 
 #include <cstddef>
 
 namespace peft_ext {
 
-// Uses of scratch memory. On a thread, no two running functions use the block of the same Scratch value. The thread
-// that calls an operator may have a block for each use. The other threads of a parallel loop have blocks for the uses
-// kPanel and kRows, and for every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
+// On a thread, no two running functions use the block of the same Scratch value. The thread that calls an operator may
+// have a block for each use. The other threads of a parallel loop have blocks for the uses kPanel and kRows, and for
+// every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and

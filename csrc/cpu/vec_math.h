@@ -1,5 +1,6 @@
 // Mathematical functions of a Vec (cpu/simd_<isa>.h), accurate to a few ulp of float32 unless a comment states another
-// error. The functions return NaN for NaN. Include this file after the target pragma.
+// error. The functions return NaN for NaN. Include this file after the target pragma (cpu/target_<isa>.h) and Vec
+// (cpu/simd_<isa>.h).
 #pragma once
 
 // The functions must be inlined: a call per vector would cost as much as the computation.

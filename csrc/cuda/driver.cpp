@@ -97,7 +97,7 @@ void check(Result result, const char* what, const char* kernel) {
   STD_TORCH_CHECK(result == kSuccess, "CUDA error: ", described(result), " (peft_ext: ", what, " of ", kernel, ")");
 }
 
-// --- the machine code of kernels
+// --- machine code
 
 std::atomic<PeftExtImageSource> image_source{nullptr};
 

@@ -71,8 +71,8 @@ inline bool on_device(const torch::stable::Tensor& tensor) {
 #endif
 }
 
-// Returns whether both tensors are on the same CUDA device (the emulator marks some CPU tensors as tensors of another
-// device).
+// Returns whether both tensors are on the same CUDA device. Under the emulator, both must be on the CPU, and a test can
+// mark a tensor as a tensor of another device (is_elsewhere).
 inline bool same_device(const torch::stable::Tensor& tensor, const torch::stable::Tensor& like) {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return on_device(tensor) &&

@@ -1,7 +1,7 @@
 // This file wraps device instructions that C++ has no expression for. The file does not depend on torch. Most wrappers
 // have two bodies: one for NVRTC, and one for the emulator (csrc/emulator, PEFT_EXT_EMULATE_CUDA), which runs the
-// kernels on a CPU and checks each memory access. "All 32 lanes must call the function" means that all lanes of a warp
-// must call the wrapper together; the emulator raises an error otherwise.
+// kernels on a CPU and checks each memory access. If all 32 lanes of a warp must call a wrapper together, the emulator
+// raises an error if some lanes do not.
 #pragma once
 
 #ifdef __CUDACC__
@@ -22,7 +22,8 @@
 #define PEFT_EXT_KERNEL
 #else
 #include "cuda/kernel_name.h"
-// The pragmas switch off warnings of g++ about the code of kernels, which g++ reads and drops.
+// g++ parses the code of kernels, although the host library drops this code; the pragmas switch off two warnings about
+// it.
 #pragma GCC diagnostic ignored "-Wshift-count-negative"
 #pragma GCC diagnostic ignored "-Wstrict-aliasing"
 #define PEFT_EXT_KERNEL                                   \
@@ -288,7 +289,7 @@ __device__ __forceinline__ void sync_threads() {
 #endif
 }
 
-// A barrier of the warp. All 32 lanes must call the function.
+// A barrier of the warp. All 32 lanes must call sync_warp.
 __device__ __forceinline__ void sync_warp() {
 #ifdef __CUDACC__
   __syncwarp();
@@ -298,7 +299,7 @@ __device__ __forceinline__ void sync_warp() {
 }
 
 // Returns the value of lane `source` of this lane's group of `width` lanes. Only the value of source % width matters.
-// All 32 lanes must call the function.
+// All 32 lanes must call shuffle.
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int source, int width = kWarpSize) {
 #ifdef __CUDACC__
   return __shfl_sync(0xffffffffu, value, source, width);
@@ -323,7 +324,7 @@ __device__ __forceinline__ float shuffle(float value, int source, int width = kW
 #endif
 }
 
-// Returns the value of the lane (this lane ^ lane_mask). All 32 lanes must call the function.
+// Returns the value of the lane (this lane ^ lane_mask). All 32 lanes must call shuffle_xor.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int lane_mask) {
 #ifdef __CUDACC__
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
@@ -340,7 +341,7 @@ __device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
 #endif
 }
 
-// Returns a word whose bit l is the vote of lane l. All 32 lanes must call the function.
+// Returns a word whose bit l is the vote of lane l. All 32 lanes must call ballot.
 __device__ __forceinline__ uint32_t ballot(bool vote) {
 #ifdef __CUDACC__
   return __ballot_sync(0xffffffffu, vote);
@@ -349,7 +350,7 @@ __device__ __forceinline__ uint32_t ballot(bool vote) {
 #endif
 }
 
-// Returns whether the vote of any lane is true. All 32 lanes must call the function.
+// Returns whether the vote of any lane is true. All 32 lanes must call any_lane.
 __device__ __forceinline__ bool any_lane(bool vote) {
 #ifdef __CUDACC__
   return __any_sync(0xffffffffu, vote) != 0;
@@ -485,7 +486,7 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // Loads four 8x8 matrices of 16-bit values from shared memory. Lane l passes the address of row l % 8 of matrix l / 8;
 // a row has 16 bytes and is aligned to 16 bytes. r[i] of lane l gets row g, columns 2t and 2t + 1, of matrix i. All 32
-// lanes must call the function.
+// lanes must call ldmatrix_x4.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAt row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -509,8 +510,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAt row
 #endif
 }
 
-// Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, and sums are float. All 32 lanes must call the
-// function. A lane holds
+// Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, and sums are float. All 32 lanes must call
+// mma_m16n8k16. A lane holds
 //   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next column;
 //   b[i]: rows 2t + 8 i and the next row, column g;
 //   c[i]: row g + 8 (i / 2), column 2t + i % 2

@@ -20,7 +20,7 @@ namespace peft_ext {
 namespace {
 
 constexpr const char* kOp = "decoder_layer";
-constexpr size_t kLayers = 7;  // the linear layers q, k, v, o, gate, up, down
+constexpr size_t kLayers = 7;  // number of linear layers: q, k, v, o, gate, up, down
 constexpr size_t kNorms = 2, kLayerSizes = 4, kLayerNumbers = 2;
 // First entries of `sizes`: the activation, and whether the norms round before they multiply by the weight.
 constexpr size_t kOwnSizes = 2;

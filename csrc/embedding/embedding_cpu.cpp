@@ -31,7 +31,7 @@ struct LowRank {
   Tensor indices;         // int64, contiguous
   Tensor lora_A, lora_B;  // the caller's tensors, which may have any strides
   int64_t tokens, entries, columns, rank;
-  std::vector<float> rho;  // the scaling s, once for each rank
+  std::vector<float> rho;  // R copies of the scaling s, one for each rank
 
   const int64_t* index() const { return indices.const_data_ptr<int64_t>(); }
 };

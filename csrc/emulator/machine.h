@@ -29,7 +29,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kPageBytes = 4096;  // size of the inaccessible page below each stack
 
 constexpr size_t kMaxStaticShared = 48 * 1024;
-// shared memory that each GPU of compute capability 8.0 and later allows a block
+// bytes of shared memory that a block may use on every GPU of compute capability 8.0 and later
 constexpr size_t kMaxShared = 99 * 1024;
 // smallest number of unused bytes after each declaration of shared memory, so that an access just beyond a declaration
 // is a fault
@@ -163,7 +163,7 @@ struct Machine {
 struct Current {
   uintptr_t stack;  // address of the running fiber's stack
   uintptr_t arena;
-  uint64_t now;  // stamp of an access by the running fiber now
+  uint64_t now;  // stamp that an access by the running fiber gets
   bool active;   // whether an emulated kernel is running
   Fiber* fiber;
   Machine* machine;

@@ -55,7 +55,7 @@ float cut_off_to_float(int64_t sum, int last) {
 }
 
 // Returns c + a[0] b[0] + ... + a[7] b[7], truncated as on an A100 (the mode "truncated" of this file). The exponent of
-// a product counts as the sum of its factors' exponents, even if the product is larger than twice 2 to that power.
+// a product counts as the sum of its factors' exponents, although the product may have the next higher exponent.
 float truncated_sum(float c, const float* a, const float* b) {
   bool finite = isfinite(c);
   for (int k = 0; k < kAddedAtOnce; ++k) finite = finite && isfinite(a[k]) && isfinite(b[k]);

@@ -1,7 +1,8 @@
 // Checks the accesses of emulated kernels to memory. An access to shared memory must be within a declaration, must read
 // only bytes that were written, and must be ordered with the accesses of other threads to the same bytes (see
-// machine.h), except that two reads or two atomics need no order. An access to global memory must be within a range
-// that was added, or read read-only data, and must not conflict with an access of another block (see launch.h).
+// machine.h), except that two reads or two atomics need no order. An access to global memory must be within a range of
+// the launch's Memory object, or read the library's read-only data, and must not conflict with an access of another
+// block (see launch.h).
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

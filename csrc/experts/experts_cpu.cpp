@@ -154,9 +154,9 @@ Weights checked_weights(const char* op, const Tensor& weight, const WeightParts&
   return held;
 }
 
-// The adapters lora_A [E, R, K] and lora_B [E, N, R] as contiguous stacks. The matrices of experts without rows may be
-// uninitialized, see in_one_piece. lora_A and lora_B have no value if the layers have no adapter. out_scale [E, N]
-// float32 is DoRA's g.
+// The adapters lora_A [E, R, K] and lora_B [E, N, R] as contiguous stacks. In a copied stack, the matrices of experts
+// without rows are uninitialized, see in_one_piece. lora_A and lora_B have no value if the layers have no adapter.
+// out_scale [E, N] float32 is DoRA's g.
 struct Adapters {
   std::optional<Tensor> lora_A, lora_B, out_scale;
   double scaling;

@@ -1,5 +1,5 @@
-// RMSNorm and LayerNorm on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. A row is
-// computed by one thread, and the gradients of weight and bias are first summed within chunks of tokens, so that the
+// The CPU operators of RMSNorm and LayerNorm: checks, allocation and threads. The kernels are in kernels_impl.h. A row
+// is computed by one thread, and the gradients of weight and bias are first summed within chunks of tokens, so that the
 // bits are equal for every number of threads.
 #include <tuple>
 

@@ -1,5 +1,5 @@
-// Rotary position embedding on the CPU: checks, allocation and threads. The kernel is in kernels_impl.h. A thread
-// rotates all heads of a token.
+// The CPU operators of the rotary position embedding: checks, allocation and threads. The kernel is in kernels_impl.h.
+// All heads of a token are rotated by one thread.
 #include <tuple>
 
 #include "common/registration.h"

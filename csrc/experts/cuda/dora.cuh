@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
         }
       }
   };
-  // Each value is round(code · scale), as in nf4_dequantize.
+  // Each decoded element of W is round(code · scale), as in nf4_dequantize.
   const auto decode = [&](const NormCodes& from, int h, int half, bool there, float (&values)[kVector]) {
     float scale = __uint_as_float(from.stored[h][half]);
     if (nested) {
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
       for (int i = 0; i < kVector; ++i) sums[i] = fma_rn(values[i], z[i], sums[i]);
     }
     if (work.out == nullptr) continue;
-    // dY may hold any values, NaN included, in rows that belong to no expert. G is 0 in these rows.
+    // dY may hold any values, NaN included, in rows that belong to no expert. G is 0 in rows that belong to no expert.
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] = run.expert < 0 ? 0.0f : values[i] * scale[i];
     save_columns(static_cast<T*>(work.out) + at, first, work.columns, kWhole, values);

@@ -265,7 +265,7 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
 }
 
 // Number of thread blocks that must fit on a multiprocessor; the launch bounds limit the registers of a thread so that
-// they fit.
+// these blocks fit.
 template <typename T, bool kNf4, StackOrder kOrder>
 constexpr int kProductBlocks =
     kOrder == StackOrder::kAny || (sizeof(T) == 4 && !kNf4 && kOrder == StackOrder::kAcross) ? 1 : 2;
@@ -302,7 +302,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   const auto left_step = static_cast<uint32_t>(32 * inner);
   const SharedAt left_to = base + group_at<kProductRowBytes>(thread / 8, thread % 8);
   const int rows_left = run.rows - thread / 8, inner_left = inner - thread % 8 * kVectors;
-  const int64_t between = kAcross ? work.weight.by_inner : work.weight.by_column;  // distance between lines of W
+  // distance in elements between neighbouring lines of W in a slab
+  const int64_t between = kAcross ? work.weight.by_inner : work.weight.by_column;
   [[maybe_unused]] const T* right = static_cast<const T*>(work.weight.dense) + expert * work.weight.by_expert;
   if constexpr (!kNf4 && kWhole)
     right += kAcross ? line * between + column + group * kVectors : (column + line) * between + group * kVectors;

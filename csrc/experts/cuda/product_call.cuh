@@ -1,5 +1,5 @@
-// Host functions that launch the kernels for a mixture of experts. experts_product_<type>_cuda.cpp instantiates them
-// for each element type.
+// Host functions that launch the kernels for a mixture of experts. experts_product_<type>_cuda.cpp instantiates these
+// functions for one element type.
 #pragma once
 
 #include "cuda/tensor.cuh"
