@@ -1,4 +1,4 @@
-// Plain and gated activations of rows [T, F], and their gradients:
+// Kernel of plain and gated activations of rows [T, F], and of their gradients:
 //
 //   y = act(gate) ∘ up;   d gate = dY ∘ up ∘ act'(gate);   d up = dY ∘ act(gate);   if there is no up, up is 1
 //

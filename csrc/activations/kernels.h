@@ -25,7 +25,7 @@ struct WrittenRows {
 
 struct GatedRows {
   Activation activation;
-  DType dtype;  // dtype of all matrices
+  DType dtype;  // dtype of gate, up, dY and all results
   int64_t columns;
   StridedRows gate, up;  // if up has no data, up is 1
   StridedRows grad;      // dY; has data only in the gradient

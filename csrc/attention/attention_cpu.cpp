@@ -1,7 +1,8 @@
-// The CPU operators of scaled dot-product attention: checks, allocation and threads. The kernels are in kernels_impl.h.
-// The threads divide the blocks of queries in the forward (for few queries, groups of up to kFewRows rows as in few.h),
-// and cells of queries and keys in the backward (attention/plan.h). How a sum is divided into partial sums depends only
-// on the shapes and on the CPU path, so that the bits of the results are equal for every number of threads.
+// The CPU operators of scaled dot-product attention: checks, allocation and threads; attention/kernels_impl.h has the
+// kernels. The threads divide the blocks of queries in the forward (for few queries, groups of up to kFewRows rows as
+// in few.h), and cells of queries and keys in the backward (attention/plan.h). How a sum is divided into partial sums
+// depends only on the shapes and on the CPU path, so that the bits of the results are equal for every number of
+// threads.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -178,8 +179,8 @@ struct Call {
   }
 
   // Allocates the sums of dK and dV [splits, units, keys, columns padded to whole vectors] in the calling thread's
-  // scratch. After the call the thread keeps the scratch, unless it is large, because new memory costs a page fault per
-  // page.
+  // scratch. After the call the thread keeps the scratch, unless the scratch is large, because new memory costs a page
+  // fault per page.
   void take_sums() {
     const int64_t rows = work.splits * kv_units() * work.keys;
     const int64_t of_keys = rows * whole_vectors(work.size), of_values = rows * whole_vectors(work.value_size);

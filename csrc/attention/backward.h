@@ -56,8 +56,8 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
         ds[i] = zero;
         if (r + i >= count || v < first[(r + i) / kRows]) continue;
         const int64_t at = (r + i) * kQueries + v * kWidth;
-        // The minimum limits P to 1. Without it, P would exceed 1 for some invisible keys, and for visible keys by the
-        // rounding of lse.
+        // The minimum limits P to 1. Without the minimum, P would exceed 1 for some invisible keys, and for visible
+        // keys by the rounding of lse.
         Vec p = vec_exp2(Vec::min(zero, Vec::fma(Vec::load(own.s + at), factor, shift)));
         if (!all_see(bits[r + i])) p = Vec::where(bits_at(bits[r + i], v), p, zero);
         Vec dp = Vec::load(own.dp + at), kept = p;

@@ -9,7 +9,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kFewKeys = 256;  // number of keys whose terms are added to O while its sums stay in registers
+constexpr int64_t kFewKeys = 256;  // number of keys whose terms are added to O while O's sums are in registers
 constexpr int kFewVecs = 4;        // number of vectors of a row of O whose sums are in registers at a time
 
 struct FewParts {

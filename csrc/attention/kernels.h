@@ -11,8 +11,8 @@
 // Except in the kernel for few queries (few.h), a thread holds S, P and dS for one block of queries and keys at a time,
 // and transposed: a row is a key, and the lanes of a vector are queries, so that sums over keys are sums of rows. For
 // bfloat16 tensors, except in the kernel for few queries, the paths avx512_bf16, amx and amx_emulated multiply bfloat16
-// operands in pairs, and round P and dS to bfloat16. For float32 and float16 tensors, these paths use the kernels for
-// AVX-512. Scores, sums and lse are float32.
+// operands in pairs, and round P and dS to bfloat16. For float32 and float16 tensors, the paths avx512_bf16, amx and
+// amx_emulated use the kernels for AVX-512. Scores, sums and lse are float32.
 //
 // Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth. A
 // product broadcasts each word of the left operand [rows, depth], and loads vectors of words of the right operand
@@ -86,8 +86,8 @@ struct Attention {
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
   // Number of keys that are in at least one cell: a multiple of 64, or all keys. For each range of these keys, the
-  // first cell of a stream sets key_sums and value_sums to zero, because the memory is then in the cache of the thread
-  // that adds to the sums.
+  // first cell that a stream computes sets key_sums and value_sums to zero, because the memory is then in the cache of
+  // the thread that adds to the sums.
   int64_t reached;
   // Sums of dQ, [slots, blocks of queries, size, 64], one slot for each of the streams that run at the same time; null
   // if each head is one cell (attention/plan.h).

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kLeftRows = 16;         // rows of left operands are padded to a multiple of kLeftRows
 constexpr int64_t kDepth = 32;            // the depth of operands is padded with zeros to a multiple of kDepth
-constexpr int64_t kRows = 2 * kLeftRows;  // number of keys in a strip
+constexpr int64_t kRows = 2 * kLeftRows;  // number of rows of a left operand (keys) in a strip
 constexpr int64_t kWidth = Vec::kWidth;
 constexpr bool kInPlace = false;  // whether a product can read rows of k and v in place
 

@@ -8,8 +8,8 @@
 // Terms are bfloat16 matrices whose sum is nearly the float32 matrix (linear/cuda/terms.cuh). In the forward, the terms
 // of H are the left operand of expand and are stored row by row. In the backward, Hᵀ with one more row of ones is an
 // operand of the rank pass over dY (linear/cuda/rank_pass.cuh): the product of dY with the row of ones, multiplied by
-// the adapter's scale, is the gradient of the up bias. A thread computes two adjacent columns. All arithmetic is
-// float32.
+// the adapter's scale, is the gradient of the up bias. A thread computes two adjacent columns of H or dU. All
+// arithmetic is float32.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -24,7 +24,7 @@ struct BottleneckWork {
   float* u;            // U [rows, size]; the kernel writes U if `sums` is given, otherwise reads U
   const float* sums;   // partial sums of x Dᵀ, [chunks][sums_rows][sums_columns]; null in the backward
   int64_t chunks, sums_rows, sums_columns;
-  const float* bias;    // b_d [size], or null
+  const float* bias;    // the down bias b_d [size]; null: no bias
   float scale;          // factor of H in the terms of H
   const float* grad_h;  // P, the gradient of H [rows, size]; read only by bottleneck_kernel<true>
   float* grad_u;        // receives dU [rows, size] from bottleneck_kernel<true>

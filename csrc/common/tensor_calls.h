@@ -67,8 +67,8 @@ inline torch::stable::Tensor with_whole_rows(const torch::stable::Tensor& x) {
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : as_contiguous(x);
 }
 
-// Returns an empty tensor of x's shape and dtype whose last dimension is contiguous. If x's last dimension is
-// contiguous, the result has the strides of torch.empty_like(x), otherwise row-major strides.
+// Returns an empty tensor of x's shape and dtype whose last dimension is contiguous. The strides are those of
+// torch.empty_like(x) if its last dimension is contiguous, otherwise row-major strides.
 inline torch::stable::Tensor like_with_whole_rows(const torch::stable::Tensor& x) {
   const torch::stable::Tensor y = torch::stable::empty_like(x);
   if (y.stride(x.dim() - 1) == 1) return y;

@@ -34,7 +34,7 @@ constexpr bool isa_compiled(Isa isa) {
 bool isa_available(Isa isa);
 // Returns the path of the calling thread's running call, or outside of a call the path that the next call will use.
 Isa current_isa();
-// Chooses the path of later calls. A running call keeps its path.
+// Chooses the CPU path of later calls of operators. A running call keeps its path.
 void set_current_isa(Isa isa);
 
 // While an IsaOfCall object exists, current_isa() is constant on the calling thread. An operator may read the path
@@ -52,7 +52,7 @@ class IsaOfCall {
 
 // Returns the table of function pointers to the kernels of an operator for the current path. If avx512 or avx2 is null
 // (no kernels for this instruction set), the table of the next lower instruction set is returned; the paths
-// avx512_bf16, amx and amx_emulated get the table for AVX-512, and neon_bf16 gets that for NEON.
+// avx512_bf16, amx and amx_emulated get the table for AVX-512, and the path neon_bf16 gets the table for NEON.
 template <typename Table>
 const Table& select_kernels(const Table* scalar, const Table* avx2, const Table* avx512) {
   const Isa isa = current_isa();

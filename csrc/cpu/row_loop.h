@@ -7,8 +7,8 @@
 namespace peft_ext {
 namespace {
 
-// The lanes of a whole vector. WholeVec and PartVec are two types, so that a loop's body for whole vectors is compiled
-// without masks.
+// Loads and stores all lanes of a vector. WholeVec and PartVec are two types, so that a loop's body for whole vectors
+// is compiled without masks.
 struct WholeVec {
   template <typename T>
   Vec load(const T* x) const {
@@ -22,8 +22,8 @@ struct WholeVec {
   Vec filled(Vec value) const { return value; }
 };
 
-// The first `count` lanes of a vector. `load` sets the remaining lanes to 0, and `store` does not store them. `only`
-// sets the remaining lanes to 0, and `filled` sets them to the value of the first lane.
+// Loads and stores only the first `count` lanes of a vector. `load` sets the remaining lanes to 0. `only` sets the
+// remaining lanes to 0, and `filled` sets them to the value of the first lane.
 struct PartVec {
   int64_t count;
   template <typename T>

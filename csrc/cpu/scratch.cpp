@@ -38,7 +38,7 @@ struct Block {
 struct ThreadScratch {
   Block blocks[kUses];
   std::atomic<bool> claimed{false};  // whether a call of the thread, or release_scratch(), uses the blocks
-  std::atomic<bool> owned{true};     // whether a living thread owns this entry
+  std::atomic<bool> owned{true};     // whether a running thread uses this entry
   ThreadScratch* next = nullptr;
 
   bool try_claim() { return !claimed.exchange(true, std::memory_order_acquire); }
@@ -51,10 +51,11 @@ struct ThreadScratch {
 std::atomic<ThreadScratch*> all{nullptr};
 
 thread_local ThreadScratch* own = nullptr;  // the thread's entry, or null before the thread's first use
-thread_local int depth = 0;                 // number of living ScratchInUse objects of this thread
+thread_local int depth = 0;                 // number of ScratchInUse objects that this thread has now
 thread_local bool in_use = false;           // whether this thread has claimed its own blocks
 
-// The destructor releases the blocks of a thread that ends, and makes its entry free for another thread.
+// The destructor runs when a thread ends: it releases the thread's blocks, and makes the thread's entry free for
+// another thread.
 struct EndOfThread {
   ThreadScratch* scratch = nullptr;
 

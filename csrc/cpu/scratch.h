@@ -1,8 +1,8 @@
 // Scratch memory that a thread keeps from one call of an operator to the next call. A new block of megabytes costs a
 // page fault per 4 KiB, about a tenth of a small layer's time. Calls that may need a block above kKeptScratchBytes
 // release such a block at their end (ScratchOfCall): the page faults of a large block cost little compared with the
-// call's products, and otherwise a thread would keep memory for its longest batch. release_scratch() releases the
-// blocks of all threads that are in no call. This file does not depend on torch.
+// call's products, and otherwise a thread would keep memory for the longest batch that the thread has computed.
+// release_scratch() releases the blocks of all threads that are in no call. This file does not depend on torch.
 #pragma once
 
 #include <cstddef>

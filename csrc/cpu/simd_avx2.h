@@ -86,8 +86,8 @@ struct Vec {
   }
   void store(float* x) const { _mm256_storeu_ps(x, v); }
 
-  // Loads values of any element type. With `count`, only the first `count` values are loaded, and the remaining lanes
-  // are 0.
+  // Loads kWidth values of any element type as floats. With `count`, only the first `count` values are loaded, and the
+  // remaining lanes are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load8(x)};
@@ -110,10 +110,10 @@ struct Vec {
     store8(lanes, v);
     memcpy(x, lanes, static_cast<size_t>(count) * sizeof(T));
   }
-  // Returns the values rounded to T.
+  // Returns the lanes rounded to the element type T, as floats.
   template <typename T>
   Vec rounded() const;
-  // Returns the first `count` values, and zeros after them.
+  // Returns the first `count` lanes, and zeros in the remaining lanes.
   Vec first(int64_t count) const { return {_mm256_and_ps(_mm256_castsi256_ps(first_lanes(count)), v)}; }
 
  private:

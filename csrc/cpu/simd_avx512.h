@@ -90,8 +90,8 @@ struct Vec {
   float largest() const { return _mm512_reduce_max_ps(v); }
   void store(float* x) const { _mm512_storeu_ps(x, v); }
 
-  // Loads values of any element type. With `count`, only the first `count` values are loaded, and the remaining lanes
-  // are 0.
+  // Loads kWidth values of any element type as floats. With `count`, only the first `count` values are loaded, and the
+  // remaining lanes are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load16(x)};
@@ -111,10 +111,10 @@ struct Vec {
   void store_as(float* x, int64_t count) const { _mm512_mask_storeu_ps(x, first_lanes(count), v); }
   void store_as(bf16* x, int64_t count) const { _mm256_mask_storeu_epi16(x, first_lanes(count), round_bf16(v)); }
   void store_as(f16* x, int64_t count) const { _mm256_mask_storeu_epi16(x, first_lanes(count), round_f16(v)); }
-  // Returns the values rounded to T.
+  // Returns the lanes rounded to the element type T, as floats.
   template <typename T>
   Vec rounded() const;
-  // Returns the first `count` values, and zeros after them.
+  // Returns the first `count` lanes, and zeros in the remaining lanes.
   Vec first(int64_t count) const { return {_mm512_maskz_mov_ps(first_lanes(count), v)}; }
 
  private:

@@ -73,8 +73,8 @@ struct Vec {
   float largest() const { return vmaxnmvq_f32(v); }
   void store(float* x) const { vst1q_f32(x, v); }
 
-  // Loads values of any element type. With `count`, only the first `count` values are loaded, and the remaining lanes
-  // are 0.
+  // Loads kWidth values of any element type as floats. With `count`, only the first `count` values are loaded, and the
+  // remaining lanes are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load4(x)};
@@ -95,10 +95,10 @@ struct Vec {
     store4(lanes, v);
     memcpy(x, lanes, static_cast<size_t>(count) * sizeof(T));
   }
-  // Returns the values rounded to T.
+  // Returns the lanes rounded to the element type T, as floats.
   template <typename T>
   Vec rounded() const;
-  // Returns the first `count` values, and zeros after them.
+  // Returns the first `count` lanes, and zeros in the remaining lanes.
   Vec first(int64_t count) const {
     const uint32_t lanes[kWidth] = {0, 1, 2, 3};
     const uint32x4_t inside = vcltq_u32(vld1q_u32(lanes), vdupq_n_u32(static_cast<uint32_t>(count)));

@@ -42,8 +42,8 @@ struct Vec {
   float largest() const { return v; }
   void store(float* x) const { *x = v; }
 
-  // Loads a value of any element type. The overloads with an argument `count` are never called, because one lane is
-  // always a whole vector.
+  // Loads a value of any element type as a float. The overloads with an argument `count` are never called, because one
+  // lane is always a whole vector.
   template <typename T>
   static Vec load_as(const T* x) {
     return {to_float(*x)};
@@ -58,7 +58,7 @@ struct Vec {
   }
   template <typename T>
   void store_as(T*, int64_t) const {}
-  // Returns the value rounded to T.
+  // Returns the value rounded to the element type T, as a float.
   template <typename T>
   Vec rounded() const {
     return {to_float(from_float<T>(v))};

@@ -16,9 +16,9 @@
 // outside of shared memory have 42 MB together if a row has 128,000 16-bit logits, and 54 MB if a row has 152,000. The
 // L2 cache of an H100 has 50 MB. If these parts do not fit in L2, L2 holds the ends of the rows, which the second
 // reading needs first. Loads of columns that stay in shared memory and stores of the gradient are streaming (ld.cs,
-// st.cs), so that L2 drops their data first. Arithmetic is in float32, and each result is rounded once. With the
-// gradient, the kernel reads each row from DRAM once (columns that neither shared memory nor L2 holds twice), and
-// writes the row once.
+// st.cs), so that L2 drops the data of these loads and stores first. Arithmetic is in float32, and each result is
+// rounded once. With the gradient, the kernel reads each row from DRAM once (columns that neither shared memory nor L2
+// holds twice), and writes the row once.
 #pragma once
 
 #include <math.h>
@@ -58,7 +58,8 @@ struct SoftmaxSum {
   float most, sum, total;
 };
 
-// Start value for the largest z. The value is finite, so that the exponential of a logit of -inf is 0 and not NaN.
+// Start value of the largest z of a thread. The value is finite, so that the exponential of a logit of -inf is 0 and
+// not NaN.
 constexpr float kLowest = -3.0e38f;
 
 __device__ __forceinline__ SoftmaxSum joined(const SoftmaxSum& a, const SoftmaxSum& b) {

@@ -1,4 +1,4 @@
-// The kernel of cross_entropy.h with AVX2.
+// The cross-entropy kernel of cross_entropy.h, compiled for AVX2.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
 // target_avx2.h selects the instruction set for the code of the headers below, and must be included before them.

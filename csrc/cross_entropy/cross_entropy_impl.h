@@ -1,5 +1,5 @@
-// The kernel of cross_entropy.h for one instruction set. Include this file after the target pragma (cpu/target_<isa>.h)
-// and Vec (cpu/simd_<isa>.h).
+// The cross-entropy kernel of cross_entropy.h for one instruction set. Include this file after the target pragma
+// (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include <math.h>

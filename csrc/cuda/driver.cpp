@@ -1,5 +1,4 @@
-// NVIDIA's driver and PyTorch's CUDA library, both opened at run time, and the loading and launching of kernels. See
-// driver.h.
+// Opens NVIDIA's driver and PyTorch's CUDA library at run time, and loads and launches kernels. See driver.h.
 #include "cuda/driver.h"
 
 #include <cxxabi.h>
@@ -118,8 +117,8 @@ std::string expression(const Kernel& kernel) {
   return name.rfind("void ", 0) == 0 ? name.substr(5) : name;
 }
 
-// Sets the thread's capture mode to relaxed for the lifetime of the object. In the other modes, the driver refuses to
-// load machine code while a CUDA graph is captured.
+// Sets the thread's capture mode to relaxed for the lifetime of the object. In the modes "global" and "thread local",
+// the driver may refuse to load machine code while a CUDA graph is captured.
 struct RelaxedCapture {
   RelaxedCapture() { driver().exchange_capture_mode(&mode); }
   ~RelaxedCapture() { driver().exchange_capture_mode(&mode); }
@@ -259,8 +258,8 @@ const char* device_fault() {
   // After error 214 (an uncorrectable memory error) and errors 700 to 799 (faults of kernels), every later call of the
   // driver fails. Without the relaxed mode, stream_query would invalidate a CUDA graph that another thread or stream is
   // capturing. Even in the relaxed mode, stream_query of the legacy default stream (null) would invalidate the capture
-  // of a blocking stream (PyTorch's own streams are non-blocking). stream_is_capturing returns an error in this case
-  // and leaves the capture valid, as NVIDIA documents.
+  // of a blocking stream (PyTorch's own streams are non-blocking). If a blocking stream is being captured,
+  // stream_is_capturing(null) returns an error and leaves the capture valid, as NVIDIA documents.
   const RelaxedCapture while_asking;
   int status = 0;
   Result result = driver().stream_is_capturing(nullptr, &status);

@@ -9,7 +9,7 @@
 
 namespace peft_ext {
 
-// Number of GPUs that the library supports on a machine. A Kernel has one handle for each GPU.
+// Largest number of GPUs of a machine that the library supports. A Kernel object has one handle for each GPU.
 constexpr int kMaxDevices = 64;
 
 // An instance of a kernel template, or a kernel that is no template. Each instance that a host function launches has a

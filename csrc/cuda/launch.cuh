@@ -50,8 +50,8 @@ namespace peft_ext {
 // returns without an error if the caught error is not from PyTorch's stable ABI, or if the reason is not known.
 void raise_reason(const std::string& text);
 
-// Calls a boxed function. An error of PyTorch's stable ABI names only the call that failed. boxed_device_call raises an
-// error with the reason instead, by which trainers recognize a lack of memory.
+// Calls a boxed function of a CUDA operator. An error of PyTorch's stable ABI names only the call that failed.
+// boxed_device_call raises an error with the reason instead, by which trainers recognize a lack of memory.
 template <void (*Boxed)(StableIValue*, uint64_t, uint64_t)>
 void boxed_device_call(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
   try {

@@ -361,8 +361,8 @@ __device__ __forceinline__ bool any_lane(bool vote) {
 
 // ---- shared memory by address
 
-// An address in shared memory. Device code uses the 32-bit address: a pointer would take two registers, and one more
-// instruction at each use.
+// An address in shared memory. Device code uses the 32-bit address in shared memory: a pointer would take two
+// registers, and one more instruction at each use.
 struct SharedAt {
 #ifdef __CUDACC__
   uint32_t at;

@@ -22,8 +22,8 @@
 namespace peft_ext {
 namespace {
 
-// Number of tokens whose rows of W are copied to Y before the low-rank term is added to them. These rows of Y fit in
-// L2.
+// Number of tokens whose rows of W are copied to Y before the low-rank term is added to these rows of Y, which then are
+// still in L2.
 constexpr int64_t kTogether = 2 * kRowsTogether;
 
 struct LowRank {

@@ -377,7 +377,7 @@ void fault(const void* site, const char* format, ...) {
   __builtin_unreachable();
 }
 
-static std::atomic<int64_t> launches{0};  // number of launches in the process
+static std::atomic<int64_t> launches{0};  // number of emulated launches in the process
 
 void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const void* call, const int64_t grid[3],
          int threads, int64_t dynamic_shared) {

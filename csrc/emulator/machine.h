@@ -137,7 +137,7 @@ struct Machine {
   // For each block of the launch: 1 if the block did an atomic after a threadfence, and thereby published its earlier
   // accesses. The pointer is null until a block does such an atomic.
   uint8_t* published;
-  bool fenced, acquired;  // whether the running block has called threadfence; whether the block has done an atomic
+  bool fenced, acquired;  // whether the running block has called threadfence, and has done an atomic
   // The shared memory of the launch: dynamic memory first, then static declarations in the order of their first use.
   Declaration declarations[kMaxDeclarations + 1];
   int declaration_count;

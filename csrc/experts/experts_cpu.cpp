@@ -1,7 +1,7 @@
 // The CPU operators for the linear layers of a mixture of experts: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e
-// for the rows t of expert e, with x̃ = dropout(x); without DoRA g is 1. Rows are sorted by expert. For each expert
-// that has rows, the operators call the adapted layer (linear/cpu/adapted_linear.h) once, with the expert's rows,
-// weight and adapter.
+// for the rows t of expert e, with x̃ = dropout(x); without DoRA g is 1. The rows of x are sorted by expert. For each
+// expert that has rows, the operators call the adapted layer (linear/cpu/adapted_linear.h) once, with the expert's
+// rows, weight and adapter.
 #include <string.h>
 
 #include <numeric>

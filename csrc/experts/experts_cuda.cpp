@@ -1,6 +1,7 @@
 // The CUDA operators for the linear layers of a mixture of experts: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e
-// for the rows t of expert e, with x̃ = dropout(x); without DoRA g is 1. Rows are sorted by expert. The number of
-// launches does not depend on the number of experts, and the host does not wait for the values in `offsets`. The steps:
+// for the rows t of expert e, with x̃ = dropout(x); without DoRA g is 1. The rows of x are sorted by expert. The number
+// of launches does not depend on the number of experts, and the host does not wait for the values in `offsets`. The
+// steps:
 //
 //   forward:   tables of the rows (row_runs); terms of all A_e and B_e (stacks); S in one pass over x; Y in one
 //              product (product.cuh), to which S B_eᵀ, DoRA's g and b_e are applied before Y is stored.
@@ -153,7 +154,7 @@ Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& r
 
 // The operands that are applied to a product after the low-rank term.
 struct Finish {
-  std::optional<Tensor> bias, scale, z;  // z receives the product before it is multiplied by `scale`
+  std::optional<Tensor> bias, scale, z;  // z receives the value that `scale` multiplies
 };
 
 // Returns scale ∘ (left W_eᵀ + low-rank term) + bias; without `transpose`, W_e stands in place of W_eᵀ. The scale and

@@ -23,7 +23,7 @@ struct NormRows {
   float eps;
   const void* x;                  // x [T, columns]
   const float* factor = nullptr;  // factor [columns]; a null pointer stands for ones
-  const float* bias = nullptr;    // bias [columns]; a null pointer stands for zeros
+  const float* bias = nullptr;    // bias b [columns]; a null pointer stands for zeros
   void* y;                        // y [T, columns]
   float* mean = nullptr;          // μ [T]; null for RMSNorm
   float* rstd;                    // r [T]

@@ -1,4 +1,4 @@
-// RMSNorm and LayerNorm of rows [T, K], and their gradients:
+// Kernels of RMSNorm and LayerNorm of rows [T, K], and of their gradients:
 //
 //   x̂ = (x - μ) r;   r = 1/√(mean (x - μ)² + eps);   y = x̂ ∘ (w + offset) + b;   RMSNorm has μ = 0;
 //   dX = r (g - mean g - x̂ mean (g ∘ x̂));   g = dY ∘ (w + offset);   dw = Σ_t dY ∘ x̂;   db = Σ_t dY;
@@ -24,7 +24,7 @@ inline int norm_row_threads(int64_t columns) { return columns <= kWarpColumns ? 
 
 struct NormWork {
   const void* x;
-  const void* grad;    // dY; only for the gradient
+  const void* grad;    // dY, read only by norm_gradient_kernel
   const void* weight;  // w [columns]; without a weight (null) the factor of x̂ is 1
   DType weight_type;
   bool weight_whole;  // whether groups of eight columns of the weight are aligned to 16 bytes

@@ -1,6 +1,6 @@
-// The CPU operators of RMSNorm and LayerNorm: checks, allocation and threads. The kernels are in kernels_impl.h. A row
-// is computed by one thread, and the gradients of weight and bias are first summed within chunks of tokens, so that the
-// bits are equal for every number of threads.
+// The CPU operators of RMSNorm and LayerNorm: checks, allocation and threads; norm/kernels_impl.h has the kernels. A
+// row is computed by one thread, and the gradients of weight and bias are first summed within chunks of tokens, so that
+// the bits are equal for every number of threads.
 #include <tuple>
 
 #include "common/registration.h"

@@ -1,6 +1,6 @@
-// RMSNorm and LayerNorm on CUDA; the kernels are in norm.cuh. The forward is one launch. The backward is one launch for
-// dX, one launch for the partial sums of the gradients of weight and bias, and for each of these two gradients a launch
-// that adds the partial sums.
+// RMSNorm and LayerNorm on CUDA; the kernels are in norm.cuh. The forward is one launch of norm_kernel. The backward is
+// one launch for dX, one launch for the partial sums of the gradients of weight and bias, and for each of these two
+// gradients a launch that adds the partial sums. Gradients that are not needed have no launches.
 #include "norm/norm.cuh"
 
 #include <tuple>

@@ -22,7 +22,7 @@ struct Heads {
 };
 
 struct Rotary {
-  DType dtype;  // dtype of all tensors
+  DType dtype;  // dtype of q, k, cos, sin and the results
   bool back;
   int64_t tokens, size;   // T and D
   Heads parts[2];         // q and k

@@ -1,5 +1,5 @@
-// The CPU operators of the rotary position embedding: checks, allocation and threads. The kernel is in kernels_impl.h.
-// All heads of a token are rotated by one thread.
+// The CPU operators of the rotary position embedding: checks, allocation and threads; rotary/kernels_impl.h has the
+// kernel. All heads of a token are rotated by one thread.
 #include <tuple>
 
 #include "common/registration.h"

@@ -68,10 +68,10 @@ __device__ __forceinline__ void load_weights(const StackView& view, const T* den
 }
 
 // A block of 4 warps computes the norms of 64 rows of an expert's W + s B A. A warp computes 16 of these norms, and
-// reads the rows in tiles of 64 columns. Each element of W_e is added to its element of s B_e A_e, which is computed as
-// in expand_kernel; the sum is squared. While the products for a tile run, a lane loads the tile's elements of a dense
-// W, or the NF4 codes and scales of the next tile. Sums are float32. Bytes moved: the W of each expert that has rows of
-// x, once. Grid: x has a block for each tile of 64 rows of W; y has a block for each expert.
+// reads the rows in tiles of 64 columns. Each element of s B_e A_e, computed as in expand_kernel, is added to the
+// element of W_e, and the sum is squared. While the products for a tile run, a lane loads the tile's elements of a
+// dense W, or the NF4 codes and scales of the next tile. Sums are float32. Bytes moved: the W of each expert that has
+// rows of x, once. Grid: x has a block for each tile of 64 rows of W; y has a block for each expert.
 template <typename T, bool kNf4, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNorm work) {
   PEFT_EXT_KERNEL;

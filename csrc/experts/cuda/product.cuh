@@ -42,8 +42,8 @@ constexpr int kProductSlab = kProductRowBytes / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kProductVector = 16 / static_cast<int>(sizeof(T));
 
-// The contiguous dimension of W: the summed dimension (kAlong), the columns of the result (kAcross), or no usable one
-// (kAny).
+// The contiguous dimension of W: the summed dimension (kAlong), the columns of the result (kAcross), or none that
+// allows loads of 16 bytes (kAny).
 enum class StackOrder { kAlong, kAcross, kAny };
 
 struct ExpertsProduct {

@@ -15,7 +15,7 @@ struct StackSplit {
   DType type;
   int64_t outer, inner, by_expert, outer_stride, inner_stride;
   const float* inner_scale;  // factors [experts, inner]; a null pointer stands for ones
-  TermsOut out;              // receives the terms of expert 0
+  TermsOut out;              // where the terms of expert 0 are written
   int64_t out_stride;        // distance to the next expert's terms, in words of 4 bytes
 };
 
