@@ -37,7 +37,7 @@
 
 namespace peft_ext {
 
-// The unit of the cost constants is a sixteenth of the cost of a block of 64 queries by 64 keys.
+// kBlockCost, kTurnCost and kRegionCost are in sixteenths of the cost of a block of 64 queries by 64 keys.
 constexpr int64_t kBlockCost = 16;
 constexpr int64_t kTurnCost = 2;    // cost of converting a block of 64 queries to operands, once in each cell
 constexpr int64_t kRegionCost = 4;  // cost of starting the threads of a region and waiting for the last thread

@@ -75,8 +75,8 @@ inline void multiply_tiles(const Element* left, int64_t left_stride, const Eleme
 
 // Computes c [rows, vecs vectors] = left right, or c += left right if `add`. Strides are in elements; left_stride is
 // the distance between strips of kLeftRows rows. `steps` is a multiple of the number of words in a row of a left
-// operand's tile. The function reads rows of the left operand up to a multiple of kLeftRows; the rows after the last of
-// `rows` do not change c.
+// operand's tile. The function reads rows of the left operand up to a multiple of kLeftRows; rows of the left operand
+// beyond `rows` do not change c.
 inline void multiply(int64_t rows, int64_t vecs, const Element* left, int64_t left_stride, const Element* right,
                      int64_t right_stride, int64_t steps, float* c, int64_t c_stride, bool add) {
   const int64_t tiles = steps * kWord / kDepth;

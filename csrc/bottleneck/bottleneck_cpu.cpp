@@ -4,12 +4,12 @@
 //
 // For more than two tokens with x, D and V in one 16-bit dtype that multiplies_in (linear/cpu/base_product.h) accepts,
 // PyTorch's matrix products compute the forward and the gradients. For up to eight tokens, PyTorch's matrix products
-// compute the gradients in every dtype. In all other cases, the kernels of linear/cpu compute the products. The forward
-// of these kernels is one pass over x for U, and one pass that reads the residual and writes Y; for up to
-// kUnpackedTokens tokens D and V are not packed. The backward of these kernels is one or two passes over dY for P = s
-// dY V (the gradient of H), dV and db_v, one pass over x for dD, and one pass that reads dY and writes dX = dY + dU D
-// (if the residual is not x, dX is dU D). U, H, P and dU are float32. PyTorch's operators compute erf, tanh, exp, SiLU
-// and ReLU.
+// compute the gradients in every dtype. Where PyTorch's matrix products are not used, the kernels of linear/cpu compute
+// the products. The forward of these kernels is one pass over x for U, and one pass that reads the residual and writes
+// Y; for up to kUnpackedTokens tokens D and V are not packed. The backward of these kernels is one or two passes over
+// dY for P = s dY V (the gradient of H), dV and db_v, one pass over x for dD, and one pass that reads dY and writes dX
+// = dY + dU D (if the residual is not x, dX is dU D). U, H, P and dU are float32. PyTorch's operators compute erf,
+// tanh, exp, SiLU and ReLU.
 #include <algorithm>
 #include <tuple>
 

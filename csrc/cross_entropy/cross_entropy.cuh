@@ -14,11 +14,11 @@
 // start of the row in shared memory for the second reading, and reads the rest of the row from global memory again.
 // With two blocks of 1,024 threads on each of the 132 multiprocessors of an H100, the parts of the rows that are
 // outside of shared memory have 42 MB together if a row has 128,000 16-bit logits, and 54 MB if a row has 152,000. The
-// L2 cache of an H100 has 50 MB. If these parts do not fit in L2, L2 holds the ends of the rows, which the second
-// reading needs first. Loads of columns that stay in shared memory and stores of the gradient are streaming (ld.cs,
-// st.cs), so that L2 drops the data of these loads and stores first. Arithmetic is in float32, and each result is
-// rounded once. With the gradient, the kernel reads each row from DRAM once (columns that neither shared memory nor L2
-// holds twice), and writes the row once.
+// L2 cache of an H100 has 50 MB. If the parts outside of shared memory do not fit in L2, L2 holds the ends of the rows,
+// which the second reading needs first. Loads of columns that stay in shared memory and stores of the gradient are
+// streaming (ld.cs, st.cs), so that L2 drops the data of these loads and stores first. Arithmetic is in float32, and
+// each result is rounded once. With the gradient, the kernel reads each row from DRAM once (columns that neither shared
+// memory nor L2 holds twice), and writes the row once.
 #pragma once
 
 #include <math.h>

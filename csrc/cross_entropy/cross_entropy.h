@@ -8,9 +8,9 @@
 // columns.
 //
 // A kernel reads a row once for the largest z and once for the sum of exp(z - largest). If needs_grad, the kernel reads
-// the row a third time and overwrites the row with the gradient. A row of a 16-bit dtype usually stays in the L2 cache
-// between these readings. Arithmetic is float32. The order in which a row's terms are added depends only on V and on
-// the CPU path.
+// the row a third time and overwrites the row with the gradient. Between the readings, a row of a 16-bit dtype usually
+// stays in the CPU's L2 cache. Arithmetic is float32. The order in which a row's terms are added depends only on V and
+// on the CPU path.
 #pragma once
 
 #include <stdint.h>

@@ -94,8 +94,8 @@ __device__ __forceinline__ void save_vector(T* to, const float (&values)[kVector
   }
 }
 
-// Stores eight values, with 0 in the place of each value that is not kept. Bits 15 and 31 of masks[i] tell whether
-// values 2i and 2i + 1 are kept.
+// Stores eight values, with 0 in the place of each value whose mask bit is 0. Bits 15 and 31 of masks[i] are the mask
+// bits of values 2i and 2i + 1.
 template <typename T>
 __device__ __forceinline__ void save_masked(T* to, const float (&values)[kVector], const uint32_t (&masks)[4]) {
   *reinterpret_cast<uint4*>(to) = make_uint4(

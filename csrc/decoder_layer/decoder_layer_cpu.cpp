@@ -5,7 +5,7 @@
 //
 // Most steps call the CPU function of an operator (rms_norm, lora_linears, rotary_embedding,
 // scaled_dot_product_attention, gated_activation), and give the same bits as a call of that operator. The copy of v to
-// the cache and the two additions are computed in this file. The purpose is one call from Python for all steps.
+// the cache and the two additions are computed in this file. One call from Python runs all steps of the layer.
 #include <vector>
 
 #include "activations/operators.h"
