@@ -5,11 +5,10 @@
 //
 //   forward:   tables of the rows (row_runs); bfloat16 terms of A_e and B_e (stacks); S in one pass over x; Y in
 //              one product (product.cuh), to which S B_eᵀ, DoRA's g and b_e are applied before Y is stored.
-//   backward:  tables of the rows; bfloat16 terms of B_e (for dX also A_e); P = s dY B_e; dB_e = s dYᵀ S; dA_e = Pᵀ x̃;
-//   dX in
-//              one product, to which mask ∘ (P A_e) is added. For DoRA, P is computed from terms of g ∘ B_e, and g also
-//              multiplies dB_e when the partial sums of dB_e are added. For DoRA, one more pass computes dg, and G = g
-//              ∘ dY, from which dX is computed.
+//   backward:  tables of the rows; bfloat16 terms of B_e (for dX also A_e); P = s dY B_e; dB_e = s dYᵀ S;
+//              dA_e = Pᵀ x̃; dX in one product, to which mask ∘ (P A_e) is added. For DoRA, P is computed from terms
+//              of g ∘ B_e, g also multiplies dB_e when the partial sums of dB_e are added, and one more pass computes
+//              dg, and G = g ∘ dY, from which dX is computed.
 //   DoRA's norm: bfloat16 terms of A_e and B_e; one pass over W (dora.cuh).
 //
 // With many rows per expert and dense, aligned bfloat16 weights (see takes_grouped_mm), on GPUs of compute capability
