@@ -1,4 +1,4 @@
-// The functions of common/api.h about the build, the CPU paths, scratch memory and parallel loops.
+// Defines the functions of common/api.h about the build, the CPU paths, scratch memory and parallel loops.
 #include "common/api.h"
 
 #include "cpu/isa.h"

@@ -1,6 +1,6 @@
-// Defines the pybind11 module _C: the functions of common/api.h for Python. The module computes nothing itself,
-// includes no torch headers, and needs the native library to be loaded before. The module declares that its functions
-// may run on several threads at a time, so that a free-threaded Python keeps its global lock off.
+// Defines the pybind11 module _C: the functions of common/api.h for Python. The module includes no torch headers, and
+// the native library must be loaded before the module. The module declares that its functions may run on several
+// threads at a time, so that a free-threaded Python keeps its global lock off.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -93,7 +93,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 PYBIND11_MODULE(_C, m) {
 #endif
   m.doc() = "Build facts, CPU path, scratch memory and CUDA kernels of peft_ext's native library.";
-  m.attr("_sources") = py::str(peft_ext::kSourceDigest);  // of this module; build_info() has the library's
+  m.attr("_sources") = py::str(peft_ext::kSourceDigest);  // digest of _C's own sources
   m.def("build_info", &build_info, "What the native library was built from.");
   m.def("isa", [] { return peft_ext_isa_name(peft_ext_isa()); }, "The CPU path in use.");
   m.def(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
-# Headers for g++ alone, in a branch that NVRTC does not take.
+# Headers that device sources include only when g++ compiles them; NVRTC skips these #include lines.
 OF_THE_HOST = ("emulator/device.h", "cuda/kernel_name.h")
 
 
@@ -34,7 +34,7 @@ def device_sources() -> dict[str, str]:
 
 
 def embedded() -> str:
-    """Returns the text of the C++ file."""
+    """Returns the text of the C++ file that holds the device sources."""
     rows = [f'    {{"{name}", R"source({text})source"}},\n' for name, text in device_sources().items()]
     return (
         '// The sources of the CUDA kernels. Written by csrc/embed_sources.py.\n#include "common/api.h"\n\n'
@@ -46,14 +46,14 @@ def embedded() -> str:
 
 
 def write(output: Path) -> Path:
-    """Writes the C++ file with the sources of the CUDA kernels, unless it has this text already. Returns its path."""
+    """Writes the C++ file with the sources of the CUDA kernels if its text changes. Returns the file's path."""
     return _write(output, embedded())
 
 
 def write_digest(output: Path) -> Path:
-    """Writes the C++ file with the digest of all sources, unless it has this text already. Returns its path.
+    """Writes the C++ file with the digest of all sources if its text changes. Returns the file's path.
 
-    The digest has a file of its own, so that after a change of a source only that source and this file are compiled.
+    The digest has its own file, so that after a change of a source only that source and this file are compiled.
     """
     script = CSRC.parent / "peft_ext/_source_digest.py"
     digest = runpy.run_path(str(script))["source_digest"](CSRC)

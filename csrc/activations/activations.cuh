@@ -1,11 +1,11 @@
-// Plain and gated activations of rows [T, F], and their gradients:
+// Kernel of plain and gated activations of rows [T, F], and of their gradients:
 //
 //   y = act(gate) ∘ up;   d gate = dY ∘ up ∘ act'(gate);   d up = dY ∘ act(gate);   if there is no up, up is 1
 //
 // A thread computes eight adjacent columns, 16 bytes of a 16-bit dtype; a block computes 2,048 columns of a row. Rows
 // may have any stride, so that gate and up may be halves of one tensor. Arithmetic is in float32, and each result is
-// rounded once: act(gate) is not rounded before the product with up. Bytes moved: each matrix once; with up, 3 TF
-// elements in the forward and 5 TF in the gradient.
+// rounded once: act(gate) is not rounded before the product with up. Each matrix is read or written once; with up, 3 T
+// F elements are moved in the forward and 5 T F in the gradient.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -16,9 +16,9 @@ namespace peft_ext {
 struct GatedWork {
   Activation activation;
   int64_t columns;
-  const void *gate, *up, *grad;                 // up: null if there is no up; grad: dY, only for the gradient
+  const void *gate, *up, *grad;                 // up: null if there is no up; grad: dY, read only in the gradient
   int64_t gate_stride, up_stride, grad_stride;  // strides in elements between neighbouring rows of gate, up and dY
-  void *out, *out_up;                           // out: y, or d gate; out_up: d up; null in the forward or without up
+  void *out, *out_up;                           // out: y or d gate; out_up: d up, null in the forward and without up
   int64_t out_stride, out_up_stride;
   bool whole;  // whether groups of eight columns are aligned to 16 bytes in all matrices
 };

@@ -1,5 +1,5 @@
-// Plain and gated activations on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. One thread
-// computes a row, so that the bits are equal for every number of threads.
+// The CPU operators of plain and gated activations: checks, allocation and threads; activations/kernels_impl.h has the
+// kernels. A row is computed by one thread, so that the bits are equal for every number of threads.
 #include <tuple>
 
 #include "common/registration.h"
@@ -24,8 +24,8 @@ const ActivationKernels& activation_kernels() {
 #endif
 }
 
-// Returns gate and up as rows. The function accepts gate [..., F] with up [..., F], gate [..., F] alone, or with
-// `halves` one tensor [..., 2F] whose first half is gate and whose second half is up.
+// Returns the operands gate and up as RowsApart. If `halves`, the argument `gate` is a tensor [..., 2F] whose first
+// half is gate and whose second half is up. Otherwise gate is [..., F], and up is [..., F] or has no value.
 Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(gate.dim() >= 1, op, ": gate has no dimension, wanted [..., F]");
   const int64_t last = gate.dim() - 1, columns = halves ? gate.size(last) / 2 : gate.size(last);
@@ -54,7 +54,7 @@ GatedRows work_of(const char* op, const Parts& parts, int64_t activation) {
   return work;
 }
 
-// Returns the smallest number of rows for a thread: computing these rows takes about as long as starting a parallel
+// Returns the smallest number of rows that a thread computes; fewer rows would take less time than starting a thread's
 // task.
 int64_t row_grain(int64_t columns) { return ceil_div(kPackGrain, columns + 1); }
 

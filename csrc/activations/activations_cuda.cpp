@@ -1,4 +1,4 @@
-// Plain and gated activations on CUDA. Each call is one launch of the kernel in activations.cuh.
+// The CUDA operators of plain and gated activations. Each call is one launch of the kernel in activations.cuh.
 #include "activations/activations.cuh"
 
 #include <tuple>
@@ -9,8 +9,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns gate and up as rows. The function accepts gate [..., F] with up [..., F], gate [..., F] alone, or with
-// `halves` one tensor [..., 2F] whose first half is gate and whose second half is up.
+// Returns the operands gate and up as RowsApart. If `halves`, the argument `gate` is a tensor [..., 2F] whose first
+// half is gate and whose second half is up. Otherwise gate is [..., F], and up is [..., F] or has no value.
 Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(on_device(gate) && gate.dim() >= 1, op, ": gate is not [..., F] on a CUDA device");
   check_kernel_dtype(op, "gate", gate.scalar_type());

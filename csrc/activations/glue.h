@@ -21,8 +21,8 @@ inline Activation checked_gate(const char* op, int64_t activation) {
 }
 
 // A tensor [..., columns] as contiguous rows with a distance of `stride` elements between neighbouring rows. rows_apart
-// uses a half of a wider contiguous tensor without a copy. rows_apart copies a tensor whose rows are not contiguous,
-// overlap, or do not all have the same distance.
+// makes a RowsApart object without a copy from, for example, a half of a wider contiguous tensor. rows_apart copies a
+// tensor whose rows are not contiguous, overlap, or do not all have the same distance.
 struct RowsApart {
   torch::stable::Tensor held;
   int64_t stride;
@@ -30,8 +30,8 @@ struct RowsApart {
 
 inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, columns = tensor.size(last);
-  // In the loop, `rows` is the number of rows that the dimensions after d form, the last dimension left out, and
-  // `stride` is the distance between neighbours of these rows.
+  // Before the loop visits dimension d, `rows` is the product of the sizes of the dimensions between d and the last,
+  // and `stride` is the distance between neighbours of these rows.
   int64_t stride = 0, rows = 1;
   bool regular = columns <= 1 || tensor.stride(last) == 1;
   for (int64_t d = last - 1; d >= 0; --d) {
@@ -46,7 +46,7 @@ inline RowsApart rows_apart(const torch::stable::Tensor& tensor) {
   return {as_contiguous(tensor), columns};
 }
 
-// The operands gate and up as rows, and the sizes of the result.
+// The operands gate and up of a gated activation as rows, and the sizes of the result.
 struct Parts {
   RowsApart gate;
   std::optional<RowsApart> up;

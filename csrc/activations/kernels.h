@@ -1,9 +1,9 @@
-// The contract of the plain and gated activations on the CPU; each instruction set has a table of kernels. A kernel
-// reads or writes each matrix once.
+// The interface of the CPU kernels of plain and gated activations; each instruction set has a table of kernels. A
+// kernel reads or writes each matrix once.
 //
 //   y = act(gate) ∘ up;   d gate = dY ∘ up ∘ act'(gate);   d up = dY ∘ act(gate);   if there is no up, up is 1
 //
-// Arithmetic is in float32, and each result is rounded once. Rows are `stride` elements apart.
+// Arithmetic is in float32, and each result is rounded once.
 #pragma once
 
 #include <stdint.h>
@@ -25,15 +25,15 @@ struct WrittenRows {
 
 struct GatedRows {
   Activation activation;
-  DType dtype;  // dtype of all matrices
+  DType dtype;  // dtype of gate, up, dY and all results
   int64_t columns;
   StridedRows gate, up;  // if up has no data, up is 1
-  StridedRows grad;      // dY; has data only for the gradient
+  StridedRows grad;      // dY; has data only in the gradient
   WrittenRows out;       // receives y in the forward, d gate in the gradient
-  WrittenRows out_up;    // d up; has no data if up has no data
+  WrittenRows out_up;    // receives d up in the gradient; has no data without up
 };
 
-// Each function of the table computes the rows [begin, end).
+// `rows` computes y and `gradient` computes d gate and d up for the rows [begin, end).
 struct ActivationKernels {
   void (*rows)(const GatedRows& work, int64_t begin, int64_t end);
   void (*gradient)(const GatedRows& work, int64_t begin, int64_t end);

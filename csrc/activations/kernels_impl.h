@@ -1,5 +1,5 @@
 // The activation kernels of activations/kernels.h for one instruction set. Include this file after the target pragma
-// and the path's Vec (cpu/simd_<isa>.h).
+// (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@ namespace peft_ext {
 namespace {
 
 struct Activated {
-  Vec value, slope;  // act(u) and act'(u); the compiler removes the computation of an unused value
+  Vec value, slope;  // act(u) and act'(u); the compiler removes the computation of the one that is not used
 };
 
 template <Activation kActivation>

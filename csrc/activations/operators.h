@@ -1,4 +1,4 @@
-// The CPU function of gated activations that the operator decoder_layer calls.
+// Declares the CPU function of the operator gated_activation, for the operator decoder_layer.
 #pragma once
 
 #include <optional>

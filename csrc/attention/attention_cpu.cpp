@@ -1,7 +1,8 @@
-// Scaled dot-product attention on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. In the
-// forward a unit of a thread's work is a block of queries (for few queries, up to kFewRows rows as in few.h); in the
-// backward a unit is a cell of queries and keys (attention/plan.h). How a sum is divided into partial sums depends only
-// on the shapes, so that the bits of the results are equal for every number of threads.
+// The CPU operators of scaled dot-product attention: checks, allocation and threads; attention/kernels_impl.h has the
+// kernels. The threads divide the blocks of queries in the forward (for few queries, groups of up to kFewRows rows as
+// in few.h), and cells of queries and keys in the backward (attention/plan.h). How a sum is divided into partial sums
+// depends only on the shapes and on the CPU path, so that the bits of the results are equal for every number of
+// threads.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -21,11 +22,11 @@
 namespace peft_ext {
 namespace {
 
-// Number of streams (attention/plan.h) that the backward makes, if possible: the backward divides the query heads of
-// each key head into splits until there are kStreams streams, or each query head is a split of its own.
+// The backward divides the query heads of each key head into splits, until there are at least kStreams streams
+// (attention/plan.h), or each query head is a split of its own. kMostSums may lower the number of splits.
 constexpr int64_t kStreams = 32;
-// Largest number of floats (128 MiB) in the sums of dK and dV of all splits, and largest number of floats in the sums
-// of dQ.
+// Limit of the number of floats (128 MiB) in the sums of dK and dV of all splits, and of those in the sums of dQ. One
+// split, and dQ of one stream, may exceed the limit.
 constexpr int64_t kMostSums = int64_t{1} << 25;
 
 const AttentionKernels& attention_kernels(DType dtype) {
@@ -83,7 +84,7 @@ Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size,
   return Tensor(out);
 }
 
-// Packs the bool mask into 64-bit words: a word has one bit for each of 64 queries. The shape of the packed mask is [B
+// Packs the bool mask into 64-bit words; a word has one bit for each of 64 queries. The shape of the packed mask is [B
 // or 1, H or 1, ceil(queries / 64), keys].
 Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
@@ -103,7 +104,7 @@ Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   return words;
 }
 
-// One call of the attention, and the tensors that must live as long as the call.
+// The arguments of one call of an attention operator, and the tensors that the call must keep alive.
 struct Call {
   const AttentionKernels& isa;
   const bool is_backward;
@@ -168,8 +169,8 @@ struct Call {
   int64_t kv_units() const { return work.batches * work.kv_heads; }
   int64_t whole_vectors(int64_t columns) const { return ceil_div(columns, isa.width) * isa.width; }
 
-  // Allocates memory for copies of k or v as left operands of products [rows, depth], one for each key head of each
-  // batch, with padded rows and depth.
+  // Allocates memory for the copies of k or v as left operands [rows, depth] of products, one copy for each key head of
+  // each batch; rows and depth are padded.
   void* operand(int64_t rows, int64_t depth) {
     const ScalarType type = isa.element == DType::kBF16 ? ScalarType::BFloat16 : ScalarType::Float;
     const int64_t padded_rows = ceil_div(rows, isa.left_rows) * isa.left_rows;
@@ -178,7 +179,7 @@ struct Call {
   }
 
   // Allocates the sums of dK and dV [splits, units, keys, columns padded to whole vectors] in the calling thread's
-  // scratch. The thread keeps the scratch after the call unless the scratch is large, because new memory costs a page
+  // scratch. After the call the thread keeps the scratch, unless the scratch is large, because new memory costs a page
   // fault per page.
   void take_sums() {
     const int64_t rows = work.splits * kv_units() * work.keys;
@@ -206,8 +207,8 @@ struct Call {
   void in_parallel(int64_t units, size_t bytes, const F& f) {
     parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       f(begin, end, scratch(Scratch::kPanel, bytes));
-      // Releases the scratch of f if it is large, as for a head size of thousands. The scratch that holds the sums
-      // stays allocated, because other threads may still use the sums.
+      // Releases the scratch of f if this scratch is large, for example for a head size of thousands. The scratch that
+      // holds the sums stays allocated, because other threads may still use the sums.
       release_large_scratch(Scratch::kPanel);
     });
   }

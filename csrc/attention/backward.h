@@ -1,5 +1,5 @@
 // Computes the backward of attention for one cell of queries and keys: dV, dQ and dK, defined in attention/kernels.h.
-// Include this file after the target pragma and the path's headers of Vec, words and transposition.
+// Include this file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include "attention/forward.h"
@@ -7,13 +7,13 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kBackwardKeys = kLeastStep * kPlanBlock;  // number of keys in a block of the backward
+constexpr int64_t kBackwardKeys = kLeastStep * kPlanBlock;  // number of keys that the backward multiplies at a time
 
 struct BackwardParts {
   Element *q_rows, *grad_rows;      // copies of rows of q and dO, unless the products read q and dO in place
   Element *q_turned, *grad_turned;  // q and dO as right operands whose depth is the head size
   Element *q_joined, *grad_joined;  // q and dO as right operands whose depth is the queries
-  Element *p, *ds, *ds_joined;      // P and dS as left operands of depth queries; dS as right operand of depth keys
+  Element *p, *ds, *ds_joined;      // p, ds: left operands whose depth is the queries; ds_joined: dS as right operand
   float *s, *dp, *turned, *delta, *bias;
   BackwardParts(Parts* parts, const Attention& work)
       : q_rows(parts->take<Element>(kQueries * padded_depth(work.size))),
@@ -42,8 +42,8 @@ inline float dot(const T* a, const T* b, int64_t columns) {
   return total[0];
 }
 
-// Computes P and dS for a block of keys from S and dP. If no query of a vector of queries may see a key, the right
-// operand ds_joined is zero for this vector and key.
+// Computes P and dS for a block of keys from S and dP = dO Vᵀ. Where no query of a vector of queries may see a key,
+// ds_joined is set to zero.
 inline void take_gradients(const Attention& work, const uint64_t* bits, const uint64_t* keeps, const int64_t* first,
                            int64_t count, int64_t vecs, const float* lse, const BackwardParts& own) {
   const Vec factor = Vec::broadcast(work.scale * kLog2E), zero = Vec::zero();
@@ -56,8 +56,8 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
         ds[i] = zero;
         if (r + i >= count || v < first[(r + i) / kRows]) continue;
         const int64_t at = (r + i) * kQueries + v * kWidth;
-        // The minimum limits P to 1. Without the minimum, P may exceed 1 for an invisible key, or by the rounding of
-        // lse.
+        // The minimum limits P to 1. Without the minimum, P would exceed 1 for some invisible keys, and for visible
+        // keys by the rounding of lse.
         Vec p = vec_exp2(Vec::min(zero, Vec::fma(Vec::load(own.s + at), factor, shift)));
         if (!all_see(bits[r + i])) p = Vec::where(bits_at(bits[r + i], v), p, zero);
         Vec dp = Vec::load(own.dp + at), kept = p;
@@ -75,9 +75,9 @@ inline void take_gradients(const Attention& work, const uint64_t* bits, const ui
   }
 }
 
-// Adds the terms of the keys [key, key_end) to the gradients of a block of queries, from the first block of keys to the
-// last. query_sums: the sums of dQ, which the function does not read if `first` is true. If `last`, the function
-// computes grad_q from the sums.
+// Adds the terms of the keys [key, key_end) and of a block of queries to the sums of dQ (query_sums), dK (key_sums) and
+// dV (value_sums), one block of keys after another. If `first`, query_sums is written without being read. If `last`,
+// grad_q is written from query_sums.
 template <typename T>
 void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t key_end,
                     bool first, bool last, float* key_sums, float* value_sums, float* query_sums, Parts parts) {
@@ -107,15 +107,15 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
   }
 
   const int64_t until = min_i64(key_end, keys_until(work, query, count)), steps = words_of_depth(count);
-  // Cells start at multiples of kBackwardKeys, so that the blocks of keys are the same in every plan.
+  // The key of every cell is a multiple of kBackwardKeys, so that every plan has the same blocks of keys.
   for (int64_t k0 = key; k0 < until; k0 += kBackwardKeys) {
     const int64_t here = min_i64(kBackwardKeys, until - k0);
     uint64_t bits[kBackwardKeys], keeps[kBackwardKeys], any = 0;
     for (int64_t r = 0; r < here; ++r) any |= bits[r] = seen(work, mask, k0 + r, query, count);
     if (any == 0) continue;
     kept(work, batch, head, k0, here, query, count, bits, keeps);
-    // For each strip of keys: the first vector of queries to multiply, or `vecs` if no query may see a key of the
-    // strip.
+    // starts[i]: for strip i of kRows keys, the first vector of queries to multiply, or `vecs` if no query may see a
+    // key of the strip.
     int64_t starts[(kBackwardKeys + kRows - 1) / kRows];
     const auto for_strips = [&](auto f) {
       for (int64_t r = 0; r < here; r += kRows)

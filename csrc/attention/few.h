@@ -1,7 +1,7 @@
 // Computes the forward of attention for few queries, as in generation: O and lse, defined in attention/kernels.h. A
-// unit of work has up to kFewRows rows: a row is one query of one of the query heads that share a key head. A thread
-// reads k and v in place, once for all rows of a unit, and holds the scores and probabilities of these rows in float32.
-// Include this file after the target pragma, the path's Vec and forward.h.
+// unit of a thread's work has up to kFewRows rows; a row is one query of one of the query heads that share a key head.
+// A thread reads k and v in place, once for all rows of a unit, and holds the scores and probabilities of the rows in
+// float32. Include this file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include "attention/forward.h"
@@ -9,8 +9,8 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kFewKeys = 256;  // number of keys whose terms are added while a sum of O stays in a register
-constexpr int kFewVecs = 4;        // number of vectors of a row of O whose sums are in registers at once
+constexpr int64_t kFewKeys = 256;  // number of keys whose terms are added to O while O's sums are in registers
+constexpr int kFewVecs = 4;        // number of vectors of a row of O whose sums are in registers at a time
 
 struct FewParts {
   float *q, *p, *o;
@@ -27,8 +27,7 @@ inline bool sees(const Attention& work, int64_t batch, int64_t head, int64_t que
              0;
 }
 
-// Computes out and lse of the rows [row, row + kRowsOfUnit). The query heads that share a key head have H / Hkv · T
-// rows in all.
+// Computes out and lse for the rows [row, row + kRowsOfUnit) of the H / Hkv · T rows (query head, query) of a key head.
 template <typename T, int kRowsOfUnit>
 void few_rows(const Attention& work, int64_t batch, int64_t kv_head, int64_t row, Parts parts) {
   const FewParts own(&parts, work);

@@ -1,5 +1,5 @@
 // Computes the forward of attention for a block of queries: O and lse, defined in attention/kernels.h. Include this
-// file after the target pragma and the path's headers of Vec, words and transposition.
+// file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include <math.h>
@@ -10,7 +10,7 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kForwardKeys = 192;  // number of keys in a block of the forward; a multiple of kRows
+constexpr int64_t kForwardKeys = 192;  // number of keys that the forward multiplies at a time; a multiple of kRows
 constexpr float kLog2E = 1.44269504f;
 
 struct ForwardParts {
@@ -30,9 +30,9 @@ struct ForwardParts {
         bias(parts->take<float>(work.bias ? kQueries * kForwardKeys : 0)) {}
 };
 
-// Updates the largest score of each query with the scores [count, 64] of a block of keys. The stored scores are those
-// of attention/kernels.h divided by the scale. Computes the factor `change`, by which the sums of the earlier blocks of
-// keys are multiplied.
+// Updates the largest score of each query with the scores [count, 64] of a block of keys. The scores in memory are S /
+// scale, with S as in attention/kernels.h. Computes for each query the factor `change`, by which the sums over the
+// earlier blocks of keys must be multiplied.
 inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, float scale, const ForwardParts& own) {
   const Vec nothing = Vec::broadcast(-INFINITY);
   for (int64_t v = 0; v < vecs; ++v) {
@@ -55,9 +55,9 @@ inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, floa
   }
 }
 
-// Writes P = exp(S - largest S) of a block of keys, with dropout, as a right operand, and adds the block's sums of P
-// without dropout to the sums of the earlier blocks. The function sums the block alone before it adds to the earlier
-// sums, because a single term that is added to the sum of a hundred thousand keys would lose almost all of its bits.
+// Writes P = exp(S - largest S) of a block of keys, with dropout, as a right operand, and adds the sums of P without
+// dropout to the sums over the earlier blocks of keys. The terms of a block are added to each other first, because a
+// single term that is added to the sum of a hundred thousand keys would lose almost all of its bits.
 inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64_t count, int64_t vecs, float scale,
                               bool first, const ForwardParts& own) {
   for (int64_t v = 0; v < vecs; ++v) {
@@ -69,8 +69,8 @@ inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64
       for (int64_t i = 0; i < kWord; ++i) {
         p[i] = zero;
         if (r + i >= count) continue;
-        // The difference of a stored score and the largest stored score is computed before the product with the scale,
-        // so that the largest score gives the exponent 0 exactly, whatever the score's size.
+        // The largest score is subtracted before the product with the scale, so that the exponent of the largest score
+        // is exactly 0.
         p[i] = vec_exp2(Vec::mul(Vec::sub(Vec::load(own.s + (r + i) * kQueries + v * kWidth), most), factor));
         if (!all_see(bits[r + i])) p[i] = Vec::where(bits_at(bits[r + i], v), p[i], zero);
         sum = Vec::add(sum, p[i]);

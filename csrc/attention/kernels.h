@@ -1,18 +1,18 @@
-// The contract of the attention kernels on the CPU; each instruction set has a table of kernels. The kernels compute,
-// for one head, with query i and key j:
+// The interface of the CPU kernels of attention; each instruction set has a table of kernels. The kernels compute, for
+// one head, with query i and key j:
 //
 //   S = scale Q Kᵀ + bias;  P = softmax(S) over the keys that i may see;  O = (D ∘ P) V;  lse = ln Σⱼ exp(S);
 //   dV = (D ∘ P)ᵀ dO;  dS = P ∘ (D ∘ (dO Vᵀ) - Σ dO ∘ O);  dQ = scale dS K;  dK = scale dSᵀ Q
 //
-// D, the dropout, is 1 everywhere if no dropout is applied. With dropout D is 1 / (1 - p) for the keys that query i
-// keeps, and 0 for the others. The random draw for query i and key j of head h in batch b is the draw of element [b, h,
-// j, i] of a contiguous tensor [B, H, keys, queries].
+// D is the factor of dropout: 1 without dropout; with dropout, 1 / (1 - p) if dropout keeps key j for query i, else 0.
+// If query i may see no key, O and lse are 0. The random draw for query i and key j of head h in batch b is the draw of
+// element [b, h, j, i] of a contiguous tensor [B, H, keys, queries].
 //
 // Except in the kernel for few queries (few.h), a thread holds S, P and dS for one block of queries and keys at a time,
 // and transposed: a row is a key, and the lanes of a vector are queries, so that sums over keys are sums of rows. For
-// bfloat16 tensors, also except in the kernel for few queries, the paths with AVX512-BF16 and AMX (also emulated)
-// multiply bfloat16 operands in pairs, and round P and dS to bfloat16. For other dtypes these paths use the kernels for
-// AVX-512. Scores, sums and lse are float32.
+// bfloat16 tensors, except in the kernel for few queries, the paths avx512_bf16, amx and amx_emulated multiply bfloat16
+// operands in pairs, and round P and dS to bfloat16. For float32 and float16 tensors, the paths avx512_bf16, amx and
+// amx_emulated use the kernels for AVX-512. Scores, sums and lse are float32.
 //
 // Operands of products consist of 32-bit words. A word is one float32, or two bfloat16 that are adjacent in depth. A
 // product broadcasts each word of the left operand [rows, depth], and loads vectors of words of the right operand
@@ -27,22 +27,21 @@
 namespace peft_ext {
 
 constexpr int64_t kPlanBlock = 64;  // number of queries or keys in a block
-constexpr int64_t kLeastStep = 2;   // the side of a cell (see BackwardCell) is a multiple of kLeastStep blocks
-constexpr int64_t kMaskBits = 64;   // number of queries whose bits of the mask share one word
+constexpr int64_t kLeastStep = 2;   // the side of a cell that is smaller than a head is a multiple of kLeastStep blocks
+constexpr int64_t kMaskBits = 64;   // number of queries whose mask bits for one key are in one word
 
-// ForwardUnit and BackwardCell are the units of work that attention/plan.h divides among threads. A forward unit is a
-// block of queries of one head.
+// The unit of work of the forward that attention/plan.h divides among threads: a block of queries of one head.
 struct ForwardUnit {
-  int64_t head, block;  // head: index among the heads of all batches, B · H heads
+  int64_t head, block;  // head: index among the B · H query heads of all batches
 };
 
-// A backward unit is a cell: the blocks of queries [query, query_end) by the blocks of keys [key, key_end) of one head
-// of a stream.
+// The unit of work of the backward, a cell: the blocks of queries [query, query_end) by the blocks of keys [key,
+// key_end) of one query head. `head` is the head's index in its stream (attention/plan.h).
 struct BackwardCell {
   int64_t stream, head;
-  int64_t slot;  // index of the part of query_sums that the stream uses
+  int64_t slot;  // index of the slot of Attention::query_sums that the stream uses
   int64_t query, query_end, key, key_end;
-  bool first, last;  // whether the cell is the first, or the last, that adds to the dQ of its queries
+  bool first, last;  // whether the cell is the first, and the last, that adds to dQ of its queries
 };
 
 // kFewRows: number of queries in a unit of the kernel for few queries. kFewQueries: the largest number of queries of a
@@ -63,7 +62,7 @@ struct Attention {
   float scale;
   bool causal;  // if true, query i may see key j only if j <= i
   HeadsOf q, k, v, out;
-  float* lse;  // lse [B, H, queries], which the forward writes and the backward reads
+  float* lse;  // lse [B, H, queries], written by the forward and read by the backward
   // The mask as words [B, H, blocks of 64 queries, keys]: bit i of a word tells whether query i of the block may see
   // the key. A null pointer `mask` means that the call has no mask in the form of words. The strides mask_batch and
   // mask_head are in words, and 0 for a broadcast dimension.
@@ -86,11 +85,12 @@ struct Attention {
   int64_t splits;
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
-  // Number of keys that are in at least one cell: a multiple of 64, or all keys. The first cell that a stream adds to
-  // some keys sets the key_sums and value_sums of these keys to zero, because the memory is then in the cache of the
-  // thread that adds to the sums.
+  // Number of keys that are in at least one cell: a multiple of 64, or all keys. For each range of these keys, the
+  // first cell that a stream computes sets key_sums and value_sums to zero, because the memory is then in the cache of
+  // the thread that adds to the sums.
   int64_t reached;
-  // sums of dQ: [slots, blocks of queries, size, 64]; null if each head is one cell (attention/plan.h)
+  // Sums of dQ, [slots, blocks of queries, size, 64], one slot for each of the streams that run at the same time; null
+  // if each head is one cell (attention/plan.h).
   float* query_sums;
 
   // Scratch copies of k and v for each batch and key head, as left operands of products: key_rows and value_rows are as
@@ -101,14 +101,14 @@ struct Attention {
 };
 
 struct AttentionKernels {
-  DType element;      // element type of the left and right operands
+  DType element;      // element type of the operands of products
   int64_t left_rows;  // the number of rows of the copies of k and v is padded to a multiple of left_rows
   int64_t depth;      // the depth of operands is padded to a multiple of `depth`
   bool in_place;      // whether a product can read rows of k and v in place, if their depth needs no padding
   int64_t width;      // number of elements in a vector; rows of sums are padded to whole vectors
-  // Prepares the units [begin, end) of the units [B, Hkv, blocks of 64 keys]: writes the copies of k and v whose
-  // pointers are not null (key_rows, value_rows, key_columns, value_columns), and sets key_sums and value_sums to zero
-  // for the keys that no cell reaches.
+  // Prepares the units [begin, end) of the B · Hkv · ceil(keys / 64) blocks of keys: writes the copies of k and v whose
+  // pointers are not null (key_rows, value_rows, key_columns, value_columns), and in the backward sets key_sums and
+  // value_sums to zero for the keys that no cell reaches.
   void (*pack)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*pack_scratch)(const Attention& work);
   // Computes out and lse for a block of 64 queries of one head.
@@ -118,11 +118,11 @@ struct AttentionKernels {
   // of the H / Hkv · T queries of a key head, so that there are B · Hkv · ceil(H / Hkv · T / kFewRows) units.
   void (*few)(const Attention& work, int64_t begin, int64_t end, void* scratch);
   size_t (*few_scratch)(const Attention& work);
-  // Adds the terms of one cell to key_sums, value_sums and the sums of dQ. The last cell of a row of cells computes
+  // Adds the terms of one cell to key_sums, value_sums and the sums of dQ. The last cell of a row of cells also writes
   // grad_q. The streams (see attention/plan.h) are numbered in the order [B, Hkv, splits].
   void (*backward)(const Attention& work, const BackwardCell& cell, void* scratch);
   size_t (*backward_scratch)(const Attention& work);
-  // Computes grad_k and grad_v for the rows [begin, end) of the rows [B, Hkv, keys].
+  // Computes grad_k and grad_v from key_sums and value_sums, for the rows [begin, end) of the B · Hkv · keys rows.
   void (*finish)(const Attention& work, int64_t begin, int64_t end);
 };
 

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "cpu/target_amx.h"
-// The headers below must be included after the target pragma.
+// target_amx.h selects the instruction set for the code of the headers below, and must be included before them.
 #include "cpu/simd_avx512.h"
 
 #include "attention/transpose_avx512.h"

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "cpu/target_avx512.h"
-// The headers below must be included after the target pragma.
+// target_avx512.h selects the instruction set for the code of the headers below, and must be included before them.
 #include "cpu/simd_avx512.h"
 
 #include "attention/transpose_avx512.h"

@@ -1,6 +1,6 @@
-// The attention kernels of attention/kernels.h for one instruction set. Include this file after the target pragma, and
-// after the path's Vec (cpu/simd_<isa>.h), words (words_f32.h or words_bf16.h), transposition (transpose_<isa>.h) and
-// product (product.h or product_amx.h).
+// The attention kernels of attention/kernels.h for one instruction set. Include this file after the headers of the
+// instruction set: the target pragma (cpu/target_<isa>.h), Vec (cpu/simd_<isa>.h), words (words_f32.h or words_bf16.h),
+// transposition (transpose_<isa>.h) and product (product.h or product_amx.h).
 #pragma once
 
 #include "attention/backward.h"

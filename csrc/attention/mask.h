@@ -1,5 +1,4 @@
-// Packs a bool mask into 64-bit words with one bit for each of 64 queries (attention/kernels.h). This file does not
-// depend on torch.
+// Packs a bool mask into 64-bit words with one bit for each of 64 queries (attention/kernels.h).
 #pragma once
 
 #include <stdint.h>
@@ -9,14 +8,14 @@
 
 namespace peft_ext {
 
-// Returns eight bytes of 0 or 1: whether the bytes of `x` are not 0.
+// Byte i of the result is 1 if byte i of `x` is not 0, else 0.
 inline uint64_t nonzero_bytes(uint64_t x) {
   constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full;
   return (((x & kLow) + kLow) | x) >> 7 & 0x0101010101010101ull;
 }
 
-// Computes a block of the mask: bit i of words[j] tells whether query i may see key j, for `count` queries of up to 64.
-// Element [i, j] of the mask is rows[i * of_query + j * of_key].
+// Packs the mask of up to 64 queries: bit i of words[j] tells whether query i may see key j. Element [i, j] of the mask
+// is rows[i * of_query + j * of_key].
 inline void pack_mask_block(const uint8_t* rows, int64_t of_query, int64_t of_key, int64_t count, int64_t keys,
                             uint64_t* words) {
   constexpr int64_t kSide = 8;

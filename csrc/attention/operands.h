@@ -1,5 +1,5 @@
-// Makes operands of products (see attention/kernels.h) from rows of q, k, v and dO. Include this file after the target
-// pragma and the path's headers of Vec, words, transposition and product.
+// Makes the left and right operands of attention's products (see attention/kernels.h) from rows of q, k, v and dO.
+// Include this file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include <string.h>
@@ -20,8 +20,8 @@ inline int64_t padded_lanes(int64_t columns) { return whole(columns, kWidth); }
 template <typename T>
 constexpr bool kTaken = sizeof(T) == sizeof(Element);
 
-// Divides a thread's memory into parts of whole cache lines. If `at` starts at 0, the final value of `at` is the number
-// of bytes that all parts need.
+// Divides a thread's scratch memory, from address `at` on, into parts of whole cache lines. If `at` starts at 0, its
+// final value is the number of bytes that all parts need.
 struct Parts {
   uintptr_t at;
   template <typename T>
@@ -32,7 +32,7 @@ struct Parts {
   }
 };
 
-// Rows of a head [rows, depth], row-major.
+// Rows of a head [rows, depth] of q, k, v or dO, row-major.
 struct Rows {
   const Element* data;
   int64_t stride;
@@ -48,14 +48,15 @@ inline void convert_row(const T* x, int64_t depth, Element* y) {
   for (int64_t i = depth; i < padded_depth(depth); ++i) y[i] = Element{};
 }
 
-// Returns whether rows of x with this depth can be read in place, because the depth needs no padding.
+// Returns whether products can read rows of T with this depth in place: T is the operands' element type, and the depth
+// needs no padding.
 template <typename T>
 inline bool lies_right(int64_t depth) {
   return kTaken<T> && depth % kDepth == 0;
 }
 
-// Returns rows of x as elements, padded with zeros to the padded depth: x in place if lies_right(depth) is true,
-// otherwise a copy in `made` [count, padded depth].
+// Returns rows of x in the operands' element type, padded with zeros to the padded depth: x in place if
+// lies_right(depth), otherwise a copy in `made` [count, padded depth].
 template <typename T>
 inline Rows rows_of_heads(const T* x, int64_t token, int64_t count, int64_t depth, Element* made) {
   if constexpr (kTaken<T>)
@@ -64,8 +65,8 @@ inline Rows rows_of_heads(const T* x, int64_t token, int64_t count, int64_t dept
   return {made, padded_depth(depth)};
 }
 
-// Makes a right operand [words of the head size, lanes] from rows of a head: a row becomes a lane, and missing rows are
-// zeros.
+// Writes rows of a head as a right operand whose depth is the head size: each row becomes a lane. Lanes beyond the
+// `count` rows are set to zero.
 inline void turn_rows(const Rows& rows, int64_t count, int64_t depth, int64_t lanes, Element* right) {
   const int64_t words = words_of_depth(depth);
   transpose_words(rows.data, rows.stride * static_cast<int64_t>(sizeof(Element)), count, words, right, lanes);
@@ -74,8 +75,8 @@ inline void turn_rows(const Rows& rows, int64_t count, int64_t depth, int64_t la
       memset(right + (w * lanes + count) * kWord, 0, static_cast<size_t>((lanes - count) * kWord) * sizeof(Element));
 }
 
-// Makes a right operand from rows of a head: the rows are the depth, padded with zeros to the padded depth, and the
-// columns are the lanes, padded to whole vectors.
+// Writes rows of a head as a right operand whose depth is the rows, padded with zeros to the padded depth. The columns
+// become the lanes, padded to whole vectors.
 inline void join_all(const Rows& rows, int64_t count, int64_t columns, Element* right) {
   const int64_t lanes = padded_lanes(columns);
   for (int64_t i = 0; i < count; i += kWord) {
@@ -105,12 +106,13 @@ inline void store_turned(const float* sums, int64_t size, int64_t count, float* 
   }
 }
 
-// A left operand in memory: tiles of kLeftRows rows by kDepth values, one after another in memory. The tiles of
-// kLeftRows rows are a strip, and strips are `stride` elements apart. If kLeftRows is 1, the left operand is row-major.
+// A left operand of a product in memory. If kLeftRows is 1, the operand is row-major. Otherwise kLeftRows rows are a
+// strip, which is stored as tiles of kLeftRows rows by kDepth values one after another. Strips (or rows) are `stride`
+// elements apart.
 struct Left {
   const Element* data;
   int64_t stride;
-  // Returns the operand from row `row` and depth `depth` on, which must be the start of a tile.
+  // Returns the operand from row `row` and depth `depth` on; both must be the start of a tile.
   Left part(int64_t row, int64_t depth) const { return {data + row / kLeftRows * stride + depth * kLeftRows, stride}; }
 };
 
@@ -126,8 +128,8 @@ inline void multiply(int64_t rows, int64_t vecs, const Left& left, const Element
   multiply(rows, vecs, left.data, left.stride, right, right_stride, steps, c, c_stride, add);
 }
 
-// Writes rows of x to a left operand, from the start of a strip on. If the last strip is not full, its remaining rows
-// stay as they are: a product reads these rows, but the used rows of the result do not depend on them.
+// Writes rows of x to a left operand, from the start of a strip on. The missing rows of an incomplete last strip are
+// not written: a product reads them, but only unused rows of the result depend on them.
 template <typename T>
 inline void write_left(const T* x, int64_t token, int64_t count, int64_t depth, Element* left) {
   const int64_t stride = kLeftRows * padded_depth(depth), step = kLeftRows == 1 ? depth : kDepth;
@@ -159,8 +161,8 @@ struct PackParts {
         joined(parts->take<Element>(kQueries * padded_lanes(depth))) {}
 };
 
-// Copies a block of keys of x, which is k or v, from key k0 on, as left operands: to made_rows as stored, and to
-// made_columns transposed. A null pointer stands for a copy that is not wanted.
+// Copies the block of up to 64 keys of x (k or v) from key k0 on as left operands: to made_rows as stored, and to
+// made_columns transposed. A null pointer means that this copy is not made.
 template <typename T>
 void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, int64_t keys, int64_t k0, int64_t depth,
                   void* made_rows, void* made_columns, Parts parts) {
@@ -190,7 +192,8 @@ void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, i
   }
 }
 
-// Sets the sums of dK and dV of the keys [key, key_end) of a unit's split to zero.
+// Sets one split's sums of dK and dV to zero for the keys [key, key_end) of a key head. unit: index among the B · Hkv
+// key heads.
 inline void clear_sums(const Attention& work, int64_t unit, int64_t split, int64_t key, int64_t key_end) {
   const int64_t first = (split * work.batches * work.kv_heads + unit) * work.keys + key;
   const auto clear = [&](float* sums, int64_t lanes) {

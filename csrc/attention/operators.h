@@ -1,4 +1,4 @@
-// The CPU function of attention that the operator decoder_layer calls.
+// Declares the CPU function of the operator scaled_dot_product_attention, for the operator decoder_layer.
 #pragma once
 
 #include <optional>

@@ -1,28 +1,28 @@
-// Divides the work of attention among threads. This file includes nothing of torch, so that
-// tests/native/attention_plan.cpp can test the plans by themselves. A plan never changes the order in which a sum is
-// added up, so that the bits of the results are equal for every number of threads.
+// Divides the work of attention on the CPU among threads. The file does not depend on torch, so that
+// tests/native/attention_plan.cpp can test it alone. Every plan adds the terms of a sum in the same order, so that the
+// bits of the results are equal for every number of threads.
 //
-// Forward. A unit is a block of 64 queries of one head; under a causal mask, later blocks see more keys. A part is the
-// work of one thread. Each part of the forward gets an equal number of whole heads that are neighbours in memory,
-// because threads that write to one page of new memory wait for each other. The heads that remain after this division
+// Forward. A unit is a block of 64 queries of one head; under a causal mask, later blocks of queries see more keys and
+// cost more. A part is the work of one thread. Each part of the forward gets an equal number of whole heads that are
+// neighbours in memory, because threads that write to one page of new memory wait for each other. The remaining heads
 // are divided among teams, which are groups of parts. The units of a team are sorted by falling cost and dealt to the
 // parts of the team in turn, forwards in one turn and backwards in the next turn, so that each part gets expensive and
 // cheap units.
 //
 // Backward. A stream is a sequence of heads whose dK and dV are added up in the same memory. The plan divides a head's
-// matrix [queries, keys] into cells of `step` by `step` blocks of 64. A cell adds to dQ of its row, and to dK and dV of
-// its column. A diagonal is the set of cells of one head with the same difference of row and column: the cells of a
-// diagonal share no row and no column, and can run at the same time. The diagonals run in the order of a falling
-// difference, so that each row adds up its columns from the first column to the last, and each column adds up its rows
-// from the last row to the first, for every `step`.
+// matrix [queries, keys] into cells of `step` by `step` blocks of 64. A cell adds to dQ of its queries (a row of the
+// matrix of cells), and to dK and dV of its keys (a column). A diagonal is the set of cells of one head with the same
+// difference of row and column: the cells of a diagonal share no row and no column, and can run at the same time. The
+// diagonals run in the order of a falling difference, so that each row adds up its columns from the first column to the
+// last, and each column adds up its rows from the last row to the first, for every `step`.
 //
-// A group of streams is a set of at_once streams, whose dQ is in memory at the same time. A phase is a diagonal of one
-// head, in all streams of a group. A region is a set of cells that the threads compute without a barrier between the
-// cells; a barrier follows the region. A region has cells of the rest of a phase, and then cells of the next phase
-// whose streams have no cell in this rest. Where possible, the number of cells of a region is a multiple of the number
-// of threads.
+// A group is a set of at_once streams, whose sums of dQ are in memory at the same time. A phase is the cells of one
+// diagonal of one head in all streams of a group. A region is a set of cells that the threads compute without a barrier
+// between the cells; a barrier follows the region. A region consists of cells of one phase, and then of cells of the
+// next phase in streams whose cells of the first phase are all done in earlier regions. Where possible, the number of
+// cells of a region is a multiple of the number of threads.
 //
-// plan_backward computes the time of a plan for several values of `step`, and takes the `step` with the smallest time.
+// plan_backward estimates the time of a plan for several values of `step`, and takes the `step` with the smallest time.
 // If `step` covers the whole matrix of a head, the head is one cell.
 #pragma once
 
@@ -37,20 +37,20 @@
 
 namespace peft_ext {
 
-// The unit of the cost constants is a sixteenth of the cost of a block of 64 queries by 64 keys.
+// kBlockCost, kTurnCost and kRegionCost are in sixteenths of the cost of a block of 64 queries by 64 keys.
 constexpr int64_t kBlockCost = 16;
-constexpr int64_t kTurnCost = 2;    // cost of converting a block of queries to operands, once in each cell
+constexpr int64_t kTurnCost = 2;    // cost of converting a block of 64 queries to operands, once in each cell
 constexpr int64_t kRegionCost = 4;  // cost of starting the threads of a region and waiting for the last thread
 
 // Largest number of cells in a row or in a column of a head's matrix. The limit bounds the time that planning takes.
 constexpr int64_t kMostCells = 256;
 
 struct ForwardPlan {
-  int64_t heads, blocks;  // number of heads of all batches, and number of blocks of queries of a head
+  int64_t heads, blocks;  // number of query heads of all batches; number of blocks of queries of a head
   int64_t parts;          // number of parts of the work, at most the number of threads
 
-  // Returns the units of a part, head after head, so that a thread reads the keys of one head at a time. The block
-  // numbers of a head fall, because a thread should end with a cheap unit.
+  // Returns the units of a part, head after head, so that a thread reads the keys of one head at a time. The blocks of
+  // a head are in falling order, so that under a causal mask the cheapest block is the last.
   std::vector<ForwardUnit> units(int64_t part) const {
     std::vector<ForwardUnit> found;
     const int64_t whole = heads / parts, rest = heads % parts;
@@ -119,13 +119,13 @@ struct BackwardPlan {
     return blocks * kBlockCost + high * kTurnCost;
   }
 
-  // Finds the region that begins with the cell `begin` of `phase`. Afterwards `phase` and `begin` are the first cell
-  // after the region. Returns false if there is no cell left.
+  // Sets `region` to the region that begins with the cell `begin` of `phase`, and then `phase` and `begin` to the first
+  // cell after the region. Returns false if no cell is left.
   bool take(int64_t* phase, int64_t* begin, BackwardRegion* region) const {
     if (*phase >= phases()) return false;
     const int64_t rest = streams_of(*phase) * width(*phase) - *begin;
     const bool more = *phase + 1 < phases();
-    // The streams before stream `before` have no cell in the rest of the phase.
+    // The cells of the phase from `begin` on belong to stream `before` of the group and later streams.
     const int64_t before = *begin / width(*phase);
     const int64_t next = more ? std::min(before, streams_of(*phase + 1)) * width(*phase + 1) : 0;
     const int64_t all = rest + next, cells = all < threads ? all : all / threads * threads;
@@ -153,9 +153,8 @@ struct BackwardPlan {
 
   int64_t parts(const BackwardRegion& region) const { return std::min(threads, region.cells()); }
 
-  // Returns the index of the first cell of part `part`, counted from the first cell of the region. The cells of a
-  // region are divided into parts(region) parts, which run at the same time. The parts of a region have nearly equal
-  // costs.
+  // Returns the index in the region of the first cell of part `part`. The cells of a region are divided into
+  // parts(region) parts of nearly equal costs, which run at the same time.
   int64_t first_cell(const BackwardRegion& region, int64_t part) const {
     const int64_t all = parts(region);
     if (region.next == 0) return region.count * part / all;
@@ -183,7 +182,7 @@ struct BackwardPlan {
     return found;
   }
 
-  // Returns the computed time: the sum over the regions of the cost of the busiest thread.
+  // Returns the estimated time of the plan: the sum over the regions of the cost of the busiest thread and kRegionCost.
   int64_t time() const {
     int64_t total = 0;
     each_region([&](const BackwardRegion& region) {
@@ -196,9 +195,9 @@ struct BackwardPlan {
   }
 };
 
-// Plans the backward of `streams` streams, each a sequence of `heads` heads (see the top of this file). most_floats: if
-// a head has more than one cell, the plan holds dQ [queries, size] of so many streams in memory at a time that dQ has
-// at most `most_floats` floats, but of at least one stream.
+// Plans the backward of `streams` streams, each a sequence of `heads` heads (see the top of this file). If a head has
+// more than one cell, at_once is the largest number of streams whose sums of dQ [queries, size] have at most
+// most_floats floats, but at least 1.
 inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t queries, int64_t keys, int64_t size,
                                   bool causal, int64_t threads, int64_t most_floats) {
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -217,8 +216,8 @@ inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t querie
   if (best.streams == 0 || best.threads == 1) return best;
   int64_t time = best.time();
   const int64_t of_stream = std::max<int64_t>(1, best.query_blocks * kPlanBlock * size);
-  // The steps that are tried after the whole matrix, in blocks: 2, 6, 4, 12, 8, 24, 16 and so on. A step replaces the
-  // best of the steps tried before only if the computed time of the step is shorter.
+  // The values of `step` that are tried after the whole matrix are 2, 6, 4, 12, 8, 24, 16 and so on. A step is taken
+  // only if the estimated time is shorter than with all steps before.
   const auto consider = [&](int64_t step) {
     if (step >= longest || ceil(longest, step) > kMostCells) return;
     BackwardPlan other = best;

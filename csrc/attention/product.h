@@ -1,6 +1,6 @@
-// The product of a left and a right operand (see attention/kernels.h) in vectors. In this file, a left operand is a
-// row-major matrix. Include this file after the target pragma and the path's headers of Vec and words. product_amx.h
-// defines the same names for AMX.
+// The product of a left and a right operand (see attention/kernels.h) with vector instructions. In this file, a left
+// operand is a row-major matrix. Include this file after the target pragma (cpu/target_<isa>.h) and the headers that
+// define Vec and the operands' words. product_amx.h defines the same names for AMX.
 #pragma once
 
 #include <utility>
@@ -11,7 +11,6 @@ namespace peft_ext {
 namespace {
 
 // A product is computed in strips of its result: the sums of a strip, kRows rows by kVecs vectors, stay in registers.
-// The registers that hold no sums hold operands of the strip's product.
 constexpr int kRows = 6;
 constexpr int kVecs = Vec::kWidth == 8 ? 2 : 4;
 constexpr int64_t kWidth = Vec::kWidth;
@@ -19,7 +18,7 @@ constexpr int64_t kLeftRows = 1;   // rows of left operands are padded to a mult
 constexpr int64_t kDepth = kWord;  // the depth of operands is padded with zeros to a multiple of kDepth
 constexpr bool kInPlace = true;    // whether a product can read rows of k and v in place
 
-struct ProductUnit {};  // lives while a thread computes a unit of work; empty, because only AMX needs a setup
+struct ProductUnit {};  // exists while a thread computes a unit of work; empty, because only AMX needs a setup
 
 // Computes one strip of a product: c = left right, or c += left right if `add`. c is [kM, kV vectors], left is
 // [kM, steps words], right is [steps, kV vectors of words].

@@ -1,11 +1,11 @@
 // The product of a left and a right operand (see attention/kernels.h) with AMX-BF16 tiles; product.h has the same names
-// for vectors. Include this file after the target pragma, the path's headers of Vec and words, and
-// linear/cpu/tiles/amx.h or amx_emulated.h.
+// for vectors. Include this file after the target pragma (cpu/target_<isa>.h), the headers that define Vec and the
+// operands' words, and linear/cpu/tiles/amx.h or amx_emulated.h.
 //
 // A left operand is a sequence of tiles of 16 rows by 32 values of depth, each in 1 KiB of contiguous memory: in a
 // row-major matrix, all 16 rows of a tile could fall into one set of the L1 cache. A tile of a right operand is 16
-// words of depth by 16 lanes. The sums of 2 x 2 tiles stay in tile registers. Each step of the depth loads two tiles of
-// the left and two tiles of the right operand for four products of 16 x 16 x 32.
+// words of depth by 16 lanes. The sums of 2 x 2 tiles of the result stay in tile registers. Each step of the depth
+// loads two tiles of the left and two tiles of the right operand for four products of 16 x 16 x 32.
 #pragma once
 
 #include <string.h>
@@ -17,15 +17,15 @@ namespace {
 
 constexpr int64_t kLeftRows = 16;         // rows of left operands are padded to a multiple of kLeftRows
 constexpr int64_t kDepth = 32;            // the depth of operands is padded with zeros to a multiple of kDepth
-constexpr int64_t kRows = 2 * kLeftRows;  // number of keys in a strip
+constexpr int64_t kRows = 2 * kLeftRows;  // number of rows of a left operand (keys) in a strip
 constexpr int64_t kWidth = Vec::kWidth;
 constexpr bool kInPlace = false;  // whether a product can read rows of k and v in place
 
-// Under a causal mask, the products of the backward that sum over queries begin with the first query that sees a strip
-// of keys. This query must be the first of a tile.
+// Under a causal mask, the backward's products that sum over queries begin with the first query that sees a strip of
+// keys; this query must be the first of a tile.
 static_assert(kRows % kDepth == 0, "the first query that sees a strip must be the first of a tile");
 
-struct ProductUnit {  // lives while a thread computes a unit of work; configures and releases the tile registers
+struct ProductUnit {  // exists while a thread computes a unit of work; configures and releases the tile registers
   ProductUnit() { amx_configure(); }
   ProductUnit(const ProductUnit&) = delete;
   ProductUnit& operator=(const ProductUnit&) = delete;
@@ -75,8 +75,8 @@ inline void multiply_tiles(const Element* left, int64_t left_stride, const Eleme
 
 // Computes c [rows, vecs vectors] = left right, or c += left right if `add`. Strides are in elements; left_stride is
 // the distance between strips of kLeftRows rows. `steps` is a multiple of the number of words in a row of a left
-// operand's tile. The function reads rows of the left operand up to a multiple of kLeftRows; the rows after the last of
-// `rows` do not change c.
+// operand's tile. The function reads rows of the left operand up to a multiple of kLeftRows; rows of the left operand
+// beyond `rows` do not change c.
 inline void multiply(int64_t rows, int64_t vecs, const Element* left, int64_t left_stride, const Element* right,
                      int64_t right_stride, int64_t steps, float* c, int64_t c_stride, bool add) {
   const int64_t tiles = steps * kWord / kDepth;
@@ -96,8 +96,8 @@ inline void multiply(int64_t rows, int64_t vecs, const Element* left, int64_t le
         block(high > kLeftRows, wide == 2, strips, lanes, to, c_stride);
         continue;
       }
-      // The tiles of the last rows, if incomplete, are computed in `sums` and copied to c, because c may end with its
-      // last row.
+      // Incomplete tiles of the last rows are computed in `sums` and copied to c, because c may have no memory after
+      // its last row.
       constexpr int64_t kSide = 2 * kLeftRows;
       alignas(64) float sums[kSide * kSide];
       const size_t bytes = static_cast<size_t>(wide * kWidth) * sizeof(float);

@@ -1,5 +1,5 @@
-// Finds which queries may see a key, and multiplies only the visible blocks. Include this file after the target pragma
-// and the path's headers of Vec, words and transposition.
+// Functions that find which queries may see a key, and a product that leaves out invisible blocks of keys. Include this
+// file after the headers that attention/kernels_impl.h lists.
 #pragma once
 
 #include "attention/operands.h"
@@ -22,8 +22,8 @@ inline const uint64_t* mask_of(const Attention& work, int64_t batch, int64_t hea
   return work.mask ? work.mask + batch * work.mask_batch + head * work.mask_head : nullptr;
 }
 
-// Sets the scores [keys, 64] of a block to the transposed bias / scale. Without a bias the function returns false and
-// sets nothing. `rows` is scratch memory for 64 queries by `keys` keys.
+// Sets the scores [keys, 64] of a block to the transposed bias divided by the scale, and returns true. Without a bias,
+// returns false and sets nothing. `rows` is scratch memory for 64 queries by `keys` keys.
 inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int64_t query, int64_t count, int64_t key,
                          int64_t keys, float* rows, float* s) {
   if (work.bias == nullptr) return false;
@@ -55,12 +55,12 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
   return true;
 }
 
-// kept() with dropout. The function is not inlined, because its buffers and loops would take registers from its
-// callers.
+// Computes `keeps` like kept() for active dropout. The function is not inlined, because its loops would take registers
+// from its callers.
 [[gnu::noinline]] inline void draw_kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys,
                                         int64_t query, int64_t count, const uint64_t* bits, uint64_t* keeps) {
-  // The draws of a key are in at most kBlocks counter blocks of Philox, which have eight draws each. The counter blocks
-  // of kTogether keys are computed together, so that few lanes compute draws that nobody reads.
+  // The draws of a key for 64 queries are in at most kBlocks counter blocks of Philox, which have eight draws each. The
+  // counter blocks of kTogether keys are computed together, so that few vector lanes are unused.
   constexpr int64_t kTogether = 16, kBlocks = kMaskBits / kDrawsPerBlock + 1;
   static_assert(kTogether * kBlocks % kPhiloxBlocks == 0, "the list of counter blocks must hold whole groups");
   const uint64_t flat = static_cast<uint64_t>((batch * work.heads + head) * work.keys);
@@ -104,21 +104,20 @@ inline bool any_sees(const uint64_t* bits, int64_t rows) {
 }
 inline uint32_t bits_at(uint64_t bits, int64_t vec) { return static_cast<uint32_t>(bits >> (vec * kWidth)); }
 
-// Returns an upper bound of the number of keys that the queries of the block may see. The bound depends on `causal`,
-// and ignores the mask.
+// Returns the number of keys that the queries [query, query + count) may see by `causal`; the mask may hide more keys.
 inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
   return work.causal ? min_i64(work.keys, query + count) : work.keys;
 }
 
-// Returns the index of the first vector of queries in which a query may see the key. The function tests `causal`, and
-// ignores the mask.
+// Returns the index of the first vector of queries in which a query may see the key by `causal`; the mask is not
+// tested.
 inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
   return work.causal && key > query ? (key - query) / kWidth : 0;
 }
 
 // Computes c [rows, vecs vectors of queries] = left [rows, keys] right [keys, vecs vectors], or c += left right if
-// `add`. With `causal`, a block with keys after its first 32 queries is multiplied in groups of 32 queries, and each
-// group leaves out the keys that none of its queries may see.
+// `add`. With `causal`, if some keys come after the first 32 queries of the block, each group of 32 queries is
+// multiplied alone, without the keys that none of its queries may see.
 inline void multiply_seen(const Attention& work, int64_t key, int64_t count, int64_t query, int64_t rows, int64_t vecs,
                           const Left& left, const Element* right, float* c, bool add) {
   constexpr int64_t kTogether = kQueries / 2 / kWidth;

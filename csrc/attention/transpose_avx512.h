@@ -1,4 +1,4 @@
-// Transposes a matrix of 32-bit words in AVX-512. Include this file after the target pragma.
+// Transposes a matrix of 32-bit words with AVX-512. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include "linear/cpu/tiles/transpose_avx512.h"
@@ -6,8 +6,8 @@
 namespace peft_ext {
 namespace {
 
-// Computes y[c * y_stride + r] = x[r, c]. x_bytes: distance between rows of x in bytes. y_stride: distance between rows
-// of y in words.
+// Computes y[c * y_stride + r] = x[r, c] for 32-bit words. x_bytes: distance between rows of x in bytes. y_stride:
+// distance between rows of y in words.
 inline void transpose_words(const void* x, int64_t x_bytes, int64_t rows, int64_t columns, void* y, int64_t y_stride) {
   constexpr int64_t kSide = 16;
   for (int64_t r0 = 0; r0 < rows; r0 += kSide)

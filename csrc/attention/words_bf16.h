@@ -1,5 +1,5 @@
 // Words of bfloat16 operands for the dot product of AVX512-BF16: a word holds two values (see attention/kernels.h).
-// Include this file after the target pragma and the path's header of Vec.
+// Include this file after the target pragma (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include <immintrin.h>
@@ -25,8 +25,8 @@ PEFT_EXT_INLINE Vec add_products(WordVec a, WordVec b, Vec sum) { return {_mm512
 
 inline __m512i low_halves(__m256i words) { return _mm512_cvtepu16_epi32(words); }
 
-// Interleaves two rows that are adjacent in depth into one row of a right operand, in whole vectors. If `second` is
-// null, the values of the second row are 0.
+// Interleaves two rows that are adjacent in depth into one row of words of a right operand, in whole vectors. If
+// `second` is null, the values of the second row are 0.
 inline void join_rows(const bf16* first, const bf16* second, int64_t columns, bf16* right) {
   for (int64_t i = 0; i < columns; i += 16) {
     const __mmask16 inside = columns - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (columns - i)) - 1);
@@ -42,7 +42,8 @@ inline __m256i narrow_bf16(Vec value) { return reinterpret_cast<__m256i>(_mm512_
 inline void store_left(Vec value, bf16* left) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(left), narrow_bf16(value));
 }
-// Interleaves values[0] and values[1], rounded as by narrow_bf16.
+// Stores a vector of words of a right operand: values[0] in the low halves and values[1] in the high halves, rounded as
+// by narrow_bf16.
 inline void store_right(const Vec* values, bf16* right) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                          23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

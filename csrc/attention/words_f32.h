@@ -1,5 +1,5 @@
 // Words of float32 operands: a word holds one value (see attention/kernels.h). Include this file after the target
-// pragma and the path's header of Vec.
+// pragma (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include "cpu/row_loop.h"

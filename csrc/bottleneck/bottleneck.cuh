@@ -1,14 +1,15 @@
-// The kernels between the two products of a bottleneck adapter, bottleneck_kernel<false> (activate) and
-// bottleneck_kernel<true> (gradient), which read and write U [T, M], a small float32 matrix:
+// Kernels that run between the two products of a bottleneck adapter. bottleneck_kernel<false> (activate) and
+// bottleneck_kernel<true> (gradient) work on U = x Dᵀ + b_d [T, M], a small float32 matrix, where D and b_d are the
+// down weight and bias:
 //
 //   activate: computes U = sums + b_d and writes U, or reads U in the backward; writes H = act(U), scaled, as terms;
 //   gradient: computes dU = P ∘ act'(U), where P is the gradient of H; writes dU, and dU as terms
 //
-// Terms are bfloat16 matrices whose sum is nearly the float32 matrix (linear/cuda/terms.cuh). The terms of H as the
-// left operand of expand are stored row by row. As the operand L of a rank pass, which computes dYᵀ L
-// (linear/cuda/rank_pass.cuh), H is transposed and has a row of ones after its M rows: the product of dYᵀ with the row
-// of ones, multiplied by the adapter's scale, is the gradient of the up bias. A thread computes two adjacent columns.
-// All arithmetic is float32.
+// Terms are bfloat16 matrices whose sum is nearly the float32 matrix (linear/cuda/terms.cuh). In the forward, the terms
+// of H are the left operand of expand and are stored row by row. In the backward, Hᵀ with one more row of ones is an
+// operand of the rank pass over dY (linear/cuda/rank_pass.cuh): the product of dY with the row of ones, multiplied by
+// the adapter's scale, is the gradient of the up bias. A thread computes two adjacent columns of H or dU. All
+// arithmetic is float32.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -20,13 +21,13 @@ namespace peft_ext {
 struct BottleneckWork {
   Activation activation;
   int64_t rows, size;  // T, M
-  float* u;            // U [rows, size]; written if `sums` is given, otherwise read
+  float* u;            // U [rows, size]; the kernel writes U if `sums` is given, otherwise reads U
   const float* sums;   // partial sums of x Dᵀ, [chunks][sums_rows][sums_columns]; null in the backward
   int64_t chunks, sums_rows, sums_columns;
-  const float* bias;    // b_d [size], or null
-  float scale;          // factor by which H is multiplied in the terms of H
-  const float* grad_h;  // P, the gradient of H [rows, size]; only for the gradient
-  float* grad_u;        // receives dU [rows, size]; only for the gradient
+  const float* bias;    // the down bias b_d [size]; null: no bias
+  float scale;          // factor of H in the terms of H
+  const float* grad_h;  // P, the gradient of H [rows, size]; read only by bottleneck_kernel<true>
+  float* grad_u;        // receives dU [rows, size] from bottleneck_kernel<true>
   bool ones;
   int64_t padded_rows, padded_size;  // numbers of rows and columns of the terms, with padding
   TermsOut terms;                    // terms of H or dU, [padded_rows, padded_size]; no data if unneeded
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kBottleneckThreads) bottleneck_kernel(Bottlene
   if (work.transposed.data != nullptr) save_terms_across(work.transposed, m, row, values[0], values[1]);
 }
 
-// Computes out[m] = Σ_t dU[t, m]. Grid: one block for each column m.
+// Computes the gradient of the down bias, out[m] = Σ_t dU[t, m]. Grid: one block for each column m.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     bottleneck_bias_kernel(const float* grad_u, int64_t rows, int64_t size, float* out) {

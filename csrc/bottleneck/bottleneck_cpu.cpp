@@ -2,13 +2,14 @@
 //
 //   U = x Dᵀ + b_d [T, M];   H = act(U);   Y = residual + s (H Vᵀ + b_v) [T, N]
 //
-// In float32, with mixed dtypes, in a 16-bit dtype that multiplies_in (linear/cpu/base_product.h) refuses, or for up to
-// two tokens, the forward is one pass over x, and one pass that reads the residual and writes Y; for up to
-// kUnpackedTokens tokens D and V are not packed. For more than eight tokens in these dtypes, the backward is one or two
-// passes over dY for P = s dY V, dV and db_v, one pass over x for dD, and one pass that reads dY and writes dX = dY +
-// dU D (only dU D if the residual is not x). PyTorch's matrix products compute the gradients of up to eight tokens in
-// every dtype, and the forward and the gradients of more than two tokens in a 16-bit dtype that multiplies_in accepts.
-// Tensors [T, M] are float32. PyTorch's operators compute erf, tanh, exp, SiLU and ReLU of these tensors.
+// For more than two tokens with x, D and V in one 16-bit dtype that multiplies_in (linear/cpu/base_product.h) accepts,
+// PyTorch's matrix products compute the forward and the gradients. For up to eight tokens, PyTorch's matrix products
+// compute the gradients in every dtype. Where PyTorch's matrix products are not used, the kernels of linear/cpu compute
+// the products. The forward of these kernels is one pass over x for U, and one pass that reads the residual and writes
+// Y; for up to kUnpackedTokens tokens D and V are not packed. The backward of these kernels is one or two passes over
+// dY for P = s dY V (the gradient of H), dV and db_v, one pass over x for dD, and one pass that reads dY and writes dX
+// = dY + dU D (if the residual is not x, dX is dU D). U, H, P and dU are float32. PyTorch's operators compute erf,
+// tanh, exp, SiLU and ReLU.
 #include <algorithm>
 #include <tuple>
 
@@ -48,7 +49,7 @@ constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080
 constexpr float kDensity = 0.39894228040143268f;  // 1 / √(2π)
 constexpr int64_t kElementGrain = 32 * 1024;
 
-// Returns a float32 tensor [T, M] of u's shape with the value f(i) at each flat index i, computed on all threads.
+// Returns a float32 tensor of u's shape [T, M] with the value f(i) at each flat index i.
 template <typename F>
 Tensor elementwise(const Tensor& u, const F& f) {
   Tensor out = empty({u.size(0), u.size(1)}, ScalarType::Float);
@@ -72,7 +73,7 @@ Tensor gelu_curve(const Tensor& u, Activation activation) {
 
 bool is_gelu(Activation activation) { return activation == Activation::kGelu || activation == Activation::kGeluTanh; }
 
-// Returns act(u). curve: gelu_curve(u) for GELU; the other activations do not read `curve`.
+// Returns act(u). For GELU, `curve` is gelu_curve(u); the other activations do not read `curve`.
 Tensor activated(const Tensor& u, Activation activation, const Tensor& curve) {
   if (activation == Activation::kRelu) return dispatched("aten::relu", {value(u)});
   if (activation == Activation::kSilu) return dispatched("aten::silu", {value(u)});
@@ -96,13 +97,12 @@ Tensor activation_backward(const Tensor& grad, const Tensor& u, Activation activ
   return elementwise(u, [=](int64_t i) { return g[i] * (0.5f * (1.0f + c[i]) + at[i] * e[i] * kDensity); });
 }
 
-// Returns the dtype of products that read D and V without packing, or nothing if D and V are packed. For more than
-// kFewer tokens, the dtype is the common 16-bit dtype of x, D and V if multiplies_in accepts that dtype (PyTorch's
-// product then multiplies). Otherwise the dtype is float32 for up to `few` tokens, so few that packing would take most
-// of the time.
+// Returns the dtype of products that read D and V without packing, or nullopt if D and V are packed. For more than
+// kFewer tokens, the dtype is the common 16-bit dtype of x, D and V if multiplies_in accepts that dtype. Otherwise the
+// dtype is float32 for up to `few` tokens, for which packing would take most of the time.
 std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, const Tensor& up, int64_t few) {
-  // Up to kFewer tokens are multiplied in float32: to widen a row of D to float32 takes as long as to multiply the row
-  // with one token.
+  // Up to kFewer tokens are multiplied in float32, because converting a row of D to float32 takes only as long as
+  // multiplying the row with one token.
   constexpr int64_t kFewer = 2;
   const ScalarType type = x.scalar_type();
   const bool same = type != ScalarType::Float && down.scalar_type() == type && up.scalar_type() == type;
@@ -111,8 +111,8 @@ std::optional<ScalarType> product_type(const Tensor& x, const Tensor& down, cons
   return std::nullopt;
 }
 
-// Returns the arguments of an expand pass that computes y = residual + the terms that the caller adds to the arguments.
-// An empty residual stands for zeros.
+// Returns the arguments of an expand pass that adds to `residual` and writes y. The caller sets the fields for the
+// added terms, such as left, right, bias and before. An empty residual stands for zeros.
 Expand onto_residual(const Tensor& y, const Tensor& residual) {
   Expand work;
   work.y = y.mutable_data_ptr();
@@ -144,8 +144,7 @@ void add_rows(const Tensor& u, const Tensor& bias) {
   });
 }
 
-// Returns the sums [M] of m [T, M] over the rows. The sum is in double because T may be large. One thread computes the
-// sum of a column.
+// Returns the sums [M] of m [T, M] over the rows. The sums are in double, because T may be large.
 Tensor sum_of_rows(const Tensor& m) {
   constexpr int64_t kColumns = 16;
   const int64_t tokens = m.size(0), size = m.size(1);
@@ -165,8 +164,8 @@ Tensor sum_of_rows(const Tensor& m) {
   return out;
 }
 
-// Largest number of tokens for which the forward computes float32 products without packing D and V. D and V are read
-// once for each group of kFewTokens tokens.
+// Largest number of tokens for which the forward computes float32 products without packing D and V. The products read D
+// and V once for each kFewTokens tokens.
 constexpr int64_t kUnpackedTokens = 3 * kFewTokens;
 
 // Computes out [T, N] float32 = m [T, K] wᵀ for w [N, K] without packing.
@@ -179,7 +178,6 @@ void times_weight(const char* op, const Tensor& m, const Tensor& w, const Tensor
   }
 }
 
-// Computes u = x Dᵀ.
 void shrink(const char* op, const Tensor& x, const Tensor& down, const Bottleneck& size, Tensor& u) {
   const Tensor right = packed(op, "down_weight", down, nullptr, nullptr, false, size.size, size.in);
   RowPass pass = make_row_pass(x, dtype_of(op, "x", x), size.in, size.size, Dropout());
@@ -202,7 +200,8 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
 
   const std::optional<ScalarType> products = product_type(x, down_weight, up_weight, kUnpackedTokens);
   const float factor = static_cast<float>(scale);
-  // Computes U. A bias of the product's dtype is added before the product is rounded, as in PyTorch's linear layer.
+  // Computes U. PyTorch's product in a 16-bit dtype adds a bias of the same dtype before rounding, as PyTorch's linear
+  // layer does.
   bool biased = !down_bias.has_value();
   if (products == ScalarType::Float) {
     times_weight(kOp, held, down_weight, u);
@@ -221,7 +220,6 @@ std::tuple<Tensor, Tensor> bottleneck_adapter_cpu(Tensor x, std::optional<Tensor
   }
   if (!biased) add_rows(u, float_vector(kOp, "down_bias", *down_bias, size.size));
 
-  // Computes Y.
   const Activation kind = checked_activation(kOp, activation);
   const Tensor h = activated(u, kind, is_gelu(kind) ? gelu_curve(u, kind) : u);
   const int64_t stride = round_up(size.out, kColumnStep);

@@ -1,4 +1,5 @@
-// The bottleneck adapter on CUDA, U = x Dᵀ + b_d, H = act(U), Y = residual + s (H Vᵀ + b_v). The steps:
+// The bottleneck adapter on CUDA: U = x Dᵀ + b_d, H = act(U), Y = residual + s (H Vᵀ + b_v), with the down weight D and
+// the up weight V. The steps:
 //
 //   forward:   U in one pass over x (rank_pass); H; Y in one pass that reads the residual and writes Y (expand).
 //   backward:  P = s dY V (the gradient of H), dV and db_v in passes over dY; dU; dD in a pass over x; dX = dY + dU D

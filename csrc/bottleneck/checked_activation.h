@@ -7,8 +7,7 @@
 
 namespace peft_ext {
 
-// Number of activations that a bottleneck adapter supports. The supported activations are the first four of the enum
-// Activation.
+// A bottleneck adapter supports the first kBottleneckActivations activations of the enum Activation.
 constexpr int64_t kBottleneckActivations = 4;
 
 inline Activation checked_activation(const char* op, int64_t activation) {

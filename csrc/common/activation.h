@@ -1,5 +1,5 @@
-// Numbers of the activation functions, in the order of peft_ext.reference.activations.ACTIVATIONS. Operators take a
-// number instead of a name, because PyTorch's stable ABI leaks each string argument of an operator.
+// The numbers by which operators name activation functions, in the order of peft_ext.reference.activations.ACTIVATIONS.
+// Operators take a number instead of a name, because PyTorch's stable ABI leaks each string argument of an operator.
 #pragma once
 
 #include <stdint.h>

@@ -11,8 +11,8 @@ namespace peft_ext {
 extern const char kSourceDigest[];
 }  // namespace peft_ext
 
-// The next functions are about the build and about the CPU paths. The library owns the returned strings. Paths are
-// numbered from 0 to peft_ext_isa_count() - 1.
+// Functions about the build and about the CPU paths. The library owns the returned strings. An argument `isa` is the
+// number of a CPU path, from 0 to peft_ext_isa_count() - 1.
 PEFT_EXT_API const char* peft_ext_version();
 PEFT_EXT_API const char* peft_ext_built_for_torch();  // the version of torch whose headers the build used
 PEFT_EXT_API const char* peft_ext_oldest_torch();     // the oldest version of torch that the library runs on
@@ -20,14 +20,14 @@ PEFT_EXT_API const char* peft_ext_compiler();
 PEFT_EXT_API const char* peft_ext_source_digest();  // the digest of csrc/ that peft_ext/_source_digest.py computes
 PEFT_EXT_API int peft_ext_isa_count();
 PEFT_EXT_API const char* peft_ext_isa_name(int isa);
-PEFT_EXT_API int peft_ext_isa_compiled(int isa);  // 1 if the library has kernels of the CPU path `isa`
-// 1 if the library has the path and this process may run its instructions
+PEFT_EXT_API int peft_ext_isa_compiled(int isa);  // 1 if the library contains the CPU path `isa`, else 0
+// 1 if the library contains the CPU path `isa` and this process may run its instructions, else 0
 PEFT_EXT_API int peft_ext_isa_available(int isa);
-PEFT_EXT_API int peft_ext_isa();              // the CPU path of the operators
+PEFT_EXT_API int peft_ext_isa();              // number of the CPU path that the next call uses
 PEFT_EXT_API void peft_ext_set_isa(int isa);  // chooses the CPU path of later calls; the path must be available
 
-// Registers the operators' functions for a dispatch key, "CPU" or "CUDA", in a namespace of torch.ops. A ROCm build of
-// PyTorch also dispatches its GPU tensors by the key "CUDA", so the caller decides which keys are registered.
+// Registers the operators' functions for a dispatch key, "CPU" or "CUDA", in a namespace of torch.ops. The caller
+// decides which keys are registered, because a ROCm build of PyTorch also dispatches its GPU tensors by the key "CUDA".
 PEFT_EXT_API void peft_ext_register_operators(const char* key, const char* name_space);
 // The scratch memory that threads keep between calls of CPU operators, in bytes.
 PEFT_EXT_API uint64_t peft_ext_kept_scratch();
@@ -38,24 +38,23 @@ PEFT_EXT_API uint64_t peft_ext_release_scratch();
 // The number of parallel loops of CPU operators that woke other threads since the library was loaded.
 PEFT_EXT_API uint64_t peft_ext_parallel_loops();
 
-// The next functions are for CUDA: the kernels that the operators launch, and the sources from which the kernels are
-// compiled.
+// Functions about the CUDA kernels that the operators launch, and about the sources from which NVRTC compiles the
+// kernels.
 PEFT_EXT_API int peft_ext_kernel_count();
-// peft_ext_kernel_name returns the C++ expression that names a kernel's instance; peft_ext_kernel_file returns the
-// source that defines the kernel.
+// peft_ext_kernel_name returns the C++ expression that names a kernel (namespace, name and template arguments);
+// peft_ext_kernel_file returns the path of the source that defines the kernel.
 PEFT_EXT_API const char* peft_ext_kernel_name(int kernel);
 PEFT_EXT_API const char* peft_ext_kernel_file(int kernel);
 PEFT_EXT_API int peft_ext_source_count();
 PEFT_EXT_API const char* peft_ext_source_path(int source);
 PEFT_EXT_API const char* peft_ext_source_text(int source);
 
-// The machine code of a kernel, or an error. The pointers of a PeftExtImage must stay valid until the thread asks for
-// another image.
+// The machine code of a kernel, or an error. The pointers must stay valid until the same thread asks for another image.
 struct PeftExtImage {
   const char* symbol;  // the kernel's name in the machine code
-  const void* data;    // a cubin, or PTX
-  const char* error;   // the reason why there is no machine code, or null
+  const void* data;    // the machine code: a cubin, or PTX
+  const char* error;   // the reason why there is no machine code; null: no error
 };
-// Returns the machine code of a kernel for a compute capability (10 · major + minor).
+// A function that sets `image` to the machine code of a kernel for a compute capability (10 · major + minor).
 typedef void (*PeftExtImageSource)(const char* name, const char* file, int capability, PeftExtImage* image);
 PEFT_EXT_API void peft_ext_set_image_source(PeftExtImageSource source);

@@ -1,6 +1,6 @@
 // Counter-based dropout: Philox4x32-7 with one 16-bit draw per element, defined in peft_ext/reference/philox.py.
-// Element i takes draw i % 8 of counter block i / 8, so that any range of a mask can be computed in any order. The code
-// that computes the draws is in philox_impl.h, which is compiled once per instruction set.
+// Element i takes draw i % 8 of counter block i / 8, so that any range of a mask can be computed in any order. The CPU
+// code that computes the draws is in cpu/philox_impl.h, which is compiled for each instruction set.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// The list of the operators' functions, and the registration of these functions. See registration.h.
+// The list of the operators' functions, and their registration with PyTorch. See registration.h.
 #include "common/registration.h"
 
 #include <string.h>

@@ -1,11 +1,11 @@
 // Registers the operators' functions with PyTorch's dispatcher. The namespace in torch.ops is an argument, because one
-// process may hold several copies of the library, each with operators of its own.
+// process may load several copies of the library, each with its own operators.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
-// PEFT_EXT_OPERATORS(CPU, m) { m.impl("name", TORCH_BOX(&function)); } defines the functions of a file's operators for
-// a dispatch key. register_operators() registers the functions.
+// PEFT_EXT_OPERATORS(CPU, m) { m.impl("name", TORCH_BOX(&function)); } lists the functions of a file's operators for a
+// dispatch key; register_operators() registers all listed functions.
 #define PEFT_EXT_OPERATORS(key, m) PEFT_EXT_OPERATORS_(key, m, C10_UID)
 #define PEFT_EXT_OPERATORS_(key, m, uid)                                                                            \
   static void C10_CONCATENATE(add_operators_, uid)(torch::stable::detail::StableLibrary&);                          \
@@ -14,7 +14,8 @@
 
 namespace peft_ext {
 
-// The functions of one file's operators for one dispatch key. All objects of type Operators form a linked list.
+// The operators of one source file for one dispatch key: `add` registers their functions. All Operators objects form a
+// linked list.
 struct Operators {
   using Add = void (*)(torch::stable::detail::StableLibrary&);
   Operators(const char* key, Add add);

@@ -1,7 +1,6 @@
-// Functions on tensors. Most functions of this file call torch::stable only if there is work to do, or call PyTorch's C
-// shim directly. Many functions of torch::stable look an operator up by name and box the arguments, which takes about a
-// microsecond per call, even if nothing has to be done. An operator on few tokens calls the functions of this file
-// about a dozen times.
+// Functions on tensors that are cheap in calls with few tokens. Many functions of torch::stable look an operator up by
+// name and box the arguments, which takes about a microsecond even if nothing has to be done. Most functions of this
+// file therefore call torch::stable only if there is work to do, or call PyTorch's C shim directly.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -22,7 +21,7 @@
 
 namespace peft_ext {
 
-// Returns a * b, and fails on overflow: an expanded view may have more elements than 63 bits can count.
+// Returns a * b, and raises an error on overflow: an expanded view may have more elements than 63 bits can count.
 inline int64_t checked_product(int64_t a, int64_t b) {
   int64_t product = 0;
   STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "peft_ext: a size of ", a, " times ", b,
@@ -30,7 +29,7 @@ inline int64_t checked_product(int64_t a, int64_t b) {
   return product;
 }
 
-// Returns the size of a new tensor in bytes. Fails on a negative size and on overflow.
+// Returns the size of a new tensor in bytes. Raises an error on a negative size and on overflow.
 inline int64_t checked_bytes(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type) {
   int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(static_cast<int32_t>(type)));
   for (const int64_t size : shape) {
@@ -68,15 +67,15 @@ inline torch::stable::Tensor with_whole_rows(const torch::stable::Tensor& x) {
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : as_contiguous(x);
 }
 
-// Returns an empty tensor of x's shape whose last dimension is contiguous. The other dimensions have x's order of
-// strides, as in PyTorch's own operators, if x's last dimension is contiguous.
+// Returns an empty tensor of x's shape and dtype whose last dimension is contiguous. The strides are those of
+// torch.empty_like(x) if its last dimension is contiguous, otherwise row-major strides.
 inline torch::stable::Tensor like_with_whole_rows(const torch::stable::Tensor& x) {
   const torch::stable::Tensor y = torch::stable::empty_like(x);
   if (y.stride(x.dim() - 1) == 1) return y;
   return torch::stable::new_empty(x, {x.sizes().begin(), x.sizes().end()}, std::nullopt);
 }
 
-// Returns a view of the tensor in another shape with equally many elements. The view shares the tensor's memory.
+// Returns a view of the tensor in another shape with equally many elements.
 inline torch::stable::Tensor as_shape(const torch::stable::Tensor& tensor, const std::vector<int64_t>& shape) {
   int64_t elements = 1;
   for (const int64_t size : shape) elements *= size;
@@ -92,8 +91,8 @@ inline torch::stable::Tensor like(const torch::stable::Tensor& gradient, const t
   return as_shape(as_type(gradient, parameter.scalar_type()), {parameter.sizes().begin(), parameter.sizes().end()});
 }
 
-// Returns a new tensor, or nothing if PyTorch does not make the tensor; shim_message() then returns the reason. The
-// caller must have checked the shape with checked_bytes().
+// Returns a new contiguous tensor, or nullopt if PyTorch fails; shim_message() then returns the reason. The caller must
+// have checked the shape with checked_bytes().
 inline std::optional<torch::stable::Tensor> try_empty(int32_t device_type, int32_t device_index,
                                                       const std::vector<int64_t>& shape,
                                                       torch::headeronly::ScalarType type) {
@@ -117,8 +116,8 @@ inline std::string shim_message() {
 #endif
 }
 
-// Returns whether the message of an error tells that an allocator had no memory. An empty message counts as a lack of
-// memory, because the tensor's sizes were checked before.
+// Returns whether the message of a failed allocation means a lack of memory. An empty message (torch before 2.13)
+// counts as a lack of memory, because the tensor's sizes were checked before.
 inline bool tells_no_memory(const std::string& message) {
   if (message.empty()) return true;
   for (const char* words : {"out of memory", "can't allocate memory", "not enough memory", "bad_alloc"})
@@ -126,7 +125,8 @@ inline bool tells_no_memory(const std::string& message) {
   return false;
 }
 
-// Fails unless the last error of PyTorch's C shim, whose message is given, was a lack of memory.
+// Raises an error with the message unless tells_no_memory(message). bytes: the size of the tensor that could not be
+// allocated.
 inline void check_no_memory(const std::string& message, int64_t bytes) {
   STD_TORCH_CHECK(tells_no_memory(message), "peft_ext: no tensor of ", bytes, " bytes: ", message);
 }

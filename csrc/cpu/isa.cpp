@@ -1,4 +1,5 @@
-// Detects the instruction sets of the CPU, and holds the chosen CPU path and the paths of running calls. See isa.h.
+// Detects the instruction sets of the CPU, and holds the CPU path of later calls and the path of each thread's running
+// call. See isa.h.
 #include "cpu/isa.h"
 
 #include <atomic>
@@ -35,10 +36,10 @@ std::atomic<Isa>& chosen() {
 }
 
 constexpr int kNoCall = -1;
-thread_local int isa_of_call = kNoCall;  // the path of the calling thread's running call
+thread_local int isa_of_call = kNoCall;  // the CPU path of this thread's running call
 
 #if defined(PEFT_EXT_X86)
-// Returns whether CPUID reports F16C. Not every compiler's __builtin_cpu_supports knows the name "f16c".
+// Returns whether CPUID reports F16C. Some compilers' __builtin_cpu_supports does not accept the name "f16c".
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kF16c = 1u << 29;
@@ -47,8 +48,7 @@ bool has_f16c() {
 #endif
 
 #if defined(__aarch64__)
-// Returns whether the Arm CPU has the bfloat16 extension. Linux reports the extension in the second word of hardware
-// capabilities, and macOS by name.
+// Returns whether the Arm CPU has the bfloat16 extension.
 bool has_arm_bf16() {
 #if defined(__linux__)
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
@@ -71,7 +71,7 @@ bool amx_granted() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // numbers of ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #elif defined(PEFT_EXT_X86)

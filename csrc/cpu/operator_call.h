@@ -1,5 +1,5 @@
-// The state that a thread holds while the thread runs an operator's call or a part of a call: the CPU path and the
-// scratch memory. PEFT_EXT_CPU_BOX registers the CPU function of an operator.
+// The state that a thread holds while the thread runs a call of a CPU operator or a part of the call: the CPU path and
+// the scratch memory.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,8 +9,8 @@
 
 namespace peft_ext {
 
-// A ThreadInCall object lives on the calling thread for the whole call, and on another thread while that thread runs a
-// part of a parallel loop.
+// A ThreadInCall object exists on the calling thread for the whole call of an operator, and on another thread while
+// that thread runs a part of a parallel loop.
 struct ThreadInCall {
   explicit ThreadInCall(Isa path = current_isa()) : isa(path) {}
 
@@ -18,7 +18,7 @@ struct ThreadInCall {
   const ScratchInUse scratch;
 };
 
-// Calls a boxed function with one CPU path for the whole call.
+// Calls a boxed function of an operator, with one CPU path for the whole call.
 template <void (*Boxed)(StableIValue*, uint64_t, uint64_t)>
 void boxed_call(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
   const ThreadInCall call;

@@ -1,8 +1,9 @@
-// Computes Philox draws with the vector type Lanes (cpu/simd_<isa>.h). Include this file after the target pragma.
+// Computes Philox draws with the vector type Lanes (cpu/simd_<isa>.h). Include this file after the target pragma
+// (cpu/target_<isa>.h).
 //
-// Each 32-bit word lies in a 64-bit lane, so that a round is two widening products, two shifts and two xors. The upper
-// half of a lane holds bits without meaning, which the widening products ignore. Two independent sets of counters, each
-// in lanes of its own, are computed in turn to hide the latency of Philox's multiplications.
+// A 64-bit lane holds one 32-bit word of Philox in its lower half, so that a round is two widening products, two shifts
+// and two xors. The upper half holds bits without meaning, which the widening products ignore. Two independent sets of
+// counters are computed in turn, to hide the latency of the multiplications.
 #pragma once
 
 #include "common/philox.h"
@@ -43,24 +44,25 @@ inline void philox_rounds(const Dropout& dropout, const Counters& counters, uint
     Lanes::store_words(c0[s], c1[s], c2[s], c3[s], out + s * Lanes::kWidth * kDrawsPerBlock);
 }
 
-// Writes the draws of the counter blocks [first, first + kPhiloxBlocks), in the order of the elements.
+// Writes the draws of the Philox counter blocks [first, first + kPhiloxBlocks), in the order of the elements.
 inline void philox_blocks(const Dropout& dropout, uint64_t first, uint16_t* out) {
   philox_rounds(dropout, [&](int s) { return Lanes::counters(first + static_cast<uint64_t>(s * Lanes::kWidth)); }, out);
 }
 
-// Writes the draws of `count` listed counter blocks. `count` must be a multiple of kPhiloxBlocks.
+// Writes the draws of the `count` Philox counter blocks whose numbers are in `blocks`. `count` must be a multiple of
+// kPhiloxBlocks.
 inline void philox_listed_blocks(const Dropout& dropout, const uint64_t* blocks, int64_t count, uint16_t* out) {
   for (int64_t i = 0; i < count; i += kPhiloxBlocks)
     philox_rounds(
         dropout, [&](int s) { return Lanes::listed(blocks + i + s * Lanes::kWidth); }, out + i * kDrawsPerBlock);
 }
 
-// Returns the buffer size that philox_draws needs: philox_draws computes whole groups of counter blocks, and may start
-// within a block.
+// Returns the number of draws for which philox_draws needs memory: philox_draws computes whole groups of kPhiloxBlocks
+// counter blocks, and `first` may lie within a block.
 constexpr int64_t draws_room(int64_t count) { return count + (kPhiloxBlocks + 1) * kDrawsPerBlock; }
 
-// Computes the draws of the flat elements [first, first + count). The draws begin at the returned address within
-// `buffer`, which has the size draws_room(count).
+// Computes the dropout draws of the flat elements [first, first + count) in `buffer`, which has the size
+// draws_room(count). Returns the address of the first element's draw.
 inline const uint16_t* philox_draws(const Dropout& dropout, int64_t first, int64_t count, uint16_t* buffer) {
   const int64_t block = first / kDrawsPerBlock;
   const int64_t blocks = ceil_div(first + count, kDrawsPerBlock) - block;

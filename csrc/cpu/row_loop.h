@@ -1,5 +1,5 @@
 // Loops over a row in vectors of Vec (cpu/simd_<isa>.h); the last vector may have fewer lanes. Include this file after
-// the target pragma.
+// the target pragma (cpu/target_<isa>.h).
 #pragma once
 
 #include <stdint.h>
@@ -7,8 +7,8 @@
 namespace peft_ext {
 namespace {
 
-// A vector of which all lanes are used. WholeVec and PartVec are two types, so that the loop body for whole vectors is
-// compiled without masks.
+// Loads and stores all lanes of a vector. WholeVec and PartVec are two types, so that a loop's body for whole vectors
+// is compiled without masks.
 struct WholeVec {
   template <typename T>
   Vec load(const T* x) const {
@@ -22,8 +22,8 @@ struct WholeVec {
   Vec filled(Vec value) const { return value; }
 };
 
-// A vector of which only the first `count` lanes are used. The remaining lanes of a PartVec load as 0 and are not
-// stored. `only` sets the remaining lanes to 0, and `filled` sets them to the value of the first lane.
+// Loads and stores only the first `count` lanes of a vector. `load` sets the remaining lanes to 0. `only` sets the
+// remaining lanes to 0, and `filled` sets them to the value of the first lane.
 struct PartVec {
   int64_t count;
   template <typename T>
@@ -53,8 +53,8 @@ inline void for_vectors(int64_t columns, const F& f) {
 }
 
 // Computes sums over [0, columns) in float32. f(lanes, first column, sums) adds the terms of `lanes` to `sums`, and 0
-// for missing lanes. kTurns vectors of sums take turns, so that additions need not wait for each other. The order of
-// the sum depends only on the number of columns and on Vec.
+// in missing lanes. kTurns vectors of sums are used in turn, so that an addition need not wait for the one before. The
+// order of the additions depends only on the number of columns and on Vec::kWidth.
 template <int kSums, typename F>
 inline void sum_vectors(int64_t columns, float (&total)[kSums], const F& f) {
   constexpr int kTurns = 4;

@@ -1,8 +1,7 @@
 // The scratch blocks of all threads, in a list without locks. A thread claims its own blocks at the first use in a
-// call; release_scratch() claims the blocks of the other threads one after the other. An entry of the list is never
-// removed: a new thread takes over the entry of an ended thread. Because no entry is ever removed, the list is also
-// complete in a forked process. A claim that another thread held at the time of the fork stays in the forked process
-// for ever, see after_fork.
+// call; release_scratch() claims the blocks of one thread after another. An entry of the list is never removed: a new
+// thread takes over the entry of an ended thread. Therefore the list is also complete in a forked process. A claim that
+// another thread held at the time of the fork is never given back in the forked process, see after_fork.
 #include "cpu/scratch.h"
 
 #include <stdlib.h>
@@ -38,8 +37,8 @@ struct Block {
 
 struct ThreadScratch {
   Block blocks[kUses];
-  std::atomic<bool> claimed{false};  // whether a call of the thread, or release_scratch(), holds the blocks
-  std::atomic<bool> owned{true};     // whether a living thread owns this entry
+  std::atomic<bool> claimed{false};  // whether a call of the thread, or release_scratch(), uses the blocks
+  std::atomic<bool> owned{true};     // whether a running thread uses this entry
   ThreadScratch* next = nullptr;
 
   bool try_claim() { return !claimed.exchange(true, std::memory_order_acquire); }
@@ -52,10 +51,11 @@ struct ThreadScratch {
 std::atomic<ThreadScratch*> all{nullptr};
 
 thread_local ThreadScratch* own = nullptr;  // the thread's entry, or null before the thread's first use
-thread_local int depth = 0;                 // number of living ScratchInUse objects of this thread
+thread_local int depth = 0;                 // number of ScratchInUse objects that this thread has now
 thread_local bool in_use = false;           // whether this thread has claimed its own blocks
 
-// The destructor of EndOfThread runs when the thread ends.
+// The destructor runs when a thread ends: it releases the thread's blocks, and makes the thread's entry free for
+// another thread.
 struct EndOfThread {
   ThreadScratch* scratch = nullptr;
 
@@ -70,8 +70,8 @@ struct EndOfThread {
   }
 };
 
-// Runs in a forked process, in the thread that forked. If another thread was in release_scratch() and held the entry of
-// this thread, nobody gives the claim back: this thread takes a new entry.
+// Runs in a forked process, in the thread that forked. If another thread was in release_scratch() and had claimed the
+// entry of this thread, this claim is never given back, and this thread takes a new entry.
 void after_fork() {
   if (own != nullptr && !in_use && own->claimed.load(std::memory_order_relaxed)) own = nullptr;
 }
@@ -136,7 +136,8 @@ size_t release_scratch() {
     entry->unclaim();
   }
 #if defined(__GLIBC__)
-  // free() keeps blocks of up to 32 MiB in the heap of the process; malloc_trim gives them back to the system.
+  // glibc's free() may keep blocks of up to 32 MiB in the heap of the process; malloc_trim gives them back to the
+  // system.
   if (released > 0) malloc_trim(0);
 #endif
   return released;

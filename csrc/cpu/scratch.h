@@ -1,7 +1,7 @@
 // Scratch memory that a thread keeps from one call of an operator to the next call. A new block of megabytes costs a
-// page fault per 4 KiB, about a tenth of a small layer's time. A block of the calling thread that is above
-// kKeptScratchBytes is released at the end of the call: the page faults of a large block cost little compared with the
-// call's products, and otherwise a thread would keep memory for the longest batch that the thread ever saw.
+// page fault per 4 KiB, about a tenth of a small layer's time. Calls that may need a block above kKeptScratchBytes
+// release such a block at their end (ScratchOfCall): the page faults of a large block cost little compared with the
+// call's products, and otherwise a thread would keep memory for the longest batch that the thread has computed.
 // release_scratch() releases the blocks of all threads that are in no call. This file does not depend on torch.
 #pragma once
 
@@ -9,9 +9,9 @@
 
 namespace peft_ext {
 
-// Uses of scratch memory. On one thread, no two functions use the block of one `Scratch` value at the same time. The
-// thread that calls an operator may have a block for each use. The other threads of a parallel loop have blocks for the
-// uses kPanel and kRows, and for every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
+// On a thread, no two running functions use the block of the same Scratch value. The thread that calls an operator may
+// have a block for each use. The other threads of a parallel loop have blocks for the uses kPanel and kRows, and for
+// every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and
@@ -20,8 +20,8 @@ enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWe
 // block exceeds kKeptScratchBytes only for layers of hundreds of thousands of features.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
-// Returns the calling thread's block for the use, of at least `bytes` bytes. The thread must be in a call
-// (ScratchInUse). The block is valid until the call ends or the use gets a larger block.
+// Returns the calling thread's block for the use, of at least `bytes` bytes. The thread must be in a call of an
+// operator (ScratchInUse). The block is valid until the call ends or the use gets a larger block.
 void* scratch(Scratch use, size_t bytes);
 
 // Releases the calling thread's block for the use if the block is above kKeptScratchBytes.
@@ -38,7 +38,7 @@ struct ScratchOfCall {
   }
 };
 
-// While a ScratchInUse object lives, release_scratch() does not release the calling thread's blocks.
+// While a ScratchInUse object exists, release_scratch() does not release the calling thread's blocks.
 struct ScratchInUse {
   ScratchInUse();
   ScratchInUse(const ScratchInUse&) = delete;
@@ -46,7 +46,7 @@ struct ScratchInUse {
   ~ScratchInUse();
 };
 
-// Releases the blocks of all threads that are in no call. Returns the number of released bytes.
+// Releases the blocks of all threads that are in no call of an operator. Returns the number of released bytes.
 size_t release_scratch();
 
 // Returns the number of bytes in the blocks of all threads.

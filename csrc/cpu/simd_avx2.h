@@ -1,4 +1,4 @@
-// The vector type for AVX2: 8 values of any element type, computed in float32. Include this file after target_avx2.h.
+// The vector type Vec for AVX2, with 8 float lanes, and dropout loops with AVX2. Include this file after target_avx2.h.
 #pragma once
 
 #include <immintrin.h>
@@ -32,7 +32,8 @@ inline void store8(float* out, __m256 value) { _mm256_storeu_ps(out, value); }
 inline void store8(bf16* out, __m256 value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_bf16(value)); }
 inline void store8(f16* out, __m256 value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_f16(value)); }
 
-// The vector type in which code for all instruction sets is written.
+// A vector of eight floats. Each instruction set has a Vec with these members, so that one source of a kernel serves
+// all instruction sets.
 struct Vec {
   static constexpr int kWidth = 8;
   __m256 v;
@@ -47,11 +48,11 @@ struct Vec {
   // min and max return b if a or b is NaN.
   static Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-  // Returns b in the lanes where a is above 0, and c in the other lanes.
+  // Returns b in the lanes where a is greater than 0, and c in all other lanes.
   static Vec positive(Vec a, Vec b, Vec c) {
     return {_mm256_blendv_ps(c.v, b.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_GT_OQ))};
   }
-  // Returns a in the lanes whose bit is set, and b in the other lanes.
+  // Returns a in the lanes i for which bit i of `bits` is set, and b in all other lanes.
   static Vec where(uint32_t bits, Vec a, Vec b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(bits)), lane);
@@ -85,8 +86,8 @@ struct Vec {
   }
   void store(float* x) const { _mm256_storeu_ps(x, v); }
 
-  // Loads values of any element type. With `count`, only the first `count` values are loaded, and the remaining lanes
-  // are 0.
+  // Loads kWidth values of any element type as floats. With `count`, only the first `count` values are loaded, and the
+  // remaining lanes are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load8(x)};
@@ -109,10 +110,10 @@ struct Vec {
     store8(lanes, v);
     memcpy(x, lanes, static_cast<size_t>(count) * sizeof(T));
   }
-  // Returns the values rounded to T.
+  // Returns the lanes rounded to the element type T, as floats.
   template <typename T>
   Vec rounded() const;
-  // Returns the first `count` values, and zeros after them.
+  // Returns the first `count` lanes, and zeros in the remaining lanes.
   Vec first(int64_t count) const { return {_mm256_and_ps(_mm256_castsi256_ps(first_lanes(count)), v)}; }
 
  private:
@@ -141,8 +142,7 @@ struct Lanes {
   static constexpr int kWidth = 4;
   __m256i v;
   static Lanes broadcast(uint64_t value) { return {_mm256_set1_epi64x(static_cast<int64_t>(value))}; }
-  // Returns the Philox counters first to first + 3, in such an order that the draws are in the order of the counters
-  // after store_words has interleaved them twice.
+  // Returns the Philox counters first to first + 3, in an order that store_words turns into the order of the counters.
   static Lanes counters(uint64_t first) {
     return {_mm256_add_epi64(broadcast(first).v, _mm256_setr_epi64x(0, 2, 1, 3))};
   }

@@ -1,4 +1,4 @@
-// The vector type for AVX-512: 16 values of any element type, computed in float32. Include this file after
+// The vector type Vec for AVX-512, with 16 float lanes, and dropout loops with AVX-512. Include this file after
 // target_avx512.h.
 #pragma once
 
@@ -35,7 +35,8 @@ inline void store16(bf16* out, __m512 value) {
 }
 inline void store16(f16* out, __m512 value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), round_f16(value)); }
 
-// The vector type in which code for all instruction sets is written.
+// A vector of sixteen floats. Each instruction set has a Vec with these members, so that one source of a kernel serves
+// all instruction sets.
 struct Vec {
   static constexpr int kWidth = 16;
   __m512 v;
@@ -46,7 +47,7 @@ struct Vec {
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   static Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-  // Returns 1 / v for a normal finite v, accurate to an ulp and exact for 1, in a third of a division's time.
+  // Returns 1 / v for a normal finite v, accurate to an ulp and exact for v = 1, in about a third of a division's time.
   Vec reciprocal() const {
     const __m512 r = _mm512_rcp14_ps(v);
     return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(v, r, _mm512_set1_ps(1.0f)), r)};
@@ -54,11 +55,11 @@ struct Vec {
   // min and max return b if a or b is NaN.
   static Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-  // Returns b in the lanes where a is above 0, and c in the other lanes.
+  // Returns b in the lanes where a is greater than 0, and c in all other lanes.
   static Vec positive(Vec a, Vec b, Vec c) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), c.v, b.v)};
   }
-  // Returns a in the lanes whose bit is set, and b in the other lanes.
+  // Returns a in the lanes i for which bit i of `bits` is set, and b in all other lanes.
   static Vec where(uint32_t bits, Vec a, Vec b) {
     return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
   }
@@ -70,13 +71,12 @@ struct Vec {
   // Returns a vector whose lane i is the sum of all lanes of of[i].
   static Vec sums_of(const Vec (&of)[kWidth]) {
     __m512 two[8], four[4];
-    // In each 128-bit part of two[i], the four lanes have sums of two lanes of of[2 i], of[2 i + 1], of[2 i] and
-    // of[2 i + 1].
+    // In each 128-bit part of two[i], lanes 0 and 2 are sums of two lanes of of[2 i], and lanes 1 and 3 of of[2 i + 1].
     for (int i = 0; i < 8; ++i) {
       const __m512 a = of[2 * i].v, b = of[2 * i + 1].v;
       two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
-    // In each 128-bit part of four[i], the four lanes have sums of four lanes of of[4 i] to of[4 i + 3].
+    // In each 128-bit part of four[i], lane j is the sum of four lanes of of[4 i + j].
     for (int i = 0; i < 4; ++i) {
       const __m512 a = two[2 * i], b = two[2 * i + 1];
       four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
@@ -90,8 +90,8 @@ struct Vec {
   float largest() const { return _mm512_reduce_max_ps(v); }
   void store(float* x) const { _mm512_storeu_ps(x, v); }
 
-  // Loads values of any element type. With `count`, only the first `count` values are loaded, and the remaining lanes
-  // are 0.
+  // Loads kWidth values of any element type as floats. With `count`, only the first `count` values are loaded, and the
+  // remaining lanes are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load16(x)};
@@ -111,10 +111,10 @@ struct Vec {
   void store_as(float* x, int64_t count) const { _mm512_mask_storeu_ps(x, first_lanes(count), v); }
   void store_as(bf16* x, int64_t count) const { _mm256_mask_storeu_epi16(x, first_lanes(count), round_bf16(v)); }
   void store_as(f16* x, int64_t count) const { _mm256_mask_storeu_epi16(x, first_lanes(count), round_f16(v)); }
-  // Returns the values rounded to T.
+  // Returns the lanes rounded to the element type T, as floats.
   template <typename T>
   Vec rounded() const;
-  // Returns the first `count` values, and zeros after them.
+  // Returns the first `count` lanes, and zeros in the remaining lanes.
   Vec first(int64_t count) const { return {_mm512_maskz_mov_ps(first_lanes(count), v)}; }
 
  private:
@@ -139,8 +139,7 @@ struct Lanes {
   static constexpr int kWidth = 8;
   __m512i v;
   static Lanes broadcast(uint64_t value) { return {_mm512_set1_epi64(static_cast<int64_t>(value))}; }
-  // Returns the Philox counters first to first + 7, in such an order that the draws are in the order of the counters
-  // after store_words has interleaved them twice.
+  // Returns the Philox counters first to first + 7, in an order that store_words turns into the order of the counters.
   static Lanes counters(uint64_t first) {
     return {_mm512_add_epi64(broadcast(first).v, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
   }
@@ -172,7 +171,7 @@ inline void apply_dropout(const Dropout& dropout, const uint16_t* draws, int64_t
   }
 }
 
-// Sets out[i] to x[i] if dropout keeps element i, and to 0 otherwise, for elements of 16 bits. Dropout's scale is not
+// Sets the 16-bit element out[i] to x[i] if dropout keeps element i, and to 0 otherwise. Dropout's scale is not
 // applied.
 inline void drop_words(const Dropout& dropout, const uint16_t* draws, int64_t count, const void* x, void* out) {
   const __m512i below = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold - 1));
@@ -193,7 +192,7 @@ inline void drop_values(const Dropout& dropout, const uint16_t* draws, int64_t c
 
 // Writes the dropout mask as bits to ceil(count / 32) words: bit i is draws[i] >= threshold.
 inline void keep_bits(const Dropout& dropout, const uint16_t* draws, int64_t count, uint32_t* words) {
-  // A threshold of 65536 drops every element, because no draw is above 65535.
+  // A threshold of 65536 drops every element, because no draw is greater than `below` = 65535.
   const __m512i below = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold - 1));
   for (int64_t i = 0; i < count; i += 32) {
     const __mmask32 inside = count - i >= 32 ? 0xffffffffu : (1u << (count - i)) - 1;

@@ -1,4 +1,4 @@
-// The vector type for NEON, which every 64-bit Arm CPU has: 4 values of any element type, computed in float32.
+// The vector type Vec for NEON, which every 64-bit Arm CPU has, with 4 float lanes, and dropout loops with NEON.
 #pragma once
 
 #include <arm_neon.h>
@@ -35,7 +35,8 @@ inline void store4(float* out, float32x4_t value) { vst1q_f32(out, value); }
 inline void store4(bf16* out, float32x4_t value) { vst1_u16(words_of(out), round_bf16(value)); }
 inline void store4(f16* out, float32x4_t value) { vst1_u16(words_of(out), round_f16(value)); }
 
-// The vector type in which code for all instruction sets is written.
+// A vector of four floats. Each instruction set has a Vec with these members, so that one source of a kernel serves all
+// instruction sets.
 struct Vec {
   static constexpr int kWidth = 4;
   float32x4_t v;
@@ -50,9 +51,9 @@ struct Vec {
   // min and max return b if a or b is NaN.
   static Vec min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
-  // Returns b in the lanes where a is above 0, and c in the other lanes.
+  // Returns b in the lanes where a is greater than 0, and c in all other lanes.
   static Vec positive(Vec a, Vec b, Vec c) { return {vbslq_f32(vcgtzq_f32(a.v), b.v, c.v)}; }
-  // Returns a in the lanes whose bit is set, and b in the other lanes.
+  // Returns a in the lanes i for which bit i of `bits` is set, and b in all other lanes.
   static Vec where(uint32_t bits, Vec a, Vec b) {
     static constexpr uint32_t kLane[] = {1, 2, 4, 8};
     return {vbslq_f32(vtstq_u32(vdupq_n_u32(bits), vld1q_u32(kLane)), a.v, b.v)};
@@ -72,8 +73,8 @@ struct Vec {
   float largest() const { return vmaxnmvq_f32(v); }
   void store(float* x) const { vst1q_f32(x, v); }
 
-  // Loads values of any element type. With `count`, only the first `count` values are loaded, and the remaining lanes
-  // are 0.
+  // Loads kWidth values of any element type as floats. With `count`, only the first `count` values are loaded, and the
+  // remaining lanes are 0.
   template <typename T>
   static Vec load_as(const T* x) {
     return {load4(x)};
@@ -94,10 +95,10 @@ struct Vec {
     store4(lanes, v);
     memcpy(x, lanes, static_cast<size_t>(count) * sizeof(T));
   }
-  // Returns the values rounded to T.
+  // Returns the lanes rounded to the element type T, as floats.
   template <typename T>
   Vec rounded() const;
-  // Returns the first `count` values, and zeros after them.
+  // Returns the first `count` lanes, and zeros in the remaining lanes.
   Vec first(int64_t count) const {
     const uint32_t lanes[kWidth] = {0, 1, 2, 3};
     const uint32x4_t inside = vcltq_u32(vld1q_u32(lanes), vdupq_n_u32(static_cast<uint32_t>(count)));

@@ -1,4 +1,4 @@
-// The vector type of the portable path: a single value.
+// The vector type Vec of the path `scalar`, with one float lane, and the dropout loops of this path.
 #pragma once
 
 #include <math.h>
@@ -24,12 +24,13 @@ struct Vec {
   // min and max return b if a or b is NaN.
   static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-  // Returns b if a is above 0, otherwise c.
+  // Returns b if a is greater than 0, otherwise c (also if a is NaN).
   static Vec positive(Vec a, Vec b, Vec c) { return a.v > 0.0f ? b : c; }
   // Returns a if the lowest of `bits` is set, otherwise b.
   static Vec where(uint32_t bits, Vec a, Vec b) { return bits & 1 ? a : b; }
   Vec abs() const { return {bits_to_float(float_to_bits(v) & 0x7fffffff)}; }
-  // Rounds a value of magnitude below 2^22 to an integer: the added number leaves no bits for a fraction.
+  // Rounds a value of magnitude below 2^22 to an integer: 1.5 · 2^23 is added, which leaves no mantissa bits for a
+  // fraction, and subtracted.
   Vec round() const { return {(v + 12582912.0f) - 12582912.0f}; }
   // Returns a * 2^whole for integers `whole` from -126 to 127. If `whole` is NaN, the result is a.
   static Vec times_exp2(Vec a, Vec whole) {
@@ -41,8 +42,8 @@ struct Vec {
   float largest() const { return v; }
   void store(float* x) const { *x = v; }
 
-  // Loads a value of any element type. The overloads with an argument `count` are never called, because a vector of one
-  // lane leaves no rest.
+  // Loads a value of any element type as a float. The overloads with an argument `count` are never called, because one
+  // lane is always a whole vector.
   template <typename T>
   static Vec load_as(const T* x) {
     return {to_float(*x)};
@@ -57,7 +58,7 @@ struct Vec {
   }
   template <typename T>
   void store_as(T*, int64_t) const {}
-  // Returns the value rounded to T.
+  // Returns the value rounded to the element type T, as a float.
   template <typename T>
   Vec rounded() const {
     return {to_float(from_float<T>(v))};
@@ -65,7 +66,7 @@ struct Vec {
   Vec first(int64_t) const { return zero(); }
 };
 
-// One 64-bit lane for Philox (see philox_impl.h), whose low half is a 32-bit word.
+// One 64-bit lane for Philox (see philox_impl.h). The lower half of the lane is a 32-bit word.
 struct Lanes {
   static constexpr int kWidth = 1;
   uint64_t v;

@@ -1,5 +1,5 @@
 // All code between this header and target_end.h is compiled for AVX-512 F, BW, DQ, VL, BF16 and AMX-BF16, independently
-// of the command line. Include this header before <immintrin.h> and before any header with code of its own.
+// of the command line. Include this header before <immintrin.h> and before other headers that contain code.
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                 \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), \

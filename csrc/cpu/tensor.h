@@ -1,5 +1,4 @@
-// Functions on tensors that the CPU operators share: checks whose errors name op and argument, element types,
-// allocation, and the matrix product.
+// Functions on tensors that the CPU operators share: element types, allocation, and PyTorch's matrix product.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -44,9 +43,9 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor
   return dtype_of(op, argument, tensor.scalar_type());
 }
 
-// Asks the system for huge pages before the first touch of a large result or block of scratch. In each call a large
-// result is new memory from the system, and page faults of 4 KiB would take a large part of the time. For less than 4
-// MiB, and on a system without huge pages, the function does nothing.
+// Asks Linux for huge pages for a large result or block of scratch, before the memory is touched for the first time. In
+// each call a large result is new memory, and page faults of 4 KiB would take a large part of the call's time. The
+// function does nothing for less than 4 MiB, or if the system has no MADV_HUGEPAGE.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

@@ -1,5 +1,4 @@
-// Parallel loops, and the number of threads that a loop in a call may use. A loop inside a loop that already uses all
-// threads runs on one thread.
+// Parallel loops, and the number of threads that a loop may use.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +21,8 @@ inline bool& within_a_loop() {
   return within;
 }
 
-// While a WithinALoop object lives in a loop body, the loops of the functions that the body calls use one thread.
+// While a thread has a WithinALoop object, parallel_for on this thread uses only this thread. The body of a loop that
+// already uses all threads makes such an object.
 struct WithinALoop {
   const bool before = within_a_loop();
   WithinALoop() { within_a_loop() = true; }
@@ -36,10 +36,11 @@ inline int64_t loop_threads() { return within_a_loop() ? 1 : static_cast<int64_t
 // Number of parallel loops that woke other threads since the library was loaded.
 inline std::atomic<uint64_t> parallel_loops{0};
 
-// Calls f(begin, end) in parallel for at most ceil((end - begin) / grain) parts of [begin, end), one for each thread at
-// most. A loop of at most `grain` iterations, or within a WithinALoop object, runs on the calling thread alone. If f
-// throws, the first exception is rethrown with its own message: PyTorch's loop would replace the message, and trainers
-// look for the allocator's message. All threads use the CPU path of the calling thread.
+// Calls f(begin, end) in parallel for parts of [begin, end): at most one part per thread, and at most ceil((end -
+// begin) / grain) parts. A loop of at most `grain` iterations, and a loop on a thread with a WithinALoop object, runs
+// on the calling thread alone. If f throws, the first exception is rethrown with its own message: PyTorch's loop would
+// replace the message, and trainers look for the allocator's message. All threads use the CPU path of the calling
+// thread.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (begin >= end) return;
@@ -63,14 +64,14 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
 // Several loops that run as one parallel loop.
 class Loops {
  public:
-  // Adds a loop that calls f(first, last) for parts of [0, count). work: the work of one iteration, in any unit that
-  // all loops share.
+  // Adds a loop that calls f(first, last) for parts of [0, count). work: the work of one iteration, in a unit that all
+  // loops of this object share.
   void add(int64_t count, int64_t work, std::function<void(int64_t, int64_t)> f) {
     if (count <= 0) return;
     loops_.push_back({count, std::max<int64_t>(1, work), total_, std::move(f)});
     total_ += count * loops_.back().work;
   }
-  // Runs the loops. grain: the work that one more thread is started for, in the unit of `work`.
+  // Runs the loops. grain: the smallest work of a thread, in the unit of `work`.
   void run(int64_t grain) const {
     parallel_for(0, total_, grain, [&](int64_t begin, int64_t end) {
       for (const Loop& loop : loops_) {

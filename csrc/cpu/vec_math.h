@@ -1,6 +1,6 @@
-// Functions of a Vec (cpu/simd_<isa>.h), accurate to a few ulp of float32 where a comment states no other error. Each
-// function of this file (vec_exp, vec_tanh, vec_normal and so on) returns NaN for NaN. Include this file after the
-// target pragma.
+// Mathematical functions of a Vec (cpu/simd_<isa>.h), accurate to a few ulp of float32 unless a comment states another
+// error. The functions return NaN for NaN. Include this file after the target pragma (cpu/target_<isa>.h) and Vec
+// (cpu/simd_<isa>.h).
 #pragma once
 
 // The functions must be inlined: a call per vector would cost as much as the computation.
@@ -14,7 +14,8 @@ namespace {
 PEFT_EXT_INLINE Vec vec_exp(Vec x) {
   x = Vec::min(Vec::broadcast(87.3f), Vec::max(Vec::broadcast(-87.3f), x));
   const Vec whole = Vec::mul(x, Vec::broadcast(1.44269504f)).round();
-  // Computes x - whole ln 2, with ln 2 in two parts: the product of `whole` and the first part is exact.
+  // Computes r = x - whole ln 2, with ln 2 as a sum of two constants: the product of `whole` and the first constant is
+  // exact.
   Vec r = Vec::fma(whole, Vec::broadcast(-0.693359375f), x);
   r = Vec::fma(whole, Vec::broadcast(2.12194440e-4f), r);
   Vec p = Vec::broadcast(1.9875691500e-4f);
@@ -28,8 +29,7 @@ PEFT_EXT_INLINE Vec vec_exp(Vec x) {
 PEFT_EXT_INLINE Vec vec_exp2(Vec x) {
   x = Vec::max(Vec::broadcast(-126.0f), x);
   const Vec whole = x.round(), r = Vec::sub(x, whole);
-  // The coefficients are those of the polynomial nearest to 2^r that is 1 at r = 0. The relative error of the
-  // polynomial is below 5e-9.
+  // The polynomial p approximates 2^r with a relative error below 5e-9, and is exactly 1 at r = 0.
   Vec p = Vec::broadcast(1.5461447463e-4f);
   constexpr float kRest[] = {1.3390867351e-3f, 9.6180566699e-3f, 5.5503571043e-2f,
                              2.4022650922e-1f, 6.9314718803e-1f, 1.0f};

@@ -7,18 +7,18 @@
 // In these formulas, a is the scale of the logits, c is the softcap, w is the weight of the row, and V is the number of
 // columns.
 //
-// A block of kThreads threads computes a row, and a thread reads every kThreads-th group of eight columns. The first
-// reading of the row gives each thread its largest z and its sum of exp(z - largest); these values are combined over
-// lanes and then over warps in a fixed order. The second reading of the row, if needs_grad, gives the gradient, and
-// goes from the last column to the first. If a row has more than 64 KiB, the block keeps up to 96 KiB from the start of
-// the row in shared memory for the second reading, and reads the rest of the row again: between the two readings of a
-// column, the block reads no other part of the row than the columns behind it. With two blocks of 1,024 threads on each
-// of the 132 multiprocessors of an H100, the rests of the rows are 42 MB if a row has 128,000 16-bit logits, and 54 MB
-// if a row has 152,000. The L2 cache of an H100 has 50 MB. If the rests do not fit in L2, L2 holds the ends of the
-// rests, which the second reading needs first. Loads of the columns in shared memory and stores of the gradient are
-// streaming, so that they leave L2 before the rests. Arithmetic is in float32, and each result is rounded once. Bytes
-// moved with the gradient: the row is read from memory once (of rests that do not fit in L2, a part twice), and written
-// once.
+// A block of kThreads threads computes a row, and a thread reads every kThreads-th group of eight columns. In the first
+// reading of the row, each thread computes its largest z, its sum of exp(z - largest) and its sum of z; these values
+// are combined over lanes and then over warps in a fixed order. If needs_grad, a second reading of the row, from the
+// last column to the first, computes the gradient. If a row has more than 64 KiB, the block keeps up to 96 KiB from the
+// start of the row in shared memory for the second reading, and reads the rest of the row from global memory again.
+// With two blocks of 1,024 threads on each of the 132 multiprocessors of an H100, the parts of the rows that are
+// outside of shared memory have 42 MB together if a row has 128,000 16-bit logits, and 54 MB if a row has 152,000. The
+// L2 cache of an H100 has 50 MB. If the parts outside of shared memory do not fit in L2, L2 holds the ends of the rows,
+// which the second reading needs first. Loads of columns that stay in shared memory and stores of the gradient are
+// streaming (ld.cs, st.cs), so that L2 drops the data of these loads and stores first. Arithmetic is in float32, and
+// each result is rounded once. With the gradient, the kernel reads each row from DRAM once (columns that neither shared
+// memory nor L2 holds twice), and writes the row once.
 #pragma once
 
 #include <math.h>
@@ -29,11 +29,12 @@
 namespace peft_ext {
 
 struct CrossEntropyWork {
-  void* logits;              // logits x [T, V]; overwritten with the gradient if needs_grad
-  const int64_t* labels;     // labels [T]; an ignored label gives loss and gradient 0, a label out of range traps
-  const float* row_weight;   // row weights w [T]; a null pointer stands for ones
-  float* losses;             // receives the losses [T], not multiplied by w
-  int64_t columns, ignored;  // columns: V; ignored: the label of tokens without a loss
+  void* logits;             // logits x [T, V]; overwritten with the gradient if needs_grad
+  const int64_t* labels;    // labels [T]; an ignored label gives loss and gradient 0, a label out of range traps
+  const float* row_weight;  // row weights w [T]; a null pointer stands for ones
+  float* losses;            // receives the losses [T], not multiplied by w
+  // columns: V, the number of logits of a row. ignored: the label of tokens that have loss 0 and gradient 0.
+  int64_t columns, ignored;
   float scale, softcap, smoothing;
   bool needs_grad, whole;
 };
@@ -44,20 +45,21 @@ struct CrossEntropyWork {
 constexpr int kCrossEntropyThreads = 512, kLongRowThreads = 1024;
 constexpr int64_t kShortRow = 65536, kHeldBytes = 98304;
 
-// Number of threads of a multiprocessor. All of them have registers for the kernel: a block waits for memory most of
-// the time.
+// Largest number of threads that a multiprocessor can run at a time. The launch bounds of the kernel limit its
+// registers so that this number of threads fits, because a block waits for memory most of the time.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 constexpr int kMostThreads = 1536;
 #else
 constexpr int kMostThreads = 2048;
 #endif
 
-// A partial softmax: the largest z, the sum of exp(z - most), and the sum of z.
+// The softmax sums of some columns of a row. most: the largest z; sum: the sum of exp(z - most); total: the sum of z.
 struct SoftmaxSum {
   float most, sum, total;
 };
 
-// Start value for the largest z. The value is finite, so that the exponential of a logit of -inf is 0 and not NaN.
+// Start value of the largest z of a thread. The value is finite, so that the exponential of a logit of -inf is 0 and
+// not NaN.
 constexpr float kLowest = -3.0e38f;
 
 __device__ __forceinline__ SoftmaxSum joined(const SoftmaxSum& a, const SoftmaxSum& b) {
@@ -68,7 +70,8 @@ __device__ __forceinline__ SoftmaxSum joined(const SoftmaxSum& a, const SoftmaxS
 template <int kThreads>
 using SoftmaxShared = float[3][kThreads / kWarpSize];
 
-// Returns the combined sums of the block to every thread. All threads of the block must call the function.
+// Returns the softmax sums of the whole row to every thread of the block. All threads of the block must call
+// block_joined.
 template <int kThreads>
 __device__ __forceinline__ SoftmaxSum block_joined(SoftmaxSum mine, SoftmaxShared<kThreads>& shared) {
 #pragma unroll
@@ -101,7 +104,8 @@ __global__ void __launch_bounds__(kThreads, kMostThreads / kThreads) cross_entro
     return kHolds && column + kVector <= min_of(columns, kHeldBytes / static_cast<int64_t>(sizeof(T)));
   };
   const bool ignored = label == work.ignored, inside = label >= 0 && label < columns;
-  // A user would notice a loss of NaN late or not at all. PyTorch's cross entropy stops at such a label too.
+  // A label out of range stops the kernel, like PyTorch's cross entropy; a user would notice a loss of NaN late or not
+  // at all.
   if (!ignored && !inside) trap();
   const float inner = kSoftcap ? work.scale / work.softcap : work.scale, over = kSoftcap ? 1.0f / work.softcap : 0.0f;
   const auto z_of = [&](float x) { return kSoftcap ? work.softcap * tanhf(x * inner) : x * inner; };
@@ -110,7 +114,6 @@ __global__ void __launch_bounds__(kThreads, kMostThreads / kThreads) cross_entro
   if (!ignored) {
     for (int64_t column = threadIdx.x * kVector; column < columns; column += kThreads * kVector) {
       float z[kVector];
-      // The columns that shared memory holds are not read from memory again.
       if (kHolds && holds(column)) {
         load_columns<Reuse::kStreaming>(row, column, columns, work.whole, z);
         if (work.needs_grad) save_vector(held + column, z);
@@ -144,7 +147,8 @@ __global__ void __launch_bounds__(kThreads, kMostThreads / kThreads) cross_entro
 
   const float by = work.scale * (work.row_weight == nullptr ? 1.0f : work.row_weight[at]);
   const float share = 1.0f / all.sum, even = work.smoothing / static_cast<float>(columns);
-  // From the last columns to the first: L2 still holds the columns that were read last.
+  // The gradient is computed from the last columns to the first, because L2 still holds the columns that were read
+  // last.
   constexpr int64_t kStep = kThreads * kVector;
   const int64_t first = threadIdx.x * kVector, last = first + (columns - 1 - first) / kStep * kStep;
   for (int64_t column = first < columns ? last : -1; column >= 0; column -= kStep) {

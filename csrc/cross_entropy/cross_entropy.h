@@ -1,4 +1,4 @@
-// The contract of the cross entropy of rows of logits x on the CPU; each instruction set has a kernel.
+// The interface of the CPU kernels that compute the cross entropy of rows of logits x.
 //
 //   z = c tanh(a x / c), or a x if c = 0;   lse = log Σ_v exp z_v;   ε is the smoothing;
 //   loss = (1 - ε) (lse - z_label) + ε (lse - mean z);
@@ -7,9 +7,10 @@
 // In these formulas, a is the scale of the logits, c is the softcap, w is the weight of the row, and V is the number of
 // columns.
 //
-// A kernel reads a row two times, for the maximum and for the sum, and, if needs_grad, a third time for the gradient,
-// which overwrites the row. A row of a 16-bit dtype usually stays in the L2 cache between these readings. Arithmetic is
-// float32. The order of a sum depends only on V and on the path.
+// A kernel reads a row once for the largest z and once for the sum of exp(z - largest). If needs_grad, the kernel reads
+// the row a third time and overwrites the row with the gradient. Between the readings, a row of a 16-bit dtype usually
+// stays in the CPU's L2 cache. Arithmetic is float32. The order in which a row's terms are added depends only on V and
+// on the CPU path.
 #pragma once
 
 #include <stdint.h>

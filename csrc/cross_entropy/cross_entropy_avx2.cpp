@@ -1,7 +1,7 @@
-// The kernel of cross_entropy.h with AVX2.
+// The cross-entropy kernel of cross_entropy.h, compiled for AVX2.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
-// The headers below must be included after the target pragma.
+// target_avx2.h selects the instruction set for the code of the headers below, and must be included before them.
 #include "cpu/simd_avx2.h"
 #include "cross_entropy/cross_entropy_impl.h"
 

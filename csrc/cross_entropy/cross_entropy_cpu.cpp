@@ -1,5 +1,5 @@
-// Cross entropy of the rows of a chunk of logits on the CPU. If the gradient is needed, the gradient overwrites the
-// logits. See cross_entropy.h.
+// The CPU operator cross_entropy_rows: the cross entropy of each row of logits. If needs_grad, the operator overwrites
+// the logits with the gradient. See cross_entropy.h.
 #include "common/registration.h"
 #include "cpu/operator_call.h"
 #include "cross_entropy/cross_entropy.h"

@@ -1,5 +1,5 @@
-// Cross entropy of the rows of a chunk of logits on CUDA. If the gradient is needed, the gradient overwrites the
-// logits. See cross_entropy.cuh.
+// The CUDA operator cross_entropy_rows: the cross entropy of each row of logits. If needs_grad, the operator overwrites
+// the logits with the gradient. See cross_entropy.cuh.
 #include "cross_entropy/cross_entropy.cuh"
 
 #include "cuda/tensor.cuh"

@@ -1,5 +1,5 @@
-// The kernel of cross_entropy.h for one instruction set. Include this file after the target pragma and
-// cpu/simd_<isa>.h.
+// The cross-entropy kernel of cross_entropy.h for one instruction set. Include this file after the target pragma
+// (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include <math.h>
@@ -12,7 +12,8 @@
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kSumBlock = 2048;  // elements per partial sum: short partial sums lose fewer bits than one long sum
+// Number of a row's columns in a partial sum. Short partial sums lose fewer bits than one long sum.
+constexpr int64_t kSumBlock = 2048;
 
 template <bool kSoftcap>
 struct Logits {
@@ -44,7 +45,7 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   const float most = largest.largest();
   const Vec shift = Vec::broadcast(most);
 
-  float sum = 0.0f, total = 0.0f;  // sums of e^(z - most) and of z
+  float sum = 0.0f, total = 0.0f;  // sums over the row of e^(z - most) and of z
   for (int64_t block = 0; block < columns; block += kSumBlock) {
     float some[2];
     sum_vectors(min_i64(kSumBlock, columns - block), some, [&](auto lanes, int64_t v, Vec(&sums)[2]) {
@@ -59,7 +60,8 @@ void cross_entropy_row(const CrossEntropy& work, T* row, int64_t label, float we
   float at_label[Vec::kWidth];
   const Vec z_label = logits.z(Vec::broadcast(to_float(row[label])));
   z_label.store(at_label);
-  // The largest z is subtracted first: in lse = most + log Σ, a large `most` would leave few bits of the logarithm.
+  // The largest z is subtracted from z_label before log Σ is added: the sum lse = most + log Σ would lose bits of the
+  // logarithm if `most` is large.
   loss = rest * (logf(sum) - (at_label[0] - most));
   if (smooth != 0.0f) loss += smooth * (logf(sum) - (total / static_cast<float>(columns) - most));
   if (!work.needs_grad) return;

@@ -1,4 +1,4 @@
-// The kernel of cross_entropy.h with NEON.
+// The cross-entropy kernel of cross_entropy.h, compiled for NEON.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "cross_entropy/cross_entropy_impl.h"

@@ -8,8 +8,8 @@
 
 namespace peft_ext {
 
-// Returns act(u) / u. GELU: 0.5 (1 + erf(u/√2)); GELU's tanh form: 0.5 (1 + tanh(√(2/π) (u + 0.044715 u³))); SiLU: 1 /
-// (1 + e^-u); ReLU: 0 or 1; squared ReLU: max(u, 0).
+// Returns the gate act(u) / u. GELU: 0.5 (1 + erf(u/√2)); GELU's tanh form: 0.5 (1 + tanh(√(2/π) (u + 0.044715 u³)));
+// SiLU: 1 / (1 + e^-u); ReLU: 0 or 1; squared ReLU: max(u, 0).
 __device__ __forceinline__ float activation_gate(Activation activation, float u) {
   if (activation == Activation::kGelu) return 0.5f * (1.0f + erff(u * 0.70710678118654752f));
   if (activation == Activation::kGeluTanh)
@@ -19,7 +19,7 @@ __device__ __forceinline__ float activation_gate(Activation activation, float u)
   return activation == Activation::kRelu2 ? step * u : step;
 }
 
-// Returns d act(u) / du = gate + u · d gate / du.
+// Returns the derivative d act(u) / du = gate + u · d gate / du, with gate = act(u) / u.
 __device__ __forceinline__ float activation_slope(Activation activation, float u) {
   const float gate = activation_gate(activation, u);
   if (activation == Activation::kGelu) return gate + u * 0.39894228040143268f * expf(-0.5f * u * u);

@@ -9,7 +9,7 @@ template <int kThreads>
 using BlockSums = float[kThreads / kWarpSize];
 
 // Returns the sum of `value` over the block at thread 0, and 0 at all other threads. All threads of the block must call
-// the function.
+// block_sum.
 template <int kThreads>
 __device__ __forceinline__ float block_sum(float value, BlockSums<kThreads>& shared) {
 #pragma unroll

@@ -1,5 +1,4 @@
-// NVIDIA's driver and PyTorch's CUDA library, both opened at run time, and the loading and launching of kernels. See
-// driver.h.
+// Opens NVIDIA's driver and PyTorch's CUDA library at run time, and loads and launches kernels. See driver.h.
 #include "cuda/driver.h"
 
 #include <cxxabi.h>
@@ -81,7 +80,7 @@ Driver open_driver() {
 }
 
 const Driver& driver() {
-  static const Driver opened = open_driver();  // an exception leaves `opened` unset, and the next call tries again
+  static const Driver opened = open_driver();  // if open_driver raises an error, the next call opens the driver again
   return opened;
 }
 
@@ -91,33 +90,35 @@ const char* described(Result result) {
   return text == nullptr ? "unknown error" : text;
 }
 
-// The text of the error starts like the text of PyTorch's own CUDA errors, by which trainers recognize a lost GPU or
-// missing memory.
+// Raises an error unless the driver's call succeeded. The error starts with "CUDA error: ", like PyTorch's own errors,
+// by which trainers recognize a lost GPU or missing memory.
 void check(Result result, const char* what, const char* kernel) {
   STD_TORCH_CHECK(result == kSuccess, "CUDA error: ", described(result), " (peft_ext: ", what, " of ", kernel, ")");
 }
 
-// --- the machine code of kernels
+// --- machine code
 
 std::atomic<PeftExtImageSource> image_source{nullptr};
 
 // Returns the C++ expression that names the kernel for NVRTC: namespace, name and template arguments.
 std::string expression(const Kernel& kernel) {
-  // A mangled name that starts with '*' has internal linkage.
+  // A '*' before the mangled name means internal linkage.
   const char* mangled = kernel.local_class + (kernel.local_class[0] == '*');
   int status = 0;
   char* text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
   STD_TORCH_CHECK(text != nullptr, "peft_ext: a kernel has an unreadable name: ", mangled);
   std::string name = text;
   free(text);
-  // "void peft_ext::name<arguments>(parameters)::Here": the parameters are in the last pair of parentheses.
+  // The demangled name is "void peft_ext::name<arguments>(parameters)::Here": the kernel's parameters are in the last
+  // pair of parentheses.
   size_t end = name.rfind(')'), open = 1;
   while (open > 0 && end-- > 0) open += (name[end] == ')') - (name[end] == '(');
   name.resize(end);
   return name.rfind("void ", 0) == 0 ? name.substr(5) : name;
 }
 
-// While a CUDA graph is captured, the driver refuses to load machine code, unless the thread asks for the relaxed mode.
+// Sets the thread's capture mode to relaxed for the lifetime of the object. In the modes "global" and "thread local",
+// the driver may refuse to load machine code while a CUDA graph is captured.
 struct RelaxedCapture {
   RelaxedCapture() { driver().exchange_capture_mode(&mode); }
   ~RelaxedCapture() { driver().exchange_capture_mode(&mode); }
@@ -136,10 +137,9 @@ void* primary_context(int device) {
   return context;
 }
 
-// Makes the device's primary context the thread's context for the lifetime of the object. A thread has no context until
-// the thread's first call of the CUDA runtime that needs a context, and PyTorch's allocator often needs no such call;
-// such a thread keeps the primary context. A thread may also have a context that another library has made; such a
-// thread gets its own context back.
+// Makes the device's primary context the thread's context for the lifetime of the object. If the thread had no context
+// before (the thread has not called the CUDA runtime yet), the thread keeps the primary context. If the thread had
+// another context, for example of another library, the destructor restores this context.
 class PrimaryContext {
  public:
   explicit PrimaryContext(int device) {
@@ -161,9 +161,9 @@ class PrimaryContext {
   void* before_ = nullptr;
 };
 
-// Returns the kernel's handle on a device. The function holds no lock while Python code makes the machine code: a
-// thread that holds Python's lock might wait for this thread. Two threads may load a kernel at once; the handle of only
-// one of the threads is kept.
+// Returns the kernel's CUfunction on a device. handle_of holds no mutex while Python code compiles the kernel: a thread
+// that holds Python's GIL could wait for that mutex, and this thread for the GIL. If two threads load a kernel at once,
+// the first handle is kept.
 void* handle_of(const Kernel& kernel, int device) {
   std::atomic<void*>& held = kernel.handles[device];
   if (void* handle = held.load(std::memory_order_acquire)) return handle;
@@ -176,17 +176,17 @@ void* handle_of(const Kernel& kernel, int device) {
   const RelaxedCapture relaxed;
   void *module = nullptr, *handle = nullptr, *before = nullptr;
   check(driver().module_load(&module, image.data), "loading", name.c_str());
-  // The driver may delay the loading of the machine code until module_get_function is called. Loading the machine code
-  // at the launch would fail during the capture of a CUDA graph.
+  // The driver may load the machine code lazily. module_get_function makes the driver load the code before the launch,
+  // where loading would fail during the capture of a CUDA graph.
   check(driver().module_get_function(&handle, module, image.symbol), "loading", name.c_str());
   if (held.compare_exchange_strong(before, handle, std::memory_order_acq_rel)) return handle;
   driver().module_unload(module);
   return before;
 }
 
-// Lets launches of the handle have `bytes` of dynamic shared memory: static plus dynamic shared memory may exceed the
-// driver's default limit of 48 KiB. The limit belongs to the handle, which all threads share, and is never lowered:
-// another thread may be about to launch the kernel with more bytes.
+// Raises the handle's limit of dynamic shared memory to at least `bytes`, because the driver's default limit is 48 KiB.
+// The limit of a handle, which all threads share, is never lowered: another thread may be about to launch the kernel
+// with more bytes.
 void allow_shared(const Kernel& kernel, int device, void* handle, int bytes) {
   static std::mutex raising;
   std::atomic<int>& allowed = kernel.allowed[device];
@@ -203,8 +203,8 @@ Kernel*& first_kernel() {
   return first;
 }
 
-// An entry of the list of kernels that Python reads. A kernel with internal linkage has one object for each source file
-// that launches the kernel; the list has the first of these objects.
+// An entry of the list of kernels that Python reads. If Kernel objects have equal names (a kernel with internal
+// linkage, launched from several source files), the list has one of these objects.
 struct Listed {
   const Kernel* kernel;
   std::string name;
@@ -257,9 +257,9 @@ int compute_capability(int device) {
 const char* device_fault() {
   // After error 214 (an uncorrectable memory error) and errors 700 to 799 (faults of kernels), every later call of the
   // driver fails. Without the relaxed mode, stream_query would invalidate a CUDA graph that another thread or stream is
-  // capturing. While a blocking stream is being captured, which no stream of PyTorch is, the relaxed mode does not
-  // allow stream_query for the legacy default stream (null), and the call would invalidate the capture.
-  // stream_is_capturing then returns an error and leaves the capture valid, as NVIDIA documents.
+  // capturing. Even in the relaxed mode, stream_query of the legacy default stream (null) would invalidate the capture
+  // of a blocking stream (PyTorch's own streams are non-blocking). If a blocking stream is being captured,
+  // stream_is_capturing(null) returns an error and leaves the capture valid, as NVIDIA documents.
   const RelaxedCapture while_asking;
   int status = 0;
   Result result = driver().stream_is_capturing(nullptr, &status);

@@ -1,6 +1,6 @@
-// What the host library needs on a machine with an NVIDIA GPU from the first call of a CUDA operator on: NVIDIA's
-// driver, functions of PyTorch's CUDA library, and the machine code of the kernels. The host library does not link with
-// NVIDIA's driver or PyTorch's CUDA library, and so can be loaded where they are missing.
+// Access to NVIDIA's driver, to functions of PyTorch's CUDA library, and to the machine code of the kernels, from the
+// first call of a CUDA operator on. The host library does not link with NVIDIA's driver or PyTorch's CUDA library, and
+// so can be loaded on a machine without both.
 #pragma once
 
 #include <stdint.h>
@@ -28,8 +28,8 @@ int compute_capability(int device);
 // Returns "", or the driver's description of the error that an earlier kernel left on the current GPU.
 const char* device_fault();
 
-// Launches a kernel on a stream. `parameters` are the addresses of the kernel's parameters. The kernel's machine code
-// is loaded at the first launch on a device.
+// Launches a kernel on a stream. `parameters` holds the addresses of the kernel's arguments. The first launch of a
+// kernel on a device loads the kernel's machine code.
 void launch_kernel(const Kernel& kernel, int device, const Grid& grid, const Block& block, void* stream,
                    void** parameters);
 

@@ -1,7 +1,8 @@
 // Launches kernels from host functions. A Launcher runs kernels on a tensor's device, on PyTorch's current stream of
-// the device, checks errors, and returns the pointers that kernels may use. Under the emulator (PEFT_EXT_EMULATE_CUDA)
-// the same host functions take CPU tensors: a kernel may then read the tensors given to in(), read and write the
-// tensors given to out() and scratch(), read constants, and access no other memory of the host.
+// this device, and returns the data pointers of tensors that are passed to kernels. Under the emulator
+// (PEFT_EXT_EMULATE_CUDA) the same host functions take CPU tensors: the emulator then lets a kernel read the tensors
+// given to in(), read and write the tensors given to out() and scratch(), read constants, and access no other memory of
+// the host.
 #pragma once
 
 #ifdef PEFT_EXT_EMULATE_CUDA
@@ -45,12 +46,12 @@
 
 namespace peft_ext {
 
-// Raises an error with the reason of a failed call of PyTorch. `text` is the text of a caught error. The function
-// returns if the caught error is not by PyTorch's stable ABI, or if nothing more is known.
+// Raises an error with the reason of a failed call of PyTorch. `text` is the text of a caught error. raise_reason
+// returns without an error if the caught error is not from PyTorch's stable ABI, or if the reason is not known.
 void raise_reason(const std::string& text);
 
-// Calls a boxed function. The errors of PyTorch's stable ABI name the call that failed, but not the reason, by which
-// trainers recognize a lack of memory. The raised error has the reason.
+// Calls a boxed function of a CUDA operator. An error of PyTorch's stable ABI names only the call that failed.
+// boxed_device_call raises an error with the reason instead, by which trainers recognize a lack of memory.
 template <void (*Boxed)(StableIValue*, uint64_t, uint64_t)>
 void boxed_device_call(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
   try {
@@ -61,7 +62,7 @@ void boxed_device_call(StableIValue* stack, uint64_t arguments, uint64_t outputs
   }
 }
 
-// Returns whether kernels can use the tensor: a tensor on a CUDA device, or on the CPU under the emulator.
+// Returns whether kernels can use the tensor, which must be on a CUDA device, or on the CPU under the emulator.
 inline bool on_device(const torch::stable::Tensor& tensor) {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return tensor.is_cpu();
@@ -70,7 +71,8 @@ inline bool on_device(const torch::stable::Tensor& tensor) {
 #endif
 }
 
-// Returns whether kernels can use the tensor together with `like`: both tensors are on the same CUDA device.
+// Returns whether both tensors are on the same CUDA device. Under the emulator, both must be on the CPU, and a test can
+// mark a tensor as a tensor of another device (is_elsewhere).
 inline bool same_device(const torch::stable::Tensor& tensor, const torch::stable::Tensor& like) {
 #ifdef PEFT_EXT_EMULATE_CUDA
   return on_device(tensor) &&
@@ -106,7 +108,8 @@ class Launcher {
   explicit Launcher(const torch::stable::Tensor& tensor);
 
   // Launches kernel<<<grid, block>>>(arguments...). Call launcher(kernel, blocks, threads, arguments...), or
-  // launcher(kernel, {x, y, z}, {threads, dynamic_shared}, arguments...). An empty grid launches nothing.
+  // launcher(kernel, {x, y, z}, {threads, dynamic_shared}, arguments...). If the grid has no block, nothing is
+  // launched.
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), const Grid& grid, const Block& block,
                   const Arguments&... arguments) const {
@@ -127,7 +130,8 @@ class Launcher {
         parameters);
   }
 
-  // Returns the tensor's data for a kernel that reads the tensor. T is the element type, or void for any type.
+  // Returns the tensor's data for a kernel that reads the tensor. T is the element type of the tensor; void allows any
+  // type.
   template <typename T>
   const T* in(const torch::stable::Tensor& tensor) const {
     check_type<T>(tensor);
@@ -147,8 +151,8 @@ class Launcher {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
 
-  // Returns the data of a tensor that only this launcher's kernels fill. A kernel may read only the bytes that a kernel
-  // has written.
+  // Returns the data of a scratch tensor. A kernel may read only those bytes of the tensor that a kernel of this
+  // Launcher has written before.
   template <typename T>
   T* scratch(const torch::stable::Tensor& tensor) const {
     check_type<T>(tensor);

@@ -1,6 +1,6 @@
 // Counter-based dropout on the device, with the draws of common/philox.h, so that a mask has equal bits on every
-// device. A kernel reads the seed from device memory: the host never waits for the seed, and a captured graph reads a
-// new seed at each replay.
+// device. A kernel reads the seed from device memory, so that the host never waits for the seed, and a captured CUDA
+// graph reads a new seed at each replay.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -57,24 +57,25 @@ __device__ __forceinline__ uint4 draws_of_group(const Philox& philox, uint64_t g
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Bits 15 and 31 of the result tell whether the draws in the low half and in the high half of the word keep their
-// elements. The remaining bits have no meaning. 2^15 + (lower 15 bits of the draw) - (lower 15 bits of t) has bit 15 if
-// the lower 15 bits of the draw are at least those of t, and the subtraction never borrows from the half above. If t is
-// below 2^15, the element is kept if bit 15 of this difference of the lower bits or bit 15 of the draw is set; for a
-// larger t, both bits must be set. The result has the bits that at least two of `reached`, the draws and `either` have.
+// Bits 15 and 31 of the result tell whether dropout keeps the elements of the draws in the low half and in the high
+// half of `draws`. All other bits of the result have no meaning. 2^15 + (lower 15 bits of the draw) - (lower 15 bits of
+// t) has bit 15 if the lower 15 bits of the draw are at least those of t, and the subtraction never borrows from the
+// half above. If t is below 2^15, the element is kept if bit 15 of this difference of the lower bits or bit 15 of the
+// draw is set; for a larger t, both bits must be set. The result has the bits that at least two of `reached`, the draws
+// and `either` have.
 __device__ __forceinline__ uint32_t kept_halves(const Philox& philox, uint32_t draws) {
   const uint32_t reached = (draws | 0x80008000u) - philox.lower;
   return (draws & reached) | ((draws | reached) & philox.either);
 }
 
-// Returns kept_halves of each of a group's four words.
+// Returns kept_halves of each of the four words that hold the eight draws of a group.
 __device__ __forceinline__ uint4 kept_of_words(const Philox& philox, uint64_t group) {
   const uint4 draws = draws_of_group(philox, group);
   return make_uint4(kept_halves(philox, draws.x), kept_halves(philox, draws.y), kept_halves(philox, draws.z),
                     kept_halves(philox, draws.w));
 }
 
-// Returns eight bits. Bit i of the result tells whether flat element 8 · group + i is kept.
+// Bit i (0 to 7) of the result tells whether dropout keeps flat element 8 · group + i.
 __device__ __forceinline__ uint32_t kept_of_group(const Philox& philox, uint64_t group) {
   const uint4 words = kept_of_words(philox, group);
   const uint32_t halves[4] = {words.x, words.y, words.z, words.w};

@@ -1,8 +1,7 @@
-// This file wraps device instructions that C++ has no expression for. The file does not depend on torch. Each wrapper
-// has two bodies: one for NVRTC, and one for the emulator (csrc/emulator, PEFT_EXT_EMULATE_CUDA), which runs the
-// kernels on a CPU and checks each memory access. Kernels call these wrappers where the emulator needs a body of its
-// own. "All 32 lanes" means that all lanes of a warp must call the wrapper together: the emulator refuses anything
-// else.
+// This file wraps device instructions that C++ has no expression for. The file does not depend on torch. Most wrappers
+// have two bodies: one for NVRTC, and one for the emulator (csrc/emulator, PEFT_EXT_EMULATE_CUDA), which runs the
+// kernels on a CPU and checks each memory access. If all 32 lanes of a warp must call a wrapper together, the emulator
+// raises an error if some lanes do not.
 #pragma once
 
 #ifdef __CUDACC__
@@ -17,13 +16,14 @@
 
 #include "common/dtype.h"
 
-// PEFT_EXT_KERNEL is the first statement of every kernel. In the host library, the statement ends the function: g++
-// drops the kernel's code, and what remains tells Launcher which kernel the function stands for (kernel_name.h).
+// PEFT_EXT_KERNEL is the first statement of every kernel. In the host library, PEFT_EXT_KERNEL sets called_kernel
+// (kernel_name.h), by which Launcher finds the kernel, and returns: g++ drops the kernel's code behind this statement.
 #if defined(__CUDACC__) || defined(PEFT_EXT_EMULATE_CUDA)
 #define PEFT_EXT_KERNEL
 #else
 #include "cuda/kernel_name.h"
-// The pragmas switch off warnings of g++ about the code of kernels, which g++ reads and drops.
+// g++ parses the code of kernels, although the host library drops this code; the pragmas switch off two warnings about
+// it.
 #pragma GCC diagnostic ignored "-Wshift-count-negative"
 #pragma GCC diagnostic ignored "-Wstrict-aliasing"
 #define PEFT_EXT_KERNEL                                   \
@@ -98,11 +98,10 @@ __device__ __forceinline__ float fma_rn(float a, float b, float c) {
 #endif
 }
 
-// Computes the low and the high half of the 64-bit product of two 32-bit numbers.
 __device__ __forceinline__ void mul_wide(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
 #ifdef __CUDACC__
-  // One mul.wide.u32 gives both halves of the 64-bit product. The compiler does not always use mul.wide.u32 for two
-  // separate products.
+  // One mul.wide.u32 gives both halves of the 64-bit product. For the expressions a * b and __umulhi(a, b), the
+  // compiler does not always use one mul.wide.u32.
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
 #else
@@ -219,8 +218,8 @@ __device__ __forceinline__ T load_cached(const T* from) {
 #endif
 }
 
-// Loads 16 bytes like load_cached. The compiler keeps the program order of these loads; otherwise the compiler would
-// start all visible loads at once and run out of registers.
+// Loads 16 bytes like load_cached. The asm volatile keeps the program order of these loads; otherwise the compiler
+// would start many loads at once and run out of registers.
 __device__ __forceinline__ uint4 load_cached_in_order(const uint4* from) {
 #ifdef __CUDACC__
   uint4 words;
@@ -290,7 +289,7 @@ __device__ __forceinline__ void sync_threads() {
 #endif
 }
 
-// A barrier of the warp. All 32 lanes must call the function.
+// A barrier of the warp. All 32 lanes must call sync_warp.
 __device__ __forceinline__ void sync_warp() {
 #ifdef __CUDACC__
   __syncwarp();
@@ -300,7 +299,7 @@ __device__ __forceinline__ void sync_warp() {
 }
 
 // Returns the value of lane `source` of this lane's group of `width` lanes. Only the value of source % width matters.
-// All 32 lanes must call the function.
+// All 32 lanes must call shuffle.
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int source, int width = kWarpSize) {
 #ifdef __CUDACC__
   return __shfl_sync(0xffffffffu, value, source, width);
@@ -325,7 +324,7 @@ __device__ __forceinline__ float shuffle(float value, int source, int width = kW
 #endif
 }
 
-// Returns the value of the lane (this lane ^ lane_mask). All 32 lanes must call the function.
+// Returns the value of the lane (this lane ^ lane_mask). All 32 lanes must call shuffle_xor.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int lane_mask) {
 #ifdef __CUDACC__
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
@@ -342,7 +341,7 @@ __device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
 #endif
 }
 
-// Returns 32 bits; bit l is the vote of lane l. All 32 lanes must call the function.
+// Returns a word whose bit l is the vote of lane l. All 32 lanes must call ballot.
 __device__ __forceinline__ uint32_t ballot(bool vote) {
 #ifdef __CUDACC__
   return __ballot_sync(0xffffffffu, vote);
@@ -351,7 +350,7 @@ __device__ __forceinline__ uint32_t ballot(bool vote) {
 #endif
 }
 
-// Returns whether the vote of any lane is true. All 32 lanes must call the function.
+// Returns whether the vote of any lane is true. All 32 lanes must call any_lane.
 __device__ __forceinline__ bool any_lane(bool vote) {
 #ifdef __CUDACC__
   return __any_sync(0xffffffffu, vote) != 0;
@@ -362,8 +361,8 @@ __device__ __forceinline__ bool any_lane(bool vote) {
 
 // ---- shared memory by address
 
-// An address in shared memory. Device code uses the 32-bit address: a pointer would take two registers, and one more
-// instruction at each use.
+// An address in shared memory. Device code uses the 32-bit address in shared memory: a pointer would take two
+// registers, and one more instruction at each use.
 struct SharedAt {
 #ifdef __CUDACC__
   uint32_t at;
@@ -485,9 +484,9 @@ __device__ __forceinline__ void cp_async_wait() {
 // ---- matrix products. The fragments of ldmatrix and mma are described with g = l / 4 and t = l % 4 for lane l. A
 // register holds two 16-bit values; the first value is in the low half.
 
-// Loads four 8x8 matrices of 16-bit values from shared memory. Lane l gives the address of row l % 8 of matrix l / 8:
-// 16 bytes, aligned. r[i] of lane l gets row g, columns 2t and 2t + 1, of matrix i. All 32 lanes must call the
-// function.
+// Loads four 8x8 matrices of 16-bit values from shared memory. Lane l passes the address of row l % 8 of matrix l / 8;
+// a row has 16 bytes and is aligned to 16 bytes. r[i] of lane l gets row g, columns 2t and 2t + 1, of matrix i. All 32
+// lanes must call ldmatrix_x4.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAt row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -511,8 +510,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAt row
 #endif
 }
 
-// Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, and sums are float. All 32 lanes must call the
-// function. A lane holds
+// Computes C [16, 8] += A [16, 16] B [16, 8]; T is bf16 or f16, and sums are float. All 32 lanes must call
+// mma_m16n8k16. A lane holds
 //   a[i]: row g + 8 (i % 2), columns 2t + 8 (i / 2) and the next column;
 //   b[i]: rows 2t + 8 i and the next row, column g;
 //   c[i]: row g + 8 (i / 2), column 2t + i % 2

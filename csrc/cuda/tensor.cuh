@@ -1,5 +1,5 @@
-// Functions on tensors that the CUDA operators share: checks whose errors name op and argument, shapes, element types,
-// and allocation.
+// Functions on tensors that the CUDA operators share: checks whose errors name the operator and the argument, shapes,
+// element types, and allocation.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,7 @@ namespace peft_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raises an error unless kernels support the element type.
+// Raises an error unless the element type is Float, BFloat16 or Half.
 void check_kernel_dtype(const char* op, const char* argument, ScalarType type);
 
 // Raises an error unless the tensor is on `like`'s device. name: the name of `like` in the error.
@@ -28,13 +28,14 @@ void check_same_device(const char* op, const char* argument, const Tensor& tenso
 void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType type, int64_t elements,
                   const Tensor& like, const char* name = "x");
 
-// Raises an error unless the matrix has a supported element type and is on `like`'s device.
+// Raises an error unless the matrix is Float, BFloat16 or Half and on `like`'s device.
 void check_matrix(const char* op, const char* argument, const Tensor& matrix, const Tensor& like);
 
 // Checks that a vector has `size` elements and is on `like`'s device. Returns the vector as contiguous float32.
 Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like);
 
-// Checks the seed of dropout. Returns the seed if dropout is active, otherwise nothing.
+// Returns the checked seed of dropout as a contiguous tensor, or nullopt if `seed` has no value. Raises an error if
+// dropout_p is outside of 0 <= p < 1.
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like);
 
@@ -83,7 +84,7 @@ inline int64_t device_rows(const Tensor& tensor) {
 
 inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
-// Calls f with a zero of the element type. The caller must have checked that kernels support the type.
+// Calls f with a zero of the C++ type of the element type. Raises an error if the type is not Float, BFloat16 or Half.
 template <typename F>
 void with_type(ScalarType type, F f) {
   if (type == ScalarType::BFloat16) {

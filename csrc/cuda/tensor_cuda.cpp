@@ -15,8 +15,8 @@ void raise_reason(const std::string& text) {
   const std::string message = shim_message();
   check_device();
   if (message.empty()) {
-    // torch before 2.13 has no function for the message. The calls below only allocate and copy, and their arguments
-    // were checked.
+    // torch before 2.13 has no function that returns the message of the error. The calls in the list below only
+    // allocate and copy tensors, so that a failed call means a lack of memory.
     for (const char* call : {"aten::contiguous", "aten::clone", "aten::to", "aten::empty_like", "aten::new_empty"})
       STD_TORCH_CHECK(text.find(call) == std::string::npos, "CUDA out of memory. peft_ext: ", text);
     return;

@@ -10,7 +10,7 @@ constexpr int kVector = 8;
 
 __device__ __forceinline__ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Tells a load or a store whether the data is read again soon. kStreaming data leaves the caches first.
+// Tells a load or a store whether the data is read again soon. Data with kStreaming leaves the caches first.
 enum class Reuse { kSoon, kStreaming };
 
 template <Reuse kReuse, typename Words>
@@ -94,8 +94,8 @@ __device__ __forceinline__ void save_vector(T* to, const float (&values)[kVector
   }
 }
 
-// Stores eight values, with 0 in the place of each value that is not kept. Bits 15 and 31 of masks[i] tell whether
-// values 2i and 2i + 1 are kept.
+// Stores eight values, with 0 in the place of each value whose mask bit is 0. Bits 15 and 31 of masks[i] are the mask
+// bits of values 2i and 2i + 1.
 template <typename T>
 __device__ __forceinline__ void save_masked(T* to, const float (&values)[kVector], const uint32_t (&masks)[4]) {
   *reinterpret_cast<uint4*>(to) = make_uint4(
@@ -113,9 +113,9 @@ __device__ __forceinline__ void save_masked(float* to, const float (&values)[kVe
                    __float_as_uint(values[4 * i + 3]) & spread_sign<true>(masks[2 * i + 1]));
 }
 
-// Loads the columns [column, column + 8) of a row with `columns` columns. `whole` means that columns is a multiple of 8
-// and the row is aligned to 16 bytes, so that all eight columns exist. Columns beyond the end of the row load as 0, and
-// save_columns does not store them.
+// Loads the columns [column, column + 8) of a row with `columns` columns. `whole` tells that `columns` is a multiple of
+// 8 and the row is aligned to 16 bytes, so that all eight columns exist. Columns beyond the end of the row load as 0,
+// and save_columns does not store them.
 template <Reuse kReuse = Reuse::kSoon, typename T>
 __device__ __forceinline__ void load_columns(const T* row, int64_t column, int64_t columns, bool whole,
                                              float (&values)[kVector]) {
@@ -141,8 +141,8 @@ __device__ __forceinline__ void save_columns(T* row, int64_t column, int64_t col
     if (column + i < columns) store_value(row + column + i, values[i]);
 }
 
-// Returns eight bits. Bit i of the result tells whether flat element first + i is kept. `whole` means that the eight
-// elements share a counter block.
+// Bit i (0 to 7) of the result tells whether dropout keeps flat element first + i. `whole` tells that `first` is a
+// multiple of 8, so that the eight elements share one Philox counter.
 __device__ __forceinline__ uint32_t kept_elements(const Philox& philox, uint64_t first, bool whole) {
   const uint64_t group = first / kPhiloxGroup;
   const uint32_t kept = kept_of_group(philox, group);

@@ -1,10 +1,11 @@
-// A decoder layer of few tokens on the CPU, without a gradient:
+// A decoder layer of a transformer for few tokens on the CPU, without a gradient:
 //
 //   q, k, v = projections(norm₁(x));   the rotated k, and v, are written to the cache, after its keys and values;
 //   h = x + o(attention(rotated q, all keys, all values));   y = h + down(act(gate(norm₂(h))) ∘ up(norm₂(h)))
 //
-// Each step, except the copy of v to the cache and the two additions, calls the CPU function of the step's own
-// operator, and gives the same bits as this operator. One call from Python runs all steps.
+// Most steps call the CPU function of an operator (rms_norm, lora_linears, rotary_embedding,
+// scaled_dot_product_attention, gated_activation), and give the same bits as a call of that operator. The copy of v to
+// the cache and the two additions are computed in this file. One call from Python runs all steps of the layer.
 #include <vector>
 
 #include "activations/operators.h"
@@ -19,10 +20,12 @@ namespace peft_ext {
 namespace {
 
 constexpr const char* kOp = "decoder_layer";
-constexpr size_t kLayers = 7;  // the linear layers q, k, v, o, gate, up, down
+constexpr size_t kLayers = 7;  // number of linear layers: q, k, v, o, gate, up, down
 constexpr size_t kNorms = 2, kLayerSizes = 4, kLayerNumbers = 2;
-constexpr size_t kOwnSizes = 2;    // the activation, and whether the norms round before they multiply by the weight
-constexpr size_t kOwnNumbers = 4;  // eps of the norms, the offset of their weights, and the scale of attention
+// First entries of `sizes`: the activation, and whether the norms round before they multiply by the weight.
+constexpr size_t kOwnSizes = 2;
+// First entries of `numbers`: eps of each norm, the offset of the norms' weights, and the scale of attention.
+constexpr size_t kOwnNumbers = 4;
 
 Tensor strided(const Tensor& tensor, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                int64_t offset) {
@@ -38,7 +41,7 @@ Tensor heads_of(const Tensor& y, int64_t size) {
   return strided(y, {batch, columns / size, tokens, size}, {tokens * columns, size, columns, 1}, 0);
 }
 
-// Returns the tokens [first, first + count) of keys or values [B, H, capacity, D].
+// Returns the tokens [first, first + count) of the cached keys or values [B, H, capacity, D].
 Tensor tokens_of(const Tensor& held, int64_t first, int64_t count) {
   return strided(held, {held.size(0), held.size(1), count, held.size(3)},
                  {held.stride(0), held.stride(1), held.stride(2), 1}, first * held.stride(2));
@@ -98,7 +101,9 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
                   kOp, ": the layers do not give the heads of the keys, or the columns of x");
   const bool rounds = sizes[1] != 0;
   const Tensor residual = as_contiguous(x);
-  for (size_t i = 0; i < kNorms; ++i)  // with a weight of another dtype, rms_norm_cpu would return float32
+  // If rms_norm_cpu rounds before a weight of another dtype, the result is float32, which decoder_layer does not
+  // support.
+  for (size_t i = 0; i < kNorms; ++i)
     STD_TORCH_CHECK(!rounds || tensors[i].scalar_type() == x.scalar_type(), kOp,
                     ": a norm's weight is not of x's type");
   const Tensor normed = std::get<0>(rms_norm_cpu(residual, tensors[0], numbers[0], numbers[2], rounds));

@@ -5,11 +5,10 @@
 //   P = dY (sB) [T, R]       dA[:, v] = Σ P[t] over the t with i[t] = v, in order       dB = s dYᵀ S
 //
 // In dA, tokens whose index is padding_idx are left out. The forward reads, or decodes, only the rows of W whose index
-// a token has (for NF4, the whole blocks that contain a part of such a row). The rows are written to Y for a few tokens
-// at a time, so that the rows are still in the cache when the low-rank term is added. The passes of
-// linear/cpu/kernels/kernels.h compute the products: sums are float32, and each result is rounded once. One thread
-// computes a whole row of dA in the order of the tokens, so that the result has the same bits for every number of
-// threads.
+// a token has (for NF4, the whole blocks that contain a part of such a row). For kTogether tokens at a time, the rows
+// of W are written to Y and the low-rank term is added, while these rows of Y are in the cache. The passes of
+// linear/cpu/kernels/kernels.h compute the products. Sums are float32, and each result is rounded once. A row of dA is
+// summed by one thread in the order of the tokens, so that the bits are equal for every number of threads.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -23,7 +22,8 @@
 namespace peft_ext {
 namespace {
 
-// Number of tokens whose rows of W are copied to Y before the low-rank term is added to these rows, which stay in L2.
+// Number of tokens whose rows of W are copied to Y before the low-rank term is added to these rows of Y, which then are
+// still in L2.
 constexpr int64_t kTogether = 2 * kRowsTogether;
 
 struct LowRank {
@@ -31,7 +31,7 @@ struct LowRank {
   Tensor indices;         // int64, contiguous
   Tensor lora_A, lora_B;  // the caller's tensors, which may have any strides
   int64_t tokens, entries, columns, rank;
-  std::vector<float> rho;  // the scaling s, once for each rank
+  std::vector<float> rho;  // R copies of the scaling s, one for each rank
 
   const int64_t* index() const { return indices.const_data_ptr<int64_t>(); }
 };
@@ -110,7 +110,8 @@ Tensor lora_embedding_cpu(Tensor indices, Tensor weight, std::optional<Tensor> p
   const Tensor right = packed(kOp, "lora_B", lora_B, nullptr, of.rho.data(), true, of.rank, work.stride);
   work.left = s.const_data_ptr<float>();
   work.right = right.const_data_ptr<float>();
-  work.residual = work.y;  // y holds rows of W; expand reads an element of y before it overwrites the element
+  // The residual is y itself, which holds rows of W: expand reads an element of y before it overwrites the element.
+  work.residual = work.y;
   const int64_t of_row = held.is_packed() ? room_of_rows(held, 1) * 4 : 0;
   parallel_for(0, of.tokens, ceil_div(kPackGrain, of.columns), [&](int64_t begin, int64_t end) {
     std::vector<char> room(static_cast<size_t>(of_row));

@@ -1,7 +1,7 @@
 // Replaces cuda_runtime.h when g++ compiles kernels for the emulator: CUDA's keywords and vector types, and the
-// functions that the wrappers of cuda/ptx.cuh call. The compiler includes the file before everything else (-include),
-// because the file renames memcpy, memmove and memset: compiled code may call these functions for copies that no __tsan
-// hook reports.
+// functions that the wrappers of cuda/ptx.cuh call. The compiler includes the file first (-include), because the file
+// renames memcpy, memmove and memset, which compiled code may call for copies that no __tsan hook reports
+// (emulator/hooks.cpp).
 #pragma once
 
 #include <stddef.h>
@@ -18,7 +18,7 @@ void* memset(void* to, int value, size_t bytes) noexcept(true) __asm__("peft_ext
 
 #include <math.h>
 
-#define __global__ __attribute__((unused))  // no warning if a file launches no kernel of a header
+#define __global__ __attribute__((unused))  // `unused`: no warning about a kernel that a source file does not launch
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -56,14 +56,14 @@ PEFT_EXT_VECTOR4(uchar4, unsigned char)
 namespace peft_ext {
 namespace emulator {
 
-// The indices of the running thread. The indices of a thread are constant while a kernel's function runs, so that the
-// compiler may merge calls of these functions.
+// The indices of the running emulated thread and block. These indices are constant while a kernel's function runs, so
+// that the compiler may merge calls of thread_index() and so on.
 __attribute__((const)) dim3 thread_index();
 __attribute__((const)) dim3 block_index();
 __attribute__((const)) dim3 block_size();
 __attribute__((const)) dim3 grid_size();
 
-// Returns this block's shared memory for one declaration. `key` identifies the declaration.
+// Returns the running block's shared memory for the PEFT_EXT_SHARED declaration that `key` identifies.
 void* static_shared(const void* key, size_t bytes, const char* name);
 void* dynamic_shared();
 

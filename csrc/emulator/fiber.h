@@ -1,4 +1,5 @@
-// Switches between the stacks of fibers: by a few instructions on x86-64, and by ucontext elsewhere.
+// Switches between fibers, each of which has its own stack and runs one emulated CUDA thread: by a few instructions on
+// x86-64, and by ucontext elsewhere.
 #pragma once
 
 #include <stddef.h>
@@ -13,7 +14,7 @@ namespace emulator {
 
 #if defined(__x86_64__)
 
-// The stack pointer of a fiber that is not running. The registers that a call must preserve lie on the fiber's stack.
+// The state of a fiber that is not running. The registers that a function call must preserve are on the fiber's stack.
 struct Execution {
   void* stack_pointer;
 };
@@ -25,7 +26,7 @@ inline void switch_execution(Execution& from, const Execution& to) { peft_ext_em
 // Prepares `execution` so that the first switch to `execution` starts `entry`, which must never return.
 inline void prepare(Execution& execution, char* stack, size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15});
-  *--top = nullptr;  // null return address of `entry`; also aligns the stack as after a call
+  *--top = nullptr;  // null return address of `entry`; aligns the stack as after a call
   *--top = reinterpret_cast<void*>(entry);
   for (int kept = 0; kept < 6; ++kept) *--top = nullptr;
   execution.stack_pointer = top;

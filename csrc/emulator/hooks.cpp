@@ -1,6 +1,7 @@
-// The hooks that code compiled with g++ -fsanitize=thread,bounds-strict,alignment calls: for each access to memory that
-// is not certainly a local variable, for each index beyond an array, and for each access through a misaligned pointer.
-// The hooks replace the sanitizers' runtime libraries, which are not linked. This file is compiled without -fsanitize.
+// The functions that code compiled with g++ -fsanitize=thread,bounds-strict,alignment calls: for each access to memory
+// that may be other memory than a local variable, for each index beyond an array, and for each access through a
+// misaligned pointer. These hooks replace the sanitizers' runtime libraries, which are not linked. This file is
+// compiled without -fsanitize.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,7 +36,7 @@ struct TypeMismatchData {
   unsigned char log2_alignment, kind;
 };
 
-// Ends the process for an error in host code, where no caller would catch an exception.
+// Prints an error of host code and ends the process, because no caller would catch an exception.
 [[noreturn]] void die(const SourceLocation& location, const char* what) {
   fprintf(stderr, "%s:%u: %s\n", location.file, location.line, what);
   abort();
@@ -68,7 +69,7 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// The hooks for the operations of std::atomic and for the guards of local statics, which host code uses.
+// Hooks for std::atomic operations and for the guards of local static variables, both of which only host code has.
 #define PEFT_EXT_ATOMIC_UPDATE(bits, name, builtin)                                            \
   uint##bits##_t __tsan_atomic##bits##_##name(uint##bits##_t* at, uint##bits##_t value, int) { \
     check_access(at, bits / 8, Access::kAtomic, SITE);                                         \
@@ -106,8 +107,7 @@ PEFT_EXT_ATOMICS(64)
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 void __tsan_atomic_signal_fence(int) {}
 
-// Replacements for memcpy, memmove and memset in compiled code. device.h renames memcpy, memmove and memset to the
-// names of these replacements.
+// The functions to which emulator/device.h renames memcpy, memmove and memset in compiled kernels.
 void* peft_ext_emulator_memcpy(void* to, const void* from, size_t bytes) {
   check_access(from, bytes, Access::kRead, SITE);
   check_access(to, bytes, Access::kWrite, SITE);
@@ -125,7 +125,7 @@ void* peft_ext_emulator_memset(void* to, int value, size_t bytes) {
 
 void __ubsan_handle_out_of_bounds(const OutOfBoundsData* data, unsigned long index) {
   if (!current.active) die(data->location, "index out of bounds");
-  // The compiler passes values of signed types with fewer than 64 bits zero-extended.
+  // The compiler passes an index of a signed type with fewer than 64 bits zero-extended.
   const int bits = 1 << (data->index->info >> 1);
   const int unused = 64 - bits;
   const bool is_signed = (data->index->info & 1) != 0;

@@ -1,4 +1,5 @@
-// A launch in the emulator, and the memory that the launched kernels may access. The file does not depend on torch.
+// Launches kernels in the emulator, and lists the global memory that the kernels may access. The file does not depend
+// on torch.
 #pragma once
 
 #include <stddef.h>
@@ -13,11 +14,11 @@ namespace emulator {
 enum class Use {
   kRead,   // kernels may read this memory, and not write to it
   kWrite,  // kernels may read this memory and write to it
-  kFresh,  // as kWrite, but a read of a byte that no kernel has written yet is a fault
+  kFresh,  // as kWrite, but a read of an element that no kernel has written yet is a fault
 };
 
-// The global memory of the launches of one Launcher, which run one after another. An access to global memory that was
-// not added to the Memory object is a fault, except for a read of read-only data.
+// The global memory that the kernels of one Launcher may access. An access to other global memory is a fault, except
+// for a read of the library's read-only data.
 class Memory {
  public:
   Memory() = default;
@@ -25,9 +26,9 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  // `element` is the size of an element in bytes. Two blocks that write one element conflict, and so do a block that
-  // writes and a block that reads one element. There is no conflict if both accesses are atomics, or if the first block
-  // has published its accesses (see machine.h) and the second block has done an atomic.
+  // Adds memory. `element` is the size of an element in bytes. It is a fault if a block of the launch accesses an
+  // element that another block wrote, or writes an element that another block read, unless both accesses are atomics,
+  // or the earlier block has published its accesses (Machine::published) and the later block has done an atomic.
   void add(const void* data, size_t bytes, size_t element, Use use);
 
   struct Range {
@@ -35,27 +36,27 @@ class Memory {
     size_t bytes;
     Use use;
     int log2_element;
-    // Stamps for each element of a writable range: of the block that last wrote the element, and of the block that read
-    // the element (see machine.h).
+    // Stamps for each element of a writable range: which block of the launch last wrote the element, and which block
+    // read the element (see machine.h).
     uint32_t* writers;
     uint32_t* readers;
   };
 
   std::vector<Range> ranges;
-  uint32_t base = 0;  // all stamps of the current launch are greater than base
+  uint32_t base = 0;  // the stamps of the current launch are greater than `base`, those of earlier launches are not
 };
 
-// Runs the kernel, one block after another. Throws std::runtime_error at the first fault, after which no thread runs.
+// Runs the kernel's blocks one after another. At the first fault, ends the launch and throws std::runtime_error.
 void run(Memory& memory, const void* kernel, void (*invoke)(const void* call), const void* call, const int64_t grid[3],
          int threads, int64_t dynamic_shared);
 
 template <typename... Parameters>
 struct Call {
   void (*kernel)(Parameters...);
-  void* const* parameters;  // the addresses of the parameters, as CUDA's driver takes them
+  void* const* parameters;  // addresses of the kernel's arguments, as for cuLaunchKernel
 
-  // `invoke` is not instrumented, because the function reads the parameters from the host's memory. The kernel gets
-  // copies of the parameters.
+  // Calls the kernel with copies of its arguments. `invoke` is compiled without hooks, because it reads the arguments
+  // from the host's memory.
   __attribute__((no_sanitize("thread", "undefined"))) static void invoke(const void* call) {
     invoke(*static_cast<const Call*>(call), std::index_sequence_for<Parameters...>());
   }
@@ -73,8 +74,8 @@ void launch(Memory& memory, void (*kernel)(Parameters...), const int64_t (&grid)
   run(memory, reinterpret_cast<const void*>(kernel), Call<Parameters...>::invoke, &call, grid, threads, dynamic_shared);
 }
 
-// Returns whether a test has declared that the data at the address is on another device than all other data. The
-// emulator has one device, so that checks of devices could not be tested otherwise.
+// Returns whether a test has marked the data at the address as data of another device, by peft_ext_emulated_elsewhere.
+// The emulator has one device, so that the operators' checks of devices could not be tested otherwise.
 bool is_elsewhere(const void* data);
 
 }  // namespace emulator

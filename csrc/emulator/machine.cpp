@@ -1,8 +1,8 @@
-// Runs the blocks of a launch: the scheduler of fibers, barriers, collectives, asynchronous copies and atomics. The
-// lanes of a warp run in order, and each lane runs until it must wait. The last lane that arrives at a collective
-// computes the collective for all lanes and continues. If no lane of a warp can run, the next warp runs. If no thread
-// of the block can run, either all threads must be at the barrier, or all threads must have exited; otherwise the
-// launch ends with a fault.
+// Runs the blocks of an emulated launch: the scheduler of fibers (emulated threads), barriers, collectives (operations
+// of a whole warp), asynchronous copies and atomics. The lanes of a warp run in order, and each lane runs until it must
+// wait. The last lane that arrives at a collective computes the collective for all lanes and continues. If no lane of a
+// warp can run, the next warp runs. When no thread of the block can run, all threads must be at the barrier, or all
+// threads must have exited; otherwise the launch ends with a fault.
 #include "emulator/machine.h"
 
 #include <stdarg.h>
@@ -61,7 +61,7 @@ void* map(size_t bytes) {
   return memory;
 }
 
-// The emulated machine of an OS thread, created at the first launch of the OS thread.
+// Owns the emulated machine of an OS thread, which is made at the thread's first launch.
 struct Owner {
   Machine* machine = nullptr;
   ~Owner() {
@@ -138,13 +138,14 @@ void resume(Fiber& fiber) {
   if (&fiber != from) switch_execution(from->execution, fiber.execution);
 }
 
-// Returns the first lane in `lanes` at or after `lane`; after the last lane the search continues at lane 0.
+// Returns the first lane of the mask `lanes` at or after `lane`, or the lowest lane of the mask if there is none.
 int next_lane(uint32_t lanes, int lane) {
   const uint32_t after = lane < kLanes ? lanes >> lane << lane : 0;
   return __builtin_ctz(after != 0 ? after : lanes);
 }
 
-// Reports a fault: some lanes of the warp wait at a collective, and the remaining lanes can never arrive there.
+// Ends the launch with the fault that some lanes of the warp wait at a collective, and the remaining lanes can never
+// arrive there.
 [[noreturn]] void fault_collective(Machine& machine, int warp) {
   const Warp& at = machine.warp[warp];
   const Fiber& waits = machine.fibers[warp * kLanes + __builtin_ctz(at.arrived)];
@@ -165,7 +166,7 @@ int next_lane(uint32_t lanes, int lane) {
         __builtin_popcount(at.arrived), other.thread, name_of(other.wait), where[0] ? ", " : "", where);
 }
 
-// Runs other fibers, and returns when this fiber may continue.
+// Runs other fibers until this fiber may continue.
 void wait(Machine& machine, Fiber& fiber) {
   int warp = fiber.thread / kLanes;
   for (int step = 0; step < machine.warps; ++step) {
@@ -238,7 +239,8 @@ void collect(Machine& machine, Warp& warp, Wait kind, Fiber* lanes, const void* 
   }
 }
 
-// Lets the running fiber take part in a collective of its warp. The operands are fields of the fiber.
+// Lets the running fiber take part in a collective of its warp. The fiber's fields hold the operands and afterwards the
+// result.
 void arrive(Wait kind, const void* site) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
@@ -282,7 +284,7 @@ void fiber_main() {
 
 void start_block(Machine& machine) {
   if (machine.epoch + 2 > kMaxEpoch) {
-    // All stamps are reset, because the epochs would overflow.
+    // The block's epochs would overflow the bits of a stamp, so that all stamps are reset.
     memset(static_cast<void*>(machine.words), 0, kArenaBytes / 4 * sizeof(Stamps));
     memset(static_cast<void*>(machine.bytes), 0, kArenaBytes * sizeof(Stamps));
     machine.epoch = 0;
@@ -301,8 +303,8 @@ void start_block(Machine& machine) {
     fiber.wait = Wait::kNone;
     fiber.first_copy = fiber.copy_count = 0;
     fiber.group = 0;
-    // The stacks of a warp's lanes start at different offsets in a page: stacks at one offset would share few sets of
-    // the cache.
+    // The stacks of a warp's lanes start at different offsets in a page, because stacks at the same offset would share
+    // few sets of the CPU's cache.
     prepare(fiber.execution, fiber.stack, kStackBytes - (thread % kLanes) * 128, fiber_main);
   }
   enter(machine, machine.fibers[0]);
@@ -312,8 +314,8 @@ void start_block(Machine& machine) {
   current.stack = 0;
 }
 
-// Registers a declaration of shared memory at its first use in a launch. All threads of the launch use the same
-// declaration.
+// Registers a declaration of shared memory for all threads of the launch, at the declaration's first use. Returns
+// `begin`.
 size_t declare(Machine& machine, const void* key, size_t bytes, const char* name, size_t begin) {
   const int index = machine.declaration_count++;
   machine.declarations[index] = {key, name, begin, bytes};
@@ -375,7 +377,7 @@ void fault(const void* site, const char* format, ...) {
   __builtin_unreachable();
 }
 
-static std::atomic<int64_t> launches{0};  // number of launches by all threads of the process
+static std::atomic<int64_t> launches{0};  // number of emulated launches in the process
 
 void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const void* call, const int64_t grid[3],
          int threads, int64_t dynamic_shared) {
@@ -393,8 +395,8 @@ void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const 
     throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads");
   }
-  // Every stamp must be smaller than kAtomicWriter, the bit that marks an atomic write. The base of a launch is above
-  // all stamps of the launch before.
+  // Stamps of global memory must be smaller than kAtomicWriter, the bit that marks an atomic write. A launch with the
+  // same Memory object begins above all stamps of the launch before.
   if (memory.base + blocks + kFirstBlock >= kAtomicWriter) throw std::runtime_error("emulator: too many blocks");
   machine.memory = &memory;
   machine.invoke = invoke;
@@ -405,7 +407,7 @@ void run(Memory& memory, const void* kernel, void (*invoke)(const void*), const 
   machine.last_range = nullptr;
   machine.faulted = false;
   machine.static_bytes = 0;
-  machine.static_end = kSharedGap;  // without dynamic memory, dynamic_shared() points out of bounds
+  machine.static_end = kSharedGap;  // without dynamic shared memory, an access to dynamic_shared() is a fault
   if (dynamic_shared > 0) {
     declare(machine, nullptr, static_cast<size_t>(dynamic_shared), "dynamic_shared()", 0);
     machine.static_end = (static_cast<size_t>(dynamic_shared) + 2 * kSharedGap - 1) / kSharedGap * kSharedGap;
@@ -554,8 +556,8 @@ void cp_async(void* shared, const void* global, int bytes, bool take) {
   }
   shared_access(offset, size, Access::kWrite, SITE);
   if (take) check_access(global, size, Access::kRead, SITE);
-  // The bytes of a cp.async are written to shared memory only at the thread's wait, so that a read before the wait
-  // finds the previous values.
+  // The destination is marked as in flight; the bytes are copied at the thread's cp_async_wait, and an access by any
+  // thread before is a fault.
   for (size_t word = offset / 4; word < (offset + size) / 4; ++word) machine.words[word] = {current.now | kInFlight, 0};
   if (fiber.copy_count == fiber.copy_capacity) {
     fiber.copy_capacity = fiber.copy_capacity == 0 ? 16 : 2 * fiber.copy_capacity;
@@ -570,7 +572,7 @@ void cp_async_commit() { ++current.fiber->group; }
 void cp_async_wait(int pending) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
-  // The copies whose group has a number below `done` are complete.
+  // The wait completes the copies of all groups with a number below `done`.
   const int64_t done = static_cast<int64_t>(fiber.group) - pending;
   while (fiber.first_copy < fiber.copy_count && fiber.copies[fiber.first_copy].group < done) {
     complete(machine, fiber.copies[fiber.first_copy++]);
@@ -587,7 +589,7 @@ void trap() { fault(SITE, "trap"); }
 }  // namespace emulator
 }  // namespace peft_ext
 
-// Number of launches since the library was loaded, for tests.
+// Returns the number of emulated launches since the library was loaded, for tests.
 extern "C" __attribute__((visibility("default"))) int64_t peft_ext_emulated_launches() {
   return peft_ext::emulator::launches;
 }

@@ -1,13 +1,13 @@
-// The state of the emulated machine: the threads of a block as fibers, shared memory, and a record of the accesses to
-// each byte. Each OS thread has a machine of its own.
+// The state of the emulated machine: the threads of the running block as fibers, shared memory, and a record of the
+// accesses to each byte. Each OS thread has its own machine.
 //
 // Order of accesses. A stamp tells when a thread accessed a byte of shared memory. A stamp holds the block's epoch,
 // which every sync_threads increases; the warp's epoch within the block's epoch, which every sync_warp increases; and
-// the thread. Two accesses are ordered if they are by one thread, in different block epochs, or by one warp in
+// the thread's number. Two accesses are ordered if they are by one thread, in different block epochs, or by one warp in
 // different warp epochs. Shuffles, votes and mma do not order accesses, because CUDA does not promise any order for
-// them. Epochs continue over blocks and launches, so that a stamp from before the block's start means "not written".
-// Stamps are cleared only before the epochs overflow. One pair of stamps serves four bytes until a smaller access
-// splits the pair.
+// them. Epochs keep increasing from block to block and from launch to launch, so that a write stamp from before the
+// running block's start means that the block has not written the byte. Stamps are cleared only before the epochs
+// overflow. Four bytes share one pair of stamps (write and read) until a smaller access splits the pair.
 //
 // Global memory has two stamps for each element of a writable range: which block of the launch wrote the element, and
 // which block read the element.
@@ -29,16 +29,17 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kPageBytes = 4096;  // size of the inaccessible page below each stack
 
 constexpr size_t kMaxStaticShared = 48 * 1024;
-// shared memory that each GPU of compute capability 8.0 and later allows a block
+// bytes of shared memory that a block may use on every GPU of compute capability 8.0 and later
 constexpr size_t kMaxShared = 99 * 1024;
-// gap in bytes between declarations of shared memory, so that an access just beyond a declaration is found
+// smallest number of unused bytes after each declaration of shared memory, so that an access just beyond a declaration
+// is a fault
 constexpr size_t kSharedGap = 128;
 constexpr int kMaxDeclarations = 32;
 constexpr size_t kArenaBytes = kMaxShared + (kMaxDeclarations + 1) * 2 * kSharedGap;
 
 enum class Access { kRead, kWrite, kAtomic };
 
-// The reasons why a thread waits.
+// What an emulated thread waits for.
 enum class Wait : uint8_t {
   kNone,
   kThreads,
@@ -58,7 +59,7 @@ constexpr int kWarpEpochShift = 14;
 constexpr int kEpochShift = 36;
 constexpr uint64_t kMaxEpoch = (uint64_t{1} << 28) - 2;
 constexpr uint64_t kMaxWarpEpoch = (uint64_t{1} << 22) - 1;
-constexpr uint64_t kSplit = 1;      // in a write stamp: each of the four bytes has a stamp of its own
+constexpr uint64_t kSplit = 1;      // in a write stamp: each of the four bytes has its own stamps
 constexpr uint64_t kInFlight = 2;   // in a write stamp: the write is a cp.async that no wait has completed
 constexpr uint64_t kByAtomic = 4;   // in a write stamp: an atomic operation wrote the bytes
 constexpr uint64_t kManyLanes = 1;  // in a read stamp: more than one thread of this warp read in this epoch
@@ -75,14 +76,14 @@ struct Stamps {
   uint64_t read;
 };
 
-// The stamp of a global element is base + kFirstBlock + block if one block accessed the element, and base + kManyBlocks
-// if several blocks did. The top bit of a write stamp marks an atomic.
+// The stamp of an element of global memory is base + kFirstBlock + (number of the block) if one block of the launch
+// accessed the element, and base + kManyBlocks if several blocks did. The top bit of a write stamp marks an atomic.
 constexpr uint32_t kManyBlocks = 1;
 constexpr uint32_t kFirstBlock = 2;
 constexpr uint32_t kAtomicWriter = 0x80000000u;
 
 struct PendingCopy {
-  size_t offset;  // offset of the copy's destination in the block's shared memory
+  size_t offset;  // offset of the destination in the block's shared memory
   const void* from;
   int bytes;
   bool take;
@@ -95,7 +96,7 @@ struct Fiber {
   int thread;
   Wait wait;
   const void* site;  // code address at which the thread waits
-  // The operands and the result of a collective.
+  // The operands and the result of the collective that the fiber takes part in.
   uint32_t value;
   int argument;
   const void* row;
@@ -103,16 +104,16 @@ struct Fiber {
   float* c;
   const uint32_t* a;
   const uint32_t* b;
-  // The copies by cp.async that are not complete.
+  // The fiber's cp.async copies that no wait has completed.
   PendingCopy* copies;
   int first_copy, copy_count, copy_capacity;
   uint32_t group;
 };
 
 struct Warp {
-  uint32_t lanes;    // mask of the warp's lanes that exist
-  uint32_t ready;    // mask of the warp's lanes that can run
-  uint32_t arrived;  // mask of the lanes that have arrived at the collective
+  uint32_t lanes;    // mask of the lanes that the warp has
+  uint32_t ready;    // mask of the lanes that can run
+  uint32_t arrived;  // mask of the lanes that wait at `collective`
   uint32_t exited;
   Wait collective;
   uint64_t epoch;
@@ -125,7 +126,6 @@ struct Declaration {
 };
 
 struct Machine {
-  // The state of the launch.
   Memory* memory;
   void (*invoke)(const void*);
   const void* call;
@@ -134,18 +134,17 @@ struct Machine {
   uint32_t block_stamp;
   int threads, warps;
   const Memory::Range* last_range;
-  // For each block: whether the block did an atomic after a threadfence, and thereby published its earlier writes. The
-  // pointer is null until a block does such an atomic.
+  // For each block of the launch: 1 if the block did an atomic after a threadfence, and thereby published its earlier
+  // accesses. The pointer is null until a block does such an atomic.
   uint8_t* published;
-  bool fenced, acquired;  // whether the running block has called threadfence, and whether it has done an atomic
+  bool fenced, acquired;  // whether the running block has called threadfence, and has done an atomic
   // The shared memory of the launch: dynamic memory first, then static declarations in the order of their first use.
   Declaration declarations[kMaxDeclarations + 1];
   int declaration_count;
   size_t static_bytes, static_end;
 
-  // The state of the block.
   uint64_t epoch;
-  uint64_t block_start;  // first epoch of the block, as a stamp
+  uint64_t block_start;  // the smallest stamp of the running block
   int exited, at_barrier;
   Warp warp[kMaxWarps];
   Fiber fibers[kMaxThreads];
@@ -155,16 +154,16 @@ struct Machine {
   char fault[1024];
 
   char* arena;
-  Stamps* words;   // one pair of stamps for each four bytes of `arena`, the block's shared memory
-  Stamps* bytes;   // stamps of each single byte, used where the write stamp of four bytes has kSplit
+  Stamps* words;   // stamps of each four bytes of `arena`, the block's shared memory
+  Stamps* bytes;   // stamps of each byte of `arena`, used where the write stamp in `words` has kSplit
   uint8_t* owner;  // for each four bytes of `arena`: 1 + index of the declaration, or 0 outside of declarations
 };
 
-// The values that a hook reads before any other state.
+// The values that the hooks read at every access.
 struct Current {
   uintptr_t stack;  // address of the running fiber's stack
   uintptr_t arena;
-  uint64_t now;  // stamp of an access by the running fiber at this time
+  uint64_t now;  // stamp that an access by the running fiber gets
   bool active;   // whether an emulated kernel is running
   Fiber* fiber;
   Machine* machine;
@@ -190,8 +189,7 @@ inline void check_access(const void* data, size_t bytes, Access access, const vo
   }
 }
 
-// The matrix instructions of a whole warp. The functions of the matrix instructions read and write the registers of the
-// warp's lanes.
+// The matrix instructions of a whole warp. `lanes` points to the warp's 32 fibers, which hold the operands.
 void multiply_bf16(Fiber* lanes);
 void multiply_f16(Fiber* lanes);
 void load_matrices(Fiber* lanes, bool transposed);

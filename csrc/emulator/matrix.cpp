@@ -1,16 +1,15 @@
-// The matrix instructions, on the registers of a whole warp. The layouts of fragments are in cuda/ptx.cuh. The
-// functions add the products in one of two modes, which the environment variable PEFT_EXT_EMULATED_SUMS chooses for the
-// process.
+// The emulator's mma and ldmatrix, for a whole warp. The layouts of the fragments are described in cuda/ptx.cuh. mma
+// adds the products in one of two modes, which the environment variable PEFT_EXT_EMULATED_SUMS chooses for the process.
 //
 // In the mode "rounded", the default, a sum runs in float32 from C over k = 0..15 and is rounded at each step. The
-// product of two 16-bit values is exact in float32, except for tiny bfloat16 products. With exact products an FMA makes
-// no difference, and the bits are equal on every host.
+// product of two 16-bit values is exact in float32, except for tiny bfloat16 products. For an exact product an FMA
+// gives the same bits as a product and a sum, so that the bits are equal on every host.
 //
 // In the mode "truncated", the functions add as the tensor cores of an A100 were observed to add (Fasi, Higham,
-// Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021). Of the GPUs
-// that these kernels run on, the A100 keeps the fewest bits of the terms of a sum. C and eight exact products are
-// aligned to the largest exponent among them, cut off 24 bits behind the bit of that exponent, and added. The sum is
-// cut off to float32, and is the C of the next eight products.
+// Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021). The A100 has
+// the lowest compute capability (8.0) that the CUDA kernels support. C and eight exact products are aligned to the
+// largest exponent among them, truncated to 24 bits behind the bit of that exponent, and added. The sum is truncated to
+// float32, and is the C of the next eight products.
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -42,10 +41,10 @@ PEFT_EXT_CLONES void multiply(float (&c)[16][8], const float (&a)[16][16], const
 }
 
 constexpr int kAddedAtOnce = 8;      // number of products that are aligned and added in one step
-constexpr int kKeptBits = 23 + 1;    // number of bits that a term keeps behind the bit of the largest exponent
+constexpr int kKeptBits = 23 + 1;    // number of bits of a term behind the bit of the largest exponent
 constexpr int kNoExponent = -10000;  // stands for the exponent of zero, and is below the exponent of every float
 
-// Returns sum · 2^last, cut off to the bits that float32 has; infinity if the value is too large for float32.
+// Returns sum · 2^last, truncated to float32; infinity if the value is too large for float32.
 float cut_off_to_float(int64_t sum, int last) {
   if (sum == 0) return 0.0f;
   const double value = ldexp(static_cast<double>(sum), last);
@@ -55,8 +54,8 @@ float cut_off_to_float(int64_t sum, int last) {
   return static_cast<float>(ldexp(trunc(ldexp(value, -kept)), kept));
 }
 
-// Returns c + a[0] b[0] + ... + a[7] b[7], cut off as an A100 does (the mode "truncated" of this file). The exponent of
-// a product is the sum of its factors' exponents, though the product itself can be up to four times 2 to that power.
+// Returns c + a[0] b[0] + ... + a[7] b[7], truncated as on an A100 (the mode "truncated" of this file). The exponent of
+// a product counts as the sum of its factors' exponents, although the product may have the next higher exponent.
 float truncated_sum(float c, const float* a, const float* b) {
   bool finite = isfinite(c);
   for (int k = 0; k < kAddedAtOnce; ++k) finite = finite && isfinite(a[k]) && isfinite(b[k]);

@@ -1,7 +1,8 @@
-// Checks accesses. An access to shared memory must be within a declaration, must read only bytes that were written, and
-// must be ordered with the accesses of other threads to the same bytes (see machine.h), except that two reads or two
-// atomics need no order. An access to global memory must be within a range that was added, or read read-only data, and
-// must not conflict with an access of another block (see launch.h).
+// Checks the accesses of emulated kernels to memory. An access to shared memory must be within a declaration, must read
+// only bytes that were written, and must be ordered with the accesses of other threads to the same bytes (see
+// machine.h), except that two reads or two atomics need no order. An access to global memory must be within a range of
+// the launch's Memory object, or read the library's read-only data, and must not conflict with an access of another
+// block (see launch.h).
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,7 +19,7 @@ namespace emulator {
 
 namespace {
 
-// A position within a declaration of shared memory: the declaration's name and an offset, for error messages.
+// A position in shared memory for an error message: a declaration's name, and the offset in the declaration.
 struct Place {
   const char* name;
   size_t offset;
@@ -65,8 +66,8 @@ const char* verb(Access access) {
   fault(site, "%s %zu bytes out of bounds of shared memory", verb(access), bytes);
 }
 
-// Returns whether two accesses in the block's current epoch are unordered: the access with the stamp `earlier` and the
-// access with the stamp `now`.
+// Returns whether an earlier access in the same block epoch, with the stamp `earlier`, is not ordered before the access
+// with the stamp `now`.
 inline bool unordered(uint64_t earlier, uint64_t now) {
   if (((earlier ^ now) >> kThreadShift & (kMaxThreads - 1)) == 0) return false;
   return warp_of(earlier) != warp_of(now) || warp_epoch_of(earlier) == warp_epoch_of(now);
@@ -156,7 +157,8 @@ void Memory::add(const void* data, size_t bytes, size_t element, Use use) {
   if (bytes == 0) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   for (Range& range : ranges) {
-    // A range that was added before keeps its stamps: if an output is added again, kernels may read the written bytes.
+    // Memory that was added before is not added again, so that its stamps are kept: a later kernel may read what an
+    // earlier kernel has written.
     const bool within = begin >= range.begin && begin + bytes <= range.begin + range.bytes;
     if (within && (use == Use::kRead || range.use != Use::kRead)) return;
   }
@@ -216,12 +218,12 @@ inline bool contains(const Memory::Range& range, uintptr_t address, size_t bytes
         wrote ? "wrote" : "read");
 }
 
-// Returns whether an access of this block conflicts with an access of the block with the stamp `stamp`.
+// Returns whether an access of the running block conflicts with the earlier access that left the stamp `stamp`.
 inline bool foreign(const Machine& machine, uint32_t stamp) {
   if (stamp <= machine.memory->base || stamp == machine.block_stamp) return false;
   if (!machine.acquired || machine.published == nullptr) return true;
-  // Here the stamp kManyBlocks, which names no block, is not a conflict: several blocks have written the element, by
-  // atomics only, or several blocks have read the element.
+  // The stamp kManyBlocks names no block, and is no conflict in this branch: several blocks have written the element by
+  // atomics, or several blocks have read the element.
   return stamp >= machine.memory->base + kFirstBlock && !machine.published[stamp - machine.memory->base - kFirstBlock];
 }
 
@@ -264,7 +266,7 @@ void global_access(uintptr_t address, size_t bytes, Access access, const void* s
   if (range == nullptr || !contains(*range, address, bytes, access)) {
     range = nullptr;
     for (const Memory::Range& candidate : machine.memory->ranges) {
-      // Of the ranges that contain the access, a writable range is preferred, because its elements have stamps.
+      // If several ranges contain the access, a writable range is taken, because its elements have stamps.
       if (contains(candidate, address, bytes, access) && (range == nullptr || candidate.use != Use::kRead)) {
         range = &candidate;
       }
@@ -290,7 +292,8 @@ bool is_elsewhere(const void* data) { return data != nullptr && data == elsewher
 }  // namespace emulator
 }  // namespace peft_ext
 
-// Declares that the data at the address is on another device than all other data; a null pointer ends this.
+// Makes is_elsewhere return true for this address and false for all others; a null pointer makes it return false for
+// all.
 extern "C" __attribute__((visibility("default"))) void peft_ext_emulated_elsewhere(const void* data) {
   peft_ext::emulator::elsewhere = data;
 }

@@ -1,5 +1,5 @@
-// Finds names for the addresses in a fault's message: from this library's own symbol table, and from addr2line if
-// available.
+// Finds names for the code addresses in a fault's message: functions in this library's own symbol table, and source
+// lines by the program addr2line, if installed.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -19,8 +19,8 @@ namespace peft_ext {
 namespace emulator {
 namespace {
 
-// Returns the name of the symbol at an offset of the library's file. Kernels are not exported, so that only .symtab has
-// their names.
+// Returns the name of the function at an offset of the library's file, from the section .symtab: kernels are not
+// exported, so that .dynsym does not have their names.
 std::string symbol_at(const char* path, uintptr_t offset) {
   std::ifstream file(path, std::ios::binary);
   const std::string data((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
@@ -64,7 +64,7 @@ void describe_function(const void* function, char* text, size_t bytes) {
   erase_all(name, "peft_ext::");
   if (name.rfind("void ", 0) == 0) name.erase(0, 5);
   int depth = 0;
-  // This loop finds the parenthesis of the function's arguments, not a parenthesis within template arguments.
+  // Cuts the name off at the parenthesis of the function's parameters, which is outside of the template arguments.
   for (size_t i = 0; i < name.size(); ++i) {
     depth += name[i] == '<' ? 1 : name[i] == '>' ? -1 : 0;
     if (name[i] == '(' && depth == 0) name.erase(i);
@@ -76,8 +76,7 @@ void describe_site(const void* site, char* text, size_t bytes) {
   text[0] = '\0';
   Dl_info info;
   if (site == nullptr || dladdr(site, &info) == 0 || strchr(info.dli_fname, '\'') != nullptr) return;
-  // Subtracts 1 from the return address to get an address within the call, because the return address may belong to the
-  // next line.
+  // `site` is a return address, which may belong to the line after the call; the address before it is within the call.
   const uintptr_t offset = reinterpret_cast<uintptr_t>(site) - 1 - reinterpret_cast<uintptr_t>(info.dli_fbase);
   char command[1024];
   snprintf(command, sizeof(command), "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);

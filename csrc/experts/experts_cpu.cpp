@@ -1,7 +1,7 @@
-// The linear layers of a mixture of experts on the CPU: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows
-// t of expert e, with x̃ = dropout(x); without DoRA g is 1. Rows are sorted by expert. Each expert's run of rows
-// (linear/cpu/runs.h) is one call of the adapted layer (linear/cpu/adapted_linear.h) with the expert's weight and
-// adapter.
+// The CPU operators for the linear layers of a mixture of experts: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e
+// for the rows t of expert e, with x̃ = dropout(x); without DoRA g is 1. The rows of x are sorted by expert. For each
+// expert that has rows, the operators call the adapted layer (linear/cpu/adapted_linear.h) once, with the expert's
+// rows, weight and adapter.
 #include <string.h>
 
 #include <numeric>
@@ -36,15 +36,15 @@ std::vector<Run> make_runs(const char* op, const Tensor& offsets, int64_t expert
   return runs;
 }
 
-// Returns one expert's matrix of a stack with any strides, without a copy.
+// Returns a view of one expert's matrix in a stack with any strides.
 Tensor of_stack(const Tensor& stack, int64_t expert) {
   return part_of(stack, expert * stack.stride(0), {stack.size(1), stack.size(2)}, {stack.stride(1), stack.stride(2)});
 }
 
-// Copies the matrices of the given experts between a stack [E, N, R] with any strides and a contiguous stack. Each
-// thread takes a range of rows, and copies a row of every given expert before the next row: in PEFT's lora_B the
-// experts are the innermost dimension, so that copying one expert after another would fetch a cache line for each
-// element.
+// Copies the matrices of the given experts between `stack` [E, N, R], with any strides, and the contiguous stack
+// `whole`; kToStack copies from `whole` to `stack`. Each thread copies a range of rows, and copies a row of every given
+// expert before the next row: in PEFT's lora_B the experts are the innermost dimension, so that copying one expert
+// after another would fetch a cache line for each element.
 template <typename T, bool kToStack>
 void copy_stack(const Tensor& stack, T* whole, const std::vector<int64_t>& experts) {
   auto* strided = static_cast<T*>(const_cast<void*>(stack.const_data_ptr()));
@@ -69,8 +69,8 @@ void copy_stack(const Tensor& stack, const Tensor& whole, const std::vector<int6
                             : copy_stack<uint16_t, kToStack>(stack, static_cast<uint16_t*>(data), experts);
 }
 
-// Returns a contiguous copy of the stack, or a contiguous stack itself. The function copies only the experts of the
-// runs, because with few tokens a copy of all experts would take most of the time.
+// Returns the stack if the stack is contiguous, otherwise a contiguous stack into which only the matrices of the runs'
+// experts are copied: with few tokens, a copy of all experts would take most of the time.
 Tensor in_one_piece(const Tensor& stack, const std::vector<Run>& runs) {
   if (stack.is_contiguous()) return stack;
   const Tensor whole = empty({stack.size(0), stack.size(1), stack.size(2)}, stack.scalar_type());
@@ -80,15 +80,15 @@ Tensor in_one_piece(const Tensor& stack, const std::vector<Run>& runs) {
   return whole;
 }
 
-// Copies all experts of the contiguous stack `whole` into `stack`.
 void copy_back(const Tensor& stack, const Tensor& whole) {
   std::vector<int64_t> experts(static_cast<size_t>(stack.size(0)));
   std::iota(experts.begin(), experts.end(), int64_t{0});
   copy_stack<true>(stack, whole, experts);
 }
 
-// The weights of all experts: dense [E, N, K], or packed. Each expert is packed separately, and each part holds the
-// experts' parts in order. All experts share one table nested_code of double-quantized NF4 weights.
+// The weights of all experts: dense [E, N, K], or packed. Each expert is packed separately, and each tensor of `parts`
+// holds the experts' parts in order, except that the experts of a double-quantized NF4 weight share one table
+// nested_code.
 struct Weights {
   Tensor weight;
   WeightParts parts;
@@ -124,7 +124,8 @@ Weights checked_weights(const char* op, const Tensor& weight, const WeightParts&
                     shape[2], "] on the CPU");
     return held;
   }
-  if (layout >> kFormatShift != 0) {  // checked_weight checks the sizes of each expert's parts
+  // Weights::of checks the sizes of each expert's parts with checked_weight.
+  if (layout >> kFormatShift != 0) {
     const auto whole = [&](const char* argument, const Tensor& part) {
       STD_TORCH_CHECK(shape[0] == 0 || part.numel() % shape[0] == 0, op, ": ", argument, " has ", part.numel(),
                       " elements, wanted equally many for each of ", shape[0], " experts");
@@ -153,8 +154,9 @@ Weights checked_weights(const char* op, const Tensor& weight, const WeightParts&
   return held;
 }
 
-// The adapters lora_A [E, R, K] and lora_B [E, N, R] as contiguous stacks. Only the matrices of experts with rows are
-// certainly valid. lora_A is empty if there are no adapters. With out_scale [E, N] float32 the adapters are DoRA's.
+// The adapters lora_A [E, R, K] and lora_B [E, N, R] as contiguous stacks. In a copied stack, the matrices of experts
+// without rows are uninitialized, see in_one_piece. lora_A and lora_B have no value if the layers have no adapter.
+// out_scale [E, N] float32 is DoRA's g.
 struct Adapters {
   std::optional<Tensor> lora_A, lora_B, out_scale;
   double scaling;
@@ -162,7 +164,8 @@ struct Adapters {
 
   int64_t rank() const { return lora_A.has_value() ? lora_A->size(1) : 0; }
 
-  // Each expert draws a dropout mask for its own run: the offset of the seed is increased by the expert's number.
+  // Returns the adapter of one expert. The expert's number is added to the offset of dropout's seed, so that each
+  // expert draws its own mask.
   Adapter of(int64_t expert) const {
     Adapter adapter;
     if (!lora_A.has_value()) return adapter;
@@ -205,13 +208,13 @@ Adapters checked_adapters(const char* op, const Weights& weights, const std::opt
   return held;
 }
 
-// Sets the matrices of experts without rows to zero, in a contiguous stack.
+// Sets the matrices of experts without rows to zero in a contiguous stack.
 void clear_others(const Tensor& stack, const std::vector<Run>& runs) {
   const int64_t experts = stack.size(0);
   if (stack.numel() == 0) return;
   const int64_t bytes = stack.numel() / experts * static_cast<int64_t>(stack.element_size());
   auto* data = static_cast<char*>(stack.mutable_data_ptr());
-  int64_t next = 0;  // first expert whose matrices are not cleared or computed yet
+  int64_t next = 0;  // first expert whose matrix is neither cleared nor skipped yet
   const auto clear_to = [&](int64_t expert) {
     if (expert > next) memset(data + next * bytes, 0, static_cast<size_t>((expert - next) * bytes));
     next = expert + 1;
@@ -276,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
   const Adapters adapters = checked_adapters(kOp, weights, lora_A, lora_B, out_scale, scaling, dropout_p, seed, runs);
   const int64_t rank = adapters.rank();
   Tensor grad_x = none(type), grad_A = none(), grad_B = none(), held_s;
-  Tensor out_A = grad_A, out_B = grad_B;  // gradients with the strides of lora_A and lora_B
+  Tensor out_A = grad_A, out_B = grad_B;  // the gradients, with the strides of lora_A and lora_B
   if (lora_A.has_value()) {
     held_s = checked_part(kOp, "s", s, ScalarType::Float, held_x.size(0) * rank);
     held_s = as_shape(held_s, {held_x.size(0), rank});
@@ -330,7 +333,7 @@ Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> part1, 
                                     Tensor lora_B, double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_experts_weight_norm";
   const Weights weights = checked_weights(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
-  // For the norm, a run stands for the rows of an expert's W.
+  // A run of the norm covers all rows of the W of an expert; experts without rows of x get no run.
   std::vector<Run> runs;
   if (offsets.has_value()) {
     runs = make_runs(kOp, *offsets, weights.experts, INT64_MAX);

@@ -1,14 +1,15 @@
-// The linear layers of a mixture of experts on CUDA: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e for the rows t
-// of expert e, with x̃ = dropout(x); without DoRA g is 1. Rows are sorted by expert. The number of launches does not
-// depend on the number of experts, and the host does not wait for the values in `offsets`. The steps:
+// The CUDA operators for the linear layers of a mixture of experts: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e
+// for the rows t of expert e, with x̃ = dropout(x); without DoRA g is 1. The rows of x are sorted by expert. The number
+// of launches does not depend on the number of experts, and the host does not wait for the values in `offsets`. The
+// steps:
 //
-//   forward:   tables of the rows (row_runs); terms of all A_e and B_e (stacks); S in one pass over x; Y in one
-//              product (product.cuh), to which S B_eᵀ, DoRA's g and b_e are applied before Y is stored.
-//   backward:  the tables; terms; P = s dY B_e; dB_e = s dYᵀ S; dA_e = Pᵀ x̃; dX in one product, to which
-//              mask ∘ (P A_e) is added. For DoRA, P is computed from terms of g ∘ B_e, and g also multiplies dB_e
-//              when the partial sums of dB_e are added. One more pass computes dg, and G = g ∘ dY, from which dX is
-//              computed.
-//   DoRA's norm: terms; one pass over W (dora).
+//   forward:   tables of the rows (row_runs); bfloat16 terms of A_e and B_e (stacks); S in one pass over x; Y in
+//              one product (product.cuh), to which S B_eᵀ, DoRA's g and b_e are applied before Y is stored.
+//   backward:  tables of the rows; bfloat16 terms of B_e (for dX also A_e); P = s dY B_e; dB_e = s dYᵀ S;
+//              dA_e = Pᵀ x̃; dX in one product, to which mask ∘ (P A_e) is added. For DoRA, P is computed from terms
+//              of g ∘ B_e, g also multiplies dB_e when the partial sums of dB_e are added, and one more pass computes
+//              dg, and G = g ∘ dY, from which dX is computed.
+//   DoRA's norm: bfloat16 terms of A_e and B_e; one pass over W (dora.cuh).
 //
 // With many rows per expert and dense, aligned bfloat16 weights (see takes_grouped_mm), on GPUs of compute capability
 // 9.x and 10.x, PyTorch's grouped product computes x W_eᵀ in the forward and dY W_e (with DoRA G W_e) in the backward,
@@ -24,8 +25,8 @@
 namespace peft_ext {
 namespace {
 
-// From this mean number of rows per expert on, arithmetic limits the time of the product. PyTorch's grouped product is
-// then faster, because it reads each operand less often than tiles of 64 x 128 do.
+// From this mean number of rows per expert on, arithmetic limits the time of the product, and PyTorch's grouped product
+// is faster than experts_product_kernel, whose tiles of 64 x 128 read each operand more often.
 constexpr int64_t kManyRows = 128;
 
 // Checks a matrix [S, columns] of the S rows of all experts, and returns the matrix as a contiguous tensor.
@@ -47,7 +48,7 @@ Tensor checked_ends(const char* op, const Tensor& offsets, const DeviceStack& st
 
 // --- rows
 
-// The inputs and results of make_rows; see RunRows in experts/cuda/stacks.cuh.
+// Inputs and results of make_rows, with the names of RunRows in experts/cuda/stacks.cuh.
 struct RowsWanted {
   const PartialSums* partial = nullptr;
   const Tensor* given = nullptr;
@@ -76,8 +77,8 @@ void make_rows(const RowRuns& runs, const StackAdapters& adapters, const RowsWan
   launcher(run_rows_kernel, ceil_div(work.padded_rows * work.padded_rank / 2, kStackThreads), kStackThreads, work);
 }
 
-// A gradient [E, ., .] that a kernel computes from partial sums. column_dim is the gradient's dimension that belongs to
-// the columns of the matrix that the rank pass reads: of x for lora_A, and of dY for lora_B.
+// A gradient `out` [E, ., .], of lora_A or lora_B, that stack_reduce_kernel computes from partial sums. Dimension
+// column_dim of `out` runs over the columns of x (for lora_A) or of dY (for lora_B).
 struct StackGradient {
   const PartialSums* partial;
   const Tensor* out;
@@ -115,14 +116,14 @@ void reduce_stacks(const RowRuns& runs, const StackAdapters& adapters, const Sta
 
 // --- products
 
-// The low-rank term of a product: left · rightᵀ.
+// The low-rank term left · rightᵀ of a product, as bfloat16 terms; `kept` holds the bits of dropout's mask.
 struct LowRank {
   const HeldTerms *left, *right;
   const std::optional<Tensor>* kept = nullptr;
   const DeviceAdapter* dropout = nullptr;  // null: no dropout mask is applied to the term
 };
 
-// Returns whether PyTorch's grouped product for all experts is faster than experts_product_kernel for this call.
+// Returns whether this call uses PyTorch's grouped product in place of experts_product_kernel.
 bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
   if (stack.all.is_nf4() || left.scalar_type() != ScalarType::BFloat16 || left.size(0) < kManyRows * stack.experts)
     return false;
@@ -138,8 +139,7 @@ bool takes_grouped_mm(const Tensor& left, const DeviceStack& stack) {
          aligned(left, 16);
 }
 
-// Returns left W_eᵀ (with `transpose`) or left W_e, [rows, N or K]. The experts' ends are those of `runs`, which lie
-// within the rows.
+// Returns left W_eᵀ [rows, N] (with `transpose`) or left W_e [rows, K], by PyTorch's grouped product.
 Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& runs, bool transpose) {
   const Tensor right = transpose ? torch::stable::transpose(stack.all.weight, 1, 2) : stack.all.weight;
   Tensor first_row = runs.first_row;
@@ -152,13 +152,13 @@ Tensor grouped_mm(const Tensor& left, const DeviceStack& stack, const RowRuns& r
   return torch::stable::detail::to<Tensor>(arguments[0]);
 }
 
-// The operands of the last operations on a product.
+// The operands that are applied to a product after the low-rank term.
 struct Finish {
-  std::optional<Tensor> bias, scale, z;  // z receives the product before it is multiplied by `scale`
+  std::optional<Tensor> bias, scale, z;  // z receives the value that `scale` multiplies
 };
 
-// Returns scale ∘ (left W_eᵀ + low-rank term) + bias with `transpose`, and the same formula with W_e in place of W_eᵀ
-// without `transpose`. The scale and the bias are those of `finish`; an operand that is not given is left out.
+// Returns scale ∘ (left W_eᵀ + low-rank term) + bias; without `transpose`, W_e stands in place of W_eᵀ. The scale and
+// the bias are those of `finish`, and are left out if they have no value.
 Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tensor& ends, const RowRuns& runs,
                        bool transpose, const LowRank* low_rank, const Finish& finish = {}) {
   const int64_t rows = left.size(0), columns = transpose ? stack.all.outputs : stack.all.inputs;
@@ -201,7 +201,7 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
   whole = whole && multiple(work.inner, kVector) && work.inner < kMaxRankColumns && aligned(left, 16) &&
           aligned(stack.all.weight, 16);
   if (stack.all.is_nf4()) {
-    // The NF4 elements that a thread decodes for a slab must have one scale and be aligned to 16 bytes.
+    // The NF4 codes that a thread decodes for a slab must share one scale and be aligned for one load.
     whole = whole && multiple(stack.all.inputs, kSmallestBlock);
   } else {
     const bool one = view.by_column == 1 || view.by_inner == 1;
@@ -215,8 +215,8 @@ Tensor experts_product(const Tensor& left, const DeviceStack& stack, const Tenso
 
 // --- DoRA
 
-// Returns G = g_e ∘ dY if `wanted`, otherwise an empty tensor. With z the function also writes the gradient of g to
-// grad_scale.
+// Returns G = g_e ∘ dY if `wanted`, otherwise an empty tensor. If z is not null, the function also writes the gradient
+// of g to grad_scale.
 Tensor scaled_rows(const Tensor& grad, const Tensor* z, const Tensor& scale, const RowRuns& runs, bool wanted,
                    const Tensor& grad_scale) {
   const ScalarType type = grad.scalar_type();
@@ -363,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cuda(
   HeldTerms p_terms;
   RowsWanted of_p;
   of_p.partial = &p.rows;
-  // the terms of P contain dropout's factor 1/(1-p), for both products that read P
+  // The terms of P contain dropout's factor 1/(1-p), which both dA and dX need.
   of_p.after = scaling * adapters.divided();
   of_p.transposed = &p_transposed;
   if (needs_grad_x) {
@@ -380,7 +380,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cuda(
 
   const PassSums for_b = rank_pass(over_grad, nullptr, &s_transposed);
   PassWants mask;
-  mask.mask = needs_grad_x;  // the product for dX reads the bits of the mask
+  mask.mask = needs_grad_x;  // the product for dX reads the bits of dropout's mask
   const PassSums for_a = rank_pass(over_x, nullptr, &p_transposed, mask);
   reduce_stacks(runs, adapters, {{&for_a.columns, &grad_A, 2, 1.0, nullptr}, {&for_b.columns, &grad_B, 1, scaling, g}});
   if (g != nullptr)
@@ -405,7 +405,7 @@ Tensor dora_experts_weight_norm_cuda(const Tensor& weight, const std::optional<T
   if (norm.numel() == 0) return norm;
   std::optional<Tensor> ends;
   if (offsets.has_value()) ends = checked_ends(kOp, *offsets, stack);
-  // The norm is float32, whatever the dtype of W.
+  // The terms are split as for a float32 result, because the norm is float32 for each dtype of W.
   StackSplitter splitter(held, ScalarType::Float, stack.experts, ends.has_value() ? &*ends : nullptr);
   const HeldTerms b = splitter.left_of_product(*adapters.lora_B, adapters.padded);
   const HeldTerms a = splitter.right_of_product(*adapters.lora_A, true, adapters.padded);
@@ -423,7 +423,7 @@ Tensor dora_experts_weight_norm_cuda(const Tensor& weight, const std::optional<T
   work.inputs = stack.all.inputs;
   work.norm = launcher.scratch<float>(norm);
   const StackView& view = work.weight;
-  // The kernel counts the elements of an NF4 weight in 32 bits.
+  // The kernel counts the elements of an expert's NF4 weight in 32 bits.
   const bool along = stack.all.is_nf4()
                          ? work.outputs * work.inputs < UINT32_MAX
                          : view.by_inner == 1 && multiple(view.by_column, kVector) && multiple(view.by_expert, kVector);

@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> grouped_lora_linear_cuda(
   for (const int64_t group : adapters)
     STD_TORCH_CHECK(group >= -1 && group < static_cast<int64_t>(lora_A.size()), kOp, ": adapters has ", group,
                     ", wanted -1 to ", static_cast<int64_t>(lora_A.size()) - 1);
-  // The kernels read only those adapters that a sample uses, so that an unused adapter may hold any values.
+  // Only adapters that a sample uses are passed to the kernels, so that an unused adapter may hold any values.
   std::vector<int64_t> place(lora_A.size(), -1);
   for (const int64_t group : adapters) {
     if (group < 0 || lora_A[static_cast<size_t>(group)].size(0) == 0) {

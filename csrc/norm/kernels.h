@@ -1,12 +1,12 @@
-// The contract of RMSNorm and LayerNorm on the CPU; each instruction set has a table of kernels. A kernel reads a row
-// from memory once, and after that from the cache. Sums are float32. The order of a sum depends only on the row's
-// length and on the path.
+// The interface of the CPU kernels of RMSNorm and LayerNorm; each instruction set has a table of kernels. A kernel
+// reads a row from memory once, and after that from the cache. Sums are float32. The order of the additions in a sum
+// over a row depends only on the row's length and on the CPU path.
 //
 //   x̂ = (x - μ) r;   r = 1/√(mean (x - μ)² + eps);   y = x̂ ∘ factor + bias;   RMSNorm has μ = 0;
 //   dX = r (g - mean g - x̂ mean (g ∘ x̂));   g = dY ∘ factor;   dw = Σ_t dY ∘ x̂;   db = Σ_t dY;
 //   RMSNorm has no term mean g
 //
-// The factor is the norm's weight w plus an offset, such as 1 in Gemma's norms.
+// `factor` is the norm's weight w plus an offset, such as 1 in Gemma's norms.
 #pragma once
 
 #include <stdint.h>
@@ -23,7 +23,7 @@ struct NormRows {
   float eps;
   const void* x;                  // x [T, columns]
   const float* factor = nullptr;  // factor [columns]; a null pointer stands for ones
-  const float* bias = nullptr;    // bias [columns]; a null pointer stands for zeros
+  const float* bias = nullptr;    // bias b [columns]; a null pointer stands for zeros
   void* y;                        // y [T, columns]
   float* mean = nullptr;          // μ [T]; null for RMSNorm
   float* rstd;                    // r [T]
@@ -43,7 +43,7 @@ struct NormGradient {
   float* grad_bias = nullptr;     // db [columns], to which the kernel adds; null if the call does not need db
 };
 
-// Each function of the table computes the rows [begin, end).
+// `rows` computes y and `gradient` computes dX, dw and db for the rows [begin, end).
 struct NormKernels {
   void (*rows)(const NormRows& work, int64_t begin, int64_t end);
   void (*gradient)(const NormGradient& work, int64_t begin, int64_t end);

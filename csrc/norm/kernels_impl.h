@@ -1,5 +1,5 @@
-// The norm kernels of norm/kernels.h for one instruction set. Include this file after the target pragma and the path's
-// Vec (cpu/simd_<isa>.h).
+// The norm kernels of norm/kernels.h for one instruction set. Include this file after the target pragma
+// (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include "cpu/row_loop.h"
@@ -30,7 +30,7 @@ void norm_row(const NormRows& work, int64_t row) {
   work.rstd[row] = rstd;
   const Vec scale = Vec::broadcast(rstd);
   // The fields factor, bias and round_first are copied to local variables, because the compiler must assume that a
-  // store through y changes `work`.
+  // store to `y` may change `work`.
   const float *factor = work.factor, *bias = work.bias;
   const bool round_first = work.round_first;
   for_vectors(columns, [=](auto lanes, int64_t k) {
@@ -59,7 +59,7 @@ void norm_gradient_row(const NormGradient& work, int64_t row) {
   const auto weighted = [=](auto lanes, int64_t k, Vec value) {
     return factor == nullptr ? value : Vec::mul(value, lanes.load(factor + k));
   };
-  float sum[2] = {0.0f, 0.0f};  // sums of g ∘ x̂ and of g
+  float sum[2] = {0.0f, 0.0f};  // sums over the row of g ∘ x̂ and of g
   if (work.grad_x != nullptr) {
     sum_vectors(columns, sum, [&](auto lanes, int64_t k, Vec(&sums)[2]) {
       const Vec g = weighted(lanes, k, lanes.load(grad + k));
@@ -83,8 +83,7 @@ void norm_gradient_row(const NormGradient& work, int64_t row) {
   });
 }
 
-// Calls f with two zeros: the first zero has the type `dtype`, the second has the type `other`, which is `dtype` or
-// float32.
+// Calls f with a zero of the C++ type of `dtype` and a zero of the C++ type of `other`, which is `dtype` or float32.
 template <typename F>
 void with_own_or_float(DType dtype, DType other, const F& f) {
   with_dtype(dtype, [&](auto zero) {

@@ -1,15 +1,15 @@
-// RMSNorm and LayerNorm of rows [T, K], and their gradients:
+// Kernels of RMSNorm and LayerNorm of rows [T, K], and of their gradients:
 //
 //   x̂ = (x - μ) r;   r = 1/√(mean (x - μ)² + eps);   y = x̂ ∘ (w + offset) + b;   RMSNorm has μ = 0;
 //   dX = r (g - mean g - x̂ mean (g ∘ x̂));   g = dY ∘ (w + offset);   dw = Σ_t dY ∘ x̂;   db = Σ_t dY;
 //   RMSNorm has no term mean g
 //
-// A warp computes a row of up to kWarpColumns columns, and a block computes a longer row. A row is read from memory
-// once, eight columns per thread at a time (16 bytes of a 16-bit dtype), and after that from L1: a thread reads again
-// only the columns that it has read before. Sums are float32: over a thread's columns, then over lanes, then over
-// warps, in order. The row kernels use shared memory for the sums of the warps. For dw and db a block sums 256 columns
-// over a chunk of rows; a second kernel adds the partial sums [chunks][K] in order. Bytes moved: x once, dY once, y or
-// dX once; dw and db read x and dY once more.
+// A warp computes a row of up to kWarpColumns columns, and a block computes a longer row. A thread loads eight columns
+// at a time (16 bytes of a 16-bit dtype). A row is read from memory once, and after that from L1, because each thread
+// reads the same columns again. A sum over a row is float32: first over a thread's columns, then over the lanes of a
+// warp, then over the warps, in order. For the gradients dw of the weight and db of the bias, a block sums 256 columns
+// over a chunk of rows; a second kernel adds the partial sums [chunks][K] in order. Bytes moved: the row kernels read x
+// (and dY) once and write y (or dX) once; the kernel for dw and db reads x and dY once more.
 #pragma once
 
 #include "linear/cuda/column_reduce.cuh"
@@ -24,7 +24,7 @@ inline int norm_row_threads(int64_t columns) { return columns <= kWarpColumns ? 
 
 struct NormWork {
   const void* x;
-  const void* grad;    // dY; only for the gradient
+  const void* grad;    // dY, read only by norm_gradient_kernel
   const void* weight;  // w [columns]; without a weight (null) the factor of x̂ is 1
   DType weight_type;
   bool weight_whole;  // whether groups of eight columns of the weight are aligned to 16 bytes
@@ -43,8 +43,8 @@ struct NormWork {
 
 using NormSums = float[kNormWarps];
 
-// Returns, to each thread of a row, the sum of `value` over the row's threads. Each sum of a kernel needs a `shared` of
-// its own.
+// Returns the sum of `value` over the threads of a row to each of these threads. Each call in a kernel needs its own
+// `shared`.
 __device__ __forceinline__ float row_sum(float value, int row_threads, NormSums& shared) {
 #pragma unroll
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
@@ -57,7 +57,7 @@ __device__ __forceinline__ float row_sum(float value, int row_threads, NormSums&
   return sum;
 }
 
-// Loads w + offset of eight columns, or ones if there is no weight.
+// Loads weight + offset for eight columns, or ones if there is no weight.
 __device__ __forceinline__ void load_norm_factor(const NormWork& work, int64_t column, float (&factor)[kVector]) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) factor[i] = 1.0f;

@@ -1,6 +1,6 @@
-// RMSNorm and LayerNorm on the CPU: checks, allocation and threads. The kernels are in kernels_impl.h. One thread
-// computes a row, and the gradients of weight and bias are sums per chunk of tokens, so that the bits are equal for
-// every number of threads.
+// The CPU operators of RMSNorm and LayerNorm: checks, allocation and threads; norm/kernels_impl.h has the kernels. A
+// row is computed by one thread, and the gradients of weight and bias are first summed within chunks of tokens, so that
+// the bits are equal for every number of threads.
 #include <tuple>
 
 #include "common/registration.h"
@@ -31,8 +31,8 @@ int64_t columns_of(const char* op, const Tensor& x) {
   return x.size(x.dim() - 1);
 }
 
-// Returns weight + offset in float32. If offset is 0 and the weight is contiguous float32, the function returns the
-// weight itself.
+// Returns weight + offset in float32, or nullopt without a weight. A contiguous float32 weight with offset 0 is
+// returned without a copy.
 std::optional<Tensor> factor_of(const char* op, const std::optional<Tensor>& weight, double offset, int64_t columns) {
   if (!weight.has_value()) return std::nullopt;
   const Tensor held = float_vector(op, "weight", *weight, columns);
@@ -44,7 +44,7 @@ std::optional<Tensor> factor_of(const char* op, const std::optional<Tensor>& wei
   return sum;
 }
 
-// Returns the smallest number of rows for a thread: computing these rows takes about as long as starting a parallel
+// Returns the smallest number of rows that a thread computes; fewer rows would take less time than starting a thread's
 // task.
 int64_t row_grain(int64_t columns) { return ceil_div(kPackGrain, columns + 1); }
 
@@ -123,7 +123,7 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
     if (needs_bias) part.grad_bias = to + of_weight;
     isa.gradient(part, first, last);
   });
-  // The gradients are copies of the sums: a view of `sums` as a gradient would keep all of `sums` in memory.
+  // The gradients are copies, because a view as a gradient would keep all of `sums` in memory.
   const auto copy_of = [&](int64_t first, ScalarType type) {
     Tensor out = empty({columns}, type);
     torch::stable::copy_(out, torch::stable::narrow(sums, 0, first, columns));

@@ -1,6 +1,6 @@
-// RMSNorm and LayerNorm on CUDA; the kernels are in norm.cuh. The forward is one launch. In the backward, dX is one
-// launch. The gradients of weight and bias share one launch for partial sums, and each gradient has a launch that adds
-// the partial sums.
+// RMSNorm and LayerNorm on CUDA; the kernels are in norm.cuh. The forward is one launch of norm_kernel. The backward is
+// one launch for dX, one launch for the partial sums of the gradients of weight and bias, and for each of these two
+// gradients a launch that adds the partial sums. Gradients that are not needed have no launches.
 #include "norm/norm.cuh"
 
 #include <tuple>
@@ -31,8 +31,8 @@ std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
 }
 
-// Returns the arguments that the row kernels of forward and backward share. The caller must keep the weight alive until
-// the launches.
+// Sets the arguments that norm_kernel and norm_gradient_kernel share. The caller must keep the weight alive until the
+// launch.
 NormWork norm_work(const Launcher& launcher, const std::optional<Tensor>& weight, double offset, int64_t rows,
                    int64_t columns) {
   NormWork work{};
@@ -50,8 +50,7 @@ NormWork norm_work(const Launcher& launcher, const std::optional<Tensor>& weight
 
 int64_t norm_blocks(const NormWork& work) { return ceil_div(work.rows, kNormThreads / work.row_threads); }
 
-// Calls f with two zeros: the first zero has the type `type`, the second has the type `other`, which is `type` or
-// float32.
+// Calls f with a zero of the C++ type of `type` and a zero of the C++ type of `other`, which is `type` or float32.
 template <typename F>
 void with_own_or_float(ScalarType type, ScalarType other, F f) {
   with_type(type, [&](auto zero) {

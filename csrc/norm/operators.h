@@ -1,4 +1,4 @@
-// The CPU functions of the norm operators that the operator decoder_layer calls.
+// Declares rms_norm_cpu, the CPU function of the operator rms_norm, for the operator decoder_layer.
 #pragma once
 
 #include <optional>

@@ -7,7 +7,8 @@
 
 namespace peft_ext {
 
-// Checks q [B, H, T, D], k [B, Hkv, T, D], and cos and sin [B or 1, T, D], all of one dtype.
+// Raises an error unless q is [B, H, T, D], k is [B, Hkv, T, D], and cos and sin are [B or 1, T, D], with an even D and
+// one dtype.
 inline void check_rotary(const char* op, const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                          const torch::stable::Tensor& cos, const torch::stable::Tensor& sin) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.size(0) == q.size(0) && k.size(2) == q.size(2) &&

@@ -1,10 +1,9 @@
-// The contract of the rotary position embedding on the CPU; each instruction set has a kernel. With the halves
-// x = (x₁, x₂), cos = (c₁, c₂) and sin = (s₁, s₂) of a head:
+// The interface of the CPU kernels of the rotary position embedding; each instruction set has a kernel. With the halves
+// x = (x₁, x₂) of a head, cos = (c₁, c₂) and sin = (s₁, s₂):
 //
 //   y₁ = x₁ c₁ - x₂ s₁;   y₂ = x₂ c₂ + x₁ s₂;   with back, the gradient: dx₁ = dy₁ c₁ + dy₂ s₂;   dx₂ = dy₂ c₂ - dy₁ s₁
 //
-// Arithmetic is in float32, and each result is rounded once. Each head is read and written once. cos and sin of a token
-// serve all heads.
+// Arithmetic is in float32, and each result is rounded once. All heads of a token have the same cos and sin.
 #pragma once
 
 #include <stdint.h>
@@ -13,7 +12,7 @@
 
 namespace peft_ext {
 
-// A tensor [B, H, T, D] whose last dimension is contiguous.
+// An input x [B, H, T, D] (q or k) and its result y, whose last dimensions are contiguous.
 struct Heads {
   const void* x;
   void* y;
@@ -23,7 +22,7 @@ struct Heads {
 };
 
 struct Rotary {
-  DType dtype;  // dtype of all tensors
+  DType dtype;  // dtype of q, k, cos, sin and the results
   bool back;
   int64_t tokens, size;   // T and D
   Heads parts[2];         // q and k

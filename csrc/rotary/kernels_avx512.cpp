@@ -1,7 +1,7 @@
 // The rotary kernel of rotary/kernels.h with AVX-512.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
-// The headers below must be included after the target pragma.
+// target_avx512.h selects the instruction set for the code of the headers below, and must be included before them.
 #include "cpu/simd_avx512.h"
 #include "rotary/kernels_impl.h"
 

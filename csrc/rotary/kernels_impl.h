@@ -1,5 +1,5 @@
-// The rotary kernel of rotary/kernels.h for one instruction set. Include this file after the target pragma and the
-// path's Vec (cpu/simd_<isa>.h).
+// The rotary kernel of rotary/kernels.h for one instruction set. Include this file after the target pragma
+// (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include "cpu/row_loop.h"

@@ -1,11 +1,12 @@
-// The CPU function of rotary positions that the operator decoder_layer calls.
+// Declares rotate_heads, which the CPU operators rotary_embedding and decoder_layer call.
 #pragma once
 
 #include "cpu/tensor.h"
 
 namespace peft_ext {
 
-// Writes the rotated q and k to y_q and y_k, whose rows are contiguous.
+// Writes the rotated q and k to y_q and y_k, whose rows must be contiguous. If `back`, computes the gradient of the
+// rotation.
 void rotate_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                   const Tensor& y_q, const Tensor& y_k, bool back);
 

@@ -1,12 +1,12 @@
-// Rotary position embedding of q [B, H, T, D] and k [B, Hkv, T, D]. With the halves x = (x₁, x₂), cos = (c₁, c₂) and
-// sin = (s₁, s₂) of a head:
+// Rotary position embedding of q [B, H, T, D] and k [B, Hkv, T, D]. With the halves x = (x₁, x₂) of a head, cos = (c₁,
+// c₂) and sin = (s₁, s₂):
 //
 //   y₁ = x₁ c₁ - x₂ s₁;   y₂ = x₂ c₂ + x₁ s₂;  with kBack, the gradient: dx₁ = dy₁ c₁ + dy₂ s₂;   dx₂ = dy₂ c₂ - dy₁ s₁
 //
-// A block rotates all heads of q and k of one token, so that the block reads cos and sin of the token from memory once.
-// A thread rotates eight columns of both halves at a time. The dimensions B, H and T may have any strides; a head is
-// contiguous. Arithmetic is in float32, and each result is rounded once. Bytes moved: q and k are read and written
-// once; cos and sin are read once for each batch.
+// A thread block rotates all heads of q and k of one token, so that the token's cos and sin are read from memory once.
+// A thread rotates eight columns of both halves at a time. The dimensions B, H and T of q and k may have any strides;
+// each head is contiguous. Arithmetic is in float32, and each result is rounded once. Bytes moved: q and k are read and
+// written once; cos and sin are read once for each batch.
 #pragma once
 
 #include "cuda/vector.cuh"

@@ -1,5 +1,5 @@
-// Rotary position embedding on the CPU: checks, allocation and threads. The kernel is in kernels_impl.h. One thread
-// rotates all heads of a token, so that the bits are equal for every number of threads.
+// The CPU operators of the rotary position embedding: checks, allocation and threads; rotary/kernels_impl.h has the
+// kernel. All heads of a token are rotated by one thread.
 #include <tuple>
 
 #include "common/registration.h"

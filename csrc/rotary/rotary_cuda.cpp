@@ -1,4 +1,4 @@
-// Rotary position embedding on CUDA: one launch for q and k. The kernel is in rotary.cuh.
+// The CUDA operators of the rotary position embedding: one launch of rotary_kernel (rotary.cuh) for q and k.
 #include "rotary/rotary.cuh"
 
 #include <tuple>

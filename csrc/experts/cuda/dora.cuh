@@ -1,6 +1,6 @@
-// DoRA for a mixture of experts, except for the product: the norm of each row of W_e + s B_e A_e; in the backward G =
-// g_e ∘ dY, from which dX is computed, and the gradient of g_e, Σ dY ∘ Z over the expert's rows, where Z is the output
-// before it is multiplied by g_e.
+// Kernels of DoRA for a mixture of experts, except for the product. The kernels compute the norm of each row of W_e + s
+// B_e A_e, and in the backward G = g_e ∘ dY, from which dX is computed, and the gradient of g_e, Σ dY ∘ Z over the
+// expert's rows, where Z is the output of the layer before the factor g_e and the bias.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
@@ -12,17 +12,17 @@ namespace peft_ext {
 // --- the norm
 
 struct StackNorm {
-  StackView weight;                   // W_e of expert e; a column of the view is an output of the layer, a row of W_e
-  Terms left, right;                  // terms of B_e and of A_eᵀ of the first expert, as many as for a float32 result
+  StackView weight;                   // W_e of every expert e; a column of the view is a row of W_e
+  Terms left, right;                  // bfloat16 terms of B_e and of A_eᵀ of expert 0, split as for a float32 result
   int64_t left_stride, right_stride;  // distances to the next expert's terms, in units of 16 bytes
-  // ends of the experts' rows, see has_rows; the norms of an expert without rows are zeros
+  // ends of the experts' rows of x, see has_rows; an expert without rows of x gets norms of zero
   const int64_t* ends;
   float scaling;
   int64_t outputs, inputs;
   float* norm;  // [experts, outputs]
 };
 
-// Rounds two values to the element type T.
+// Rounds two floats to the element type T; float32 stays as it is.
 template <typename T>
 __device__ __forceinline__ void round_pair(float& low, float& high) {
   if constexpr (sizeof(T) == 2) {
@@ -32,15 +32,15 @@ __device__ __forceinline__ void round_pair(float& low, float& high) {
   }
 }
 
-// The part of a tile of an NF4 weight that a lane needs: two rows [half], and in each row two groups [h] of eight codes
-// with one scale per group.
+// The NF4 codes and scales that a lane reads of a tile of W: [h][half] is a group of eight codes and the group's scale,
+// in row 8 half of the lane's two rows, at column 32 h + 8 t of the tile.
 struct NormCodes {
   uint32_t codes[2][2], stored[2][2];
   float nested[2][2];
 };
 
-// Loads eight elements of a row of an expert's W from column `first` on, with zeros beyond the last column. If kAlong,
-// the elements are contiguous.
+// Loads eight elements of a row of an expert's W from column `first` on, with zeros beyond the last column. With
+// kAlong, the elements of a dense row are contiguous.
 template <typename T, bool kNf4, bool kAlong>
 __device__ __forceinline__ void load_weights(const StackView& view, const T* dense, const Nf4View& nf4, int64_t row,
                                              int64_t first, int64_t inputs, float (&values)[kVector]) {
@@ -67,11 +67,11 @@ __device__ __forceinline__ void load_weights(const StackView& view, const T* den
   }
 }
 
-// A block of 4 warps computes 64 rows of an expert's W. A warp computes 16 rows, and goes through the rows in tiles of
-// 64 columns. Each element of W_e is added to its element of s B_e A_e, which is computed as in expand_kernel; the sum
-// is squared. During the products a lane loads its part of W: elements of a dense W of this tile, or NF4 codes and
-// scales of the next tile. Sums are float32. Bytes moved: W once, for experts that have rows. Grid: x has a block for
-// each tile of rows; y has a block for each expert.
+// A block of 4 warps computes the norms of 64 rows of an expert's W + s B A. A warp computes 16 of these norms, and
+// reads the rows in tiles of 64 columns. Each element of s B_e A_e, computed as in expand_kernel, is added to the
+// element of W_e, and the sum is squared. While the products for a tile run, a lane loads the tile's elements of a
+// dense W, or the NF4 codes and scales of the next tile. Sums are float32. Bytes moved: the W of each expert that has
+// rows of x, once. Grid: x has a block for each tile of 64 rows of W; y has a block for each expert.
 template <typename T, bool kNf4, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNorm work) {
   PEFT_EXT_KERNEL;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNo
         }
       }
   };
-  // Each value is round(code · scale), as in nf4_dequantize.
+  // Each decoded element of W is round(code · scale), as in nf4_dequantize.
   const auto decode = [&](const NormCodes& from, int h, int half, bool there, float (&values)[kVector]) {
     float scale = __uint_as_float(from.stored[h][half]);
     if (nested) {
@@ -192,8 +192,8 @@ struct ScaleRuns {
   const float* scale;  // g [experts, columns]
   const RowRun* tiles;
   int64_t columns;
-  void* out;       // G, with zeros in rows that belong to no expert; null if the call needs no G
-  float* partial;  // partial sums Σ dY ∘ Z of each tile, [tiles, columns]; null without z
+  void* out;       // receives G, with zeros in rows that belong to no expert; null: no G
+  float* partial;  // receives Σ dY ∘ Z over each tile's rows, [tiles, columns]; null without z
 };
 
 constexpr int kScaleThreads = 256;
@@ -204,9 +204,9 @@ struct ScaleShared {
   float sums[kScaleWarps][kScaleColumns];
 };
 
-// A block computes a tile of 64 rows and 256 columns; a warp computes every eighth row of the tile, and a lane 8
-// columns. Grid: x has a block for each tile of rows; y has a block for each tile of columns. Bytes moved: dY and Z are
-// read once, and G is written once.
+// A block computes G and the sums Σ dY ∘ Z for a tile of 64 rows and 256 columns; a warp reads every eighth row of the
+// tile, and a lane 8 columns. Grid: x has a block for each tile of rows; y has a block for each tile of columns. Bytes
+// moved: dY and Z are read once, and G is written once.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns work) {
   PEFT_EXT_KERNEL;
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
       for (int i = 0; i < kVector; ++i) sums[i] = fma_rn(values[i], z[i], sums[i]);
     }
     if (work.out == nullptr) continue;
-    // Rows that belong to no expert may hold any values in dY, NaN included. In G, rows that belong to no expert are 0.
+    // dY may hold any values, NaN included, in rows that belong to no expert. G is 0 in rows that belong to no expert.
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] = run.expert < 0 ? 0.0f : values[i] * scale[i];
     save_columns(static_cast<T*>(work.out) + at, first, work.columns, kWhole, values);
@@ -250,8 +250,8 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
   work.partial[blockIdx.x * work.columns + to] = sum;
 }
 
-// The gradient of g for each expert: the sum of the partial sums of the expert's tiles, in order; zeros for an expert
-// without rows.
+// Computes the gradient of each expert's g: the sum, in order, of the partial sums of the expert's tiles. The gradient
+// of an expert without rows is zero.
 struct ScaleReduce {
   const float* partial;
   const int32_t* first_tile;  // index of each expert's first tile, see RunTables

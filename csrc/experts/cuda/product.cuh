@@ -1,31 +1,32 @@
-// The product of a mixture of experts, where each row is multiplied with the weight of the row's expert, in one launch
-// with all other operations on the output:
+// The product of a mixture of experts. One launch multiplies each row of D with the weight of the row's expert, adds
+// the low-rank term and the bias, and applies DoRA's scale:
 //
 //   out [rows, C] = g_e ∘ (D W_eᵀ + mask ∘ (L F_eᵀ)) + b_e,   D [rows, I],  W_e [C, I],  L [rows, R],  F_e [C, R]
 //
-// g is the output scale of DoRA; without DoRA there is no g. If the field z is given, the kernel also stores the values
-// that are multiplied by g. In the forward, D is x, W_e is the weight, L is s S with S = dropout(x) A_eᵀ, and F_e is
-// B_e. For dX, D is dY (with DoRA g ∘ dY), W_e is the transposed weight, L is P = s D B_e / (1 - p), F_e is A_e's
-// transpose, and the low-rank term is masked by dropout. W is dense, with any strides, or NF4, which the kernel
-// decodes. The contiguous dimension of W is the summed dimension (kAlong) or the columns (kAcross); for other strides,
-// sizes and alignments the elements are loaded one by one (kAny). Rows that belong to no expert are set to zero.
+// g is the output scale of DoRA, and 1 without DoRA. If the field z is given, the kernel also stores D W_eᵀ + mask ∘ (L
+// F_eᵀ), the value that g multiplies. In the forward, D is x, W_e is the weight, L is s S with the scaling s and S =
+// dropout(x) A_eᵀ, F_e is B_e, and there is no mask. For dX, D is dY (with DoRA g ∘ dY), W_e is the transposed weight,
+// L is P = s D B_e / (1 - p) with the dropout rate p, F_e is A_e's transpose, and mask is dropout's mask. W is dense,
+// with any strides, or NF4, which the kernel decodes. The contiguous dimension of W is the summed dimension (kAlong) or
+// the columns (kAcross); for other strides, sizes and alignments the elements are loaded one by one (kAny). Rows that
+// belong to no expert are set to zero.
 //
 // A thread block of 8 warps computes a tile of 64 rows of one expert and 128 columns. In a 16-bit dtype, warp w
 // computes 32 x 32 outputs: the rows from 32 (w % 2) on and the columns from 32 (w / 2) on. In float32, warp w computes
-// 8 rows and all columns of the tile. The kernel computes no products for a group of 16 rows (in float32: 8 rows) of a
-// tile in which the expert has no rows.
+// 8 rows and all columns of the tile. The kernel skips the products of a group of 16 rows (in float32: 8 rows) of a
+// tile if the expert has no row in this group.
 //
 // The thread blocks of one tile of rows are adjacent in the grid, so that L2 serves the repeated reads of D; the tiles
 // of one expert are adjacent, so that L2 serves the repeated reads of the expert's W. The loop over the summed
-// dimension goes through D and W in slabs: a slab has 128 bytes of each row of D, and the same summed elements of W.
-// Slabs pass through two stages of shared memory: cp.async fills one stage while the products read the other stage. The
-// codes of an NF4 W are loaded into registers three slabs ahead and are decoded one slab ahead, each code to round(code
-// · scale) as in nf4_dequantize. In a stage, the 16 bytes with the number `group` in a line are stored at place group ^
-// line % 8 of the line, so that ldmatrix has no bank conflicts. 16-bit dtypes use mma.sync with float32 sums. float32
-// uses FMAs, where a thread computes 8 rows and 4 columns. At the end, each warp reads sums from shared memory, adds
-// the low-rank term, which is computed as in expand.cuh, rounds once, and stores 8 elements per lane. Shared memory: 48
-// KiB. Bytes moved: D, W (of experts that have rows), out, and z if given, once each. From L2, D is read C / 128 times,
-// and W once per 64 rows.
+// dimension goes through D and W in slabs. A slab is 128 bytes of each of the tile's rows of D, and the elements of W
+// that are multiplied with them. Slabs pass through two stages of shared memory: cp.async fills one stage while the
+// products read the other stage. The codes of an NF4 W are loaded into registers three slabs ahead and are decoded one
+// slab ahead, each code to round(code · scale) as in nf4_dequantize. In a stage, the 16 bytes with the number `group`
+// in a line are stored at place group ^ line % 8 of the line, so that ldmatrix has no bank conflicts. 16-bit dtypes use
+// mma.sync with float32 sums. float32 uses FMAs, where a thread computes 8 rows and 4 columns. At the end, each warp
+// reads the sums of the product from shared memory, adds the low-rank term, which is computed as in expand.cuh, rounds
+// once, and stores 8 elements per lane and row. Shared memory: 48 KiB. Bytes moved: D, W (of experts that have rows),
+// out, and z if given, once each. From L2, D is read C / 128 times, and W once per 64 rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
@@ -35,13 +36,14 @@ namespace peft_ext {
 
 constexpr int kProductThreads = 256;
 constexpr int kProductColumns = 128;
-constexpr int kProductRowBytes = 128;  // bytes of a row of D and, for kAlong, of W in a stage
+constexpr int kProductRowBytes = 128;  // bytes of a row of D in a stage of shared memory; W's with kAlong too
 template <typename T>
 constexpr int kProductSlab = kProductRowBytes / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kProductVector = 16 / static_cast<int>(sizeof(T));
 
-// The contiguous dimension of W: the summed dimension (kAlong), the columns (kAcross), or neither (kAny).
+// The contiguous dimension of W: the summed dimension (kAlong), the columns of the result (kAcross), or none that
+// allows loads of 16 bytes (kAny).
 enum class StackOrder { kAlong, kAcross, kAny };
 
 struct ExpertsProduct {
@@ -50,24 +52,24 @@ struct ExpertsProduct {
   StackView weight;
   const RowRun* tiles;
   int64_t columns, inner, column_tiles;
-  const void* bias;       // bias [experts, columns] of type T; null without bias
+  const void* bias;       // b [experts, columns] of type T; null: no bias
   const float* scale;     // g [experts, columns]; null without DoRA
   void* z;                // receives the value [rows, columns] that g scales; null if unneeded
-  Terms low_left;         // terms of L, in the order of the tiles; data is null if there is no low-rank term
-  Terms low_right;        // terms of F_e of the first expert
+  Terms low_left;         // bfloat16 terms of L, in the order of the tiles; `data` is null: no low-rank term
+  Terms low_right;        // bfloat16 terms of F_e of expert 0
   int64_t right_stride;   // distance to the terms of the next expert's F_e, in units of 16 bytes
-  const uint32_t* kept;   // bits of dropout's mask, in the layout of a rank pass; null: the mask is drawn again
-  DeviceDropout dropout;  // parameters of dropout, to draw the mask again
+  const uint32_t* kept;   // bits of dropout's mask, as a rank pass writes them; null: the mask is drawn again
+  DeviceDropout dropout;  // parameters of dropout, from which the mask is drawn; no seed: no mask
 };
 
 struct ProductShared {
   unsigned char bytes[2 * (kTileRows + kProductColumns) * kProductRowBytes];
 };
 constexpr int kProductStage = sizeof(ProductShared) / 2;
-constexpr int kProductRight = kTileRows * kProductRowBytes;  // offset in a stage at which the part of W begins
+constexpr int kProductRight = kTileRows * kProductRowBytes;  // offset of W's bytes in a stage of shared memory
 constexpr int kMeetingRow = kProductColumns + 8;             // number of floats in a row of sums in shared memory
 
-// Returns the offset in a stage of the 16 bytes with the number `group` in a line of kLine bytes.
+// Returns the offset in a stage of shared memory of the 16 bytes with the number `group` in a line of kLine bytes.
 template <int kLine>
 __device__ __forceinline__ uint32_t group_at(int line, int group) {
   return line * kLine + (group ^ line % 8) * 16;
@@ -84,17 +86,18 @@ __device__ __forceinline__ void store_group(SharedAt to, const float* values) {
   }
 }
 
-// The codes of W that a thread decodes for a slab (half a slab of consecutive elements) and their scale, which is not
-// decoded yet.
+// The NF4 codes of W that a thread decodes for a slab (half a slab of consecutive elements), and the codes' scale as it
+// is stored: a float, or an 8-bit code and its nested absmax.
 template <typename T>
 struct ProductCodes {
-  static constexpr int kWords = kProductSlab<T> / 16;  // number of words with eight codes each
+  static constexpr int kWords = kProductSlab<T> / 16;  // number of 32-bit words, each with eight NF4 codes
   uint32_t words[kWords];
   uint32_t stored;
   float nested;
 };
 
-// A warp's sums of a product in a 16-bit dtype: tiles of [16 rows][8 columns].
+// The sums that a lane holds of the product in a 16-bit dtype: [2 groups of 16 rows][4 groups of 8 columns][4
+// elements].
 using ProductSums = float[2][4][4];
 
 template <typename T, StackOrder kOrder>
@@ -133,7 +136,7 @@ __device__ __forceinline__ void product_of_stage(SharedAt stage, int warp, int r
   }
 }
 
-// A thread's sums of a product in float32: the rows from 8 warp on, and the columns lane + 32 j.
+// The sums that a thread holds of the product in float32: [i][j] is row 8 warp + i, column lane + 32 j of the tile.
 using ProductSumsFloat = float[8][4];
 
 __device__ __forceinline__ float4 load_floats(SharedAt from) {
@@ -178,9 +181,9 @@ __device__ __forceinline__ void product_of_stage(SharedAt stage, int warp, int r
   }
 }
 
-// Computes the outputs of 16 rows and 64 columns of a tile from the product: adds the low-rank term, multiplies by g,
-// adds the bias, and stores the result. Each of four warps computes 16 of the 64 rows of the tile. before(row of the
-// tile, column, values) writes the product for eight columns to `values`.
+// Computes the outputs of 16 rows (per warp; four warps share the tile's 64 rows) and 64 columns from the product: adds
+// the low-rank term, multiplies by g, adds the bias, and stores the result. before(row of the tile, column, values)
+// writes the product D W_eᵀ for eight columns to `values`.
 template <typename T, bool kWhole, typename Before>
 __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const RowRun& run, int64_t row_tile,
                                                int64_t column_tile, const Before& before) {
@@ -261,13 +264,13 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
   }
 }
 
-// Number of thread blocks that must fit on a multiprocessor. The compiler limits the registers of a thread so that this
-// number of blocks fits.
+// Number of thread blocks that must fit on a multiprocessor; the launch bounds limit the registers of a thread so that
+// these blocks fit.
 template <typename T, bool kNf4, StackOrder kOrder>
 constexpr int kProductBlocks =
     kOrder == StackOrder::kAny || (sizeof(T) == 4 && !kNf4 && kOrder == StackOrder::kAcross) ? 1 : 2;
 
-// Grid: a block for each tile of columns of each tile of rows. The blocks of one tile of rows are adjacent.
+// Grid: x has a block for each tile of columns of each tile of rows. The blocks of one tile of rows are adjacent.
 template <typename T, bool kNf4, StackOrder kOrder>
 __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrder>))
     experts_product_kernel(ExpertsProduct work) {
@@ -287,18 +290,20 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   // A shuffle tells the compiler that `warp` is equal in all lanes.
   const int warp = shuffle(thread / kWarpSize, 0);
 
-  // The variables below hold the addresses of this thread's next groups of D and of a dense W, their places in a stage,
-  // and the numbers of rows and summed elements that are left from the thread's first element on.
+  // `left` and `right` point to the next 16 bytes of D and of a dense W that this thread copies, and left_to and
+  // right_to to the places of these bytes in a stage. rows_left and inner_left are the numbers of rows and of summed
+  // elements from the thread's first element of D to the end.
   const int line = thread / kGroups, group = thread % kGroups;
-  constexpr int kLines = kProductThreads / kGroups;  // number of lines between two groups of W that this thread loads
+  constexpr int kLines = kProductThreads / kGroups;  // number of lines of W from one copy of this thread to the next
   const auto inner = static_cast<int>(work.inner), columns = static_cast<int>(min_of(work.columns - column, 1 << 30));
   const int64_t expert = run.expert < 0 ? 0 : run.expert;
   const T* left = static_cast<const T*>(work.left) + (run.first + thread / 8) * work.inner + thread % 8 * kVectors;
-  // distance between two groups of D of this thread, in elements
+  // number of elements of D from one copy of this thread to the next, 32 rows below
   const auto left_step = static_cast<uint32_t>(32 * inner);
   const SharedAt left_to = base + group_at<kProductRowBytes>(thread / 8, thread % 8);
   const int rows_left = run.rows - thread / 8, inner_left = inner - thread % 8 * kVectors;
-  const int64_t between = kAcross ? work.weight.by_inner : work.weight.by_column;  // distance between lines of W
+  // distance in elements between neighbouring lines of W in a slab
+  const int64_t between = kAcross ? work.weight.by_inner : work.weight.by_column;
   [[maybe_unused]] const T* right = static_cast<const T*>(work.weight.dense) + expert * work.weight.by_expert;
   if constexpr (!kNf4 && kWhole)
     right += kAcross ? line * between + column + group * kVectors : (column + line) * between + group * kVectors;
@@ -306,7 +311,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   const SharedAt right_to = base + (kProductRight + group_at<kLine>(line, group));
   [[maybe_unused]] const Nf4View own = kNf4 ? nf4_of_expert(work.weight, expert) : Nf4View{};
 
-  // Starts loading the next slab of D, and of a dense W, into a stage. Slabs are loaded in order.
+  // Starts loading slab `slab` of D, and of W unless kDecodes, into a stage. The calls must pass the slabs in order.
   const auto issue = [&](int slab, uint32_t stage) {
     const int first = slab * kSlab;
     if (slab < slabs) {
@@ -358,21 +363,22 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     cp_async_commit();
   };
 
-  // For an NF4 weight with whole groups (kDecodes), this thread decodes half a slab of elements of a line. The elements
-  // of half a slab share one scale.
+  // For an NF4 weight whose sizes and alignments allow loads of 16 bytes (kDecodes), this thread decodes half a slab of
+  // elements of a line, which share one scale.
   constexpr bool kDecodes = kNf4 && kWhole;
   constexpr int kHalf = kSlab / 2, kParts = (kAcross ? kProductColumns : kSlab) / kHalf;
   using Codes = ProductCodes<T>;
   const int code_line = thread / kParts, part = thread % kParts;
   const bool nested = kDecodes && own.nested_absmax != nullptr;
   const float offset = nested ? *own.nested_offset : 0.0f;
-  // half_at is a position in units of half a slab. No NF4 block ends within half a slab.
+  // half_at is the position in W of the thread's next codes, in units of half a slab. No NF4 block ends within half a
+  // slab.
   [[maybe_unused]] auto half_at =
       static_cast<uint32_t>((kAcross ? code_line * between + column : (column + code_line) * between) / kHalf + part);
   const int half_to_block = own.log2_blocksize - (kHalf == 32 ? 5 : 4);
   const bool line_there = kAcross ? part * kHalf < columns : code_line < columns;
   const int code_left = kAcross ? inner - code_line : inner - part * kHalf;
-  // Loads the codes of a slab. Slabs are loaded in order.
+  // Loads the NF4 codes of slab `slab`. The calls must pass the slabs in order.
   const auto load_codes = [&](int slab, Codes& to) {
     if (!line_there || slab * kSlab >= code_left) {
       to = Codes{};
@@ -424,8 +430,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
       load_codes(2, even);
     }
   }
-  // `next` holds the codes of the slab `slab` + 1. After decoding, the step loads the codes of slab `slab` + 3 into
-  // `next`.
+  // Multiplies slab `slab`. `next` holds the NF4 codes of slab `slab` + 1; the step decodes them, and then loads the
+  // codes of slab `slab` + 3 into `next`.
   const auto step = [&](int slab, uint32_t stage, [[maybe_unused]] Codes& next) {
     const uint32_t other = kProductStage - stage;
     issue(slab + 1, other);
@@ -438,7 +444,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
     cp_async_wait<1>();
     sync_threads();
     product_of_stage<T, kOrder>(base + stage, warp, run.rows, sums);
-    sync_threads();  // after this barrier the stage may be filled again
+    sync_threads();  // after this barrier, the next step may fill the stage again
   };
   for (int slab = 0; slab < slabs; slab += 2) {
     step(slab, 0, odd);
@@ -471,7 +477,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
 }
 
 // Adds the low-rank term to a product that PyTorch has computed in `out`, multiplies by g, adds the bias, and sets rows
-// that belong to no expert to zero. Grid: as in experts_product_kernel, with tiles of 64 columns.
+// that belong to no expert to zero. Grid: x has a block for each tile of 64 columns of each tile of rows.
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, sizeof(T) == 4 ? 3 : 4) experts_onto_kernel(ExpertsProduct work) {
   PEFT_EXT_KERNEL;

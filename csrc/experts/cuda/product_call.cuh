@@ -1,4 +1,5 @@
-// Host functions that launch the kernels for a mixture of experts. Each element type has a translation unit of its own.
+// Host functions that launch the kernels for a mixture of experts. experts_product_<type>_cuda.cpp instantiates these
+// functions for one element type.
 #pragma once
 
 #include "cuda/tensor.cuh"
@@ -16,7 +17,7 @@ struct ProductVariant {
 template <typename T>
 void launch_experts_product(const Launcher& launcher, const ExpertsProduct& work, const ProductVariant& variant);
 
-// Launches experts_onto_kernel, which works on a product that `work.out` holds already.
+// Launches experts_onto_kernel, which adds the low-rank term and the bias to the product that `work.out` holds already.
 template <typename T>
 void launch_experts_onto(const Launcher& launcher, const ExpertsProduct& work, bool whole, int64_t row_tiles);
 

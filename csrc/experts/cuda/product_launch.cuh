@@ -1,4 +1,4 @@
-// Selects the instance of the kernels for experts for a call. The instances of an element type are in
+// Definitions of the launch functions of product_call.cuh, which select a kernel instance for a call. Included only by
 // experts_product_<type>_cuda.cpp.
 #pragma once
 

@@ -12,13 +12,12 @@ inline bool multiple(int64_t size, int64_t of) { return size % of == 0; }
 // The weights of all experts: dense [E, N, K] with any strides, or NF4, where each expert is packed separately and the
 // experts follow in order.
 struct DeviceStack {
-  DeviceWeight all;  // weights of all experts, dense [E, N, K] or NF4; `all` holds the sizes of one expert's weight
+  DeviceWeight all;  // the tensors hold the weights of all experts; the sizes are those of one expert's weight
   int64_t experts = 0;
 };
 
-// Checks the weights of all experts, and returns the weights. Weights in another packed format than NF4 are decoded to
-// a dense stack in `type`, which takes E N K elements during the call: 1.06 GB for 32 experts of [5760, 2880] in
-// bfloat16.
+// Returns the checked weights of all experts. Weights in another packed format than NF4 are decoded to a dense stack in
+// `type` for the duration of the call: 1.06 GB for 32 experts of [5760, 2880] in bfloat16.
 DeviceStack checked_stack(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout,
                           const std::vector<int64_t>& shape, ScalarType type);
 
@@ -29,7 +28,7 @@ StackView stack_view(const Launcher& launcher, const DeviceStack& stack, bool tr
 struct StackAdapters {
   std::optional<Tensor> lora_A, lora_B;  // lora_A [E, R, K] and lora_B [E, N, R], with any strides
   std::optional<Tensor> out_scale;       // DoRA's g [E, N] float32
-  DeviceAdapter scale;                   // holds scaling, dropout_p and seed; its other fields are unused
+  DeviceAdapter scale;                   // holds scaling, dropout_p and seed; all other fields are unused
   int64_t rank = 0, padded = 0;
 
   double divided() const { return scale.seed.has_value() ? 1.0 / (1.0 - scale.dropout_p) : 1.0; }
@@ -39,8 +38,8 @@ StackAdapters checked_adapters(const char* op, const DeviceStack& stack, const s
                                const std::optional<Tensor>& lora_B, const std::optional<Tensor>& out_scale,
                                double scaling, double dropout_p, const std::optional<Tensor>& seed);
 
-// Splits the matrices of all experts, which are stacks [E, ...], into terms, in one launch. `ends` holds the ends of
-// the experts' rows; experts without rows get no terms.
+// Splits the small matrices of all experts, stacks [E, ...], into bfloat16 terms, in one launch. `ends` holds the ends
+// of the experts' rows of x; experts without rows get no terms.
 class StackSplitter {
  public:
   StackSplitter(const Tensor& like, ScalarType type, int64_t experts, const Tensor* ends)

@@ -5,11 +5,13 @@
 
 namespace peft_ext {
 
-// Element (column, inner) of expert e is at the index by_expert e + by_column column + by_inner inner.
+// Element (column of the result, summed index inner) of expert e's weight is at the index by_expert e + by_column
+// column + by_inner inner.
 struct StackView {
-  const void* dense;                       // null for NF4
-  Nf4View nf4;                             // NF4 weight of the first expert
-  int64_t codes, scales, groups;           // distances between experts, in packed bytes, in absmax and in nested_absmax
+  const void* dense;  // the dense weights; null for NF4
+  Nf4View nf4;        // NF4 weight of expert 0
+  // distances from one expert to the next: bytes of codes, elements of absmax, elements of nested_absmax
+  int64_t codes, scales, groups;
   int64_t by_expert, by_column, by_inner;  // strides of W in elements; by_expert is 0 for NF4
 };
 

@@ -1,5 +1,5 @@
-// Kernels that run between the passes over a mixture's rows: the kernels split each expert's small matrices into terms,
-// and reduce the partial sums of the passes.
+// Kernels that run between the passes over the rows of a mixture of experts: the kernels split each expert's small
+// matrices (A, B, S, P) into bfloat16 terms, and add the partial sums of the passes.
 #pragma once
 
 #include "linear/cuda/row_runs.cuh"
@@ -15,23 +15,23 @@ struct StackSplit {
   DType type;
   int64_t outer, inner, by_expert, outer_stride, inner_stride;
   const float* inner_scale;  // factors [experts, inner]; a null pointer stands for ones
-  TermsOut out;              // memory for the terms of the first expert
+  TermsOut out;              // where the terms of expert 0 are written
   int64_t out_stride;        // distance to the next expert's terms, in words of 4 bytes
 };
 
 constexpr int kMaxStackSplits = 2;
 struct StackSplits {
   StackSplit work[kMaxStackSplits];
-  const int64_t* ends;  // ends of the experts' rows, see has_rows
+  const int64_t* ends;  // ends of the experts' rows of x, see has_rows
 };
 
-// Returns whether an expert has rows. `ends` holds the ends of the experts' rows; if `ends` is null, every expert
-// counts as an expert with rows.
+// Returns whether an expert has rows of x, by the ends of the experts' rows. If `ends` is null, the result is true.
 __device__ __forceinline__ bool has_rows(const int64_t* ends, int64_t expert) {
   return ends == nullptr || ends[expert] > (expert == 0 ? 0 : ends[expert - 1]);
 }
 
-// Grid: x as in split_kernel (linear/cuda/split.cuh); y has a block for each expert; z has a block for each stack.
+// Splits up to kMaxStackSplits stacks. Grid: x as in split_kernel (linear/cuda/split.cuh); y has a block for each
+// expert; z has a block for each stack.
 static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(StackSplits splits) {
   PEFT_EXT_KERNEL;
   const StackSplit& work = splits.work[blockIdx.z];
@@ -50,18 +50,19 @@ static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(Stac
   split_pair_of(own, static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x);
 }
 
-// Computes S or P, a matrix with a column for each rank: value[row][r] = scale · Σ_chunks partial[row in the tiles][r],
-// or scale · given[row][r].
+// Computes S or P, a matrix with a column for each rank, from a rank pass's partial sums (value[row][r] = scale ·
+// Σ_chunks partial[row in the tiles][r]) or from `given` (value[row][r] = scale · given[row][r]), and its bfloat16
+// terms.
 struct RunRows {
   const float* partial;  // partial sums [chunks][padded rows][padded rank]; null if `given` is used
   const float* given;    // values [rows][rank]; used if `partial` is null
   int64_t chunks, padded_rows, rank, padded_rank;
   const RowRun* tiles;
   float scale;
-  float after;          // additional factor of `terms` and `transposed`, but not of `plain`
-  float* plain;         // value [rows][rank], 0 in rows that belong to no expert; null if unneeded
-  TermsOut terms;       // receives the terms of `value`, [padded rows, padded rank]
-  TermsOut transposed;  // terms of the transpose of `value`, [padded rank, padded rows]
+  float after;          // additional factor of the value in `terms` and `transposed`, but not in `plain`
+  float* plain;         // receives the value [rows][rank], 0 in rows that belong to no expert; may be null
+  TermsOut terms;       // receives the terms of the value, [padded rows, padded rank]
+  TermsOut transposed;  // receives the terms of the transposed value, [padded rank, padded rows]
 };
 
 constexpr int kStackThreads = 256;
@@ -103,8 +104,8 @@ static __global__ void __launch_bounds__(kStackThreads) run_rows_kernel(RunRows 
   if (work.transposed.data != nullptr) save_terms_across(work.transposed, r, padded_row, values[0], values[1]);
 }
 
-// Computes the gradient of each expert's small matrix:
-// out[e][column][r] = scale · column_scale[e][column] · Σ_chunks of e partial[chunk][column][r].
+// Computes the gradient of each expert's A or B from the partial sums of a rank pass: out[e][column][r] = scale ·
+// column_scale[e][column] · Σ_chunks of e partial[chunk][column][r].
 struct StackReduce {
   const float* partial;        // partial sums [chunks][padded columns][padded rank]
   const int32_t* first_chunk;  // index of each expert's first chunk, see RunTables
@@ -120,8 +121,8 @@ struct StackReduces {
   StackReduce work[2];
 };
 
-// Grid: x has ceil(columns · padded_rank / 2 / kStackThreads) blocks, with the columns of the larger stack; y has a
-// block for each expert; z has a block for each stack. A thread computes two adjacent ranks.
+// Grid: x has ceil(columns · padded_rank / 2 / kStackThreads) blocks, where `columns` is that of the larger stack; y
+// has a block for each expert; z has a block for each stack. A thread computes two adjacent ranks.
 static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(StackReduces reduces) {
   PEFT_EXT_KERNEL;
   const StackReduce& work = reduces.work[blockIdx.z];
@@ -135,7 +136,7 @@ static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(Stac
     sums[1] += part.y;
   }
   float scale = work.scale;
-  // For an expert without rows the kernel does not read column_scale, and the sum is 0.
+  // column_scale is not read for an expert without rows, whose gradient is 0 even if column_scale is not finite.
   if (work.column_scale != nullptr && work.first_chunk[expert] != work.first_chunk[expert + 1])
     scale *= work.column_scale[expert * work.columns + column];
 #pragma unroll
