@@ -166,7 +166,7 @@ cuda-check: setup
 	  "cuda-bindings>=13,<14"
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
-# Like cuda-check, with all kernels of every format of packed weights; cuda-check compiles two kernels of each format.
+# Like cuda-check, with all kernels of every format of packed weights; cuda-check compiles a few kernels of each format.
 cuda-formats:
 	$(MAKE) --no-print-directory cuda-check CUDA_CHECK=--formats
 
