@@ -34,8 +34,8 @@ PACKAGES = ("python3", "libpython3-dev", "libgomp1", "libstdc++6")
 # Packages that the tests import in addition to the requirements of peft_ext and of its extra hf.
 OF_TESTS = ("numpy", "pytest>=9", "pytest-repeat", "pytest-xdist", "parameterized", "attrs")
 NEWEST_MANYLINUX = 40
-# The compiler's flags are setup.py's with -O2 in place of -O3, because the emulator spends most of its time outside of
-# the library.
+# The compiler's flags are like those of setup.py, with -O2 in place of -O3, because the emulator spends most of its
+# time outside of the library.
 FLAGS = "-O2 -std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -g0"
 TESTS = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
 # NOT_THESE excludes the tests that need a compiler for the emulated machine, and the tests that run on two threads.

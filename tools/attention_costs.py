@@ -104,7 +104,7 @@ def forward(tokens: int, size: int, amx: bool) -> Cost:
                 cost.multiply(min(rows, here - r), BLOCK // LANES - _first(key + r, query), size, False)
             cost.scores += here * (BLOCK // LANES) * FORWARD_SCORES / RATE
             _multiply_seen(cost, size, key, here, query, False)
-            if key > 0:  # rescales O and adds the block's product: two loads and an FMA for each vector
+            if key > 0:  # to rescale O and add the block's product takes two loads and an FMA for each vector
                 cost.operands += size * (BLOCK // LANES)
         cost.transpose(size, BLOCK)
     _copy(cost, tokens, size, rows=1, columns=1)

@@ -198,7 +198,7 @@ def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> d
         "norm": over_tiles("W A and the norm", n, k, w + partial_sums(n, k, rank, "rows", card), card, "rows"),
         "P, dB and dg": over_tiles("P, dB and dg", t, n, 2 * y + both, card, "both"),
         "g in W or in dY": over_memory(2 * w if t > k else 2 * y, card),
-        # If g scales W, dg is a pass of its own.
+        # If the output scale g scales W, a separate pass computes the gradient dg.
         "column pass, g and dg": over_memory(2 * w, card) + over_memory(2 * y, card) if t > k
                                  else over_memory(3 * y, card),
         "finish": over_memory(2 * y, card),
@@ -364,8 +364,8 @@ def experts(
     card: Card, rows: int, active: int, n: int, k: int, base: str = "bf16", dropout: bool = False, rank: int = 16,
     dora: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """Returns the seconds of the forward and of the backward of LoRA (or of DoRA with the norms of its weights) with
-    float32 adapters, for experts [n, k] with equally many rows each.
+    """Returns the seconds of the forward and of the backward of experts [n, k] with LoRA (with ``dora``: with DoRA,
+    whose norms are computed in the forward). The adapters are float32, and each expert gets equally many rows.
     """
     bandwidth, padded = card.reached, active * -(-rows // active // 64) * 64
     a, b = (4.0 * active * rank * size for size in (k, n))

@@ -66,7 +66,7 @@ def main() -> None:
     # --scan takes two files: one with known rows of the table, and one for the rows that the process finds.
     parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    logging.disable(logging.ERROR)  # transformers warns about packages that are not installed
+    logging.disable(logging.ERROR)  # transformers would warn about packages that are not installed
     warnings.simplefilter("ignore")
     if args.scan:
         known, out = map(Path, args.scan)

@@ -9,10 +9,10 @@ which needs no Python ABI, and files that this program writes, such as ``metadat
 architecture hold the same library; a GPU's machine code is compiled on the GPU's machine.
 
 With ``--wheels`` the libraries are those of the wheels in a folder, and the repository has variants for each
-architecture of the wheels. The program then fails if a library breaks one of the hub's rules; otherwise the repository
-may be published. Without ``--wheels`` the library is the file of ``--library``, by default the checkout's, for this
-machine's architecture alone, and broken rules are only printed: the library may need a newer C++ runtime than the hub
-allows.
+architecture of the wheels. With ``--wheels`` the program fails if a library breaks one of the hub's rules; if the
+program succeeds, the repository may be published. Without ``--wheels`` the repository has variants for this machine's
+architecture alone, with the library of ``--library``, by default the checkout's. Broken rules are then only printed,
+because the checkout's library may need a newer C++ runtime than the hub allows.
 
 The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the native library and of the
 copied Python files. ``metadata.json`` holds the SHA-256 of each other file of the variant.
@@ -169,8 +169,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def from_wheels(wheels_folder: Path, output: Path) -> dict[str, Path]:
-    """Copies the native libraries of the manylinux wheels in a folder to ``output``. Returns the libraries by
-    architecture.
+    """Copies the native libraries of the manylinux wheels in a folder to ``output``. Returns a dict from each
+    architecture to the path of its library.
 
     Exits if the folder has no manylinux wheel, if two wheels of an architecture hold different libraries, or if a
     library is of another architecture than its wheel.

@@ -37,7 +37,9 @@ class Machine:
     socket_rate: float  # rate at which the cores of one socket together read from the socket's DRAM
     link_rate: float  # rate at which one socket reads from the other socket
     empty: float  # time of an empty loop on two threads
-    transfer: float  # time to get a cache line that another core of the same socket wrote; twice from another socket
+    # Time to get a cache line that another core of the same socket wrote. A line from the other socket takes twice as
+    # long.
+    transfer: float
 
     def line_seconds(self) -> float:
         return self.transfer * (1.5 if self.sockets == 2 else 1.0)

@@ -258,7 +258,7 @@ def killer(copy: Copy, mutation: Mutation, tier: str, likely_alone: bool) -> str
 
 
 def control(copy: Copy, tests: Iterable[str], native: bool) -> set[str]:
-    """Returns the tests of ``tests`` that fail on the code without a mutation. Such a test kills no mutation."""
+    """Returns the tests of ``tests`` that also fail on the code without a mutation."""
     copy.restore()
     if native:
         copy.build(is_whole=True)

@@ -3,8 +3,8 @@
     python tools/old_runtime.py FOLDER [COMPILER]
 
 A linker takes the newest version of each symbol that the libraries of its system have, and the linked library then
-needs a system that is as new as the linker's. A stand-in has the names and versions of a system's library without its
-code, and only the versions that a manylinux_2_28 system has. With the flags of ``linker_flags``, a compiler links to
+needs a system that is as new as the linker's. A stand-in exports the symbols of a library of the system in the versions
+that a manylinux_2_28 system has, and has no code. With the flags of ``linker_flags``, a compiler links to
 the stand-ins. The code of the C++ runtime's functions that are newer than manylinux_2_28 is taken from the compiler's
 libstdc++.a. With ``-Wl,-z,defs``, the linker fails if a library needs a C function that is newer than manylinux_2_28.
 
@@ -136,10 +136,10 @@ def make(folder: Path, compiler: str = "g++") -> Path:
         _stand_in(compiler, folder / name, found)
     for name, found in moved.items():
         _stand_in(compiler, folder / name, found)
-    # libnewer++.a provides the functions that the stand-in of libstdc++.so.6 lacks. It is libstdc++.a, in which the
-    # symbols of the stand-in are local, so that the linker takes these symbols from the shared library. The section
-    # groups (COMDAT) are removed: the linker would keep only one object's sections of a group, and the local symbols of
-    # the other objects would have no section.
+    # libnewer++.a provides the functions that the stand-in of libstdc++.so.6 lacks. libnewer++.a is libstdc++.a with
+    # the symbols of the stand-in made local, so that the linker takes these symbols from the shared library. The
+    # section groups (COMDAT) are removed: the linker would keep only one object's sections of a group, and the local
+    # symbols of the other objects would have no section.
     names = folder / "libstdc++.names"
     names.write_text("\n".join(symbols(folder / "libstdc++.so.6")) + "\n")
     subprocess.run([ask("-print-prog-name=objcopy"), f"--localize-symbols={names}", "--remove-section=.group",

@@ -29,7 +29,7 @@ def _module(file: Path, node: ast.ImportFrom) -> Path:
 
 
 def private_names(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields line and name of each private name of another module that ``file`` uses."""
+    """Yields the line number and the name of each use of a private name of another module in ``file``."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     modules = set()
     for node in ast.walk(tree):

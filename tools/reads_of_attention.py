@@ -69,9 +69,9 @@ def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) ->
 
 
 def _asks_by_config(cls: type) -> bool:
-    """Returns whether an attention's code chooses its attention function in transformers' registry once, by
-    ``self.config._attn_implementation``, reads this attribute otherwise only to compare it with "eager", and passes
-    ``self.config`` to no other code. The code is what :func:`_reached` returns.
+    """Returns whether the functions of :func:`_reached` choose an attention function in transformers' registry once, by
+    ``self.config._attn_implementation``, use this attribute otherwise only to compare it with "eager", and pass
+    ``self.config`` to no other code.
     """
     if "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(cls.forward).__code__.co_names:
         return False

@@ -25,7 +25,8 @@ import native_build
 from native_build import ROOT, Group
 
 BUILD = ROOT / "build/recorded"
-TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"  # flags of sources whose accesses are recorded
+# Compiler flags for the sources whose memory accesses are recorded.
+TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
 GROUP, L2 = 8, 1 << 20  # number of threads that share an L3 cache, and bytes of an L2 cache
 RANK, TOKENS = 16, 512
 # The indices of the numbers in the record of a thread's part of a loop. FROM and TO are the indices of the begin and

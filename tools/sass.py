@@ -34,7 +34,7 @@ class Instruction:
     address: int
     name: str
     operands: str
-    target: int | None = None  # address to which a branch jumps
+    target: int | None = None  # the address to which a branch jumps; None for other instructions
 
     @property
     def pipe(self) -> str:

@@ -13,9 +13,9 @@ If the wheel holds the native library, the installed package must use the librar
 warn that the operators run the slow reference.
 
 The trial also runs a few steps of ``peft-ext finetune`` on a tiny random model, without the network. With ``--torch``
-pip installs the packages of the extra ``hf`` for this run. Without ``--torch``, if PYTHON lacks one of these packages,
-the trial leaves the run out and says so. All layers of the model must run on kernels, or no layer if the wheel has no
-native library.
+pip also installs the packages of the extra ``hf``, which ``finetune`` needs. Without ``--torch``, if PYTHON lacks a
+package that ``finetune`` needs, the trial leaves out ``finetune`` and says so. All layers of the model must run on
+kernels, or no layer if the wheel has no native library.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def _purelib(python: str | Path) -> Path:
 
 def trial(wheel: Path, python: str, torch: str | None = None) -> str:
     """Installs the wheel twice into a new virtual environment of ``python``, runs PROGRAM and a fine-tuning there, and
-    uninstalls the wheel. Returns what PROGRAM printed, and a summary of the fine-tuning. Exits if files remain.
+    uninstalls the wheel. Returns what PROGRAM printed, and a summary of the fine-tuning. Exits if a step fails, or if
+    the uninstallation leaves files.
 
     ``torch``: pip's requirement of the torch that pip installs into the environment, such as "torch==2.11.*"; pip then
     also installs the packages that the wheel and its extra ``hf`` require. If ``torch`` is None, pip installs the wheel

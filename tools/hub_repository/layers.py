@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # PyTorch has no public name for it
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # a function without a public name
 
 from . import ops
 from .ops.checks import autocast_dtype
