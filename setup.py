@@ -2,7 +2,7 @@
 
 The library has the CPU kernels, the host functions of the CUDA operators, and the sources of the CUDA kernels, which
 are compiled on the machine that runs them (``peft_ext/device_code.py``). The build needs a C++ compiler, Python's
-headers and torch of any kind, and no CUDA toolkit (``tools/system_needs.py``). The library calls torch through torch's
+headers and any build of torch, but no CUDA toolkit (``tools/system_needs.py``). The library calls torch through torch's
 stable ABI, so that one build runs on torch TORCH_TARGET and later; the module ``_C`` makes the functions of
 ``csrc/common/api.h`` callable from one release of Python. On Windows nothing is built, and the operators run the slow
 reference. Environment variables:
@@ -39,8 +39,8 @@ GENERATED = ROOT / "build"  # files that setup.py writes: C++ sources, version s
 
 
 class BuildPython(build_py):
-    """Copies the Python files into an empty folder, because setuptools leaves the modules of an earlier build there, of
-    which some may be gone from the checkout.
+    """Empties the build folder before the Python files are copied into it, because the folder may hold modules of an
+    earlier build that are no longer in the checkout.
     """
 
     def run(self):
@@ -66,7 +66,7 @@ def find_torch():
         places = folders_of_packages()
         if not any(Path(place, "torch", "version.py").exists() for place in places):
             return None
-        sys.path += places  # all of them, because torch's requirements may be in another folder than torch
+        sys.path += places  # all folders, because torch's requirements may be in another folder than torch
         import torch
     return torch
 
@@ -74,8 +74,8 @@ def find_torch():
 def folders_of_packages():
     """Returns the folders of packages of the environment that peft_ext is installed into, in the order of sys.path.
 
-    pip's isolated build hides these folders: those of the virtual environment or else of the system, and, except in a
-    virtual environment without ``--system-site-packages``, the user's folder and those of the system.
+    pip's isolated build hides these folders. In a virtual environment without ``--system-site-packages``, they are the
+    folders of the virtual environment. Otherwise the user's folder and the folders of the system follow.
     """
     places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     settings = Path(sys.prefix, "pyvenv.cfg")
@@ -85,8 +85,8 @@ def folders_of_packages():
 
 
 def linker_flags(exported):
-    """Returns linker flags: only the named symbols are exported, symbols are bound at load and then read-only, and the
-    stack is not executable.
+    """Returns linker flags, with which only the symbols of the pattern ``exported`` are exported, symbols are bound at
+    load and then read-only, and the stack is not executable. Returns no flags except on Linux.
     """
     if sys.platform != "linux":
         return []
@@ -112,7 +112,7 @@ def compiler():
     words = shlex.split(os.environ["CXX"])
     if len(words) == 1:
         return words[0]
-    # The words are part of the script's name, so that ninja compiles all again if another CXX is given.
+    # A digest of the words is part of the script's name, so that ninja compiles all files again if CXX changes.
     script = GENERATED / f"compiler-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}"
     script.parent.mkdir(exist_ok=True)
     script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
@@ -136,7 +136,8 @@ def compiler_flags(*folders):
 
 
 def generated_sources(*functions):
-    """Calls the named functions of csrc/embed_sources.py. Returns the paths of the written C++ files from ROOT."""
+    """Calls the named functions of csrc/embed_sources.py. Returns the paths, relative to ROOT, of the C++ files that
+    these functions wrote."""
     of_functions = {"write": "embedded_sources.cpp", "write_digest": "source_digest.cpp"}
     script = runpy.run_path(str(ROOT / "csrc/embed_sources.py"))
     return [str(script[name](GENERATED / of_functions[name]).relative_to(ROOT)) for name in functions]
@@ -190,8 +191,8 @@ def build_command(base):
 
         def build_extensions(self):
             check_system()
-            # The program that was checked also compiles and links: torch reads the variable CXX, and setuptools these
-            # commands, which may name the compiler of Python's own build.
+            # The compiler that check_system has checked also compiles and links. torch reads the variable CXX, and
+            # setuptools reads commands of self.compiler, which may name the compiler of Python's own build.
             os.environ["CXX"] = compiler()
             for name in ("compiler_so", "compiler_so_cxx", "compiler_cxx"):
                 if command := getattr(self.compiler, name, None):
@@ -207,7 +208,7 @@ def build_command(base):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(KERNELS, place)
 
-        def copy_extensions_to_source(self):  # for a build in place, such as an editable install
+        def copy_extensions_to_source(self):  # setuptools calls this in a build in place, such as an editable install
             super().copy_extensions_to_source()
             if KERNELS and Path(KERNELS).resolve() != ROOT / "peft_ext/_kernels.so":
                 shutil.copy(KERNELS, ROOT / "peft_ext/_kernels.so")

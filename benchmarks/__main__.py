@@ -1,4 +1,4 @@
-"""``python -m benchmarks [nf4 lora ...]``: runs the benchmarks, prints a table and writes a result file.
+"""``python -m benchmarks [nf4 lora ...]``: runs the named benchmarks or all, prints a table and writes a result file.
 
 A full run takes at most 20 minutes on two cores, ``--quick`` at most 3 minutes; the result file names the rows that
 were left out for lack of time. To measure another CPU path than the best path, force the path in peft_ext and in
@@ -8,7 +8,7 @@ PyTorch:
         python -m benchmarks
 
 With ``--device cuda`` the benchmarks run on a GPU, and the result file is written anew after each row. If a row fails
-on a GPU, the benchmark prints the row's name, runs the other rows, and ends with the exit status 1.
+on a GPU, the program prints the row's name, runs the remaining rows, and ends with the exit status 1.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from .files import result_path
 from .grid import SHAPES, Options, cases
 from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, run, save
 
-# FULL and QUICK have the first six fields of Options, the time limit of the run in seconds, and the seconds of timing
-# of a row. The time limit leaves time for the row that is running when the limit is reached.
+# FULL and QUICK have the first six fields of Options, the time limit of a run in seconds, and the seconds for which a
+# row is timed. A row that has begun when the limit is reached is still measured.
 FULL = ((512, 2048, 1, 16, 4, 64), (512, 1), (512,), ("smollm2", "1b", "8b"), ("rotating", "hot"), (512,), 1050.0, 4.0)
 QUICK = ((512, 1), (), (512,), (), ("rotating",), (), 140.0, 2.0)
-# Numbers of tokens, beside those of FULL and CUDA, at which only variants with their own list of numbers of tokens are
-# compared. On a CPU only the benchmarks of a mixed batch and of packed weights list 8 tokens.
+# Additional numbers of tokens, for variants that have their own list of numbers of tokens. On a CPU only the benchmarks
+# of a mixed batch and of packed weights list 8 tokens.
 FORWARD = {"cpu": (8,), "cuda": (1, 4, 8, 16, 32, 64)}
-# CUDA and CUDA_QUICK are like FULL and QUICK, for a GPU. With CUDA, the operators without tokens whose variants have
-# ``everywhere`` are compared at the shape "wide" too.
+# CUDA and CUDA_QUICK are like FULL and QUICK, for a GPU. At the shape "wide", CUDA has only operators without tokens,
+# such as nf4_quantize.
 CUDA = ((8192, 2048, 512), (), (None,), ("wide",), ("rotating", "graph"), (2048,), 600.0, 0.6)
 CUDA_QUICK = ((8192,), (), (None,), (), ("rotating", "graph"), (), 120.0, 0.3)
 

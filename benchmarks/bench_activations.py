@@ -1,4 +1,4 @@
-"""Times the training step of a gated activation in bf16, by peft_ext and by plain PyTorch; gate and up are halves of
+"""Times forward and backward of a gated activation in bf16, by peft_ext and by plain PyTorch. gate and up are halves of
 one tensor, as in Phi-3.
 
     y = act(gate) ∘ up

@@ -1,12 +1,12 @@
-"""Times attention in bf16 or float32, compared with PyTorch's function; k and v have a fourth of the heads of q.
+"""Times forward and backward of attention in bf16 or float32, compared with PyTorch's function.
 
     dropout(softmax(scale q kᵀ + bias)) v        query i sees all keys, or the keys j <= i (causal)
 
-The tokens are cut into sequences of 512, and a head has 64 values. q has K columns, k and v have K / 4 columns each; q,
-k and v are views of one tensor x. The lower bound of the time counts seven matrix products of queries x keys x 64 for
-each head, or half of each product where causal. Without bias PyTorch's function gets no mask, so that its fastest
-kernel runs; with a dropout PyTorch computes the plain formula. The bias is one matrix for each head, and equal for all
-sequences, like T5's relative positions.
+The tokens are cut into sequences of 512, and a head has 64 values. k and v have a fourth of the heads of q; q, k and v
+are views of one tensor x. The lower bound of the time counts seven matrix products of queries x keys x 64 for each
+head, or half of each product in causal attention. Without bias PyTorch's function gets no mask, so that its fastest
+kernel runs. With dropout PyTorch's function computes the plain formula. The bias is one matrix for each head and the
+same for all sequences, like T5's relative positions.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Times a bottleneck adapter's training step with bf16 activations and float32 parameters, compared with plain PyTorch.
 
-    Y = x + gelu(x Dᵀ) Vᵀ        D [64, K] and V [K, 64] are trained; N is K
+    Y = x + gelu(x Dᵀ) Vᵀ        D [64, K] and V [K, 64] are trained
 
-PEFT has no bottleneck adapters. The lower bound of the time counts six products with D and V, two reads of x and of
-dY, and the writes of Y and dX.
+PEFT has no bottleneck adapters. The lower bound of the time counts the three products with D and the three with V, two
+reads of x and of dY, and the writes of Y and dX.
 """
 
 from __future__ import annotations

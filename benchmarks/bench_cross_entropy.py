@@ -1,9 +1,10 @@
-"""Times forward and backward of a language model's loss from its last hidden states in bf16, by peft_ext and by
-transformers' computation, which makes the logits.
+"""Times forward and backward of a language model's loss from its last hidden states h in bf16, by peft_ext and by
+transformers' computation, which makes the logits z.
 
     loss = Σ_t (log Σ_v exp z_tv - z_t[label]) / T        z = h Wᵀ,  V = 49,152; W [V, K] is frozen
 
-The lower bound of the time counts the two products z and dh, two reads of W, one read of h, and the write of dh.
+The lower bound of the time counts the two products that compute the logits z = h Wᵀ and the gradient dh, two reads of
+W, one read of h, and the write of dh.
 """
 
 from __future__ import annotations

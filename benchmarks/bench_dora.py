@@ -1,10 +1,10 @@
 """Times one DoRA layer's training step, norm included, with float32 adapters of rank 16, compared with PEFT's layer.
 
-Each step computes DoRA's norm, because the norm changes in every training step. The lower bound of the time counts the
-products ``U = W Aᵀ`` and ``|W|²`` without another read of W, since the forward reads W for its product. In mode "peft"
-the dropout also acts on the base term: the lower bound adds the products of the dropped elements, in the forward and in
-the backward. In mode "lora" the dropout acts only on the low-rank term, so that peft_ext and PEFT compute different
-functions, and each of the two is verified against a float64 result of its own function.
+Each step computes DoRA's norm, because the norm changes in every training step. For the norm, the lower bound of the
+time counts the operations of ``U = W Aᵀ`` and of ``|W|²``, and no read of W, because the forward reads W anyway. In
+mode "peft" the dropout also acts on the base term: the lower bound adds the products of the dropped elements, in the
+forward and in the backward. In mode "lora" the dropout acts only on the low-rank term, so that peft_ext and PEFT
+compute different functions, and each of the two is verified against a float64 result of its own function.
 
 The norm is also timed by itself, compared with a contender "dense": peft_ext's operator dequantizes W if W is NF4,
 PyTorch forms W + s B A, and PyTorch takes the norms of the rows.
@@ -87,8 +87,8 @@ def _layer(base: str, dropout: float, mode: str, problem: Problem, compile: bool
             "lora_B": "lora_B.default.weight",
             "magnitude": "lora_magnitude_vector.default.weight",
         },
-        # Bytes in addition to those of a LoRA layer: the magnitude, the magnitude's gradient, and for this gradient one
-        # more read of the layer's result before scaling.
+        # In addition to the bytes of a LoRA layer, DoRA reads the magnitude, writes the magnitude's gradient, and for
+        # this gradient reads the layer's result before scaling once more.
         bytes_moved=layer_bytes(problem, base) + low_rank_bytes(problem) + 2 * tokens * n + 2 * 4 * n,
         flops=round(4 * (1 + dropout * drops_base) * tokens * n * k) + low_rank_flops(problem) + 2 * n * k * (r + 1),
         dropout=dropout,

@@ -1,12 +1,12 @@
-"""Times forward and backward of LoRA over a frozen embedding, by peft_ext and by the three passes of PEFT's layer in
-plain PyTorch.
+"""Times forward and backward of LoRA over a frozen embedding, by peft_ext and, as PEFT's layer computes it, by plain
+PyTorch.
 
     Y = x + W[i] + s A[:, i]ᵀ Bᵀ
 
 The indices i are [T], the table W is [V, N], A is [R, V], B is [N, R], and x and Y are [T, N]; in this benchmark V = N.
-Each contender adds x to the result, since every comparison checks a gradient of x. The lower bound of the time counts
-the reads of the rows of W and of A that the indices name, and five reads or writes of a bf16 matrix [T, N]: x, Y and
-their gradients.
+Each contender adds x to the result, because every comparison checks a gradient of x. The lower bound of the time counts
+the products with A and B, the reads of the rows of W and of A that the indices name, and five reads or writes of a bf16
+matrix [T, N], such as x, Y and their gradients.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _embedding(base: str, problem: Problem, compile: bool) -> Comparison:
     tokens, n, rank = problem.tokens, problem.k, problem.rank
     indices = torch.randint(n, (tokens,), generator=torch.Generator().manual_seed(0)).to(problem.device)
 
-    # The problem's adapters are those of a linear layer, [R, N] and [V, R]: transposed, these adapters are an
-    # embedding's.
+    # The problem has a linear layer's adapters lora_A [R, N] and lora_B [V, R]. The embedding's A is lora_B transposed,
+    # and the embedding's B is lora_A transposed.
     def ours(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return x + ops.lora_embedding(indices, weight, lora_B.t(), lora_A.t(), scaling=SCALING)
 
@@ -52,7 +52,7 @@ def _embedding(base: str, problem: Problem, compile: bool) -> Comparison:
     if compile:
         makers["torch.compile"] = lambda: functional(problem, base, compiled(eager), names, exact)
     contenders, absent = gather(makers)
-    row = n / 2 if base == "nf4" else 2 * n  # bytes of a row of W
+    row = n / 2 if base == "nf4" else 2 * n  # bytes of a row of the table W
     return Comparison(contenders, tokens * (row + 4 * rank + 5 * 2 * n), 6 * tokens * rank * n, absent=absent)
 
 

@@ -3,10 +3,10 @@
     Y_t = x_t W_eᵀ + s · (x_t A_eᵀ) B_eᵀ        for every row t of expert e
 
 The 64 weights [N / 8, K / 8] are cut from one weight [N, K]. Each of T tokens has eight rows, and each row goes to an
-expert at random. The contender "PEFT", which the cases without dropout have, is PEFT's computation over the bf16
-weights: it forms W + s B A of all experts and multiplies by PyTorch's grouped product. The contender "frozen" is the
-grouped product of the bf16 weights, without adapters. The lower bound of the time counts the reads of the weights, x
-and dY, the writes of Y and dX, and the products with W, A and B.
+expert at random. The contender "PEFT", which only the cases without dropout have, is PEFT's computation over the bf16
+weights: PEFT forms W + s B A of all experts and multiplies by PyTorch's grouped product. The contender "frozen" is the
+grouped product of the bf16 weights, without adapters. The lower bound of the time counts, among others, the reads of
+the weights, x and dY, the writes of Y and dX, and the products with W, A and B.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .grid import Variant
 from .harness import Comparison, Contender
 from .peers import RANK, SCALING, Problem, Turns, draw_seed, functional, gather, layer_bytes
 
-EXPERTS, PARTS = 64, 8  # the weight [N, K] is cut into PARTS x PARTS weights of experts
+EXPERTS, PARTS = 64, 8  # the weight [N, K] is cut into PARTS x PARTS weights, one for each expert
 
 
 @lru_cache(maxsize=1)
 def _routing(rows: int, device: str) -> Tensor:
-    """Returns, for each expert, the index after its last row, in rows that are sorted by expert. Each row goes to an
-    expert at random."""
+    """Returns the ``offsets`` of lora_experts for ``rows`` rows that go to experts at random: for each expert, the
+    index after the expert's last row."""
     draw = torch.Generator().manual_seed(0)
     chosen = torch.randint(0, EXPERTS, (rows,), generator=draw)
     return torch.bincount(chosen, minlength=EXPERTS).cumsum(0).to(torch.int32).to(device)

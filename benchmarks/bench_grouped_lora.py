@@ -1,9 +1,10 @@
 """Times a mixed batch: eight samples of one batch, each with its own adapter, in a forward without autograd.
 
-T tokens are eight samples of T / 8 tokens, or T samples of one token where T is below 8. With T = 8 each sample has one
-token, as in generation. For one adapter after the other, PEFT (``adapter_names``) takes the adapter's samples out of x
-and adds the adapter's term to these samples' rows of the output. The lower bound of the time counts the frozen layer's
-product and the two products of the low-rank term. The contender "frozen" is PyTorch's bf16 F.linear without adapters.
+T tokens are eight samples of T / 8 tokens, or T samples of one token if T is below 8. With T = 8 each sample has one
+token, as in generation. PEFT (``adapter_names``) computes one adapter after the other: PEFT takes the adapter's samples
+out of x and adds the adapter's term to the output's rows of these samples. The lower bound of the time counts the
+frozen layer's product and the two products of the low-rank term. The contender "frozen" is PyTorch's bf16 F.linear
+without adapters.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def _mixed(base: str, problem: Problem, compile: bool) -> Comparison:
 
 
 def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, exact: Any) -> Contender:
-    """Returns the contender that calls PEFT's layer, which has one adapter for each sample, with the samples' adapter
-    names."""
+    """Returns the contender "PEFT": a call of PEFT's layer with ``adapter_names``, with an adapter of its own for each
+    sample."""
     from peft import get_peft_model
 
     model, set_next_weight = stock_linear(problem, base)

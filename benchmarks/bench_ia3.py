@@ -1,7 +1,7 @@
-"""Times one IA3 layer's training step over a bf16 or NF4 base, compared with PEFT's layer. Times IA3's scaling by
-itself, too.
+"""Times one IA3 layer's training step over a bf16 or NF4 base, compared with PEFT's layer. Times IA3's scaling alone,
+too.
 
-    output: Y = l∘(x Wᵀ)        feedforward: Y = (l∘x) Wᵀ        l: float32
+    output: Y = l∘(x Wᵀ)        feedforward: Y = (l∘x) Wᵀ        the trained l is float32
 
 The lower bound of the time counts the frozen layer's two products, and one more read of Y ("output") or x
 ("feedforward") for the gradient of l.
@@ -53,8 +53,8 @@ def _layer(base: str, feedforward: bool, problem: Problem, compile: bool) -> Com
 
 
 def _scale(problem: Problem, compile: bool) -> Comparison:
-    """Compares peft_ext's and PyTorch's ``y = x∘l`` and gradients; N is K. The lower bound counts two reads of x, one
-    read of grad, and the writes of y and dx."""
+    """Compares peft_ext and PyTorch in forward and backward of ``y = x∘l``. The lower bound of the time counts two
+    reads of x, one read of dY, and the writes of y and dX."""
     problem = Problem(problem.tokens, problem.k, problem.k, device=problem.device)
 
     def eager(x: Tensor, weight: Any, ia3_l: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Times a LoRA or AdaLoRA layer's training step with float32 adapters of rank 16, compared with PEFT's own layer.
 
-The lower bound of the time counts the frozen layer's two products and the six products with A and B. The contender
-"frozen" is PyTorch's bf16 F.linear with only the two products: ``frozen 0.80x`` says that the frozen layer takes 0.80
-of the time of peft_ext's adapted layer. On a GPU, Unsloth's autograd function is a peer in the LoRA cases without
-dropout.
+The lower bound of the time counts the frozen layer's two products and the adapter's six products. The contender
+"frozen" is PyTorch's bf16 F.linear without adapter, forward and backward: ``frozen 0.80x`` says that the frozen layer
+takes 0.80 of the time of peft_ext's adapted layer. On a GPU, Unsloth's autograd function is a peer in the LoRA cases
+without dropout.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .peers import (
     peft_config,
 )
 
-_ADALORA_SCALING = SCALING * RANK / (RANK + 1e-5)  # AdaLoRA's scaling in PEFT, alpha / (unpruned ranks + 1e-5)
+_ADALORA_SCALING = SCALING * RANK / (RANK + 1e-5)  # PEFT's scaling of AdaLoRA is alpha / (unpruned ranks + 1e-5)
 
 
 def _layer(base: str, dropout: float, problem: Problem, compile: bool) -> Comparison:

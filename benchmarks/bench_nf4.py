@@ -2,8 +2,8 @@
 bf16.
 
 For bf16, quantizing reads 2 bytes an element and writes about half a byte; dequantizing does the reverse. Quantizing
-and dequantizing must give the reference's bits. The linear layer takes 2 T N K operations in the forward and as many
-for dX. The bf16 peer of the linear layer is the frozen ``F.linear``.
+and dequantizing by peft_ext must give the reference's bits. The linear layer takes 2 T N K operations in the forward
+and as many for dX. The bf16 peer of the linear layer is the frozen ``F.linear``.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def _linear(training: bool, problem: Problem, compile: bool) -> Comparison:
         return contender(forward, enter=NF4Weight.to_bitsandbytes)
 
     def repacked() -> Contender:
-        """Returns bitsandbytes' product with the weight that ``Linear4bit`` packs for AVX-512 BF16 in evaluation."""
+        """Returns the contender of bitsandbytes' product with a weight that is packed again for AVX-512 BF16, as
+        ``Linear4bit`` packs its weight in evaluation."""
         from bitsandbytes import matmul_4bit
         from bitsandbytes.functional import (
             _convert_weight_packed_for_cpu,  # noqa: PLC2701  Linear4bit calls it

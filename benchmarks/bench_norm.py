@@ -4,7 +4,7 @@ transformers' RMSNorm and PyTorch's LayerNorm.
     RMSNorm: y = w ∘ x / √(mean x² + eps)        LayerNorm: y = w ∘ (x - μ) / √(mean (x - μ)² + eps) + b
 
 The lower bound of the time counts these bytes: the forward reads x and writes y; the backward reads x and dY and writes
-dX. N is K.
+dX.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Times layers over packed weights: LoRA's training step with dropout, and the forward of few tokens without adapter.
 
 The contender "frozen" is PyTorch's bf16 F.linear on a dense bf16 weight of the same shape, with the gradient of x in a
-training step. The contender "PyTorch decode" decodes the weight with PyTorch's operators, as the formats' own libraries
-do on a CPU, and multiplies in bf16. In the forward over FP4, and over no other format, bitsandbytes' own product is a
-contender too.
+training step. The contender "PyTorch decode" decodes the weight with PyTorch's operators and multiplies in bf16.
+bitsandbytes' own product is a contender only in the forward over FP4.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Times rotary positions of q and k in bf16, compared with transformers' code; k has a fourth of the heads of q.
+"""Times forward and backward of rotary positions of q and k in bf16, compared with transformers' code.
 
     y = x ∘ cos + rotate_half(x) ∘ sin
 
-A head has 128 values. The lower bound of the time counts one read and one write of q and k in the forward, and of their
-gradients in the backward. q has K columns and k has K / 4 columns; q and k are views of one tensor x.
+A head has 128 values, and k has a fourth of the heads of q. The lower bound of the time counts one read and one write
+of q and k in the forward, and of the gradients of q and k in the backward. q and k are views of one tensor x.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Times a training step of three LoRA layers with one input: all layers computed together, and each layer by itself.
+"""Times a training step of three LoRA layers with one input: the layers computed together, and each layer alone.
 
     Y_i = x W_iᵀ + s · dropout_i(x) Aᵀ B_iᵀ        the three layers share A, of rank 16
 
@@ -64,8 +64,8 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
         return torch.cat([F.linear(x, w) + SCALING * low_rank(b) for w, b in _parts(problem, weight, lora_B)], dim=-1)
 
     def masks() -> list[Any]:
-        """Returns the dropout mask of each layer, or 1.0 without dropout. The masks are drawn in the order in which the
-        operators draw the layers' seeds."""
+        """Returns the dropout mask of each layer, or 1.0 for each layer if no dropout is used. The masks are drawn in
+        the order in which the operators draw the layers' seeds."""
         return [philox_mask(problem, dropout)() for _ in range(3)] if dropout else [1.0] * 3
 
     def formula(linear: Any, x: Tensor, masks: list[Any], lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
     makers["frozen"] = partial(frozen, problem)
     contenders, absent = gather(makers)
     tokens, k = problem.tokens, problem.k
-    # The operations of S, dA and the low-rank part of dX count for each of the three layers, since the dropout masks of
-    # the layers differ.
+    # The products of S = dropout(x) Aᵀ, of dA and of the low-rank part of dX are counted for each of the three layers,
+    # because the layers have different dropout masks.
     flops = 4 * tokens * problem.n * k + low_rank_flops(problem) + 2 * 6 * tokens * problem.rank * k
     return Comparison(contenders, layer_bytes(problem, "bf16") + low_rank_bytes(problem), flops, absent=absent)
 

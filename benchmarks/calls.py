@@ -1,10 +1,10 @@
 """Times what the call of a layer takes in addition to its arithmetic: Python, dispatch and autograd.
 
 ``python -m benchmarks.calls`` times a chain of 50 layers of 64 x 64 on one thread: frozen, with PEFT's layers, and with
-PEFT's layers after ``peft_ext.accelerate``. The chain gets two tokens; 4-bit layers get 40 tokens, since bitsandbytes
-dequantizes the weight only for an input of many tokens. The benchmark times a forward in training, a forward and
-backward in training ("step"), and a forward in evaluation, and runs the three models in turn. The microseconds of a
-layer are the median over the rounds; a ratio is the median of the rounds' ratios.
+PEFT's layers after ``peft_ext.accelerate``. The chain gets two tokens, and a chain of 4-bit layers gets 40 tokens,
+because bitsandbytes dequantizes the weight only for an input of many tokens. The benchmark times a forward in training,
+a forward and backward in training ("step"), and a forward in evaluation, and runs the three models in turn. A result is
+the median, over the rounds, of the microseconds that one layer takes; a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _model(kind: str, make: Callable[[], nn.Module], config: Any) -> nn.Module:
 
 
 def _timed(call: Callable[[], Any], repeats: int) -> float:
-    """Returns the microseconds that a call takes for each layer, in the fastest of ``repeats`` calls."""
+    """Returns the microseconds of the fastest of ``repeats`` calls, divided by the number of layers of the chain."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -110,7 +110,8 @@ def measure(rounds: int, repeats: int) -> dict[str, Any]:
     for method, (make, x, config) in _configs().items():
         models = {kind: _model(kind, make, config) for kind in KINDS}
         found: dict[str, dict[str, list[float]]] = {call: {kind: [] for kind in KINDS} for call in CALLS}
-        # Evaluation comes last: bitsandbytes repacks a weight in evaluation, and a repacked weight cannot train.
+        # Evaluation is timed last, because bitsandbytes repacks a weight in evaluation, and a layer with a repacked
+        # weight cannot train.
         for calls in (CALLS[:2], CALLS[2:]):
             for i in range(rounds + 1):
                 for kind, model in models.items():

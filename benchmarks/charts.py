@@ -6,8 +6,9 @@
 ``parts``        time of each part of a training step, relative to the frozen model's step
 ``losses``       loss curves of each method, with and without acceleration
 
-Each picture shows one result file. For each measured GPU a picture ``layers-<gpu>`` is drawn too. Equal result files
-give byte-equal pictures. ``--check`` writes nothing and fails where a committed picture differs from its result file.
+Each picture shows one result file. For each GPU with a result file, a picture ``layers-<gpu>`` is drawn too. Equal
+result files give byte-equal pictures. ``--check`` writes nothing, and fails if a picture in the folder differs from the
+picture of its result file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .parts import PARTS
 from .tables import DORA, LABELS, LORA, METHODS, ROOT, about, about_gpu
 
 IMAGES = ROOT / "docs" / "images"
-TOKENS = {"cpu": 512, "cuda": 2048}  # numbers of tokens of the drawn rows, at which torch.compile takes part
+TOKENS = {"cpu": 512, "cuda": 2048}  # a chart shows the rows with this number of tokens, which have torch.compile
 ADAPTED = ("lora_linear", "dora_linear", "ia3_linear")  # operators of layers with an adapter
 BASES = {"bf16": "bf16 base", "nf4": "NF4 base"}
 
@@ -46,8 +47,8 @@ def _about(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of a result file that a chart shows. ``times`` has each contender's time divided by the frozen bf16 layer's
-    time. ``base`` is a key of BASES."""
+    """A row of a result file that a chart shows. ``times``: each contender's time divided by the frozen bf16 layer's
+    time. ``base``: a key of BASES, "bf16" or "nf4"."""
 
     label: str
     base: str
@@ -59,8 +60,8 @@ def _tokens(result: Result) -> int:
 
 
 def _label(op: str, case: str) -> tuple[str, str]:
-    """Returns a layer's label in a chart and its base, for a case such as "T=512 4096->4096, bf16 base, dropout
-    0.05"."""
+    """Returns the label of a layer in a chart, and the layer's base (a key of BASES). ``case``: a row's case, such as
+    "T=512 4096->4096, bf16 base, dropout 0.05"."""
     _, *parts = case.split(", ")
     base = next(key for key, text in BASES.items() if text in parts)
     rest = [part for part in parts if part not in BASES.values()]
@@ -69,10 +70,11 @@ def _label(op: str, case: str) -> tuple[str, str]:
 
 
 def adapted_layers(result: Result) -> list[Layer]:
-    """Returns the file's 4096 x 4096 layers with an adapter at :data:`TOKENS` and with rotating weights.
+    """Returns the rows of a result file for 4096 x 4096 layers with an adapter, rotating weights and the number of
+    tokens of :data:`TOKENS`.
 
-    A contender's time over the frozen layer's time is the quotient of two median ratios of the file: the contender's
-    time over peft_ext's time, and the frozen layer's time over peft_ext's time.
+    A contender's time divided by the frozen layer's time is the quotient of two median ratios of the file: the
+    contender's time over peft_ext's time, and the frozen layer's time over peft_ext's time.
     """
     layers = []
     for row in result["rows"]:
@@ -88,15 +90,14 @@ def _contender(name: str) -> str:
     return "stock" if name.startswith("PEFT") else name
 
 
-# LOOKS: the look (CSS class) of each contender. WORDS: the legend's text for a contender, where it is not the
-# contender's name.
+# LOOKS has the CSS class of each contender. WORDS has the legend's text of contenders whose text is not their name.
 LOOKS = {"ours": "ours", "stock": "stock", "torch eager": "eager", "torch.compile": "compiled"}
 WORDS = {"ours": "peft_ext", "stock": "PEFT; over NF4 PEFT + bitsandbytes"}
 
 
 def layers(result: Result) -> Optional[Picture]:
-    """Draws a bar for each layer and contender: the time over the frozen layer's time. Returns None if the file has no
-    such layer."""
+    """Draws a bar for each layer and contender: the contender's time divided by the frozen layer's time. Returns None
+    if :func:`adapted_layers` finds no layer in the result file."""
     found = adapted_layers(result)
     if not found:
         return None
@@ -140,7 +141,8 @@ def _gutter(labels: list[str]) -> float:
 
 
 def training(result: Result) -> Optional[Picture]:
-    """Draws tokens/s and peak memory relative to PEFT and bitsandbytes. Returns None where the file has no row."""
+    """Draws tokens/s and peak memory of each method relative to PEFT and bitsandbytes. Returns None if the result file
+    has no row."""
     rows = result["rows"]
     if not rows:
         return None
@@ -171,8 +173,8 @@ def training(result: Result) -> Optional[Picture]:
 
 
 def parts(result: Result) -> Optional[Picture]:
-    """Draws, for each width, the time of each part of a step over the time of the frozen model's whole step. Returns
-    None where the file has no row.
+    """Draws, for each width of the model, the time of each part of a step divided by the time of the frozen model's
+    whole step. Returns None if the result file has no row.
     """
     rows = result["rows"]
     if not rows:
@@ -208,8 +210,8 @@ def parts(result: Result) -> Optional[Picture]:
 
 
 def losses(result: Result) -> Optional[Picture]:
-    """Draws a panel for each method: the loss curves of the run of peft_ext and of its twin in bfloat16, and their
-    difference."""
+    """Draws a panel for each method, with the loss curves of the bfloat16 runs of peft_ext and of the twin, and the
+    largest difference of the two curves."""
     rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
     if not rows:
         return None
@@ -273,7 +275,8 @@ CHARTS = {"layers": (LORA, layers), "layers-dora": (DORA, layers), "training": (
 
 
 def pictures() -> Iterator[tuple[str, Optional[bytes], str]]:
-    """Yields, for each picture, its name, its SVG or None, and the reason where there is no SVG."""
+    """Yields, for each picture, its name, its SVG (None if the picture cannot be drawn), and the reason why the picture
+    cannot be drawn ("" if it can)."""
     todo = [(name, draw, newest(file), f"no result file {file}-<date>.json") for name, (file, draw) in CHARTS.items()]
     todo += [(f"layers-{slug(found['machine']['gpu']['name'])}", layers, found, "") for found in newest_by_gpu()]
     for name, draw, result, why in todo:

@@ -3,8 +3,8 @@
 ``python -m benchmarks.e2e compiled`` times, for each method, a step of four contenders: peft_ext and PEFT, eager and
 compiled. The four models are in one process and train in turn, so that a change of the machine's speed alters the four
 times alike. A ratio is the median, over the turns, of a compiled step's time divided by the time of the eager step of
-the same turn. The time of the compilation is not part of a step. The peak memory of each contender is measured in a
-process of its own, and contains the compilation.
+the same turn. The timed steps do not contain the compilation. The peak memory of each contender is measured in a
+process of its own, and contains the memory of the compilation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 
 NAME = "step-compiled-avx512_bf16"
 CONTENDERS = [("ours", False), ("ours", True), ("stock", False), ("stock", True)]
-WARMING = 2  # steps before the timed steps: the first compiles, and the second may compile for the optimizer's state
+# Number of steps before the timed steps. The first of these steps compiles the model, and the second may compile again.
+WARMING = 2
 
 
 def sizes_of(layers: int) -> dict[str, Any]:
@@ -31,14 +32,14 @@ def sizes_of(layers: int) -> dict[str, Any]:
 
 
 def peak(method: str, kind: str, compiles: bool, layers: int, batch: int, length: int) -> dict[str, Any]:
-    """Returns the figures of a short run of one contender, see :func:`benchmarks.e2e.train`."""
+    """Returns the figures of a short run of one contender, as :func:`benchmarks.e2e.train` returns them."""
     from . import e2e
 
     return e2e.train(e2e.METHODS[method], kind, WARMING, batch, length, sizes_of(layers), compiles=compiles)
 
 
 def times(method: str, layers: int, steps: int, batch: int, length: int) -> dict[str, list[float]]:
-    """Returns the seconds of each contender's steps, which run in turn."""
+    """Returns, for each contender, the seconds of its timed steps. The contenders run their steps in turn."""
     from . import e2e
 
     sizes = sizes_of(layers)
@@ -62,7 +63,8 @@ def named(kind: str, compiles: bool) -> str:
 
 
 def row(method: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
-    """Returns a method's row: the medians, and for each package the compiled step over the eager step."""
+    """Returns a method's row of the result file: the median times and the peak memories of the contenders, and for each
+    of peft_ext and PEFT the compiled step's time and memory divided by those of the eager step."""
     over = {}
     for kind in ("ours", "stock"):
         pairs = zip(seconds[named(kind, True)], seconds[named(kind, False)], strict=True)

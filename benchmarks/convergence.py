@@ -1,4 +1,4 @@
-"""Records loss curves of methods on real data: of an accelerated run, and of its twin, which is not accelerated.
+"""Records loss curves of methods on real data: of an accelerated run, and of a second run, its twin, without peft_ext.
 
 Both runs of a method begin with equal weights and train on the same batches. Diff Pruning has no twin; BitFit and
 partial fine-tuning have a twin only in float32.
@@ -7,11 +7,11 @@ partial fine-tuning have a twin only in float32.
 ``python -m benchmarks.convergence --draw``   writes docs/convergence.md from the newest result file
 
 SmolLM2-135M-Instruct learns BANKING77 as text: a customer's question, then the intent's name. Only the tokens of the
-name, and the end token behind them, have a loss. The two runs of a method record the loss on the labels, without the
-terms that AdaLoRA and Diff Pruning add.
+intent's name, and the end token after them, have a loss. The two runs of a method record the loss on these tokens,
+without the terms that AdaLoRA and Diff Pruning add to the loss.
 
 A bfloat16 run has a bfloat16 base and a float32 adapter. A float32 run begins with the weights of the bfloat16 run,
-converted to float32, and trains only the first steps. The bfloat16 runs differ from the float32 run by rounding.
+converted to float32, and trains only the first steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be compared with itself
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is compared
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from .harness import machine
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "banking77"
 DOCUMENT = ROOT / "docs" / "convergence.md"
-NAME = "run-convergence-avx512_bf16"  # name, without its date, of the result file from which --draw writes the page
+NAME = "run-convergence-avx512_bf16"  # without its date, the name of the result file from which --draw writes the page
 IGNORED = -100  # label of the tokens that the loss leaves out
 
 Batch = dict[str, Tensor]
@@ -78,7 +78,8 @@ def _inputs(batch: Batch) -> Batch:
 
 
 class _Run:
-    """A model in training, with its optimizer and the losses of the steps."""
+    """A model in training, with its optimizer and the losses of its steps. ``pruned``: index of the step after which
+    the model is pruned; None if the model is not pruned."""
 
     def __init__(self, method: Method, model: nn.Module, pruned: Optional[int]) -> None:
         self.method, self.model, self.pruned = method, model.train(), pruned
@@ -97,7 +98,7 @@ class _Run:
         output = self.model(**batch)
         output.loss.backward()
         self.optimizer.step()
-        if hasattr(self.tuner, "update_and_allocate"):  # AdaLoRA's update reads the gradients and the new parameters
+        if hasattr(self.tuner, "update_and_allocate"):  # AdaLoRA's update needs the gradients and the new parameters
             self.tuner.update_and_allocate(number)
         self.optimizer.zero_grad()
         if number == self.pruned:
@@ -115,9 +116,9 @@ def compare(
     dtype: str = "bfloat16",
     steps: Optional[int] = None,
 ) -> Row:
-    """Trains the method ``name`` and its twin, if the method has one for the dtype.
+    """Trains the method ``name``, and the method's twin if the method has one for the dtype.
 
-    After the training, :func:`compare` saves the adapter and loads the saved adapter over a new base.
+    After the training, :func:`compare` also saves the adapter of the accelerated run and loads it over a new base.
 
     Args:
         name: a key of ``METHODS``.
@@ -126,7 +127,8 @@ def compare(
         train: a batch for each step of the whole run, see :func:`batches`.
         held_out: batches of examples that are not in ``train``.
         dtype: dtype of the base, "bfloat16" or "float32"; a float32 run starts from the values of the bfloat16 run.
-        steps: number of steps to train; the schedules of the method's configuration are planned for all batches.
+        steps: number of steps to train, by default the number of batches; the schedules of the method's configuration
+            are planned for all batches.
 
     Returns: a row of the result file.
 
@@ -174,8 +176,9 @@ def compare(
 
 
 def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str, batch: Batch) -> dict[str, float]:
-    """Returns the largest difference of a logit before and after a reload of the adapter, and the largest absolute
-    value of a logit, both over the tokens that are not padding."""
+    """Saves the adapter and loads it over a new base. Returns the largest difference of a logit between ``model`` and
+    the loaded model ("max"), and the largest absolute value of a logit of ``model`` ("largest"), both over the tokens
+    that are not padding."""
     import peft_ext
 
     def logits(model: nn.Module) -> Tensor:
@@ -195,11 +198,11 @@ def _reloaded(method: Method, model: nn.Module, make_base: MakeBase, dtype: str,
 
 
 def intents(folder: Path, count: int, split: str = "train", seed: int = 0) -> list[tuple[str, str]]:
-    """Returns ``count`` prompts and completions of BANKING77, drawn without repetition.
+    """Returns ``count`` prompts and completions of BANKING77, drawn without repetition from the questions with at most
+    ``LONGEST`` characters.
 
-    The function leaves out questions with more than ``LONGEST`` characters.
-
-    Raises: FileNotFoundError where the folder lacks the split; ValueError where the split has too few questions.
+    Raises: FileNotFoundError if the folder lacks the file of the split; ValueError if the file has too few such
+    questions.
     """
     path = folder / f"{split}.csv"
     if not path.is_file():
@@ -223,10 +226,8 @@ def tokenize(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]
 
 
 def batches(examples: Iterable[Batch], size: int, pad: int) -> list[Batch]:
-    """Returns batches of ``input_ids``, ``labels`` and ``attention_mask`` ``[size, T]``, padded on the right.
-
-    The last batch may be smaller.
-    """
+    """Returns batches of ``input_ids``, ``labels`` and ``attention_mask`` ``[size, T]``, padded on the right. The last
+    batch may have fewer than ``size`` rows."""
     rows, found = list(examples), []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
@@ -275,7 +276,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, out: Path) -> None:
-    """Trains the methods that the result file ``out`` lacks, and writes the file after each method."""
+    """Trains the pairs of method and dtype that the result file ``out`` lacks, and writes the file after each pair.
+    Raises SystemExit if the file is of a run with other settings."""
     from peft_ext.integrations.transformers import keep_freed_memory
 
     result = {"machine": machine(), "settings": _settings(options), "rows": []}

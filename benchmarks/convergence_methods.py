@@ -1,4 +1,4 @@
-"""The methods whose loss curves are compared, with their settings and their twins."""
+"""Lists the methods whose loss curves benchmarks/convergence.py compares, and makes the models of a method's runs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ MakeBase = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Method:
-    """The settings of a method's run, and the kind of its twin, a second run for comparison.
+    """The settings of a method's run, and the kind of the method's twin, a second run for comparison.
 
     Attributes:
-        config: a function from the number of steps and of layers to PEFT's configuration.
-        twin: "PEFT" for PEFT's own layers; "reference" for PyTorch's operators in place of peft_ext's; "parameters" for
-            the model's own parameters, trained without an adapter, which compute an equal function only in float32; ""
-            for no twin.
+        config: a function that takes the numbers of steps and of layers and returns PEFT's configuration.
+        twin: how the twin computes: "PEFT" by PEFT's own layers; "reference" by PyTorch's operators; "parameters"
+        without
+            an adapter, by training the model's own parameters, which is an equal function only in float32. "" if the
+            method has no twin.
         prune_at: fraction of the run's steps after which Diff Pruning keeps the fraction ``keep`` of its entries.
     """
 
@@ -43,10 +44,8 @@ class Method:
 
 
 def _config(name: str, **fields: Any) -> Callable[[int, int], Any]:
-    """Returns a function that makes a configuration of the class ``name``, given as "package:class".
-
-    The value of a field may be a function of the number of steps and of layers.
-    """
+    """Returns a function that makes a configuration of the class ``name``, such as "peft:LoraConfig". The value of a
+    field may be a function of the numbers of steps and of layers."""
 
     def config(steps: int, layers: int) -> Any:
         given = {key: value(steps, layers) if callable(value) else value for key, value in fields.items()}
@@ -81,15 +80,14 @@ METHODS = {
     "Diff Pruning": Method(_DIFF_PRUNING, 2e-3, "", prune_at=0.5),
     "partial": Method(_PARTIAL, 2e-4, "parameters"),
 }
-# Methods that also run in float32. Left out are LoRA with dropout, whose masks differ from the twin's masks, prefix and
-# prompt tuning, which have no layer that peft_ext fuses, and Diff Pruning, which has no twin.
+# FLOAT32 lists the methods that also run in float32. It leaves out LoRA with dropout, whose masks differ from the
+# twin's masks, prefix and prompt tuning, which have no layer that peft_ext fuses, and Diff Pruning, which has no twin.
 FLOAT32 = ("LoRA", "QLoRA", "DoRA", "AdaLoRA", "IA3", "bottleneck", "BitFit", "partial")
 TWINS = {"PEFT": "PEFT", "reference": "PyTorch", "parameters": "the model's own parameters", "": "–"}
 
 
 def build(method: Method, make_base: MakeBase, steps: int, dtype: str) -> tuple[nn.Module, Optional[nn.Module]]:
-    """Returns the accelerated model and its twin with equal weights. The twin is None where the method has no twin in
-    ``dtype``."""
+    """Returns the accelerated model, and a twin with equal weights, or None if the method has no twin in ``dtype``."""
     import peft_ext
     from peft_ext.nn import BottleneckAdapter
 
@@ -100,7 +98,7 @@ def build(method: Method, make_base: MakeBase, steps: int, dtype: str) -> tuple[
         warnings.simplefilter("ignore")
         model = peft_ext.get_peft_model(model, method.config(steps, layers), accelerate=False)
     for key, parameter in model.named_parameters():
-        if ".ranknum." in key:  # over a 16-bit base PEFT trains AdaLoRA's ranknum and does not save ranknum
+        if ".ranknum." in key:  # over a 16-bit base, PEFT would train AdaLoRA's ranknum, but not save it
             parameter.requires_grad_(False)
     if dtype == "float32":
         model = model.float()

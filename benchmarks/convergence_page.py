@@ -13,8 +13,8 @@ from .e2e import PROMPT
 __all__ = ["DTYPES", "LONGEST", "Row", "curve_text", "differences", "draw", "held_out_text", "max_difference"]
 
 DTYPES = ("bfloat16", "float32")
-LONGEST = 80  # largest number of characters of a question that the runs use
-ENDS = 5  # number of first and of last steps of a run whose mean losses the table shows
+LONGEST = 80  # largest number of characters of the questions on which the runs train
+ENDS = 5  # the tables show the mean loss of a run's first ENDS steps and of its last ENDS steps
 
 Row = dict[str, Any]
 
@@ -25,7 +25,8 @@ def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
 
 
 def max_difference(row: Row) -> Optional[float]:
-    """Returns the largest difference between a step's losses of a method's two runs; None for a method without twin."""
+    """Returns the largest difference, over the steps, between the losses of a method's two runs; None if the row has no
+    twin."""
     return max(differences(row["losses"]["ours"], row["losses"]["twin"])) if row["twin"] else None
 
 
@@ -69,8 +70,8 @@ def _table(rows: list[Row]) -> str:
 
 
 def _rounding_table(narrow: list[Row], wide: list[Row]) -> str:
-    """Returns a table of the differences between the losses of both bfloat16 runs and the losses of the float32 twin,
-    over the steps of the float32 twin."""
+    """Returns a table of how far the losses of a method's bfloat16 runs are from the losses of the method's twin in
+    float32, over the steps of this twin."""
     exact = {row["method"]: row["losses"]["twin"] for row in wide if row["twin"]}
     lines = ["| method | peft_ext, mean (most) | twin, mean (most) |", "|---|---|---|"]
     for row in narrow:
@@ -87,10 +88,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _agreement(rows: list[Row]) -> str:
-    """Returns a sentence with the methods whose two curves are equal, and the largest difference of other methods.
-
-    Methods with dropout are left out, because the two runs draw different masks.
-    """
+    """Returns text that names the methods whose two loss curves are equal, and the largest difference of the other
+    methods' curves. Leaves out methods with dropout, because their two runs draw different masks."""
     compared = {
         row["method"]: max_difference(row) for row in rows if row["twin"] and not METHODS[row["method"]].dropout
     }
@@ -199,7 +198,8 @@ def draw(result: dict[str, Any]) -> str:
 
 
 def _wrapped(paragraph: str) -> str:
-    """Returns prose in lines of at most 120 characters, and headings, tables and pictures unchanged."""
+    """Returns a paragraph of prose in lines of at most 120 characters, and another paragraph (heading, table or
+    picture) unchanged."""
     if paragraph.startswith(("#", "|", "!")):
         return paragraph
     return textwrap.fill(" ".join(paragraph.split()), 120, break_long_words=False, break_on_hyphens=False)

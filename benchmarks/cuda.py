@@ -1,10 +1,10 @@
 """Times calls on a GPU with CUDA events, and measures the GPU's rates of copies and of matrix products (ceilings).
 
 A call is timed between two events, or as a part of a CUDA graph of many calls. The host does not wait for the GPU
-between calls. For a short call, the time between events is the time of the call's launch on the host; the time in a
-graph is the time of the call's kernels. The outputs of all calls of a sample between events are kept until the sample
-ends, so that no output reuses memory that is still in the GPU's cache. A :class:`Meter` samples the GPU's power and
-clock while calls are timed.
+between calls. For a short call, the time between events is the time in which the host launches the kernels; the time in
+a graph is the time of the kernels. The outputs of the calls of a sample are kept until the sample ends, so that no
+output reuses memory that is still in the GPU's cache. A :class:`Meter` samples the GPU's power, clock and temperature
+while calls are timed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .harness import Contender
 __all__ = ["Meter", "about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
 
 CALLS, GRAPH_CALLS = 10, 32
-# nvidia-smi's fields that describe a GPU, by their names in a result file.
+# Field names in a result file -> nvidia-smi's names of the fields that describe a GPU.
 SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "max_sm_mhz": "clocks.max.sm",
        "max_memory_mhz": "clocks.max.mem", "power_limit_w": "power.limit"}  # fmt: skip
-# nvidia-smi's fields that a Meter samples, by their names in a row of a result file.
+# Field names in a row of a result file -> nvidia-smi's names of the fields that a Meter samples.
 SAMPLED = {"power_w": "power.draw", "sm_mhz": "clocks.sm", "temperature_c": "temperature.gpu"}
 SAMPLE_MS = 100
 
@@ -36,7 +36,7 @@ def _event() -> Any:
 
 
 def event_clock(contender: Contender) -> Callable[[], float]:
-    """Returns a function that times CALLS queued calls, each between two events, and returns the median in seconds."""
+    """Returns a function that times CALLS calls, each between two events, and returns their median time in seconds."""
     marks = [(_event(), _event()) for _ in range(CALLS)]
 
     def sample() -> float:
@@ -54,10 +54,10 @@ def event_clock(contender: Contender) -> Callable[[], float]:
 
 
 def graph_clock(contender: Contender) -> Callable[[], float]:
-    """Returns a function that times a CUDA graph of :data:`GRAPH_CALLS` calls and returns the seconds of one call.
+    """Returns a function that times a CUDA graph of :data:`GRAPH_CALLS` calls and returns the mean seconds of a call.
 
-    Each of these calls takes the contender's next weight. A sample replays the graph twice: the first replay keeps the
-    device busy until the second, timed replay is queued. Raises the exception of a call that can't be captured.
+    Each call in the graph uses the contender's next weight. The function replays the graph twice: the first replay
+    keeps the GPU busy until the second, timed replay is queued. Raises the exception of a call that cannot be captured.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -96,7 +96,7 @@ def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**3
 
     def best(run: Callable[[], Any]) -> float:
         seconds = []
-        for _ in range(1 + repeats):  # the first measurement warms up
+        for _ in range(1 + repeats):  # the first measurement warms up and is left out
             start.record()
             for _ in range(CALLS):
                 run()
@@ -122,10 +122,8 @@ def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**3
 
 
 def about_gpu() -> dict[str, Any]:
-    """Returns the GPU's name, capability, number of multiprocessors and memory size, and CUDA's version.
-
-    Where nvidia-smi runs, also returns the driver's version, and the GPU's clocks and power limit.
-    """
+    """Returns the GPU's name, capability, number of multiprocessors and memory size, and the version of CUDA. If
+    nvidia-smi runs, also returns the driver's version and the GPU's clocks and power limit."""
     found = torch.cuda.get_device_properties(0)
     about = {
         "name": found.name,
@@ -143,13 +141,14 @@ def about_gpu() -> dict[str, Any]:
 
 
 def _smi(fields: dict[str, str], uuid: Any, *more: str) -> list[str]:
-    """Returns the command of nvidia-smi that prints a line with ``fields`` of one GPU."""
+    """Returns the command of nvidia-smi that prints a line with the fields ``fields`` of the GPU ``uuid``."""
     return ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields.values())}",
             "--format=csv,noheader,nounits", *more]  # fmt: skip
 
 
 def sample_of(line: str) -> dict[str, float]:
-    """Returns the numbers of a line of nvidia-smi by the names in SAMPLED. Leaves out values such as "[N/A]"."""
+    """Returns the numbers in a line of nvidia-smi's output, by the names in SAMPLED. Leaves out values that are no
+    numbers, such as "[N/A]"."""
     found = {}
     for name, text in zip(SAMPLED, line.split(","), strict=False):
         try:
@@ -162,8 +161,8 @@ def sample_of(line: str) -> dict[str, float]:
 class Meter:
     """A context manager that lets nvidia-smi sample the power, the clock and the temperature of the GPU ``uuid``.
 
-    A process of nvidia-smi prints a sample every :data:`SAMPLE_MS` milliseconds. Without nvidia-smi, or with None as
-    ``uuid``, there are no samples.
+    A process of nvidia-smi prints a sample every :data:`SAMPLE_MS` milliseconds. If nvidia-smi is missing or ``uuid``
+    is None, the meter has no samples.
     """
 
     def __init__(self, uuid: Any) -> None:
@@ -175,7 +174,8 @@ class Meter:
     def __enter__(self) -> Meter:
         if self._uuid is None:
             return self
-        # With a pipe in place of the terminal, the C library would hold lines back until a buffer is full.
+        # nvidia-smi writes to a terminal, because the C library would hold lines for a pipe back until a buffer is
+        # full.
         ours, theirs = os.openpty()
         try:
             command = _smi(SAMPLED, self._uuid, f"--loop-ms={SAMPLE_MS}")
@@ -208,9 +208,8 @@ class Meter:
                     self._samples += filter(None, (sample_of(line.decode(errors="replace")) for line in whole))
 
     def lap(self) -> dict[str, float]:
-        """Returns the median of each field over the samples since the last call. Without a new sample, returns the
-        last result.
-        """
+        """Returns the median of each field over the samples since the last call of ``lap``. If no sample is new,
+        returns the last result again."""
         with self._lock:
             samples, self._samples = self._samples, []
         medians = {}

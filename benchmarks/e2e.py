@@ -1,4 +1,4 @@
-"""Compares whole training runs and steps: accelerated, and stock (PEFT + bitsandbytes).
+"""Compares training runs and training steps of peft_ext with those of PEFT and bitsandbytes alone.
 
 ``python -m benchmarks.e2e speed``                   peft-ext finetune: tokens/s, peak memory and losses
 ``python -m benchmarks.e2e methods``                 steps of LoRA, DoRA, AdaLoRA and IA3 on random weights
@@ -7,8 +7,8 @@
 ``python -m benchmarks.e2e compiled``                steps under torch.compile and eager steps
 ``python -m benchmarks.e2e intents --data FOLDER``   accuracy on BANKING77 (train.csv, test.csv) over seeds
 
-Each training run is a process of its own, so that the peak memory of the process is the peak memory of one run. Each of
-the six commands writes a result file. With ``--device cuda`` the command methods trains on a GPU.
+Each run whose peak memory is measured is a process of its own. Each of the six commands writes a result file. With
+``--device cuda`` the command methods trains on a GPU.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def finetune(output: Path, *arguments: str) -> dict[str, Any]:
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs ``peft-ext finetune`` with and without ``--stock`` in turn. A ratio compares the two runs of one turn, which
-    follow each other.
+    """Compares ``peft-ext finetune`` with ``peft-ext finetune --stock``. The two run in turn, and a ratio divides
+    figures of two runs of the same turn.
 
-    The losses are compared in two more runs without dropout, since with dropout the contenders draw different masks.
+    The losses are compared in two more runs without dropout, because with dropout the two draw different masks.
     """
     steps = ("--max-steps", str(args.steps), "--eval-fraction", "0.03")
     kinds = {"ours": (), "stock": ("--stock",)}
@@ -96,8 +96,8 @@ def _short(run: dict[str, Any]) -> str:
 
 
 def intents(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains on BANKING77's questions and intents as text, and measures how many answers are the right intent's
-    name.
+    """Fine-tunes the demo's model on the questions and the intents' names of BANKING77, and measures the fraction of
+    test questions that the model answers with the right intent's name.
     """
     train, test = (_read(args.data / name) for name in ("train.csv", "test.csv"))
     picked = random.Random(0).sample(test, args.questions)
@@ -126,9 +126,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
-    """Returns the fraction of ``questions`` that the NF4 base with the adapter answers right. Answers are generated
-    greedily, for 32 questions at a time.
-    """
+    """Returns the fraction of ``questions`` that the demo's model in NF4 with the adapter answers right."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -199,7 +197,7 @@ LLAMA_1B = {
     "tie_word_embeddings": True,
 }
 # Sizes of a Llama with the width of Llama 3 8B, and with 4 layers instead of 32. The vocabulary is smaller in nearly
-# the same proportion, so that the head takes the part of a step that the head takes in the whole model.
+# the same proportion, so that the head takes nearly the same share of a step as in Llama 3 8B.
 LLAMA_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -225,7 +223,7 @@ KINDS = ("ours", "stock", "frozen")
 def peft_config(method: Method, steps: int) -> Any:
     """Returns PEFT's configuration of a method.
 
-    LoRA and DoRA have rank 16, and AdaLoRA begins with rank 16, on every linear layer but the head.
+    LoRA and DoRA have rank 16, and AdaLoRA begins with rank 16. Every method adapts each linear layer except the head.
     """
     import peft
 
@@ -246,8 +244,8 @@ def peft_config(method: Method, steps: int) -> Any:
 def build_model(method: Method, kind: str, steps: int, sizes: dict[str, Any], device: str = "cpu") -> Any:
     """Returns a Llama of ``sizes`` in training mode, with an adapter unless ``kind`` is "frozen".
 
-    All contenders get equal random bf16 weights. Without bitsandbytes, the quantized layers of the kind "ours" are
-    NF4Linear, and the kind "stock" raises ImportError.
+    All contenders get equal random bf16 weights. If bitsandbytes is not installed, the quantized layers of the kind
+    "ours" are NF4Linear, and a quantized model of the kind "stock" raises ImportError.
     """
     import torch
     from peft import get_peft_model
@@ -294,7 +292,7 @@ def stepper(
     import peft_ext
     from peft_ext.integrations.transformers import keep_freed_memory
 
-    keep_freed_memory()  # all contenders get the same settings of malloc
+    keep_freed_memory()  # malloc gets the same settings for each contender
     model = build_model(method, kind, steps, sizes, device)
     if kind == "frozen":
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
@@ -397,9 +395,9 @@ def train(method: Method, kind: str, steps: int, *args: Any, **kwargs: Any) -> d
 
 
 def methods(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the contenders of each method, each in its own process. On a CPU the contenders take their steps in turn; on
-    a GPU, where only one contender may use the GPU while its clock and power are read, each takes all its steps at once.
-    A ratio is the median over the turns of the ratio of two steps of the same turn.
+    """Runs the contenders of each method, each in its own process. On a CPU the contenders take their steps in turn. On
+    a GPU each contender takes all its steps at once, since only one may use the GPU while clock and power are read. A
+    ratio is the median over the turns of the ratio of two steps of the same turn.
 
     The result file is written anew after each method. A run that fails, or that takes more than ``args.limit`` seconds,
     is named in "failed", and the method's row has the other runs.
@@ -445,7 +443,8 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Returns the row of a method. If a run of a contender failed, the row has no ratios."""
+    """Returns the row of a method. The row has no ratios if some contender has fewer finished runs than another, or if
+    no run finished."""
     ours, stock = runs["ours"], runs["stock"]
     first = (ours or stock or runs["frozen"])[0]
     row = {
@@ -466,7 +465,7 @@ def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, An
         "memory": _ratio(ours, stock, "peak_mib"),
         "over_frozen": _of_steps(ours, runs["frozen"]),
         "memory_over_frozen": _ratio(ours, runs["frozen"], "peak_mib"),
-        # With dropout the contenders draw different masks, so that losses are not compared.
+        # With dropout, losses are not compared, because the contenders draw different masks.
         "max_loss_difference": None if METHODS[name].dropout else max(differences),
     }
 
@@ -484,8 +483,8 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _names(text: str) -> list[str]:
-    """Returns the methods that ``text`` names; ";" separates the parts of ``text``. A part is a method's name, or else
-    the beginning of the names of some methods.
+    """Returns the methods of METHODS that ``text`` names. ";" separates the names; a name that is no method's name
+    stands for all methods whose names begin with it.
     """
     names = {name.lower(): name for name in METHODS}
     found = []
@@ -497,7 +496,7 @@ def _names(text: str) -> list[str]:
 
 
 def _subject(args: argparse.Namespace) -> str:
-    """Returns the beginning of the result file's name."""
+    """Returns the first part of the result file's name, such as "step-methods"."""
     if args.command != "methods":
         return f"{'step' if args.command in ('experts', 'parts', 'compiled') else 'run'}-{args.command}"
     shape = [args.shape] * (args.shape != "smollm2")

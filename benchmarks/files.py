@@ -1,7 +1,7 @@
 """Reads and writes result files: ``benchmarks/results/<kind>-<subject>-<CPU path or GPU>-<date>.json``.
 
 The kind of a result file is ``layer`` (operators and single layers), ``step`` (whole training steps) or ``run`` (whole
-training runs). A committed file comes from one run of one command. A committed file has only the rows that a table or a
+training runs). A committed result file comes from one run of one command, and has only the rows that a table or a
 picture of the documents shows.
 """
 
@@ -35,7 +35,8 @@ def result_path(subject: str, machine: dict[str, Any], out: Optional[Path] = Non
 
 
 def write(path: Path, result: Result) -> None:
-    """Writes a result file with one line for each field and each row. An interrupted write leaves the old file."""
+    """Writes a result file with one line for each field and each row. If the write is interrupted, the old file
+    remains."""
 
     def text(value: Any) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -50,13 +51,14 @@ def write(path: Path, result: Result) -> None:
 
 
 def newest(name: str) -> Optional[Result]:
-    """Returns the newest result whose file is called ``<name>-<date>.json``; None where there is none."""
+    """Returns the content of the newest result file ``<name>-<date>.json``; None if no such file exists."""
     found = sorted(RESULTS.glob(f"{name}-????-??-??.json"))
     return json.loads(found[-1].read_text()) if found else None
 
 
 def newest_by_gpu() -> list[Result]:
-    """Returns, for each GPU, the newest result of all benchmarks of ``python -m benchmarks --device cuda``."""
+    """Returns, for each GPU, the content of the newest result file of ``python -m benchmarks --device cuda`` with all
+    benchmarks."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("layer-all-*.json"))]
     return list({result["machine"]["gpu"]["name"]: result for result in found if is_of_a_gpu(result)}.values())
 

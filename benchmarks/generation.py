@@ -15,10 +15,10 @@ NF4, compiled     as NF4, with transformers' static cache, and with ``torch.comp
 
 "stock" is transformers and PEFT, and bitsandbytes for NF4; "ours" is the same model after ``peft_ext.accelerate``.
 
-The comparison of tokens: the accelerated NF4 model with an adapter generates from each prompt twice, with its decoder
-layers (``accelerate``'s default, where one operator computes a whole layer) and layer by layer (``blocks=False``). At the
-first token that differs, the two largest logits of the second way are compared: a difference of at most one unit in the
-last place of bfloat16 is a tie.
+The comparison of tokens: the accelerated NF4 model with an adapter generates from each prompt twice, with fused decoder
+layers (``accelerate``'s default, where one operator computes a whole layer) and layer by layer (``blocks=False``). At
+the first token that differs, the second way's logits of the two tokens are compared: a difference of at most one unit
+in the last place of bfloat16 is a tie.
 """
 
 from __future__ import annotations

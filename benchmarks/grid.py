@@ -12,7 +12,8 @@ from .peers import Problem
 __all__ = ["MAIN", "SHAPES", "Options", "Variant", "cases"]
 
 MAIN = "4096"
-# Sizes (K, N) of the linear layers of some models. Every run measures the shape MAIN, Llama-3-8B's square layer.
+# Numbers (K, N) of input and output features of linear layers of some models. Every run measures the shape MAIN, which
+# is the square layer of Llama 3 8B.
 SHAPES = {
     MAIN: ((4096, 4096),),
     "smollm2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
@@ -28,9 +29,9 @@ class Variant:
 
     Attributes:
         build: a function ``(problem, compile) -> Comparison``.
-        tokens: numbers of tokens at which the variant is compared; None: the numbers of the run; (None,): the operator
-            has no tokens. On a GPU, a variant with a tuple of numbers is compared at every number of tokens of the run,
-            ``forward_tokens`` of :class:`Options` included, and the numbers in the tuple do not matter.
+        tokens: on a CPU, the numbers of tokens at which the variant is compared. None: the run's numbers of tokens.
+            (None,): the operator has no tokens. On a GPU, a variant with a tuple of numbers is compared at every number
+            of tokens of the run, ``forward_tokens`` of :class:`Options` included.
         everywhere: whether the variant is also compared at the models' shapes, and not only at 4096 x 4096.
         devices: devices on which the variant is compared.
         graph: whether a CUDA graph can hold the variant's calls, because they have no autograd.
@@ -51,13 +52,14 @@ class Options:
 
     Attributes:
         tokens, hot_tokens: numbers of tokens at 4096 x 4096 with rotating and with hot weights.
-        shape_tokens: numbers of tokens at the models' shapes; None stands for operators without tokens.
-        shapes: names in :data:`SHAPES` that are measured besides MAIN.
+        shape_tokens: numbers of tokens at the models' shapes; a None in the sequence stands for operators without
+        tokens. shapes: names in :data:`SHAPES` that are measured besides MAIN.
         weights: "rotating", "hot", or on a GPU "graph" (rotating weights, with the calls captured in a CUDA graph).
         compile_tokens: numbers of tokens at which torch.compile takes part at 4096 x 4096; each compilation takes
             seconds.
         device: "cpu" or "cuda".
-        forward_tokens: more numbers of tokens, at which only variants with a tuple ``tokens`` are compared.
+        forward_tokens: additional numbers of tokens at 4096 x 4096, for variants whose ``tokens`` is a tuple of
+        numbers.
     """
 
     tokens: Sequence[int]
@@ -71,7 +73,8 @@ class Options:
 
 
 def cases(variants: Sequence[Variant], options: Options) -> Iterator[Case]:
-    """Yields the cases, the cases of the 4096 x 4096 layer first. Cases that share weights follow each other."""
+    """Yields the cases of the 4096 x 4096 layer and then those of the models' shapes. Cases with the same weights
+    follow each other."""
     for weights in options.weights:
         tokens = options.hot_tokens if weights == "hot" else (*options.tokens, *options.forward_tokens)
         yield from _cases(variants, MAIN, weights, (*tokens, None), options)
@@ -94,10 +97,7 @@ def _cases(
 
 
 def _has(variant: Variant, tokens: Optional[int], options: Options) -> bool:
-    """Returns whether the variant is compared at ``tokens``.
-
-    On a GPU a variant with a tuple of numbers of tokens is compared at all numbers of tokens of the run.
-    """
+    """Returns whether the variant is compared at ``tokens`` tokens; None stands for operators without tokens."""
     if variant.tokens is None:
         return tokens is not None and tokens not in options.forward_tokens
     if options.device == "cuda" and None not in variant.tokens:

@@ -1,7 +1,7 @@
 """Compares contenders with the timer of :mod:`peft_ext.bench`: verifies each result, then times all contenders in turn.
 
 A run also measures the ceilings of the machine: the bandwidth of a copy and of reading, and the rates of PyTorch's
-products. A :data:`Clock` measures the times: ``host_clock`` of :mod:`peft_ext.bench` on a CPU, the clocks of
+matrix products. A :data:`Clock` measures the times: ``host_clock`` of :mod:`peft_ext.bench` on a CPU, and the clocks of
 :mod:`.cuda` on a GPU.
 """
 
@@ -56,10 +56,11 @@ class Comparison:
     """The contenders, "ours" (peft_ext) first, and the bytes and operations of the lower bound of the operator's time.
 
     Attributes:
-        bytes_moved, flops: bytes that the operator must move at least, and operations that it must compute at least.
+        bytes_moved, flops: bytes that the operator must move at least, and operations that the operator must compute at
+            least.
         reads: whether nearly all of the bytes are read, so that the bandwidth of reading bounds the time.
         tolerance: largest relative error that "ours" may have; with 0 "ours" must have the bits of the exact result.
-        absent: for each peer that cannot run, the reason.
+        absent: a dict from each peer that cannot run to the reason.
     """
 
     contenders: dict[str, Contender]
@@ -72,7 +73,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison at one shape. ``build`` makes the Comparison with its contenders."""
+    """A comparison at one shape, kind of weights and number of tokens (None if the operator has no tokens). ``build``
+    makes the Comparison with its contenders."""
 
     op: str
     case: str
@@ -88,15 +90,17 @@ class Row:
     """The result of a comparison.
 
     Attributes:
-        milliseconds: by contender, the median over the rounds of the time of a call.
-        speedup: by peer, the median over the rounds of the peer's time divided by peft_ext's time; above 1, peft_ext is
-            faster.
-        quartiles: first and third quartile, over rounds, of the ratios in ``speedup``.
-        errors: relative error of each contender's outputs to float64 (Frobenius norm), or the reason why the contender
-            is not verified.
-        absent: for each peer that could not run, the reason.
-        bytes_moved, flops, reads: the fields of the :class:`Comparison`.
-        roofline: lower bound of the time (see :func:`floor_ms`) in percent of each contender's time.
+        milliseconds: for each contender, the median over the rounds of the time of a call.
+        speedup: for each peer, the median over the rounds of the peer's time divided by peft_ext's time. A value above
+        1
+            says that peft_ext is faster.
+        quartiles: for each peer, the first and the third quartile, over the rounds, of the ratios of ``speedup``.
+        errors: for each contender, the relative error (Frobenius norm) of each output against the float64 result, or
+        the
+            reason why the contender is not verified.
+        absent: a dict from each peer that could not run to the reason.
+        bytes_moved, flops, reads: the fields of the :class:`Comparison` with these names.
+        roofline: for each contender, the lower bound of the time (see :func:`floor_ms`) in percent of its time.
         meter: the GPU's power, clock and temperature during the row; empty on a CPU.
     """
 
@@ -149,11 +153,11 @@ def measured_ceilings(repeats: int = 7, size: int = 2048) -> dict[str, float]:
 def floor_ms(
     bytes_moved: Optional[int], flops: Optional[int], ceilings: dict[str, float], reads: bool = False
 ) -> float:
-    """Returns the lower bound of an operator's time in milliseconds: the larger of the times to move its bytes and to
-    compute its products.
+    """Returns the lower bound of an operator's time in milliseconds: the larger of the time to move ``bytes_moved``
+    bytes and the time of ``flops`` operations.
 
-    The operations are divided by the faster of PyTorch's two measured rates of products, bf16 and float32. On a CPU
-    without bf16 instructions the float32 rate is the faster one.
+    The rate of operations is the faster of the two measured rates of PyTorch's products, in bf16 and in float32. On a
+    CPU without bf16 instructions the float32 rate is the faster one.
     """
     peak = max(value for name, value in ceilings.items() if name.startswith("matmul_"))
     bandwidth = ceilings["copy_gb_s"]
@@ -174,10 +178,10 @@ def rate(bytes_moved: int, flops: int, milliseconds: float, ceilings: dict[str, 
 
 
 def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns two dictionaries by contender: the errors, and the reasons why contenders are absent.
+    """Returns a dict with each contender's errors, and a dict with the reason for each contender that is absent.
 
-    Raises AssertionError where the error of "ours" is larger than the tolerance. A peer that cannot run, such as
-    torch.compile without a compiler, is absent; the reason is the first line of its error.
+    Raises AssertionError if the error of "ours" is larger than the tolerance. A peer that cannot run, such as
+    torch.compile without a compiler, is absent; the reason is the first line of the peer's error.
     """
     errors, absent = timer.verify(op, comparison.contenders, comparison.tolerance)
     return errors, {**comparison.absent, **absent}
@@ -186,7 +190,7 @@ def verify(op: str, comparison: Comparison) -> tuple[dict[str, Any], dict[str, s
 def compare(
     case: Case, comparison: Comparison, ceilings: dict[str, float], budget_s: float = 4.0, clock: Clock = host_clock
 ) -> Row:
-    """Verifies the contenders, then times at least five interleaved rounds, in about ``budget_s`` seconds in all.
+    """Verifies the contenders, and then times them in turn, in at least five rounds and for about ``budget_s`` seconds.
 
     A peer that ``clock`` cannot time, such as a call that cannot be captured in a CUDA graph, is absent. A peer that
     takes longer than ``timer.LONGEST_CALL_S``, such as bfloat16 on a CPU without bfloat16 instructions, is timed once.
@@ -237,11 +241,11 @@ def run(
 ) -> tuple[list[Row], list[str]]:
     """Returns the rows, and the names of the cases that were left out.
 
-    A row takes about ``row_s`` seconds of timing, or less where little time is left. The run takes about ``limit_s``
+    A row is timed for about ``row_s`` seconds, or for less if little time is left. The run takes about ``limit_s``
     seconds, with set-up, verification and compilation. A case is left out if the limit has passed, or if the remaining
-    time is shorter than twice the lower bound of the time of five rounds of five contenders, where a call counts as at
-    least 20 ms. An error of "ours" ends the run; where ``failed`` is a list, the error is added to ``failed`` instead,
-    and the run goes on.
+    time is less than twice the lower bound of the time of 25 calls (five rounds of five contenders), where a call
+    counts as at least 20 ms. An error of "ours" ends the run if ``failed`` is None; otherwise the error is added to the
+    list ``failed``, and the run continues with the next case.
     """
     cases = list(cases)
     check_kernels({case.op for case in cases}, device)
@@ -275,11 +279,10 @@ def run(
 
 
 def check_kernels(ops: set[str], device: str = "cpu") -> None:
-    """Exits where an operator or its backward has no kernel, so that no reference is timed as if it were a kernel.
+    """Exits if an operator or its backward has no kernel, so that no reference is timed as if it were a kernel.
 
-    Operators that are composed of other operators need no kernel of their own.
-
-    With PEFT_EXT_REQUIRE=0 or unset, check_kernels does nothing, and the reference is timed. ``python -m benchmarks``
+    An operator that is composed of other operators needs no kernel of its own. With PEFT_EXT_REQUIRE=0 or unset,
+    check_kernels does nothing, and the reference of an operator without a kernel is timed. ``python -m benchmarks``
     sets PEFT_EXT_REQUIRE=1 by default.
     """
     if os.environ.get("PEFT_EXT_REQUIRE", "") in ("", "0"):
@@ -301,7 +304,7 @@ def machine() -> dict[str, Any]:
         "torch_isa": torch.backends.cpu.get_cpu_capability().lower(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "date": time.strftime("%Y-%m-%d"),
-        # bitsandbytes takes another CPU kernel for few tokens if the package kernels is installed.
+        # If the package kernels is installed, bitsandbytes runs another CPU kernel for few tokens.
         "versions": {
             "peft_ext": peft_ext.__version__,
             **versions("torch", "transformers", "peft", "bitsandbytes", "kernels"),
@@ -328,7 +331,8 @@ def ratio_text(speedup: Mapping[str, float], quartiles: Mapping[str, Sequence[fl
 
 
 def spread_text(quartiles: Optional[Sequence[float]]) -> str:
-    """Returns quartiles as text, such as " (1.02 to 1.10)"; "" for None, and where both quartiles have equal texts."""
+    """Returns two quartiles as text, such as " (1.02 to 1.10)"; "" if ``quartiles`` is None or if both have equal
+    texts."""
     low, high = (f"{value:.2f}" for value in quartiles or (0.0, 0.0))
     return "" if low == high else f" ({low} to {high})"
 

@@ -4,7 +4,8 @@
 frozen layer, PEFT's layer (over NF4 with bitsandbytes' layer), and PEFT's layer after ``peft_ext.accelerate``. Each
 contender has up to 64 layers of a shape and runs a step on one layer after the other, as in a model, so that the
 weights of large shapes are not in a cache from an earlier call. The contenders are timed in turn. The result file has
-the median and the quartiles of the ratios of the rounds. Low-rank adapters have rank 16, and adapters are float32.
+the median and the quartiles, over the rounds, of the ratios of two contenders' times. Low-rank adapters have rank 16,
+and adapters are float32.
 
 In bfloat16, the default, the shapes are those of the linear layers, without heads, of SmolLM2-135M, Qwen2.5-0.5B,
 Llama-3.2-1B, BERT-base and GPT-2, with 16 to 4,096 tokens. ``--dtype float32`` measures some of the shapes with 512
@@ -31,13 +32,14 @@ from .files import result_path, write
 from .harness import machine, measured_ceilings
 
 RANK = 16
-# ROTATING_BYTES: least bytes that the layers of a shape fill together, if MOST_LAYERS layers are enough to fill them.
+# A contender has so many layers of a shape that their dense weights fill ROTATING_BYTES bytes, but at most MOST_LAYERS.
 ROTATING_BYTES, MOST_LAYERS = 1 << 26, 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The measurements in a dtype: sizes ``(K, N)`` of layers, numbers of tokens of a step, and methods."""
+    """The measurements in a dtype. ``shapes``: numbers (K, N) of input and output features of layers. ``tokens``:
+    numbers of tokens of a step. ``methods``: names of methods in ``_configs()``."""
 
     shapes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
@@ -133,7 +135,7 @@ def _ratio(over: list[float], under: list[float]) -> dict[str, Any]:
 
 
 def _calls(tokens: int, k: int, n: int) -> int:
-    """Returns the number of steps that a round times for each contender, which is larger where a step is short."""
+    """Returns the number of steps that a round times for each contender: up to eight, and fewer for a long step."""
     return max(1, min(8, int(4e9 // (4 * tokens * k * n + 1e8))))
 
 
@@ -153,11 +155,11 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             calls, order = _calls(tokens, k, n), list(contenders)
             for i in range(rounds + 1):
                 for name in order[i % len(order) :] + order[: i % len(order)]:
-                    # In each round, the first step of a contender is not timed, because the caches still hold the data
-                    # of the previous contender.
+                    # The first step of a contender's turn is not timed, because the caches still hold the data of the
+                    # previous contender.
                     contenders[name].step(x, grad)
                     mean = statistics.mean(contenders[name].step(x, grad) for _ in range(calls))
-                    if i > 0:  # the first round warms up
+                    if i > 0:  # the first round warms up and does not count
                         times[name].append(mean)
             for method in configs:
                 frozen, stock, ours = times[("frozen", "")], times[("stock", method)], times[("ours", method)]

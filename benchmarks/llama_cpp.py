@@ -1,4 +1,4 @@
-"""Compares llama.cpp with peft_ext on SmolLM2-135M-Instruct: logits of the base, and of the base with an adapter.
+"""Compares the logits of llama.cpp and peft_ext on SmolLM2-135M-Instruct, without an adapter and with an adapter.
 
 ``python -m benchmarks.llama_cpp``                 every file type; writes a result file
 ``python -m benchmarks.llama_cpp --types Q4_0 F16``
@@ -10,8 +10,8 @@ the adapter; peft_ext computes the logits of the same tokens in float32 over the
 adapter, accelerated.
 
 The logits of the base in llama.cpp and in peft_ext differ because llama.cpp rounds the inputs of products with weights
-that are not float32, see :mod:`.llama_runner`. If an exported adapter is right, the difference of the logits is not
-larger with the adapter than without an adapter.
+that are not float32, see :mod:`.llama_runner`. If an exported adapter is right, the logits with the adapter differ
+about as much as the logits without an adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-# With PEFT_EXT_REQUIRE=1 a missing kernel is an error; otherwise llama.cpp would be compared with the reference.
+# A missing kernel is an error, so that llama.cpp is not compared with the reference.
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")
 
 from peft_ext.machine import versions
@@ -35,8 +35,8 @@ from .files import newest, result_path, write
 from .harness import machine
 from .llama_runner import FILE_TYPES, Runner, quantize_file
 
-NAME = "run-llama_cpp-avx512_bf16"  # name of the result file that the table shows, without its date
-ANSWERS, LENGTH = 5, 24  # number of prompts that are answered, and number of tokens of an answer
+NAME = "run-llama_cpp-avx512_bf16"  # without its date, the name of the result file that the documents show
+ANSWERS, LENGTH = 5, 24  # number of prompts for which an answer is generated, and largest number of its tokens
 PROMPTS = (
     "The capital of France is", "Water boils at a temperature of", "In Python, a list comprehension is",
     "The with statement is used to", "Once upon a time, in a small village,", "The derivative of x squared is",
@@ -46,12 +46,13 @@ PROMPTS = (
     "An iterator is an object that implements", "Shakespeare wrote", "The global statement causes the listed",
     "Three primary colors are red,", "A class definition defines a class object", "If it rains tomorrow, we will",
 )  # fmt: skip
-# The adapters with which a file type is measured: none, and the exported adapter in float16 and in float32.
+# A file type is measured without an adapter, with the exported adapter in float16, and with that in float32.
 KINDS = ("none", "f16", "f32")
 
 
 def float_file(source: Path, target: Path, dtype: Any = np.float16) -> None:
-    """Writes a GGUF file with the metadata of ``source`` and its weights decoded to ``dtype``; vectors are float32."""
+    """Writes the GGUF file ``target`` with the metadata of the file ``source`` and its tensors, decoded: vectors to
+    float32, and other tensors to ``dtype``."""
     import gguf
     from gguf.quants import dequantize
 
@@ -75,7 +76,8 @@ def float_file(source: Path, target: Path, dtype: Any = np.float16) -> None:
 
 
 def train(folder: Path, steps: int) -> dict[str, Any]:
-    """Trains an adapter in float32, saves the adapter in ``folder``, and returns the first and the last loss."""
+    """Trains a LoRA adapter in float32 and saves the adapter in ``folder``. Returns the number of steps, and the first
+    and the last loss."""
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,10 +105,11 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def compared(theirs: list[np.ndarray], ours: list[np.ndarray]) -> dict[str, float]:
-    """Returns the differences of two lists of logits: of their values, of the distributions, and of the most probable
-    tokens.
+    """Compares two lists of logits, each with an array [tokens, vocabulary] for each prompt.
 
-    ``kl`` is the mean over the tokens of KL(ours ‖ theirs), in nats.
+    ``mean`` and ``max``: mean and largest absolute difference of a logit. ``kl`` and ``kl_max``: mean and largest
+    value, over the tokens, of KL(ours ‖ theirs) in nats. ``top1``: fraction of the tokens with the same most probable
+    token.
     """
     one, other = (torch.from_numpy(np.concatenate(found)).double() for found in (theirs, ours))
     apart = (one - other).abs()
@@ -147,16 +150,16 @@ class Ours:
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> int:
-    """Returns the number of equal tokens before the first difference."""
+    """Returns the number of equal tokens before the first difference of two lists of tokens."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path], prompts: Any, stop: int) -> Any:
-    """Yields a row for each of ``KINDS`` over the file ``base``.
+    """Yields a row for each adapter of ``KINDS`` over the file ``base``.
 
     The field ``decoded`` of a row is the largest difference of a logit between peft_ext over ``base`` and llama.cpp
-    over a file in which the package gguf has decoded the weights of ``base`` to float32. llama.cpp does not round the
-    inputs of products with float32 weights, so that the difference does not contain this rounding.
+    over a file in which the package gguf has decoded the weights of ``base`` to float32. With float32 weights,
+    llama.cpp does not round the inputs of products.
     """
     ours, decoded = Ours(base), base
     if kind != "F32":
@@ -164,7 +167,7 @@ def measure_type(kind: str, base: Path, adapter: Path, exported: dict[str, Path]
         float_file(base, decoded, np.float32)
     without = None
     for dtype in KINDS:
-        if dtype != KINDS[2]:  # peft_ext runs PEFT's adapter in place of both exports
+        if dtype != KINDS[2]:  # both exported adapters are compared with the same logits of peft_ext
             if dtype == KINDS[1]:
                 ours.adapt(adapter)
             wanted = [ours.logits(tokens) for tokens in prompts]

@@ -1,7 +1,8 @@
 """Runs a GGUF file and an adapter file in llama.cpp, through the C functions of the package llama-cpp-python.
 
-The caches of keys and values are float32 and attention is not fused, so that the weights' types alone decide the
-rounding. llama.cpp rounds the inputs of a product: to 8 bits for a quantized weight, to float16 for a float16 weight.
+llama.cpp rounds the input of a product with a weight: to 8 bits if the weight is quantized, and to float16 if the
+weight is float16. The cache of keys and values is float32 and attention is not fused, so that the weights' types alone
+decide how llama.cpp rounds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 __all__ = ["FILE_TYPES", "LlamaError", "Runner", "quantize_file"]
 
-# By name of llama.cpp's file type, the name of the constant in the package llama_cpp.
+# Names of llama.cpp's file types -> names of their constants in the package llama_cpp.
 FILE_TYPES = {
     "F32": "LLAMA_FTYPE_ALL_F32", "F16": "LLAMA_FTYPE_MOSTLY_F16", "Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
     "Q6_K": "LLAMA_FTYPE_MOSTLY_Q6_K", "Q4_K_M": "LLAMA_FTYPE_MOSTLY_Q4_K_M", "Q4_1": "LLAMA_FTYPE_MOSTLY_Q4_1",
@@ -28,7 +29,7 @@ _callbacks: list[Any] = []
 
 
 class LlamaError(RuntimeError):
-    """llama.cpp refused a file or a call. The message has llama.cpp's own last lines."""
+    """Raised if llama.cpp refuses a file or a call. The message ends with the last lines that llama.cpp printed."""
 
 
 def _library() -> Any:
@@ -53,8 +54,8 @@ def _error(what: str) -> LlamaError:
 
 
 def quantize_file(source: Path, target: Path, kind: str, threads: int = 1) -> None:
-    """Writes the GGUF file ``target`` of the file type ``kind`` by llama.cpp's own quantizer. Raises LlamaError on
-    failure."""
+    """Lets llama.cpp's own quantizer write the GGUF file ``target`` of the file type ``kind`` from the file ``source``.
+    Raises LlamaError if llama.cpp fails."""
     llama = _library()
     options = llama.llama_model_quantize_default_params()
     options.ftype, options.nthread = getattr(llama, FILE_TYPES[kind]), threads
@@ -71,7 +72,7 @@ class Runner:
         threads: number of llama.cpp's threads. More threads than free cores are slow, because the threads wait for each
             other in a busy loop.
 
-    Raises: LlamaError if llama.cpp cannot load the model or the adapter.
+    Raises: LlamaError if llama.cpp cannot load the model or the adapter, or cannot make a context.
     """
 
     def __init__(self, model: Path, adapter: Optional[Path] = None, threads: int = 1) -> None:
@@ -88,7 +89,8 @@ class Runner:
         settings.n_threads = settings.n_threads_batch = threads
         settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
         settings.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        # The adapter is loaded before the context is made: llama.cpp sizes the context's graph by the loaded adapters.
+        # The adapter is loaded before the context is made, because llama.cpp sizes the context's graph by the loaded
+        # adapters.
         loaded = None
         if adapter is not None:
             loaded = llama.llama_adapter_lora_init(self._model, str(adapter).encode())
@@ -114,7 +116,8 @@ class Runner:
         self._context = self._model = None
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Returns the logits float32 ``[tokens, vocabulary]`` of one prompt of at most 512 tokens."""
+        """Returns the logits, float32 ``[tokens, vocabulary]``, of one prompt of at most 512 tokens. Raises LlamaError
+        if llama.cpp fails."""
         llama, count = self._llama, len(tokens)
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
         batch = llama.llama_batch_init(count, 0, 1)
@@ -131,7 +134,7 @@ class Runner:
             llama.llama_batch_free(batch)
 
     def greedy(self, tokens: Sequence[int], count: int, stop: int) -> list[int]:
-        """Generates ``count`` tokens, each time the most likely token; ends earlier after the token ``stop``."""
+        """Returns up to ``count`` generated tokens, each the most likely next token. Ends after the token ``stop``."""
         found: list[int] = []
         while len(found) < count and stop not in found:
             found.append(int(self.logits([*tokens, *found])[-1].argmax()))

@@ -1,4 +1,4 @@
-"""Times peft_ext and llama.cpp on the same GGUF files, threads and tokens, and training in peft_ext and in PEFT.
+"""Times inference by peft_ext and by llama.cpp on the same GGUF files, and training by peft_ext and by PEFT.
 
 ``python -m benchmarks.llama_speed``                every file type; writes a result file
 ``python -m benchmarks.llama_speed --types Q4_K_M Q8_0 --rounds 1``
@@ -15,7 +15,7 @@ lora        as ``ours``, with a LoRA adapter of rank 16 on all linear layers
 train       a forward and a backward of LoRA with dropout over the same file: 4 x 256 tokens
 nf4, stock  as ``train``, in peft_ext over the model in NF4, and in PEFT alone over the bfloat16 weights
 
-A figure of a process is the median of its repetitions; a row has the medians over the rounds.
+A process returns the median of its repetitions, and a row of the result file has the medians over the rounds.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be timed
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
 from .files import newest, result_path, write
 
-NAME = "run-llama_speed-avx512_bf16"  # name of the result file that the table shows, without its date
+NAME = "run-llama_speed-avx512_bf16"  # without its date, the name of the result file that the documents show
 TYPES = ("Q4_0", "Q4_1", "Q4_K_M", "Q6_K", "Q8_0", "F16")
 PROMPT, ANSWER, REPEATS, STEPS = 512, 128, 3, 6
 WORKERS = ("theirs", "ours", "lora", "train")
 
 
 def _median_rate(count: int, run: Callable[[], float], repeats: int) -> float:
-    """Returns tokens per second: ``count`` over the median of the seconds that ``run`` returns, after one warm-up."""
+    """Returns tokens per second: ``count`` tokens divided by the median of the seconds that ``repeats`` calls of
+    ``run`` return, after one call that warms up."""
     run()
     return count / statistics.median(run() for _ in range(repeats))
 
@@ -233,8 +234,9 @@ def measure(types: Sequence[str], rounds: int, threads: int, out: Optional[Path]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns a result file as a Markdown table: tokens per second, the ratios of peft_ext to llama.cpp for prompt and
-    answer, and the ratios of the training to NF4 and to PEFT."""
+    """Returns a result file as a Markdown table. The table has tokens per second, the ratios of peft_ext's to
+    llama.cpp's tokens per second, and the ratios of peft_ext's training over the file to that over NF4 and to
+    PEFT's."""
     lines = [
         "| file | prompt: llama.cpp | peft_ext | ratio | with LoRA | answer: llama.cpp | peft_ext | ratio | with LoRA "
         "| training | over NF4's | over PEFT's |",

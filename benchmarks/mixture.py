@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-# Sizes of a Qwen3-MoE of 4 layers. A layer has 64 experts of 512 x 256; the router gives each token to 4 experts.
+# Sizes of a Qwen3-MoE of 4 layers. A layer has 64 experts of hidden size 512 and intermediate size 256; the router
+# gives each token to 4 experts.
 MIXTURE = {
     "hidden_size": 512,
     "intermediate_size": 256,
@@ -38,8 +39,8 @@ KINDS = {
 
 
 def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] = MIXTURE) -> dict[str, Any]:
-    """Times ``steps`` forwards and backwards of a kind in KINDS, after an untimed forward and backward. No optimizer
-    runs."""
+    """Times ``steps`` forwards and backwards of the contender ``kind`` (a key of KINDS), after an untimed forward and
+    backward. No optimizer runs."""
     from peft import LoraConfig
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -86,8 +87,8 @@ def train(kind: str, steps: int, batch: int, length: int, sizes: dict[str, Any] 
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the kinds in turn, each run in its own process. A ratio compares two runs of the same round; in a round each
-    kind runs once."""
+    """Runs the contenders of KINDS in turn, each run in its own process. In a round each contender runs once, and a
+    ratio divides figures of two runs of the same round."""
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):
         for kind in KINDS:

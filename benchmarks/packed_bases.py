@@ -1,8 +1,8 @@
 """Makes the packed weights of the benchmarks from a dense bf16 weight ``[N, K]``, one function for each format.
 
 Weights in MXFP4, NVFP4, FP8, int4 and int8 are quantized from the dense weight. Weights in FP4, GPTQ, AWQ, HQQ and GGUF
-have random codes, and scales that give values of the dense weight's size: a kernel's time does not depend on the
-values.
+have random codes, and scales that give values about as large as those of the dense weight, because a kernel's time does
+not depend on the values.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _hqq(weight: Tensor) -> PackedWeight:
     return int_groups.hqq(_bytes(weight.numel() // 2), scales, zeros, tuple(weight.shape))
 
 
-# GGUF type -> columns and bytes of a block, and offsets in the block of its float16 scales.
+# GGUF type -> number of columns of a block, number of its bytes, and the offsets of its float16 scales in bytes.
 _GGUF = {
     "Q4_0": (32, 18, (0,)), "Q4_1": (32, 20, (0, 2)), "Q8_0": (32, 34, (0,)), "Q4_K": (256, 144, (0, 2)),
     "Q5_K": (256, 176, (0, 2)), "Q6_K": (256, 210, (208,)),

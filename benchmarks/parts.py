@@ -1,8 +1,9 @@
 """Measures how long each part of a training step takes, with PyTorch's profiler.
 
 ``python -m benchmarks.e2e parts`` runs LoRA with dropout 0.05 in peft_ext and in PEFT, and the frozen model, at two
-widths. The time of a part of a step is the sum of its operators' own times, which leave out the operators that an
-operator calls. An operator's name and the shapes of its inputs say to which part the operator belongs.
+widths. The time of a part of a step is the sum of the own times of the part's operators; an operator's own time leaves
+out the operators that it calls. The name of an operator, and the shapes of its inputs, decide to which part the
+operator belongs.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ METHOD = "LoRA, dropout 0.05"
 LINEAR, ATTENTION, HEAD, OPTIMIZER, ELEMENTWISE, REST = PARTS = (
     "linear layers", "attention", "head and loss", "optimizer", "other operators", "between operators",
 )  # fmt: skip
-# The first pattern that matches an operator's name gives the part that the operator belongs to. Outside of the
-# optimizer, an operator with an input dimension of the vocabulary's size belongs to the head and the loss, whatever its
-# name is.
+# The first pattern that matches an operator's name gives the part that the operator belongs to. Operators of the
+# optimizer, and operators with an input dimension of the vocabulary's size (head and loss), do not need a pattern.
 PATTERNS = (
     (ATTENTION, r"scaled_dot_product|attention"),
     (HEAD, r"cross_entropy|log_softmax|nll_loss"),
@@ -49,8 +49,8 @@ def part_of(event: FunctionEvent, vocabulary: int) -> str:
 
 
 def sums(events: Iterable[FunctionEvent], vocabulary: int) -> dict[str, float]:
-    """Returns the milliseconds that the operators of each part take, without the time of the operators that they
-    call."""
+    """Returns, for each part, the milliseconds that the part's operators take, each without the operators that it
+    calls."""
     found = dict.fromkeys(PARTS, 0.0)
     for event in events:
         if event.name.startswith(("aten::", "peft_ext::", "Optimizer.")):
@@ -59,7 +59,7 @@ def sums(events: Iterable[FunctionEvent], vocabulary: int) -> dict[str, float]:
 
 
 def train(kind: str, shape: str, steps: int, batch: int, length: int) -> dict[str, Any]:
-    """Returns the median milliseconds of a step of a contender, and of each part of the step."""
+    """Returns the median milliseconds of a training step of the contender ``kind``, and of each part of the step."""
     from . import e2e
 
     vocabulary = e2e.SHAPES[shape][0]["vocab_size"]

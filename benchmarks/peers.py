@@ -1,9 +1,10 @@
 """Makes the inputs, weights and contenders that the comparisons of layers share.
 
 A layer has ``x [T, K]`` and ``grad [T, N]`` in bfloat16, a frozen ``W [N, K]`` that is dense or packed (NF4, or a
-format of :mod:`.packed_bases`), and float32 adapters, on the CPU or on a GPU. With "hot" weights a layer has one
-weight. With "rotating" weights a layer has copies of one weight that fill :data:`ROTATING_BYTES`; the copies have equal
-values, so that one float64 result verifies every call. Adapters rotate with the weights.
+format of :mod:`.packed_bases`), and float32 adapters, on the CPU or on a GPU. With "hot" weights each call of a layer
+uses the same weight. With "rotating" weights the calls use copies of one weight in turn, which together fill
+:data:`ROTATING_BYTES` bytes; the copies have equal values, so that one float64 result verifies every call. The copies
+of the adapters rotate in the same way.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _generator(device: str) -> torch.Generator:
 
 
 def _repeated(tensor: Tensor, count: int) -> list[Tensor]:
-    """Returns ``count`` copies of ``tensor``, one after the other in one allocation."""
+    """Returns ``count`` copies of ``tensor``, one after the other in one allocation; [``tensor``] if ``count`` is 1."""
     return list(tensor.expand(count, *tensor.shape).contiguous().unbind()) if count > 1 else [tensor]
 
 
@@ -95,13 +96,12 @@ def _first(k: int, n: int, device: str) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _first_nf4(k: int, n: int, double_quant: bool, device: str) -> NF4Weight:
-    """Returns an NF4 weight that is quantized on the CPU, so that no error of a GPU's quantize kernel hides another
-    error.
-    """
+    """Returns an NF4 weight that was quantized on the CPU, so that an error of the GPU's quantize kernel does not
+    change the weights of other comparisons."""
     return ops.nf4_quantize(_first(k, n, device).cpu(), 64, double_quant).to(device)
 
 
-# Only the last pool of weights is kept, since cases of one shape follow each other.
+# Only the last pool of weights is kept, because the cases of one shape follow each other.
 @lru_cache(maxsize=1)
 def _dense_pool(k: int, n: int, least_bytes: int, device: str, base: str) -> list[Tensor]:
     first = _first(k, n, device).to(DTYPES[base])
@@ -157,8 +157,8 @@ def _exact_products(problem_key: tuple, base: str) -> tuple[Tensor, Tensor]:
 
 
 class _ExactBase(torch.autograd.Function):
-    """Computes ``x Wᵀ`` and its gradient ``dY W`` in float64. If x (or dY) is the problem's own x (or grad), takes the
-    product that :func:`_exact_products` has cached."""
+    """Computes ``x Wᵀ`` and the gradient ``dY W`` in float64. If x (or dY) equals the problem's own x (or grad), takes
+    the product that :func:`_exact_products` caches."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, problem: Problem, base: str) -> Tensor:
@@ -178,9 +178,9 @@ class _ExactBase(torch.autograd.Function):
 class Problem:
     """Inputs and weights of one layer at one number of tokens.
 
-    ``weights("bf16")`` and ``weights("nf4")`` return Turns that give one frozen weight at a time; ``adapters`` are
-    Turns of dictionaries of leaf tensors. ``captured`` says that the calls are captured in a CUDA graph, which cannot
-    hold a copy from the host.
+    :meth:`weights` returns Turns that give one frozen weight at a time. ``adapters`` are Turns that give one dictionary
+    of the adapters' leaf tensors at a time. ``captured`` says that the calls are captured in a CUDA graph, which cannot
+    contain a copy from the host.
     """
 
     def __init__(
@@ -196,11 +196,11 @@ class Problem:
         self._turns: dict[str, Turns[Any]] = {}
 
     def weights(self, base: str) -> Turns[Any]:
-        """Returns Turns of the weights in a base: a key of :data:`DTYPES` or :data:`.packed_bases.PACKED`, "nf4"
-        (double-quantized) or "nf4-plain".
+        """Returns Turns of the weights in the format ``base``: a key of :data:`DTYPES` or :data:`.packed_bases.PACKED`,
+        "nf4" (double-quantized) or "nf4-plain".
 
-        Contenders over one base share the Turns, so that no contender finds a weight in a cache that another contender
-        has just read.
+        Contenders over one base share the Turns, so that no contender gets a weight that another contender has just
+        read into a cache.
         """
         if base not in self._turns:
             if base in DTYPES:
@@ -224,7 +224,7 @@ class Problem:
         return first.nbytes
 
     def wide_weight(self, base: str) -> Tensor:
-        """Returns, in float64, the weight that a bf16 layer computes with."""
+        """Returns, in float64, the bf16 weight that the formula of a layer over ``base`` has."""
         if base == "bf16":
             return _first(self.k, self.n, self.device).double()
         if base in PACKED:
@@ -234,9 +234,11 @@ class Problem:
     def exact(
         self, base: str, formula: Callable[..., Tensor], names: Iterable[str] = (), mask: Optional[Callable] = None
     ) -> Exact:
-        """Returns a function that computes a float64 result: the value of ``formula`` and autograd's gradients.
+        """Returns a function that computes a float64 result: the value of ``formula``, and the gradients of x and of
+        the adapters ``names``.
 
-        The call is ``formula(linear, x, mask, **adapters)``: linear is ``x -> x Wᵀ``; mask is ``keep / (1 - p)``, or 1.
+        ``formula`` is called as ``formula(linear, x, mask, **adapters)``. ``linear`` is the function ``x -> x Wᵀ``, and
+        ``mask`` is the dropout mask ``keep / (1 - p)``, or 1.0 if the argument ``mask`` is None.
         """
 
         def compute() -> dict[str, Tensor]:
@@ -260,12 +262,14 @@ def dense(weight: Weight) -> Tensor:
 
 
 def draw_seed(problem: Problem) -> Tensor:
-    """Returns a seed from PyTorch's generator, drawn as an operator draws its seed where the caller gives no seed."""
+    """Returns a seed from PyTorch's generator, drawn as an operator of peft_ext draws its seed if its caller gives
+    none."""
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=problem.device)
 
 
 def philox_mask(problem: Problem, p: float) -> Callable[[], Tensor]:
-    """Returns a function that draws the mask of a call that used :func:`draw_seed`, divided by ``1 - p``."""
+    """Returns a function that draws the dropout mask of a call of peft_ext's operators with the seed of
+    :func:`draw_seed`, divided by ``1 - p``."""
     return lambda: reference.dropout_keep_mask(draw_seed(problem), p, problem.x.shape).double() / (1 - p)
 
 
@@ -305,15 +309,15 @@ def functional(
     exact: Union[Exact, str], *, training: bool = True, enter: Callable[[Any], Any] = lambda weight: weight,
     adapters: Optional[Turns[dict[str, Tensor]]] = None,
 ) -> Contender:  # fmt: skip
-    """Returns a contender of ``forward(x, enter(weight), *adapters)``.
+    """Returns a contender whose call is ``forward(x, enter(weight), *adapters)`` and, with ``training``, the backward.
 
     Args:
-        weights: a base of the problem, or the contender's own weights.
+        weights: a base of the problem, such as "bf16", or Turns of the contender's own weights.
         names: names of the adapters that are passed to ``forward``.
         exact: function that returns the float64 result, or the reason why there is no float64 result.
         training: whether a call also runs the backward; a call without backward runs without autograd.
         enter: function that converts a weight; the call of ``enter`` for each weight is not timed.
-        adapters: Turns of adapters that are used in place of the problem's adapters; None: the problem's adapters.
+        adapters: Turns of adapters; None: the problem's adapters.
     """
     turns = problem.weights(weights) if isinstance(weights, str) else weights
     entered = entered_once(turns, enter)
@@ -337,24 +341,21 @@ def functional(
 
 
 def entered_once(turns: Turns[Any], enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns a function that looks up the result of ``enter`` for an item of ``turns``.
-
-    ``enter`` runs for all items at once, before the timing, because on a GPU it may wait for the device.
-    """
+    """Calls ``enter`` for each item of ``turns``, and returns a function that looks up the result for an item. No call
+    of ``enter`` is timed; on a GPU, ``enter`` may wait for the device."""
     entered = {id(item): enter(item) for item in turns.items}
     return lambda item: entered[id(item)]
 
 
 def value_of(exact: Exact) -> Exact:
-    """Returns a function that computes only the value "y" of a float64 result, for contenders without autograd."""
+    """Returns a function that returns only the value "y" of the float64 result ``exact``, for contenders without
+    backward."""
     return lambda: {"y": exact()["y"]}
 
 
 def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Returns ``(contenders, absent)``. A peer that cannot be made is absent.
-
-    An error of the first maker, which makes "ours", is raised.
-    """
+    """Returns ``(contenders, absent)``: the contenders that ``makers`` make, and the reason for each peer that cannot
+    be made. An error of the first maker, which makes "ours", is raised."""
     contenders: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name, make in makers.items():
@@ -368,13 +369,14 @@ def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Conten
 
 
 def frozen(problem: Problem, *, training: bool = True) -> Contender:
-    """Returns the contender "frozen": PyTorch's bf16 ``F.linear``, and with ``training`` also the gradient of x."""
+    """Returns the contender "frozen": PyTorch's bf16 ``F.linear``, and with ``training`` also the backward, which
+    computes the gradient of x."""
     exact = problem.exact("bf16", lambda linear, x, mask: linear(x))
     return functional(problem, "bf16", F.linear, (), exact if training else value_of(exact), training=training)
 
 
 def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns ``forward`` under ``torch.compile`` for one shape. The first call, which is not timed, compiles."""
+    """Returns ``forward`` under ``torch.compile`` for one shape. The first call compiles, and is not timed."""
     torch._dynamo.reset()
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
@@ -405,7 +407,8 @@ def peft_name(base: str) -> str:
 
 
 def stock_linear(problem: Problem, base: str) -> tuple[nn.ModuleDict, Callable[[nn.Module], None]]:
-    """Returns a model with one linear layer "proj", and a function that gives a layer like "proj" the next weight."""
+    """Returns a model with one linear layer "proj" over ``base`` ("bf16", or bitsandbytes' NF4), and a function that
+    sets the next weight in such a layer."""
     weights = problem.weights(base)
     first = weights.items[0]
     if base == "bf16":
@@ -427,8 +430,8 @@ def peft_config(name: str, **fields: Any) -> Any:
 def peft_layer(problem: Problem, base: str, config: Any, parameters: dict[str, str], exact: Exact) -> Contender:
     """Returns a contender that runs PEFT's own layer in training.
 
-    ``config`` is a configuration of :func:`peft_config`. ``parameters``: name of an adapter tensor of the problem ->
-    name of the parameter in PEFT's layer.
+    ``config``: the result of :func:`peft_config`. ``parameters``: a dict from the name of an adapter tensor of the
+    problem to the name of the parameter in PEFT's layer.
     """
     from peft import get_peft_model
 
@@ -468,10 +471,10 @@ def layer_comparison(
     Args:
         ours, eager: functions of ``(x, weight, *adapters)``; the contender torch.compile is ``eager`` compiled.
         formula: formula of the float64 result of ``ours``, see :meth:`Problem.exact`.
-        peft_formula: formula for PEFT and ``eager``, where it differs from ``formula``.
+        peft_formula: formula of the float64 results of PEFT and ``eager``; None: ``formula``.
         config: a function that makes PEFT's configuration.
-        where: name of an adapter tensor of the problem -> name of the parameter in PEFT's layer.
-        more: functions that make further peers, given the function that returns the float64 result of ``ours``.
+        where: a dict from the name of an adapter tensor of the problem to the name of the parameter in PEFT's layer.
+        more: for each further peer, a function that makes the peer from the float64 result of ``ours``.
     """
     theirs, names = peft_formula or formula, tuple(where)
 
@@ -479,8 +482,8 @@ def layer_comparison(
         return draw(problem, dropout, *args) if dropout else None
 
     exact = problem.exact(base, formula, names, mask(philox_mask))
-    # PEFT draws the dropout mask in the adapters' float32, and the contender "torch eager" in x's dtype. Without
-    # dropout both contenders have one exact result.
+    # PEFT draws the dropout mask in the adapters' dtype, float32, and the contender "torch eager" draws the mask in x's
+    # dtype, so that their float64 results differ. Without dropout the two have the same float64 result.
     shared = theirs is formula and not dropout
     exact_peft = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.float32))
     exact_eager = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.bfloat16))
@@ -510,8 +513,8 @@ def weightless_comparison(
     bytes_moved: int,
     flops: int = 0,
 ) -> Comparison:
-    """Returns the comparison of an operator that uses no weight of a frozen linear layer: a training step of peft_ext
-    and of PyTorch, eager and, with ``compile``, compiled."""
+    """Returns the comparison of forward and backward of an operator that uses no weight of a frozen linear layer. The
+    contenders are peft_ext and PyTorch, eager and, with ``compile``, compiled."""
     exact = problem.exact("bf16", formula, names)
 
     def contender(forward: Callable[..., Tensor]) -> Contender:
@@ -525,15 +528,14 @@ def weightless_comparison(
 
 
 def layer_bytes(problem: Problem, base: str) -> int:
-    """Returns the bytes that a frozen layer's training step moves: it reads W twice, x and grad, and writes Y and
-    dX.
-    """
+    """Returns the least bytes that a frozen layer's training step moves: the step reads W twice, x and dY, and writes Y
+    and dX."""
     return 2 * problem.weight_bytes(base) + 2 * 2 * problem.tokens * (problem.k + problem.n)
 
 
 def low_rank_bytes(problem: Problem) -> int:
-    """Returns the bytes that a low-rank adapter adds to a training step: x once more, S twice, A and B twice, and dA
-    and dB once."""
+    """Returns the least bytes that a low-rank adapter adds to a training step: one more read of x, one write and one
+    read of S, two reads of A and B, and one write of dA and dB."""
     tokens, k, n, r = problem.tokens, problem.k, problem.n, problem.rank
     return 2 * tokens * k + 2 * 4 * tokens * r + 3 * 4 * r * (k + n)
 

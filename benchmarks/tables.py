@@ -1,8 +1,9 @@
 """``python -m benchmarks.tables [--check]``: draws the measured tables of README.md and of four pages of docs.
 
-A table stands between ``<!-- measured NAME: python -m benchmarks.tables -->`` and ``<!-- /measured -->``. NAME is a key
-of :data:`DRAWN`; README's place has no NAME. A table shows the newest result file of one name or of one GPU, with the
-machine and the date of the file. ``--check`` writes nothing and fails where a document differs from its result files.
+The tables are between ``<!-- measured NAME: python -m benchmarks.tables -->`` and ``<!-- /measured -->``. NAME is a key
+of :data:`DRAWN`; the mark in README.md has no NAME. A table shows the newest result file of one name or of one GPU,
+with the machine and the date of the file. ``--check`` writes nothing, and fails if a document differs from its result
+files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performanc
 MARK = re.compile(r"(<!-- measured( [\w-]+)?: python -m benchmarks\.tables -->).*?(<!-- /measured -->)", re.DOTALL)
 NOTHING = "Not measured yet."
 
-# Names, without the date, of the result files that the documents show.
+# Names, without the date, of some of the result files that the documents show.
 LORA, DORA = "layer-lora_ia3-avx512_bf16", "layer-dora_dropouts-avx512_bf16"
 NF4, ATTENTION = "layer-nf4-avx512_bf16", "layer-attention-avx512_bf16"
 METHODS = "step-methods-avx512_bf16"
@@ -36,7 +37,8 @@ LABELS = {"lora_linear": "LoRA", "dora_linear": "DoRA", "ia3_linear": "IA3", "nf
 
 
 def about(result: Result) -> str:
-    """Returns processor, threads, CPU path, environment variables, date and versions of a run, as text."""
+    """Returns, as text, the processor, the number of threads, the CPU path, the environment variables, the date and the
+    versions of the packages of a run."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     environment = "".join(f", {name}={value}" for name, value in machine.get("environment", {}).items())
@@ -45,7 +47,8 @@ def about(result: Result) -> str:
 
 
 def about_gpu(result: Result) -> str:
-    """Returns the GPU, the GPU's clocks, CUDA and driver, date and versions of a run, as text."""
+    """Returns, as text, the GPU of a run and its clocks, the versions of CUDA and of the driver, the date, and the
+    versions of the packages."""
     machine = result["machine"]
     gpu = machine["gpu"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -56,10 +59,8 @@ def about_gpu(result: Result) -> str:
 
 
 def _table(corner: str, cells: dict[tuple[str, str], str]) -> str:
-    """Returns a Markdown table of ``{(row, column): text}``, with rows and columns in the order of the dictionary.
-
-    A " | " in ``corner`` and in a row's name makes two columns.
-    """
+    """Returns a Markdown table of ``{(row, column): text}``, with rows and columns in the order of the dictionary. A
+    " | " in ``corner`` and in the names of the rows makes one more column of names."""
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     lines = [f"| {' | '.join([corner, *columns])} |", "|---" * (corner.count(" | ") + 1 + len(columns)) + "|"]
     return "\n".join(lines + [f"| {' | '.join([row, *(cells.get((row, c), '') for c in columns)])} |" for row in rows])
@@ -197,8 +198,8 @@ def experts_table(result: Result) -> str:
 
 
 def shown(*parts: tuple[str, Callable[[Result], str]]) -> str:
-    """Returns, for each ``(name of a result file, function that makes a table)``, the table and a line about the run;
-    NOTHING if no such result file exists."""
+    """Returns, for each pair of a result file's name and a function that makes a table, the table and a line about the
+    run. Leaves out pairs without a result file, and returns NOTHING if no pair has one."""
     found = [(table, result) for name, table in parts if (result := newest(name)) is not None]
     return "\n\n".join(f"{table(result)}\n\n{about(result)}." for table, result in found) or NOTHING
 
@@ -262,10 +263,8 @@ DRAWN: dict[str, Callable[[], str]] = {
 
 
 def draw(text: str, where: str = "the document") -> str:
-    """Returns ``text`` with newly drawn tables in every marked place.
-
-    Raises SystemExit if a place has an unknown NAME, or if ``text`` has no marked place.
-    """
+    """Returns ``text`` with newly drawn tables between its marks. Raises SystemExit if a mark has an unknown NAME, or
+    if ``text`` has no mark."""
 
     def place(match: re.Match[str]) -> str:
         name = (match[2] or "").strip()

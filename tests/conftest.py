@@ -3,8 +3,8 @@
 With ``--device cuda`` (or PEFT_EXT_TEST_DEVICE=cuda), the tests that use the fixture ``device`` give the operators CUDA
 tensors. Inputs are drawn on the CPU, and expected results are computed on the CPU. ``--device emulated`` builds the
 CUDA kernels for the emulator, which runs the kernels on CPU tensors and checks their memory accesses. ``--share 3``
-runs a third of the tests; CI runs a share of the tests on each further CPU path. The commit that is checked out chooses
-the third, so that later commits run the other thirds; ``--share 2/3`` runs the second third. A test's share depends
+runs a third of the tests; the commit that is checked out chooses the third, so that later commits run the other thirds.
+``--share 2/3`` runs the second third. A test's share depends
 only on the test's id, so that a new test does not change the share of another test. ``--products 3`` runs a third of
 the cases of each test that has more than 20 cases, and all cases of the other tests, as CI does with the tests marked
 slow.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import zlib
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels, tests would compare the reference with itself
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is tested
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not keep the cores of a busy machine
@@ -38,7 +38,7 @@ from tiny_run import tiny  # noqa: F401  a fixture of many folders' tests
 from peft_ext import _native
 
 DEVICES = ("cpu", "cuda", "emulated")
-FEW_CASES = 20  # --products runs all cases of a test with at most so many cases
+FEW_CASES = 20  # --products runs all cases of a test that has at most this number of cases
 # Folders and files that take longest. Several processes of pytest-xdist get these files first, so that no process is
 # left with a long file at the end.
 LONGEST = (
@@ -67,7 +67,8 @@ def share_of(text: str) -> tuple[int, int]:
         number = int(chosen)
     else:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "0"  # an sdist has no git
+        # A source distribution is no git repository, and gets the number 0.
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "0"
         number = int(commit, 16) % max(1, total) + 1
     if not 1 <= number <= total:
         raise argparse.ArgumentTypeError(f"--share is {text}, wanted K/N with 1 <= K <= N")
@@ -190,9 +191,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> pytes
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Any:
-    """Seeds each fixture of a module or a session, and then restores the random state of the test that asked first.
+    """Seeds each fixture that several tests share, and then restores the random state of the test that asked first.
 
-    The numbers that such a fixture draws so depend neither on the tests that ran before, nor on the first test.
+    The numbers that a shared fixture draws therefore depend on no test.
     """
     if fixturedef.scope == "function":  # the fixture _seeded seeds each test
         return (yield)
@@ -205,7 +206,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Any:
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Yields the device of the operators' tensors."""
     name = request.config.getoption("--device")
-    if name == "cuda":  # sums in float32, as PyTorch's products on the CPU, which give the bounds
+    if name == "cuda":  # PyTorch's products on the GPU must sum in float32, as those on the CPU, which set the bounds
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     yield torch.device("cpu" if name == "emulated" else name)

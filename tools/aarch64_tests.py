@@ -31,11 +31,11 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 DEBIAN = {COMPILER: "g++-aarch64-linux-gnu", EMULATOR: "qemu-user"}
 PATHS = ("neon_bf16", "neon", "scalar")
 PACKAGES = ("python3", "libpython3-dev", "libgomp1", "libstdc++6")
-# Packages that the tests import in addition to the package's own requirements.
+# Packages that the tests import in addition to the requirements of peft_ext and of its extra hf.
 OF_TESTS = ("numpy", "pytest>=9", "pytest-repeat", "pytest-xdist", "parameterized", "attrs")
 NEWEST_MANYLINUX = 40
-# The compiler's flags are setup.py's with -O2 in place of -O3, because the emulator spends most of its time outside of
-# the library.
+# The compiler's flags are like those of setup.py, with -O2 in place of -O3, because the emulator spends most of its
+# time outside of the library.
 FLAGS = "-O2 -std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -g0"
 TESTS = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
 # NOT_THESE excludes the tests that need a compiler for the emulated machine, and the tests that run on two threads.
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def make_system() -> None:
-    """Unpacks Debian's Python for Arm, and the packages that Python needs, into SYSTEM."""
+    """Unpacks the Debian packages PACKAGES for Arm, and the packages that these need, into SYSTEM."""
     if (SYSTEM / "usr/bin/python3").is_symlink():
         return
     apt = BUILD / "apt"
@@ -99,8 +99,7 @@ def make_system() -> None:
 def make_site(version: str) -> None:
     """Installs the packages that the tests import, and the oldest supported torch, into SITE.
 
-    The packages come from PyPI, because the index in this machine's pip settings may have packages for this machine
-    alone.
+    pip ignores its configuration files, because an index that they name may have no packages for Arm.
     """
     if SITE.exists():
         return
@@ -126,7 +125,7 @@ def build(version: str) -> Path:
     ])  # fmt: skip
     headers += f" {native_build.module_flags(SYSTEM / 'usr/include' / f'python{version}')}"
     group = Group(f"{FLAGS} {headers}", native_build.module_sources())
-    # The Python that loads the library has the symbols of Python, so that the linker leaves these symbols undefined.
+    # The interpreter that loads the library defines the symbols of Python, so that the linker leaves them undefined.
     link = shlex.join([f"-L{libraries}", "-Xlinker", "-rpath", "-Xlinker", str(libraries),
                        "-Wl,--unresolved-symbols=ignore-all", "-ltorch_cpu"])  # fmt: skip
     try:

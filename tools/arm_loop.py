@@ -1,10 +1,10 @@
-"""Computes the time of the inner loop of tiles_bf16_neon.cpp on Arm cores. The loop has never run on an Arm core.
+"""Computes the time of the inner loop of tiles_bf16_neon.cpp on Arm cores.
 
     python tools/arm_loop.py [--cores neoverse-v1,neoverse-v2,neoverse-n2,apple-m2]
 
 aarch64-linux-gnu-g++ compiles the loop. llvm-mca (19 or newer), LLVM's model of a core, computes the cycles of one
-iteration with all loads in L1, and the lower bound of these cycles that the busiest execution unit sets. A product
-(BFMMLA) multiplies 2 x 4 by 4 x 2 elements, which is 32 FLOP.
+iteration if all loads hit L1, and the least cycles that the busiest execution unit needs. A product (the instruction
+BFMMLA) multiplies 2 x 4 by 4 x 2 elements, which is 32 FLOP. No time was measured on an Arm core.
 """
 
 from __future__ import annotations

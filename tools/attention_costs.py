@@ -12,9 +12,8 @@ compares the numbers of products, loads and stores with those that the kernels t
     vectors   half a cycle for each arithmetic instruction of 512 bits, dot products (vdpbf16ps) included; 64 cycles for
               a transposition of 16 x 16 words, one for each shuffle
 
-FORWARD_SCORES and BACKWARD_SCORES are numbers of instructions in GCC 12's machine code of the loops over scores. Tiles
-and vectors do not overlap in this model, and all operands are in L1. A real core needs more cycles than the computed
-sums, with tiles and with vectors.
+FORWARD_SCORES and BACKWARD_SCORES are numbers of instructions in GCC 12's machine code of the loops over scores. In
+this model no tile instruction runs at the same time as a vector instruction, and all operands are in L1.
 """
 
 from __future__ import annotations
@@ -36,8 +35,9 @@ SIZES, TOKENS, GROUP = (64, 128), (1024, 4096), 4
 
 @dataclass
 class Cost:
-    """The computed cycles of one attention head: of products, of softmax and its gradient, and of making operands and
-    writing results."""
+    """The computed cycles of one attention head. ``products``: cycles of matrix products. ``scores``: cycles of softmax
+    and its gradient. ``operands``: cycles in which operands are made and results are written. ``tiles``: numbers of AMX
+    instructions that multiply, load and store tiles. ``amx``: whether the products run on AMX."""
 
     amx: bool
     products: float = 0.0
@@ -46,7 +46,8 @@ class Cost:
     tiles: dict[str, int] = field(default_factory=lambda: {"products": 0, "loads": 0, "stores": 0})
 
     def multiply(self, rows: int, vecs: int, depth: int, add: bool) -> None:
-        """Counts the cycles (with AMX, also the tile instructions) of a product [rows, depth] by [depth, 16 * vecs]."""
+        """Adds the cycles of a product of [rows, depth] with [depth, 16 * vecs] to ``products``, and with AMX the
+        product's tile instructions to ``tiles``. ``add``: whether the product is added to a stored result."""
         if not self.amx:
             self.products += rows * vecs * math.ceil(depth / 2) / RATE
             return
@@ -62,8 +63,8 @@ class Cost:
         self.operands += math.ceil(rows / 16) * math.ceil(words / 16) * TRANSPOSED
 
     def join(self, rows: int, columns: int) -> None:
-        """Counts the cycles in which pairs of rows are joined into rows of 32-bit words: two conversions, a shift and
-        an or for each vector of words."""
+        """Adds the cycles in which pairs of bfloat16 rows are joined into rows of 32-bit words. A vector of 16 words
+        takes four instructions: two conversions, a shift and an or."""
         self.operands += math.ceil(rows / 2) * math.ceil(columns / LANES) * 4 / RATE
 
     @property
@@ -76,14 +77,15 @@ def _parts(count: int, most: int) -> list[int]:
 
 
 def _first(key: int, query: int) -> int:
-    """Returns the index, in the block of queries from ``query`` on, of the first vector of 16 queries that has a query
-    that sees the key ``key``."""
+    """Returns the index of the first vector of 16 queries of which some query sees the key ``key``. The vectors are
+    counted from the query ``query`` on, at which the block of queries begins."""
     return max(0, key - query) // LANES
 
 
 def _multiply_seen(cost: Cost, rows: int, key: int, here: int, query: int, add: bool) -> None:
-    """Counts the cycles of a product that sums over the keys of a block (O or dq). In a block on the diagonal, 32 of
-    the 64 queries are multiplied at a time, because the two halves of the queries see different numbers of keys."""
+    """Counts the cycles of a product that sums over the keys of a block, as for the attention's output O or the
+    gradient dq. In a block on the diagonal, 32 of the 64 queries are multiplied at a time, because the two halves of
+    the queries see different numbers of keys."""
     together = 2 if key + here > query + 32 else BLOCK // LANES
     for vec in range(0, BLOCK // LANES, together):
         seen = max(0, min(here, query + (vec + together) * LANES - key))
@@ -102,7 +104,7 @@ def forward(tokens: int, size: int, amx: bool) -> Cost:
                 cost.multiply(min(rows, here - r), BLOCK // LANES - _first(key + r, query), size, False)
             cost.scores += here * (BLOCK // LANES) * FORWARD_SCORES / RATE
             _multiply_seen(cost, size, key, here, query, False)
-            if key > 0:  # rescales O and adds the block's product: two loads and an FMA for each vector
+            if key > 0:  # to rescale O and add the block's product takes two loads and an FMA for each vector
                 cost.operands += size * (BLOCK // LANES)
         cost.transpose(size, BLOCK)
     _copy(cost, tokens, size, rows=1, columns=1)
@@ -132,7 +134,7 @@ def backward(tokens: int, size: int, amx: bool) -> Cost:
 
 def _copy(cost: Cost, tokens: int, size: int, rows: int, columns: int) -> None:
     """Counts the cycles of a query head's share (1 / GROUP) of the copies of k and v, which GROUP query heads use. With
-    AMX, rows are copied too: a load and a store of 64 bytes take one cycle."""
+    AMX, k and v are also copied row by row; the model counts one cycle for the load and the store of 64 bytes."""
     own = Cost(cost.amx)
     for _ in range(columns):
         own.join(tokens, size)

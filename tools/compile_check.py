@@ -6,7 +6,8 @@
     python tools/compile_check.py macos     compiles and links with zig (pip install ziglang) for macOS on Apple silicon
 
 The compiled code for Arm and for macOS is not run. A warning about an unused function is no error. Each compiler has
-its own folder below build/, and compiles only sources that changed. The program fails if the compiler is not installed.
+its own folder below build/compilers, and compiles only changed sources. The program fails if the compiler is not
+installed.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ BUILD = ROOT / "build/compilers"
 COMPILERS = {"clang": "clang++", "aarch64": "aarch64-linux-gnu-g++", "macos": "zig"}
 MEND = {"clang": "apt-get install clang", "aarch64": "apt-get install g++-aarch64-linux-gnu",
         "macos": "pip install ziglang"}  # fmt: skip
-# The compilers get setup.py's flags, with warnings as errors. Only clang's kernels are optimized: code for another
-# machine is not run, and clang's warnings do not depend on the optimization.
+# The compilers get flags like those of setup.py, with warnings as errors. Only clang's kernels are optimized, because
+# only they are run; the optimization does not change clang's warnings.
 COMMON = "-std=c++17 -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Werror -Wno-error=unused-function -g0"
 OPTIMIZATION = {"clang": "-O2", "aarch64": "-O0", "macos": "-O0"}
 TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16",
@@ -36,7 +37,7 @@ TESTS = ("-k", "(matches or float64 or errors or gradients) and bfloat16",
 
 
 def compiler_of(kind: str) -> str:
-    """Returns the compiler's command for ``kind``; the command of zig has arguments."""
+    """Returns the command that runs the compiler for ``kind``. For macOS the command is zig with arguments."""
     if kind != "macos" or importlib.util.find_spec("ziglang") is None:
         return COMPILERS[kind]
     import ziglang

@@ -5,12 +5,12 @@ sm_80, 90, 100 and 120; kernels with a hot loop also for sm_86 and 89. The check
 compile without a warning; a kernel spills registers; a parameter has another offset or size in the machine code than on
 the host, where g++ lays out the parameters of a launch; the registers or the shared memory of a kernel differ from
 docs/ptxas.tsv; the row of a hot loop differs from docs/slots.tsv (see slots.py); a table or the kernel of a hot loop is
-missing. A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables;
-the commit's diff of the tables then shows each change. ``--archs`` compiles for some architectures alone, and compares
-only these architectures' parts of the tables. ``--only`` compiles only the kernels whose names contain one of the given
-texts, and compares, or writes, only the rows of these kernels. Of the kernels of packed weights, whose first template
-argument is the number of a format, the tables have those that decode to bfloat16, those for one token in bfloat16, and
-those with a hot loop. The other kernels of packed weights are compiled only with ``--formats``.
+missing. A table that another release of NVRTC wrote is not compared. ``--write`` writes the new values into the tables.
+``--archs`` compiles for some architectures alone, and compares only these architectures' parts of the tables.
+``--only`` compiles only the kernels whose names contain one of the given texts, and compares, or writes, only the rows
+of these kernels. Of the kernels of packed weights, whose first template argument is the number of a format, the tables
+have those that decode to bfloat16, those for one token in bfloat16, and those with a hot loop. The other kernels of
+packed weights are compiled only with ``--formats``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ ARCHS = ("80", "90", "100", "120")
 
 
 def kernel_rows(log: str) -> list[dict[str, object]]:
-    """Returns a row for each kernel and architecture in the log of ``ptxas -v``: registers, shared, spilled and stack
-    bytes."""
+    """Returns a row for each kernel and architecture in the log of ``ptxas -v``, with the number of registers and the
+    bytes of shared memory, of spilled registers and of the stack."""
     rows: list[dict[str, object]] = []
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
@@ -57,8 +57,8 @@ def kernel_rows(log: str) -> list[dict[str, object]]:
 def hot_rows(
     image: device_code.Image, name: str, arch: str, nvdisasm: str, row: dict[str, object]
 ) -> list[dict[str, str]]:
-    """Returns a row of docs/slots.tsv for each hot loop in a kernel's machine code. ``row`` is the kernel's row of
-    kernel_rows."""
+    """Returns a row of docs/slots.tsv for each hot loop of the kernel ``name``, from the kernel's machine code in
+    ``image``. ``row`` is the kernel's row of :func:`kernel_rows`."""
     loops = [hot for hot in slots.HOT if hot.kernel == name]
     if not loops:
         return []
@@ -71,8 +71,8 @@ def hot_rows(
 
 
 def ptxas_table(rows: list[dict[str, object]]) -> str:
-    """Returns the text of docs/ptxas.tsv without its first line: for each kernel, its shared memory and its registers
-    on each architecture."""
+    """Returns the text of docs/ptxas.tsv without its first line. The table has, for each kernel, the bytes of shared
+    memory and the number of registers on each architecture."""
     archs = sorted({str(row["arch"]) for row in rows}, key=int)
     found: dict[tuple[str, str], dict[str, dict[str, object]]] = {}
     for row in rows:
@@ -85,9 +85,8 @@ def ptxas_table(rows: list[dict[str, object]]) -> str:
 
 
 def in_tables(name: str) -> bool:
-    """Returns whether the tables have a kernel: any kernel except most kernels of packed weights. Of the kernels of
-    packed weights, the tables have those that decode to bfloat16, those for one token in bfloat16, and those with a hot
-    loop."""
+    """Returns whether docs/ptxas.tsv has a row for a kernel. Of the kernels of packed weights, the table has those that
+    decode to bfloat16, those for one token in bfloat16, and those with a hot loop."""
     loops = {entry.kernel for entry in slots.HOT}
     return not name.startswith("packed_") or name in loops or re.search(r"<\d+, bf16(, 1)?>", name) is not None
 
@@ -102,8 +101,8 @@ def of_archs(table: str, archs: list[str]) -> str:
 
 
 def split(table: str, only: set[str]) -> tuple[list[str], list[str]]:
-    """Returns the rows of a table for the kernels whose names contain one of the texts ``only`` (empty: all kernels),
-    and the other rows, without the header.
+    """Returns two lists without the header: the rows of a table for the kernels whose names contain one of the texts
+    ``only`` (all kernels if ``only`` is empty), and the remaining rows.
     """
     loops = {entry.name: entry.kernel for entry in slots.HOT}
 
@@ -117,9 +116,9 @@ def split(table: str, only: set[str]) -> tuple[list[str], list[str]]:
 
 
 def compare(path: Path, table: str, nvrtc: str, write: bool, archs: list[str], only: set[str]) -> list[str]:
-    """Returns the differences between ``table`` and the committed table at ``path``. A committed table of another NVRTC
-    release, which its first line names, is not compared. With ``write``, writes ``table`` (with ``only``, in place of
-    the same kernels' rows) and returns no difference.
+    """Returns the differences between ``table`` and the committed table at ``path``. A table whose first line names
+    another release of NVRTC is not compared. With ``write``, writes ``table`` to ``path`` (with ``only``, in place of
+    the rows of the same kernels) and returns no difference.
     """
     note = f". {slots.NOTE}" if path == slots.TABLE else ""
     wanted = f"# NVRTC {nvrtc}{note}\n{table}"
@@ -181,8 +180,7 @@ def main() -> int:
         except RuntimeError as error:
             failures.append(str(error))
             return
-        # The log also has the kernels of the same header that are no templates, because NVRTC compiles these kernels as
-        # well.
+        # NVRTC also compiles the kernels of the same file that are no templates, so that the log has these kernels too.
         (row,) = [row for row in kernel_rows(log) if row["kernel"] == image.symbol.decode()]
         failures.extend(parameters.differences(name, image.code, image.symbol.decode(), layouts[expression]))
         if "warning" in log.lower():

@@ -10,12 +10,13 @@ A pass over an activation takes the largest of these times:
     L1         the rows of 128 bytes that the four warps read and write, one in each cycle
     waits      the cycles of a warp that runs alone / the number of warps of a scheduler
 
-The time of a pass counts the tiles of the multiprocessor with the most thread blocks. Each wave of blocks after the
-first adds the time in which a block waits for its first tile and writes its sums, as if all blocks of a wave began
-together. Each pass adds a microsecond for its launch, its first wave and its last blocks.
+The times of instructions, products and waits are those of the multiprocessor with the most thread blocks of the pass. A
+wave is the set of thread blocks that run at the same time. Each wave after a pass's first wave adds the time in which a
+block waits for its first tile and writes its sums. Each pass adds a microsecond for its launch, its first wave and its
+last blocks.
 
-docs/kernels.md shows the computed tables between two marks. ``--write`` draws the tables again, and a test compares the
-page with the computed tables.
+docs/kernels.md shows the computed tables between two marks. ``--write`` writes the tables into docs/kernels.md, and a
+test compares docs/kernels.md with the computed tables.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ import slots
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/kernels.md"
-LAUNCH = 2.5e-6  # seconds of a small kernel, nearly all of them for the launch
-PASS = 1e-6  # seconds that each pass adds for its launch, its first wave and its last blocks
+LAUNCH = 2.5e-6  # seconds that the model counts for a small kernel, nearly all of them for the launch
+PASS = 1e-6  # seconds that the model adds to each pass for the launch, the first wave and the last blocks of the pass
 REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
-BLOCK_CYCLES = 1000  # cycles in which a block waits for its first tile and writes its sums, an assumption
+BLOCK_CYCLES = 1000  # assumed number of cycles in which a block waits for its first tile and writes its sums
 BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of one weight in each packed format, scales included
 SIZES = (512, 2048, 4096, 8192)
 MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens, of all adapters together, of a batch for several adapters
@@ -43,12 +44,12 @@ MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens, of all adapters togethe
 class Card:
     """Rates of a GPU.
 
-    clock: cycles per second. bandwidth: bytes per second. tensor: 16-bit multiplications of a multiprocessor's tensor
-    cores in a cycle, with float32 sums (on a GeForce card half as many as with float16 sums). product: FLOP/s that a
-    large matrix product reaches in practice. l2: bytes per second that L2 delivers, a rounded figure of published
-    measurements that nobody has checked for this project. ideal: whether a pass takes nothing but the time to move the
-    bytes of its activations, its weight and its adapters, and a launch takes no time; partial sums and bfloat16 terms
-    are not moved.
+    clock: cycles per second. bandwidth: peak bytes per second of the GPU's memory. tensor: 16-bit multiplications of a
+    multiprocessor's tensor cores in a cycle, with float32 sums (on a GeForce card half as many as with float16 sums).
+    product: FLOP/s that a large matrix product reaches in practice. l2: bytes per second that L2 delivers, a rounded
+    figure of published measurements that nobody has checked for this project. ideal: if True, a pass takes only the
+    time to move the bytes of its activations, its weight and its adapters, a launch takes no time, and no partial sums
+    and bfloat16 terms are moved.
     """
 
     arch: str
@@ -67,7 +68,7 @@ class Card:
 
     @property
     def launch(self) -> float:
-        """Seconds of a small kernel."""
+        """Seconds that the model counts for a small kernel."""
         return 0.0 if self.ideal else LAUNCH
 
     @property
@@ -76,8 +77,8 @@ class Card:
         return 0.0 if self.ideal else PASS
 
 
-# "H100 at 800" has the rates of an H100 at which an adapter takes the largest part of the time: a product at 800
-# TFLOP/s, and kernels that reach 3.0 TB/s.
+# "H100 at 800" is an H100 whose matrix products reach 800 TFLOP/s and whose other kernels reach 3.0 TB/s. At these
+# rates an adapter takes the largest part of the time.
 CARDS = {
     "A100": Card("80", 108, 1.41e9, 2.04e12, 1024, 250e12, 4.0e12),
     "H100": Card("90", 132, 1.755e9, 3.35e12, 1300, 650e12, 5.5e12),
@@ -96,10 +97,10 @@ def loops(card: Card) -> dict[str, dict[str, float]]:
 
 
 def tile_cycles(loop: dict[str, float], card: Card) -> float:
-    """Returns the cycles that a multiprocessor needs for a tile of 64 x 64, if no warp waits for L2 or memory
-    bandwidth."""
+    """Returns the cycles that a multiprocessor needs for a tile of 64 x 64 if the bandwidths of L2 and of memory are no
+    limit."""
     products = loop["mma"] * 4 * 2048 / card.tensor
-    # Warps of a scheduler: each block has one warp on each scheduler, unless `loop` gives another number.
+    # Number of warps of a scheduler: each block has one warp on each scheduler, unless `loop` gives another number.
     warps = loop.get("warps", loop["blocks"])
     return max(loop["slots"], 2 * loop["alu"], 2 * loop["fma"], products, 4 * loop["transactions"],
                loop["alone"] / warps)  # fmt: skip
@@ -110,8 +111,8 @@ def terms_of_tile(name: str, rank: int = 16) -> float:
 
     Y0 is the low-rank term of Y with the bias, dX0 is the low-rank term of dX, and P is dY B. In the pass for S or dA,
     a tile reads three terms of one matrix. In the pass for Y0 or dX0, a tile reads two terms of two matrices. In the
-    pass for P and dB, a block reads the three terms of one matrix once for four tiles, and the three terms of the other
-    matrix once; these reads count as half a matrix for each tile.
+    pass for P and dB, a block reads the three terms of one matrix once for four tiles, and the three terms of another
+    matrix once; the function counts the two reads as half a matrix for each tile.
     """
     matrix = 64 * rank * 2.0  # bytes of one bfloat16 term of 64 rows of a small matrix (A, B, S or P)
     if name.startswith(("Y0", "dX0")):
@@ -125,9 +126,10 @@ def over_tiles(
 ) -> float:  # fmt: skip
     """Returns the seconds of a pass over an activation [rows, columns] that moves ``moved`` bytes.
 
-    ``work`` names how the pass is cut into blocks (see :func:`plan`), or is "tiles" if each tile has a block; without
-    ``work``, all multiprocessors have equally many tiles, and one wave of blocks. ``count``: number of layers that the
-    pass computes from one read of the activation; ``loop`` then has the numbers of a tile and one of the layers.
+    ``work`` says how the pass is cut into blocks: as :func:`plan` cuts it, or with a block for each tile ("tiles").
+    Without ``work``, all multiprocessors get equally many tiles in one wave of blocks. ``count``: number of layers that
+    the pass computes from one read of the activation. ``loop``: the counts of a tile for one layer, in place of the
+    counts in docs/slots.tsv.
     """
     if card.ideal:
         return moved / card.reached
@@ -153,8 +155,8 @@ def product(t: int, n: int, k: int, card: Card) -> float:
 
 def plan(t: int, columns: int, work: str) -> tuple[int, int, int]:
     """Returns the number of thread blocks of a rank pass, the largest number of tiles of a block, and the number of
-    rows of the pass's partial sums. For the kernels, csrc/linear/cuda/rank_plan.cuh chooses these numbers. ``work``:
-    "rows" (S), "columns" (dA) or "both" (P and dB).
+    rows of the pass's partial sums. The function repeats the choice that csrc/linear/cuda/rank_plan.cuh makes for the
+    kernels. ``work``: "rows" (the pass computes S), "columns" (dA) or "both" (P = dY B and dB).
     """
     row_tiles, column_tiles = -(-t // 64), -(-columns // 64)
     if work == "both":
@@ -196,7 +198,7 @@ def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> d
         "norm": over_tiles("W A and the norm", n, k, w + partial_sums(n, k, rank, "rows", card), card, "rows"),
         "P, dB and dg": over_tiles("P, dB and dg", t, n, 2 * y + both, card, "both"),
         "g in W or in dY": over_memory(2 * w if t > k else 2 * y, card),
-        # If g scales W, dg is a pass of its own.
+        # If the output scale g scales W, a separate pass computes the gradient dg.
         "column pass, g and dg": over_memory(2 * w, card) + over_memory(2 * y, card) if t > k
                                  else over_memory(3 * y, card),
         "finish": over_memory(2 * y, card),
@@ -205,10 +207,11 @@ def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> d
     }  # fmt: skip
 
 
-# The parts of a layer's training step in addition to the frozen layer's two products. A test counts the launches under
-# the emulator, and the operators that PyTorch runs. "launch" is a small kernel of peft_ext: kernels that split matrices
-# into terms and add partial sums, and in DoRA's norm also A Aᵀ and the norm itself. "launch by PyTorch" is a small
-# kernel of PyTorch: the seed of the dropout; DoRA's g, four in the forward and one in the backward.
+# The parts of a layer's training step in addition to the frozen layer's two products. tests/ops/test_cuda_launches.py
+# compares the numbers of launches with those of the kernels. "launch" is a small kernel of peft_ext: a kernel that
+# splits matrices into terms or adds partial sums, and in DoRA also the kernels of A Aᵀ and of the norm. "launch by
+# PyTorch" is a small kernel of PyTorch: one kernel draws the seed of the dropout, and five kernels compute DoRA's g and
+# its gradient, four in the forward and one in the backward.
 LAYERS: dict[str, list[str]] = {
     "LoRA": ["S", "Y0", "P and dB", "dA", "dX0", *["launch"] * 5],
     "LoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", *["launch"] * 5,
@@ -230,15 +233,14 @@ def ratio(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> floa
 
 
 def ideal(card: Card) -> Card:
-    """Returns the card for which the functions of this module compute limits: no kernels with the same passes are
-    faster."""
+    """Returns ``card`` with ``ideal`` set. For this card, the functions of this module compute lower bounds of the
+    times of all kernels with the same passes."""
     return replace(card, ideal=True)
 
 
 def limit(method: str, card: Card, t: int, n: int = 4096, k: int = 4096) -> float:
-    """Returns what :func:`ratio` would return if each pass over an activation took nothing but the time to move its
-    bytes, and the launches between the passes took no time: no kernel with these passes is faster.
-    """
+    """Returns :func:`ratio` for the ideal card: a lower bound, because each pass takes only the time to move the bytes
+    of the pass, and a launch takes no time."""
     return ratio(method, ideal(card), t, n, k)
 
 
@@ -260,11 +262,11 @@ def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
 
 
 def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: bool, rank: int = 16) -> float:
-    """Returns the seconds of the pass that computes S (``columns``: dA) of ``count`` layers with one input."""
+    """Returns the seconds of the pass that computes S (with ``columns``: dA) of ``count`` layers with one input."""
     name = ("dA" if columns else "S") + " of siblings" + (", dropout" if dropout else "")
-    # The row in docs/slots.tsv is for three layers. A block of rank_siblings_kernel has one warp for each layer, and
-    # with dropout 4 KiB of shared memory for each warp. The counts of a tile and a layer hardly depend on the number of
-    # layers.
+    # The rows of docs/slots.tsv for siblings were measured with three layers. A block of rank_siblings_kernel has one
+    # warp for each layer, and with dropout 4 KiB of shared memory for each warp. The instructions that a tile takes for
+    # one layer hardly depend on the number of layers.
     found = loops(card)[name]
     shared = int(found["shared"]) - (4096 * (3 - count) if dropout else 0)
     blocks = slots.resident_blocks(card.arch, 32 * count, int(found["registers"]), shared)
@@ -280,20 +282,19 @@ def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: boo
 LLAMA_LAYER = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
 
 
-LLAMA_HIDDEN = 14336  # width of the hidden state h = act(gate) ∘ up, the input of the last group
+LLAMA_HIDDEN = 14336  # width of h = act(gate) ∘ up, the input of the down projection
 
 
 def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     """Returns the time of LLAMA_LAYER with adapters divided by its time without adapters, forward and backward. Both
-    times leave out what both layers compute alike: attention, rotary positions, norms, and the activation's forward and
-    backward.
+    times leave out attention, rotary positions, norms, and the activation's forward and backward.
 
-    Without adapters, separate passes add the gradients of layers with one input. With adapters and ``together``, these
-    passes are not needed: one pass writes the sum of the low-rank terms of dX of all layers with one input, and each
-    layer's product is added to this sum. One pass over x computes S of all these layers, and one pass computes dA of
-    all these layers. Each small kernel is launched once for all layers. With adapters, the backward computes h =
-    act(gate) ∘ up again, which reads and writes three times T x LLAMA_HIDDEN elements: dA of the last layer needs h,
-    which a frozen layer does not need.
+    Without adapters, separate passes add up the gradients dX that layers with one input return. With adapters and
+    ``together``, no pass adds up gradients: one pass writes the sum of the low-rank terms of dX of all layers with one
+    input, and each layer's product is added to this sum. With ``together``, one pass over x computes S of all layers
+    with this input, another pass computes dA of all these layers, and each small kernel is launched once for all of
+    them. With adapters, the backward computes h = act(gate) ∘ up again, because dA of the down projection needs h; this
+    reads and writes three times T x LLAMA_HIDDEN elements.
     """
     frozen, adapted = 0.0, over_memory(3 * 2.0 * t * LLAMA_HIDDEN, card)
     for outputs, k in LLAMA_LAYER:
@@ -318,7 +319,9 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     return adapted / frozen
 
 
-MANY_ROWS = 128  # mean number of rows of an expert from which on PyTorch computes the dense product; kManyRows in csrc
+# From this mean number of rows of an expert on, PyTorch computes the product of experts in bfloat16. kManyRows in
+# csrc/experts/experts_cuda.cpp is the same number.
+MANY_ROWS = 128
 
 
 def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: str) -> float:
@@ -337,9 +340,9 @@ def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: st
     loop = loops(card)["experts, Y" if base == "bf16" else "experts, NF4, Y"]
     tiles = active * -(-rows // active // 64)
     blocks, resident = tiles * -(-n // 128), card.multiprocessors * loop["blocks"]
-    # A slab of 64 x 128 weights is 32 weights for each lane. A block has two warps on each scheduler; a warp that runs
-    # alone waits for its own loads. If a tile has at most 32 rows, the kernel skips the second group of 32 rows. The
-    # skip saves, for each weight of a lane, half of the products, 0.875 issue slots, and one transaction of 128 bytes.
+    # A block multiplies a slab of 64 x 128 weights at a time, which is 32 weights for each lane of the block. A block
+    # has two warps on each scheduler. If a tile has at most 32 rows, the kernel skips the second group of 32 rows,
+    # which saves, for each weight of a lane, half of the products, 0.875 issue slots, and one transaction of 128 bytes.
     less = 0.5 if -(-rows // tiles) <= 32 else 1.0
     products = loop["mma"] * less
     slots, transactions = loop["slots"] - 1.75 * (1 - less), loop["transactions"] - 2 * (1 - less)
@@ -350,9 +353,10 @@ def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: st
     return max(cycles / card.clock, moved / card.reached) + 2 * PASS
 
 
-# Launches of small kernels in a step of experts: kernels of peft_ext in the forward and in the backward (the rows of
-# each expert, terms, sums of P and S, sums of dA and dB), and kernels of PyTorch. With DoRA, a kernel more for the
-# terms of the norm, a kernel more for the sums of dg, and PyTorch's kernels for g. A test counts the launches.
+# Numbers of launches of small kernels in a step of experts. "forward" and "backward" count kernels of peft_ext, which
+# list the rows of each expert, split matrices into terms and add partial sums of S, P, dA and dB. "seed" is PyTorch's
+# kernel that draws the seed of the dropout. DoRA adds a kernel for the terms of the norm, a kernel for the sums of dg,
+# and PyTorch's kernels for g. tests/ops/test_cuda_launches.py compares the numbers with the launches of the kernels.
 EXPERT_LAUNCHES = {"forward": 3, "backward": 5, "norm": 1, "dg": 1, "seed": 1, "g, forward": 4, "g, backward": 1}
 
 
@@ -360,12 +364,13 @@ def experts(
     card: Card, rows: int, active: int, n: int, k: int, base: str = "bf16", dropout: bool = False, rank: int = 16,
     dora: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """Returns the seconds of the forward and of the backward of LoRA (or of DoRA with the norms of its weights) with
-    float32 adapters, for experts [n, k] with equally many rows each.
+    """Returns the seconds of the forward and of the backward of experts [n, k] with LoRA (with ``dora``: with DoRA,
+    whose norms are computed in the forward). The adapters are float32, and each expert gets equally many rows.
     """
     bandwidth, padded = card.reached, active * -(-rows // active // 64) * 64
     a, b = (4.0 * active * rank * size for size in (k, n))
-    # Bytes of the terms: a rank pass reads A or B as three terms, and a product as two terms, of two bytes a value.
+    # `terms` is 0 for an ideal card, which moves no terms. A rank pass reads A or B as three bfloat16 terms, and a
+    # product reads A or B as two: 1.5 times or once the bytes of the float32 matrix.
     terms = 0.0 if card.ideal else 1.0
     chunks = {size: max(1, min(768 // (padded // 64), -(-size // 64 // 2))) for size in (k, n)}
     sums = {size: terms * 2 * 4.0 * padded * rank * of for size, of in chunks.items()}
@@ -384,7 +389,7 @@ def experts(
     backward += over("dA of experts", k, 2.0 * rows * k + terms * a + (2.0 * rows * k / 16 if dropout else 0.0))
     # The last pass over partial sums reads these sums and writes dA and dB.
     backward += (a + b + terms * (a + b)) / bandwidth + experts_product(card, rows, active, k, n, base)
-    backward += 2.0 * rows * k / 16 / bandwidth if dropout else 0.0  # the product reads the mask's bits
+    backward += 2.0 * rows * k / 16 / bandwidth if dropout else 0.0  # the product for dX reads the mask's bits
     if dora:
         read = (2.0 if base == "bf16" else 0.516) * active * n * k
         norm = "the norm of experts" if base == "bf16" else "the norm of experts, NF4"
@@ -397,22 +402,24 @@ def experts(
     return forward, backward
 
 
-FEW = 64  # largest number of tokens of a mixed batch for which plain FMA kernels run; kGroupedFewTokens in csrc
+# Largest number of tokens of a mixed batch for which kernels without tensor cores compute the low-rank terms.
+# kGroupedFewTokens in csrc/linear/cuda/shrink_few.cuh is the same number.
+FEW = 64
 
 
 def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 4096, rank: int = 16) -> float:
     """Returns the seconds of a mixed batch's forward with float32 adapters and equally many tokens for each adapter.
     With one adapter and more than FEW tokens, the result is the time of lora_linear.
 
-    Adapters are read from memory. The bfloat16 terms of the adapters are read from L2, because the passes read the
-    terms right after another kernel has written them.
+    The model assumes that kernels read the adapters from memory, and the bfloat16 terms of the adapters from L2,
+    because another kernel has written the terms just before.
     """
     a, b = (4.0 * adapters * rank * size for size in (k, n))
     if t <= FEW:
-        # Separate kernels read A and B once. The time of these kernels is added to the time of the product.
+        # The kernels for few tokens read A and B once.
         adapter = 2 * card.launch + (a + b) / card.reached
         if base == "NF4":
-            # The kernel that computes the product also adds the low-rank term, without a launch of its own.
+            # The kernel that computes the product with NF4 weights also adds the low-rank term.
             return decode(card, n, k, t) + adapter - card.launch
         return product_of_few(t, n, k, card) + adapter
     tiles, name = (-(-t // 64), "") if adapters == 1 else (adapters * -(-(t // adapters) // 64), ", mixed batch")
@@ -433,7 +440,7 @@ def product_of_few(t: int, n: int, k: int, card: Card) -> float:
     return max(product(t, n, k, card), over_memory(2.0 * n * k, card))
 
 
-# The benchmark of each layer of LAYERS: the operator, and the case of the operator.
+# For each layer of LAYERS, the operator and the case of the benchmark that measures the layer.
 MEASURED = {
     "LoRA": ("lora_linear", "bf16 base"),
     "LoRA, dropout": ("lora_linear", "bf16 base, dropout 0.05"),
@@ -441,7 +448,8 @@ MEASURED = {
     "DoRA": ("dora_linear", "bf16 base"),
     "IA3": ("ia3_linear", "bf16 base, output"),
 }
-# The kernels of each part of a layer: a regular expression of the name that slots.kernel_name returns.
+# For each part of a layer, a regular expression that the names of the part's kernels match, as slots.kernel_name
+# returns the names.
 KERNELS = {
     "product": r"gemm|nvjet|cutlass|xmma",
     "S": r"^rank_pass_kernel<(bf16|f16), .*, kRows, kNone>",
@@ -458,10 +466,9 @@ KERNELS = {
     "finish": r"^finish_kernel",
     "g in W or in dY": r"^(scale_rows|column_pass)_kernel",
     "column pass, g and dg": r"^(column_pass|scale_rows)_kernel",
-    # Small kernels: those that split matrices into terms, add partial sums or scale ranks, and the kernels for A Aᵀ and
-    # for DoRA's norm.
+    # The small kernels split matrices into terms, add partial sums, scale ranks, or compute A Aᵀ and DoRA's norm.
     "launch": r"^(split|rank_reduce|column_reduce|rank_scale|dora_norm)_kernel|^rank_pass_kernel<float, .*, kRows, ",
-    # Small kernels of PyTorch: random numbers, and functions of the elements of a vector.
+    # PyTorch's small kernels draw random numbers or compute functions of the elements of a vector.
     "launch by PyTorch": r"^at::native::.*(distribution|elementwise)",
 }
 

@@ -20,11 +20,12 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build/emulated"
 NAMESPACE = "peft_ext_emulated"
 
-_libraries: list[object] = []  # torch.library.Library objects, which keep the operators defined
+_libraries: list[object] = []  # the torch.library.Library objects, without which PyTorch would drop the operators
 
-# ThreadSanitizer's hooks at function entry and exit are off, because these hooks would check nothing.
+# The emulator needs no hooks of ThreadSanitizer at function entry and exit.
 SANITIZE = "-fsanitize=thread,bounds-strict,alignment --param tsan-instrument-func-entry-exit=0"
-# -ffp-contract=off is a flag of setup.py, too. -g1 is enough for line numbers in the messages about faults.
+# With -ffp-contract=off, as in setup.py, the compiler fuses no product and sum. -g1 is enough for line numbers in the
+# messages about faults.
 FOLDER = shlex.quote(f"-I{CSRC}")
 COMMON = f"-O2 -g1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -fvisibility=hidden -fPIC -Wall {FOLDER}"
 
@@ -39,12 +40,12 @@ def missing() -> str | None:
 def build(name: str, sources: list[Path], flags: str = "", libraries: str = "", folder: Path = BUILD) -> Path:
     """Builds, if a source changed, a shared library of the emulator and of ``sources``, which are compiled with
     ThreadSanitizer, in ``folder``."""
-    kernels = (  # the stack frame of a kernel has to fit a fiber's stack of 64 KiB
+    kernels = (  # a kernel's stack frame may have 32 KiB at most, because the emulator runs it on a stack of 64 KiB
         f"{COMMON} {SANITIZE} -Wno-unknown-pragmas -Werror=frame-larger-than=32768 -DPEFT_EXT_EMULATE_CUDA "
         f"-include emulator/device.h {flags} -x c++"
     )
-    # The emulator comes first: the linker keeps the first copy of an inline function, and the emulator's own copies are
-    # not instrumented.
+    # The emulator's objects are linked first, because the linker keeps the first copy of an inline function, and the
+    # emulator's copies are not instrumented.
     groups = Group(COMMON, sorted((CSRC / "emulator").glob("*.cpp"))), Group(kernels, sources)
     return native_build.build(folder / f"lib{name}.so", groups, f"-Wl,--as-needed,-z,defs {libraries}")
 
@@ -52,8 +53,8 @@ def build(name: str, sources: list[Path], flags: str = "", libraries: str = "", 
 def build_ops() -> Path:
     """Builds libpeft_ext_emulated.so with every CUDA operator, in a folder of build/emulated for this version of torch.
 
-    Two environments with different torch, which share a checkout, would otherwise replace each other's library. ninja
-    would also keep objects of an older torch at the same place, because ninja does not check torch's headers.
+    In one folder, two environments with different versions of torch would replace each other's library, and ninja would
+    keep objects that were compiled with another version's headers.
     """
     sources = sorted(CSRC.rglob("*_cuda.cpp"))
     return build(NAMESPACE, sources, *native_build.torch_flags(), folder=BUILD / f"torch-{version('torch')}")

@@ -2,7 +2,7 @@
 
 python -m pip install $(python tools/extra.py docs examples)
 
-If peft_ext is not installed, the requirements are those that ``setup.py sdist`` wrote into the checkout.
+If peft_ext is not installed, the program reads the requirements that ``setup.py sdist`` wrote into the checkout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def declared() -> list[str]:
 
 
 def requirements(extra: str) -> Iterator[str]:
-    """Yields the requirements of ``extra`` and of the extras that it includes."""
+    """Yields the requirements of ``extra`` and of the extras that ``extra`` includes."""
     for requirement in map(Requirement, declared()):
         if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue

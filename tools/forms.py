@@ -4,11 +4,11 @@
     python tools/forms.py --share    prints how many norms, attentions and MLPs of the installed transformers have a
                                      known form
 
-pip installs each release into a folder of build/forms, and a separate process reads each release. A form whose forward
-``peft_ext.accelerate`` would replace gets a row if a formula passes the proof for a class with this form
-(peft_ext/verification/proof.py and tests/support/form_proofs.py). Some rows need no proof: dropouts, and attentions
-that keep their own forward. The row of an attention also names the layers that receive one input, which this tool reads
-from the source of the attention's forward (:mod:`reads_of_attention`); ``peft_ext.accelerate`` only reads the table.
+pip installs each release into a folder of build/forms, and a separate process reads each release. A form gets a row if
+a formula of peft_ext passes the proof for a class with this form (peft_ext/verification/proof.py and
+tests/support/form_proofs.py). Rows of dropouts, and of attentions that keep their own forward, need no proof. The row
+of an attention also names the layers that receive one input tensor, which tools/reads_of_attention.py reads from the
+source of the attention's forward; ``peft_ext.accelerate`` only reads the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RELEASES = ("5.1.0", "5.4.0", "5.8.0", "5.12.0", "5.15.0", "5.20.0", "5.24.0")
 TABLE = ROOT / "peft_ext/integrations/forms/forms.tsv"
 PAGE = ROOT / "docs/known-forms.md"
-# The architectures whose classes the page counts one by one: the decoders and encoders that are used most.
+# docs/known-forms.md has a row for each of these architectures of transformers: decoders and encoders in wide use.
 DECODERS = (
     "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma4 phi phi3 phimoe gpt_oss"
     " deepseek_v2 deepseek_v3 glm glm4 glm4_moe olmo olmo2 olmo3 olmoe granite granitemoe smollm3 falcon gpt_neox gpt2"
@@ -63,10 +63,10 @@ REASONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", action="store_true", help="the share of known classes in the installed transformers")
-    # The two values of --scan: a file with known rows of the table, and the file for the rows that the process finds.
+    # --scan takes two files: one with known rows of the table, and one for the rows that the process finds.
     parser.add_argument("--scan", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    logging.disable(logging.ERROR)  # transformers warns about packages that are not installed
+    logging.disable(logging.ERROR)  # transformers would warn about packages that are not installed
     warnings.simplefilter("ignore")
     if args.scan:
         known, out = map(Path, args.scan)
@@ -108,7 +108,7 @@ def _scanned(release: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     known.write_text(json.dumps(found))
     if not place.exists():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(place)]
-        # pip also installs the releases of other packages that this release needs.
+        # pip also installs the packages that this release of transformers needs.
         subprocess.run([*pip, f"transformers=={release}"], check=True)
     environment = {
         **os.environ,
@@ -296,13 +296,15 @@ def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[
 
 
 def _architecture(cls: Any) -> str:
-    """Returns the name of the architecture of transformers whose file defines ``cls``; "" if none does."""
+    """Returns the name of the architecture in whose folder of transformers.models ``cls`` is defined; "" for a class of
+    another place."""
     parts = cls.__module__.split(".")
     return parts[2] if len(parts) > 3 and parts[1] == "models" else ""
 
 
 def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict[str, list]]:
-    """Returns, by architecture and kind, the number of classes with a known form and the names of the other classes."""
+    """Returns, for each architecture and each kind of KINDS, the number of classes with a known form and the names of
+    the classes without one."""
     found: dict[str, dict[str, list]] = {}
     for cls in classes():
         architecture, name = _architecture(cls), cls.__name__.lower()

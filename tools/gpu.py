@@ -16,7 +16,7 @@ The parts, in this order:
     battery    the tests of the operators and modules, in several processes
     sanitizer  compute-sanitizer over some of the operators' tests
 
-The program imports only the standard library and cuda_model.py, which needs no other package. Each part runs in
+The program imports only the standard library and modules of tools/ that need no other package. Each part runs in
 processes of its own, and has a time limit that depends on the remaining time. At the limit, all processes of the part
 are killed. If a part fails or is cut off, the exit status is 1, and the next parts run, except after the part
 "packages" failed, or after a failed build without a library of an earlier build. The log, the rows of the measurements
@@ -45,7 +45,7 @@ from gpu_torch import driver_cuda, pip_names, torch_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
-# The packages that the parts import, by pip's names.
+# pip's names of the packages that the parts need.
 PACKAGES = ("setuptools", "pybind11", "ninja", "numpy", "typer", "rich", "filelock", "cuda-bindings", "pytest",
             "pytest-xdist", "transformers", "peft", "accelerate", "aenum", "bitsandbytes")  # fmt: skip
 PROBE = f"""
@@ -91,10 +91,10 @@ state = _native.STATE
 print(json.dumps({"seconds": took, "CPU path": state.isa, "CUDA kernels": state.cuda_error or "registered"}))
 sys.exit(not state.cuda_loaded)
 """
-# Succeeds if the native library loads and has CUDA kernels.
+# The program LOADS succeeds if the native library loads and its CUDA kernels are registered.
 LOADS = "import sys; from peft_ext import _native; sys.exit(not _native.STATE.cuda_loaded)"
-# Proves the families of kernels that are not named in the arguments, without those of packed formats, and prints a line
-# before and after each family.
+# The program PROVE proves the families of CUDA kernels that its arguments do not name, without those of packed formats,
+# and prints a line before and after each family.
 PROVE = """
 import json, sys, torch
 from peft_ext.ops import prove
@@ -106,13 +106,13 @@ for family in [name for name in prove.families(device.type.upper()) if name not 
 CORE = "tests/ops/test_covering.py"
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
 METHODS = "LoRA; QLoRA; DoRA"  # methods of the part "training", as benchmarks.e2e names them
-FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # benchmarks that "table" runs first
+FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # the first benchmarks of "table"
 WORKERS = 8  # largest number of processes that run the tests of one part; all of them use one GPU
 # The tests of the part "sanitizer": linear layers in bfloat16 with dropout or over NF4, with sizes that no tile
 # divides.
 SANITIZED = "test_values_and_gradients and -bfloat16] and 515 and linear and (dropout or nf4_linear)"
-# The variables that are set for all commands. PEFT_EXT_PROVE=0 turns off the proof at first use, so that the kernels
-# run whatever the part "prove" has found.
+# The environment variables that are set for the commands of all parts. PEFT_EXT_PROVE=0 turns off the proof at first
+# use, so that the kernels run even if the part "prove" has found them wrong.
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -120,7 +120,8 @@ ENVIRONMENT = {
     "PEFT_EXT_REQUIRE": "1",
 }
 GRACE = 5.0  # seconds between the interrupt of a command at its limit and its end by SIGKILL
-# TEST matches a line of pytest's output with the result of a test. The first alternative is the form of pytest-xdist.
+# TEST matches a line of pytest's output with the result of a test. The first alternative of TEST is the line that
+# pytest-xdist prints, and the second is the line that pytest prints without it.
 TEST = re.compile(
     r"^\[gw\d+\] \[ *\d+%\] (?P<result>PASSED|FAILED|ERROR|SKIPPED) (?P<test>\S.*?)\s*$"
     r"|^(?P<test_>tests/\S+::.+?) (?P<result_>PASSED|FAILED|ERROR|SKIPPED)\b"
@@ -135,8 +136,8 @@ class Outcome:
     Attributes:
         result: PASSED, FAILED, CUT or NOT_RUN.
         why: what went wrong, or the reason why the part did not run.
-        seconds, limit: seconds that the part took, and seconds that the part could take.
-        rows: number of results: tests, families of kernels, rows of a measurement.
+        seconds, limit: seconds that the part took, and its time limit in seconds.
+        rows: number of results of the part, such as tests, families of kernels or rows of a result file.
         failed: the names of the tests, families or rows that failed.
         files: names of the result files that the part wrote.
     """
@@ -160,7 +161,7 @@ class Outcome:
         return not wrong
 
     def see(self, line: str) -> None:
-        """If a line of pytest's output names the result of a test, counts this result."""
+        """Counts the result of a test if a line of pytest's output names one."""
         if found := TEST.match(line):
             self.rows += 1
             if (found["result"] or found["result_"]) in ("FAILED", "ERROR"):
@@ -228,8 +229,8 @@ class Runner:
 
 @dataclass
 class Machine:
-    """The Python, the GPU and the folder of the results that the parts use. ``gpu`` is the result of PROBE.
-    ``has_earlier_build`` tells, after a failed build, whether a library of an earlier build or of a wheel loads.
+    """The Python, the GPU and the folder of the results that the parts use. ``gpu`` is the description that the program
+    PROBE printed. ``has_earlier_build`` is True if the build failed and the library of an earlier build loads.
     """
 
     runner: Runner
@@ -245,8 +246,9 @@ class Machine:
 
 
 def probe(python: str) -> dict:
-    """Returns a description of torch in ``python``, of the GPU and of the missing packages. Returns {} if there is no
-    such Python, or if the probe fails there, as without torch, or does not end in PROBE_SECONDS.
+    """Returns a description of the torch of the interpreter ``python``, of the GPU and of the missing packages. Returns
+    {} if this interpreter does not exist, or if the program PROBE fails (for example without torch) or takes longer
+    than PROBE_SECONDS.
     """
     try:
         done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS)
@@ -263,9 +265,9 @@ def packages(here: Machine, outcome: Outcome) -> None:
     """Chooses the Python of the next parts: the running Python, .venv, or a new .venv.
 
     Nothing is installed into the running Python, unless the running Python is .venv's. If torch in the running Python
-    is 2.11 or newer and sees the GPU, a new .venv sees the packages of the running Python, and pip installs only what
-    is missing. Otherwise pip installs a torch that the driver supports. If pip fails, for example without a network,
-    the parts run without the missing packages; without torch, no part runs.
+    is 2.11 or newer and sees the GPU, a new .venv also sees the packages of the running Python, and pip installs only
+    the missing packages. Otherwise pip installs a torch that the driver supports. If pip fails, for example without a
+    network, the parts run without the missing packages. On a machine with a GPU, no part runs without torch.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
     end = here.runner.clock() + outcome.limit
@@ -288,8 +290,8 @@ def packages(here: Machine, outcome: Outcome) -> None:
 
 
 def install(here: Machine, venv: str, wanted: Sequence[Sequence[str]], end: float) -> dict:
-    """Makes .venv if it is missing, and runs pip there for each list of arguments in ``wanted``. If the Python of .venv
-    then finds a GPU, the next parts use this Python. Returns the last result of ``probe`` for .venv.
+    """Makes .venv if .venv is missing, and runs pip in .venv for each list of arguments in ``wanted``. If the torch of
+    .venv then sees the GPU, the next parts use the Python of .venv. Returns the last result of ``probe`` for .venv.
     """
     about: dict = {}
     if not VENV.exists():
@@ -301,7 +303,8 @@ def install(here: Machine, venv: str, wanted: Sequence[Sequence[str]], end: floa
             (place,) = VENV.glob("lib/python*/site-packages")
             (place / "running_python.pth").write_text("\n".join(here.gpu["path"]) + "\n")
     pip = [venv, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "15"]
-    # The versions of cuda-bindings and of compute-sanitizer, which comes last, depend on the CUDA release of torch.
+    # pip installs torch before the packages whose versions depend on the CUDA release of torch: cuda-bindings, and
+    # last compute-sanitizer.
     for names in (*wanted, None):
         if arguments := sanitizer_package(here) if names is None else pip_names(names, here.gpu.get("cuda")):
             here.runner.run([*pip, *arguments], end - here.runner.clock())
@@ -311,8 +314,8 @@ def install(here: Machine, venv: str, wanted: Sequence[Sequence[str]], end: floa
 
 
 def sanitizer_package(here: Machine) -> list[str]:
-    """Returns the package of PyPI with compute-sanitizer for the CUDA release of torch. Returns [] if compute-sanitizer
-    is installed already, or if torch has no CUDA release."""
+    """Returns a list with pip's requirement of compute-sanitizer for the CUDA release of torch. Returns [] if
+    compute-sanitizer is installed already, or if torch has no CUDA release."""
     release = here.gpu.get("cuda")
     if release is None or find_sanitizer(here):
         return []
@@ -358,13 +361,13 @@ def prove(here: Machine, outcome: Outcome) -> None:
 
     end = here.runner.clock() + outcome.limit
     while True:
-        # One process proves the families of kernels in turn. If a family hangs, the process is ended after three fifths
-        # of the time that this part had left, and a new process proves the other families.
+        # One process proves the families of kernels in turn. A process that hangs is ended after three fifths of the
+        # time that was left, so that a new process can prove the other families.
         left = end - here.runner.clock()
         wrong, cut = here.runner.run([here.python, "-c", PROVE, *done], 0.6 * left, see=see)
         if not wrong:
             break
-        if not begun or begun[-1] in done:  # the process failed before the first family, or between two families
+        if not begun or begun[-1] in done:  # the process failed while it was proving no family
             outcome.add((wrong, cut))
             break
         done[begun[-1]] = f"{wrong}{'' if cut else f': {last}'}"
@@ -378,9 +381,9 @@ def prove(here: Machine, outcome: Outcome) -> None:
 
 def pytest(here: Machine, outcome: Outcome, limit: float, tests: Sequence[str], processes: int = WORKERS,
            environment: Optional[dict[str, str]] = None, before: Sequence[str] = ()) -> None:  # fmt: skip
-    """Runs tests on the GPU, in several processes where pytest-xdist is installed. ``before``: words before the command
-    of pytest, such as a sanitizer's command. The processes share the cores, because the expected results are computed
-    on the CPU.
+    """Runs tests on ``here.device``, in up to ``processes`` processes if pytest-xdist is installed. ``before``: words
+    before the command of pytest, such as a sanitizer's command. Each process gets an equal number of CPU cores, because
+    the tests compute the expected results on the CPU.
     """
     several = processes > 1 and "pytest-xdist" not in here.gpu.get("missing", ())
     how = ["-n", str(min(processes, os.cpu_count() or 1))] if several else []
@@ -398,8 +401,8 @@ def core(here: Machine, outcome: Outcome) -> None:
 def battery(here: Machine, outcome: Outcome) -> None:
     own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/ops").glob("test_cuda_*.py"))
     files = [name for name in dict.fromkeys((*(here.tests or BATTERY), *own)) if name != CORE]
-    # Tests of values run first. Tests of torch.compile take longest and say least about a kernel. CUDA_LAUNCH_BLOCKING
-    # makes each fault appear in the test that caused it.
+    # Tests of torch.compile run last, because they take longest and say least about a kernel. CUDA_LAUNCH_BLOCKING
+    # makes each fault of a kernel appear in the test that caused the fault.
     slow = "test_compiles or test_opcheck"
     end = here.runner.clock() + outcome.limit
     pytest(here, outcome, 0.75 * outcome.limit, [*files, "-k", f"not ({slow})"],
@@ -408,7 +411,8 @@ def battery(here: Machine, outcome: Outcome) -> None:
 
 
 def find_sanitizer(here: Machine) -> Optional[str]:
-    """Returns the path of compute-sanitizer: on PATH, under CUDA_HOME, or of NVIDIA's package in ``here``'s Python."""
+    """Returns the path of compute-sanitizer: on PATH, in CUDA_HOME (by default /usr/local/cuda), or in NVIDIA's package
+    of ``here``'s Python. Returns None if compute-sanitizer is in none of these places."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     packed = [
         found for place in here.gpu.get("path", ()) for found in Path(place).glob("nvidia/*/bin/compute-sanitizer")
@@ -422,13 +426,14 @@ def sanitizer(here: Machine, outcome: Outcome) -> None:
     if tool is None:
         outcome.result, outcome.why = NOT_RUN, "compute-sanitizer was not found"
         return
-    # Without torch's caching, each tensor is an allocation of its own, so that an access behind a tensor is found. The
-    # kernels are compiled again with -lineinfo, by which the tool names the line of an error.
+    # Without torch's caching, each tensor is an allocation of its own, so that the tool finds an access behind a
+    # tensor. With -lineinfo in the compiled kernels, the tool names the source line of an error.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PEFT_EXT_NVRTC_FLAGS": "-lineinfo"}
     end = here.runner.clock() + outcome.limit
     for check, share in (("memcheck", 0.6), ("racecheck", 1.0)):
-        # API errors are not reported, because torch asks for features that a driver may lack, and handles the answer.
-        # Only peft_ext's kernels are checked, because checks of other kernels would take most of the time.
+        # API errors are not reported, because torch asks for features that a driver may lack, and handles the error
+        # that the driver returns. Only peft_ext's kernels are checked, because checks of other kernels would take most
+        # of the time.
         before = [tool, "--tool", check, "--kernel-name", "kns=peft_ext", "--report-api-errors", "no",
                   "--error-exitcode", "1"]  # fmt: skip
         pytest(here, outcome, share * (end - here.runner.clock()), ["tests/ops/test_ops.py", "-k", SANITIZED], 1,
@@ -439,7 +444,7 @@ def sanitizer(here: Machine, outcome: Outcome) -> None:
 
 
 def measure(here: Machine, outcome: Outcome, program: Sequence[str]) -> None:
-    """Runs a program that writes result files, and counts the rows of these files, also after a crash."""
+    """Runs a program that writes result files, and counts the rows of these files, also if the program fails."""
 
     def written() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in here.out.glob("*.json") if not path.name.startswith("gpu-")}
@@ -454,7 +459,8 @@ def measure(here: Machine, outcome: Outcome, program: Sequence[str]) -> None:
 
 
 def training(here: Machine, outcome: Outcome) -> None:
-    # A run that hangs takes a third of the part's time. PEFT, peft_ext and the frozen model have a run each.
+    # Each run, of which a method has three, is killed after a third of the part's time, so that a run that hangs leaves
+    # time for other runs.
     sizes = ["--shape", "8b", "--batch", "2", "--length", "2048", "--steps", "30"]
     if here.device == "cpu":
         sizes = ["--shape", "tiny", "--batch", "2", "--length", "16", "--steps", "2"]
@@ -468,22 +474,22 @@ def kernels(here: Machine, outcome: Outcome) -> None:
 
 
 def table(here: Machine, outcome: Outcome) -> None:
-    # The 25 seconds are for the import, the measurement of the machine's rates, and the row that is running at the
-    # limit.
+    # 25 seconds of the part are kept for the import, for the measurement of the machine's rates, and for the row that
+    # is measured when the limit of the rows is reached.
     rows = max(10.0, outcome.limit - 25)
     names = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
     names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     measure(here, outcome, ["-m", "benchmarks", *names, "--device", "cuda", "--quick", "--limit", f"{rows:.0f}"])
 
 
-# The function of each part, and the seconds of the part in a run of 570 seconds. The time that is left is shared among
-# the part that starts and the later parts, in proportion to these seconds.
+# The function of each part, and the planned seconds of the part in a run of 570 seconds. When a part starts, the
+# remaining time is divided among this part and the later parts in proportion to the planned seconds.
 PARTS: dict[str, tuple[Callable[[Machine, Outcome], None], float]] = {
     "packages": (packages, 25), "build": (build, 75), "import": (imports, 20), "warm": (warm, 70), "prove": (prove, 45),
     "core": (core, 35), "training": (training, 115), "kernels": (kernels, 40), "table": (table, 50),
     "battery": (battery, 55), "sanitizer": (sanitizer, 40),
 }  # fmt: skip
-# A part of ESSENTIAL may always take half of the time that is left, because the later parts need the part's result.
+# A part of ESSENTIAL may take at least half of the remaining time, because the later parts need the part's result.
 ESSENTIAL = ("packages", "build")
 REHEARSED = ("packages", "core", "training")  # the parts that run with --rehearse, on a machine without a GPU
 
@@ -492,15 +498,15 @@ REHEARSED = ("packages", "core", "training")  # the parts that run with --rehear
 
 
 def limit_of(names: Sequence[str], turn: int, left: float) -> float:
-    """Returns the seconds that the part ``names[turn]`` may take of the ``left`` seconds."""
+    """Returns the seconds that the part ``names[turn]`` may take if ``left`` seconds remain of the run."""
     own, later = PARTS[names[turn]][1], sum(PARTS[name][1] for name in names[turn + 1 :])
     share = left * own / (own + later)
     return max(share, left / 2) if names[turn] in ESSENTIAL else share
 
 
 def run_parts(here: Machine, names: Sequence[str], keep: Callable[[list[Outcome]], None]) -> list[Outcome]:
-    """Runs the parts, and passes the outcomes so far to ``keep`` after each part. An error in a part stops no other
-    part, except that no part runs after "packages" failed, or after a failed build without an earlier build.
+    """Runs the parts, and passes the outcomes so far to ``keep`` after each part. Later parts also run after a part
+    that fails, unless the part is "packages", or "build" without a library of an earlier build.
     """
     found: list[Outcome] = []
     stopped = ""
@@ -532,14 +538,14 @@ def line(outcome: Outcome) -> str:
 
 
 def keep(path: Path, about: dict, found: list[Outcome]) -> None:
-    """Writes the summary file. An interrupted write leaves the old file."""
+    """Writes the summary file ``path``. If the write is interrupted, the old file remains."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps({**about, "parts": [asdict(outcome) for outcome in found]}, indent=1) + "\n")
     os.replace(new, path)
 
 
 def summary(here: Machine, found: list[Outcome]) -> None:
-    """Prints the result of each part, the failures, and the measured times beside the computed times."""
+    """Prints the result of each part, the failures, and for operators the measured times beside the computed times."""
     here.runner.say("")
     for outcome in found:
         here.runner.say(f"gpu: {line(outcome)}")

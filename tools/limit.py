@@ -1,12 +1,11 @@
-"""Runs a command with a time limit. At the limit, ends the command and its descendants, and prints which processes were
-ended.
+"""Runs a command with a time limit. At the limit, ends the command and its descendants, and prints these processes.
 
     python tools/limit.py SECONDS COMMAND...
 
 The exit status is the command's, or 124 if the command was ended. A Python process receives SIGABRT first, so that a
 process with faulthandler (as under pytest) writes the stack of every thread before the process ends; another process
 receives SIGTERM. A process that still runs after 10 seconds, or when the command itself has ended, receives SIGKILL.
-The program needs psutil. Ctrl-C also reaches the command.
+The program needs psutil.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from typing import Any
 
 import psutil
 
-ENDED = 124  # the exit status after a timeout, as of timeout(1)
+ENDED = 124  # the exit status if the command was ended at the limit, as timeout(1) has it
 GRACE = 10.0  # largest number of seconds from the first signals until SIGKILL
 
 
 def run(command: Sequence[str], seconds: float, **how: Any) -> int:
-    """Returns the exit status of the command, as a shell reports it. ``how`` is passed to ``subprocess.Popen``."""
+    """Runs the command for at most ``seconds``. Returns the command's exit status as a shell reports it, or ENDED if
+    the command was ended. ``how`` is passed to ``subprocess.Popen``."""
     process = subprocess.Popen(command, **how)
     try:
         code = process.wait(timeout=seconds)
@@ -36,18 +36,18 @@ def run(command: Sequence[str], seconds: float, **how: Any) -> int:
         end(process)
         print(f"limit: ended after {seconds:g} s: {shown}", file=sys.stderr, flush=True)
         return ENDED
-    except KeyboardInterrupt:  # the command received the signal too, and ends in its own way
+    except KeyboardInterrupt:  # the terminal also sent the signal to the command, which ends in its own way
         return process.wait()
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends the process and all its descendants, also descendants that are started meanwhile."""
+    """Ends the process and its descendants, also descendants that start meanwhile."""
     parent = psutil.Process(process.pid)
     until = time.monotonic() + GRACE
     asked: set[psutil.Process] = set()
     while time.monotonic() < until and parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
-        # The youngest process is ended first: a launcher would end its children before the children have written their
-        # stacks.
+        # The youngest process gets its signal first, because a launcher that ends would end its children before they
+        # have written their stacks.
         found = [*reversed(parent.children(recursive=True)), parent]
         for each in (each for each in found if each not in asked):
             print(f"limit: process {_shown(each)}", file=sys.stderr, flush=True)

@@ -1,13 +1,12 @@
 """Computes what the operators of a training step cost on 16 to 192 threads, from records of their parallel loops.
 
     python tools/many_cores.py               record everything, write many_cores.json, draw docs/performance.md's tables
-    python tools/many_cores.py --trace 64    record the cache lines and pages of 64 threads, for a later record
+    python tools/many_cores.py --trace 64    record only the cache lines and pages of 64 threads, and keep the record
     python tools/many_cores.py --draw        draw the tables of docs/performance.md from many_cores.json
     python tools/many_cores.py --loops 64    print each operator's loops on 64 threads from many_cores.json
 
-tools/recorded_loops.py runs the operators themselves, so that many_cores.py has no second description of how an
-operator divides its work. :func:`loop_seconds` computes the time of a loop from the record and from the constants of a
-:class:`Machine`.
+tools/recorded_loops.py runs the operators and records how they divide their work. :func:`loop_seconds` computes the
+time of a loop from the record and from the constants of a :class:`Machine`.
 """
 
 from __future__ import annotations
@@ -30,15 +29,17 @@ LINE = 64  # bytes of a cache line
 
 @dataclass(frozen=True)
 class Machine:
-    """The constants of a machine: rates in bytes/s, times in seconds. GROUP cores share an L3."""
+    """The constants of a machine, of which GROUP cores share an L3. Rates are in bytes/s, and times in seconds."""
 
     sockets: int
-    l3_rate: float  # rate of one core that reads from L3
-    group_rate: float  # rate at which the cores of one L3 together read from DRAM
-    socket_rate: float  # rate of the DRAM of one socket
-    link_rate: float  # rate from one socket to the other
+    l3_rate: float  # rate at which one core reads from L3
+    group_rate: float  # rate at which the cores that share an L3 together read from DRAM
+    socket_rate: float  # rate at which the cores of one socket together read from the socket's DRAM
+    link_rate: float  # rate at which one socket reads from the other socket
     empty: float  # time of an empty loop on two threads
-    transfer: float  # time to get a line that another core of the socket wrote; twice as long from the other socket
+    # Time to get a cache line that another core of the same socket wrote. A line from the other socket takes twice as
+    # long.
+    transfer: float
 
     def line_seconds(self) -> float:
         return self.transfer * (1.5 if self.sockets == 2 else 1.0)
@@ -46,16 +47,17 @@ class Machine:
     def start_seconds(self, threads: int) -> float:
         """Returns the time that the start and the end of a loop take, for threads that wait actively.
 
-        libgomp's first thread writes a record for each other thread, and each thread adds to one counter at the end:
-        two cache lines are transferred for each thread after the second, one line after the other.
+        libgomp's first thread writes a record for each other thread, and each thread adds to a shared counter at the
+        end of the loop. The model therefore transfers two cache lines, one after the other, for each thread after the
+        second.
         """
         return self.empty + 2 * (threads - 2) * self.line_seconds()
 
 
-# From the data sheets of AMD's EPYC 9004: 8 cores and 32 MiB of L3 to a die, 1 MiB of L2, 12 channels of DDR5-4800 to a
-# socket (460 GB/s), four xGMI links of 32 GB/s, and 32 bytes a clock of 1.8 GHz between a die and the memory. Assumed:
-# 80% of the DRAM's rate, 16 bytes a clock of 3 GHz from L3 to a core, and 0.1 µs for the transfer of a line. Measured
-# by recorded_loops.time_here on two cores: 0.6 µs for an empty loop.
+# The data sheets of AMD's EPYC 9004 state 8 cores and 32 MiB of L3 for each die, 1 MiB of L2 for each core, 12 channels
+# of DDR5-4800 for each socket (460 GB/s), four xGMI links of 32 GB/s, and 32 bytes in a clock of 1.8 GHz between a die
+# and the memory. The model assumes 80% of the DRAM's rate, 16 bytes in a clock of 3 GHz from L3 to a core, and 0.1 µs
+# for the transfer of a cache line. recorded_loops.time_here measured 0.6 µs for an empty loop on two cores.
 ONE_SOCKET = Machine(1, 48e9, 57e9, 368e9, 128e9, 6e-7, 1e-7)
 TWO_SOCKETS = replace(ONE_SOCKET, sockets=2)
 
@@ -64,12 +66,14 @@ TWO_SOCKETS = replace(ONE_SOCKET, sockets=2)
 
 
 def plan_of(row: dict[str, Any]) -> list[Any]:
-    """Returns the loops of a record with their parts, which depend on the operator and the number of threads alone."""
+    """Returns, for each loop of a record, its name and the units of work that each thread computes, without counts and
+    times."""
     return [[loop["name"], [part[: TO + 1] for part in loop["parts"]]] for loop in row["loops"]]
 
 
 def summary(timed: dict[str, Any], traced: Optional[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the counts of an operator's loops, from a record with times and, if given, a record with cache lines."""
+    """Returns the times and counts of an operator's loops. ``timed``: a record with CPU times. ``traced``: a record
+    with counts of cache lines, or None. Raises AssertionError if the two records divide the work differently."""
     where = {key: timed[key] for key in ("operator", "direction", "threads", "isa")}
     if traced is not None and plan_of(timed) != plan_of(traced):
         raise AssertionError(f"{where}: the two libraries divide the work differently")
@@ -98,8 +102,8 @@ def summary(timed: dict[str, Any], traced: Optional[dict[str, Any]]) -> dict[str
 
 def loop_seconds(loop: dict[str, Any], machine: Machine) -> float:
     """Returns the seconds of a loop without its start and end: the time of its slowest thread or of the memory,
-    whichever is longer."""
-    if "dram" not in loop:  # the record has no counts of cache lines
+    whichever is longer. The memory's time is left out if the record has no counts of cache lines."""
+    if "dram" not in loop:
         return loop["most"]
     thread = max(loop["most"], loop["most_l3"] / machine.l3_rate) + loop["most_taken"] * machine.line_seconds()
     of_socket = loop["dram"] / machine.sockets
@@ -111,13 +115,13 @@ def loop_seconds(loop: dict[str, Any], machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Cost:
-    """The time of an operator on many threads, in units of its time on one thread divided by the number of threads."""
+    """The time of an operator on many threads, divided by the ideal: the time on one thread / the number of threads."""
 
-    work: float  # the time of the loops if their work were divided equally among all threads
-    uneven: float  # the time in which the other threads wait for the busiest thread of each loop
-    memory: float  # the wait for L3, DRAM and lines that another thread wrote
-    starts: float  # the time in which loops start and end
-    serial: float  # the time of the code between the loops
+    work: float  # time of the loops if the work of each loop were divided equally among all threads
+    uneven: float  # time that the loops take longer because their busiest threads have more work than the mean
+    memory: float  # time in which threads wait for L3, for DRAM and for cache lines that another thread wrote
+    starts: float  # time in which loops start and end
+    serial: float  # time of the code between the loops
 
     @property
     def total(self) -> float:
@@ -125,8 +129,8 @@ class Cost:
 
 
 def cost(rows: list[dict[str, Any]], one: list[dict[str, Any]], machine: Machine) -> Cost:
-    """Returns the cost of the rows together, such as a forward and a backward. ``one``: the same rows, recorded on one
-    thread."""
+    """Returns the cost of ``rows`` together, such as the rows of a forward and a backward. ``one``: the rows of the
+    same operators on one thread."""
     threads = rows[0]["threads"]
     ideal = sum(row["serial"] for row in one) / threads
     loops = [loop for row in rows for loop in row["loops"]]
@@ -138,11 +142,9 @@ def cost(rows: list[dict[str, Any]], one: list[dict[str, Any]], machine: Machine
 
 
 def busy(row: dict[str, Any]) -> float:
-    """Returns the mean number of a thread's memory accesses divided by the number of the busiest thread's accesses, for
-    all loops of a row.
-
-    Where the record has no counts of accesses, CPU times take the place of the accesses.
-    """
+    """Returns how evenly the loops of a row divide their work: the mean number of memory accesses of a thread divided
+    by the number of accesses of the busiest thread, summed over the loops. If the record of a loop has no counts of
+    accesses, CPU times take the place of the accesses."""
     loops = row["loops"]
     most, total = ("most_accesses", "accesses") if all("dram" in loop for loop in loops) else ("most", "sum")
     slowest = sum(loop[most] for loop in loops)
@@ -157,8 +159,8 @@ DIRECTIONS = ("forward", "backward")
 
 
 class Records:
-    """The rows of tools/many_cores.json by operator, direction and number of threads: ``times`` has measured seconds,
-    ``rows`` has the records of parallel loops."""
+    """The content of tools/many_cores.json. The keys of ``times`` (measured seconds) and of ``rows`` (records of
+    parallel loops) are triples of operator, direction and number of threads."""
 
     def __init__(self, found: dict[str, Any]) -> None:
         self.times = {key_of(row): row["seconds"] for row in found["times"]}
@@ -218,8 +220,8 @@ def counts_table(records: Records) -> str:
 
 
 def check_table(records: Records) -> str:
-    """Returns a table of the measured and computed milliseconds on one core and on two cores, which share an L3, of the
-    machine that made the records."""
+    """Returns a table of the measured and computed milliseconds on one core and on two cores of the machine that made
+    the records."""
     rows = {}
     for operator in records.operators:
         for direction in DIRECTIONS:
@@ -238,8 +240,8 @@ def check_table(records: Records) -> str:
 
 
 def loops_text(records: Records, threads: int) -> str:
-    """Returns a text with each operator's loops and the time that each loop loses, in units of the operator's time on
-    one thread divided by the number of threads."""
+    """Returns a text with the loops of each operator and the time that each loop loses. The unit of the lost times is
+    the operator's time on one thread divided by the number of threads."""
     lines = []
     for operator in records.operators:
         ideal = sum(row["serial"] for row in records.at(operator, 1)) / threads
@@ -285,10 +287,10 @@ def record() -> dict[str, Any]:
     times = recorded_loops.child("time_here", repeats=5)
     timed = recorded_loops.child("record_here", names=[], threads=[1, 2, *THREADS], repeats=4)
     rows = [summary(row, traced.get(key_of(row))) for row in timed]
-    # The code between the loops is the same for two threads and more, but the caches are cold for this code after a
-    # loop that many threads ran on two cores. Rows of two and more threads therefore get the least measured time of
-    # this code. Rows of an operator that calls PyTorch's own loops keep their times, because these loops are a part of
-    # the time.
+    # The code between the loops is the same for every number of threads from two on, but on the recording machine its
+    # data has left the caches after a loop of many threads. Rows of two and more threads therefore get the least
+    # measured time of this code. Rows of an operator that calls PyTorch's own loops keep their times, which contain the
+    # time of PyTorch's loops.
     least: dict[tuple[str, str], float] = {}
     for row in rows:
         if row["threads"] > 1 and row["teams"] == len(row["loops"]):

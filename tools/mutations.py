@@ -9,8 +9,8 @@ after each mutation. --only-unknown leaves out mutations that have a result of t
 several nights can share one run.
 
 The tool works on a copy of the checkout in build/mutations, with the files of the working tree, committed or not. The
-copy has its own build folder: the first mutation of C++ builds the whole library in this build folder, and each further
-mutation of C++ builds the files of this mutation and of the mutation before. The tests that a mutation names as likely
+copy has its own build folder: the first mutation of C++ builds the whole library, and each further mutation of C++
+builds the files of this mutation and of the mutation before. The tests that a mutation names as likely
 run first. If these tests pass, the whole tier runs, except with --likely. Each run stops at the first failure. A
 mutation is killed by a failing test, by a failing build, by a timeout, or by another failure of pytest. At the end, the
 tests that killed a mutation run on the restored code. If such a test fails on the restored code as well, the result of
@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build/mutations"
 MUTATIONS = ROOT / "tests/mutations.ini"
 RESULTS = ROOT / "tests/mutations.tsv"
-# Arguments of pytest for the tests of each tier, and the additional arguments for a run of a whole tier.
+# TIERS has pytest's arguments that choose the tests of each tier; WHOLE has additional arguments for a whole tier.
 TIERS = {"fast": ["-m", "not slow"], "all": []}
 WHOLE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 LIKELY_SECONDS, WHOLE_SECONDS, BUILD_SECONDS = 1200, 7200, 3600
@@ -51,7 +51,8 @@ PYTEST_PASSED, PYTEST_USAGE, PYTEST_NO_TESTS, INTERRUPTED, TERMINATED, SURVIVED 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One line of one file changed: ``old``, which the file holds once, becomes ``new``."""
+    """A change of one line of a file: the text ``old``, which the file contains once, becomes ``new``. ``likely``:
+    names of tests that probably notice the change."""
 
     name: str
     part: str
@@ -63,8 +64,8 @@ class Mutation:
 
     @property
     def digest(self) -> str:
-        """Returns a checksum of file, old and new text. A result with another checksum is of an earlier version of the
-        mutation."""
+        """Returns a checksum of ``file``, ``old`` and ``new``. A result with another checksum belongs to an earlier
+        version of the mutation."""
         return f"{zlib.crc32(chr(10).join((self.file, self.old, self.new)).encode()):08x}"
 
     @property
@@ -84,7 +85,7 @@ def read_mutations(path: Path = MUTATIONS) -> list[Mutation]:
 
 
 def problems(mutations: Iterable[Mutation], root: Path = ROOT) -> list[str]:
-    """Returns a line for each error in ``mutations``, such as an old text that its file does not hold."""
+    """Returns a line for each error in ``mutations``, such as an old text that the mutation's file does not contain."""
     wrong = []
     for each in mutations:
         file = root / each.file
@@ -107,10 +108,7 @@ def read_results(path: Path = RESULTS) -> dict[str, dict[str, str]]:
 
 
 def write_results(results: dict[str, dict[str, str]], mutations: Sequence[Mutation], path: Path = RESULTS) -> None:
-    """Writes the file ``path`` with one row for each mutation in ``mutations``, sorted by part and then by name.
-
-    The file gets no rows for results of other mutations.
-    """
+    """Writes the file ``path`` with one row for each mutation in ``mutations``, sorted by part and then by name."""
     rows = [results.get(each.name, {}) | _facts(each) for each in sorted(mutations, key=lambda m: (m.part, m.name))]
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", restval="", extrasaction="ignore")
@@ -136,10 +134,8 @@ def collected(tier: str, files: Iterable[str], root: Path = ROOT) -> set[str]:
 def killers_that_left(
     results: Mapping[str, Mapping[str, str]], mutations: Iterable[Mutation], root: Path = ROOT
 ) -> list[str]:
-    """Returns a line for each result whose test is not in the tier in which the test killed the mutation.
-
-    A result of another mutation of the same name, with another digest, is left out.
-    """
+    """Returns a line for each result whose test is no longer in the tier in which the test killed the mutation. Leaves
+    out results of earlier versions of a mutation."""
     wrong, named = [], [(each, results.get(each.name, {})) for each in mutations]
     for tier in TIERS:
         killed = {each.name: row.get(tier, "") for each, row in named if row.get("digest") == each.digest}
@@ -184,8 +180,8 @@ class Copy:
                 shutil.copy2(library, self.folder / "peft_ext")
 
     def _restore(self, name: str) -> None:
-        """Copies a file if its content differs. An equal file keeps its modification time, so that the file is not
-        built again."""
+        """Copies a file of the checkout if the copy has another content. An equal file keeps its modification time, so
+        that the file is not compiled again."""
         source, target = ROOT / name, self.folder / name
         content = source.read_bytes()
         if not target.is_file() or target.read_bytes() != content:
@@ -208,7 +204,7 @@ class Copy:
         self._write(path, path.read_bytes().replace(mutation.old.encode(), mutation.new.encode()))
 
     def run(self, command: Sequence[str], seconds: float) -> tuple[int, str]:
-        """Returns the exit status (limit.ENDED after a timeout) and what the command printed."""
+        """Runs a command in the copy. Returns the exit status (limit.ENDED after a timeout) and the printed text."""
         environment = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out:
             code = limit.run(command, seconds, cwd=self.folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -216,15 +212,16 @@ class Copy:
             return code, out.read()
 
     def build(self, is_whole: bool = False) -> bool:
-        """Returns whether the library was built. ``is_whole`` says that the code has no mutation; a failed build then
-        ends the program."""
+        """Builds the native library and returns whether the build succeeded. ``is_whole`` says that the code has no
+        mutation, so that a failed build ends the program."""
         code, said = self.run([sys.executable, "setup.py", "build_ext", "--inplace"], BUILD_SECONDS)
         if code and is_whole:
             raise SystemExit(f"mutations: the code without a mutation does not build: {said[-2000:]}")
         return code == 0
 
     def test(self, arguments: Sequence[str], seconds: float) -> str | None:
-        """Returns the test that failed, or how pytest ended, or None if no test failed."""
+        """Runs pytest. Returns the name of the test that failed, "timeout" or pytest's exit status if pytest failed
+        otherwise, and None if no test failed."""
         command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "--tb=no", *arguments]
         code, said = self.run(command, seconds)
         if code in (PYTEST_PASSED, PYTEST_NO_TESTS):
@@ -236,7 +233,8 @@ class Copy:
 
 
 def failed_test(said: str) -> str | None:
-    """Returns the first failing test in pytest's output, or the test during which pytest's process crashed."""
+    """Returns the name of the first failing test in pytest's output, or of the test in which the process crashed; None
+    if the output names neither."""
     if found := re.search(r"^(?:FAILED|ERROR) (tests/\S+?(?:\[.*?\])?)(?: - .*)?$", said, re.MULTILINE):
         return found[1]
     if "ImportError while loading conftest" in said:
@@ -260,7 +258,7 @@ def killer(copy: Copy, mutation: Mutation, tier: str, likely_alone: bool) -> str
 
 
 def control(copy: Copy, tests: Iterable[str], native: bool) -> set[str]:
-    """Returns those of the tests that fail on the code without a mutation, and so say nothing about a mutation."""
+    """Returns the tests of ``tests`` that also fail on the code without a mutation."""
     copy.restore()
     if native:
         copy.build(is_whole=True)
@@ -280,7 +278,7 @@ def run(chosen: Sequence[Mutation], mutations: Sequence[Mutation], tier: str, li
         start = time.monotonic()
         found = killer(copy, each, tier, likely_alone)
         seconds = f"{time.monotonic() - start:.0f}"
-        results = read_results()  # read again, because another run may have written results
+        results = read_results()  # another run of this program may have written results meanwhile
         row = results.setdefault(each.name, {})
         if row.get("digest") != each.digest:
             row.clear()

@@ -1,7 +1,7 @@
-"""Builds shared libraries of csrc/ other than those of setup.py, with ninja. A lock lets one process at a time build a
-library.
+"""Builds shared libraries from csrc/ with other flags or compilers than setup.py, by ninja.
 
-A source is compiled only if the source, its headers or its flags have changed.
+A lock lets only one process at a time build a library. A source is compiled only if the source, a header in csrc/ that
+it includes, or its flags have changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Group:
 
 
 def missing_tools(compiler: str = "g++") -> str | None:
-    """Returns a message that the compiler or ninja is missing; None if both are found."""
+    """Returns a message that ``compiler`` or ninja is missing; None if neither is."""
     if shutil.which(compiler) is None:
         return f"{compiler} not found"
     return "ninja not found" if _ninja() is None else None
@@ -51,7 +51,7 @@ def _ninja() -> str | None:
 
 
 def _dollars(command: str) -> str:
-    """Returns a command of the shell as a ninja file contains it, with each ``$`` doubled."""
+    """Doubles each ``$`` of a shell command, as a ninja file needs it."""
     return command.replace("$", "$$")
 
 
@@ -60,8 +60,8 @@ def _escape(path: Path | str) -> str:
 
 
 def torch_flags() -> tuple[str, str]:
-    """Returns flags for compiler and linker, as a shell has them: torch's stable headers for the oldest supported
-    torch, and libtorch_cpu.
+    """Returns shell-quoted flags for the compiler and for the linker: torch's headers with the stable ABI of the oldest
+    supported torch, and libtorch_cpu. Raises RuntimeError if torch is not installed.
     """
     include = stable_abi.torch_include()
     if include is None:
@@ -77,10 +77,10 @@ def torch_flags() -> tuple[str, str]:
 
 
 def module_flags(python: Path | None = None) -> str:
-    """Returns flags for ``module_sources``, as a shell has them: their folder, the headers of Python and pybind11, the
-    macros of setup.py.
+    """Returns shell-quoted flags for the sources of ``module_sources``: the folders of the headers of csrc/, of Python
+    and of pybind11, and macros of setup.py.
 
-    ``python`` is the folder of Python's headers, by default of this Python.
+    ``python`` is the folder of Python's headers, by default of the running Python.
     """
     import pybind11
     import torch
@@ -104,8 +104,7 @@ def module_sources() -> list[Path]:
     return [*found, embedded, digest]
 
 
-# KERNELS matches the sources with the loops over a tensor's elements: the sources for one instruction set, and those of
-# csrc/linear/cpu/tiles.
+# KERNELS matches the sources of the CPU kernels: the sources for one instruction set, and those in folders named tiles.
 KERNELS = re.compile(r"_(scalar|avx2|avx512|amx|neon)\.cpp$|/tiles/")
 
 
@@ -114,9 +113,8 @@ def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> li
     sources, with the optimization flag ``others``.
 
     The sources that KERNELS does not match check arguments and call kernels: their code takes a small part of the time
-    of an operator's call. Most of these sources include torch's headers, so that compiling these sources takes most of
-    the time of a build. A build whose library is only tested, such as that of tools/sanitize.py, therefore compiles
-    these sources without optimization.
+    of an operator's call, but most of the time of a build, because most of them include torch's headers. A build whose
+    library is only tested, such as that of tools/sanitize.py, therefore compiles these sources without optimization.
     """
     held = {True: [], False: []}
     for source in sources:
@@ -125,10 +123,11 @@ def groups(flags: str, sources: Iterable[Path], kernels: str, others: str) -> li
 
 
 def package(folder: Path, library: Path, suffix: str | None = None) -> Path:
-    """Makes ``folder`` a package for PYTHONPATH, with links to this checkout's Python files and to ``library``.
+    """Makes a package peft_ext in ``folder``, which PYTHONPATH may name, with links to this checkout's Python files and
+    to ``library``. Returns ``folder``.
 
-    ``library`` is both the native library and the module ``_C``: the loader opens a file once under both names.
-    ``suffix`` is the suffix of an extension module, by default of this Python.
+    ``library`` is both the native library and the module ``_C``; the loader loads the file once for both names.
+    ``suffix`` is the suffix of extension modules, by default that of the running Python.
     """
     inside = folder / "peft_ext"
     inside.mkdir(parents=True, exist_ok=True)
@@ -142,16 +141,17 @@ def package(folder: Path, library: Path, suffix: str | None = None) -> Path:
     return folder
 
 
-# `python -m pytest` would put the checkout, with its own library, before the folders of PYTHONPATH.
+# PYTEST runs pytest without the working directory in sys.path. `python -m pytest` would put the checkout, which has
+# another library, before the folders of PYTHONPATH.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 def build(library: Path, groups: Iterable[Group], link: str | None = "", compiler: str = "g++") -> Path:
-    """Builds ``library`` from the groups' sources. The objects are in a folder with the library's name, beside the
-    library.
+    """Builds ``library`` from the groups' sources and returns its path. The objects are in a folder beside the library,
+    with the library's name.
 
-    ``link`` are flags of the linker; None compiles and links nothing. Raises RuntimeError with ninja's output if the
-    build fails.
+    ``link``: flags of the linker; with None, the sources are only compiled. Raises RuntimeError with ninja's output if
+    the build fails.
     """
     folder = library.parent / library.name.removeprefix("lib").partition(".")[0]
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,8 @@ The tests are those of the integrations, of packed weights and of GGUF files. Th
 environment, which also sees the packages of the running Python. The native library is not built again. The program
 prints which share of the classes of norms, attentions and MLPs of the newest transformers has a known form;
 peft_ext does not fuse modules of the other classes. If the newest versions are already those of the running Python,
-with which `make test` runs, no test runs without --always. --transformers installs the named release of transformers
-in place of the newest, and always runs the tests: with a release that tools/forms.py has not read, the tests show what
-a later release will do. The last line names the versions and the result.
+no test runs without --always. --transformers installs the named release of transformers in place of the newest, and
+always runs the tests. The last line of the output names the versions and the result.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
-# TESTS has folders, so that a new test file runs without a change of TESTS. The code that loads packed weights and GGUF
-# files uses transformers' internals.
+# Packed weights and GGUF files are tested too, because the code that loads them uses transformers' internals.
 TESTS = ("tests/integrations", "tests/weights", "tests/gguf")
 VERSIONS = "import json, sys; from importlib.metadata import version; print(json.dumps([*map(version, sys.argv[1:])]))"
 
@@ -68,8 +66,7 @@ def main() -> int:
     if newest == here and not (options.always or options.transformers):
         print(f"newest: SAME as in this environment, whose tests say what holds: {said}")
         return 0
-    # As in `make test`, at most four processes run the tests. The tests import peft_ext from this checkout, which is
-    # first in PYTHONPATH.
+    # The tests import peft_ext from this checkout, because the checkout is first in PYTHONPATH.
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "4",
                *(rest or TESTS)]  # fmt: skip
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode

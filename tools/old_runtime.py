@@ -1,14 +1,15 @@
-"""Makes stand-ins for the C and C++ runtime libraries, so that a linker on a new system makes libraries for old ones.
+"""Makes stand-ins for the C and C++ runtime libraries, so that a library linked on a new system runs on old systems.
 
     python tools/old_runtime.py FOLDER [COMPILER]
 
 A linker takes the newest version of each symbol that the libraries of its system have, and the linked library then
-needs a system that is as new as the linker's. A stand-in has the names and versions of a system's library without its
-code, and only the versions that a manylinux_2_28 system has. With the flags of ``linker_flags``, a compiler links to
+needs a system that is as new as the linker's. A stand-in exports the symbols of a library of the system in the versions
+that a manylinux_2_28 system has, and has no code. With the flags of ``linker_flags``, a compiler links to
 the stand-ins. The code of the C++ runtime's functions that are newer than manylinux_2_28 is taken from the compiler's
-libstdc++.a. If a library needs a C function that is newer than manylinux_2_28, the linker fails with ``-Wl,-z,defs``.
+libstdc++.a. With ``-Wl,-z,defs``, the linker fails if a library needs a C function that is newer than manylinux_2_28.
 
-The shared C++ runtime stays in use, because exceptions pass between the linked library and torch.
+All other functions of the C++ runtime come from the shared libstdc++.so.6, because exceptions pass between the linked
+library and torch.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ SCRIPTS = {
     "libdl.so": "INPUT ( AS_NEEDED ( libdl.so.2 ) )",
     "libpthread.so": "INPUT ( AS_NEEDED ( libpthread.so.0 ) )",
 }
-# Symbols that are newer than manylinux_2_28 and that headers use. __libc_single_threaded: the value 0 says that the
-# process may have threads. The function std::ios_base_library_init in NEWER does nothing, because peft_ext does not use
-# the C++ streams that newer libstdc++ versions initialize in this function.
+# NEWER defines two symbols that headers use and that are newer than manylinux_2_28. __libc_single_threaded is 0, which
+# says that the process may have several threads. std::ios_base_library_init does nothing, because peft_ext does not use
+# the C++ streams that newer versions of libstdc++ initialize in this function.
 NEWER = """.text
 .globl _ZSt21ios_base_library_initv
 .hidden _ZSt21ios_base_library_initv
@@ -58,7 +59,8 @@ _SYMBOL = re.compile(r"\s*\d+: \w+\s+(\w+) +(\w+) +(GLOBAL|WEAK|UNIQUE) +DEFAULT
 
 
 def _numbers(version: str) -> tuple[int, ...] | None:
-    """Returns the numbers of a version that manylinux allows; None for a newer or a private version."""
+    """Returns the numbers of a symbol's version, such as "GLIBC_2.17", if manylinux_2_28 has this version; None for a
+    newer or a private version."""
     family, _, text = version.partition("_")
     if version in ("CXXABI_TM_1", "CXXABI_FLOAT128"):
         return (0,)
@@ -69,7 +71,8 @@ def _numbers(version: str) -> tuple[int, ...] | None:
 
 
 def symbols(library: Path) -> dict[str, tuple[str, str, int]]:
-    """Returns the newest allowed version, the type and the size of each symbol that a shared library exports."""
+    """Returns, for each symbol that a shared library exports with a version that manylinux_2_28 has, the newest such
+    version, the type and the size."""
     listing = subprocess.run(
         ["readelf", "-W", "--dyn-syms", library], check=True, capture_output=True, text=True
     ).stdout
@@ -84,7 +87,7 @@ def symbols(library: Path) -> dict[str, tuple[str, str, int]]:
 
 
 def _stand_in(compiler: str, path: Path, found: dict[str, tuple[str, str, int]]) -> None:
-    """Makes the shared library ``path``, which exports the symbols ``found`` and has no code."""
+    """Makes the shared library ``path``, which exports the functions and objects of ``found`` and has no code."""
     lines = []
     for number, (name, (version, kind, size)) in enumerate(sorted(found.items())):
         if kind in ("FUNC", "IFUNC", "OBJECT"):
@@ -105,9 +108,8 @@ def _stand_in(compiler: str, path: Path, found: dict[str, tuple[str, str, int]])
 
 
 def torch_stand_in(folder: Path, compiler: str, torch: Path) -> None:
-    """Makes a stand-in for ``torch``, this machine's libtorch_cpu.so, that a compiler for another machine links to.
-
-    The stand-in has torch's C functions, which are the same on every machine.
+    """Makes a stand-in for this machine's libtorch_cpu.so (``torch``), to which a compiler for another architecture can
+    link. The stand-in exports torch's C functions, which have the same names on every architecture.
     """
     listing = subprocess.run(["nm", "-D", "--defined-only", torch], check=True, capture_output=True, text=True).stdout
     names = sorted(set(re.findall(r" ((?:aoti_torch|torch)_\w+)$", listing, re.MULTILINE)))
@@ -118,7 +120,8 @@ def torch_stand_in(folder: Path, compiler: str, torch: Path) -> None:
 
 
 def make(folder: Path, compiler: str = "g++") -> Path:
-    """Makes the stand-ins of the compiler's system in ``folder``, and returns ``folder``."""
+    """Makes the stand-ins for the runtime libraries that ``compiler`` links to in ``folder``, and returns
+    ``folder``."""
 
     def ask(*options: str) -> str:
         return subprocess.run([compiler, *options], check=True, capture_output=True, text=True).stdout.strip()
@@ -133,10 +136,10 @@ def make(folder: Path, compiler: str = "g++") -> Path:
         _stand_in(compiler, folder / name, found)
     for name, found in moved.items():
         _stand_in(compiler, folder / name, found)
-    # libnewer++.a has the functions that the stand-in of libstdc++.so.6 lacks: a symbol of the stand-in becomes local
-    # in every object of libstdc++.a, so that the linker takes the symbol from the shared library. The section groups
-    # (COMDAT) are removed, because the linker keeps only one object's sections of a group, and the other objects' local
-    # symbols would then have no section.
+    # libnewer++.a provides the functions that the stand-in of libstdc++.so.6 lacks. libnewer++.a is libstdc++.a with
+    # the symbols of the stand-in made local, so that the linker takes these symbols from the shared library. The
+    # section groups (COMDAT) are removed: the linker would keep only one object's sections of a group, and the local
+    # symbols of the other objects would have no section.
     names = folder / "libstdc++.names"
     names.write_text("\n".join(symbols(folder / "libstdc++.so.6")) + "\n")
     subprocess.run([ask("-print-prog-name=objcopy"), f"--localize-symbols={names}", "--remove-section=.group",
@@ -151,7 +154,7 @@ def make(folder: Path, compiler: str = "g++") -> Path:
 
 
 def linker_flags(folder: Path) -> list[str]:
-    """Returns the linker flags for a library without symbol tables that is linked to the stand-ins of ``folder``."""
+    """Returns linker flags that link to the stand-ins in ``folder`` and remove the symbol table."""
     return [f"-L{folder}", "-Wl,-s"]
 
 

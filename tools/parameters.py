@@ -1,7 +1,8 @@
 """Compares the parameters of CUDA kernels in NVRTC's machine code with those that the host functions pass.
 
-A launch passes the addresses of parameters that g++ laid out, and the driver copies as many bytes as the machine code
-says. ``in_code`` reads the offset and size of each parameter from machine code, and ``on_host`` gets them from g++.
+A launch passes the addresses of parameters whose layout g++ chose, and the driver copies as many bytes of each
+parameter as the machine code states. ``in_code`` reads the offset and size of each parameter from the machine code, and
+``on_host`` gets the offsets and sizes from g++.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The entry of a kernel's section .nv.info that describes a parameter: EIFMT_SVAL, EIATTR_KPARAM_INFO.
+# In a kernel's section .nv.info, the entry for a parameter has the format EIFMT_SVAL (4) and the attribute
+# EIATTR_KPARAM_INFO (0x17).
 _WITH_SIZE, _PARAMETER = 4, 0x17
-_HAS_VALUE = (1, 2, 3)  # formats of entries without a size field, which take four bytes
+_HAS_VALUE = (1, 2, 3)  # formats of the entries that have no size field and take four bytes
 
-Layout = list[tuple[int, int]]  # for each parameter of a kernel: offset and size in bytes
+Layout = list[tuple[int, int]]  # for each parameter of a kernel: its offset and its size in bytes
 
 PROGRAM = """
 #include <stdio.h>
@@ -64,11 +66,8 @@ def in_code(code: bytes, symbol: str) -> Layout:
 
 
 def on_host(kernels: Iterable[tuple[str, str]], compiler: str = "g++") -> dict[str, Layout]:
-    """Returns, by expression, the offsets and sizes that g++ gives the parameters of ``kernels``, each ``(expression,
-    file)``.
-
-    Each file is compiled by itself, because no host source includes all files.
-    """
+    """Returns, for each kernel, the offsets and sizes that g++ gives its parameters. ``kernels``: for each kernel, the
+    C++ expression that names the kernel, which is the key of the result, and the kernel's source file."""
     by_file: dict[str, list[str]] = {}
     for name, file in kernels:
         by_file.setdefault(file.rpartition("csrc/")[2], []).append(name)
@@ -88,6 +87,7 @@ def on_host(kernels: Iterable[tuple[str, str]], compiler: str = "g++") -> dict[s
 
 
 def differences(kernel: str, code: bytes, symbol: str, host: Layout) -> list[str]:
-    """Returns a line if the parameters in the machine code differ from those on the host."""
+    """Returns a list with one line if the parameters in the machine code differ from those on the host, and otherwise
+    an empty list."""
     found = in_code(code, symbol)
     return [] if found == host else [f"{kernel}: parameters (offset, size) {found} in the code, {host} on the host"]

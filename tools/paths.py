@@ -4,7 +4,7 @@ loss.
     python tools/paths.py [--steps 5] [--seconds 600] [--paths avx2,avx512_bf16] [--dtype auto] [--json FILE]
 
 Each path runs in a process of its own with a time limit. On x86-64, peft_ext, PyTorch's kernels, oneDNN and MKL (which
-multiplies float32) may use only the instructions of the path; MKL follows its setting on Intel CPUs alone. On 64-bit
+multiplies float32) may use only the instructions of the path, but MKL obeys its setting on Intel CPUs alone. On 64-bit
 Arm only peft_ext's path is forced. The options are the defaults of ``peft-ext finetune``, except for the number of
 steps, the dtype, and the number of held-out examples, because the scalar path would need minutes for all held-out
 examples. The program prints a table. The exit status is 1 if a run failed or took too long, if held-out losses differ
@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
-# For each path of peft_ext: the settings for PyTorch, oneDNN and MKL. MKL follows its setting on Intel CPUs alone.
+# For each CPU path: environment variables that limit the instructions of PyTorch, oneDNN and MKL to those of the path.
+# MKL obeys its variable on Intel CPUs alone.
 LIMITS = {
     "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -39,7 +40,7 @@ LIMITS = {
     "neon": {},
     "neon_bf16": {},
 }  # fmt: skip
-AT_MOST = 4.0  # limit of the AVX2 time, as a multiple of the AVX512-BF16 time
+AT_MOST = 4.0  # largest allowed time of the path avx2 divided by the time of avx512_bf16
 # Largest allowed relative difference of the held-out losses of two paths. bfloat16's rounding changes a loss by about
 # 1e-3 in a few steps.
 APART = 0.01
@@ -49,8 +50,8 @@ COMMAND = "import sys; from peft_ext.cli.main import main; sys.exit(main())"
 
 @dataclass(frozen=True)
 class Result:
-    """The result of the run on one path. ``failed``: the reason why the run failed and the other fields have no values;
-    "" after a run that did not fail."""
+    """The result of the run on one path. ``failed``: the reason why the run failed, or "". After a failed run, the
+    figures have no values."""
 
     path: str
     dtype: str = ""
@@ -63,15 +64,15 @@ class Result:
 
 
 def environment(path: str) -> dict[str, str]:
-    """Returns the environment of this process with the settings that force the path, and without settings of other
-    paths."""
+    """Returns the environment variables of this process with the variables that force the path, and without variables
+    that force another path."""
     ours = {name for limits in LIMITS.values() for name in limits} | {"DNNL_MAX_CPU_ISA"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | LIMITS[path] | {"PEFT_EXT_CPU_ISA": path, "PEFT_EXT_REQUIRE": "1"}
 
 
 def read(path: str, document: dict[str, Any]) -> Result:
-    """Returns the figures in a run.json."""
+    """Returns the figures in ``document``, the content of a run.json."""
     perplexity = document["perplexity"]
     return Result(
         path, document["machine"]["dtype"].partition(":")[0], document["tokens_per_s"], document["median_step_s"],
@@ -80,7 +81,7 @@ def read(path: str, document: dict[str, Any]) -> Result:
 
 
 def run(path: str, steps: int, seconds: float, dtype: str, python: str = sys.executable) -> Result:
-    """Runs one path, and ends the run with all its processes after ``seconds``."""
+    """Runs ``peft-ext finetune`` on one path. After ``seconds``, kills all processes of the run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-c", COMMAND, "finetune", "--output", folder, "--overwrite", "--max-steps", str(steps),
                    "--eval-fraction", str(EVAL_FRACTION), "--dtype", dtype]  # fmt: skip

@@ -1,9 +1,8 @@
-"""Fails if a module of peft_ext uses a private name (``_name``) of another module: a name that modules share must be
-public.
+"""Fails if a module of peft_ext uses a private name (``_name``) of another module of peft_ext.
 
     python tools/private_names.py
 
-ruff's PLC2701 checks only the names of other packages, and import-linter checks only modules.
+ruff's rule PLC2701 checks only names of other packages, and import-linter checks only imports of modules.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def _module(file: Path, node: ast.ImportFrom) -> Path:
 
 
 def private_names(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields line and name of each private name of another module that ``file`` uses."""
+    """Yields the line number and the name of each use of a private name of another module in ``file``."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     modules = set()
     for node in ast.walk(tree):

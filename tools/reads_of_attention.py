@@ -1,5 +1,5 @@
-"""Reads, from the source of an attention's forward, which layers receive one input, and how the attention function is
-chosen.
+"""Reads, from the source of an attention's forward, which layers receive one input tensor, and how the forward chooses
+its attention function.
 
 tools/forms.py uses this module to draw forms.tsv, the table of known forms. A person reviews each new row of forms.tsv
 before the row is committed.
@@ -19,8 +19,8 @@ from peft_ext.integrations.forms import Form
 
 __all__ = ["attention_formulas", "groups_in"]
 
-# Names of attributes of ``self`` that the forward of an attention with rotary positions may read, in addition to its
-# layers and to the attributes in _OPTIONS.
+# Names of attributes of ``self`` that the forward of an attention with rotary positions may read, in addition to the
+# attention's layers and to the attributes in _OPTIONS.
 _READS = {"attention_dropout", "config", "head_dim", "layer_idx", "scaling", "training"}
 _COMPARED = tuple(f"self.config._attn_implementation {operator} 'eager'" for operator in ("!=", "=="))
 _OPTIONS = {
@@ -69,9 +69,9 @@ def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) ->
 
 
 def _asks_by_config(cls: type) -> bool:
-    """Returns whether the code that an attention's forward reaches (the forward, methods of the class and functions of
-    the class's module) reads ``self.config._attn_implementation`` only to choose the attention function in
-    transformers' registry, once, and passes ``self.config`` to no other code.
+    """Returns whether the functions of :func:`_reached` choose an attention function in transformers' registry once, by
+    ``self.config._attn_implementation``, use this attribute otherwise only to compare it with "eager", and pass
+    ``self.config`` to no other code.
     """
     if "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(cls.forward).__code__.co_names:
         return False
@@ -80,8 +80,9 @@ def _asks_by_config(cls: type) -> bool:
 
 
 def _asked(function: Callable) -> Optional[int]:
-    """Returns how often the code of a function chooses an attention function by ``self.config._attn_implementation``;
-    None if the code reads the configuration in another way, or if its source cannot be read.
+    """Returns how often the code of a function chooses an attention function by ``self.config._attn_implementation``.
+    Returns None if the code uses this attribute otherwise than in a comparison with "eager", if the code passes
+    ``self.config`` on, or if the source cannot be read.
     """
     if (tree := _tree(function)) is None:
         return None
@@ -112,16 +113,16 @@ def _asked(function: Callable) -> Optional[int]:
 
 
 def _reached(cls: type) -> list[Callable]:
-    """Returns the forward of a class, and the methods of the class and functions of its module whose names the code of
-    the forward, or of another function of the result, has."""
+    """Returns the forward of a class, and the methods of the class and the functions of the class's Python module that
+    the forward calls by name, directly or through other functions of the result."""
     found: list[Callable] = [inspect.unwrap(cls.forward)]
-    for function in found:  # the list grows in this loop
+    for function in found:  # the list `found` grows in this loop
         codes = [function.__code__]
         for code in codes:
             codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         for name in {name for code in codes for name in code.co_names}:
             for value in (inspect.getattr_static(cls, name, None), function.__globals__.get(name)):
-                value = getattr(value, "fget", None) or getattr(value, "__func__", value)  # a property, a static method
+                value = getattr(value, "fget", None) or getattr(value, "__func__", value)
                 value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else None
                 if value is not None and value.__module__ == cls.__module__ and value not in found:
                     found.append(value)
@@ -139,9 +140,9 @@ def groups_in(forward: Callable) -> tuple[tuple[str, ...], ...]:
     """Returns the groups of child modules that a forward calls with one input, such as ``(("q_proj", "k_proj"),)``.
 
     A group has at least two names. The result is empty if there is no group, or if the source cannot be read. The calls
-    of a group have the form ``self.name(variable)``, with one variable, and are in one sequence of statements, of which
-    all run or none. Between the calls of a group, no code assigns the variable, and no code changes the variable or a
-    child module in a way that autograd does not see.
+    of a group have the form ``self.name(variable)``, with the same variable, in one block of statements. Between the
+    calls of a group, no statement assigns the variable, reads an attribute ``data``, or changes a part of ``self`` in
+    place.
     """
     if (tree := _tree(forward)) is None:
         return ()
@@ -156,7 +157,7 @@ def _scan(statements: Sequence[ast.stmt], found: list[list[str]]) -> None:
     current: dict[str, list[str]] = {}
     for statement in statements:
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            continue  # the code of a nested function runs when the function is called, maybe again in the backward
+            continue  # the code of a nested function may run later, or again in the backward
         inner = [value for _, value in ast.iter_fields(statement) if _is_block(value)]
         for block in inner:
             _scan(block, found)
@@ -198,8 +199,8 @@ def _is_block(value: Any) -> bool:
 
 
 def _calls(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yields child and variable of each ``self.child(variable)`` in a statement that certainly runs, in the order of
-    execution.
+    """Yields the names ``child`` and ``variable`` of each call ``self.child(variable)`` in a statement, in the order of
+    execution. Leaves out calls that may not run or may run several times, such as those in a lambda or a comprehension.
     """
     if isinstance(node, (ast.Lambda, ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
         return

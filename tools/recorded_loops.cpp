@@ -1,16 +1,15 @@
-// Records the parallel loops of peft_ext's operators, for tools/many_cores.py. The library is preloaded (LD_PRELOAD):
+// Records the parallel loops of peft_ext's operators, for tools/many_cores.py. This library is preloaded (LD_PRELOAD):
 // its functions torch_parallel_for and GOMP_parallel replace the functions of these names in torch and libgomp, and
 // call the replaced functions, so that torch itself divides each loop among torch's threads. Only one part of a loop
-// runs at a time. A part's CPU time is then the time of a thread that shares no core, for any number of threads on any
-// number of cores.
+// runs at a time, so that the CPU time of a part does not depend on the number of cores.
 //
-// The CPU library may also be compiled with g++ -fsanitize=thread. The compiled code then calls __tsan_read and
+// peft_ext's CPU library may also be compiled with g++ -fsanitize=thread. The compiled code then calls __tsan_read and
 // __tsan_write for each access to memory that is not certainly a local variable. Each thread has a model of an L1 and
 // an L2 cache, and `group` threads share an L3 cache:
 //
-//   bytes from L2    lines that were not in the thread's L1. Every loop starts with an empty L1
-//   bytes from L3    lines that were not in the thread's L2, or that another thread wrote since
-//   bytes from DRAM  lines that the threads of one L3 use for the first time in this loop
+//   lines from L2    cache lines that were not in the thread's L1. Every loop starts with an empty L1
+//   lines from L3    cache lines that were not in the thread's L2, or that another thread wrote since
+//   lines from DRAM  cache lines that the threads of one L3 use for the first time in this loop
 //
 // Gathers, masked accesses and accesses of torch itself are not recorded.
 #include <dlfcn.h>
@@ -50,10 +49,10 @@ struct Page {
   Line lines[kLinesOfPage];
 };
 
-// The line, and the facts about the line, in one way of a cache.
+// What a cache notes about one of its lines.
 struct Entry {
   uint16_t loop = 0;     // the loop that loaded the line
-  bool written = false;  // L1 only: whether the owner wrote the line in this loop
+  bool written = false;  // in an L1: whether the thread of this L1 wrote the line in this loop
 };
 
 // A set-associative cache that replaces the least recently used way of a set.
@@ -108,7 +107,8 @@ struct Loop {
   std::vector<Part> parts;
 };
 
-// The state of the record. `guard` is held while a part runs; the state outside a loop belongs to the calling thread.
+// The state of the record. A thread holds `guard` while it runs a part of a loop. Outside of loops, only the thread
+// that calls the operators changes the state.
 struct Recorder {
   bool on = false, traces = false;
   int threads = 1, group = 8;
@@ -124,7 +124,7 @@ struct Recorder {
 Recorder recorder;
 
 thread_local bool within = false;       // whether the thread runs a part of a recorded loop
-thread_local Thread* traced = nullptr;  // the caches that the accesses of this thread go to, or null
+thread_local Thread* traced = nullptr;  // the model's thread whose caches this thread's accesses go to, or null
 
 int64_t cpu_time() {
   timespec now;
@@ -273,7 +273,8 @@ EXPORTED void GOMP_parallel(void (*function)(void*), void* data, unsigned thread
 }
 
 // Starts a record of the calling thread's operators. threads: torch's number of threads. group: number of threads that
-// share an L3. l2_bytes: size of an L2. traces: whether the library is compiled with -fsanitize=thread.
+// share an L3 cache. l2_bytes: bytes of an L2 cache. traces: whether peft_ext's library is compiled with
+// -fsanitize=thread.
 EXPORTED void record_start(int threads, int group, int64_t l2_bytes, int traces) {
   recorder.threads = threads;
   recorder.group = group;
@@ -294,7 +295,7 @@ EXPORTED void record_start(int threads, int group, int64_t l2_bytes, int traces)
   recorder.since = cpu_time();
 }
 
-// Ends the record and writes the record to a file, as JSON.
+// Ends the record and writes it to the file `path`, as JSON.
 EXPORTED void record_stop(const char* path) {
   recorder.serial_nanoseconds += cpu_time() - recorder.since;
   recorder.on = false;
@@ -306,8 +307,8 @@ EXPORTED void record_stop(const char* path) {
     for (const int64_t count : {counts.accesses, counts.from_l2, counts.from_l3, counts.from_dram, counts.taken})
       fprintf(file, ", %lld", static_cast<long long>(count));
   };
-  // The sockets that used a page: the first number is for all pages that two sockets used, the second for those that
-  // two sockets wrote.
+  // For each page, the sockets that used the page (the first number) and the sockets that wrote it (the second), one
+  // bit for each socket.
   std::unordered_map<uint64_t, std::pair<int, int>> small, huge;
   for (const auto& [number, page] : recorder.pages)
     for (const Line& line : page->lines)
@@ -346,7 +347,7 @@ EXPORTED void record_stop(const char* path) {
   fclose(file);
 }
 
-// Returns the seconds that an empty loop takes on torch's threads.
+// Returns the mean seconds of an empty loop on torch's threads, over `repeats` loops.
 EXPORTED double empty_loop_seconds(int threads, int repeats) {
   const auto nothing = [](int64_t, int64_t, void*) {};
   timespec start, end;
@@ -384,7 +385,8 @@ EXPORTED void* __wrap_memset(void* to, int value, size_t bytes) {
   return memset(to, value, bytes);
 }
 
-// The operations of std::atomic. Few of them are in kernels, and their lines are not counted.
+// The functions that compiled code calls for operations of std::atomic and of vptrs. Their accesses are not counted,
+// because the kernels have few of them.
 EXPORTED void __tsan_init() {}
 EXPORTED void __tsan_vptr_update(void**, void*) {}
 EXPORTED void __tsan_vptr_read(void**) {}

@@ -1,9 +1,9 @@
 """Records the parallel loops of peft_ext's operators, with tools/recorded_loops.cpp, for tools/many_cores.py.
 
 While an operator is recorded, torch divides each loop among the wanted number of threads, however many cores the
-machine has, and the threads' parts of a loop run one after another. The library as it is installed gives the loops, the
-parts and the CPU time of each part. A library that is compiled with -fsanitize=thread gives the cache lines and the
-memory pages that each thread uses. Needs Linux, g++ and ninja.
+machine has, and the threads' parts of a loop run one after another. Runs with the installed native library give the
+loops, their parts and the CPU time of each part. Runs with a library that is compiled with -fsanitize=thread give the
+cache lines and the memory pages that each thread uses. Needs Linux, g++ and ninja.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ import native_build
 from native_build import ROOT, Group
 
 BUILD = ROOT / "build/recorded"
-TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"  # flags of sources whose accesses are recorded
-GROUP, L2 = 8, 1 << 20  # number of threads that share an L3, and bytes of an L2
+# Compiler flags for the sources whose memory accesses are recorded.
+TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
+GROUP, L2 = 8, 1 << 20  # number of threads that share an L3 cache, and bytes of an L2 cache
 RANK, TOKENS = 16, 512
-# The indices of the numbers in a record of a thread's part of a loop: thread, first and last unit of work, nanoseconds
-# of CPU time, memory accesses, and cache lines that came from L2, L3 and DRAM. TAKEN is the index of the number of
-# cache lines that another thread of the same parallel loop wrote before.
+# The indices of the numbers in the record of a thread's part of a loop. FROM and TO are the indices of the begin and
+# the end of the part's units of work, TIME is that of the nanoseconds of CPU time, and FROM_L2, FROM_L3 and FROM_DRAM
+# are those of the numbers of cache lines that came from L2, L3 and DRAM. TAKEN is the index of the number of cache
+# lines that the thread wrote after another thread of the same loop.
 THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 
 
@@ -38,7 +40,8 @@ THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 
 
 def _steps() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[Any], Any]]]]:
-    """Returns, by name of an operator, a function that makes the operands and returns a forward and its backward."""
+    """Returns, for each name of an operator and its sizes, a function that makes the operands and returns a function
+    for the forward and a function for the backward."""
     import torch
 
     from peft_ext import ops
@@ -101,14 +104,16 @@ def _steps() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[Any], 
 
 
 class Recorder:
-    """Records the loops of calls in this process, which has the library of tools/recorded_loops.cpp preloaded."""
+    """Records the parallel loops of calls in this process, in which the library of tools/recorded_loops.cpp is
+    preloaded."""
 
     def __init__(self, library: str, traces: bool) -> None:
         self.library, self.traces = ctypes.CDLL(library), traces
         self.folder = Path(tempfile.mkdtemp())
 
     def record(self, name: str, threads: int, call: Callable[[], Any]) -> Any:
-        """Calls ``call`` and returns the result. The record is written to a file, which :meth:`read` reads."""
+        """Calls ``call``, writes the record of the call to a file, which :meth:`read` reads, and returns the result of
+        the call."""
         place = str(self.folder / name).encode()
         self.library.record_start(threads, GROUP, ctypes.c_int64(L2), int(self.traces))
         try:
@@ -121,8 +126,8 @@ class Recorder:
 
 
 def _least(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the first of several records of one call, with the least time of each part and of the code outside of
-    loops."""
+    """Returns one record for several records of the same call: the least times of each part and of the code outside of
+    loops, and the counts of the first record."""
     first = records[0]
     first["serial"][0] = min(record["serial"][0] for record in records)
     for i, loop in enumerate(first["loops"]):
@@ -161,7 +166,8 @@ def record_here(library: str, traces: bool, names: list[str], threads: list[int]
 
 
 def time_here(library: str, repeats: int) -> list[dict[str, Any]]:
-    """Returns the least seconds of each operator and direction on one and two threads, and of an empty loop."""
+    """Returns rows with the least of ``repeats`` + 1 times, in seconds, of each operator and direction on one and on
+    two threads, and a row with the least time of an empty loop."""
     import torch
 
     from peft_ext.integrations.trainer import keep_freed_memory
@@ -205,10 +211,10 @@ def build_recorder() -> Path:
 
 
 def build_traced() -> Path:
-    """Builds a folder with the package, whose library calls the recorder for each memory access of the AVX-512 and AMX
-    kernels and of the code that all CPU paths share.
+    """Builds a folder with the package peft_ext, whose native library calls the recorder at most memory accesses of the
+    AVX-512 and AMX kernels and of the code that all CPU paths share.
 
-    The other sources, such as those of CUDA and of the other paths, are compiled without these calls and without
+    The other sources, such as those of CUDA and of the other CPU paths, are compiled without these calls and without
     optimization.
     """
     flags, libraries = native_build.torch_flags()
@@ -226,11 +232,8 @@ def build_traced() -> Path:
 
 
 def _function_of_loop(symbol: str) -> str:
-    """Returns the innermost function in the mangled name of a loop's body.
-
-    The name has the form ``parallel_forI ZN <names> I ZN <names> E``: each function is a template of a lambda in the
-    next function.
-    """
+    """Returns the innermost function in the mangled name of a loop's body. In the name, parallel_for is a template of a
+    lambda in another function, which may itself be a template of a lambda in a further function."""
     rest, found = symbol.split("N8peft_ext12parallel_for", 1)[1], ""
     while nested := re.match(r"IZ+NK?(?:S[0-9A-Z]*_)?", rest):
         rest, names = rest[nested.end() :], []
@@ -243,23 +246,21 @@ def _function_of_loop(symbol: str) -> str:
 
 
 def loop_names(library: Path) -> dict[int, str]:
-    """Returns, for each address of a loop's body in the library, the name of the function that starts the loop."""
+    """Returns a dict from the address of each loop's body in the library to the function that starts the loop."""
     lines = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True).stdout.splitlines()
     symbols = [line.split() for line in lines if "12parallel_forIZN8peft_ext12parallel_for" in line and "_FUN" in line]
     return {int(address, 16): _function_of_loop(symbol) for address, _, symbol in symbols}
 
 
 def child(function: str, site: Path = ROOT, **how: Any) -> list[dict[str, Any]]:
-    """Runs :func:`record_here` or :func:`time_here` in a process that has the recorder preloaded, and adds the names of
-    the loops to the rows.
-
-    ``site`` is the folder of the package, by default this checkout.
+    """Runs :func:`record_here` or :func:`time_here` in a process with the preloaded recorder, and returns the rows with
+    the names of the loops. ``site`` is the folder of the package, by default this checkout.
     """
     recorder = build_recorder()
     environment = {**os.environ, "LD_PRELOAD": str(recorder), "PYTHONPATH": str(site), "PEFT_EXT_REQUIRE": "1"}
-    if function == "record_here":  # threads that wait actively would take the cores from the thread that works
+    if function == "record_here":  # threads that wait actively would take the cores from the thread that computes
         environment["OMP_WAIT_POLICY"] = "passive"
-        environment["MALLOC_ARENA_MAX"] = "1024"  # as many arenas as glibc allows on a machine of many cores
+        environment["MALLOC_ARENA_MAX"] = "1024"  # malloc gets as many arenas as on a machine with many cores
         how["traces"] = site != ROOT
     code = """if True:
         import json, pathlib, sys

@@ -2,9 +2,9 @@
 
     python tools/release_check.py v1.2.3 [--files dist]
 
-The tag must be "v" and the version of peft_ext/_version.py. The newest entry of CHANGELOG.md must have the same version
-as the tag, and a date. With ``--files`` the folder must hold the source distribution, the wheel without native library,
-and a wheel for each Python version of pyproject.toml's classifiers on each architecture, and no other file.
+The tag must be "v" and the version of peft_ext/_version.py. The first entry of CHANGELOG.md must have this version and
+a date. With ``--files`` the folder must hold the source distribution, the wheel without native library, and a wheel for
+each Python version of pyproject.toml's classifiers on each architecture, and no other file.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ def pythons(text: str) -> list[str]:
 
 
 def wanted_files(release: str, versions: Iterable[str]) -> set[str]:
-    """Returns the names of a release's files."""
+    """Returns the names of the files that the release must have, with wheels for the Python versions ``versions``."""
     tags = [f"cp{version.replace('.', '')}" for version in versions]
     wheels = {f"{tag}-{tag}-{old_runtime.TAG}_{machine}" for tag in tags for machine in old_runtime.LOADERS}
     return {f"{PACKAGE}-{release}.tar.gz", *(f"{PACKAGE}-{release}-{tags}.whl" for tags in {*wheels, "py3-none-any"})}
 
 
 def problems(tag: str, release: str, changelog: str) -> list[str]:
-    """Returns a line for each fact that keeps the commit from being the release that the tag names."""
+    """Returns a line for each difference between the tag, the version ``release`` and the first entry of the
+    changelog."""
     found = []
     if tag != f"v{release}":
         found.append(f"the tag is {tag}, wanted v{release}: peft_ext/_version.py states {release}")
@@ -52,7 +53,8 @@ def problems(tag: str, release: str, changelog: str) -> list[str]:
 
 
 def file_problems(names: set[str], wanted: set[str]) -> list[str]:
-    """Returns a line for each file that is missing from a release or does not belong to it."""
+    """Returns a line for each file of ``wanted`` that is missing, and for each file of ``names`` that is not in
+    ``wanted``."""
     missing = [f"missing: {name}" for name in sorted(wanted - names)]
     return missing + [f"not of this release: {name}" for name in sorted(names - wanted)]
 

@@ -3,10 +3,10 @@
     python tools/sanitize.py address [pytest arguments]     AddressSanitizer and UndefinedBehaviorSanitizer
     python tools/sanitize.py thread [pytest arguments]      ThreadSanitizer
 
-Without arguments, the program runs the shape sweep at small sizes: 1,000 calls, on all CPU paths in turn. Only csrc/ is
-instrumented; Python and torch are not, but the sanitizer's malloc also guards the memory of Python and torch.
-ThreadSanitizer does not see how torch's threads wait for each other. In the build for ThreadSanitizer the loops
-therefore run on the threads of ``tests/native/sanitize/threads.cpp``.
+Without pytest arguments, the program runs the shape sweep at small sizes: 1,000 calls, on all CPU paths in turn. Only
+the code of csrc/ is instrumented, but the sanitizer's malloc also guards the memory of Python and torch. In the build
+for ThreadSanitizer, the loops run on the threads of ``tests/native/sanitize/threads.cpp``, because ThreadSanitizer does
+not see how torch's threads wait for each other.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ def missing(kind: str) -> str | None:
 
 
 def _runtime(name: str) -> str:
-    """Returns the path of one of g++'s runtime libraries, or the bare name if there is none."""
+    """Returns the path of the runtime library ``name`` of g++, or ``name`` itself if g++ has no such library."""
     return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
 
 
 def build(kind: str) -> Path:
-    """Builds a folder with the package: links to this checkout's Python files, and the instrumented library."""
+    """Builds a folder with the package peft_ext, which has links to this checkout's Python files and to the
+    instrumented library."""
     flags, libraries = native_build.torch_flags()
     common = (
         f"-g1 -std=c++17 -ffp-contract=off -fno-omit-frame-pointer -fvisibility=hidden -fPIC -Wall {FLAGS[kind]} "
@@ -74,12 +75,13 @@ def command(kind: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]
     options = {name: f"{value}:{os.environ.get(name, '')}" for name, value in OPTIONS[kind].items()}
     environment = {**os.environ, **options, "LD_PRELOAD": preload, "PYTHONPATH": str(site),
                    "PEFT_EXT_REQUIRE": "1", "PEFT_EXT_SANITIZER": kind, "PYTHONMALLOC": "malloc"}  # fmt: skip
-    # The sanitizers need fixed addresses for their shadow memory.
+    # setarch turns off the random placement of memory, because the sanitizers need fixed addresses for their shadow
+    # memory.
     return ["setarch", "--addr-no-randomize", sys.executable, *arguments], environment
 
 
-# Planted faults that the sanitizer must report. PLANT passes the memory of a torch tensor to a function of the
-# instrumented library.
+# The planted faults that each sanitizer must report. The program PLANT passes the memory of a torch tensor to the
+# function of tests/native/sanitize/planted.cpp that has the fault.
 PLANTED = {"address": ("address", "undefined"), "thread": ("thread",)}
 WANTED = {"address": "heap-buffer-overflow", "undefined": "signed integer overflow", "thread": "data race"}
 PLANT = """
@@ -91,7 +93,8 @@ getattr(library, "planted_" + sys.argv[1])(ctypes.c_void_p(values.data_ptr()), c
 
 
 def check_planted(kind: str) -> None:
-    """Exits if a planted fault is not reported, because tests without a report would then prove nothing."""
+    """Exits if the sanitizer does not report a planted fault, because it would then not report faults of kernels
+    either."""
     for fault in PLANTED[kind]:
         line, environment = command(kind, ["-c", PLANT, fault])
         environment.update(OPTIONS[kind])
@@ -111,7 +114,7 @@ def main() -> int:
         sys.exit(f"sanitize: {why}")
     check_planted(args.kind)
     rest = rest or ["-q", "-x", "-p", "no:cacheprovider", *TESTS]
-    # By default pytest captures the file descriptors, and the report with which the process ends would be lost.
+    # With pytest's default capture of file descriptors, the report with which the process ends would be lost.
     line, environment = command(args.kind, ["-c", native_build.PYTEST, "--capture=sys", *rest])
     return subprocess.run(line, env=environment, cwd=ROOT).returncode
 

@@ -1,9 +1,9 @@
 """Analyses the machine code of a kernel: the warp instructions of the kernel's hot loop, by pipe, and the loop's waits.
 
-nvdisasm prints a kernel's instructions. The hot loop is the loop with the most matrix products; of several such loops,
-the longest. If no loop has a product, the whole kernel counts as the hot loop. The instructions of an inner loop with
-products are counted ``trips`` times. For a kernel that multiplies by FMAs, the products are its FFMA instructions. Each
-instruction takes one issue slot of a warp.
+nvdisasm prints a kernel's instructions. The hot loop of a kernel is the loop with the most matrix products; of several
+such loops, the longest. If no loop has a product, the whole kernel counts as the hot loop. The instructions of an inner
+loop with products are counted ``trips`` times. For a kernel that multiplies by FMAs, the products are its FFMA
+instructions. Each instruction takes one issue slot of a warp.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-# The pipe that issues an instruction, by the start of its name; the first match counts. Most instructions whose names
-# start with U run on the uniform datapath.
+# For each pipe of the GPU, the beginnings of the names of its instructions; the first match counts. Most instructions
+# whose names start with U run on the uniform datapath.
 PIPES = (
     ("mma", r"HMMA|IMMA|HGMMA"),
     ("control", r"BRA|EXIT|NOP|BSSY|BSYNC|WARPSYNC|LDGDEPBAR|DEPBAR|BAR|ERRBAR|CALL|RET|YIELD|BREAK|PLOP3|UPLOP3"),
@@ -34,7 +34,7 @@ class Instruction:
     address: int
     name: str
     operands: str
-    target: int | None = None  # address to which a branch jumps
+    target: int | None = None  # the address to which a branch jumps; None for other instructions
 
     @property
     def pipe(self) -> str:
@@ -42,7 +42,7 @@ class Instruction:
 
     def _operands(self) -> tuple[list[str], list[str]]:
         """Returns the operands that an instruction writes, and the operands that the instruction reads. Stores,
-        branches and barriers write no register.
+        branches, barriers and comparisons count as instructions that write no register.
         """
         parts = [part.strip() for part in re.split(r",(?![^\[]*\])", self.operands)] if self.operands else []
         if self.name.startswith(("ST", "LDGSTS", "BRA", "BAR", "EXIT", "RED", "DEPBAR", "ISETP", "FSETP", "PLOP3")):
@@ -68,8 +68,8 @@ class Instruction:
     def reads(self) -> set[int]:
         found: set[int] = set()
         for position, part in enumerate(self._operands()[1]):
-            # A matrix product reads four, two and four registers for its three operands; a store of 128 bits reads four
-            # registers.
+            # A matrix product reads four, two and four registers for its three operands. A store of 128 bits reads four
+            # registers for the stored value.
             span = (4, 2, 4)[min(position, 2)] if self.pipe == "mma" else 1
             if self.name.startswith(("STG", "STS")) and not part.startswith(("[", "desc")):
                 span = self._width
@@ -78,15 +78,15 @@ class Instruction:
         return found
 
 
-# Approximate cycles from the issue of an instruction until its result can be read, by kind of instruction. LATENCY
-# leaves out the additional time of an L1 miss, which other warps have to hide.
+# Approximate cycles from the issue of an instruction until its result can be read, for each kind of instruction.
+# LATENCY leaves out the additional time of an L1 miss, in which other warps have to compute.
 LATENCY = {"global": 200, "memory": 30, "mma": 24, "special": 20}
 ARITHMETIC = 5
 
 
 @dataclass
 class Loop:
-    """The instructions that one warp issues in an iteration, in order."""
+    """The instructions that one warp issues in an iteration of the hot loop, in order."""
 
     instructions: list[Instruction]
 
@@ -106,9 +106,8 @@ class Loop:
         return rows
 
     def load_to_use(self) -> int | None:
-        """Returns the smallest number of instructions between a load from global memory and the first use of its
-        value.
-        """
+        """Returns the smallest distance, in instructions, from a load from global memory to the first instruction that
+        reads the loaded value. Returns None if the loop loads nothing from global memory."""
         distances = []
         for i, load in enumerate(self.instructions):
             if not load.name.startswith("LDG."):
@@ -121,12 +120,12 @@ class Loop:
         return min(distances, default=None)
 
     def cycles_alone(self) -> int:
-        """Returns the cycles of an iteration for a warp that runs alone. The warp issues one instruction in a cycle,
-        when the operands of the instruction are ready.
+        """Returns the cycles of an iteration for a warp that runs alone. The warp issues its instructions in order, at
+        most one in a cycle, and each only when the instruction's operands are ready.
         """
         ready: dict[int, int] = {}
         time = start = 0
-        for _ in range(2):  # the second iteration uses results of the first
+        for _ in range(2):  # the second iteration is counted, which waits for results of the first
             start = time
             for instruction in self.instructions:
                 waits = [ready.get(register, 0) for register in instruction.reads]
@@ -167,9 +166,10 @@ def _resolve(instructions: list[Instruction], labels: dict[str, int]) -> None:
 
 
 def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False, others: Sequence[int] = ()) -> Loop:
-    """Returns the hot loop, which the module's docstring defines. ``trips`` says how often inner loops with products
-    run. ``fmas``: whether the kernel multiplies by FMAs. ``others`` says how often the inner loops without products
-    run, in the order of their addresses; such a loop counts once if ``others`` is empty.
+    """Returns the hot loop, which the docstring of tools/sass.py defines. ``trips``: how often inner loops with
+    products run. ``fmas``: whether the kernel multiplies by FMAs. ``others``: how often each inner loop without
+    products runs, in the order of the addresses; if ``others`` is empty, each of these loops counts once. Raises
+    ValueError if ``others`` has another number of loops than the kernel.
     """
     spans = [(i.target, i.address) for i in instructions if i.name.split(".")[0] == "BRA" and i.target is not None]
     spans = [(first, last) for first, last in spans if first < last]
@@ -182,7 +182,7 @@ def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False
 
     with_products = [span for span in spans if products(span)]
     if not with_products:
-        # The kernel's end is a branch to itself; the padding behind it is left out.
+        # A kernel ends with a branch to itself. The padding after this branch is left out.
         end = next((n for n, i in enumerate(instructions) if i.target == i.address), len(instructions))
         return Loop([i for i in instructions[:end] if i.name != "NOP"])
     most = max(map(products, with_products))
@@ -198,14 +198,15 @@ def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False
     found = body(outer)
     for (first, last), times in sorted(inner):
         if first < at:
-            continue  # this loop lies within the previous inner loop
+            continue  # this loop is a part of the previous inner loop
         order += [i for i in found if at <= i.address < first] + body((first, last)) * times
         at = last + 1
     return Loop(order + [i for i in found if i.address >= at])
 
 
 def find_nvdisasm() -> str | None:
-    """Returns the path of nvdisasm: on PATH, from the CUDA toolkit, or from the package nvidia-cuda-nvdisasm."""
+    """Returns the path of nvdisasm: on PATH, in /usr/local/cuda, or in the package nvidia-cuda-nvdisasm. Returns None
+    if nvdisasm is in none of these places."""
     if tool := shutil.which("nvdisasm") or shutil.which("nvdisasm", path="/usr/local/cuda/bin"):
         return tool
     import sysconfig

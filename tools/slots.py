@@ -17,11 +17,11 @@ import sass
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs/slots.tsv"
-# The end of the first line of docs/slots.tsv.
+# NOTE ends the first line of docs/slots.tsv.
 NOTE = ("In loops over tiles of 64 x 64, the counts are those of one of the four warps that share a tile: "
         "all four warps together take four times as many")  # fmt: skip
-# By architecture, the limits of a multiprocessor: threads, kilobytes of shared memory, blocks. Each multiprocessor has
-# 65,536 registers. A block takes 1 KB of shared memory more than the kernel declares.
+# For each architecture, how many threads, kilobytes of shared memory and blocks a multiprocessor holds at most. Each
+# multiprocessor has 65,536 registers. A block takes 1 KB of shared memory more than the kernel declares.
 ARCHS = {
     "80": (2048, 164, 32), "86": (1536, 100, 16), "89": (1536, 100, 24), "90": (2048, 228, 32), "100": (2048, 228, 32),
     "120": (1536, 100, 24),
@@ -34,11 +34,11 @@ COLUMNS = ("loop", "arch", "slots", "alu", "fma", "mma", "memory", "uniform", "t
 class Hot:
     """A kernel's hot loop, whose instructions are counted.
 
-    ``kernel``: the kernel's demangled name and template arguments. ``units``: tiles, weights of a lane, or rows in an
-    iteration, by which the counts are divided. ``trips``: how often an inner loop with products runs. ``threads``:
-    threads of a block. ``fmas``: whether the kernel multiplies by FMA instructions and not on tensor cores. ``others``:
-    how often the inner loops without products run. ``dynamic``: bytes of shared memory that the launch asks for in
-    addition to the kernel's own.
+    ``kernel``: the kernel's demangled name and template arguments. ``units``: the number of tiles, of a lane's weights,
+    or of rows in an iteration; the counts are divided by this number. ``trips``: how often an inner loop with products
+    runs in an iteration. ``threads``: number of threads of a block. ``fmas``: whether the kernel multiplies by FMA
+    instructions and not on tensor cores. ``others``: how often each inner loop without products runs in an iteration.
+    ``dynamic``: bytes of shared memory that the launch asks for in addition to the kernel's own.
     """
 
     name: str
@@ -66,9 +66,9 @@ def _runs(name: str, work: str, mask: str = "kNone", *, terms: int = 3) -> Hot:
 
 def _siblings(name: str, ranks: int, columns: bool, dropped: bool, *, terms: int = 3) -> Hot:
     # The counted loop of rank_siblings_kernel is the loop for three layers with one input. In an iteration a warp
-    # computes a whole tile of its layer (with 32 ranks: half of a tile). The counts are divided by four (two), as if
-    # four warps shared a tile. A thread copies every twelfth row of a tile of x (with 32 ranks: every 24th row). An
-    # iteration of the inner loop that draws the mask covers 16 rows.
+    # computes a whole tile of its layer (with 32 ranks: half of a tile). The counts are divided by 4 (with 32 ranks: by
+    # 2), as if four warps shared a tile. A thread copies every twelfth row of a tile of x (with 32 ranks: every 24th
+    # row). An iteration of the inner loop that draws the dropout mask covers 16 rows.
     warps = 3 if ranks == 16 else 6
     copies, draws = -(-64 // (4 * warps)), (2, 2) if ranks == 16 else (2,)
     return Hot(
@@ -88,7 +88,7 @@ def _expand(name: str, steps: int, work: str, *, terms: int = 2) -> Hot:
     return Hot(name, f"expand_kernel<bf16, {steps}, {terms}, {work}>")
 
 
-# All loops have bf16 activations and float32 adapters of rank 16 unless the name says otherwise; a tile is 64 x 64.
+# The hot loops have bf16 activations and float32 adapters of rank 16 unless the name says otherwise. A tile is 64 x 64.
 HOT = (
     _pass("S", 16, "kRows"),
     _pass("S, dropout", 16, "kRows", "kDrawn"),
@@ -154,8 +154,8 @@ HOT = (
 
 
 def kernel_name(demangled: str) -> str:
-    """Returns a kernel's name and template arguments as the tables have them: ``rank_pass_kernel<bf16, kRows>``.
-    Removes the return type, the namespace and the arguments.
+    """Returns a kernel's name and template arguments, such as ``rank_pass_kernel<bf16, kRows>``, without the return
+    type, the namespace and the arguments. Names of enumerators replace their numbers.
     """
     name = re.sub(r"^void |\bpeft_ext::|\([^()]*\)$", "", demangled)
     for enum, values in enumerators().items():
@@ -165,7 +165,8 @@ def kernel_name(demangled: str) -> str:
 
 @functools.cache
 def enumerators() -> dict[str, list[str]]:
-    """Returns the names of the values of each enum of the kernels. Demangled names have the numbers of the values."""
+    """Returns, for each enum class of csrc's .cuh files, the names of its values in order. Demangled names of kernels
+    contain the numbers of the values."""
     found = {}
     for path in sorted((ROOT / "csrc").rglob("*.cuh")):
         for name, values in re.findall(r"enum class (\w+)(?: : \w+)? \{([^}]*)\}", path.read_text()):
@@ -183,8 +184,8 @@ def resident_blocks(arch: str, threads: int, registers: int, shared: int) -> int
 
 
 def measure(hot: Hot, arch: str, instructions: list[sass.Instruction], used: dict[str, int]) -> dict[str, str]:
-    """Returns the row of docs/slots.tsv for a hot loop. ``used`` are registers, stack and shared bytes, as ptxas
-    reports them."""
+    """Returns the row of docs/slots.tsv for a hot loop. ``used``: the registers, the bytes of the stack and the bytes
+    of shared memory, as ptxas reports them."""
     loop = sass.hot_loop(instructions, hot.trips, hot.fmas, hot.others)
     used = used | {"shared": used["shared"] + hot.dynamic}
     load_to_use = loop.load_to_use()

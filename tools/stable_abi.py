@@ -1,8 +1,7 @@
 """Checks that a native library needs only symbols that the oldest supported torch has.
 
-The module imports the standard library alone.
-
-Torch's shim headers say from which version on a function exists: ``#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_12_0``.
+The module imports only the standard library. torch's shim headers state from which release on a function exists, by
+``#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_12_0``.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def torch_include() -> Path | None:
 
 
 def declared_since(text: str) -> dict[str, tuple[int, int]]:
-    """Returns each function that the text of a shim header declares, with the torch version in the ``#if`` around the
-    declaration; (0, 0) for a declaration outside of such an ``#if``."""
+    """Returns, for each function that the text of a shim header declares, the torch release that the ``#if`` around the
+    declaration names; (0, 0) for a declaration outside of such an ``#if``."""
     since: dict[str, tuple[int, int]] = {}
     guards: list[tuple[int, int]] = []
     for line in text.splitlines():
@@ -65,7 +64,8 @@ def defined_symbols(path: Path) -> set[str]:
 
 
 def violations(symbols: list[str], include: Path) -> list[str]:
-    """Returns a line for each symbol outside of the stable ABI of the torch version ``TARGET``."""
+    """Returns a line for each symbol of torch in ``symbols`` that is not in the stable ABI of the torch release TARGET.
+    ``include``: the folder of torch's headers."""
     since: dict[str, tuple[int, int]] = {}
     for header in (path for pattern in _SHIMS for path in sorted((include / "torch/csrc").glob(pattern))):
         for name, version in declared_since(header.read_text()).items():

@@ -3,9 +3,9 @@
     python tools/steady.py                                         runs the tests of SHORT 50 times, of LONG 5 times
     python tools/steady.py --times 200 tests/files/test_files.py   runs the tests with these pytest names alone
 
-A test that looks at memory, time, processes, ports, signals or a terminal may pass on an idle machine and fail on a
-busy one; a test of this kind belongs in SHORT or LONG. The program fails if a test fails, or if a process ends
-abnormally or does not end.
+A test that depends on memory, time, processes, ports, signals or a terminal may pass on an idle machine and fail on a
+busy one. Such a test must be added to SHORT or LONG. The program fails if a test fails, or if a process ends abnormally
+or does not end.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py")
 
-# Tests that take some seconds each. Several repetitions of a test run in one process, so that the packages are imported
-# only once.
+# SHORT has tests of some seconds. Several repetitions of a test run in one process, so that the process imports the
+# packages only once.
 SHORT = (
     "tests/ops/test_determinism.py::test_steps_of_every_operator_leave_nothing_behind",
     "tests/ops/test_determinism.py::test_steps_of_a_training_leave_nothing_behind",
@@ -46,7 +46,7 @@ SHORT = (
     "tests/native/test_gpu.py::test_a_command_is_cut_off_with_all_that_it_started_and_its_output_kept",
     "tests/cli/test_cli.py::test_ctrl_c_saves_a_checkpoint",
 )
-LONG = (  # tests of memory, processes, a terminal, a browser, threads; whole files, because their tests share setup
+LONG = (  # test files whose tests depend, for example, on memory, processes, a terminal, a browser or threads
     "tests/run/test_cli_config.py",
     "tests/faults/test_limits.py",
     "tests/run/test_report.py",
@@ -73,10 +73,7 @@ LONG = (  # tests of memory, processes, a terminal, a browser, threads; whole fi
 
 @contextlib.contextmanager
 def load(runs: int) -> Iterator[None]:
-    """Runs the tests of LOAD in ``runs`` other processes while the code in the context runs.
-
-    A test run that ends is started again.
-    """
+    """Runs the tests of LOAD again and again, in ``runs`` other processes, while the code in the context runs."""
     again = 'while :; do "$0" -m pytest -q -p no:cacheprovider "$@"; done'
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     beside = [
@@ -95,8 +92,8 @@ def load(runs: int) -> Iterator[None]:
 
 
 class Outcomes:
-    """Counts how often each test passed and failed, and notes each test's longest time. Skipped tests are not
-    counted."""
+    """Counts how often each test passed and failed, and keeps the longest time of each test in seconds. A skipped run
+    of a test is not counted."""
 
     def __init__(self) -> None:
         self.passed: dict[str, int] = defaultdict(int)
@@ -108,8 +105,7 @@ class Outcomes:
             kinds = {child.tag for child in case}
             if "skipped" in kinds:
                 continue
-            # The name leaves out the parameters: one is pytest-repeat's number, and a test's own parameters would make
-            # thousands of rows.
+            # The table has one row for all parameters of a test. pytest-repeat's number is one of the parameters.
             name = f"{case.get('classname')}.{case.get('name')}".partition("[")[0]
             self.longest[name] = max(self.longest[name], float(case.get("time", 0)))
             (self.failed if kinds & {"failure", "error"} else self.passed)[name] += 1
@@ -124,8 +120,8 @@ class Outcomes:
 
 
 def run(tests: list[str], count: int, seconds: float, outcomes: Outcomes) -> str:
-    """Runs each test ``count`` times in one process. Returns "" if pytest ended normally, also with failed tests, and
-    otherwise how the process ended.
+    """Runs each test of ``tests`` ``count`` times, all in one process. Returns "" if pytest ended normally, also with
+    failed tests, and otherwise how the process ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
@@ -140,7 +136,7 @@ def run(tests: list[str], count: int, seconds: float, outcomes: Outcomes) -> str
             outcomes.add(report)
         if done.returncode:
             print(done.stdout[-12000:], flush=True)
-        # Exit status 1: a test failed, which the table shows.
+        # pytest's exit status 1 says that a test failed. The table shows the failure.
         return "" if done.returncode in (0, 1) and report.exists() else f"pytest ended with {done.returncode}"
 
 

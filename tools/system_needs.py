@@ -2,7 +2,7 @@
 
     python tools/system_needs.py    checks Python, venv, Python's headers and the C++ compiler, before anything is built
 
-setup.py checks the headers and the compiler again. The program needs Python's standard library alone.
+setup.py calls :func:`build_faults`. The program needs only Python's standard library.
 """
 
 import importlib.util
@@ -15,12 +15,11 @@ import sysconfig
 from pathlib import Path
 
 OLDEST_PYTHON = (3, 10)
-# GCC 11 is the first GCC release with AMX. clang 14 is the oldest clang with which the library was built (`make
-# clang-check`).
+# GCC 11 is the first release of GCC that compiles AMX. clang 14 is the oldest clang with which `make clang-check` ran.
 OLDEST_COMPILERS = {"GCC": 11, "clang": 14}
 COMPILERS = " or ".join("{} {}".format(*pair) for pair in OLDEST_COMPILERS.items()) + " or newer"
-# Debian 11 and Ubuntu 20.04 have no package of a compiler that is new enough. RHEL's default GCC is too old, and the
-# GCC of RHEL's package gcc-toolset-13 is new enough.
+# Debian 11 and Ubuntu 20.04 have no package of a new enough compiler. On RHEL, the default GCC is too old, and the GCC
+# of the package gcc-toolset-13 is new enough.
 INSTALL_COMPILER = """
   Debian 12, Ubuntu 22.04, or newer:  sudo apt install g++
   Fedora:                             sudo dnf install gcc-c++
@@ -90,7 +89,7 @@ def venv_fault():
 
 
 def python_fault():
-    """Returns a message that the running Python is older than OLDEST_PYTHON; None if it is not."""
+    """Returns a message if the running Python is older than OLDEST_PYTHON, and None otherwise."""
     if sys.version_info[:2] >= OLDEST_PYTHON:
         return None
     have, wanted = ("{}.{}".format(*version) for version in (sys.version_info, OLDEST_PYTHON))
@@ -98,7 +97,7 @@ def python_fault():
 
 
 def build_faults():
-    """Returns a message for each thing that is missing for a build in the running Python."""
+    """Returns the messages of the C++ compiler and of Python's headers; an empty list if a build can begin."""
     return [fault for fault in (compiler_fault(), headers_fault()) if fault]
 
 

@@ -3,19 +3,19 @@
     python tools/wheel_trial.py WHEEL [--python PYTHON] [--torch "torch==2.11.*"]
     python tools/wheel_trial.py WHEEL --emulated
 
-WHEEL is a file, or a folder in which the program chooses the wheel for PYTHON as pip does.
+WHEEL is a wheel, or a folder from which pip chooses the wheel for PYTHON.
 Without ``--torch`` the new environment sees the packages of PYTHON, torch among them. With ``--torch`` the environment
-is empty; pip installs that torch, and the wheel with the packages that the wheel requires, from pip's index. With
-``--emulated`` a wheel for 64-bit Arm runs on Debian's Python for Arm under qemu-user; tools/aarch64_tests.py downloads
-that Python and torch once.
+begins empty, and pip installs the named torch, the wheel and the packages that the wheel requires, from pip's index.
+With ``--emulated`` a wheel for 64-bit Arm runs on Debian's Python for Arm under qemu-user; tools/aarch64_tests.py
+downloads this Python, torch and other packages once.
 
-The installed package must use the native library if the wheel holds one, and must warn that the slow reference is used
-if the wheel holds none.
+If the wheel holds the native library, the installed package must use the library. Otherwise ``import peft_ext`` must
+warn that the operators run the slow reference.
 
 The trial also runs a few steps of ``peft-ext finetune`` on a tiny random model, without the network. With ``--torch``
-pip installs the packages of the extra ``hf`` for this run. Without ``--torch``, if PYTHON lacks one of these packages,
-the trial leaves the run out and says so. All layers of the model must run on kernels, or no layer if the wheel has no
-native library.
+pip also installs the packages of the extra ``hf``, which ``finetune`` needs. Without ``--torch``, if PYTHON lacks a
+package that ``finetune`` needs, the trial leaves out ``finetune`` and says so. All layers of the model must run on
+kernels, or no layer if the wheel has no native library.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MODEL = Path(__file__).resolve().parents[1] / "tests/support/tiny_llama.py"  # s
 NEEDED = ("transformers", "peft", "accelerate", "datasets", "bitsandbytes", "psutil")
 STEPS = 3
 
-# Argument 1 of PROGRAM: the folder that the package must be in. Argument 2 of PROGRAM: "native" if the wheel holds the
-# native library, otherwise "pure".
+# The first argument of PROGRAM is the folder that the package must be in. The second argument is "native" if the wheel
+# holds the native library, and otherwise "pure".
 PROGRAM = """
 import os, sys, warnings, torch
 with warnings.catch_warnings(record=True) as caught:
@@ -112,7 +112,8 @@ def _finetune(python: Sequence[str | Path], folder: Path, native: bool, environm
 
 
 def run_faults(report: dict, native: bool) -> str:
-    """Returns what is wrong with the run.json of a run of ``finetune``, or "". ``native``: whether kernels must run."""
+    """Returns what is wrong with ``report``, the run.json of a run of ``finetune``, or "" if nothing is. ``native``:
+    whether all layers must run on kernels; if False, no layer may."""
     fused, layers = report["fused"]["fused"], report["fused"]["layers"]
     if not report["finished"] or not report["check"]["ok"]:
         return f"finished is {report['finished']}, and the check is {report['check']}"
@@ -136,7 +137,7 @@ def chosen(folder: Path, python: str) -> Path:
 
 def _environment(native: bool, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PEFT_EXT", "PYTHON"))}
-    # On a busy machine, a run on several threads, which wait for each other in a loop, would take minutes.
+    # With several threads, which wait for each other in busy loops, a run would take minutes on a busy machine.
     one_thread = {"OMP_NUM_THREADS": "1"}
     return kept | one_thread | ({"PEFT_EXT_REQUIRE": "1"} if native else {}) | more
 
@@ -147,11 +148,12 @@ def _purelib(python: str | Path) -> Path:
 
 def trial(wheel: Path, python: str, torch: str | None = None) -> str:
     """Installs the wheel twice into a new virtual environment of ``python``, runs PROGRAM and a fine-tuning there, and
-    uninstalls the wheel. Returns what PROGRAM printed, and a summary of the fine-tuning. Exits if files remain.
+    uninstalls the wheel. Returns what PROGRAM printed, and a summary of the fine-tuning. Exits if a step fails, or if
+    the uninstallation leaves files.
 
-    ``torch``: the torch that pip installs into the environment, such as "torch==2.11.*"; pip then also installs the
-    packages that the wheel and its extra ``hf`` require. None: pip installs the wheel alone, and the environment sees
-    the packages of ``python``.
+    ``torch``: pip's requirement of the torch that pip installs into the environment, such as "torch==2.11.*"; pip then
+    also installs the packages that the wheel and its extra ``hf`` require. If ``torch`` is None, pip installs the wheel
+    alone, and the environment sees the packages of ``python``.
     """
     native = _is_native(wheel)
     with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +191,7 @@ def trial(wheel: Path, python: str, torch: str | None = None) -> str:
 
 
 def emulated_version() -> str:
-    """Returns the version of Debian's Python for 64-bit Arm."""
+    """Returns the version of Debian's Python for 64-bit Arm, such as "3.11", after downloading this Python."""
     import aarch64_tests
 
     aarch64_tests.make_system()

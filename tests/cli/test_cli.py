@@ -171,7 +171,7 @@ def test_the_default_model_is_unpacked_and_answers(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16 and type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.tokenize("12") == ["1", "2"]  # the file's tokenizer.ggml.pre has each digit as a word
+    assert tokenizer.tokenize("12") == ["1", "2"]  # tokenizer.ggml.pre of the file makes each digit a word
     turn = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=12, do_sample=False)[0])

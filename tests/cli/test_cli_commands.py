@@ -536,7 +536,7 @@ def test_bench_times_nothing_that_is_wrong_or_not_fused(capsys, monkeypatch):
 
     asked = [str(part) for part in (*SMALL, "--method", "lora", "--base", "bf16", "--json")]
     right = lora.checked_lora_linear
-    assert main(asked) == 0  # later calls are known, and call checked_lora_linear
+    assert main(asked) == 0  # a layer's calls after the first one call checked_lora_linear
     with monkeypatch.context() as patch:  # a wrong value with right gradients: y is off by 2%
         patch.setattr(lora, "checked_lora_linear", lambda *args: 1.02 * right(*args))
         assert main(asked) == 2

@@ -15,7 +15,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(tiny, folder) -> Path:
     """Returns the output folder of a run of one process, with four examples a step."""
-    from launched import options_of  # needs packages that the other tests of this folder do without
+    from launched import options_of  # `launched` imports packages that other tests of this folder do not need
 
     from peft_ext.cli.main import main
 

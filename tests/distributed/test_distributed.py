@@ -38,7 +38,7 @@ CHECKS = [name for path in sorted(SCRIPT.parent.glob("checks*.py"))
           for name in re.findall(r"^@check\n(?:@\w+\n)?def (\w+)", path.read_text(), re.MULTILINE)]  # fmt: skip
 # Checks that need a mesh of two by two.
 OF_FOUR = ("hybrid_sharding", "loading_for_hybrid_sharding_and_several_nodes", "trainer_hybrid_sharding")
-IN_TURN = "trainer_fsdp2_resumes_in_other_processes"  # a check that runs in two, then four processes, then one
+IN_TURN = "trainer_fsdp2_resumes_in_other_processes"  # runs in two processes, then in four, then in one
 HAS_TRL = importlib.util.find_spec("trl") is not None
 ALSO_OF_FOUR = (
     "ddp_gradients_are_the_same_everywhere",

@@ -65,7 +65,7 @@ def test_losses_and_adapter_are_those_of_one_process(processes, tiny, folder, al
     assert several["held_out"]["last"][1] == pytest.approx(one["held_out"]["last"][1], rel=1e-5)
     curve = [entry for entry in several["history"]["held_out_loss"] if entry is not None]
     assert curve == pytest.approx([entry for entry in one["history"]["held_out_loss"] if entry is not None], rel=1e-5)
-    assert several["history"]["tokens"] == one["history"]["tokens"]  # a step's tokens, of all processes
+    assert several["history"]["tokens"] == one["history"]["tokens"]  # of all processes together
     assert [sample["before"] for sample in several["samples"]] == [sample["before"] for sample in one["samples"]]
     assert several["check"]["ok"] and several["finished"] and several["step_examples"] == 4
     assert several["processes"]["count"] == len(several["processes"]["peak_mib"]) == processes
@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after, tiny, fol
     shutil.copytree(whole / "checkpoints/checkpoint-4", output / "checkpoints/checkpoint-4")
     shutil.copy(whole / "run.json", output / "run.json")
     if after == 1:
-        assert main([*options_of(tiny, output, 2), "--resume"]) == 2  # two examples a step instead of four
+        assert main([*options_of(tiny, output, 2), "--resume"]) == 2  # refused: two examples a step instead of four
         assert main([*options_of(tiny, output, 4), "--resume"]) == 0
     else:
         run = Run([*torchrun(after), *options_of(tiny, output, 4 // after), "--resume"], folder / "resumed.log")
@@ -373,7 +373,7 @@ def test_a_signal_stops_all_with_one_checkpoint(to, tiny, folder, tmp_path):
     with started(command, tmp_path / "log") as run:
         run.wait_for(saved(tmp_path / "out", 8))
         if to == "torchrun":
-            run.process.send_signal(signal.SIGINT)  # which torchrun sends to all ranks
+            run.process.send_signal(signal.SIGINT)  # torchrun sends SIGINT to all ranks
         else:
             run.wait_for_rank(1).send_signal(signal.SIGTERM)
         assert run.end()
@@ -381,7 +381,7 @@ def test_a_signal_stops_all_with_one_checkpoint(to, tiny, folder, tmp_path):
     assert is_sealed(tmp_path / f"out/checkpoints/checkpoint-{step}") and "error: " not in run.out
     again = Run([*command, "--resume"], tmp_path / "again.log")
     assert again.end() == 0, again.out
-    assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)  # the random state of each rank goes on
+    assert differences(unbroken(2, tiny, folder), tmp_path / "out") == (0, 0)  # each rank has its saved random state
 
 
 @pytest.mark.slow
@@ -435,7 +435,7 @@ def test_two_machines_and_a_killed_agent(tiny, folder, tmp_path):
 
     # Without this variable, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that comes later.
     environment = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    first = Run(command(1), tmp_path / "first.log", **environment)  # its agent has the store of the rendezvous
+    first = Run(command(1), tmp_path / "first.log", **environment)  # this run's agent has the store of the rendezvous
     second = Run(command(0), tmp_path / "second.log", **environment)
     third = None
     try:

@@ -223,7 +223,7 @@ def test_a_cache_grows_in_place() -> None:
     torch.manual_seed(0)
     cache = hf.DynamicCache()
     k, v = torch.randn(2, 2, 3, 5, 8)
-    assert appended(cache, 0, k, v) is None  # stock makes a layer
+    assert appended(cache, 0, k, v) is None  # transformers' own update makes the layer
     cache.update(k, v, 0)
     layer, wanted = cache.layers[0], [k, v]
     places = set()

@@ -23,7 +23,7 @@ def test_adaloras_callback_hands_on_the_step() -> None:
 
 
 def test_adaloras_callback_leaves_out_gradients_that_are_not_finite() -> None:
-    """A scaler for float16 skips such a step, and Trainer calls the callback all the same."""
+    """A scaler for float16 skips a step with such gradients, but Trainer calls the callback in this step too."""
     peft = pytest.importorskip("peft")
     config = peft.AdaLoraConfig(init_r=4, target_r=2, tinit=0, tfinal=2, deltaT=1, total_step=6, target_modules=["0"])
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
@@ -42,7 +42,7 @@ def test_adaloras_callback_leaves_out_gradients_that_are_not_finite() -> None:
                 not torch.equal(allocator.exp_avg_ipt[name], value) for name, value in before.items()
             )
     (kept,) = model.peft_config["default"].rank_pattern.values()
-    assert sum(kept) == 2  # the last pruning, at a step whose gradients are not finite, ran
+    assert sum(kept) == 2  # the last pruning took place, although its step's gradients are not finite
 
 
 class Tokens(nn.Module):
@@ -59,11 +59,11 @@ def test_only_the_tokens_of_steps_are_counted() -> None:
     args = SimpleNamespace(device=torch.device("cpu"), include_num_input_tokens_seen="no")
     state, callback = SimpleNamespace(num_input_tokens_seen=0), PeftExtCallback(accelerate=False)
     callback.on_train_begin(args, state, None, model=model)
-    model.embedding(ids)  # the call of an evaluation before the first step
+    model.embedding(ids)  # as in an evaluation before the first step
     for _ in range(2):
         callback.on_step_begin(args, state, None)
         model.embedding(ids)
-        with torch.no_grad():  # the call of a reference model
+        with torch.no_grad():  # as a reference model is called
             model.embedding(ids)
         callback.on_step_end(args, state, None, model=model)
         model.embedding(ids)

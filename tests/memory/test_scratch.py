@@ -37,7 +37,9 @@ def norm_of_rows() -> Callable[[], Tensor]:
 
 
 def settled(wanted: int) -> bool:
-    """Returns whether the threads come to keep ``wanted`` bytes. A joined thread of Python's may be about to end."""
+    """Returns whether, within ten seconds, the threads keep ``wanted`` bytes: a thread that Python has joined may not
+    have freed its scratch memory yet.
+    """
     end = time.monotonic() + 10
     while native.kept_scratch() != wanted and time.monotonic() < end:
         time.sleep(0.01)

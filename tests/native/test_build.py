@@ -189,7 +189,7 @@ def test_an_include_that_runs_the_wrong_way_is_found(graph, said):
 def test_every_op_has_its_file_in_every_tree():
     ops = {path.stem for path in (ROOT / "peft_ext/ops").glob("[!_]*.py")}
     ops -= {"cards", "checks", "format_proofs", "layer_lists", "library", "proof_inputs", "prove"}
-    # The folders of the lower levels are shared by the operators; the products of NF4's own operators are in linear.
+    # Several files of operators share the folders in FLOORS; only nf4 is also the name of a file of operators.
     shared = {folder for floor in include_check.FLOORS for folder in floor} - {"nf4"}
     folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
     assert folders - shared == ops
@@ -298,8 +298,8 @@ def test_a_change_of_a_source_is_noticed(change, sources):
 
 @pytest.fixture
 def checkout(sources, monkeypatch):
-    """Returns a function that loads a module with attributes of its own, in a checkout with the folder ``sources``, and
-    returns the warnings. The stub has the sources' digest unless the attributes have another."""
+    """Returns a function that loads a stand-in for the native library, in a checkout with the folder ``sources``, and
+    returns the warnings. The stand-in has the sources' digest unless ``built_from`` is another digest."""
     package = sources.parent / "peft_ext"
     package.mkdir()
     (sources.parent / "setup.py").touch()
@@ -366,7 +366,7 @@ def test_a_module_without_a_function_is_a_library_that_does_not_load(lacking, ch
 
 @pytest.mark.slow
 def test_the_digest_of_the_build_is_that_of_the_sources(bare_package, native):
-    """The digest that setup.py writes into the library, and the time that the comparison takes."""
+    """A copy of the built library loads without a warning, and warns after a change of the copied sources."""
     for path in PACKAGE.glob("_*.so"):
         shutil.copy2(path, bare_package / "peft_ext")
     shutil.copytree(ROOT / "csrc", bare_package / "csrc")

@@ -146,7 +146,8 @@ def test_layers_of_one_input_cost_little_more_than_one_read_of_it() -> None:
     card = cuda_model.CARDS["H100"]
     layer = cuda_model.parts(card, 8192)
     for part, columns in (("S, dropout", False), ("dA, dropout", True)):
-        # Each tile reads the terms of each layer from L2; the second card has these reads for nothing.
+        # Each tile reads the terms of each layer from L2. The L2 of the second card is so fast that the reads take no
+        # time.
         for held, two, three in ((card, 1.35, 1.8), (replace(card, l2=1e20), 1.2, 1.6)):
             assert cuda_model.siblings(held, 8192, 4096, 2, columns, True) < two * layer[part]
             assert cuda_model.siblings(held, 8192, 4096, 3, columns, True) < three * layer[part]

@@ -352,7 +352,7 @@ def test_glue_s_errors_and_empty_tensors(ops):
 
 
 def test_an_error_in_a_call_of_pytorch_has_pytorch_s_reason(ops):
-    """The stable ABI's own errors name only the failed call, by which nobody knows a lack of memory."""
+    """The stable ABI's own errors name only the failed call, which does not show that memory was lacking."""
     numel = 2**51
     expanded = torch.zeros(1, 1, dtype=torch.uint8).expand(numel // 2, 1), torch.ones(1).expand(numel // 64)
     lacking = [

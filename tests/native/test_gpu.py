@@ -257,7 +257,7 @@ def test_the_sample_of_compute_sanitizer_is_not_empty() -> None:
 
 @pytest.fixture
 def pips(here: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
-    """Returns the commands of pip. They install nothing, as without a network."""
+    """Returns the list of pip's commands. Each command fails, as pip does without a network."""
     monkeypatch.setattr(gpu, "VENV", tmp_path / "venv")
     monkeypatch.setattr(gpu, "find_sanitizer", lambda here: "compute-sanitizer")
     commands: list[list[str]] = []

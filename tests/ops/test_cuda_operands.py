@@ -23,7 +23,7 @@ from peft_ext.ops.proof_inputs import ProofInputs
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-# Operands that an operator takes and does not read: the biases, in a backward.
+# Arguments that an operator accepts and does not read, as places in the operator's arguments: the biases in a backward.
 UNREAD = {("ia3_linear_backward", (9,)), ("lora_linears_backward", (2, 1))}
 
 

@@ -58,7 +58,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     """Simulates a process that has proved no kernel, with a card and an own cache, and restores dropped kernels."""
-    prove.settle("CPU")  # this process is to be proved when the test ends
+    prove.settle("CPU")  # after the test, this process must have proved its CPU kernels
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("PEFT_EXT_PROVE", "PEFT_EXT_REQUIRE"):
         monkeypatch.delenv(name, raising=False)

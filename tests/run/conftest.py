@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def short_answers() -> Iterator[None]:
-    """A run generates two tokens of an answer to a prompt, and none to held-out examples."""
+    """Lets a run generate two tokens of its answer to a prompt, and no answers to held-out examples."""
     from peft_ext.run import evaluate
 
     with pytest.MonkeyPatch.context() as patch:

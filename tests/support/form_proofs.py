@@ -234,7 +234,7 @@ def _formula(drawn: list[Tensor], dtype: torch.dtype, seen: Optional[Tensor], ho
     weights = (scores if seen is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1)
     if seen is not None:
         weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
-    # The values v are finite here: the caller asks only for inputs whose q or k is not finite.
+    # The values v are finite, because the caller calls _formula only if q or k is not finite.
     return (weights @ v if seen is None or v.isfinite().all() else (weights.masked_fill(~seen, 0) @ v)).transpose(1, 2)
 
 

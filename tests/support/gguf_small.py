@@ -12,7 +12,7 @@ from tiny_gguf import write_and_close
 
 from peft_ext.gguf.names import GgufNames
 
-# Architectures whose files hold the weights of norms plus 1.
+# Architectures whose files store 1 + w for the weight w of a norm.
 _NORMS_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
 KINDS = {
     "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "stablelm": "StableLm",

@@ -1,4 +1,4 @@
-"""GGUF files with small vocabularies, in whose tokens the words of a text can be seen."""
+"""Writes GGUF files with small vocabularies. A text's tokens show how the tokenizer divided the text into words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTES = bytes_to_unicode()  # byte -> the character that stands for the byte in 
 
 
 def in_bytes(text: str) -> str:
-    """Returns a text as a byte-level vocabulary writes it."""
+    """Returns a text as a byte-level vocabulary spells it, with one character for each byte."""
     return "".join(BYTES[byte] for byte in text.encode())
 
 
@@ -23,8 +23,8 @@ def write_vocabulary(
     path: Path, tokens: Sequence[str], types: Sequence[int], keys: dict[str, tuple[int, Any]],
     architecture: str = "llama",
 ) -> Path:  # fmt: skip
-    """Writes a file with ``tokens`` and the further ``keys``. ``types``: 1 a normal token, 3 a control token, 6 a
-    byte."""
+    """Writes a GGUF file with the vocabulary ``tokens`` and the additional metadata ``keys``. ``types``: the type of
+    each token: 1 for a normal token, 2 for the unknown token, 3 for a control token, 6 for a byte."""
 
     def edit(metadata: dict[str, Any]) -> None:
         for key in [key for key in metadata if key.startswith("tokenizer.")]:
@@ -47,8 +47,8 @@ def write_byte_level(
 ) -> Path:  # fmt: skip
     """Writes a file with the byte-level vocabulary of all bytes, the results of ``merges``, and ``words``.
 
-    ``pre``: the value of ``tokenizer.ggml.pre``; None: no such key. ``bos``: token 0; token 1 is EOS. ``raw``: tokens
-    that are written as they are, in place of their spelling in bytes, and their types.
+    ``pre``: the value of ``tokenizer.ggml.pre``; None: the file has no such key. ``bos``: the text of token 0, the BOS
+    token; token 1 is the EOS token. ``raw``: a dict from tokens that are not spelled in bytes to their types.
     """
     raw = raw or {}
     spelled = {in_bytes(token): token for token in raw}

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-import psutil  # accelerate needs it
+import psutil  # the accelerate library requires psutil
 import torch
 from safetensors.torch import load_file
 
 WEIGHTS = "adapter_model.safetensors"
-# Bounds for the rounding of sums over a step's examples in other parts: a few units in the last place of a loss near 5,
-# and what eight steps of Adam with a learning rate of 0.01 make of the gradients' rounding.
+# Bounds of the differences of runs that sum over a step's examples in other parts: for losses, a few units in the last
+# place of a loss near 5; for weights, the effect of the gradients' rounding in eight steps of Adam with a learning rate
+# of 0.01.
 LOSS, WEIGHT = 4e-6, 2e-5
 SECONDS = 300  # a run that takes longer is ended
 
@@ -43,10 +44,10 @@ def torchrun(processes: int, *options: str) -> list[str]:
 
 
 class Run:
-    """A started command. ``out`` has what the command printed, after :meth:`end`."""
+    """A started command. ``out``: the text that the command has printed so far."""
 
     def __init__(self, command: Sequence[Any], log: Path, **environment: str) -> None:
-        own = {**os.environ, "PEFT_EXT_REQUIRE": "1"}  # a missing library fails the run
+        own = {**os.environ, "PEFT_EXT_REQUIRE": "1"}  # without the native library, the run fails
         own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
         self.log = log
         with log.open("w") as file:
@@ -67,7 +68,7 @@ class Run:
             self.kill()
 
     def kill(self) -> None:
-        """Kills what is left of the command and of its processes."""
+        """Kills the command and its processes, if they still run."""
         for process in self.processes():
             process.kill()
         if self.process.poll() is None:
@@ -81,7 +82,7 @@ class Run:
             return []
 
     def of_rank(self, rank: int) -> Optional[psutil.Process]:
-        """Returns the process of a rank; None where there is no such process now."""
+        """Returns the process of a rank; None if no process of the rank runs now."""
         for process in self.processes():
             try:
                 if process.environ().get("RANK") == str(rank):
@@ -91,11 +92,11 @@ class Run:
         return None
 
     def wait_for_rank(self, rank: int) -> psutil.Process:
-        """Waits until there is a process of the rank, and returns it."""
+        """Waits until a process of the rank runs, and returns the process."""
         return self.wait_for(lambda: self.of_rank(rank))
 
     def wait_for(self, ready: Callable[[], Any]) -> Any:
-        """Waits until ``ready()`` is true, and returns its value."""
+        """Calls ``ready`` until its value is true, and returns the value. Fails if the command ends before."""
         end = time.monotonic() + SECONDS
         while not (found := ready()):
             assert time.monotonic() < end and self.process.poll() is None, self.out[-4000:]
@@ -105,7 +106,7 @@ class Run:
 
 @contextmanager
 def started(command: Sequence[Any], log: Path, **environment: str) -> Iterator[Run]:
-    """Yields the started command, and kills what is left of it as the block ends."""
+    """Starts a command and yields its Run. At the end of the block, kills the command and its processes."""
     run = Run(command, log, **environment)
     try:
         yield run

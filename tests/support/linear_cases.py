@@ -259,7 +259,7 @@ def dora_case(
 
     def saved(t: int, k: int, n: int, r: int) -> int:
         found = shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + n * 4 + n * 4  # the call saves Z, g and the norm
-        if norm_grad:  # U, the norm, the mask of zero norms, and magnitude in float32
+        if norm_grad:  # the call also saves U, the norm, the mask of zero norms, and the magnitude in float32
             found += n * r * 4 + n * 4 + n * 1 + (0 if adapter_dtype == torch.float32 else n * 4)
         return found
 

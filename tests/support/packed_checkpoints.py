@@ -225,7 +225,7 @@ def finish(path: Path, held: Tensors, quantization: dict[str, Any], shards: bool
         return
     (path / "model.safetensors").unlink()
     names, files = sorted(held), {}
-    for index, part in enumerate((names[::2], names[1::2]), 1):  # a layer's tensors lie in both files
+    for index, part in enumerate((names[::2], names[1::2]), 1):  # each of the two files has some tensors of a layer
         file = f"model-{index:05}-of-00002.safetensors"
         save_file({name: held[name] for name in part}, path / file, {"format": "pt"})
         files |= dict.fromkeys(part, file)

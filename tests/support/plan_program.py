@@ -19,7 +19,7 @@ of_plans = [
 
 
 def compiled(name: str, folder: Path, *flags: str) -> Path:
-    """Compiles tests/native/``name``.cpp and returns the program, which lies in ``folder``."""
+    """Compiles tests/native/``name``.cpp and returns the path of the program in ``folder``."""
     source, built = ROOT / "tests" / "native" / f"{name}.cpp", folder / name
     command = [COMPILER, "-std=c++17", "-O2", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", *flags, source, "-o", built]
     subprocess.run(command, check=True)

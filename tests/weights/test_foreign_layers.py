@@ -189,7 +189,8 @@ def gguf_layer(type: str, bias: bool = False) -> Any:
 
 
 def over_gguf(layer: nn.Module) -> Any:
-    """PEFT knows no GgufLinear, and adapts the layer as a user registers it."""
+    """Returns a model with LoRA over ``layer``. PEFT does not know the class, so it is registered as a custom
+    module."""
     config = LoraConfig(target_modules=["0"], r=4, init_lora_weights=False)
     config._register_custom_module({type(layer): lora.Linear})
     torch.manual_seed(0)

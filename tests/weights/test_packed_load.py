@@ -271,9 +271,9 @@ def rewrite(path: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("case", "fields"),
     [
-        ("fp8", {"modules_to_not_convert": ["model.layers.1.mlp", "lm_head"]}),  # the start, up to a dot
-        ("fp8", {"modules_to_not_convert": ["up_proj", "lm_head"]}),  # the end
-        ("int4", {"ignore": ["re:.*up_proj", "lm_head"]}),  # an expression
+        ("fp8", {"modules_to_not_convert": ["model.layers.1.mlp", "lm_head"]}),  # a module's name starts so
+        ("fp8", {"modules_to_not_convert": ["up_proj", "lm_head"]}),  # names end so
+        ("int4", {"ignore": ["re:.*up_proj", "lm_head"]}),  # a regular expression
         ("int4", {"ignore": ["model.layers.1.mlp.up_proj"]}),  # a name
         ("int4", {"ignore": ["LlamaMLP", "Linear"]}),  # a class
     ],

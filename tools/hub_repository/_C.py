@@ -1,5 +1,5 @@
-"""The functions of the native library, called by ctypes: a library of the hub serves every Python, and so has no
-pybind11 module. ``csrc/common/api.h`` declares the functions."""
+"""Calls the functions of the native library by ctypes, in place of the pybind11 module of the same name, which would
+work with one release of Python only. ``csrc/common/api.h`` declares the functions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 # For each thread: the machine code of the kernel that the thread last asked for, or the text of the error. The library
-# reads these bytes until the thread asks for the machine code of another kernel (see :func:`set_image_source`).
+# may read these bytes until the thread asks for the machine code of another kernel (see :func:`set_image_source`).
 _held = threading.local()
 _callback: Any = None
 
@@ -83,7 +83,7 @@ def build_info() -> dict[str, Any]:
 
 
 def isa() -> str:
-    """Returns the CPU path in use."""
+    """Returns the name of the CPU path that the kernels use."""
     return _call("isa_name", _call("isa"))
 
 
@@ -118,7 +118,7 @@ def set_image_source(function: Callable[[str, str, int], tuple[bytes, bytes]]) -
             _held.image = symbol, code = function(name.decode(), file.decode(), capability)
             image[0].symbol = symbol
             image[0].data = ctypes.cast(ctypes.c_char_p(code), ctypes.c_void_p)
-        except BaseException as error:  # a Python exception can't pass through the native library
+        except BaseException as error:  # a Python exception cannot pass through the native library
             _held.image = (str(error) or type(error).__name__).encode()
             image[0].error = _held.image
 

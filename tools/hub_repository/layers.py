@@ -1,9 +1,8 @@
-"""Layers whose forward ``kernels.kernelize`` gives to a model's layers.
+"""Layers of which ``kernels.kernelize`` puts the forward in place of the forward of a model's layers.
 
-``kernels`` puts the forward of a class in this file in place of a model layer's forward, and reads the flags
-``has_backward`` and ``can_torch_compile``. The forward reads the attributes of the model's layer. In a call that the
-operators do not compute, LoRALinear and NF4Linear run the replaced layer's own forward, and MLP calls act_fn; RMSNorm
-always calls its operator.
+``kernels`` reads the flags ``has_backward`` and ``can_torch_compile`` of a class in this file. The forward reads the
+attributes of the model's layer. In a call that the operators do not compute, LoRALinear and NF4Linear run the model
+layer's own forward, and MLP calls act_fn; RMSNorm always calls its operator.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # PyTorch has no public name for it
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # a function without a public name
 
 from . import ops
 from .ops.checks import autocast_dtype
@@ -44,10 +43,9 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """``y = down_proj(act_fn(gate_proj(x)) ∘ up_proj(x))``, the MLP of transformers' Llama.
 
-    If gate_proj and up_proj both have the forward of :class:`LoRALinear` and an operator can compute both layers, one
-    operator computes the two layers together. If act_fn is a module of SiLU, GELU or ReLU that :func:`_activation_name`
-    knows, without hooks, one operator computes act_fn and the product with up_proj(x); another act_fn is called as a
-    module.
+    If gate_proj and up_proj both have the forward of :class:`LoRALinear` and the operator can compute both, one call of
+    ``lora_linears`` computes the two layers. If :func:`_activation_name` names act_fn (SiLU, GELU or ReLU without
+    hooks), one operator usually computes act_fn and the product with up_proj(x); another act_fn is called as a module.
     """
 
     gate_proj: nn.Module
@@ -68,11 +66,11 @@ class MLP(nn.Module):
 class LoRALinear(nn.Module):
     """``y = x Wᵀ + b + scaling · (dropout(x) Aᵀ) Bᵀ``, for PEFT's ``lora.Linear`` and ``lora.Linear4bit``.
 
-    If the base layer has no hooks, and its weight is bitsandbytes' NF4 or a dense frozen weight in x's dtype (under
-    autocast, in any dtype), one operator computes the layer. Over any other base layer, the base layer's own forward
-    runs, and one operator adds the low-rank term to the base layer's result. PEFT's own forward runs, among other
-    cases, if adapters are disabled, merged or chosen per sample, if no adapter or several are active, and for variants
-    such as DoRA.
+    One operator computes the layer if the base layer has no hooks and is bitsandbytes' NF4 that computes in x's dtype,
+    or torch.nn.Linear with a frozen weight in x's dtype (under autocast, in any dtype). Over any other base layer, the
+    base layer's own forward runs, and one operator adds the low-rank term to the base layer's result. PEFT's own
+    forward runs, among other cases, if adapters are disabled, merged or chosen per sample, if no adapter or several are
+    active, and for variants such as DoRA.
     """
 
     base_layer: nn.Module
@@ -92,7 +90,7 @@ class LoRALinear(nn.Module):
             return ops.lora_linear(x, frozen.weight, adapter.lora_A, adapter.lora_B, frozen.bias, **numbers)
         result = self.base_layer(x)
         wide = torch.promote_types(x.dtype, result.dtype)
-        # Under autocast, lora_residual would cast both operands to autocast's dtype, and round the result to it.
+        # Under autocast, lora_residual would cast both operands and the result to autocast's dtype.
         with torch.autocast(x.device.type, enabled=False):
             y = ops.lora_residual(x.to(wide), result.to(wide), adapter.lora_A, adapter.lora_B, **numbers)
         return y.to(result.dtype)
@@ -150,7 +148,8 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _activation_name(act: Any) -> Optional[str]:
-    """Returns the operators' name of an activation module of torch.nn or transformers; None for another activation."""
+    """Returns the name by which ``gated_activation`` knows the activation module ``act``; None for an activation that
+    has hooks or that the operator does not compute."""
     if not isinstance(act, nn.Module) or _is_hooked(act):
         return None
     if type(act) is nn.GELU:
@@ -164,7 +163,8 @@ def _activation_name(act: Any) -> Optional[str]:
 
 
 def _only_adapter(layer: Any) -> Optional[_Adapter]:
-    """Returns the only active adapter of a LoRA layer; None if PEFT's own forward has to run."""
+    """Returns the only active adapter of a LoRA layer; None if PEFT's own forward has to run, for example with several
+    active adapters."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if (
         len(names) != 1
@@ -210,12 +210,12 @@ def _frozen(base: nn.Module, x: Tensor) -> Optional[_Frozen]:
 
 
 def _nf4(layer: Any, x: Tensor) -> Optional[_Frozen]:
-    """Returns the weight and bias of bitsandbytes' ``Linear4bit``; None if its own forward has to run."""
+    """Returns the weight and bias of bitsandbytes' ``Linear4bit``; None if the layer's own forward has to run."""
     weight = layer.weight
     state = getattr(weight, "quant_state", None) or layer.quant_state
     if why_not_nf4(state) is not None or state.absmax.is_meta:
         return None
-    # bitsandbytes' own forward, too, sets the compute dtype in the layer's first call.
+    # In the layer's first call, bitsandbytes' own forward sets the compute dtype in the same way.
     if not layer.compute_type_is_set:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
