@@ -42,8 +42,8 @@ KEPT = "_peft_ext_unmerged"
 FUSED: dict[type, type] = {}
 STOCK: dict[type, type] = {}
 
-# Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight (FOUR_BIT). The decorator
-# `fuses` appends the fused class of a listed type to the same list.
+# Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight of bitsandbytes (FOUR_BIT). The
+# decorator `fuses` appends the fused class of a listed type to the same list.
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 

@@ -1,9 +1,9 @@
 """LoRA and DoRA on the experts of a mixture (PEFT's ``target_parameters``).
 
 The fused forward runs the operators :func:`peft_ext.ops.lora_experts` and :func:`peft_ext.ops.dora_experts`. PEFT
-computes W + s B A of all experts on each forward, and the experts' own forward uses these sums. The fused forward
-multiplies the rows of each expert with the expert's weight (dense or packed) and the expert's adapter, and does not
-compute W + s B A:
+computes the sum of weight and adapter, W + s B A with the scaling s, of all experts on each forward, and the experts'
+own forward uses these sums. The fused forward multiplies the rows of each expert with the expert's weight (dense or
+packed) and the expert's adapter, and does not compute W + s B A:
 
     sort tokens by expert → gate and up (adapted) → the model's own gate → down (adapted) → times the routing weights
     → back in order, summed over a token's experts
@@ -110,7 +110,7 @@ class Experts(Fused):
         return kernel_reason("lora_experts", device), None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, Experts):  # see Fused.forward
+        if not isinstance(self, Experts):  # `restore` gave self its stock class, but a caller kept this method
             return type(self).forward(self, x, *args, **kwargs)
         if is_computing(self.get_base_layer()):  # the outermost wrapper computes with this wrapper's adapters too
             return self._modules["base_layer"](x, *args, **kwargs)
@@ -127,8 +127,8 @@ class Experts(Fused):
         return super(Fused, self).forward(x, *args, **kwargs)
 
     def _routed(self, x: Tensor, *args: Any, **kwargs: Any) -> Optional[Tensor]:
-        """Returns the fused output for tokens [T, H], the experts [T, k] of each token and the routing weights [T, k];
-        None if the call takes the stock path."""
+        """Returns the fused output for T tokens ``x [T, hidden size]``, the k experts ``[T, k]`` of each token and
+        their routing weights ``[T, k]``; None if the call takes the stock path."""
         if not accepts_input(x) or self._reasons()[0] is not None:
             return None
         wrappers = self._wrappers()
@@ -233,7 +233,11 @@ def _adapter_reason(wrapper: Any) -> Optional[str]:
 
 
 def _adapter(wrapper: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
-    """Returns lora_A [E, R, K], lora_B [E, N, R] and the scaling of the adapters ``names``, concatenated along R."""
+    """Returns lora_A ``[experts, R, K]``, lora_B ``[experts, N, R]`` and the scaling of the adapters ``names``.
+
+    Several adapters are concatenated along the rank R, their scalings are multiplied into lora_B, and the returned
+    scaling is 1.
+    """
     found = [(*factors(wrapper, name), float(wrapper.scaling[name])) for name in names]
     if len(found) == 1:
         return found[0]

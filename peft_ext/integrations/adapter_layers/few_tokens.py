@@ -38,7 +38,7 @@ from .reasons import any_global_hook, kernel_reason
 
 __all__ = ["Facts", "Kernel", "clear_plans", "direct", "few_reason", "kernel_of", "listed", "plan_of", "together"]
 
-# Hooks on the backward never run in a call without a gradient.
+# The attributes of a module with the hooks that can run in a call without a gradient; hooks on the backward can't.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _look = operator.attrgetter("dtype", "shape", "device")
 _is_tracing = torch._C._is_tracing
@@ -55,7 +55,7 @@ _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), ke
 
 
 def few_reason(x: Any) -> Optional[str]:
-    """Returns why a call on x ``[B, T, K]`` may not run a plan, or None.
+    """Returns why a call on x ``[batch, tokens, columns]`` may not run a plan, or None.
 
     A call may run a plan if x is contiguous, on a CPU and in a dtype of the operators, with fewer tokens than
     MANY_TOKENS, and if the call is eager and runs without a gradient, autocast, global hooks and transforms of
@@ -198,8 +198,7 @@ def clear_plans() -> None:
 
 
 class Kernel:
-    """Calls the kernel of a linear layer, with the layer's weight, bias and adapter as arguments. The kernel reads the
-    dtypes and sizes of its tensors in each call."""
+    """Calls the kernel of a linear layer, with the layer's weight, bias and adapter as arguments."""
 
     __slots__ = ("_args", "_has_adapter", "_kernel", "layer", "weight")
 
@@ -238,7 +237,7 @@ def listed(calls: Sequence[Kernel]) -> tuple[list[Tensor], list[int], list[float
 
 
 def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns the function that computes the linear layer ``layer`` for tensors of x's dtype and leading sizes.
+    """Returns the function that computes the linear layer ``layer`` for inputs of x's dtype.
 
     If the layer's class and tensors are known and the kernels may run, the function calls a kernel, or F.linear for a
     dense weight where :func:`.linear.is_ahead` is false. In all other cases, the function is the layer itself.

@@ -1,8 +1,8 @@
 """Quantized linear layers of other packages whose packed weight the operators read: GPTQModel's layers for GPTQ and AWQ
 that compute in PyTorch, hqq's layers, and transformers' layers over GGUF's blocks.
 
-A layer is recognized by the exact name of its class and of the class's module. This module imports neither GPTQModel
-nor hqq nor transformers.
+A layer is recognized by the exact name of its class and of the class's module, so that the packages need not be
+imported.
 """
 
 from __future__ import annotations

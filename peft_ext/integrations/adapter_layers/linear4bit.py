@@ -29,7 +29,7 @@ if FOUR_BIT:
             return weight_reason(self) or kernel_reason("frozen_linear", quant_state_of(self).absmax.device.type)
 
         def forward(self, x: Tensor) -> Tensor:
-            if not isinstance(self, FusedLinear4bit):  # see Fused.forward
+            if not isinstance(self, FusedLinear4bit):  # `restore` gave self its stock class
                 return type(self).forward(self, x)
             if self.stock_reason() is None and accepts_input(x):
                 if (operands := operands_4bit(self, x, x.dtype)) is not None:

@@ -138,7 +138,8 @@ class LowRank(Fused):
         return ()
 
     def _rank_scale(self, name: str, scaling: float) -> Optional[Tensor]:
-        """Returns ``scaling`` times the adapter's scale per rank ``[R]``; None if the adapter has no scale per rank."""
+        """Returns ``scaling`` times the adapter's scale per rank ``[R]``; None if the adapter has no scale per rank, as
+        in LoRA."""
         return None
 
     def _bias(self, name: str) -> Optional[Tensor]:
@@ -179,7 +180,8 @@ class LowRank(Fused):
         return facts, name, base, lora_A, lora_B, float(p) if training else 0.0
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
-        """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b``, or DoRA's output, in the dtype of PEFT's result.
+        """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` with the adapter's scale per rank ρ, or DoRA's output, in the
+        dtype of PEFT's result.
 
         Returns None if PEFT's own forward has to run.
         """
@@ -261,8 +263,8 @@ class LowRank(Fused):
         return result.to(dtype)
 
     def _side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor, None]:
-        """Returns the adapters' lora_A ``[R, K]``, multiplied by all scales, and lora_B ``[N, R]``, both concatenated
-        along R in float32, and None as the scale of the rows."""
+        """Returns the adapters' lora_A ``[R, K]``, multiplied by the scaling and the scale per rank, and their lora_B
+        ``[N, R]``, both concatenated along the rank R in float32; and None, because the merged rows have no scale."""
         pairs, scaled = [self.pair(name) for name in names], []
         for name, (a, _) in zip(names, pairs, strict=True):
             scale = _times(self.scaling[name], self._rank_scale(name, 1.0), a.shape[0], a.device)

@@ -98,7 +98,8 @@ def _own_forward(kind: type) -> Any:
     return forward if own else None
 
 
-# Maps each class whose forward a fused layer replaces by an operator to the forward that the class had at import.
+# Maps each class whose forward a fused layer replaces by an operator to the forward that the class had at import, or to
+# None if another Python module had replaced the forward by then.
 _FORWARDS = {
     kind: _own_forward(kind)
     for kind in (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, *PACKED, Conv1D, *FOUR_BIT)
@@ -148,7 +149,7 @@ def _gathered_ids(model: nn.Module) -> Iterator[int]:
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
             for parameter in getattr(group, "fsdp_params", ()):
-                if not parameter.is_dtensor:  # with tensor parallelism a gathered parameter is still a DTensor
+                if not parameter.is_dtensor:  # a parameter under tensor parallelism stays a DTensor when gathered
                     yield id(parameter.sharded_param)
                     owner = parameter._module_info  # the module may hold another parameter object since fully_shard
                     yield id(owner.module._parameters.get(owner.param_name))
@@ -373,7 +374,7 @@ def _table_reason(state: Any) -> Optional[str]:
     decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to one of these. The
     values of a table are read once."""
     code, kind = state.code, state.quant_type
-    # torch.compile can't read the values of a table while it traces. `accelerate` has read a model's tables before.
+    # torch.compile can't read the values of a table while it traces, so `accelerate` reads a model's tables earlier.
     if not torch.compiler.is_compiling():
         known = _TABLES.get(id(code))
         if type(code) is not Tensor or (known is not None and known[0]() is code and known[1] == kind):

@@ -81,7 +81,7 @@ def _saving_hooks() -> Any:
 
 
 class _Group:
-    """A group of sibling layers in the order of their calls, with the stored outputs that no layer has returned yet."""
+    """A group of sibling layers, with the stored outputs that no layer has returned yet."""
 
     def __init__(self, layers: list[Any]) -> None:
         self._layers = layers

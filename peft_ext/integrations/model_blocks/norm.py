@@ -47,7 +47,7 @@ class Norm(Fused):
 
 
 class NormCall(NamedTuple):
-    """Calls the kernel of an RMSNorm for a contiguous x."""
+    """The plan of an RMSNorm for calls of few tokens: calls the operator's kernel for a contiguous x."""
 
     weight: Tensor
     eps: float
@@ -60,7 +60,7 @@ class NormCall(NamedTuple):
 
 class RMSNorm(Planned, Norm):
     """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row of the table of
-    forms has ``rounds``, the normalized x is rounded to x's dtype before the multiplication by the weight."""
+    forms says ``rounds=yes``, the normalized x is rounded to x's dtype before the multiplication by the weight."""
 
     block_kind = "RMSNorm"
 
@@ -107,8 +107,8 @@ class FloatLayerNorm(Norm):
     """A LayerNorm whose class converts x to float32, computes in float32 and rounds the result once to x's dtype.
 
     Values of a FloatLayerNorm's row in the table of forms: ``weight``, the name of the weight, "" for none; ``eps``,
-    the name of eps, or its value; ``shape``, the name of the attribute that holds the normalized shape, which a class
-    without a weight has.
+    the name of the attribute eps, or, without a weight, the value of eps; ``shape``, without a weight, the name of the
+    attribute that holds the normalized shape.
     """
 
     block_kind = "LayerNorm"
@@ -164,8 +164,8 @@ class LayerNorm(Norm):
     def _fused(self, x: Tensor) -> Tensor:
         weight = self._parameters["weight"]
         few = x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() < LEAST.get(x.dtype, 0)
-        # PyTorch's layer_norm runs for few elements, and where dtype or shape do not fit. For a wrong dtype or shape,
-        # PyTorch's layer_norm raises its own error, or computes with two dtypes.
+        # If the dtype or the shape of x does not fit the weight, PyTorch's layer_norm raises its own error, or computes
+        # with two dtypes.
         if few or x.shape[-1:] != self.normalized_shape or self.call_reason(x) is not None:
             return nn.LayerNorm.forward(self, x)
         return ops.layer_norm(x, weight, self._parameters["bias"], self.eps)
