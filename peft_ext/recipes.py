@@ -43,7 +43,7 @@ __all__ = [
     "train_with_peft",
 ]
 
-# Columns of rows that are tokenized already.
+# The columns that rows may have whose texts are tokenized already.
 _COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 
 

@@ -190,8 +190,8 @@ def _send(tensor: Tensor, device: torch.device) -> None:
 
 
 def _send_trained(model: nn.Module, device: torch.device) -> None:
-    """Sends the trained parameters of process 0 to all processes, as DDP does: ``fully_shard`` sends nothing, and takes
-    the rows of a shard, or a replica, from the process that holds them."""
+    """Sends the trained parameters of process 0 to all processes, as DDP does, because ``fully_shard`` sends nothing:
+    each process makes its shard from its own copy of the parameters."""
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.is_meta:
             _send(parameter, device)
@@ -276,7 +276,7 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
 def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
     """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Process 0 gets the tensors,
     and every other process gets an empty dict."""
-    model = getattr(model, "_orig_mod", model)  # a compiled model
+    model = getattr(model, "_orig_mod", model)  # torch.compile keeps the module of a compiled model in `_orig_mod`
     adapters = set(getattr(model, "peft_config", ()))
     units = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, FSDPModule))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

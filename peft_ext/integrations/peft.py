@@ -142,8 +142,8 @@ def accelerate(
     but draws another mask. The fused operators do not support the gradient of a gradient. Under forward-mode
     differentiation and torch.func's transforms, the stock code of the adapter layers runs.
 
-    Raises: TypeError if model is no nn.Module; ValueError if dora_dropout is neither "peft" nor "lora", or
-    experts_dropout is no number with 0 <= p < 1. Warns if ``accelerate`` finds no layer to fuse (no adapter, no 4-bit
+    Raises: TypeError if model is no nn.Module; ValueError if dora_dropout is none of "peft", "lora" and None, or
+    experts_dropout is neither None nor a number p with 0 <= p < 1. Warns if ``accelerate`` finds no layer to fuse (no adapter, no 4-bit
     layer), if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the layer to x, and if
     a method's code in PEFT computes with the codes of a packed weight.
     """
@@ -222,7 +222,7 @@ def agree(model: nn.Module) -> None:
     The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that
     only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
 
-    Without a process group of several ranks, and with ``PEFT_EXT_PROVE=0``, nothing is exchanged.
+    Nothing is exchanged without a process group of several ranks, or with ``PEFT_EXT_PROVE=0``.
 
     Raises: TypeError if model is no nn.Module; RuntimeError if another rank does not call this function within 600
     seconds.
@@ -419,8 +419,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _old_card(module: nn.Module) -> Optional[str]:
-    """Returns why the reference computes for a module on an old GPU although the kernels were not dropped; None for any
-    other module. See cards.why_old."""
+    """Returns why the reference, in place of the kernels, computes a module on an old GPU; None for a module on another
+    device. See cards.why_old."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return None if tensor is None else cards.why_old(tensor.device)
 

@@ -88,7 +88,7 @@ class PeftExtCallback(TrainerCallback):
 
     Args:
         accelerate: whether to call :func:`peft_ext.accelerate` on the model when training begins.
-        warmup_steps: number of first steps that the speed leaves out, because the first steps allocate memory.
+        warmup_steps: number of first steps that the measured speed leaves out, because they allocate memory.
         restore: whether to call :func:`peft_ext.restore` on the model when training ends. With ``restore`` True, the
             whole model is restored, also layers that were accelerated before training. If training ends with an
             exception, the model stays accelerated.
@@ -294,7 +294,8 @@ class PeftExtCallback(TrainerCallback):
 
 class AdaLoraCallback(TrainerCallback):
     """Calls AdaLoRA's ``update_and_allocate`` after each optimizer step, before the gradients are cleared. Leaves out a
-    step whose gradients are not finite, such as a step that a scaler for float16 skips.
+    step whose gradients are not finite, such as a step that a scaler for float16 skips, except among the last
+    ``tfinal`` steps, in which AdaLoRA uses no gradients.
 
     AdaLoRA's paper and PEFT's documentation update the ranks between the optimizer step and the clearing of the
     gradients. Trainer does not call ``update_and_allocate``, and without the call AdaLoRA prunes no ranks.
@@ -313,8 +314,8 @@ class AdaLoraCallback(TrainerCallback):
             raise TypeError(f"AdaLoraCallback: model is {type(model).__name__}, wanted a PeftModel with AdaLoRA")
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.isfinite(nn.utils.get_total_norm(gradients)):
-            # AdaLoRA's running means of importance would stay NaN. The last pruning, and all updates behind it, use no
-            # gradients.
+            # A gradient that is NaN would make AdaLoRA's running means of importance NaN for the rest of the run. The
+            # last pruning, and all updates after it, use no gradients.
             config = tuner.peft_config[tuner.trainable_adapter_name]
             if state.global_step < config.total_step - config.tfinal:
                 return

@@ -9,10 +9,10 @@
 TRL's trainers replace the model's forward. Called with ``fused_lm_head=True``, TRL's forward runs the layers below the
 head and returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other values that the
 trainer logs. TRL's trainers compute their losses and metrics from the ``FusedCausalLMOutput``. :class:`LinearLoss`
-replaces TRL's forward by a forward that computes the same output from the same hidden states and the same weight.
-``linear_cross_entropy`` computes the log probability of each label. The entropy and the other values that the trainer
-logs are computed for a chunk of tokens at a time, without gradients. On a CPU, TRL's own forward keeps several float32
-tensors of 4,096 tokens by 32,768 vocabulary entries.
+replaces TRL's forward by a forward that computes the same output from the same hidden states and the same weight. In
+this forward, ``linear_cross_entropy`` computes the log probability of each label. The entropy and the other values that
+the trainer logs are computed for a chunk of tokens at a time, without gradients. On a CPU, TRL's own forward keeps
+several float32 tensors of 4,096 tokens by 32,768 vocabulary entries.
 
 As with TRL's own forward, the trainer calls the model through its wrapper, so DDP sees an ordinary call.
 """
@@ -151,7 +151,8 @@ def _linear(forward: types.MethodType) -> Callable[..., Any]:
     temperature, the logit scale and the soft cap of ``forward``."""
     function = forward.__func__
     given = inspect.getclosurevars(function).nonlocals
-    # TRL divides the capped logits by the temperature T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).
+    # TRL divides logits z with the scale a and the soft cap c by the temperature T. The operator computes the quotient
+    # with the scale a / T and the cap c / T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).
     temperature, softcap = given["temperature"], given["final_logit_softcapping"]
     scale, softcap = given["logit_scale"] / temperature, None if softcap is None else softcap / temperature
 
@@ -263,8 +264,8 @@ class LinearLoss:
     The trainer logs the same metrics as TRL's own trainer. The entropy has no gradient: the backward of a loss that
     contains the entropy raises RuntimeError.
 
-    ``loss_reason``: the reason why TRL's own code computes the loss, or None. If there is a reason, a warning states
-    the reason when the trainer is made. TRL's code computes the loss for example if the head is trained or computes in
+    ``loss_reason`` is the reason why TRL's own code computes the loss; None if linear_cross_entropy computes the loss.
+    If there is a reason, a warning states the reason when the trainer is made. TRL's code computes the loss for example if the head is trained or computes in
     float16, if processes share the model (FSDP, DeepSpeed), or if an option is not known to give TRL's numbers.
     """
 

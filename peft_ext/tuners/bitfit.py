@@ -192,7 +192,7 @@ class BitFitModel(ReplacingTuner):
 
 def _bias_trains(base: nn.Module) -> bool:
     """Returns whether the backward of ``base`` computes the gradient of the bias. The backward of transformers'
-    FP8Linear computes only the gradient of the layer's input."""
+    FP8Linear over an FP8 weight computes only the gradient of the layer's input."""
     library = sys.modules.get("transformers.integrations.finegrained_fp8")
     return not isinstance(base, getattr(library, "FP8Linear", ())) or base.weight.element_size() > 1
 

@@ -88,10 +88,11 @@ class BottleneckConfig(TargetConfig):
             feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum (BERT) LayerNorm(v + s
             · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the residual sum. "parallel":
             parallel to the feed-forward.
-        bottleneck_dim: M, the width of the bottleneck; default: the adapted module's width / ``reduction_factor``,
-            rounded down, but at least 1.
-        activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s.
-        adapter_bias: whether the two projections have biases.
+        bottleneck_dim: the width of the bottleneck; default: the adapted module's width / ``reduction_factor``, rounded
+            down, but at least 1.
+        activation: the activation act between Down and Up: "gelu", "gelu_tanh", "relu" or "silu".
+        scale: s, the factor by which the output of Up is multiplied.
+        adapter_bias: whether the projections Down and Up have biases.
         init_weights: "normal", "bert" or "mam", see :class:`peft_ext.nn.BottleneckAdapter`.
         target_modules: names or a regular expression, with PEFT's meaning, of the modules whose outputs are adapted
             (for "parallel", of the modules to which adapters run parallel). If a container of modules is named, the

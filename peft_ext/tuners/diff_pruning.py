@@ -83,7 +83,8 @@ class DiffPruningConfig(TargetConfig):
 
 
 class DenseDiff(nn.Module):
-    """The difference ``(z_g·z)∘w`` of one tensor before pruning.
+    """The difference ``(z_g·z)∘w`` of one tensor before pruning, with the gates z of its elements and the gate z_g of
+    the whole tensor.
 
     ``w`` and ``alpha`` have the tensor's shape. ``group``, the α of z_g, is 0-d, or None if ``structured`` is
     False. w starts as 0, so that the difference starts as 0.
@@ -125,7 +126,8 @@ class DenseDiff(nn.Module):
         return sum(torch.sigmoid(alpha.to(wide) - math.log(-low / high)).sum() for alpha in self.alphas())
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """Returns θ = θ₀ + difference: the sum is computed in float32 or wider and rounded once to θ₀'s dtype."""
+        """Returns the changed tensor, θ = θ₀ + difference with θ₀ in ``tensor``. The sum is computed in float32 or
+        wider and rounded once to θ₀'s dtype."""
         return (tensor + self.difference(sample)).to(tensor.dtype)
 
 
@@ -133,7 +135,7 @@ class SparseDiff(nn.Module):
     """The entries of one tensor's difference that pruning kept.
 
     ``indices`` are ascending indices into the flat tensor: int32 ``[kept]``, or int64 for a tensor of 2³¹ elements or
-    more. ``values`` are the trained entries: float ``[kept]``.
+    more. ``values`` holds the kept entries of the difference, which are trained: floating-point ``[kept]``.
     """
 
     def __init__(self, indices: Tensor, values: Tensor) -> None:
@@ -148,7 +150,8 @@ class SparseDiff(nn.Module):
         return cls(indices, torch.zeros(kept, dtype=tensor.dtype, device=tensor.device))
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """Returns θ = θ₀ + difference. An entry of θ that pruning did not keep has the bits of θ₀."""
+        """Returns the changed tensor, θ = θ₀ + difference with θ₀ in ``tensor``. An entry of θ that pruning did not
+        keep has the bits of θ₀."""
         flat, index = tensor.detach().reshape(-1), self.indices.long()
         wide = torch.promote_types(torch.promote_types(flat.dtype, self.values.dtype), torch.float32)
         moved = (flat[index].to(wide) + self.values.to(wide)).to(flat.dtype)

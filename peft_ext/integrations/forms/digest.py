@@ -142,8 +142,8 @@ class _Walk:
         function, if it is a method."""
         if not isinstance(function, types.FunctionType):
             raise Unknown(f"{_name(function)} is no Python function")
-        # Without a gradient, the wrapper with which transformers checkpoints a decoder layer only calls the wrapped
-        # function.
+        # transformers wraps the forward of a decoder layer for gradient checkpointing. The wrapper enters the digest by
+        # its own code alone, because in a call without a gradient it only calls the wrapped function.
         if _is_wrapper_of(function, _CHECKPOINTS):
             return "checkpointed", _canonical(_tree(function)), self.function(function.__wrapped__, kind)
         if _is_wrapper_of(function, _TRANSPARENT):

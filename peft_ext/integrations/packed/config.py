@@ -56,7 +56,7 @@ class PackedConfig(QuantizationConfigMixin):
         return type(self)(copy.deepcopy(checkpoint))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "rules"}  # rules hold functions
+        return {name: value for name, value in self.__dict__.items() if name != "rules"}  # pickle rejects its functions
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -18,7 +18,8 @@ from .rules import Scheme
 
 __all__ = ["LAYOUTS", "Layout"]
 
-# Type of a function that makes a weight of shape (N, K), or (E, N, K) for experts, from the parts of the weight.
+# Type of a function that makes a PackedWeight from the parts of the weight, the shape of the weight (outputs, inputs),
+# with the number of experts in front for experts, and the scheme.
 Make = Callable[[Sequence[Optional[Tensor]], tuple[int, ...], Scheme], PackedWeight]
 
 

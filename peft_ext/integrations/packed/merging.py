@@ -109,7 +109,8 @@ def _has_halves(layout: Layout, scheme: Scheme, part: str) -> bool:
 
 
 def operations_of(layout: Layout, scheme: Scheme, part: str, dense: Sequence[Any]) -> list[Any]:
-    """Returns the operations for the packed tensor ``part``, from the ``dense`` operations of transformers."""
+    """Returns the operations that merge the packed tensor ``part`` of experts, in place of transformers' operations
+    ``dense`` for dense weights."""
     found: list[Any] = []
     for one in dense:
         if not isinstance(one, Concatenate):

@@ -133,8 +133,8 @@ class PackedQuantizer(HfQuantizer):
                              "places it on the disk, wanted another device")  # fmt: skip
 
     def _scheme(self, name: str, module: nn.Module) -> Scheme:
-        """Returns the scheme in which the layer's weight is stored. Raises ValueError if the config says that the layer
-        is dense."""
+        """Returns the scheme (layout, bits, size of groups and so on) in which the weight of the layer ``name`` is
+        stored. Raises ValueError if the config says that the layer is dense."""
         if (scheme := self.rules.scheme(name, module)) is None:
             raise ValueError(f"PackedConfig: the quantization_config leaves {name} dense, and the file has packed "
                              "tensors of it")  # fmt: skip
@@ -217,7 +217,8 @@ class PackedQuantizer(HfQuantizer):
         """Makes the description of a layer's weight again from the tensors that were read.
 
         ``name``: the layer's name before an adapter was added. A layer with a tensor on the meta device, which is
-        offloaded to the disk, is left unchanged. The codes may be sharded. Raises ValueError.
+        offloaded to the disk, is left unchanged. The codes may be sharded. Raises ValueError if a tensor is missing or
+        does not fit.
         """
         scheme, tensors = self._schemes[name], {key: module.tensor(key) for key in _held(module)}
         if any(tensor.is_meta for tensor in tensors.values()):
