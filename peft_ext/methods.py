@@ -94,7 +94,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
-    """Returns the full name of the class of a method's configuration, and the default values of its fields.
+    """Returns the full name of the class of a method's configuration, and the values that peft_ext sets for its fields.
 
     For a task for which PEFT trains all weights of the head, the fields of a low-rank method and of BitFit exclude the
     head from the adapted layers.
@@ -107,7 +107,7 @@ def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, di
 
 
 def make_config(config_class: str, fields: Mapping[str, Any]) -> Any:
-    """Imports the configuration class with the full name ``config_class``, and returns an object of it made with
+    """Imports the configuration class with the full name ``config_class``, and returns a configuration with the values
     ``fields``."""
     module, _, name = config_class.rpartition(".")
     return getattr(importlib.import_module(module), name)(**fields)

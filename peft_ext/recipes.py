@@ -43,7 +43,7 @@ __all__ = [
     "train_with_peft",
 ]
 
-# The columns that rows may have whose texts are tokenized already.
+# The columns that a row may have if its text is tokenized already.
 _COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -144,7 +144,7 @@ def train_with_peft(
         adapter_dir: the folder into which the trained adapter is saved.
         block_size: most tokens of a training example, at least 2. Texts are joined and divided into blocks of
             ``block_size`` tokens. A longer conversation, or prompt and completion, is cut, and is left out if its
-            completion begins after the cut; a warning has the numbers. The tokens after the last whole block of texts
+            completion begins after the cut; a warning says how many were cut or left out. The tokens after the last whole block of texts
             are left out, with a warning where they are many. Rows with ``input_ids`` are not cut.
         arguments: further TrainingArguments. The defaults are 3 epochs, batches of 4 examples, 4 batches for each
             optimizer step, and a learning rate of 2e-4 after 100 steps of warm-up.
@@ -152,8 +152,8 @@ def train_with_peft(
     The loss of an optimizer step is the mean over the labels of all batches of the step, so that half of the batch size
     with twice the number of batches makes the same step up to rounding.
 
-    For AdaLoRA, a callback updates the rank budget; for Diff Pruning, a callback begins the second phase. In several
-    processes, the first process saves the adapter, which is gathered under FSDP2, and the others wait.
+    For AdaLoRA, a callback updates the ranks; for Diff Pruning, a callback prunes the adapter after half of the steps.
+    In several processes, the first process saves the adapter, which is gathered under FSDP2, and the others wait.
 
     Raises: TypeError if ``model`` has no adapter; ValueError if ``block_size`` is less than 2; peft_ext.run.RunError if
     the rows of ``train_dataset`` have neither ``input_ids`` nor columns for text, for prompt and completion, or for
@@ -310,7 +310,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _integers(where: str, column: str, value: Any) -> list[int]:
-    """Returns a list, array or tensor of integers as a list."""
+    """Returns a list, array or tensor of integers as a list. Raises RunError for any other value."""
     numbers = _as_numbers(value)
     if numbers.dim() != 1 or numbers.numel() and (numbers.is_floating_point() or numbers.is_complex()):
         raise RunError(f"{where} has {type(value).__name__} in column {column!r}, wanted a list of integers")

@@ -55,7 +55,7 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
 
     Call this function after the trainer is made, before ``trainer.train()`` and ``trainer.evaluate()``, in all
     processes. Modules to which ``fully_shard`` was applied before are left unchanged. For a PeftModel,
-    ``trainer.save_model`` then writes PEFT's files with every state dict type, and checkpoints are sharded
+    ``trainer.save_model`` writes PEFT's files after this call, with every state dict type, and checkpoints are sharded
     (``SHARDED_STATE_DICT``) and have PEFT's files too.
 
     Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,

@@ -88,7 +88,8 @@ class PeftExtCallback(TrainerCallback):
 
     Args:
         accelerate: whether to call :func:`peft_ext.accelerate` on the model when training begins.
-        warmup_steps: number of first steps that the measured speed leaves out, because they allocate memory.
+        warmup_steps: number of steps at the beginning, in which memory is allocated, that the measured speed leaves
+            out.
         restore: whether to call :func:`peft_ext.restore` on the model when training ends. With ``restore`` True, the
             whole model is restored, also layers that were accelerated before training. If training ends with an
             exception, the model stays accelerated.
@@ -140,7 +141,7 @@ class PeftExtCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> PeftExtCallback:
         """Makes this callback the first callback of ``trainer``, and returns this callback.
 
-        A callback that the trainer already has is moved. In a process group, if the accelerate library's configuration
+        If the trainer has this callback already, the callback is moved. In a process group, if the accelerate library's configuration
         or ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
         (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call this method, before the
         training.

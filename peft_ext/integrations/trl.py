@@ -126,8 +126,8 @@ def _model_reason(model: nn.Module) -> Optional[str]:
 
 
 def _head_reason(model: nn.Module) -> Optional[str]:
-    """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward calls this
-    function, because the head may have changed."""
+    """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward with a fused
+    head calls this function, because the head may have changed."""
     head = model.get_output_embeddings()
     if type(head) not in (*PACKED, *LINEAR, *FOUR_BIT):
         return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear, PackedLinear or Linear4bit"
@@ -183,8 +183,8 @@ def _output(
     hidden: Tensor, head: nn.Module, labels: Tensor, items: Union[Tensor, int, None], scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> FusedCausalLMOutput:  # fmt: skip
-    """Returns an output like that of TRL's forward. Tokens with the label -100 are not computed, and have values of
-    0."""
+    """Returns a FusedCausalLMOutput with the values that TRL's forward computes. Tokens with the label -100 are not
+    computed, and their values are 0."""
     weight, bias = weight_of(head), head._parameters["bias"]
     hidden, labels = (value.to(head._parameters["weight"].device) for value in (hidden, labels))
     mask, dtype = labels != -100, autocast_dtype(hidden) or hidden.dtype
@@ -236,10 +236,8 @@ def _metrics(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Autograd function: the forward returns the entropy unchanged, and the backward raises RuntimeError.
-
-    The backward of a loss that does not contain the entropy raises no error.
-    """
+    """Autograd function: the forward returns the entropy unchanged, and the backward of a loss that contains the
+    entropy raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, log_probs: Tensor) -> Tensor:

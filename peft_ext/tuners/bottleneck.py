@@ -240,7 +240,7 @@ class BottleneckModel(Tuner):
 
     Raises: ValueError if the placement has no default for the model type, if a target has no parameters or an unknown
     width, if a target is in another target or in or around a module that an earlier adapter adapts, if a target of
-    "parallel" has other numbers of input and output features, or if adapters are to be merged.
+    "parallel" has different numbers of input and output features, or if adapters are to be merged.
     """
 
     prefix = "bottleneck_"

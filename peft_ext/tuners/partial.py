@@ -25,8 +25,8 @@ class PartialConfig(TargetConfig):
 
     Args:
         num_last_layers: how many layers at the end of each stack of layers may hold targets; None: all layers may. T5
-            has two stacks, encoder and decoder; a vision-language model has a vision and a text stack. To train layers
-            of one stack only, also give ``target_modules``, such as ``["decoder"]``.
+            has two stacks, encoder and decoder; most vision-language models have a vision and a text stack. To train
+            layers of one stack only, also give ``target_modules``, such as ``["decoder"]``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`. The name of a container, such as "model.layers.11", stands
             for all modules below the container. If target_modules is None, all modules in the layers of num_last_layers

@@ -22,7 +22,7 @@ with required("transformers", "peft_ext.tuners"):
     from transformers.pytorch_utils import Conv1D
 
 ALL_LINEAR = "all-linear"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of dense weights; not of packed codes
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of dense weights, not of packed codes
 
 _Names = Optional[Union[list[str], str]]
 
@@ -193,7 +193,8 @@ def expand_all_linear(model: nn.Module, names: Any, config: PeftConfig) -> Any:
 
 
 def last_layers(model: nn.Module, count: int) -> set[str]:
-    """Returns the full names of the last ``count`` layers of each stack. T5 and vision-language models have two stacks.
+    """Returns the full names of the last ``count`` layers of each stack. T5, for example, has two stacks, an encoder
+    and a decoder.
 
     A stack is an outermost ``nn.ModuleList``. If the model's config has layer counts, a list of another length is not a
     stack.

@@ -347,8 +347,8 @@ def _differs(
     if stock[2] != fused[2]:
         return f"the cache and attention are called with {fused[2]}, wanted {stock[2]}"
     if row.kind == "rms_norm" and dtype is of_weights and dtype is not torch.float32:
-        # In bfloat16 and float16, where the formula of an RMSNorm rounds is proved by the number of equal elements: at
-        # least 97% of the elements of the two outputs must be equal.
+        # In bfloat16 and float16, the place of the rounding is part of an RMSNorm's formula. If both forwards round at
+        # the same place, at least 97% of the elements of their outputs are equal.
         a, b = fused[0][0], stock[0][0]
         if a.numel() and a.shape == b.shape and (a.nan_to_num() == b.nan_to_num()).double().mean() < 0.97:
             return "the values are rounded at another place"

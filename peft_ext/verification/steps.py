@@ -163,7 +163,7 @@ def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
 def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
     """Runs one forward and backward of ``model``. Returns the loss, outputs and trained gradients, by name."""
     loss, outputs = _call(model, batch, seed)
-    # The outputs are copied before the backward, because the backward frees logits that are computed lazily.
+    # The outputs are copied without their autograd graph, and are released before the backward.
     with torch.no_grad():
         found = {name: value.detach().clone() for name, value in outputs.items()}
     total = _weighed(outputs.values()) if loss is None else loss.sum()

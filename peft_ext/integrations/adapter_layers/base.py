@@ -3,8 +3,8 @@
 A fused class is a subclass of a layer class of PEFT, bitsandbytes or PyTorch. The method ``stock_reason`` of a fused
 class returns why the next call takes the stock path (see :mod:`.reasons`). The method ``_fused`` of an adapter layer
 computes a call by an operator. :func:`peft_ext.accelerate` replaces the class of a layer. Beside the class,
-``accelerate`` changes few attributes of an adapter layer: a chosen dora_dropout or experts_dropout, and the variant of
-DoRA over an NF4Linear.
+``accelerate`` changes few attributes of an adapter layer: it stores a chosen dora_dropout or experts_dropout, and over
+an NF4Linear replaces PEFT's variant of DoRA.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def fuses(stock: type) -> Callable[[type], type]:
 
 
 def fused_class(name: str, base: type, stock: Optional[type]) -> Optional[type]:
-    """Returns the registered fused class ``name`` with the code of ``base`` over the class ``stock``; None if the
-    installed package has no such class. The caller keeps the class under ``name``, by which pickle finds the class."""
+    """Makes, registers and returns the fused class ``name``, which derives from ``base`` and ``stock``; returns None if
+    ``stock`` is None, because the installed package has no such class. The caller must assign the class to the module's
+    variable ``name``, by which pickle finds the class."""
     if stock is None:
         return None
     held = {"__module__": base.__module__, "__doc__": f"Fused ``{stock.__module__}.{stock.__name__}``."}
@@ -127,7 +128,8 @@ class Fused:
 
 
 def active_in(layer: Any, held: Any) -> list[str]:
-    """Returns the active adapters of a layer that are in ``held``, in the order in which PEFT adds the adapters."""
+    """Returns the names of the active adapters of a layer for which ``held``, such as ``lora_A``, has an entry, in the
+    order in which PEFT adds the adapters."""
     active = layer._active_adapter
     held = held._modules if type(held) is nn.ModuleDict else held
     if type(active) is not str:
@@ -164,7 +166,7 @@ def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Itera
         return
     seen.add(id(model))
     yield model
-    if isinstance(model, torch.jit.ScriptModule):  # children of a ScriptModule are compiled code, nothing to replace
+    if isinstance(model, torch.jit.ScriptModule):  # the children of a ScriptModule are compiled, and can't be replaced
         return
     base = model._modules.get("base_layer")
     for child in model._modules.values() if base is None else [base]:

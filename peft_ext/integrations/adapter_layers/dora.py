@@ -105,8 +105,8 @@ def forward(
     """Returns DoRA's output ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b`` for one adapter, with its magnitude m and its
     scaling s.
 
-    In training, dropout acts on x in both products if dora_dropout is "peft", and in the low-rank product only if
-    dora_dropout is "lora".
+    In training, dropout acts on x in both products if dora_dropout is "peft". If dora_dropout is "lora", dropout acts
+    on x in the low-rank product alone.
     """
     modules = layer._modules
     module = modules["lora_magnitude_vector"]._modules[name]

@@ -48,8 +48,8 @@ def factors_of(wrapper: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     count = wrapper.num_experts
     a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
     if is_stored_transposed(wrapper.get_base_layer()) is wrapper._did_swap_in_out_features:
-        # PEFT assumes that the parameter is stored as [E, out, in], unless the experts have a true `is_transposed`. If
-        # the assumption is wrong, as for Llama 4, PEFT's A and B are exchanged.
+        # PEFT assumes that the parameter is stored as [experts, out, in], unless the experts have a true
+        # `is_transposed`. If the assumption is wrong, as for Llama 4, PEFT's lora_A and lora_B are exchanged.
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return a, b
 
@@ -78,7 +78,7 @@ def register(config: Any, model: nn.Module) -> None:
     """Registers DoraParamWrapper in a configuration with ``use_dora`` for the classes of experts in ``model``.
 
     Wrappers of PEFT's own class that are already around experts of ``model`` become DoraParamWrapper, so that a DoRA
-    adapter can be added to them.
+    adapter can be added to these wrappers.
     """
     if DoraParamWrapper is None or not getattr(config, "use_dora", False):
         return
@@ -93,7 +93,7 @@ def register(config: Any, model: nn.Module) -> None:
 
 
 def _made(target: Any, adapter_name: str, *, parameter_name: Optional[str] = None, **kwargs: Any) -> Any:
-    """Returns a DoraParamWrapper of the parameter ``parameter_name`` of ``target``, or None without ``parameter_name``.
+    """Returns a DoraParamWrapper of the parameter ``parameter_name`` of ``target``; None if ``parameter_name`` is None.
     PEFT calls this function to make an adapter layer."""
     if parameter_name is None:
         return None
@@ -197,7 +197,7 @@ if ParamWrapper is not None:
                 with super()._activate_lora(active_adapters):
                     yield
                 return
-            # Several adapters add up as in PEFT's DoRA: each adapter adds the change that it alone makes to W.
+            # Several adapters add up as in PEFT's DoRA: each adapter adds the change that it alone makes to the weight.
             deltas = [self.get_delta_weight(name) for name in names]
             base, parameter, trains = self.get_base_layer(), self.parameter_name, self.get_param().requires_grad
             parametrize.register_parametrization(base, parameter, _Plus(sum(deltas)))

@@ -47,7 +47,7 @@ _MOST_TRIALS = 3
 
 
 def kernel_of(name: str) -> Callable[..., Any]:
-    """Returns a function that calls the operator ``peft_ext::<name>`` below autograd."""
+    """Returns a function that calls the kernel of the operator ``peft_ext::<name>`` without autograd."""
     return below_autograd(getattr(getattr(torch.ops, NAMESPACE), name).default)
 
 
@@ -144,7 +144,6 @@ class Facts:
         return held
 
     def add(self, other: Facts) -> None:
-        """Adds the facts of ``other`` to these facts."""
         for mine, its in zip(vars(self).values(), vars(other).values(), strict=True):
             if isinstance(mine, list):
                 mine.extend(its)

@@ -51,7 +51,8 @@ def facts_of(
     """Returns the facts of a call on the operator ``op``: a tuple of everything that the checks read of x, the layer,
     the base layer, and the adapter's ``modules``, ``tensors`` and ``numbers``.
 
-    Returns None if the call is not common; the checks then have to run.
+    Returns None for a call that the fast path does not cover, for example with hooks or under autocast; the checks then
+    have to run.
     """
     plain = reasons.plain_types()
     if type(x) not in plain or torch.compiler.is_compiling() or under_a_transform() or _is_tracing():

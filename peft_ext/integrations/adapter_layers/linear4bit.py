@@ -38,9 +38,9 @@ if FOUR_BIT:
 
         @property
         def support_avx512bf16_for_cpu(self) -> bool:
-            """Always False, so that bitsandbytes does not repack the layer's NF4 or FP4 weight in evaluation. A layer
-            with a repacked weight gives x no gradient in later training, and its state dict has scales that are rounded
-            to bfloat16.
+            """Always False, so that bitsandbytes does not repack the layer's NF4 or FP4 weight in evaluation. No
+            gradient flows to the input of a layer with a repacked weight in later training, and the layer's state dict
+            has scales that are rounded to bfloat16.
             """
             return False
 

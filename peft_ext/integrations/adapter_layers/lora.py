@@ -1,9 +1,9 @@
 """PEFT's LoRA and DoRA layers, computed by :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
 
 Several active LoRA adapters run as one adapter whose rank is the sum of their ranks: A and B are concatenated, and
-different scales become a scale per rank. If the base layer's own forward has to run (8-bit, another class, hooks), only
-LoRA's low-rank part is fused, by :func:`peft_ext.ops.lora_residual`. A mixed batch is computed by
-:func:`peft_ext.ops.grouped_lora_linear`.
+different scales become a scale per rank. If the base layer's own forward has to run (for example over an 8-bit weight,
+or because of hooks), only LoRA's low-rank part is fused, by :func:`peft_ext.ops.lora_residual`. A mixed batch is
+computed by :func:`peft_ext.ops.grouped_lora_linear`.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class LowRank(Fused):
     def _parts(self, name: str) -> Optional[tuple]:
         """Returns lora_A, lora_B, and three tuples: the modules, tensors and types of an adapter that the checks read.
 
-        Returns None if the adapter can't take the fast path.
+        Returns None if the adapter can't take the fast path of :mod:`.known`.
         """
         raise NotImplementedError
 
@@ -162,7 +162,7 @@ class LowRank(Fused):
         """Returns a tuple for a call with one active adapter: the facts (see :mod:`.known`), the adapter's name, the
         base layer, lora_A, lora_B and the dropout's p.
 
-        Returns None if the call is not common; the checks then have to run.
+        Returns None for a call that the fast path of :mod:`.known` does not cover; the checks then have to run.
         """
         if (name := single_name(self)) is None or (parts := self._parts(name)) is None:
             return None
@@ -384,8 +384,8 @@ if LoraLinear is not None:
         """Fused ``peft.tuners.lora.Linear``: LoRA and DoRA."""
 
         def known_call(self, x: Tensor) -> Optional[tuple]:
-            """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None if the call
-            is not common. A block that calls the layer's kernel directly (see :mod:`.few_tokens`) uses this method."""
+            """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None. A block
+            that calls the layer's kernel directly (see :mod:`.few_tokens`) uses this method."""
             return self._common(x)
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:
@@ -425,7 +425,7 @@ if LoraLinear is not None:
             return merged, bias
 
 
-# Fused classes whose only code is that of Lora. Over ``Linear8bitLt`` only the low-rank part is fused.
+# The following fused classes have no code but that of Lora. Over ``Linear8bitLt`` only the low-rank part is fused.
 FusedGPTQLoraLinear = fused_class("FusedGPTQLoraLinear", Lora, GPTQLoraLinear)
 FusedAwqLoraLinear = fused_class("FusedAwqLoraLinear", Lora, AwqLoraLinear)
 FusedHqqLoraLinear = fused_class("FusedHqqLoraLinear", Lora, HqqLoraLinear)

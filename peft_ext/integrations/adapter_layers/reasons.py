@@ -151,7 +151,8 @@ def _gathered_ids(model: nn.Module) -> Iterator[int]:
             for parameter in getattr(group, "fsdp_params", ()):
                 if not parameter.is_dtensor:  # a parameter under tensor parallelism stays a DTensor when gathered
                     yield id(parameter.sharded_param)
-                    owner = parameter._module_info  # the module may hold another parameter object since fully_shard
+                    # After fully_shard, the module may have been given another parameter object.
+                    owner = parameter._module_info
                     yield id(owner.module._parameters.get(owner.param_name))
 
 
@@ -190,7 +191,7 @@ def plain_types() -> tuple[type, ...]:
 def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the operators accept: plain, dense, and float32, bfloat16 or float16.
 
-    The operators work under torch.compile, so the function may return True there. The function returns False under
+    The operators work under torch.compile, so the function may return True during a trace. It returns False under
     torch.func's transforms, forward-mode differentiation, torch.jit.trace and torch.export (where x is a fake tensor),
     so that the call takes the stock path.
     """
@@ -594,8 +595,8 @@ def _fully_sharded() -> list[tuple[nn.Module, Any]]:
 
 
 def _will_be_root(module: nn.Module, state: Any, wrapped: list[tuple[nn.Module, Any]]) -> bool:
-    """Returns whether ``module`` will be FSDP2's root in the first forward. By default, the root keeps its parameters
-    after the forward."""
+    """Returns whether ``module`` will be FSDP2's root in the first forward. By default, FSDP2's root keeps its gathered
+    parameters after the forward."""
     if state._is_root is not None or not getattr(state, "_auto_reshard_after_forward", False):
         return False
     return not any(module in other.modules() for other, _ in wrapped if other is not module)

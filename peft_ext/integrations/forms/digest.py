@@ -79,7 +79,7 @@ class Form:
 def form_of(subject: Any, method: str = "forward") -> Form:
     """Returns the form of a class's method (by default the forward) or of a Python function.
 
-    Raises: Unknown if the code has no form; the text is the reason.
+    Raises: Unknown if the code has no form; the text of the error is the reason.
     """
     walk = _Walk(subject if isinstance(subject, type) else None)
     if isinstance(subject, type):

@@ -3,8 +3,8 @@
 If the row of an attention's form in ``forms.tsv`` says ``forward=rotary``, ``Attention._rotary_forward`` computes the
 projections q, k and v together where possible, then rotary positions, the cache, attention, and the output projection.
 Otherwise, or if ``_rotary_forward`` does not accept the call, the attention's own code runs, and the layers that get
-one input tensor (``inputs`` of the row) are computed together. If the module's forward was replaced, only the replaced
-forward runs.
+one input tensor (``inputs`` of the row) are computed together where possible. If the module's forward was replaced,
+only the replaced forward runs.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
@@ -145,8 +145,8 @@ class Attention(Block):
         return _argument_reason(given)
 
     def _own_reason(self) -> Optional[str]:
-        """Returns a reason if ``apply_rotary_pos_emb`` or ``eager_attention_forward`` of the model's Python module was
-        replaced after peft_ext made the fused class; else None. ``_rotary_forward`` calls the two functions."""
+        """Returns a reason if ``apply_rotary_pos_emb`` or ``eager_attention_forward`` of the model's Python module,
+        which ``_rotary_forward`` calls, was replaced after peft_ext made the fused class; else None."""
         known = self.peft_ext_known
         changed = [name for name, value in known.found.items() if known.names.get(name) is not value]
         return f"{changed[0]} was replaced" if changed else None
@@ -431,8 +431,8 @@ def sdpa_attention_forward(
     **kwargs: Any,
 ) -> Any:
     """Computes attention on the operator scaled_dot_product_attention if the operator accepts the call and is faster,
-    else by the function that is registered as ``sdpa``. transformers' registry has this function under the name
-    OURS."""
+    else by the function that is registered as ``sdpa``. transformers' registry has sdpa_attention_forward under the
+    name in the constant OURS."""
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     knows_bias, bias = _knows_bias(function), kwargs.get("position_bias")
     if (

@@ -75,14 +75,14 @@ class Block:
         return None
 
     def call_reason(self, x: Tensor) -> Optional[str]:
-        """Returns why the module's own forward runs for inputs of x's dtype and device, or None. Conditions that depend
-        on more of a call than these two, such as on sizes, are checked by the forward alone."""
+        """Returns why the module's own forward runs for inputs of x's dtype and device, or None. The forward alone
+        checks the conditions that depend on more of a call than the dtype and the device, such as on sizes."""
         return None
 
     def held_reason(self, facts: Facts) -> Optional[str]:
         """Returns why the module has no plan (see :mod:`..adapter_layers.few_tokens`): the module has hooks, or its
-        forward is not the code of its known form. Returns None otherwise. Adds to ``facts`` the objects on which this
-        result depends."""
+        forward is not the code of its known form. Returns None otherwise. Adds to ``facts`` the objects on which the
+        returned reason depends."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.of_class:
             facts.value(held, name)

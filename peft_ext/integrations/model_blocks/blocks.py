@@ -159,7 +159,7 @@ def expected_input(model: nn.Module, name: str) -> Tensor:
     to no adapter, in the module ``name`` or in the nearest module around it that has such a parameter.
     """
     around = [model]
-    for part in filter(None, name.split(".")):  # not get_submodule, because a class may define __getattr__
+    for part in filter(None, name.split(".")):  # get_submodule would call the __getattr__ that a class may define
         around.append(around[-1]._modules[part])
     for nearest in reversed(around):
         for module in without_adapters(nearest):

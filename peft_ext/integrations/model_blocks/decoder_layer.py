@@ -39,8 +39,8 @@ def layer_of_parts(x: Tensor, first_norm: Part, attention: Part, second_norm: Pa
 
 
 class LayerPlan(NamedTuple):
-    """The plans of a layer's blocks, and the attention, as ``module``. ``lists``: the three lists that the operator
-    decoder_layer takes after its argument ``past``; None if the operator can't compute the layer."""
+    """The plans of a decoder layer's blocks; ``module`` is the layer's attention. ``lists``: the three lists that the
+    operator decoder_layer takes after its argument ``past``; None if the operator can't compute the layer."""
 
     module: Any
     first_norm: Part

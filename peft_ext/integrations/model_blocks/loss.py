@@ -2,9 +2,10 @@
 of the head, and ``loss_function``.
 
 While a model with a known loss function trains with labels, the model's head returns a :class:`.pending.Pending` in
-place of logits, unless the logits have to be computed whole (see ``DefersLoss.head_reason``).
+place of logits, unless the logits have to be computed whole (see, for example, ``DefersLoss.head_reason``).
 ``PreTrainedModel.loss_function`` computes the loss from a Pending that nothing has used, by
-:func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` at the first read.
+:func:`peft_ext.ops.linear_cross_entropy`. After such a loss, the model's output computes its ``logits`` at the first
+read.
 """
 
 from __future__ import annotations
@@ -405,8 +406,7 @@ class _Waits:
 
 @functools.cache
 def _waiting(kind: type) -> type:
-    """Returns the subclass of an output's class ``kind`` in which the logits are computed at the first read. The first
-    call for a class makes the subclass.
+    """Returns the subclass of an output's class ``kind`` in which the logits are computed at the first read.
 
     All outputs of one stock class share one subclass. If each output had a class of its own, hidden states would stay
     in memory until the garbage collector frees this class.
@@ -443,8 +443,8 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def defer_losses(model: nn.Module) -> None:
-    """Gives each language model with a known loss function and a head of a class in ``HEADS``, and the head, the fused
-    classes with which the loss is computed without whole logits."""
+    """Gives fused classes, with which the loss is computed without whole logits, to each language model that has a
+    known loss function and a head of a class in ``HEADS``, and to this head."""
     _LOSSES.clear()
     for owner, layer in list(_owners(model)):
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)

@@ -1,8 +1,8 @@
 """MLPs computed by fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
 
 The operator of the activation computes its result in one pass, and saves for the backward only its inputs, which are
-the outputs of the MLP's first layers. If ``down`` needs its input in the backward and has no hooks, the backward
-computes this input again instead of keeping it.
+the outputs of the MLP's first layers. If ``down`` needs its input in the backward, the backward computes this input
+again, except, for example, if ``down`` has hooks.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class _Called:
 
 
 def _calls_hooks(layer: nn.Module) -> bool:
-    """Returns whether hooks on the layer or its children get the layer's input. If they do, the backward must not
-    compute this input again, because a hook may change the input in place without an increase of its version
+    """Returns whether hooks on the layer or its children get the layer's input. The backward must not compute the input
+    of a layer with hooks again, because a hook may change the input in place without an increase of its version
     counter."""
     return hooked(layer) or any(child is not None and hooked(child) for child in layer._modules.values())

@@ -95,7 +95,8 @@ def _with_strides_of(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Optional[Te
     if x has gaps or overlapping elements."""
     if x.is_contiguous():
         return norm(x)
-    # The permuted x is contiguous if x has neither gaps nor overlapping elements. The last dimension stays the last.
+    # The permuted x is contiguous if x has neither gaps nor overlapping elements. The permutation keeps the last
+    # dimension of x last.
     order = sorted(range(x.dim()), key=lambda dim: (dim == x.dim() - 1, -x.stride(dim)))
     permuted = x.permute(order)
     if not permuted.is_contiguous():
@@ -140,9 +141,9 @@ class FloatLayerNorm(Norm):
 class LayerNorm(Norm):
     """A fused nn.LayerNorm over the last dimension.
 
-    PyTorch's layer_norm runs under autocast, which computes it in float32, for few elements on a CPU (see LEAST), where
-    the dtype or the last size of x differs from the weight's, and where ``block_reason`` returns a reason, for example
-    for a LayerNorm without a weight or over several dimensions.
+    PyTorch's layer_norm runs in all other cases: among others under autocast, which computes layer_norm in float32, for
+    few elements on a CPU (see LEAST), where the dtype or the last size of x differs from the weight's, and for a
+    LayerNorm without a weight or over several dimensions.
     """
 
     block_kind = "LayerNorm"

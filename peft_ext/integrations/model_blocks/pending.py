@@ -266,7 +266,7 @@ def real(value: Any) -> Any:
 
 
 def computed(pending: Pending) -> Tensor:
-    """Returns the real value of a Pending.
+    """Returns the logits for which a Pending stands, with the steps of the Pending applied.
 
     All Pendings of one call of the head are computed at once, because later code may change the logits in place.
     """

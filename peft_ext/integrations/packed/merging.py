@@ -73,8 +73,8 @@ class _Repeated(ConversionOps):
 
 
 class _Halves(ConversionOps):
-    """Appends the rows of two tensors ``[E, bytes, ...]`` of 4-bit codes. The high nibbles of a tensor's bytes hold the
-    first half of the rows, and the low nibbles hold the second half."""
+    """Appends the rows of two tensors ``[experts, bytes, ...]`` of 4-bit codes. The high nibbles of a tensor's bytes
+    hold the first half of the rows, and the low nibbles hold the second half."""
 
     @torch.no_grad
     def convert(
@@ -128,8 +128,8 @@ def merged_shape(
     """Returns the shape of the merged tensor of all experts, from the ``shape`` of the tensor of one layer of one
     expert.
 
-    ``sources``: the number of layers whose rows are appended. Raises ValueError if transformers merges the experts in
-    another way, or if the tensors of the layout can't be merged.
+    ``sources``: the number of layers whose rows are appended. Raises ValueError if transformers merges the experts by
+    other operations than stacking and appending, or if the tensors of the layout can't be merged.
     """
     if [type(one) for one in dense] == [MergeModulelist] and dense[0].dim == 0 and sources == 1:
         return (experts, *shape)

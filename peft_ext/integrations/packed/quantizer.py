@@ -233,7 +233,7 @@ class PackedQuantizer(HfQuantizer):
         module.describe(weight, names, extra)
 
     def _describe_experts(self, name: str, experts: PackedExperts, parameter: str) -> None:
-        """Makes the weight of experts again if the values of a tensor, a g_idx, are part of the weight's layout."""
+        """Makes the weight of experts again if the weight's layout depends on the values of a tensor, a g_idx."""
         scheme = self._schemes[name]
         layout = LAYOUTS[scheme.layout]
         ends = {part: parameter + _suffix(layout, part, self._apart) for part in layout.parts if part.endswith("g_idx")}
@@ -285,7 +285,7 @@ def _held(module: nn.Module) -> Iterator[str]:
 
 
 def _is_packed_dtype(param: Any) -> bool:
-    """Returns whether a tensor of the file has a dtype in which only codes and scales are stored."""
+    """Returns whether a tensor of the file has a float dtype of 8 bits, in which only codes and scales are stored."""
     kind = param.get_dtype() if hasattr(param, "get_dtype") else ""
     return kind.startswith("F8_")
 
@@ -342,7 +342,8 @@ def _suffix(layout: Layout, part: str, apart: bool) -> str:
 def _build(
     scheme: Scheme, place: Place, stored: dict[str, Stored], shape: tuple[int, ...]
 ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
-    """Returns a packed weight on the meta device, the names of its parts, and the extra tensors."""
+    """Returns a packed weight on the meta device, the names of its parts, and the tensors of the file that are no
+    part."""
     layout = LAYOUTS[scheme.layout]
     with _named(place.target):
         return layout.built(place.tensors(layout, scheme, stored), shape, scheme)

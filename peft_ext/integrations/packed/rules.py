@@ -26,7 +26,7 @@ class Scheme:
 
     Attributes:
         layout: name of the layout in ``layouts.LAYOUTS``.
-        bits: bits of a code.
+        bits: number of bits of one code of a weight.
         group: number of columns that share a scale; 0 for all columns of a row.
         rows: number of rows that share a scale; 0 for all rows.
         symmetric: whether the codes have no zero points.
