@@ -118,7 +118,8 @@ def setup_peft_training(
     if prompt_text is not None:
         given |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": prompt_text,
                   "tokenizer_name_or_path": str(model_name)}  # fmt: skip
-    # Layers that the caller names are adapted in every part of the model.
+    # If the caller names layers, layers of these names are adapted in every part of the model, not in the text decoder
+    # alone.
     if fields.get("target_modules") in (None, "all-linear"):
         given |= text_targets(model, method)
     model = get_peft_model(model, make_config(config_class, {**given, **fields}))
@@ -144,8 +145,8 @@ def train_with_peft(
         adapter_dir: the folder into which the trained adapter is saved.
         block_size: most tokens of a training example, at least 2. Texts are joined and divided into blocks of
             ``block_size`` tokens. A longer conversation, or prompt and completion, is cut, and is left out if its
-            completion begins after the cut; a warning says how many were cut or left out. The tokens after the last whole block of texts
-            are left out, with a warning where they are many. Rows with ``input_ids`` are not cut.
+            completion begins after the cut; a warning says how many were cut or left out. The tokens after the last
+            whole block of texts are left out, with a warning where they are many. Rows with ``input_ids`` are not cut.
         arguments: further TrainingArguments. The defaults are 3 epochs, batches of 4 examples, 4 batches for each
             optimizer step, and a learning rate of 2e-4 after 100 steps of warm-up.
 
@@ -285,7 +286,7 @@ def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, 
         found.setdefault("attention_mask", [1] * length)
     mask = found.get("attention_mask", [1] * length)
     if "labels" not in found:
-        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # the loop below raises if the lengths differ
+        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # different lengths raise an error later
         found["labels"] = [token if kept else IGNORED for token, kept in pairs]
     for name in sorted(columns | {"labels"}):
         if name not in found:

@@ -177,7 +177,8 @@ def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.
 
 
 def _mesh(accelerator: Any) -> Any:
-    if getattr(accelerator, "torch_device_mesh", None) is not None:  # accelerate 1.10 and newer makes a device mesh
+    # From version 1.10 on, the accelerate library makes a device mesh.
+    if getattr(accelerator, "torch_device_mesh", None) is not None:
         return accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
@@ -233,7 +234,7 @@ def _keep_parameters(accelerator: Any) -> None:
         if len(args) == 1 and isinstance(args[0], FSDPModule):
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
-        if not all(isinstance(model, FSDPModule) for model in models):  # the original prepare then shards the model
+        if not all(isinstance(model, FSDPModule) for model in models):  # `prepare` then shards the models itself
             return prepare(*args, **kwargs)
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
         kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]

@@ -101,23 +101,23 @@ def accelerate(
             layers. LoRA (also with several active adapters, and mixed batches by ``adapter_names``), DoRA, AdaLoRA and
             (IA)³ are fused over nn.Linear, Conv1D, NF4Linear, PackedLinear and ``Linear4bit``. LoRA is also fused over
             nn.Embedding, PackedEmbedding and the quantized layers of other packages that ``adapter_layers/foreign.py``
-            reads, and LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't compute the base
-            layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's own forward runs
-            and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is not fused. A
-            layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why. Layers that are
-            added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
+            reads, and LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't compute
+            the base layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's own
+            forward runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is
+            not fused. A layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why.
+            Layers that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
         blocks: whether to fuse norms, MLPs, attentions, decoder layers, dropouts and the loss, and not only layers.
             Norms, MLPs, attentions and decoder layers are fused if the code of their forward is a known form
             (docs/known-forms.md) at the time of the call. A fused norm saves x and one or two numbers per row for the
             backward. An MLP computes the input of its last layer again in the backward, unless, for example, the last
-            layer has hooks. An attention computes the adapted layers that get one input together, and on an x86 CPU with AVX2
-            runs softmax(q kᵀ) v on an operator where the operator was measured to be faster than PyTorch. A decoder
-            layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are fused on
-            a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and the
-            model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
-            :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
-            its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen linear layers
-            are fused.
+            layer has hooks. An attention computes the adapted layers that get one input together, and on an x86 CPU
+            with AVX2 runs softmax(q kᵀ) v on an operator where the operator was measured to be faster than PyTorch. A
+            decoder layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are
+            fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and
+            the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with
+            labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output
+            computes its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen
+            linear layers are fused.
         dora_dropout: "peft" or "lora": where DoRA's dropout acts in training. With "peft", the dropout acts on x in the
             low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
             product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped
@@ -143,9 +143,9 @@ def accelerate(
     differentiation and torch.func's transforms, the stock code of the adapter layers runs.
 
     Raises: TypeError if model is no nn.Module; ValueError if dora_dropout is none of "peft", "lora" and None, or
-    experts_dropout is neither None nor a number p with 0 <= p < 1. Warns if ``accelerate`` finds no layer to fuse (no adapter, no 4-bit
-    layer), if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the layer to x, and if
-    a method's code in PEFT computes with the codes of a packed weight.
+    experts_dropout is neither None nor a number p with 0 <= p < 1. Warns if ``accelerate`` finds no layer to fuse (no
+    adapter, no 4-bit layer), if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the
+    layer to x, and if a method's code in PEFT computes with the codes of a packed weight.
     """
     if dora_dropout is not None and dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
@@ -216,8 +216,8 @@ def agree(model: nn.Module) -> None:
     of kernels failed on one rank, the operators of this family compute with the reference on that rank alone, and the
     gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
     the default process group. If a family failed on any rank, its operators compute with the reference on all ranks. In
-    a training loop of your own, call this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
-    ``PeftExtCallback`` makes all ranks use the same kernels when training begins.
+    a training loop of your own, call this function on every rank, after ``accelerate`` and before the first step. With
+    transformers' Trainer, ``PeftExtCallback`` makes all ranks use the same kernels when training begins.
 
     The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that
     only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.

@@ -108,7 +108,7 @@ class BitFitLayer(ReplacingLayer):
     adapter_layer_names = ("bitfit_tensors",)
 
     def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        if not self.names[adapter]:  # another layer owns the shared bias
+        if not self.names[adapter]:  # the bias is shared, and another layer's adapter owns the bias
             return {}
         base, bias = self.base_layer, self.adapters[adapter].bias
         weight, replaced = base._parameters.get("weight"), base._parameters["bias"]

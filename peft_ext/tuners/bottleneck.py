@@ -270,7 +270,7 @@ class BottleneckModel(Tuner):
         return peft_config
 
     def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
-        # The names of an adapter's tensors, and unload(), work for a layer that is not in or around another layer.
+        # The names of an adapter's tensors, and unload(), work only if no adapted layer is inside of another one.
         names = {
             name.replace(".base_layer", "") for name, _ in model.named_modules() if ".bottleneck_adapters" not in name
         }

@@ -273,8 +273,8 @@ class DiffPruningModel(ReplacingTuner):
         """Returns two parameter groups for a torch optimizer: the gates' α, and all other trained parameters.
 
         The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from the
-        initial value (by default 5) to below 0. At a usual learning rate Adam needs some hundred thousand steps for this change; the
-        authors use the rate 0.1 for α.
+        initial value (by default 5) to below 0. At a usual learning rate Adam needs some hundred thousand steps for
+        this change; the authors use the rate 0.1 for α.
         """
         gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in diff.alphas()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -372,7 +372,7 @@ class DiffPruningModel(ReplacingTuner):
             old = [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
             held = [parameter for tensors in old for parameter in tensors.parameters()]
             trained = any(parameter.requires_grad for parameter in held)
-            # The new entries get the dtype of the old entries if these have one dtype.
+            # The adapter's new tensors get the dtype of its old tensors if all old tensors have the same dtype.
             dtypes = {parameter.dtype for parameter in held}
             for key, layer in model.named_modules():
                 if isinstance(layer, DiffPruningLayer) and adapter_name in layer.adapters:

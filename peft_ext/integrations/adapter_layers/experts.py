@@ -176,8 +176,8 @@ def _calls_hooks(experts: Any, *on_the_way: Any) -> bool:
     experts run.
 
     Returns False for dense experts, under torch.compile, and for experts with a ``forward`` that is stored on the
-    instance. Returns False also if ``fully_shard`` was called on the experts or on a module of ``on_the_way``, because the hook that gathers
-    the shards would run too late for the operator.
+    instance. Returns False also if ``fully_shard`` was called on the experts or on a module of ``on_the_way``, because
+    the hook that gathers the shards would run too late for the operator.
     """
     if not isinstance(experts, FrozenExperts) or torch.compiler.is_compiling() or "forward" in experts.__dict__:
         return False

@@ -98,7 +98,8 @@ class Attention(Block):
         # later, the globals have the new function.
         names = inspect.unwrap(stock.forward).__globals__
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
-        empty = dict.fromkeys(KINDS["attention"], "")  # "projections" rows have `inputs` alone
+        # A row of the kind "projections" has the value `inputs` alone, so its other values are empty.
+        empty = dict.fromkeys(KINDS["attention"], "")
         return {**empty, **super().settled(stock, row), "groups": groups, "cache_name": cache_name,
                 "cache_style": cache_style,
                 "options": tuple(tuple(option.split(":", 1)) for option in row.names("options")),

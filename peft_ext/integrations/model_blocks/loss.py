@@ -47,7 +47,7 @@ ModelOutput: Any = ()
 with optional("transformers", "the loss of a language model takes whole logits"):
     from transformers.utils import ModelOutput
 
-FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # the module has no FusedLoraLinear without PEFT
+FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # without PEFT, `lora` has no FusedLoraLinear
 
 __all__ = ["compute_losses", "defer_losses", "loss_parts"]
 

@@ -141,9 +141,9 @@ class FloatLayerNorm(Norm):
 class LayerNorm(Norm):
     """A fused nn.LayerNorm over the last dimension.
 
-    PyTorch's layer_norm runs in all other cases: among others under autocast, which computes layer_norm in float32, for
-    few elements on a CPU (see LEAST), where the dtype or the last size of x differs from the weight's, and for a
-    LayerNorm without a weight or over several dimensions.
+    PyTorch's own layer_norm runs, among other cases, under autocast, which computes layer_norm in float32, for few
+    elements on a CPU (see LEAST), where the dtype or the last size of x differs from the weight's, and for a LayerNorm
+    without a weight or over several dimensions.
     """
 
     block_kind = "LayerNorm"
