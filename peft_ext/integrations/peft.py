@@ -212,7 +212,8 @@ def accelerate(
 def agree(model: nn.Module) -> None:
     """Makes all ranks of a distributed training run use the same kernels.
 
-    Each rank proves its kernels alone (see the section "The proof on the machine" in docs/reliability.md). If a family
+    Each rank proves its kernels by itself, that is compares them with the reference (see the section "The proof on the
+    machine" in docs/reliability.md). If a family
     of kernels failed on one rank, the operators of this family compute with the reference on that rank alone, and the
     gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
     the default process group. If a family failed on any rank, its operators compute with the reference on all ranks. In
@@ -419,8 +420,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _old_card(module: nn.Module) -> Optional[str]:
-    """Returns why the reference, in place of the kernels, computes a module on an old GPU; None for a module on another
-    device. See cards.why_old."""
+    """Returns why the reference, in place of the kernels, computes a module on an old GPU beside a newer GPU; else
+    None. See cards.why_old."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return None if tensor is None else cards.why_old(tensor.device)
 

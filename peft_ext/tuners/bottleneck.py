@@ -146,7 +146,7 @@ class BottleneckLayer(Wrapper):
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_adapters = nn.ModuleDict()
-        self.bottleneck_place: dict[str, str] = {}  # name of an adapter -> "after", "parallel" or "around"
+        self.bottleneck_place: dict[str, str] = {}  # maps an adapter's name to "after", "parallel" or "around"
         self.merged_adapters: list[str] = []
         self._active_adapter = []
         # If base_layer is a whole block, transformers records the block's output by a forward hook, and checkpoints the

@@ -110,7 +110,7 @@ class DenseDiff(nn.Module):
         return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
 
     def difference(self, sample: bool) -> Tensor:
-        """Returns ``(z_g·z)∘w`` in float32 or wider."""
+        """Returns the difference ``(z_g·z)∘w`` in float32 or wider."""
         z = self.gate(self.alpha, sample)
         if self.group is not None:
             z = self.gate(self.group, sample) * z
@@ -297,7 +297,8 @@ class DiffPruningModel(ReplacingTuner):
         adapter_name: Optional[str] = None,
         optimizer: Optional[torch.optim.Optimizer] = None,
     ) -> dict[str, int]:
-        """Keeps the entries of ``z_g·z∘w`` with the largest magnitude over all tensors, and trains only these entries.
+        """Keeps the entries of the difference ``z_g·z∘w`` with the largest magnitude over all tensors, and trains only
+        these entries.
 
         Args:
             target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.

@@ -103,8 +103,8 @@ class ReplacingLayer(Wrapper):
         super().__init__()
         self.base_layer = base_layer
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
-        # names: adapter -> names of the tensors that the adapter owns in this layer.
-        # tied: adapter -> name of a shared tensor -> the layer that owns the tensor, and the tensor's name there.
+        # `names` maps an adapter to the names of the tensors that the adapter owns in this layer. `tied` maps an
+        # adapter to a dict from the name of a shared tensor to the layer that owns the tensor and its name there.
         self.names: dict[str, list[str]] = {}
         self.tied: dict[str, dict[str, tuple[ReplacingLayer, str]]] = {}
         self.merged_adapters: list[str] = []

@@ -234,9 +234,10 @@ class Plan:
     """The tensors that an adapter replaces.
 
     Attributes:
-        units: full name of a wrapped module -> names, within that module, of the tensors that the adapter owns there.
-        tied: full name of a wrapped module -> name of a shared tensor in that module -> the name of the wrapped module
-            that owns the tensor, and the tensor's name in the owner.
+        units: maps the full name of a wrapped module to the names, within that module, of the tensors that the adapter
+            owns there.
+        tied: maps the full name of a wrapped module to a dict. The dict maps the name of a shared tensor in that module
+            to the name of the wrapped module that owns the tensor, and to the tensor's name in the owner.
         excluded: full names of the modules that ``exclude_modules`` and ``modules_to_save`` excluded.
     """
 

@@ -2,8 +2,8 @@
 extreme inputs and in each dtype.
 
 The proof makes an instance of the class from the formula alone, with layers and random weights that the proof chooses,
-runs the class's forward and the fused forward, and compares the results. The tests repeat the proof of each row whose
-formula replaces a computation, with one or two classes of the installed transformers that have the row's form.
+runs the class's forward and the fused forward, and compares the results. The tests repeat the proofs of most rows of
+the table, with one or two classes of the installed transformers that have the row's form.
 ``register_form`` and the command ``python -m peft_ext.verification`` prove a formula for a class without a known form.
 This module proves the kinds of forms that ``register_form`` accepts; tests/support/form_proofs.py proves other kinds.
 """

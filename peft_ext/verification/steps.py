@@ -40,8 +40,8 @@ class Compared:
         kind: for a block, its class and the name of the tensor whose error is the largest part of its limit; otherwise
             "".
         error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. ``error``
-            and ``stock_error`` are None if the yardstick could not run. An error is infinity if x is not finite where
-            the yardstick is finite.
+            and ``stock_error`` are None if the stock model could not run in the wider dtype. An error is infinity if x
+            is not finite where the yardstick is finite.
         difference: ``‖accelerated - stock‖ / ‖stock‖``.
         limit: largest allowed value of ``error``, or of ``difference`` without a yardstick.
     """

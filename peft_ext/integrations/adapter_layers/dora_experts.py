@@ -248,7 +248,6 @@ if ParamWrapper is not None:
 
 
 def _without_dora(config: Any) -> Any:
-    """Returns a copy of the configuration with ``use_dora`` false."""
     plain = copy.copy(config)
     plain.use_dora = False
     return plain

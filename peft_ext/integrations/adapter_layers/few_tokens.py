@@ -55,7 +55,8 @@ _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), ke
 
 
 def few_reason(x: Any) -> Optional[str]:
-    """Returns why a call on x ``[batch, tokens, columns]`` may not run a plan, or None.
+    """Returns why a call on x ``[batch, tokens, columns]`` may not run a plan, which calls kernels without the checks
+    of the layers; else None.
 
     A call may run a plan if x is contiguous, on a CPU and in a dtype of the operators, with fewer tokens than
     MANY_TOKENS, and if the call is eager and runs without a gradient, autocast, global hooks and transforms of
@@ -151,7 +152,6 @@ class Facts:
         self.is_final = self.is_final and other.is_final
 
     def hold(self) -> bool:
-        """Returns whether all facts still hold."""
         if any(self._empty) or not all(map(operator.is_, map(dict.get, self._places, self._names), self._values)):
             return False
         for kind, forward in self._forwards.items():

@@ -217,8 +217,8 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 
 
 def kernel_reason(op: str, device: str) -> Optional[str]:
-    """Returns why layers on ``device`` must not run the public operator ``op``, or None: native kernels are not loaded,
-    or the kernels did not pass the proof."""
+    """Returns why layers on ``device`` must not run the public operator ``op``, or None. A reason is that native
+    kernels are not loaded, or that the kernels did not pass the comparison with the reference."""
     if KERNELS[op].get(device):
         return proved(device, *PUBLIC[op])
     if device == "cuda" and not STATE.cuda_loaded:

@@ -89,7 +89,7 @@ class _Halves(ConversionOps):
 
 
 class _Apart(ConversionOps):
-    """The inverse of ``_Halves``."""
+    """The inverse of ``_Halves``: divides the rows of one tensor of 4-bit codes between two tensors."""
 
     @torch.no_grad
     def convert(
