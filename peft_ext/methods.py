@@ -35,7 +35,7 @@ class Method:
 
     Attributes:
         title, quantized_title: the method's usual name over dense weights, and over NF4.
-        kind: one of :data:`KINDS`.
+        kind: the kind of the method, a key of :data:`KINDS`.
         config_class: full name of the class of the method's configuration.
         learning_rate: default learning rate of a run. Most methods that train few parameters have a larger rate.
         page: name of the page in docs/methods that has the method's formula.

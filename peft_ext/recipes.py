@@ -97,11 +97,11 @@ def setup_peft_training(
     """Returns a causal language model with an adapter of ``method``, accelerated, and the model's tokenizer.
 
     Args:
-        model_name: a folder or a hub name.
+        model_name: the model: a folder, or a name on the Hugging Face hub.
         method: one of :data:`peft_ext.methods.METHODS`; "qlora" quantizes the model to NF4.
         output_dir: ignored, as in the lesson; :func:`train_with_peft` has the ``output_dir`` that is used.
         prompt_text: with method "prompt", the text that initializes the virtual tokens, instead of random numbers.
-        fields: fields of the method's configuration, which replace the defaults of METHODS: ``r=8``,
+        fields: fields of the method's configuration, which replace the defaults of METHODS, for example ``r=8`` or
             ``target_modules=["q_proj"]``.
 
     Raises: ValueError where there is no such method, or where prompt_text is given for another method than "prompt";

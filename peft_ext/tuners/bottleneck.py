@@ -93,7 +93,8 @@ class BottleneckConfig(TargetConfig):
         activation: the activation act between Down and Up: "gelu", "gelu_tanh", "relu" or "silu".
         scale: s, the factor by which the output of Up is multiplied.
         adapter_bias: whether the projections Down and Up have biases.
-        init_weights: "normal", "bert" or "mam", see :class:`peft_ext.nn.BottleneckAdapter`.
+        init_weights: how the adapter's weights are initialized: "normal", "bert" or "mam", see
+            :class:`peft_ext.nn.BottleneckAdapter`.
         target_modules: names or a regular expression, with PEFT's meaning, of the modules whose outputs are adapted
             (for "parallel", of the modules to which adapters run parallel). If a container of modules is named, the
             container's own output is adapted. With "pfeiffer" a targeted LayerNorm runs before and after its adapter.

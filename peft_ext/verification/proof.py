@@ -484,8 +484,8 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     """Makes the form of ``cls`` a known form in this process, if the formula passes the proof for ``cls``.
 
     Args:
-        cls: the class. :func:`peft_ext.accelerate` fuses all classes that have the form of ``cls``.
-        kind: "rms_norm", "float_layer_norm", "mlp" or "attention".
+        cls: the class whose form becomes known. :func:`peft_ext.accelerate` fuses all classes that have this form.
+        kind: the kind of the form: "rms_norm", "float_layer_norm", "mlp" or "attention".
         formula: the values of the formula, by name.
             For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the
             weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the multiplication by the weight;
