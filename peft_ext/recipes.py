@@ -238,7 +238,7 @@ def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> li
     """
     rows = [dict(row) for row in rows]
     if not rows or any("input_ids" in row for row in rows):
-        # A dataset that was tokenized by `map` still has its texts, which transformers' Trainer removes too.
+        # A dataset that was tokenized by `map` still has its texts. The texts are removed, as Trainer removes them.
         rows = [{name: value for name, value in row.items() if name in _COLUMNS or _is_numbers(value)} for row in rows]
         columns = {name for row in rows for name in row}
         return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]

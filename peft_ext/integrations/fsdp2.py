@@ -222,7 +222,7 @@ def _keep_parameters(accelerator: Any) -> None:
     optimizer.
 
     The accelerate library replaces an optimizer's parameters by the model's parameters at the same addresses. Empty
-    shards all have the address 0, so an optimizer would get one empty shard several times, and lose the others.
+    shards all have the address 0, so an optimizer would get one empty shard several times, and lose its other shards.
     """
     prepare = accelerator.prepare
     if hasattr(prepare, "keeps_parameters"):

@@ -338,9 +338,9 @@ def explain(model: nn.Module) -> Explanation:
     """Returns which layers and blocks of ``model`` run fused now, and why other layers and blocks do not.
 
     The result depends on the current state: ``train()``, ``set_adapter``, ``merge_adapter``, autocast and other state
-    change it. For example, a decoder layer is fused in evaluation only, and a loss and a dropout in training only. The
-    result does not cover the arguments of a single call: a call with arguments that the operators do not accept (such
-    as an x of another dtype) takes the stock path.
+    change the result. For example, a decoder layer is fused in evaluation only, and a loss and a dropout in training
+    only. The result does not cover the arguments of a single call: a call with arguments that the operators do not
+    accept (such as an x of another dtype) takes the stock path.
 
     Under FSDP2, the result is for a call of ``model``, in which ``fully_shard`` gathers the parameters. ``explain``
     communicates nothing, so a single process may call it.

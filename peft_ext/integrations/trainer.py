@@ -113,7 +113,7 @@ class PeftExtCallback(TrainerCallback):
     ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` are added to each of Trainer's logs that has a
     loss, and to the metrics that ``train()`` returns. Trainer calls its reporters (TensorBoard, W&B, ...) before the
     callbacks that the user passes. :meth:`attach` moves this callback before the reporters, so that the reporters get
-    the four values too.
+    the callback's values too.
 
     Raises: ValueError if warmup_steps is negative. When training begins, the callback raises the errors of
     :func:`peft_ext.accelerate` and :func:`peft_ext.agree`.

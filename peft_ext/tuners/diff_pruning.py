@@ -364,8 +364,8 @@ class DiffPruningModel(ReplacingTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # The checkpoint may hold this adapter before or after pruning. The adapter in the model becomes pruned or not
-        # pruned, like the adapter in the checkpoint.
+        # The checkpoint may hold the adapter from before or from after pruning. The adapter in the model becomes pruned
+        # or not pruned, like the adapter in the checkpoint.
         kept = _kept_in(state_dict)
         if kept != config.kept:
             config = model.peft_config[adapter_name] = dataclasses.replace(config, kept=kept)

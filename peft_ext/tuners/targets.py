@@ -32,8 +32,8 @@ _LAYER_COUNT = re.compile(r"(n_layers?|num_hidden_layers|num_layers|(en|de)coder
 
 @dataclass
 class TargetConfig(PeftConfig):
-    """Fields of PEFT's configurations that choose modules. Unlike in PEFT, the name of a container in these fields
-    stands for all modules below the container.
+    """Fields of PEFT's configurations that choose modules. Unlike in PEFT, the name of a container stands for all
+    modules below the container.
 
     Args:
         target_modules: full names ("model.layers.1.mlp") or last components of names ("mlp"); or a regular expression
@@ -41,7 +41,8 @@ class TargetConfig(PeftConfig):
             named. None stands for the method's default targets.
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: modules that are trained and saved whole, as in PEFT; these modules are not targets.
-        layers_to_transform: index or indices of layers. Modules outside of these layers are not targets. A layer's
+        layers_to_transform: index or indices of layers. If given, modules outside of the given layers are not targets.
+            A layer's
             index is the first number in the module's full name (after a name that matches ``layers_pattern``).
         layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 
@@ -254,7 +255,8 @@ def own_units(
     A target module becomes a unit, which the adapter's layer wraps with all modules below it, if the module itself owns
     parameters: a linear layer, a norm, or a mixer that has a state matrix besides its projections. A module that
     contains an ``nn.ModuleList`` is not wrapped: its own parameters stay frozen, with a warning. No name of a tensor is
-    in two units. ``within``: if given, only modules with these full names and modules below them are wrapped.
+    in two units. ``within``: if given, only modules whose full names are in ``within``, and modules below these, are
+    wrapped.
     ``buffers``: whether saved buffers, such as a batch norm's statistics, are target tensors too.
 
     Raises: ValueError if a target is quantized (a parameter is not of a float dtype of 16 to 64 bits, or the module has

@@ -121,7 +121,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     classes stay the same. The random number generators of PyTorch, Python and NumPy keep their states. Hooks of modules
     run in the copies; hooks of parameters do not run.
 
-    The comparison needs the memory of a stock training step in the yardstick's dtype, of the weights in this dtype, and
+    The comparison needs the memory of a stock training step in the wider dtype, of the weights in the wider dtype, and
     of three copies of the logits and of the trained gradients. Packed layers are dequantized one at a time; packed
     experts of a mixture are dequantized whole, twice. The comparison takes the time of about ten stock training steps,
     or of fifteen if the base is packed.
@@ -203,7 +203,7 @@ def _check(model: nn.Module, batch: Any) -> list[torch.device]:
 @contextmanager
 def _as_it_was(devices: list[torch.device]) -> Iterator[Seed]:
     """Yields a function that seeds PyTorch's, Python's and NumPy's random generators. The end of the context restores
-    the states of these generators."""
+    the generators' states."""
     cuda = [device for device in devices if device.type == "cuda"]
     numpy = sys.modules.get("numpy")
     python, numbers = random.getstate(), numpy.random.get_state() if numpy else None

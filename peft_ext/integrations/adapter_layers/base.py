@@ -88,7 +88,7 @@ class Fused:
     result for the call, else the stock class's forward.
 
     ``reads`` names the attributes that the fused class reads of an instance. ``accelerate`` does not fuse an instance
-    that lacks one of these attributes, and ``explain`` names the missing attribute.
+    that lacks an attribute of ``reads``, and ``explain`` names the missing attribute.
     """
 
     reads: tuple[str, ...] = ("base_layer", "_active_adapter", "_disable_adapters", "merged_adapters")
@@ -257,7 +257,7 @@ def sums_wider(base: nn.Module, x: Tensor) -> bool:
 
 
 def quant_state_of(base: nn.Module) -> Any:
-    """Returns the quant_state of a ``Linear4bit``: the parameter's or, if fully_shard replaced the parameter by a plain
-    one, the layer's."""
+    """Returns the quant_state of a ``Linear4bit``: the quant_state of its weight or, if fully_shard replaced the weight
+    by a plain parameter, the quant_state of the layer."""
     state = getattr(base._parameters.get("weight"), "quant_state", None)
     return base.__dict__.get("quant_state") if state is None else state

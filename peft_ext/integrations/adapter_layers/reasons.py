@@ -372,8 +372,8 @@ def weight_reason(base: nn.Module) -> Optional[str]:
 
 def _table_reason(state: Any) -> Optional[str]:
     """Returns why the operators can't decode a weight with bitsandbytes' quant_state ``state``, or None. The operators
-    decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to one of these. The
-    values of a table are read once."""
+    decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to the operators' table.
+    The values of a table are read once."""
     code, kind = state.code, state.quant_type
     # torch.compile can't read the values of a table while it traces, so `accelerate` reads a model's tables earlier.
     if not torch.compiler.is_compiling():

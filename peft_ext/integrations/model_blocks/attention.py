@@ -62,7 +62,8 @@ _MOST_KEYS_ON_AMX = {True: 512, False: 128}
 # another kernel for calls of at most _FEW_QUERIES queries without a gradient. For most other calls of fewer than
 # _LEAST_QUERIES queries, PyTorch's own attention is faster than the operator.
 _LEAST_QUERIES, _FEW_QUERIES = 16, 8
-# Largest size of a head for which the operator runs. The operator's scratch memory per thread grows with this size.
+# Largest size of a head for which the operator runs. The operator's scratch memory per thread grows with the size of a
+# head.
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
 _rotate, _attention = kernel_of("rotary_embedding"), kernel_of("scaled_dot_product_attention")

@@ -4,8 +4,8 @@ of the head, and ``loss_function``.
 While a model with a known loss function trains with labels, the model's head returns a :class:`.pending.Pending` in
 place of logits, unless the logits have to be computed whole (see, for example, ``DefersLoss.head_reason``).
 ``PreTrainedModel.loss_function`` computes the loss from a Pending that nothing has used, by
-:func:`peft_ext.ops.linear_cross_entropy`. After such a loss, the model's output computes its ``logits`` at the first
-read.
+:func:`peft_ext.ops.linear_cross_entropy`. If the loss was computed from a Pending, the model's output computes its
+``logits`` at the first read.
 """
 
 from __future__ import annotations
