@@ -273,8 +273,8 @@ class DiffPruningModel(ReplacingTuner):
         """Returns two parameter groups for a torch optimizer: the gates' α, and all other trained parameters.
 
         The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from the
-        initial value (by default 5) to below 0. At a usual learning rate Adam needs some hundred thousand steps for
-        this change; the authors use the rate 0.1 for α.
+        initial value (by default 5) to below 0. At a usual learning rate Adam needs some hundred thousand steps to
+        close a gate; the authors use the rate 0.1 for α.
         """
         gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in diff.alphas()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

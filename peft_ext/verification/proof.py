@@ -46,9 +46,9 @@ class Proof:
     ``ulps``: the tolerance for the values and for the gradients, in units of the dtype's eps times the largest value of
     a row (values) or of the tensor (gradients). ``inputs(row)`` yields a description of each input, and a function from
     a dtype to the input's positional and keyword arguments. ``fused(cls, row, form, module)`` returns the fused forward
-    of ``module``; the fused forward replaces the method ``method`` of the class. ``strict``: whether NaN and the two
-    infinities must be at the same places in both results. ``strides``: whether the two results must have the same
-    strides. ``autocast``: whether float32 inputs are also tried under autocast to bfloat16.
+    of ``module``; the fused forward replaces the method ``method`` of the class. ``strict``: whether elements that are
+    not finite must be equal (NaN, or the same infinity) in both results. ``strides``: whether the two results must have
+    the same strides. ``autocast``: whether float32 inputs are also tried under autocast to bfloat16.
     """
 
     fill: Callable[[Any, Row, bool], None]
@@ -356,8 +356,8 @@ def _differs(
         if len(stock[index]) != len(fused[index]):
             return f"{what} are {len(fused[index])} tensors, wanted {len(stock[index])}"
         for a, b in zip(fused[index], stock[index], strict=True):
-            # The gradients of x are not compared where x is not finite: PyTorch's ReLU, for example, passes gradients
-            # on where x is NaN.
+            # Unless the proof is strict, the gradients of x are not compared where x is not finite: PyTorch's ReLU, for
+            # example, passes gradients on where x is NaN.
             if not proof.strict and index == 1 and a.shape == x.shape:
                 a, b = (value.masked_fill(~x.isfinite(), 0.0) for value in (a, b))
             eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
