@@ -41,8 +41,8 @@ class TargetConfig(PeftConfig):
             named. None stands for the method's default targets.
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: modules that are trained and saved whole, as in PEFT; these modules are not targets.
-        layers_to_transform: index or indices of layers. If given, modules outside of the given layers are not targets.
-            A layer's
+        layers_to_transform: index or indices of layers; None: all layers. Modules outside of the given layers are not
+            targets. A layer's
             index is the first number in the module's full name (after a name that matches ``layers_pattern``).
         layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 

@@ -61,7 +61,7 @@ def facts_of(
     held, kind, device = layer.__dict__, type(layer), x.device
     if x.is_nested or reasons.any_global_hook():
         return None
-    # Tests what reasons.kernel_reason tests, whether the kernels may run, with fewer Python calls.
+    # Tests whether the kernels may run, as reasons.kernel_reason does, with fewer Python calls.
     if not reasons.KERNELS[op].get(device.type) or proved_eagerly(device.type, *PUBLIC[op]) is not None:
         return None
     if torch.is_autocast_enabled(device.type):

@@ -177,7 +177,7 @@ _APPLIED: dict[str, Callable[..., Tensor]] = {
 
 def _scale_and_cap(steps: tuple[Step, ...]) -> Optional[tuple[float, Optional[float]]]:
     """Returns the scale s and the cap c if the steps compute ``c tanh(s z / c)`` from logits z, or s and None if the
-    steps compute ``s z``. Returns None if the steps compute another function."""
+    steps compute ``s z``. Returns None if the steps compute another function of the logits."""
     scale, inner = 1.0, None
     for name, number in steps:
         if name == "tanh" and inner is not None:
