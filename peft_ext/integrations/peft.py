@@ -213,12 +213,12 @@ def agree(model: nn.Module) -> None:
     """Makes all ranks of a distributed training run use the same kernels.
 
     Each rank proves its kernels by itself, that is compares them with the reference (see the section "The proof on the
-    machine" in docs/reliability.md). If a family
-    of kernels failed on one rank, the operators of this family compute with the reference on that rank alone, and the
-    gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
-    the default process group. If a family failed on any rank, its operators compute with the reference on all ranks. In
-    a training loop of your own, call this function on every rank, after ``accelerate`` and before the first step. With
-    transformers' Trainer, ``PeftExtCallback`` makes all ranks use the same kernels when training begins.
+    machine" in docs/reliability.md). If a family of kernels failed on one rank, the operators of this family compute
+    with the reference on that rank alone, and the gradients of the ranks differ by rounding. This function exchanges
+    the results of the proofs through the store of the default process group. If a family failed on any rank, its
+    operators compute with the reference on all ranks. In a training loop of your own, call this function on every rank,
+    after ``accelerate`` and before the first step. With transformers' Trainer, ``PeftExtCallback`` makes all ranks use
+    the same kernels when training begins.
 
     The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that
     only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.

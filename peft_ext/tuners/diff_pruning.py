@@ -168,8 +168,7 @@ class DiffPruningLayer(ReplacingLayer):
 
     In training each forward draws the gates' random numbers u from torch's default generator, so that a recomputation
     under activation checkpointing draws the same u. If modules share a tensor, each module draws its own u. In eval
-    mode, for merging
-    and for pruning, u is ½: z = clamp(σ(α)·(r − l) + l, 0, 1). The keys in the state dict are
+    mode, for merging and for pruning, u is ½: z = clamp(σ(α)·(r − l) + l, 0, 1). The keys in the state dict are
     ``diff_pruning_tensors.<name in the module>`` followed by ``w``, ``alpha`` and ``group``, or after pruning by
     ``indices`` and ``values``.
     """

@@ -42,8 +42,8 @@ class TargetConfig(PeftConfig):
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: modules that are trained and saved whole, as in PEFT; these modules are not targets.
         layers_to_transform: index or indices of layers; None: all layers. Modules outside of the given layers are not
-            targets. A layer's
-            index is the first number in the module's full name (after a name that matches ``layers_pattern``).
+            targets. A layer's index is the first number in the module's full name (after a name that matches
+            ``layers_pattern``).
         layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 
     Raises: TypeError or ValueError if a field has a value of a wrong type, or a value that is not allowed.
@@ -256,8 +256,7 @@ def own_units(
     parameters: a linear layer, a norm, or a mixer that has a state matrix besides its projections. A module that
     contains an ``nn.ModuleList`` is not wrapped: its own parameters stay frozen, with a warning. No name of a tensor is
     in two units. ``within``: if given, only modules whose full names are in ``within``, and modules below these, are
-    wrapped.
-    ``buffers``: whether saved buffers, such as a batch norm's statistics, are target tensors too.
+    wrapped. ``buffers``: whether saved buffers, such as a batch norm's statistics, are target tensors too.
 
     Raises: ValueError if a target is quantized (a parameter is not of a float dtype of 16 to 64 bits, or the module has
     packed weights such as ``qweight``), or if a module to be wrapped contains an adapter already.
