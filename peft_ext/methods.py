@@ -35,9 +35,9 @@ class Method:
 
     Attributes:
         title, quantized_title: the method's usual name over dense weights, and over NF4.
-        kind: one of :data:`KINDS`.
+        kind: the kind of the method, a key of :data:`KINDS`.
         config_class: full name of the class of the method's configuration.
-        learning_rate: default learning rate of a run. Methods that train few parameters have a larger rate.
+        learning_rate: default learning rate of a run. Most methods that train few parameters have a larger rate.
         page: name of the page in docs/methods that has the method's formula.
         fields: values that peft_ext sets for fields of the configuration, besides ``task_type``.
         quant: default quantization of a run's frozen base: "nf4" or "none".
@@ -94,7 +94,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, dict[str, Any]]:
-    """Returns the full name of the class of a method's configuration, and the default values of its fields.
+    """Returns the full name of the class of a method's configuration, and the values that peft_ext sets for its fields.
 
     For a task for which PEFT trains all weights of the head, the fields of a low-rank method and of BitFit exclude the
     head from the adapted layers.
@@ -107,7 +107,7 @@ def method_config(method: str, task_type: Optional[str] = None) -> tuple[str, di
 
 
 def make_config(config_class: str, fields: Mapping[str, Any]) -> Any:
-    """Imports the configuration class with the full name ``config_class``, and returns an object of it made with
+    """Imports the configuration class with the full name ``config_class``, and returns a configuration with the values
     ``fields``."""
     module, _, name = config_class.rpartition(".")
     return getattr(importlib.import_module(module), name)(**fields)

@@ -43,7 +43,7 @@ __all__ = [
     "train_with_peft",
 ]
 
-# Columns of rows that are tokenized already.
+# The columns that a row may have if its text is tokenized already.
 _COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -97,11 +97,11 @@ def setup_peft_training(
     """Returns a causal language model with an adapter of ``method``, accelerated, and the model's tokenizer.
 
     Args:
-        model_name: a folder or a hub name.
+        model_name: the model: a folder, or a name on the Hugging Face hub.
         method: one of :data:`peft_ext.methods.METHODS`; "qlora" quantizes the model to NF4.
         output_dir: ignored, as in the lesson; :func:`train_with_peft` has the ``output_dir`` that is used.
         prompt_text: with method "prompt", the text that initializes the virtual tokens, instead of random numbers.
-        fields: fields of the method's configuration, which replace the defaults of METHODS: ``r=8``,
+        fields: fields of the method's configuration, which replace the defaults of METHODS, for example ``r=8`` or
             ``target_modules=["q_proj"]``.
 
     Raises: ValueError where there is no such method, or where prompt_text is given for another method than "prompt";
@@ -118,7 +118,8 @@ def setup_peft_training(
     if prompt_text is not None:
         given |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": prompt_text,
                   "tokenizer_name_or_path": str(model_name)}  # fmt: skip
-    # Layers that the caller names are adapted in every part of the model.
+    # If the caller names layers, layers of these names are adapted in every part of the model, not in the text decoder
+    # alone.
     if fields.get("target_modules") in (None, "all-linear"):
         given |= text_targets(model, method)
     model = get_peft_model(model, make_config(config_class, {**given, **fields}))
@@ -144,16 +145,16 @@ def train_with_peft(
         adapter_dir: the folder into which the trained adapter is saved.
         block_size: most tokens of a training example, at least 2. Texts are joined and divided into blocks of
             ``block_size`` tokens. A longer conversation, or prompt and completion, is cut, and is left out if its
-            completion begins after the cut; a warning has the numbers. The tokens after the last whole block of texts
-            are left out, with a warning where they are many. Rows with ``input_ids`` are not cut.
+            completion begins after the cut; a warning says how many were cut or left out. The tokens after the last
+            whole block of texts are left out, with a warning where they are many. Rows with ``input_ids`` are not cut.
         arguments: further TrainingArguments. The defaults are 3 epochs, batches of 4 examples, 4 batches for each
             optimizer step, and a learning rate of 2e-4 after 100 steps of warm-up.
 
     The loss of an optimizer step is the mean over the labels of all batches of the step, so that half of the batch size
     with twice the number of batches makes the same step up to rounding.
 
-    For AdaLoRA, a callback updates the rank budget; for Diff Pruning, a callback begins the second phase. In several
-    processes, the first process saves the adapter, which is gathered under FSDP2, and the others wait.
+    For AdaLoRA, a callback updates the ranks; for Diff Pruning, a callback prunes the adapter after half of the steps.
+    In several processes, the first process saves the adapter, which is gathered under FSDP2, and the others wait.
 
     Raises: TypeError if ``model`` has no adapter; ValueError if ``block_size`` is less than 2; peft_ext.run.RunError if
     the rows of ``train_dataset`` have neither ``input_ids`` nor columns for text, for prompt and completion, or for
@@ -237,7 +238,7 @@ def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> li
     """
     rows = [dict(row) for row in rows]
     if not rows or any("input_ids" in row for row in rows):
-        # A dataset that was tokenized by `map` still has its texts, which transformers' Trainer removes too.
+        # A dataset that was tokenized by `map` still has its texts. The texts are removed, as Trainer removes them.
         rows = [{name: value for name, value in row.items() if name in _COLUMNS or _is_numbers(value)} for row in rows]
         columns = {name for row in rows for name in row}
         return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]
@@ -285,7 +286,7 @@ def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, 
         found.setdefault("attention_mask", [1] * length)
     mask = found.get("attention_mask", [1] * length)
     if "labels" not in found:
-        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # the loop below raises if the lengths differ
+        pairs = zip(found.get("input_ids", ()), mask, strict=False)  # different lengths raise an error later
         found["labels"] = [token if kept else IGNORED for token, kept in pairs]
     for name in sorted(columns | {"labels"}):
         if name not in found:
@@ -310,7 +311,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _integers(where: str, column: str, value: Any) -> list[int]:
-    """Returns a list, array or tensor of integers as a list."""
+    """Returns a list, array or tensor of integers as a list. Raises RunError for any other value."""
     numbers = _as_numbers(value)
     if numbers.dim() != 1 or numbers.numel() and (numbers.is_floating_point() or numbers.is_complex()):
         raise RunError(f"{where} has {type(value).__name__} in column {column!r}, wanted a list of integers")

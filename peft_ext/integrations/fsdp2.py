@@ -55,7 +55,7 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
 
     Call this function after the trainer is made, before ``trainer.train()`` and ``trainer.evaluate()``, in all
     processes. Modules to which ``fully_shard`` was applied before are left unchanged. For a PeftModel,
-    ``trainer.save_model`` then writes PEFT's files with every state dict type, and checkpoints are sharded
+    ``trainer.save_model`` writes PEFT's files after this call, with every state dict type, and checkpoints are sharded
     (``SHARDED_STATE_DICT``) and have PEFT's files too.
 
     Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,
@@ -177,7 +177,8 @@ def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.
 
 
 def _mesh(accelerator: Any) -> Any:
-    if getattr(accelerator, "torch_device_mesh", None) is not None:  # accelerate 1.10 and newer makes a device mesh
+    # From version 1.10 on, the accelerate library makes a device mesh.
+    if getattr(accelerator, "torch_device_mesh", None) is not None:
         return accelerator.torch_device_mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
@@ -190,8 +191,8 @@ def _send(tensor: Tensor, device: torch.device) -> None:
 
 
 def _send_trained(model: nn.Module, device: torch.device) -> None:
-    """Sends the trained parameters of process 0 to all processes, as DDP does: ``fully_shard`` sends nothing, and takes
-    the rows of a shard, or a replica, from the process that holds them."""
+    """Sends the trained parameters of process 0 to all processes, as DDP does, because ``fully_shard`` sends nothing:
+    each process makes its shard from its own copy of the parameters."""
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.is_meta:
             _send(parameter, device)
@@ -221,7 +222,7 @@ def _keep_parameters(accelerator: Any) -> None:
     optimizer.
 
     The accelerate library replaces an optimizer's parameters by the model's parameters at the same addresses. Empty
-    shards all have the address 0, so an optimizer would get one empty shard several times, and lose the others.
+    shards all have the address 0, so an optimizer would get one empty shard several times, and lose its other shards.
     """
     prepare = accelerator.prepare
     if hasattr(prepare, "keeps_parameters"):
@@ -233,7 +234,7 @@ def _keep_parameters(accelerator: Any) -> None:
         if len(args) == 1 and isinstance(args[0], FSDPModule):
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
-        if not all(isinstance(model, FSDPModule) for model in models):  # the original prepare then shards the model
+        if not all(isinstance(model, FSDPModule) for model in models):  # `prepare` then shards the models itself
             return prepare(*args, **kwargs)
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
         kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
@@ -276,7 +277,7 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
 def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
     """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Process 0 gets the tensors,
     and every other process gets an empty dict."""
-    model = getattr(model, "_orig_mod", model)  # a compiled model
+    model = getattr(model, "_orig_mod", model)  # torch.compile keeps the module of a compiled model in `_orig_mod`
     adapters = set(getattr(model, "peft_config", ()))
     units = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, FSDPModule))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

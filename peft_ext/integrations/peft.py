@@ -100,25 +100,25 @@ def accelerate(
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
             layers. LoRA (also with several active adapters, and mixed batches by ``adapter_names``), DoRA, AdaLoRA and
             (IA)³ are fused over nn.Linear, Conv1D, NF4Linear, PackedLinear and ``Linear4bit``. LoRA is also fused over
-            nn.Embedding and over the quantized layers of other packages that ``adapter_layers/foreign.py`` reads, and
-            LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't compute the base
-            layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's own forward runs
-            and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is not fused. A
-            layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why. Layers that are
-            added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
+            nn.Embedding, PackedEmbedding and the quantized layers of other packages that ``adapter_layers/foreign.py``
+            reads, and LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't compute
+            the base layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's own
+            forward runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is
+            not fused. A layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why.
+            Layers that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
         blocks: whether to fuse norms, MLPs, attentions, decoder layers, dropouts and the loss, and not only layers.
             Norms, MLPs, attentions and decoder layers are fused if the code of their forward is a known form
             (docs/known-forms.md) at the time of the call. A fused norm saves x and one or two numbers per row for the
-            backward. An MLP computes the input of its last layer again in the backward, unless the last layer has
-            hooks. An attention computes the adapted layers that get one input together, and on an x86 CPU with AVX2
-            runs softmax(q kᵀ) v on an operator where the operator was measured to be faster than PyTorch. A decoder
-            layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are fused on
-            a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and the
-            model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with labels,
-            :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output computes
-            its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen linear layers
-            are fused.
-        dora_dropout: the tensor that DoRA's dropout acts on in training. With "peft", the dropout acts on x in the
+            backward. An MLP computes the input of its last layer again in the backward, unless, for example, the last
+            layer has hooks. An attention computes the adapted layers that get one input together, and on an x86 CPU
+            with AVX2 runs softmax(q kᵀ) v on an operator where the operator was measured to be faster than PyTorch. A
+            decoder layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are
+            fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and
+            the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with
+            labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output
+            computes its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen
+            linear layers are fused.
+        dora_dropout: "peft" or "lora": where DoRA's dropout acts in training. With "peft", the dropout acts on x in the
             low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
             product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped
             elements alone. With "lora", the dropout acts on x in the low-rank term only, as in LoRA, which needs one
@@ -126,7 +126,7 @@ def accelerate(
             until the next call of ``accelerate``, or until ``restore``.
         experts_dropout: the probability with which, in training, an element of the input of a mixture's experts is
             dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row of an expert's input gets its
-            own mask. PEFT computes W + s B A on experts, has no dropout there, and rejects a ``lora_dropout``; PEFT's
+            own mask. PEFT itself has no dropout on experts and rejects a ``lora_dropout`` on experts, and PEFT's
             adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
             of ``accelerate``, or until ``restore``.
 
@@ -142,10 +142,10 @@ def accelerate(
     but draws another mask. The fused operators do not support the gradient of a gradient. Under forward-mode
     differentiation and torch.func's transforms, the stock code of the adapter layers runs.
 
-    Raises: TypeError if model is no nn.Module; ValueError if dora_dropout is neither "peft" nor "lora", or
-    experts_dropout is no number with 0 <= p < 1. Warns if ``accelerate`` finds no layer to fuse (no adapter, no 4-bit
-    layer), if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the layer to x, and if
-    a method's code in PEFT computes with the codes of a packed weight.
+    Raises: TypeError if model is no nn.Module; ValueError if dora_dropout is none of "peft", "lora" and None, or
+    experts_dropout is neither None nor a number p with 0 <= p < 1. Warns if ``accelerate`` finds no layer to fuse (no
+    adapter, no 4-bit layer), if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the
+    layer to x, and if a method's code in PEFT computes with the codes of a packed weight.
     """
     if dora_dropout is not None and dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
@@ -212,17 +212,18 @@ def accelerate(
 def agree(model: nn.Module) -> None:
     """Makes all ranks of a distributed training run use the same kernels.
 
-    Each rank proves its kernels alone (see the section "The proof on the machine" in docs/reliability.md). If a family
-    of kernels failed on one rank, the operators of this family compute with the reference on that rank alone, and the
-    gradients of the ranks differ by rounding. This function exchanges the results of the proofs through the store of
-    the default process group, and drops on all ranks each family that failed on any rank. In a training loop of your
-    own, call this function on every rank, after ``accelerate`` and before the first step. With transformers' Trainer,
-    ``PeftExtCallback`` makes all ranks use the same kernels when training begins.
+    Each rank proves its kernels by itself, that is compares them with the reference (see the section "The proof on the
+    machine" in docs/reliability.md). If a family of kernels failed on one rank, the operators of this family compute
+    with the reference on that rank alone, and the gradients of the ranks differ by rounding. This function exchanges
+    the results of the proofs through the store of the default process group. If a family failed on any rank, its
+    operators compute with the reference on all ranks. In a training loop of your own, call this function on every rank,
+    after ``accelerate`` and before the first step. With transformers' Trainer, ``PeftExtCallback`` makes all ranks use
+    the same kernels when training begins.
 
     The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that
     only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
 
-    Without a process group of several ranks, and with ``PEFT_EXT_PROVE=0``, nothing is exchanged.
+    Nothing is exchanged without a process group of several ranks, or with ``PEFT_EXT_PROVE=0``.
 
     Raises: TypeError if model is no nn.Module; RuntimeError if another rank does not call this function within 600
     seconds.
@@ -278,10 +279,10 @@ class Row:
 class Explanation:
     """The result of :func:`peft_ext.explain`. ``str`` of an Explanation is a table.
 
-    ``rows``: a row for each adapter layer, for each other quantized layer, and for each other frozen linear layer that
-    computes in a 16-bit dtype for whose products the CPU has no instructions. ``blocks``: a row for each part of a
-    block (norm, MLP, attention, decoder layer, dropout) and for each loss of a language model. ``fused_share`` counts
-    ``rows`` and not ``blocks``.
+    ``rows``: a row for each adapter layer, for each other linear layer or experts' module that peft_ext or bitsandbytes
+    keeps quantized, and for each other frozen linear layer that computes in a 16-bit dtype for whose products the CPU
+    has no instructions. ``blocks``: a row for each part of a block (norm, MLP, attention, decoder layer, dropout) and
+    for each loss of a language model. ``fused_share`` counts ``rows`` and not ``blocks``.
 
     ``missing``: a sentence for each name that the installed PEFT, bitsandbytes or transformers lacks, which says what
     is not fused without this name.
@@ -337,9 +338,9 @@ def explain(model: nn.Module) -> Explanation:
     """Returns which layers and blocks of ``model`` run fused now, and why other layers and blocks do not.
 
     The result depends on the current state: ``train()``, ``set_adapter``, ``merge_adapter``, autocast and other state
-    change it. For example, a decoder layer is fused in evaluation only, and a loss and a dropout in training only. The
-    result does not cover the arguments of a single call: a call with arguments that the operators do not accept (such
-    as an x of another dtype) takes the stock path.
+    change the result. For example, a decoder layer is fused in evaluation only, and a loss and a dropout in training
+    only. The result does not cover the arguments of a single call: a call with arguments that the operators do not
+    accept (such as an x of another dtype) takes the stock path.
 
     Under FSDP2, the result is for a call of ``model``, in which ``fully_shard`` gathers the parameters. ``explain``
     communicates nothing, so a single process may call it.
@@ -419,8 +420,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _old_card(module: nn.Module) -> Optional[str]:
-    """Returns why the reference computes for a module on an old GPU although the kernels were not dropped; None for any
-    other module. See cards.why_old."""
+    """Returns why the reference, in place of the kernels, computes a module on an old GPU beside a newer GPU; else
+    None. See cards.why_old."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return None if tensor is None else cards.why_old(tensor.device)
 

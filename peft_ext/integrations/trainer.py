@@ -88,7 +88,8 @@ class PeftExtCallback(TrainerCallback):
 
     Args:
         accelerate: whether to call :func:`peft_ext.accelerate` on the model when training begins.
-        warmup_steps: number of first steps that the speed leaves out, because the first steps allocate memory.
+        warmup_steps: number of steps at the beginning, in which memory is allocated, that the measured speed leaves
+            out.
         restore: whether to call :func:`peft_ext.restore` on the model when training ends. With ``restore`` True, the
             whole model is restored, also layers that were accelerated before training. If training ends with an
             exception, the model stays accelerated.
@@ -112,7 +113,7 @@ class PeftExtCallback(TrainerCallback):
     ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` are added to each of Trainer's logs that has a
     loss, and to the metrics that ``train()`` returns. Trainer calls its reporters (TensorBoard, W&B, ...) before the
     callbacks that the user passes. :meth:`attach` moves this callback before the reporters, so that the reporters get
-    the four values too.
+    the callback's values too.
 
     Raises: ValueError if warmup_steps is negative. When training begins, the callback raises the errors of
     :func:`peft_ext.accelerate` and :func:`peft_ext.agree`.
@@ -140,8 +141,8 @@ class PeftExtCallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> PeftExtCallback:
         """Makes this callback the first callback of ``trainer``, and returns this callback.
 
-        A callback that the trainer already has is moved. In a process group, if the accelerate library's configuration
-        or ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
+        If the trainer has this callback already, the callback is moved. In a process group, if the accelerate library's
+        configuration or ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
         (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call this method, before the
         training.
 
@@ -294,7 +295,8 @@ class PeftExtCallback(TrainerCallback):
 
 class AdaLoraCallback(TrainerCallback):
     """Calls AdaLoRA's ``update_and_allocate`` after each optimizer step, before the gradients are cleared. Leaves out a
-    step whose gradients are not finite, such as a step that a scaler for float16 skips.
+    step whose gradients are not finite, such as a step that a scaler for float16 skips, except among the last
+    ``tfinal`` steps, in which AdaLoRA uses no gradients.
 
     AdaLoRA's paper and PEFT's documentation update the ranks between the optimizer step and the clearing of the
     gradients. Trainer does not call ``update_and_allocate``, and without the call AdaLoRA prunes no ranks.
@@ -313,8 +315,8 @@ class AdaLoraCallback(TrainerCallback):
             raise TypeError(f"AdaLoraCallback: model is {type(model).__name__}, wanted a PeftModel with AdaLoRA")
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.isfinite(nn.utils.get_total_norm(gradients)):
-            # AdaLoRA's running means of importance would stay NaN. The last pruning, and all updates behind it, use no
-            # gradients.
+            # A gradient that is NaN would make AdaLoRA's running means of importance NaN for the rest of the run. The
+            # last pruning, and all updates after it, use no gradients.
             config = tuner.peft_config[tuner.trainable_adapter_name]
             if state.global_step < config.total_step - config.tfinal:
                 return

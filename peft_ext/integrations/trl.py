@@ -9,10 +9,10 @@
 TRL's trainers replace the model's forward. Called with ``fused_lm_head=True``, TRL's forward runs the layers below the
 head and returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other values that the
 trainer logs. TRL's trainers compute their losses and metrics from the ``FusedCausalLMOutput``. :class:`LinearLoss`
-replaces TRL's forward by a forward that computes the same output from the same hidden states and the same weight.
-``linear_cross_entropy`` computes the log probability of each label. The entropy and the other values that the trainer
-logs are computed for a chunk of tokens at a time, without gradients. On a CPU, TRL's own forward keeps several float32
-tensors of 4,096 tokens by 32,768 vocabulary entries.
+replaces TRL's forward by a forward that computes the same output from the same hidden states and the same weight. In
+this forward, ``linear_cross_entropy`` computes the log probability of each label. The entropy and the other values that
+the trainer logs are computed for a chunk of tokens at a time, without gradients. On a CPU, TRL's own forward keeps
+several float32 tensors of 4,096 tokens by 32,768 vocabulary entries.
 
 As with TRL's own forward, the trainer calls the model through its wrapper, so DDP sees an ordinary call.
 """
@@ -126,8 +126,8 @@ def _model_reason(model: nn.Module) -> Optional[str]:
 
 
 def _head_reason(model: nn.Module) -> Optional[str]:
-    """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward calls this
-    function, because the head may have changed."""
+    """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward with a fused
+    head calls this function, because the head may have changed."""
     head = model.get_output_embeddings()
     if type(head) not in (*PACKED, *LINEAR, *FOUR_BIT):
         return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear, PackedLinear or Linear4bit"
@@ -151,7 +151,8 @@ def _linear(forward: types.MethodType) -> Callable[..., Any]:
     temperature, the logit scale and the soft cap of ``forward``."""
     function = forward.__func__
     given = inspect.getclosurevars(function).nonlocals
-    # TRL divides the capped logits by the temperature T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).
+    # TRL divides logits z with the scale a and the soft cap c by the temperature T. The operator computes the quotient
+    # with the scale a / T and the cap c / T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).
     temperature, softcap = given["temperature"], given["final_logit_softcapping"]
     scale, softcap = given["logit_scale"] / temperature, None if softcap is None else softcap / temperature
 
@@ -182,8 +183,8 @@ def _output(
     hidden: Tensor, head: nn.Module, labels: Tensor, items: Union[Tensor, int, None], scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> FusedCausalLMOutput:  # fmt: skip
-    """Returns an output like that of TRL's forward. Tokens with the label -100 are not computed, and have values of
-    0."""
+    """Returns a FusedCausalLMOutput with the values that TRL's forward computes. Tokens with the label -100 are not
+    computed, and their values are 0."""
     weight, bias = weight_of(head), head._parameters["bias"]
     hidden, labels = (value.to(head._parameters["weight"].device) for value in (hidden, labels))
     mask, dtype = labels != -100, autocast_dtype(hidden) or hidden.dtype
@@ -235,10 +236,8 @@ def _metrics(
 
 
 class _NoGradient(torch.autograd.Function):
-    """Autograd function: the forward returns the entropy unchanged, and the backward raises RuntimeError.
-
-    The backward of a loss that does not contain the entropy raises no error.
-    """
+    """Autograd function: the forward returns the entropy unchanged, and the backward of a loss that contains the
+    entropy raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, log_probs: Tensor) -> Tensor:
@@ -263,9 +262,10 @@ class LinearLoss:
     The trainer logs the same metrics as TRL's own trainer. The entropy has no gradient: the backward of a loss that
     contains the entropy raises RuntimeError.
 
-    ``loss_reason``: the reason why TRL's own code computes the loss, or None. If there is a reason, a warning states
-    the reason when the trainer is made. TRL's code computes the loss for example if the head is trained or computes in
-    float16, if processes share the model (FSDP, DeepSpeed), or if an option is not known to give TRL's numbers.
+    ``loss_reason`` is the reason why TRL's own code computes the loss; None if linear_cross_entropy computes the loss.
+    If there is a reason, a warning states the reason when the trainer is made. TRL's code computes the loss for example
+    if the head is trained or computes in float16, if processes share the model (FSDP, DeepSpeed), or if an option is
+    not known to give TRL's numbers.
     """
 
     loss_reason: Optional[str]

@@ -17,7 +17,7 @@ from .ranking import Candidate
 from .report import Alternative, Recommendation
 from .subjects import Given, parameters_text
 
-# Method -> (the method's common name over dense weights, its common name over NF4 weights).
+# Maps a method to its common name over dense weights and its common name over NF4 weights.
 NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
 NAMES["full"] = ("full fine-tuning", "full fine-tuning")
 
@@ -60,8 +60,8 @@ class Search:
         ]
         settings += [replace(settings[-1], batch_size=1)] * (batch_size > 1)
         self.settings = settings
-        # (method, setting) -> the memory of a training step; or the error that PEFT or the model raised; or None where
-        # the method does not work in the setting.
+        # Maps a method and a setting to the memory of a training step, to the error that PEFT or the model raised, or
+        # to None where the method does not work in the setting.
         self._known: dict[tuple[str, _Setting], Union[MemoryEstimate, Exception, None]] = {}
 
     def _has_room(self, memory: Optional[MemoryEstimate]) -> bool:

@@ -60,7 +60,7 @@ class Given:
 
         ``excluded``: expression that matches the names of the modules that the configuration excludes so far.
         """
-        if method not in METHODS:  # "full" has no configuration
+        if method not in METHODS:  # full fine-tuning has no configuration
             return {}
         return adapter_fields(self._built, method) | text_targets(self._built, method, excluded)
 

@@ -24,10 +24,10 @@ __all__ = ["config_from_adapterhub", "from_adapterhub", "to_adapterhub"]
 
 _PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn")
 
-# Model type -> places of adapters within a layer of the model. Each entry holds AdapterHub's place, peft_ext's place
-# for an adapter directly after the sublayer, and peft_ext's place of the feed-forward's adapter under "pfeiffer". The
-# last item of an entry is None for attention, which has no adapter under "pfeiffer", and "" if the place is the layer
-# itself.
+# Maps a model type to the places of adapters within a layer of the model. Each entry holds AdapterHub's place,
+# peft_ext's place for an adapter directly after the sublayer, and peft_ext's place of the feed-forward's adapter under
+# "pfeiffer". The last item of an entry is None for attention, which has no adapter under "pfeiffer", and "" if the
+# place is the layer itself.
 _GATED = (("attention_adapters", "self_attn.o_proj", None), ("output_adapters", "mlp.down_proj", ""))
 _BERT = (("attention.output", "attention.output.dense", None), ("output", "output.dense", "output.LayerNorm"))
 _PLACES: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -55,7 +55,7 @@ _TENSORS = {"adapter_down.0.weight": "down.weight", "adapter_down.0.bias": "down
 _THEIRS = re.compile(rf"{_LAYER}\.(?P<place>.+)\.adapters\.(?P<name>[^.]+)\.(?P<tensor>.+)")
 _OURS = re.compile(rf"(?:base_model\.model\.)?{_LAYER}(?:\.(?P<place>.+))?\.bottleneck_adapters\.(?P<tensor>.+)")
 
-# AdapterHub's fields (mh_adapter, output_adapter, original_ln_before) -> placement of BottleneckConfig.
+# Maps AdapterHub's fields (mh_adapter, output_adapter, original_ln_before) to a placement of BottleneckConfig.
 _BY_CONFIG = {(True, True, False): "houlsby", (False, True, True): "pfeiffer", (False, True, False): "after_ffn"}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "swish": "silu", "silu": "silu"}  # fmt: skip

@@ -62,7 +62,7 @@ def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
 
 @dataclass
 class BitFitConfig(TargetConfig):
-    """BitFit: trains a bias ``b`` for each target module, which replaces the module's own parameter ``bias``.
+    """BitFit: trains a bias ``b`` for each target module. ``b`` replaces the module's own parameter ``bias``.
 
     Args:
         bias_kinds: which biases of the targets are trained: one kind or a list of kinds, out of "all", "attention" (the
@@ -70,11 +70,12 @@ class BitFitConfig(TargetConfig):
             "mlp_up" (the feed-forward layer that widens; the paper's b_m2), "norm" and "other". The paper's smaller set
             of trained biases is ["query", "mlp_up"].
         add_bias: linear layers that get a bias of zeros if these layers have no bias, like Llama's layers. ``add_bias``
-            is names, a regular expression, or "all-linear" for all linear layers but the output head. ``add_bias`` may
-            name quantized layers (NF4Linear, bitsandbytes' 4 and 8 bits). If a layer that ``add_bias`` names already
-            has a bias, that bias is trained, whether or not ``target_modules`` names the layer. The other fields that
-            choose biases (``bias_kinds``, ``exclude_modules`` and so on) apply to these layers too. Merging leaves the
-            new biases in the model; to reload the merged model, its config may need a field such as ``attention_bias``.
+            is a list of names, a regular expression, or "all-linear" for all linear layers but the output head.
+            ``add_bias`` may name quantized layers (NF4Linear, bitsandbytes' 4 and 8 bits). If a layer that ``add_bias``
+            names already has a bias, that bias is trained, whether or not ``target_modules`` names the layer. The other
+            fields that choose biases (``bias_kinds``, ``exclude_modules`` and so on) apply to the layers of
+            ``add_bias`` too. Merging leaves the new biases in the model; to reload the merged model, its config may
+            need a field such as ``attention_bias``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`. By default every module with a parameter ``bias`` is a
             target. A classification head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
@@ -107,7 +108,7 @@ class BitFitLayer(ReplacingLayer):
     adapter_layer_names = ("bitfit_tensors",)
 
     def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
-        if not self.names[adapter]:  # another layer owns the shared bias
+        if not self.names[adapter]:  # the bias is shared, and another layer's adapter owns the bias
             return {}
         base, bias = self.base_layer, self.adapters[adapter].bias
         weight, replaced = base._parameters.get("weight"), base._parameters["bias"]
@@ -192,7 +193,7 @@ class BitFitModel(ReplacingTuner):
 
 def _bias_trains(base: nn.Module) -> bool:
     """Returns whether the backward of ``base`` computes the gradient of the bias. The backward of transformers'
-    FP8Linear computes only the gradient of the layer's input."""
+    FP8Linear over an FP8 weight computes only the gradient of the layer's input."""
     library = sys.modules.get("transformers.integrations.finegrained_fp8")
     return not isinstance(base, getattr(library, "FP8Linear", ())) or base.weight.element_size() > 1
 

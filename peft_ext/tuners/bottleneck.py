@@ -88,11 +88,13 @@ class BottleneckConfig(TargetConfig):
             feed-forward, v + s · Up(act(Down(v))), or in models with a LayerNorm after that sum (BERT) LayerNorm(v + s
             · Up(act(Down(LayerNorm(v))))). "after_ffn": after the feed-forward, before the residual sum. "parallel":
             parallel to the feed-forward.
-        bottleneck_dim: M, the width of the bottleneck; default: the adapted module's width / ``reduction_factor``,
-            rounded down, but at least 1.
-        activation: "gelu", "gelu_tanh", "relu" or "silu". scale: s.
-        adapter_bias: whether the two projections have biases.
-        init_weights: "normal", "bert" or "mam", see :class:`peft_ext.nn.BottleneckAdapter`.
+        bottleneck_dim: the width of the bottleneck; default: the adapted module's width / ``reduction_factor``, rounded
+            down, but at least 1.
+        activation: the activation act between Down and Up: "gelu", "gelu_tanh", "relu" or "silu".
+        scale: s, the factor by which the output of Up is multiplied.
+        adapter_bias: whether the projections Down and Up have biases.
+        init_weights: how the adapter's weights are initialized: "normal", "bert" or "mam", see
+            :class:`peft_ext.nn.BottleneckAdapter`.
         target_modules: names or a regular expression, with PEFT's meaning, of the modules whose outputs are adapted
             (for "parallel", of the modules to which adapters run parallel). If a container of modules is named, the
             container's own output is adapted. With "pfeiffer" a targeted LayerNorm runs before and after its adapter.
@@ -145,7 +147,7 @@ class BottleneckLayer(Wrapper):
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_adapters = nn.ModuleDict()
-        self.bottleneck_place: dict[str, str] = {}  # name of an adapter -> "after", "parallel" or "around"
+        self.bottleneck_place: dict[str, str] = {}  # maps an adapter's name to "after", "parallel" or "around"
         self.merged_adapters: list[str] = []
         self._active_adapter = []
         # If base_layer is a whole block, transformers records the block's output by a forward hook, and checkpoints the
@@ -239,7 +241,7 @@ class BottleneckModel(Tuner):
 
     Raises: ValueError if the placement has no default for the model type, if a target has no parameters or an unknown
     width, if a target is in another target or in or around a module that an earlier adapter adapts, if a target of
-    "parallel" has other numbers of input and output features, or if adapters are to be merged.
+    "parallel" has different numbers of input and output features, or if adapters are to be merged.
     """
 
     prefix = "bottleneck_"
@@ -269,7 +271,7 @@ class BottleneckModel(Tuner):
         return peft_config
 
     def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
-        # The names of an adapter's tensors, and unload(), work for a layer that is not in or around another layer.
+        # The names of an adapter's tensors, and unload(), work only if no adapted layer is inside of another one.
         names = {
             name.replace(".base_layer", "") for name, _ in model.named_modules() if ".bottleneck_adapters" not in name
         }

@@ -5,12 +5,12 @@
     s = σ(log u − log(1 − u) + α),  u ~ U(1e-4, 1 − 1e-4)
     loss + λ·Σ σ(α − log(−l/r))                         the sum is over the gates z and z_g of every tensor
 
-Pruning keeps a given fraction of the entries of z_g·z∘w: the entries with the largest magnitude. Training continues
-with the kept entries; all other entries stay zero.
+Pruning keeps a given fraction of the entries of the difference z_g·z∘w: the entries with the largest magnitude.
+Training continues with the kept entries; all other entries stay zero.
 
-Source: Diff Pruning, arXiv 2012.07463, and the code of its authors. The penalty adds σ over all gates, as the authors'
-code does; the paper's penalty adds the products σ(α − …)·σ(α_g − …). The gates are the hard concrete gates of arXiv
-1712.01312.
+Source: Diff Pruning, arXiv 2012.07463, and the code of its authors. The penalty is the sum of σ(α − log(−l/r)) over all
+gates, as in the authors' code; the paper's penalty is a sum of products σ(α − …)·σ(α_g − …). The gates are the hard
+concrete gates of arXiv 1712.01312.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class DiffPruningConfig(TargetConfig):
         structured: whether each tensor has one more gate z_g, which opens or closes the difference of the whole tensor.
         sparsity_penalty: λ, the weight of the expected number of open gates in the loss.
         alpha_init: initial α of every gate.
-        stretch_low, stretch_high: l < 0 and r > 1; a gate is stretched to the interval [l, r] before it is clamped.
+        stretch_low, stretch_high: l < 0 and r > 1; a gate is stretched to the interval [l, r] before it is clamped to
+            [0, 1].
         kept: number of entries that pruning kept, by full name of the tensor ("model.layers.0.mlp.up_proj.weight").
             Pruning sets ``kept``, and loading allocates as many entries as ``kept`` says.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
@@ -83,7 +84,8 @@ class DiffPruningConfig(TargetConfig):
 
 
 class DenseDiff(nn.Module):
-    """The difference ``(z_g·z)∘w`` of one tensor before pruning.
+    """The difference ``(z_g·z)∘w`` of one tensor before pruning, with the gates z of its elements and the gate z_g of
+    the whole tensor.
 
     ``w`` and ``alpha`` have the tensor's shape. ``group``, the α of z_g, is 0-d, or None if ``structured`` is
     False. w starts as 0, so that the difference starts as 0.
@@ -98,8 +100,8 @@ class DenseDiff(nn.Module):
         self.group = nn.Parameter(like.new_full((), config.alpha_init)) if config.structured else None
 
     def gate(self, alpha: Tensor, sample: bool) -> Tensor:
-        """Returns the gate z for ``alpha``, in float32 or wider. If ``sample`` is False, u is ½ and not random, and s
-        is σ(α)."""
+        """Returns the gate z for ``alpha``, in float32 or wider. If ``sample`` is False, u is ½ instead of a random
+        number, so that s is σ(α)."""
         low, high = self.stretch
         alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
         if sample:
@@ -108,7 +110,7 @@ class DenseDiff(nn.Module):
         return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
 
     def difference(self, sample: bool) -> Tensor:
-        """Returns ``(z_g·z)∘w`` in float32 or wider."""
+        """Returns the difference ``(z_g·z)∘w`` in float32 or wider."""
         z = self.gate(self.alpha, sample)
         if self.group is not None:
             z = self.gate(self.group, sample) * z
@@ -125,7 +127,8 @@ class DenseDiff(nn.Module):
         return sum(torch.sigmoid(alpha.to(wide) - math.log(-low / high)).sum() for alpha in self.alphas())
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """Returns θ = θ₀ + difference: the sum is computed in float32 or wider and rounded once to θ₀'s dtype."""
+        """Returns the changed tensor, θ = θ₀ + difference with θ₀ in ``tensor``. The sum is computed in float32 or
+        wider and rounded once to θ₀'s dtype."""
         return (tensor + self.difference(sample)).to(tensor.dtype)
 
 
@@ -133,7 +136,7 @@ class SparseDiff(nn.Module):
     """The entries of one tensor's difference that pruning kept.
 
     ``indices`` are ascending indices into the flat tensor: int32 ``[kept]``, or int64 for a tensor of 2³¹ elements or
-    more. ``values`` are the trained entries: float ``[kept]``.
+    more. ``values`` holds the kept entries of the difference, which are trained: floating-point ``[kept]``.
     """
 
     def __init__(self, indices: Tensor, values: Tensor) -> None:
@@ -148,7 +151,8 @@ class SparseDiff(nn.Module):
         return cls(indices, torch.zeros(kept, dtype=tensor.dtype, device=tensor.device))
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """Returns θ = θ₀ + difference. An entry of θ that pruning did not keep has the bits of θ₀."""
+        """Returns the changed tensor, θ = θ₀ + difference with θ₀ in ``tensor``. An entry of θ that pruning did not
+        keep has the bits of θ₀."""
         flat, index = tensor.detach().reshape(-1), self.indices.long()
         wide = torch.promote_types(torch.promote_types(flat.dtype, self.values.dtype), torch.float32)
         moved = (flat[index].to(wide) + self.values.to(wide)).to(flat.dtype)
@@ -162,9 +166,9 @@ def _index_dtype(tensor: Tensor) -> torch.dtype:
 class DiffPruningLayer(ReplacingLayer):
     """Runs ``base_layer`` with the active adapter's difference added to the layer's parameters.
 
-    In training each forward draws u from torch's default generator, so that a recomputation under activation
-    checkpointing draws the same u. If modules share a tensor, each module draws its own u. In eval mode, for merging
-    and for pruning, u is ½: z = clamp(σ(α)·(r − l) + l, 0, 1). The keys in the state dict are
+    In training each forward draws the gates' random numbers u from torch's default generator, so that a recomputation
+    under activation checkpointing draws the same u. If modules share a tensor, each module draws its own u. In eval
+    mode, for merging and for pruning, u is ½: z = clamp(σ(α)·(r − l) + l, 0, 1). The keys in the state dict are
     ``diff_pruning_tensors.<name in the module>`` followed by ``w``, ``alpha`` and ``group``, or after pruning by
     ``indices`` and ``values``.
     """
@@ -223,7 +227,8 @@ class DiffPruningModel(ReplacingTuner):
     # --- the penalty --------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """Returns ``λ·Σ σ(α − log(−l/r))`` over the running adapter's gates, 0-d; 0 if pruned, merged or disabled."""
+        """Returns the penalty ``λ·Σ σ(α − log(−l/r))`` over the gates of the running adapter, 0-d. The penalty is 0 if
+        the adapter is pruned, merged or disabled."""
         total = torch.zeros((), device=next(self.model.parameters()).device)
         for _, layer in self.layers():
             if (adapter := layer.running()) is not None:
@@ -258,7 +263,7 @@ class DiffPruningModel(ReplacingTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._penalty_hook.remove()  # after super, because a merge that is refused leaves the adapter in use
+        self._penalty_hook.remove()  # removed last, because the adapter stays in use if the merge raises an error
         return unloaded
 
     # --- optimizing and pruning ---------------------------------------------------------------------------------------
@@ -267,8 +272,8 @@ class DiffPruningModel(ReplacingTuner):
         """Returns two parameter groups for a torch optimizer: the gates' α, and all other trained parameters.
 
         The group of α has the learning rate ``gate_lr`` and no weight decay. A gate closes if its α falls from the
-        initial 5 to below 0. At a usual learning rate Adam needs some hundred thousand steps for this change; the
-        authors use the rate 0.1 for α.
+        initial value (by default 5) to below 0. At a usual learning rate Adam needs some hundred thousand steps to
+        close a gate; the authors use the rate 0.1 for α.
         """
         gates = {id(alpha) for _, diff in self._diffs() if isinstance(diff, DenseDiff) for alpha in diff.alphas()}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -291,7 +296,8 @@ class DiffPruningModel(ReplacingTuner):
         adapter_name: Optional[str] = None,
         optimizer: Optional[torch.optim.Optimizer] = None,
     ) -> dict[str, int]:
-        """Keeps the entries of ``z_g·z∘w`` with the largest magnitude over all tensors, and trains only these entries.
+        """Keeps the entries of the difference ``z_g·z∘w`` with the largest magnitude over all tensors, and trains only
+        these entries.
 
         Args:
             target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.
@@ -357,8 +363,8 @@ class DiffPruningModel(ReplacingTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # The checkpoint may hold this adapter before or after pruning. The adapter in the model becomes pruned or not
-        # pruned, like the adapter in the checkpoint.
+        # The checkpoint may hold the adapter from before or from after pruning. The adapter in the model becomes pruned
+        # or not pruned, like the adapter in the checkpoint.
         kept = _kept_in(state_dict)
         if kept != config.kept:
             config = model.peft_config[adapter_name] = dataclasses.replace(config, kept=kept)
@@ -366,7 +372,7 @@ class DiffPruningModel(ReplacingTuner):
             old = [layer.adapters[adapter_name] for layer in layers if adapter_name in layer.adapters]
             held = [parameter for tensors in old for parameter in tensors.parameters()]
             trained = any(parameter.requires_grad for parameter in held)
-            # The new entries get the dtype of the old entries if these have one dtype.
+            # The adapter's new tensors get the dtype of its old tensors if all old tensors have the same dtype.
             dtypes = {parameter.dtype for parameter in held}
             for key, layer in model.named_modules():
                 if isinstance(layer, DiffPruningLayer) and adapter_name in layer.adapters:
@@ -384,14 +390,15 @@ def _allocate(layer: DiffPruningLayer, key: str, names: list[str], config: DiffP
 
 
 def _kept_in(state_dict: dict[str, Tensor]) -> Optional[dict[str, int]]:
-    """Returns ``DiffPruningConfig.kept`` of the adapter in the checkpoint ``state_dict``, or None if not pruned."""
+    """Returns ``DiffPruningConfig.kept`` of the adapter in the checkpoint ``state_dict``; None if the adapter is not
+    pruned."""
     found = ((_KEY.fullmatch(key), tensor) for key, tensor in state_dict.items())
     return {f"{key[1]}.{key[2]}": tensor.numel() for key, tensor in found if key is not None} or None
 
 
 def _largest(dense: dict[str, DenseDiff], limit: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns the ``limit`` entries of largest magnitude of all tensors, without zeros: name -> (sorted indices,
-    values)."""
+    """Returns the entries of largest magnitude of all tensors, at most ``limit`` and no zeros, as a dict from a
+    tensor's name to the sorted indices and the values of its entries."""
     device = next(iter(dense.values())).w.device
     largest, places = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.long, device=device)
     starts, start = {}, 0
@@ -421,7 +428,8 @@ def _check_trains(optimizer: torch.optim.Optimizer, dense: dict[str, DenseDiff])
 
 
 def _exchange(optimizer: torch.optim.Optimizer, diffs: dict[DenseDiff, Optional[SparseDiff]]) -> None:
-    """Replaces each w by its kept values, or removes w if nothing is kept, and removes the gates, in ``optimizer``."""
+    """In ``optimizer``, replaces each w by its kept values, or removes w if nothing is kept, and removes the α of the
+    gates."""
     heirs: dict[nn.Parameter, Optional[nn.Parameter]] = {}
     for dense, sparse in diffs.items():
         heirs[dense.w] = None if sparse is None else sparse.values

@@ -72,7 +72,7 @@ def tree(items: dict[str, Union[Tensor, nn.Module]], base: Optional[nn.Module] =
 
 
 class _Lock:
-    """A re-entrant lock. A copy, and a lock that was pickled, is a new lock."""
+    """A re-entrant lock. Copying or unpickling a lock makes a new lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -103,8 +103,8 @@ class ReplacingLayer(Wrapper):
         super().__init__()
         self.base_layer = base_layer
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
-        # names: adapter -> names of the tensors that the adapter owns in this layer.
-        # tied: adapter -> name of a shared tensor -> the layer that owns the tensor, and the tensor's name there.
+        # `names` maps an adapter to the names of the tensors that the adapter owns in this layer. `tied` maps an
+        # adapter to a dict from the name of a shared tensor to the layer that owns the tensor and its name there.
         self.names: dict[str, list[str]] = {}
         self.tied: dict[str, dict[str, tuple[ReplacingLayer, str]]] = {}
         self.merged_adapters: list[str] = []
@@ -342,7 +342,7 @@ def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     view = copy.copy(module)
     for attribute in ("_parameters", "_buffers", "_modules"):
         setattr(view, attribute, dict(getattr(module, attribute)))
-    for attribute in ("forward", "_old_forward"):  # accelerate's hooks set both attributes
+    for attribute in ("forward", "_old_forward"):  # hooks of the accelerate library set both attributes
         if attribute in vars(module):
             setattr(view, attribute, _of_copy(vars(module)[attribute], module, view))
     inner: dict[str, dict[str, Tensor]] = {}
@@ -358,7 +358,8 @@ def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) -> Callable[..., Any]:
-    """Returns ``forward``, a method of ``module`` or a partial function of it, as one of ``view``."""
+    """Returns ``forward`` with ``view`` in place of ``module`` if ``forward`` is a method of ``module`` or a partial
+    function whose first argument is ``module``; else ``forward`` itself."""
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         return types.MethodType(forward.__func__, view)
     if isinstance(forward, functools.partial) and forward.args and forward.args[0] is module:
@@ -367,9 +368,9 @@ def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) ->
 
 
 def _checkpoints_of(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
-    """Returns the modules among ``modules`` that checkpoint a forward, each with the function by which it does so and
-    the name of the attribute that holds the function. The modules are transformers' layers, and PyTorch's
-    CheckpointWrapper."""
+    """Returns the modules among ``modules`` that checkpoint a forward, each with the name of the attribute that holds
+    the checkpointing function, and this function. The function knows transformers' layers with gradient checkpointing
+    and PyTorch's CheckpointWrapper."""
     found = []
     for module in modules:
         func = module.__dict__.get("_gradient_checkpointing_func")

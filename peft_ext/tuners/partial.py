@@ -24,9 +24,9 @@ class PartialConfig(TargetConfig):
     All parameters outside of the targets are frozen, except the parameters of ``modules_to_save``.
 
     Args:
-        num_last_layers: number of last layers of each stack of the model in which targets are trained. T5 has two
-            stacks, encoder and decoder; a vision-language model has a vision and a text stack. To train layers of one
-            stack only, also give ``target_modules``, such as ``["decoder"]``.
+        num_last_layers: how many layers at the end of each stack of layers may hold targets; None: all layers may. T5
+            has two stacks, encoder and decoder; most vision-language models have a vision and a text stack. To train
+            layers of one stack only, also give ``target_modules``, such as ``["decoder"]``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`. The name of a container, such as "model.layers.11", stands
             for all modules below the container. If target_modules is None, all modules in the layers of num_last_layers
@@ -68,7 +68,8 @@ class PartialLayer(ReplacingLayer):
 
 
 class PartialModel(ReplacingTuner):
-    """A model of which a part is trained, made by ``peft.get_peft_model``; see :class:`peft_ext.PartialConfig`.
+    """A model of which chosen modules are trained, made by ``peft.get_peft_model``; see
+    :class:`peft_ext.PartialConfig`.
 
     Each adapter has its own copy of the trained tensors, so that several adapters can be held, switched and disabled.
     If modules share a tensor, such as an embedding and the output head, and all these modules are targets, the tensor

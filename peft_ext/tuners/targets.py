@@ -22,7 +22,7 @@ with required("transformers", "peft_ext.tuners"):
     from transformers.pytorch_utils import Conv1D
 
 ALL_LINEAR = "all-linear"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of dense weights; not of packed codes
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of dense weights, not of packed codes
 
 _Names = Optional[Union[list[str], str]]
 
@@ -32,8 +32,8 @@ _LAYER_COUNT = re.compile(r"(n_layers?|num_hidden_layers|num_layers|(en|de)coder
 
 @dataclass
 class TargetConfig(PeftConfig):
-    """Fields of PEFT's configurations that choose modules. Unlike in PEFT, the name of a container in these fields
-    stands for all modules below the container.
+    """Fields of PEFT's configurations that choose modules. Unlike in PEFT, the name of a container stands for all
+    modules below the container.
 
     Args:
         target_modules: full names ("model.layers.1.mlp") or last components of names ("mlp"); or a regular expression
@@ -41,8 +41,9 @@ class TargetConfig(PeftConfig):
             named. None stands for the method's default targets.
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: modules that are trained and saved whole, as in PEFT; these modules are not targets.
-        layers_to_transform: index or indices of layers. Modules outside of these layers are not targets. A layer's
-            index is the first number in the module's full name (after a name that matches ``layers_pattern``).
+        layers_to_transform: index or indices of layers; None: all layers. Modules outside of the given layers are not
+            targets. A layer's index is the first number in the module's full name (after a name that matches
+            ``layers_pattern``).
         layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 
     Raises: TypeError or ValueError if a field has a value of a wrong type, or a value that is not allowed.
@@ -193,7 +194,8 @@ def expand_all_linear(model: nn.Module, names: Any, config: PeftConfig) -> Any:
 
 
 def last_layers(model: nn.Module, count: int) -> set[str]:
-    """Returns the full names of the last ``count`` layers of each stack. T5 and vision-language models have two stacks.
+    """Returns the full names of the last ``count`` layers of each stack. T5, for example, has two stacks, an encoder
+    and a decoder.
 
     A stack is an outermost ``nn.ModuleList``. If the model's config has layer counts, a list of another length is not a
     stack.
@@ -233,9 +235,10 @@ class Plan:
     """The tensors that an adapter replaces.
 
     Attributes:
-        units: full name of a wrapped module -> names, within that module, of the tensors that the adapter owns there.
-        tied: full name of a wrapped module -> name of a shared tensor in that module -> the name of the wrapped module
-            that owns the tensor, and the tensor's name in the owner.
+        units: maps the full name of a wrapped module to the names, within that module, of the tensors that the adapter
+            owns there.
+        tied: maps the full name of a wrapped module to a dict. The dict maps the name of a shared tensor in that module
+            to the name of the wrapped module that owns the tensor, and to the tensor's name in the owner.
         excluded: full names of the modules that ``exclude_modules`` and ``modules_to_save`` excluded.
     """
 
@@ -252,8 +255,8 @@ def own_units(
     A target module becomes a unit, which the adapter's layer wraps with all modules below it, if the module itself owns
     parameters: a linear layer, a norm, or a mixer that has a state matrix besides its projections. A module that
     contains an ``nn.ModuleList`` is not wrapped: its own parameters stay frozen, with a warning. No name of a tensor is
-    in two units. ``within``: if given, only modules with these full names and modules below them are wrapped.
-    ``buffers``: whether saved buffers, such as a batch norm's statistics, are target tensors too.
+    in two units. ``within``: if given, only modules whose full names are in ``within``, and modules below these, are
+    wrapped. ``buffers``: whether saved buffers, such as a batch norm's statistics, are target tensors too.
 
     Raises: ValueError if a target is quantized (a parameter is not of a float dtype of 16 to 64 bits, or the module has
     packed weights such as ``qweight``), or if a module to be wrapped contains an adapter already.

@@ -28,8 +28,8 @@ class Wrapper(nn.Module, BaseTunerLayer):
             return super().__getattr__(name)
         except AttributeError:
             # Python's copy module looks up names that start with "__", and the accelerate library marks a module that
-            # has its hooks with "_old_forward" and names that start with "_hf_". All these names, and "base_layer", are
-            # not read from the base module.
+            # has its hooks with "_old_forward" and names that start with "_hf_". Neither these names nor "base_layer"
+            # are read from the base module.
             if name in ("base_layer", "_old_forward") or name.startswith(("__", "_hf_")):
                 raise
         return self._read(name)

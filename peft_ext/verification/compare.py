@@ -100,28 +100,28 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
 
     Errors are measured against the yardstick, which is the stock model in a wider dtype. The limit of an output's error
     is twice the stock model's error, plus a floor. A gradient's limit is three times the stock model's error, plus the
-    floor, because in a correct model with about a hundred gradients, one gradient has 2.5 times the stock model's
+    floor, because in a correct model with about a hundred gradients, one gradient may have 2.5 times the stock model's
     error. The floor is half of the dtype's eps, or one eps for a tensor of 16 elements or fewer such as the loss, and
     at least 4e-6. The yardstick is the stock model in float32, or in float64 if the model computes in float32. The
-    yardstick multiplies by the same dequantized weights as the stock layers. If the yardstick can't run (layers of
-    bitsandbytes that are not NF4, code that refuses float64, too little memory), the difference between accelerated and
-    stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the reason.
+    yardstick multiplies by the same dequantized weights as the stock layers. If the stock model can't run in the wider
+    dtype (layers of bitsandbytes that are not NF4, code that refuses float64, too little memory), the difference
+    between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the reason.
 
-    Each fused layer and block that can be called alone is also compared alone, with the same limits: the stock forward
-    and the fused forward of a layer get the input that the layer has in the stock model. If something is wrong, look at
-    the block ``worst_block`` first.
+    Each fused layer, packed layer and block that can be called alone is also compared alone, with the same limits: the
+    stock forward and the fused forward get the input that the layer has in the stock model. If a comparison is over its
+    limit, look at the block ``worst_block`` first.
 
     Dropout is off, also in attention and in adapters, because results under two dropout masks can't be compared. If two
     stock forwards under two seeds still differ, the model draws random numbers that can't be switched off; the
     comparison then runs in evaluation mode, with gradients. In all other cases the comparison runs in training mode,
     also for a model in evaluation mode. If autocast is on, it applies to the accelerated and the stock model, but not
-    to the yardstick.
+    to the stock model in the wider dtype.
 
     ``model`` and ``batch`` do not change, even if an error is raised: weights, buffers, gradients, modes, hooks and
     classes stay the same. The random number generators of PyTorch, Python and NumPy keep their states. Hooks of modules
     run in the copies; hooks of parameters do not run.
 
-    The comparison needs the memory of a stock training step in the yardstick's dtype, of the weights in this dtype, and
+    The comparison needs the memory of a stock training step in the wider dtype, of the weights in the wider dtype, and
     of three copies of the logits and of the trained gradients. Packed layers are dequantized one at a time; packed
     experts of a mixture are dequantized whole, twice. The comparison takes the time of about ten stock training steps,
     or of fifteen if the base is packed.
@@ -203,7 +203,7 @@ def _check(model: nn.Module, batch: Any) -> list[torch.device]:
 @contextmanager
 def _as_it_was(devices: list[torch.device]) -> Iterator[Seed]:
     """Yields a function that seeds PyTorch's, Python's and NumPy's random generators. The end of the context restores
-    the states of these generators."""
+    the generators' states."""
     cuda = [device for device in devices if device.type == "cuda"]
     numpy = sys.modules.get("numpy")
     python, numbers = random.getstate(), numpy.random.get_state() if numpy else None

@@ -1,11 +1,11 @@
-"""The proof that the formula of a row of the table of forms gives the values and gradients of a class's own code, for
-extreme inputs, in each dtype.
+"""Proves that the formula of a row of the table of forms gives the same values and gradients as a class's own code, for
+extreme inputs and in each dtype.
 
 The proof makes an instance of the class from the formula alone, with layers and random weights that the proof chooses,
-and runs the class's forward and the fused forward. The tests repeat the proof of each row whose formula replaces a
-computation, with one or two classes of the installed transformers that have the row's form. ``register_form`` and the
-command ``python -m peft_ext.verification`` prove a formula for a class without a known form. This module
-proves the kinds of forms that ``register_form`` accepts; tests/support/form_proofs.py proves the other kinds.
+runs the class's forward and the fused forward, and compares the results. The tests repeat the proofs of most rows of
+the table, with one or two classes of the installed transformers that have the row's form.
+``register_form`` and the command ``python -m peft_ext.verification`` prove a formula for a class without a known form.
+This module proves the kinds of forms that ``register_form`` accepts; tests/support/form_proofs.py proves other kinds.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Proof:
     ``ulps``: the tolerance for the values and for the gradients, in units of the dtype's eps times the largest value of
     a row (values) or of the tensor (gradients). ``inputs(row)`` yields a description of each input, and a function from
     a dtype to the input's positional and keyword arguments. ``fused(cls, row, form, module)`` returns the fused forward
-    of ``module``; the fused forward replaces the method ``method`` of the class. ``strict``: see :func:`unlike`.
-    ``strides``: whether the two results must have the same strides. ``autocast``: whether the inputs are also tried
-    under autocast.
+    of ``module``; the fused forward replaces the method ``method`` of the class. ``strict``: whether elements that are
+    not finite must be equal (NaN, or the same infinity) in both results. ``strides``: whether the two results must have
+    the same strides. ``autocast``: whether float32 inputs are also tried under autocast to bfloat16.
     """
 
     fill: Callable[[Any, Row, bool], None]
@@ -62,12 +62,12 @@ class Proof:
 
 
 def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
-    """Returns why the formula of ``row`` does not stand for the code of ``cls``, such as an input for which the two
-    differ; None if they agree for all inputs of the proof."""
+    """Returns why the formula of ``row`` does not stand for the code of ``cls``, such as an input for which formula and
+    code give different results; None if formula and code agree for all inputs of the proof."""
     if form.writes:
         return "its forward assigns to attributes of the module"
     others = sorted(set(form.reads) - _reads_of(row))
-    # An attention passes itself to its attention function.
+    # The forward of an attention may pass the module itself on, because attention functions get the module.
     hands_itself_on = form.passes_itself and row.kind != "attention"
     if hands_itself_on or others:
         return f"its forward reads {others[0]}, which is not in the formula" if others else "it hands itself on"
@@ -195,8 +195,8 @@ _INDEX = _Index()
 
 
 def _fill_attention(made: Any, row: Row, training: bool) -> None:
-    """Gives an attention its layers and attributes. The row's options have other values in training than in
-    evaluation, so that a forward that asks for an option is found."""
+    """Gives an attention its layers and attributes. The attributes of the row's options are 7 in training and None in
+    evaluation, so that the proof finds a forward that computes something else if an option is set."""
     heads, kv_heads, size = 4, 2, 8
     made.config = _Config()
     ALL_ATTENTION_FUNCTIONS.register(_noted.__name__, _noted)
@@ -230,7 +230,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def _batches(width: int) -> dict[str, Tensor]:
-    """Returns tensors [batch, tokens, width] by a description."""
+    """Returns a dict from a description to a tensor [batch, tokens, width]."""
     spikes = drawn(3, 5, width)
     spikes[..., 2] = 3e4
     special = {"zeros": torch.zeros(2, 3, width), "one huge column": spikes}
@@ -347,8 +347,8 @@ def _differs(
     if stock[2] != fused[2]:
         return f"the cache and attention are called with {fused[2]}, wanted {stock[2]}"
     if row.kind == "rms_norm" and dtype is of_weights and dtype is not torch.float32:
-        # The place of the rounding is part of an RMSNorm's formula, so at least 97% of the elements of the two outputs
-        # must be equal.
+        # In bfloat16 and float16, the place of the rounding is part of an RMSNorm's formula. If both forwards round at
+        # the same place, at least 97% of the elements of their outputs are equal.
         a, b = fused[0][0], stock[0][0]
         if a.numel() and a.shape == b.shape and (a.nan_to_num() == b.nan_to_num()).double().mean() < 0.97:
             return "the values are rounded at another place"
@@ -356,7 +356,8 @@ def _differs(
         if len(stock[index]) != len(fused[index]):
             return f"{what} are {len(fused[index])} tensors, wanted {len(stock[index])}"
         for a, b in zip(fused[index], stock[index], strict=True):
-            # PyTorch's ReLU passes gradients on where x is NaN.
+            # Unless the proof is strict, the gradients of x are not compared where x is not finite: PyTorch's ReLU, for
+            # example, passes gradients on where x is NaN.
             if not proof.strict and index == 1 and a.shape == x.shape:
                 a, b = (value.masked_fill(~x.isfinite(), 0.0) for value in (a, b))
             eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
@@ -369,7 +370,7 @@ def _differs(
 
 def fused_forward(cls: type, row: Row, form: Form, module: Any) -> Callable:
     """Returns the forward with which ``peft_ext.accelerate`` replaces the forward of ``module``, an instance of
-    ``cls``."""
+    ``cls``. Raises RuntimeError if ``module`` can't be fused."""
     fused = object.__new__(class_of(MIXINS[row.kind], cls, row, form))
     fused.__dict__ = module.__dict__
     if row.kind == "attention":
@@ -434,7 +435,7 @@ _CHUNKS = {"chunk_size_feed_forward": "0", "seq_len_dim": "1"}
 
 
 def _mlps(reads: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the formulas of an MLP whose forward reads an activation and one to three layers."""
+    """Yields the possible formulas of an MLP whose forward reads an activation and one to three layers."""
     needs = {}
     if reads >= _CHUNKS.keys():
         reads, needs = reads - _CHUNKS.keys(), {"needs": ",".join(f"{name}:{value}" for name, value in _CHUNKS.items())}
@@ -483,8 +484,8 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     """Makes the form of ``cls`` a known form in this process, if the formula passes the proof for ``cls``.
 
     Args:
-        cls: the class. :func:`peft_ext.accelerate` fuses all classes that have the form of ``cls``.
-        kind: "rms_norm", "float_layer_norm", "mlp" or "attention".
+        cls: the class whose form becomes known. :func:`peft_ext.accelerate` fuses all classes that have this form.
+        kind: the kind of the form: "rms_norm", "float_layer_norm", "mlp" or "attention".
         formula: the values of the formula, by name.
             For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the
             weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the multiplication by the weight;
@@ -507,13 +508,14 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     Returns: the new row of the table of known forms, which the next call of :func:`peft_ext.accelerate` uses.
 
     Raises: ValueError if the kind or the name of a value is unknown, if the formula of an attention lacks ``inputs`` or
-    ``o``, or has another ``forward`` or ``interface``, if the formula of a float_layer_norm has another ``mixed``, if
-    the class's code has no form, if its forward reads or writes other attributes than the formula has, or if the
-    formula and the class give different values or gradients. If values or gradients differ, the error's message says
-    for which input.
+    ``o``, or has a ``forward`` other than "rotary" or an ``interface`` other than True, if the formula of a
+    float_layer_norm has a ``mixed`` other than True, if the class's code has no form, or if the proof fails. The proof
+    fails, for example, if the forward reads an attribute that the formula does not have, or if the formula and the
+    class give different values or gradients. If values or gradients differ, the error's message says for which input.
     """
     if kind not in _REGISTRABLE:
-        # register_form refuses all other kinds, because no proof of these kinds tests a formula of the caller.
+        # register_form refuses all other kinds, because this module has no proof that tests a caller's formula of
+        # another kind.
         raise ValueError(f"register_form: kind is {kind!r}, wanted one of {', '.join(_REGISTRABLE)}")
     formula = {**_REGISTRABLE[kind], **formula}
     if kind == "attention":

@@ -40,8 +40,8 @@ class Compared:
         kind: for a block, its class and the name of the tensor whose error is the largest part of its limit; otherwise
             "".
         error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. ``error``
-            and ``stock_error`` are None if the yardstick could not run. An error is infinity if x is not finite where
-            the yardstick is finite.
+            and ``stock_error`` are None if the stock model could not run in the wider dtype. An error is infinity if x
+            is not finite where the yardstick is finite.
         difference: ``‖accelerated - stock‖ / ‖stock‖``.
         limit: largest allowed value of ``error``, or of ``difference`` without a yardstick.
     """
@@ -55,7 +55,8 @@ class Compared:
 
     @property
     def share(self) -> float:
-        """Returns the error divided by its limit, or 0 if the error is 0 or equals the stock error."""
+        """Returns ``error``, or without a yardstick ``difference``, divided by ``limit``. Returns 0 if the dividend is
+        0 or equals ``stock_error``."""
         error = self.difference if self.error is None else self.error
         return 0.0 if error in (0, self.stock_error) else error / self.limit
 
@@ -68,7 +69,9 @@ def compared(
     name: str, kind: str, found: Optional[Tensor], right: Optional[Tensor], exact: Optional[Results],
     dtype: torch.dtype, what: str = "",
 ) -> Compared:  # fmt: skip
-    """Compares a tensor of the accelerated model with the same tensor of the stock model. None stands for zeros."""
+    """Compares ``found``, a tensor of the accelerated model, with ``right``, the same tensor of the stock model, and
+    both with the tensor ``what`` (by default ``name``) of ``exact``. None for ``found`` or ``right`` stands for
+    zeros."""
     what, eps, difference = what or name, torch.finfo(dtype).eps, _error(found, right)
     if exact is None:
         return Compared(name, kind, None, None, difference, max(16 * eps, 1e-4))
@@ -126,8 +129,8 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Optional[Tensor], Results]:
-    """Runs a forward. Returns the loss, or None without a loss, and the logits, or without logits all other float
-    outputs."""
+    """Runs a forward, and returns the loss and the other outputs. The loss is None if the forward returns no loss. The
+    other outputs are the logits alone, or, if the forward returns no logits, all float outputs but the loss."""
     seed(value)
     output = model(**_mapped(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     named: dict[str, Any] = {}
@@ -160,7 +163,7 @@ def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
 def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
     """Runs one forward and backward of ``model``. Returns the loss, outputs and trained gradients, by name."""
     loss, outputs = _call(model, batch, seed)
-    # The outputs are copied before the backward, because the backward frees logits that are computed lazily.
+    # The outputs are copied without their autograd graph, and are released before the backward.
     with torch.no_grad():
         found = {name: value.detach().clone() for name, value in outputs.items()}
     total = _weighed(outputs.values()) if loss is None else loss.sum()
@@ -193,8 +196,8 @@ def blocks_alone(
     fused: nn.Module, stock: nn.Module, yardstick: Optional[nn.Module], batch: Any, wide: torch.dtype,
     narrow: torch.dtype, seed: Seed,
 ) -> list[Compared]:  # fmt: skip
-    """Compares each fused module, and each packed linear layer, that can be called alone with its stock module. Returns
-    one comparison for each module.
+    """Compares each fused module and each packed linear layer with its stock module, if the stock module can be called
+    alone. Returns one comparison for each compared module.
 
     The stock module, the fused module and the yardstick's module all run on the input that the stock module gets in a
     forward of ``stock``.

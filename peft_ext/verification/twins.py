@@ -4,8 +4,8 @@ In a copy, a parameter of the model becomes a Parameter on the same storage, wit
 hooks. A buffer of the model becomes a copy, because a forward may write to a buffer; uint8 buffers (4-bit codes) are
 shared.
 
-A parameter gets a storage of its own if a forward writes to the parameter, if the parameter is cast to a wider dtype,
-or if its class is neither nn.Parameter nor a 4-bit class of bitsandbytes.
+A parameter gets a storage of its own if it is the weight of an nn.Embedding with ``max_norm``, whose forward writes to
+the weight, if it is cast to a wider dtype, or if its class is neither nn.Parameter nor a 4-bit class of bitsandbytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Product(torch.autograd.Function):
-    """Computes ``x Wᵀ``. The backward dequantizes W again, so that no dense W is kept between forward and backward."""
+    """Computes ``x Wᵀ`` with a packed W. The backward dequantizes W again, so that no dense W is kept between forward
+    and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Dequantized) -> Tensor:
@@ -109,7 +110,8 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
             kind = type(module)
             own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind)(kind.__name__, kind.__bases__, own)
-        if "support_avx512bf16_for_cpu" in vars(module):  # in eval mode bitsandbytes would repack the shared weight
+        # Without this change, bitsandbytes would repack the shared weight in evaluation mode.
+        if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
     return made
 
@@ -159,8 +161,8 @@ def dequantizing(model: nn.Module) -> nn.Module:
 def without_dropout(model: nn.Module) -> nn.Module:
     """Sets the dropout and jitter probabilities in ``model`` to 0, and ``use_cache`` to False, in place.
 
-    The function finds these settings by name, among the attributes of modules and of the modules' configurations.
-    Returns ``model``.
+    Apart from the probabilities of PyTorch's dropout modules, the function finds these settings by name, among the
+    attributes of modules and of the modules' configurations. Returns ``model``.
     """
     seen: set[int] = set()
     for module in model.modules():

@@ -1,6 +1,7 @@
 """Layers of PEFT, bitsandbytes and PyTorch that run on the operators of peft_ext.
 
-``reasons`` has the functions that return why a call takes the stock path; the forwards and explain call the functions.
+``reasons`` has the functions that return why a call takes the stock path. The forwards of the fused layers and
+``explain`` call the functions of ``reasons``.
 
 ``known`` is the fast path for common calls that equal a call which the checks in ``reasons`` accepted before.
 
@@ -17,6 +18,8 @@
 ``recompute`` makes the backward compute tensors again that autograd would otherwise save.
 
 ``merging`` merges an adapter into a packed weight.
+
+``packed_codes`` tells which methods of PEFT would use the codes of a packed layer as if the codes were the weight.
 
 ``few_tokens`` calls a layer's kernel directly, in calls of few tokens without a gradient.
 

@@ -1,4 +1,5 @@
-"""PEFT's AdaLoRA layers, computed by :func:`peft_ext.ops.lora_linear`, which gets the scaled singular values."""
+"""PEFT's AdaLoRA layers, computed by :func:`peft_ext.ops.lora_linear` with the scaled singular values as the scale per
+rank."""
 
 from __future__ import annotations
 
@@ -75,6 +76,6 @@ if SVDLinear is not None:
             return weight + self.get_delta_weight(name).float(), bias
 
 
-# Fused classes whose only code is that of AdaLora. Over ``Linear8bitLt`` only the low-rank part is fused.
+# The following fused classes have no code but that of AdaLora. Over ``Linear8bitLt`` only the low-rank part is fused.
 FusedSVDLinear8bitLt = fused_class("FusedSVDLinear8bitLt", AdaLora, SVDLinear8bitLt)
 FusedSVDLinear4bit = fused_class("FusedSVDLinear4bit", AdaLora, SVDLinear4bit)

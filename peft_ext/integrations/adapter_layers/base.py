@@ -3,8 +3,8 @@
 A fused class is a subclass of a layer class of PEFT, bitsandbytes or PyTorch. The method ``stock_reason`` of a fused
 class returns why the next call takes the stock path (see :mod:`.reasons`). The method ``_fused`` of an adapter layer
 computes a call by an operator. :func:`peft_ext.accelerate` replaces the class of a layer. Beside the class,
-``accelerate`` changes few attributes of an adapter layer: a chosen dora_dropout or experts_dropout, and the variant of
-DoRA over an NF4Linear.
+``accelerate`` changes few attributes of an adapter layer: it stores a chosen dora_dropout or experts_dropout, and over
+an NF4Linear replaces PEFT's variant of DoRA.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ KEPT = "_peft_ext_unmerged"
 FUSED: dict[type, type] = {}
 STOCK: dict[type, type] = {}
 
-# Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight (FOUR_BIT). The decorator
-# `fuses` appends the fused class of a listed type to the same list.
+# Exact types of the linear layers over a dense weight (LINEAR) and over a 4-bit weight of bitsandbytes (FOUR_BIT). The
+# decorator `fuses` appends the fused class of a listed type to the same list.
 LINEAR: list[type] = [nn.Linear]
 FOUR_BIT: list[type] = [] if Linear4bit is None or Params4bit is None else [Linear4bit]
 
@@ -74,8 +74,9 @@ def fuses(stock: type) -> Callable[[type], type]:
 
 
 def fused_class(name: str, base: type, stock: Optional[type]) -> Optional[type]:
-    """Returns the registered fused class ``name`` with the code of ``base`` over the class ``stock``; None if the
-    installed package has no such class. The caller keeps the class under ``name``, by which pickle finds the class."""
+    """Makes, registers and returns the fused class ``name``, which derives from ``base`` and ``stock``; returns None if
+    ``stock`` is None, because the installed package has no such class. The caller must assign the class to the module's
+    variable ``name``, by which pickle finds the class."""
     if stock is None:
         return None
     held = {"__module__": base.__module__, "__doc__": f"Fused ``{stock.__module__}.{stock.__name__}``."}
@@ -87,7 +88,7 @@ class Fused:
     result for the call, else the stock class's forward.
 
     ``reads`` names the attributes that the fused class reads of an instance. ``accelerate`` does not fuse an instance
-    that lacks one of these attributes, and ``explain`` names the missing attribute.
+    that lacks an attribute of ``reads``, and ``explain`` names the missing attribute.
     """
 
     reads: tuple[str, ...] = ("base_layer", "_active_adapter", "_disable_adapters", "merged_adapters")
@@ -127,7 +128,8 @@ class Fused:
 
 
 def active_in(layer: Any, held: Any) -> list[str]:
-    """Returns the active adapters of a layer that are in ``held``, in the order in which PEFT adds the adapters."""
+    """Returns the names of the active adapters of a layer for which ``held``, such as ``lora_A``, has an entry, in the
+    order in which PEFT adds the adapters."""
     active = layer._active_adapter
     held = held._modules if type(held) is nn.ModuleDict else held
     if type(active) is not str:
@@ -164,7 +166,7 @@ def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Itera
         return
     seen.add(id(model))
     yield model
-    if isinstance(model, torch.jit.ScriptModule):  # children of a ScriptModule are compiled code, nothing to replace
+    if isinstance(model, torch.jit.ScriptModule):  # the children of a ScriptModule are compiled, and can't be replaced
         return
     base = model._modules.get("base_layer")
     for child in model._modules.values() if base is None else [base]:
@@ -255,7 +257,7 @@ def sums_wider(base: nn.Module, x: Tensor) -> bool:
 
 
 def quant_state_of(base: nn.Module) -> Any:
-    """Returns the quant_state of a ``Linear4bit``: the parameter's or, if fully_shard replaced the parameter by a plain
-    one, the layer's."""
+    """Returns the quant_state of a ``Linear4bit``: the quant_state of its weight or, if fully_shard replaced the weight
+    by a plain parameter, the quant_state of the layer."""
     state = getattr(base._parameters.get("weight"), "quant_state", None)
     return base.__dict__.get("quant_state") if state is None else state

@@ -102,10 +102,11 @@ def forward(
     layer: Any, name: str, x: Tensor, weight: Any, bias: Optional[Tensor], pair: tuple[Tensor, Tensor],
     dtype: torch.dtype, is_known: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Returns DoRA's output ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b`` for one adapter.
+    """Returns DoRA's output ``m/‖W + s·B A‖ ∘ (x Wᵀ + s·x Aᵀ Bᵀ) + b`` for one adapter, with its magnitude m and its
+    scaling s.
 
-    In training, dropout acts on x in both products if dora_dropout is "peft", and in the low-rank product only if
-    dora_dropout is "lora".
+    In training, dropout acts on x in both products if dora_dropout is "peft". If dora_dropout is "lora", dropout acts
+    on x in the low-rank product alone.
     """
     modules = layer._modules
     module = modules["lora_magnitude_vector"]._modules[name]
@@ -136,8 +137,8 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
         norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
     scale, result = output_scale(module._parameters["weight"], norm), base(x)
     drops = type(dropout) is nn.Dropout and dropout.training and layer.training and dropout.p > 0.0
-    # With PEFT's dropout, DoRA's scaled term has the base product of the dropped x; frozen_linear computes this product
-    # in float32, the dtype of x.
+    # If dora_dropout is "peft", DoRA's scaled term contains the base layer's product with the dropped x; frozen_linear
+    # computes this product in float32, the dtype of x.
     if drops and layer.__dict__.get(DORA_DROPOUT, "peft") == "peft":
         dropped = dropout(x)
         product = ops.frozen_linear(dropped, weight)
@@ -156,7 +157,7 @@ def cached_norm(
     """Returns DoRA's weight norm from PEFT's cache inside ``peft.helpers.DoraCaching`` in eval mode, else None.
 
     Inside ``DoraCaching`` in eval mode, computes and stores a norm that the cache lacks. For a weight of three
-    dimensions the norm is ``[E, N]``, the norm of all experts of a mixture.
+    dimensions the norm is ``[experts, outputs]``, the norm of all experts of a mixture.
     """
     if not dora.ENABLE_DORA_CACHING or module.training:
         if module._dora_cache:  # PEFT clears the cache too: a cached norm is stale once the adapter has changed

@@ -2,11 +2,12 @@
 
     W'_e = g_e ∘ (W_e + s B_e A_e),  g_e = magnitude_e / ‖W_e + s B_e A_e‖  per output; the norm has no gradient
 
-PEFT alone refuses DoRA on experts. Without :func:`peft_ext.accelerate` the wrapper computes W' of all experts on each
-forward, and the experts' own forward uses W', as with PEFT's wrapper. After ``peft_ext.accelerate``, :mod:`.experts`
-computes DoRA on the rows of each expert without W'. Adapter files have PEFT's names for DoRA: the magnitudes ``[E, N]``
-are named ``lora_magnitude_vector``, and the configuration has ``use_dora`` true. PEFT without peft_ext raises an error
-for adapter files of DoRA on experts.
+Expert e has the weight W_e and the adapter B_e A_e, whose scaling is s. PEFT alone refuses DoRA on experts. Without
+:func:`peft_ext.accelerate` the wrapper computes the adapted weights W' of all experts on each forward, and the experts'
+own forward uses W', as with PEFT's wrapper. After ``peft_ext.accelerate``, :mod:`.experts` computes DoRA on the rows of
+each expert without W'. Adapter files have PEFT's names for DoRA: the magnitudes ``[experts, outputs]`` are named
+``lora_magnitude_vector``, and the configuration has ``use_dora`` true. PEFT without peft_ext raises an error for
+adapter files of DoRA on experts.
 """
 
 from __future__ import annotations
@@ -36,25 +37,25 @@ with optional("peft", "DoRA on the experts of a mixture is not known"):
 
 
 def factors(wrapper: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Returns an adapter's lora_A ``[E, R, K]`` and lora_B ``[E, N, R]`` as views of the parameters."""
+    """Returns an adapter's lora_A ``[experts, R, K]`` and lora_B ``[experts, N, R]`` as views of the parameters."""
     a, b = (wrapper._modules[kind]._modules[name]._parameters["weight"] for kind in ("lora_A", "lora_B"))
     return factors_of(wrapper, a, b)
 
 
 def factors_of(wrapper: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the weights ``a`` of lora_A and ``b`` of lora_B in the shapes that :func:`factors` returns, ``[E, R, K]``
-    and ``[E, N, R]``."""
+    """Returns the weights ``a`` of lora_A and ``b`` of lora_B as views of the shapes that :func:`factors` returns,
+    ``[experts, R, K]`` and ``[experts, N, R]``."""
     count = wrapper.num_experts
     a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)
     if is_stored_transposed(wrapper.get_base_layer()) is wrapper._did_swap_in_out_features:
-        # PEFT assumes that the parameter is stored as [E, out, in], unless the experts have a true `is_transposed`. If
-        # the assumption is wrong, as for Llama 4, PEFT's A and B are exchanged.
+        # PEFT assumes that the parameter is stored as [experts, out, in], unless the experts have a true
+        # `is_transposed`. If the assumption is wrong, as for Llama 4, PEFT's lora_A and lora_B are exchanged.
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return a, b
 
 
 def magnitude_of(wrapper: Any, name: str) -> Optional[Tensor]:
-    """Returns an adapter's magnitude ``[E, N]``; None if the adapter is LoRA."""
+    """Returns an adapter's magnitude ``[experts, outputs]``; None if the adapter is LoRA."""
     held = wrapper._modules["lora_magnitude_vector"]._modules.get(name)
     return None if held is None else held._parameters["weight"]
 
@@ -66,8 +67,8 @@ def is_dora(wrapper: Any, names: list[str]) -> bool:
 def check_merged_together(wrapper: Any, names: list[str]) -> None:
     """Raises ValueError if ``names`` are several adapters, one of them DoRA.
 
-    The forward adds the change that each adapter alone makes to W. A second merge would start from the merged weight,
-    whose norm differs from W's.
+    The forward adds the change that each adapter alone makes to the experts' weight. A second merge would start from
+    the merged weight, whose norm differs from the norm of the unmerged weight.
     """
     if len(names) > 1 and is_dora(wrapper, names):
         raise ValueError(f"merge: the adapters {', '.join(names)}, one of them DoRA, into experts: merge one alone")
@@ -77,7 +78,7 @@ def register(config: Any, model: nn.Module) -> None:
     """Registers DoraParamWrapper in a configuration with ``use_dora`` for the classes of experts in ``model``.
 
     Wrappers of PEFT's own class that are already around experts of ``model`` become DoraParamWrapper, so that a DoRA
-    adapter can be added to them.
+    adapter can be added to these wrappers.
     """
     if DoraParamWrapper is None or not getattr(config, "use_dora", False):
         return
@@ -92,7 +93,7 @@ def register(config: Any, model: nn.Module) -> None:
 
 
 def _made(target: Any, adapter_name: str, *, parameter_name: Optional[str] = None, **kwargs: Any) -> Any:
-    """Returns a DoraParamWrapper of the parameter ``parameter_name`` of ``target``, or None without ``parameter_name``.
+    """Returns a DoraParamWrapper of the parameter ``parameter_name`` of ``target``; None if ``parameter_name`` is None.
     PEFT calls this function to make an adapter layer."""
     if parameter_name is None:
         return None
@@ -114,7 +115,7 @@ class _Plus(nn.Module):
 if ParamWrapper is not None:
 
     class ExpertsMagnitude(DoraLinearLayer):
-        """The magnitudes ``[E, N]`` of one adapter, with PEFT's cache of the weight norm."""
+        """The magnitudes ``[experts, outputs]`` of one adapter, with PEFT's cache of the weight norm."""
 
         def __init__(self, weight: Tensor) -> None:
             super().__init__(fan_in_fan_out=False)
@@ -159,7 +160,8 @@ if ParamWrapper is not None:
 
         @torch.no_grad()
         def weight_norm(self, name: str) -> Tensor:
-            """Returns the float32 norm ``‖W_e + s B_e A_e‖`` of each output of each expert, ``[E, N]``."""
+            """Returns the float32 norm ``‖W_e + s B_e A_e‖`` of each output of each expert e, ``[experts, outputs]``,
+            with the adapter's scaling s."""
             experts, (lora_A, lora_B) = self.get_base_layer(), factors(self, name)
             if isinstance(experts, FrozenExperts):
                 weight = experts.frozen(self.parameter_name)
@@ -172,13 +174,15 @@ if ParamWrapper is not None:
             return ops.dora_experts_weight_norm(weight, lora_A, lora_B, float(self.scaling[name]))
 
         def _scale(self, name: str, norm: Optional[Tensor] = None) -> Tensor:
-            """Returns g in a shape that broadcasts over the parameter: ``[E, N, 1]`` for a parameter stored as
-            ``[E, N, K]``, ``[E, 1, N]`` for one stored as ``[E, K, N]``."""
+            """Returns DoRA's output scale g, the magnitude divided by the norm, in a shape that broadcasts over the
+            parameter: ``[E, N, 1]`` for a parameter stored as ``[E, N, K]``, ``[E, 1, N]`` for one stored as
+            ``[E, K, N]``, with E experts, N outputs and K inputs."""
             g = output_scale(self.lora_magnitude_vector[name].weight, self.weight_norm(name) if norm is None else norm)
             return g[:, None, :] if is_stored_transposed(self.get_base_layer()) else g[:, :, None]
 
         def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
-            """Returns the difference to add to the parameter: ``g ∘ (W + s B A) - W`` for DoRA, ``s B A`` for LoRA."""
+            """Returns the difference that the adapter adds to the parameter W: ``s B A`` for LoRA with the scaling s,
+            and ``g ∘ (W + s B A) - W`` for DoRA with the output scale g."""
             delta = super().get_delta_weight(adapter_name, *args, **kwargs)
             if magnitude_of(self, adapter_name) is None:
                 return delta
@@ -193,7 +197,7 @@ if ParamWrapper is not None:
                 with super()._activate_lora(active_adapters):
                     yield
                 return
-            # Several adapters add up as in PEFT's DoRA: each adapter adds the change that it alone makes to W.
+            # Several adapters add up as in PEFT's DoRA: each adapter adds the change that it alone makes to the weight.
             deltas = [self.get_delta_weight(name) for name in names]
             base, parameter, trains = self.get_base_layer(), self.parameter_name, self.get_param().requires_grad
             parametrize.register_parametrization(base, parameter, _Plus(sum(deltas)))
@@ -244,7 +248,6 @@ if ParamWrapper is not None:
 
 
 def _without_dora(config: Any) -> Any:
-    """Returns a copy of the configuration with ``use_dora`` false."""
     plain = copy.copy(config)
     plain.use_dora = False
     return plain

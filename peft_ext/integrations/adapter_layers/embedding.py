@@ -26,7 +26,7 @@ _HELPERS = {name: getattr(LoraEmbedding, name, None) for name in ("_embed", "_ge
 
 
 def _base_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the operator can't replace the forward of the base layer, or None."""
+    """Returns why the operator can't replace the forward of the embedding under the adapter, or None."""
     packed = type(base) is PackedEmbedding
     if not packed and type(base) is not nn.Embedding:  # a subclass, such as Gemma's, may scale its output
         return f"its base layer is a {class_name(type(base))}, wanted nn.Embedding or PackedEmbedding"
@@ -51,7 +51,7 @@ def _base_reason(base: nn.Module) -> Optional[str]:
 
 
 def _packed_reason(base: PackedEmbedding) -> Optional[str]:
-    """Returns why the operator can't read the table of the embedding, or None."""
+    """Returns why the operator can't read the table of a PackedEmbedding, or None."""
     codes = base.weight
     if codes.requires_grad:
         return "its base weight requires grad"
@@ -112,7 +112,6 @@ if LoraEmbedding is not None:
                 return reason
             if isinstance(scaling, Tensor):
                 return "its scaling is a tensor"
-            # Under autocast PEFT rounds its low-rank product, which the operator does not.
             return None if autocast_dtype(a) is None else "under autocast PEFT rounds its low-rank product"
 
         def _pair(self, name: str) -> tuple[Tensor, Tensor]:

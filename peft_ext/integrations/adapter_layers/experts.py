@@ -1,9 +1,9 @@
 """LoRA and DoRA on the experts of a mixture (PEFT's ``target_parameters``).
 
 The fused forward runs the operators :func:`peft_ext.ops.lora_experts` and :func:`peft_ext.ops.dora_experts`. PEFT
-computes W + s B A of all experts on each forward, and the experts' own forward uses these sums. The fused forward
-multiplies the rows of each expert with the expert's weight (dense or packed) and the expert's adapter, and does not
-compute W + s B A:
+computes the sum of weight and adapter, W + s B A with the scaling s, of all experts on each forward, and the experts'
+own forward uses these sums. The fused forward multiplies the rows of each expert with the expert's weight (dense or
+packed) and the expert's adapter, and does not compute W + s B A:
 
     sort tokens by expert → gate and up (adapted) → the model's own gate → down (adapted) → times the routing weights
     → back in order, summed over a token's experts
@@ -110,7 +110,7 @@ class Experts(Fused):
         return kernel_reason("lora_experts", device), None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, Experts):  # see Fused.forward
+        if not isinstance(self, Experts):  # `restore` gave self its stock class, but a caller kept this method
             return type(self).forward(self, x, *args, **kwargs)
         if is_computing(self.get_base_layer()):  # the outermost wrapper computes with this wrapper's adapters too
             return self._modules["base_layer"](x, *args, **kwargs)
@@ -127,8 +127,8 @@ class Experts(Fused):
         return super(Fused, self).forward(x, *args, **kwargs)
 
     def _routed(self, x: Tensor, *args: Any, **kwargs: Any) -> Optional[Tensor]:
-        """Returns the fused output for tokens [T, H], the experts [T, k] of each token and the routing weights [T, k];
-        None if the call takes the stock path."""
+        """Returns the fused output for T tokens ``x [T, hidden size]``, the k experts ``[T, k]`` of each token and
+        their routing weights ``[T, k]``; None if the call takes the stock path."""
         if not accepts_input(x) or self._reasons()[0] is not None:
             return None
         wrappers = self._wrappers()
@@ -175,9 +175,9 @@ def _calls_hooks(experts: Any, *on_the_way: Any) -> bool:
     """Returns whether the fused output may be computed inside the forward of ``experts``, so that the hooks on the
     experts run.
 
-    Returns False for dense experts, under torch.compile, and for experts with a forward on the instance. Returns False
-    also if ``fully_shard`` was called on the experts or on a module of ``on_the_way``, because the hook that gathers
-    the shards would run too late for the operator.
+    Returns False for dense experts, under torch.compile, and for experts with a ``forward`` that is stored on the
+    instance. Returns False also if ``fully_shard`` was called on the experts or on a module of ``on_the_way``, because
+    the hook that gathers the shards would run too late for the operator.
     """
     if not isinstance(experts, FrozenExperts) or torch.compiler.is_compiling() or "forward" in experts.__dict__:
         return False
@@ -233,7 +233,11 @@ def _adapter_reason(wrapper: Any) -> Optional[str]:
 
 
 def _adapter(wrapper: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
-    """Returns lora_A [E, R, K], lora_B [E, N, R] and the scaling of the adapters ``names``, concatenated along R."""
+    """Returns lora_A ``[experts, R, K]``, lora_B ``[experts, N, R]`` and the scaling of the adapters ``names``.
+
+    Several adapters are concatenated along the rank R, their scalings are multiplied into lora_B, and the returned
+    scaling is 1.
+    """
     found = [(*factors(wrapper, name), float(wrapper.scaling[name])) for name in names]
     if len(found) == 1:
         return found[0]
@@ -243,7 +247,8 @@ def _adapter(wrapper: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
 
 
 def _linear(experts: Any, adapters: dict[str, Any], name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-    """Returns the product of the rows with the parameter ``name``, including the parameter's adapters and bias."""
+    """Returns the product of ``rows``, the inputs of the experts, with the parameter ``name``, including the
+    parameter's adapters and bias."""
     transposed = is_stored_transposed(experts)
     weight: Union[Tensor, PackedWeight]
     if isinstance(experts, FrozenExperts):
@@ -270,7 +275,8 @@ def _adapted(
     wrapper: Any, names: list[str], rows: Tensor, weight: Union[Tensor, PackedWeight], offsets: Tensor,
     bias: Optional[Tensor],
 ) -> Tensor:  # fmt: skip
-    """Returns the product of the rows with a weight that has one DoRA adapter, or one or several LoRA adapters."""
+    """Returns the product of ``rows``, the inputs of the experts, with a weight that has one DoRA adapter, or one or
+    several LoRA adapters."""
     lora_A, lora_B, scaling = _adapter(wrapper, names)
     dropout = {"dropout_p": wrapper.__dict__.get(EXPERTS_DROPOUT, 0.0), "training": wrapper.training}
     if (magnitude := magnitude_of(wrapper, names[0])) is None:
@@ -282,10 +288,8 @@ def _adapted(
 
 
 def _known_gate(experts: Any, dtype: torch.dtype) -> Optional[str]:
-    """Returns the name of the activation of experts that compute act(rows), or act(first half) times the second half.
-
-    Returns None for experts that compute another function, or whose activation is not known.
-    """
+    """Returns the name of the activation act if the experts compute act(row), or act(first half) times the second half
+    of each row; None if the experts compute another function, or if the activation is not known."""
     gated, act_fn = getattr(experts, "has_gate", True), getattr(experts, "act_fn", None)
     act = None if act_fn is None or isinstance(act_fn, nn.Module) and hooked(act_fn) else activation_name(act_fn, dtype)
     return act if act is None or not gated or _is_plain_gate(experts) else None
@@ -341,8 +345,7 @@ class MergesExperts:
     methods run; over experts in another packed format ``merge`` raises RuntimeError."""
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Merges adapters into each expert's NF4 weight, starting from the NF4 weight that was kept at the first
-        merge."""
+        """Merges adapters into each expert's NF4 weight, starting from the NF4 weight before the first merge."""
         experts, parameter = self.get_base_layer(), self.parameter_name
         if isinstance(experts, FrozenExperts) and not isinstance(experts, NF4Experts):
             raise RuntimeError(

@@ -38,7 +38,7 @@ from .reasons import any_global_hook, kernel_reason
 
 __all__ = ["Facts", "Kernel", "clear_plans", "direct", "few_reason", "kernel_of", "listed", "plan_of", "together"]
 
-# Hooks on the backward never run in a call without a gradient.
+# The attributes of a module with the hooks that can run in a call without a gradient; hooks on the backward can't.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _look = operator.attrgetter("dtype", "shape", "device")
 _is_tracing = torch._C._is_tracing
@@ -47,7 +47,7 @@ _MOST_TRIALS = 3
 
 
 def kernel_of(name: str) -> Callable[..., Any]:
-    """Returns a function that calls the operator ``peft_ext::<name>`` below autograd."""
+    """Returns a function that calls the kernel of the operator ``peft_ext::<name>`` without autograd."""
     return below_autograd(getattr(getattr(torch.ops, NAMESPACE), name).default)
 
 
@@ -55,7 +55,8 @@ _linear, _lora, _several = kernel_of("nf4_linear"), kernel_of("lora_linear"), ke
 
 
 def few_reason(x: Any) -> Optional[str]:
-    """Returns why a call on x ``[B, T, K]`` may not run a plan, or None.
+    """Returns why a call on x ``[batch, tokens, columns]`` may not run a plan, which calls kernels without the checks
+    of the layers; else None.
 
     A call may run a plan if x is contiguous, on a CPU and in a dtype of the operators, with fewer tokens than
     MANY_TOKENS, and if the call is eager and runs without a gradient, autocast, global hooks and transforms of
@@ -144,7 +145,6 @@ class Facts:
         return held
 
     def add(self, other: Facts) -> None:
-        """Adds the facts of ``other`` to these facts."""
         for mine, its in zip(vars(self).values(), vars(other).values(), strict=True):
             if isinstance(mine, list):
                 mine.extend(its)
@@ -152,7 +152,6 @@ class Facts:
         self.is_final = self.is_final and other.is_final
 
     def hold(self) -> bool:
-        """Returns whether all facts still hold."""
         if any(self._empty) or not all(map(operator.is_, map(dict.get, self._places, self._names), self._values)):
             return False
         for kind, forward in self._forwards.items():
@@ -198,8 +197,7 @@ def clear_plans() -> None:
 
 
 class Kernel:
-    """Calls the kernel of a linear layer, with the layer's weight, bias and adapter as arguments. The kernel reads the
-    dtypes and sizes of its tensors in each call."""
+    """Calls the kernel of a linear layer, with the layer's weight, bias and adapter as arguments."""
 
     __slots__ = ("_args", "_has_adapter", "_kernel", "layer", "weight")
 
@@ -238,7 +236,7 @@ def listed(calls: Sequence[Kernel]) -> tuple[list[Tensor], list[int], list[float
 
 
 def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns the function that computes the linear layer ``layer`` for tensors of x's dtype and leading sizes.
+    """Returns the function that computes the linear layer ``layer`` for inputs of x's dtype.
 
     If the layer's class and tensors are known and the kernels may run, the function calls a kernel, or F.linear for a
     dense weight where :func:`.linear.is_ahead` is false. In all other cases, the function is the layer itself.

@@ -1,8 +1,8 @@
 """Quantized linear layers of other packages whose packed weight the operators read: GPTQModel's layers for GPTQ and AWQ
 that compute in PyTorch, hqq's layers, and transformers' layers over GGUF's blocks.
 
-A layer is recognized by the exact name of its class and of the class's module. This module imports neither GPTQModel
-nor hqq nor transformers.
+A layer is recognized by the exact name of its class and of the class's module, so that the packages need not be
+imported.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _tensors(base: nn.Module) -> list[Tensor]:
 
 
 def foreign_weight(base: nn.Module) -> PackedWeight:
-    """Returns the weight of the layer as a PackedWeight that shares the layer's memory. The function returns one
+    """Returns the weight of the layer as a PackedWeight that shares the layer's memory. The function returns the same
     PackedWeight object until the address of a tensor of the layer changes. Raises ValueError if the layer's layout is
     not supported."""
     key = [tensor.data_ptr() for tensor in _tensors(base)]

@@ -29,7 +29,8 @@ if FOUR_BIT:
 
 
 class IA3Layer(Fused):
-    """Base class of the fused (IA)³ layers: ``l ∘ (x Wᵀ + b)``, or ``(l ∘ x) Wᵀ + b`` if ``is_feedforward``."""
+    """Base class of the fused (IA)³ layers: ``l ∘ (x Wᵀ + b)``, or ``(l ∘ x) Wᵀ + b`` if ``is_feedforward``, with the
+    adapter's vector l (``ia3_l``)."""
 
     reads = (*Fused.reads, "ia3_l", "is_feedforward")
 
@@ -64,7 +65,7 @@ class IA3Layer(Fused):
     def _common(self, x: Any) -> Optional[tuple]:
         """Returns a tuple for a call with one active adapter: the facts (see :mod:`.known`), the base layer, and ia3_l.
 
-        Returns None if the call is not common; the checks then have to run.
+        Returns None for a call that the fast path of :mod:`.known` does not cover; the checks then have to run.
         """
         vector = self._modules["ia3_l"]._parameters.get(single_name(self))
         if vector is None or not self._scales_any_base:
@@ -124,8 +125,8 @@ if IA3Linear4bit is not None:
 
     @fuses(IA3Linear4bit)
     class FusedIA3Linear4bit(IA3Layer, IA3Linear4bit):
-        """Fused ``peft.tuners.ia3.bnb.Linear4bit``. Outside of CUDA's autocast, this PEFT class computes in float32 and
-        returns float32."""
+        """Fused ``peft.tuners.ia3.bnb.Linear4bit``. Outside of CUDA's autocast, PEFT's class for ``Linear4bit``
+        computes in float32 and returns float32."""
 
         def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
             if not torch.is_autocast_enabled():  # PEFT checks CUDA's autocast on every device

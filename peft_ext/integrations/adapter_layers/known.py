@@ -51,7 +51,8 @@ def facts_of(
     """Returns the facts of a call on the operator ``op``: a tuple of everything that the checks read of x, the layer,
     the base layer, and the adapter's ``modules``, ``tensors`` and ``numbers``.
 
-    Returns None if the call is not common; the checks then have to run.
+    Returns None for a call that the fast path does not cover, for example with hooks or under autocast; the checks then
+    have to run.
     """
     plain = reasons.plain_types()
     if type(x) not in plain or torch.compiler.is_compiling() or under_a_transform() or _is_tracing():
@@ -60,7 +61,7 @@ def facts_of(
     held, kind, device = layer.__dict__, type(layer), x.device
     if x.is_nested or reasons.any_global_hook():
         return None
-    # Tests what reasons.kernel_reason tests, whether the kernels may run, with fewer Python calls.
+    # Tests whether the kernels may run, as reasons.kernel_reason does, with fewer Python calls.
     if not reasons.KERNELS[op].get(device.type) or proved_eagerly(device.type, *PUBLIC[op]) is not None:
         return None
     if torch.is_autocast_enabled(device.type):

@@ -44,7 +44,7 @@ class FusedLinear(nn.Linear):
         return reasons.linear_reason(self, linear_dtype(self))
 
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(self, FusedLinear):  # see Fused.forward
+        if not isinstance(self, FusedLinear):  # `restore` gave self its stock class, but a caller kept this method
             return type(self).forward(self, input)
         x = input  # nn.Linear names the argument `input`
         if not torch.is_grad_enabled() and self._takes_few(x):

@@ -29,7 +29,7 @@ if FOUR_BIT:
             return weight_reason(self) or kernel_reason("frozen_linear", quant_state_of(self).absmax.device.type)
 
         def forward(self, x: Tensor) -> Tensor:
-            if not isinstance(self, FusedLinear4bit):  # see Fused.forward
+            if not isinstance(self, FusedLinear4bit):  # `restore` gave self its stock class
                 return type(self).forward(self, x)
             if self.stock_reason() is None and accepts_input(x):
                 if (operands := operands_4bit(self, x, x.dtype)) is not None:
@@ -38,9 +38,9 @@ if FOUR_BIT:
 
         @property
         def support_avx512bf16_for_cpu(self) -> bool:
-            """Always False, so that bitsandbytes does not repack the layer's NF4 or FP4 weight in evaluation. A layer
-            with a repacked weight gives x no gradient in later training, and its state dict has scales that are rounded
-            to bfloat16.
+            """Always False, so that bitsandbytes does not repack the layer's NF4 or FP4 weight in evaluation. No
+            gradient flows to the input of a layer with a repacked weight in later training, and the layer's state dict
+            has scales that are rounded to bfloat16.
             """
             return False
 

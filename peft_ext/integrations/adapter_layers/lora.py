@@ -1,9 +1,9 @@
 """PEFT's LoRA and DoRA layers, computed by :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
 
 Several active LoRA adapters run as one adapter whose rank is the sum of their ranks: A and B are concatenated, and
-different scales become a scale per rank. If the base layer's own forward has to run (8-bit, another class, hooks), only
-LoRA's low-rank part is fused, by :func:`peft_ext.ops.lora_residual`. A mixed batch is computed by
-:func:`peft_ext.ops.grouped_lora_linear`.
+different scales become a scale per rank. If the base layer's own forward has to run (for example over an 8-bit weight,
+or because of hooks), only LoRA's low-rank part is fused, by :func:`peft_ext.ops.lora_residual`. A mixed batch is
+computed by :func:`peft_ext.ops.grouped_lora_linear`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ class LowRank(Fused):
         return ()
 
     def _rank_scale(self, name: str, scaling: float) -> Optional[Tensor]:
-        """Returns ``scaling`` times the adapter's scale per rank ``[R]``; None if the adapter has no scale per rank."""
+        """Returns ``scaling`` times the adapter's scale per rank ``[R]``; None if the adapter has no scale per rank, as
+        in LoRA."""
         return None
 
     def _scales(self, name: str) -> tuple[Optional[Tensor], float]:
@@ -160,7 +161,7 @@ class LowRank(Fused):
     def _parts(self, name: str) -> Optional[tuple]:
         """Returns lora_A, lora_B, and three tuples: the modules, tensors and types of an adapter that the checks read.
 
-        Returns None if the adapter can't take the fast path.
+        Returns None if the adapter can't take the fast path of :mod:`.known`.
         """
         raise NotImplementedError
 
@@ -168,7 +169,7 @@ class LowRank(Fused):
         """Returns a tuple for a call with one active adapter: the facts (see :mod:`.known`), the adapter's name, the
         base layer, lora_A, lora_B and the dropout's p.
 
-        Returns None if the call is not common; the checks then have to run.
+        Returns None for a call that the fast path of :mod:`.known` does not cover; the checks then have to run.
         """
         if (name := single_name(self)) is None or (parts := self._parts(name)) is None:
             return None
@@ -186,7 +187,8 @@ class LowRank(Fused):
         return facts, name, base, lora_A, lora_B, float(p) if training else 0.0
 
     def _fused(self, x: Tensor) -> Optional[Tensor]:
-        """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b``, or DoRA's output, in the dtype of PEFT's result.
+        """Returns ``x Wᵀ + (dropout(x) Aᵀ ∘ ρ) Bᵀ + b`` with the adapter's scale per rank ρ, or DoRA's output, in the
+        dtype of PEFT's result.
 
         Returns None if PEFT's own forward has to run.
         """
@@ -268,8 +270,8 @@ class LowRank(Fused):
         return result.to(dtype)
 
     def _side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor, None]:
-        """Returns the adapters' lora_A ``[R, K]``, multiplied by all scales, and lora_B ``[N, R]``, both concatenated
-        along R in float32, and None as the scale of the rows."""
+        """Returns the adapters' lora_A ``[R, K]``, multiplied by the scaling and the scale per rank, and their lora_B
+        ``[N, R]``, both concatenated along the rank R in float32; and None, because the merged rows have no scale."""
         pairs, scaled = [self.pair(name) for name in names], []
         for name, (a, _) in zip(names, pairs, strict=True):
             scale = _times(self.scaling[name], self._rank_scale(name, 1.0), a.shape[0], a.device)
@@ -389,8 +391,8 @@ if LoraLinear is not None:
         """Fused ``peft.tuners.lora.Linear``: LoRA and DoRA."""
 
         def known_call(self, x: Tensor) -> Optional[tuple]:
-            """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None if the call
-            is not common. A block that calls the layer's kernel directly (see :mod:`.few_tokens`) uses this method."""
+            """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None. A block
+            that calls the layer's kernel directly (see :mod:`.few_tokens`) uses this method."""
             return self._common(x)
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:
@@ -430,7 +432,7 @@ if LoraLinear is not None:
             return merged, bias
 
 
-# Fused classes whose only code is that of Lora. Over ``Linear8bitLt`` only the low-rank part is fused.
+# The following fused classes have no code but that of Lora. Over ``Linear8bitLt`` only the low-rank part is fused.
 FusedGPTQLoraLinear = fused_class("FusedGPTQLoraLinear", Lora, GPTQLoraLinear)
 FusedAwqLoraLinear = fused_class("FusedAwqLoraLinear", Lora, AwqLoraLinear)
 FusedHqqLoraLinear = fused_class("FusedHqqLoraLinear", Lora, HqqLoraLinear)

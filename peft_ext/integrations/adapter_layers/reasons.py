@@ -98,7 +98,8 @@ def _own_forward(kind: type) -> Any:
     return forward if own else None
 
 
-# Maps each class whose forward a fused layer replaces by an operator to the forward that the class had at import.
+# Maps each class whose forward a fused layer replaces by an operator to the forward that the class had at import, or to
+# None if another Python module had replaced the forward by then.
 _FORWARDS = {
     kind: _own_forward(kind)
     for kind in (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, *PACKED, Conv1D, *FOUR_BIT)
@@ -148,9 +149,10 @@ def _gathered_ids(model: nn.Module) -> Iterator[int]:
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:
             for parameter in getattr(group, "fsdp_params", ()):
-                if not parameter.is_dtensor:  # with tensor parallelism a gathered parameter is still a DTensor
+                if not parameter.is_dtensor:  # a parameter under tensor parallelism stays a DTensor when gathered
                     yield id(parameter.sharded_param)
-                    owner = parameter._module_info  # the module may hold another parameter object since fully_shard
+                    # After fully_shard, the module may have been given another parameter object.
+                    owner = parameter._module_info
                     yield id(owner.module._parameters.get(owner.param_name))
 
 
@@ -189,7 +191,7 @@ def plain_types() -> tuple[type, ...]:
 def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the operators accept: plain, dense, and float32, bfloat16 or float16.
 
-    The operators work under torch.compile, so the function may return True there. The function returns False under
+    The operators work under torch.compile, so the function may return True during a trace. It returns False under
     torch.func's transforms, forward-mode differentiation, torch.jit.trace and torch.export (where x is a fake tensor),
     so that the call takes the stock path.
     """
@@ -215,8 +217,8 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 
 
 def kernel_reason(op: str, device: str) -> Optional[str]:
-    """Returns why layers on ``device`` must not run the public operator ``op``, or None: native kernels are not loaded,
-    or the kernels did not pass the proof."""
+    """Returns why layers on ``device`` must not run the public operator ``op``, or None. A reason is that native
+    kernels are not loaded, or that the kernels did not pass the comparison with the reference."""
     if KERNELS[op].get(device):
         return proved(device, *PUBLIC[op])
     if device == "cuda" and not STATE.cuda_loaded:
@@ -370,10 +372,10 @@ def weight_reason(base: nn.Module) -> Optional[str]:
 
 def _table_reason(state: Any) -> Optional[str]:
     """Returns why the operators can't decode a weight with bitsandbytes' quant_state ``state``, or None. The operators
-    decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to one of these. The
-    values of a table are read once."""
+    decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to the operators' table.
+    The values of a table are read once."""
     code, kind = state.code, state.quant_type
-    # torch.compile can't read the values of a table while it traces. `accelerate` has read a model's tables before.
+    # torch.compile can't read the values of a table while it traces, so `accelerate` reads a model's tables earlier.
     if not torch.compiler.is_compiling():
         known = _TABLES.get(id(code))
         if type(code) is not Tensor or (known is not None and known[0]() is code and known[1] == kind):
@@ -593,8 +595,8 @@ def _fully_sharded() -> list[tuple[nn.Module, Any]]:
 
 
 def _will_be_root(module: nn.Module, state: Any, wrapped: list[tuple[nn.Module, Any]]) -> bool:
-    """Returns whether ``module`` will be FSDP2's root in the first forward. By default, the root keeps its parameters
-    after the forward."""
+    """Returns whether ``module`` will be FSDP2's root in the first forward. By default, FSDP2's root keeps its gathered
+    parameters after the forward."""
     if state._is_root is not None or not getattr(state, "_auto_reshard_after_forward", False):
         return False
     return not any(module in other.modules() for other, _ in wrapped if other is not module)

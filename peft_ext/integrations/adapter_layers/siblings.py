@@ -1,12 +1,13 @@
 """Adapter layers of one module that get the same tensor, computed together by :func:`peft_ext.ops.lora_linears`.
 
-The row of a module's form names the children that are called with one input tensor, as in ``self.q_proj(x)``,
-``self.k_proj(x)``. While the module's forward runs, the first child of a group that is called computes the outputs of
-all children of this group that can be computed together. Each other child of the group returns its stored output if the
-child is called with the same, unchanged tensor object, and if the state of the child is unchanged. If a child is called
-with another tensor object than the first child of the group, or with a tensor that was changed since, or if the child's
-state has changed, the child computes its output alone. Stored outputs that no child has returned are dropped at the end
-of the module's forward. A child never returns an output that another thread computed.
+The table of known forms names the children that the forward of a module calls with one input tensor, as in
+``self.q_proj(x)``, ``self.k_proj(x)``. While the module's forward runs, the first child of a group that is called
+computes the outputs of all children of this group that can be computed together. Each other child of the group returns
+its stored output if the child is called with the same, unchanged tensor object, and if the state of the child is
+unchanged. If a child is called with another tensor object than the first child of the group, or with a tensor that was
+changed since, or if the child's state has changed, the child computes its output alone. Stored outputs that no child
+has returned are dropped at the end of the module's forward. A child never returns an output that another thread
+computed.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _saving_hooks() -> Any:
 
 
 class _Group:
-    """A group of sibling layers in the order of their calls, with the stored outputs that no layer has returned yet."""
+    """A group of sibling layers, with the stored outputs that no layer has returned yet."""
 
     def __init__(self, layers: list[Any]) -> None:
         self._layers = layers

@@ -5,7 +5,8 @@
     row      y = Σ_i (x_i W_iᵀ + s (drop(x_i) A_iᵀ) Bᵀ) + b   W_i [N, K/n], A_i [R, K/n], B [N, R]
              forward: the sum over the n processes; backward: the sum of dB
 
-transformers replaces the forward of each split layer. PEFT splits lora_B of a column layer and lora_A of a row layer as
+Process i of n holds the shards with the index i, and s is the adapter's scaling. transformers replaces the forward of
+each split layer. PEFT splits lora_B of a layer in the style "column" and lora_A of a layer in the style "row" as
 transformers splits the base layer. A layer is fused only if its replaced forward is known exactly: the digest of the
 code that runs is in ``FORMS``. Each process computes its shard of a layer with one operator. PEFT's own forward sums
 the ``[T, R]`` product of lora_A in addition to the base layer's sums; the fused forward sums the gradient of A or B

@@ -1,8 +1,8 @@
 """The table of known forms: the forwards of models for which peft_ext has a fused forward.
 
 The file ``forms.tsv``, which tools/forms.py writes, has one row per form, with the columns digest, kind, formula,
-example, classes and since. :func:`row_of` returns the row of a class or of a function, or the reason why there is no
-row.
+example, classes and since. :func:`row_of` returns the row and the form of a class or of a function, or the reason why
+there is no row.
 
 The key of a row is the digest of the code (:mod:`.digest`), not the name of a class. Except for nn.Dropout, a row whose
 formula replaces a computation is in the table only if the formula gave the same values and gradients as the code of a
@@ -21,8 +21,8 @@ from .digest import Form, Unknown, form_of
 
 __all__ = ["Form", "KINDS", "Row", "Unknown", "form_of", "holds_for", "read_rows", "row_of"]
 
-# The kinds of forms (such as a norm, an MLP or an attention), and for each kind the names of the values that the
-# formula of a row may have.
+# Maps each kind of form (for example a norm, an MLP or an attention) to the names of the values that the formula of a
+# row of this kind may have.
 KINDS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("weight", "eps", "offset", "rounds", "mixed", "needs"),
     "layer_norm": (),

@@ -79,7 +79,7 @@ class Form:
 def form_of(subject: Any, method: str = "forward") -> Form:
     """Returns the form of a class's method (by default the forward) or of a Python function.
 
-    Raises: Unknown if the code has no form; the text is the reason.
+    Raises: Unknown if the code has no form; the text of the error is the reason.
     """
     walk = _Walk(subject if isinstance(subject, type) else None)
     if isinstance(subject, type):
@@ -142,8 +142,8 @@ class _Walk:
         function, if it is a method."""
         if not isinstance(function, types.FunctionType):
             raise Unknown(f"{_name(function)} is no Python function")
-        # Without a gradient, the wrapper with which transformers checkpoints a decoder layer only calls the wrapped
-        # function.
+        # transformers wraps the forward of a decoder layer for gradient checkpointing. The wrapper enters the digest by
+        # its own code alone, because in a call without a gradient it only calls the wrapped function.
         if _is_wrapper_of(function, _CHECKPOINTS):
             return "checkpointed", _canonical(_tree(function)), self.function(function.__wrapped__, kind)
         if _is_wrapper_of(function, _TRANSPARENT):

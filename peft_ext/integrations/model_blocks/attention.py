@@ -1,16 +1,16 @@
 """Fused attention of transformers' models: q, k and v from one operator, rotary positions in one pass, softmax(q kᵀ) v.
 
-An attention module with a known form runs one of two forwards. If the form's row in the table of known forms says
-``forward=rotary``, ``Attention._rotary_forward`` runs: one operator for q, k and v, rotary positions, the cache,
-attention, and the output projection. Otherwise, or if ``_rotary_forward`` does not accept the call, the module's own
-code runs, and the layers that get one input tensor (``inputs`` of the row) are computed together. If the module's
-forward was replaced, only the replaced forward runs.
+If the row of an attention's form in ``forms.tsv`` says ``forward=rotary``, ``Attention._rotary_forward`` computes the
+projections q, k and v together where possible, then rotary positions, the cache, attention, and the output projection.
+Otherwise, or if ``_rotary_forward`` does not accept the call, the attention's own code runs, and the layers that get
+one input tensor (``inputs`` of the row) are computed together where possible. If the module's forward was replaced,
+only the replaced forward runs.
 
 peft_ext registers an attention function in transformers' public registry, under a name of its own. A fused attention
 that takes its function from the registry gets peft_ext's function in place of the function that is registered as
 ``sdpa``. peft_ext's function calls :func:`peft_ext.ops.scaled_dot_product_attention` for the calls that the operator
-accepts and computes faster, and otherwise the function that is registered as ``sdpa``. On a GPU, PyTorch's own kernels
-compute softmax(q kᵀ) v.
+accepts and computes faster, and otherwise the function that is registered as ``sdpa``. On a GPU, peft_ext's function
+always calls the function that is registered as ``sdpa``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .block import Block, device_of, input_reason
 from .cache import Room, appended, room_for
 
 ALL_ATTENTION_FUNCTIONS: Any = None
-AttentionInterface: Any = None  # imported last: None if the import of one of the four names failed
+AttentionInterface: Any = None  # stays None if the import of one of the four names below fails
 with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -55,15 +55,15 @@ _OF_PYTORCH = torch._C._nn.scaled_dot_product_attention
 _PATHS = ("avx2", "avx512", "avx512_bf16", "amx")
 # On the CPU path `amx`, PyTorch's own attention computes a bfloat16 call without dropout that has more keys than a
 # limit, because PyTorch's attention was measured to be faster than the operator there, at a time when the operator did
-# not use AMX tiles. The limit under True is for causal attention without a mask or a bias, the limit under False for
-# all other attention.
+# not use AMX tiles. The key True has the limit for causal attention without a mask or a bias, the key False the limit
+# for all other attention.
 _MOST_KEYS_ON_AMX = {True: 512, False: 128}
-# A call of at least _LEAST_QUERIES queries runs the operator's kernels for blocks of 64 queries. For fewer queries
-# PyTorch's own attention is faster, except for calls of at most _FEW_QUERIES queries, for which the operator has
-# another kernel.
+# The operator's kernels for blocks of 64 queries run for calls of at least _LEAST_QUERIES queries. The operator has
+# another kernel for calls of at most _FEW_QUERIES queries without a gradient. For most other calls of fewer than
+# _LEAST_QUERIES queries, PyTorch's own attention is faster than the operator.
 _LEAST_QUERIES, _FEW_QUERIES = 16, 8
-# Largest size of a head for which the operator runs. The scratch memory of a thread grows with the size of a head, and
-# the heads of language models are smaller.
+# Largest size of a head for which the operator runs. The operator's scratch memory per thread grows with the size of a
+# head.
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
 _rotate, _attention = kernel_of("rotary_embedding"), kernel_of("scaled_dot_product_attention")
@@ -73,8 +73,8 @@ _IGNORED = frozenset({
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",
     "use_cache",
 })  # fmt: skip
-# Maps a function that was registered as "sdpa" to whether the function accepts a bias of the scores; to None if the
-# form of the function is unknown.
+# Maps a function that was registered as "sdpa" to whether the function accepts a bias of the attention scores, or to
+# None if the form of the function is unknown.
 _SDPA: dict[Any, Optional[bool]] = {}
 
 
@@ -86,7 +86,8 @@ class Attention(Block):
 
     Some values of an attention's row in the table of forms: ``inputs``, groups of layers that get one tensor;
     ``interface``, whether the forward takes its attention function from transformers' registry; ``forward``, "rotary"
-    if ``_rotary_forward`` can replace the module's own forward. :func:`.proof.register_form` explains the other values.
+    if ``_rotary_forward`` can replace the module's own forward. The docstring of :func:`peft_ext.register_form`
+    explains the other values.
     """
 
     block_kind = "attention"
@@ -94,11 +95,12 @@ class Attention(Block):
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         cache_name, _, cache_style = row.get("cache").partition(":")
-        # The globals of the forward's Python module. If a function of the module is replaced later, the globals have
-        # the new function.
+        # The globals of the Python module that defines the forward. If a function of this Python module is replaced
+        # later, the globals have the new function.
         names = inspect.unwrap(stock.forward).__globals__
         groups = tuple(tuple(group.split("+")) for group in row.names("inputs"))
-        empty = dict.fromkeys(KINDS["attention"], "")  # a row of the kind "projections" has inputs alone
+        # A row of the kind "projections" has the value `inputs` alone, so its other values are empty.
+        empty = dict.fromkeys(KINDS["attention"], "")
         return {**empty, **super().settled(stock, row), "groups": groups, "cache_name": cache_name,
                 "cache_style": cache_style,
                 "options": tuple(tuple(option.split(":", 1)) for option in row.names("options")),
@@ -123,10 +125,11 @@ class Attention(Block):
         return None if None in reasons else f"{', '.join(self.peft_ext_known.groups[0])}: {reasons[0]}"
 
     def _rotary_reason(self, x: Tensor) -> Optional[str]:
-        """Returns why transformers' function rotates q and k of hidden states x, or None.
+        """Returns why transformers' function, and not the operator rotary_embedding, rotates the q and k of hidden
+        states x; else None.
 
-        The model computes the positions in the dtype of its hidden states. Norms of q and k may change the dtype of
-        q and k, so only :func:`_fits_rotary` tells whether the two dtypes are equal.
+        If q and k have norms, which may change the dtype of q and k, this method does not compare this dtype with the
+        dtype of the rotary positions; :func:`_fits_rotary` compares the two dtypes in each call.
         """
         if type(size := self.__dict__.get("head_dim")) is int and size % 2:
             return f"the size of its heads is {size}, wanted an even number"
@@ -136,18 +139,16 @@ class Attention(Block):
         return f"autocast computes q and k in {dtype_name(cast)}, and the positions are {dtype_name(x.dtype)}"
 
     def _option_reason(self) -> Optional[str]:
-        """Returns which number of the module keeps its attention from the operator in each call, or None."""
+        """Returns why no attention call of the module can run the operator, because of the size of the module's heads
+        or because of the value of one of the row's ``options``; else None."""
         if type(size := self.__dict__.get("head_dim")) is int and size > _LARGEST_HEAD:
             return f"the size of its heads is {size}, wanted at most {_LARGEST_HEAD}"
         given = {name: getattr(self, attribute, None) for name, attribute in self.peft_ext_known.options}
         return _argument_reason(given)
 
     def _own_reason(self) -> Optional[str]:
-        """Returns which function of the model's Python module was replaced since the call of
-        :func:`peft_ext.accelerate`, or None.
-
-        Only functions that ``_rotary_forward`` calls are checked.
-        """
+        """Returns a reason if ``apply_rotary_pos_emb`` or ``eager_attention_forward`` of the model's Python module,
+        which ``_rotary_forward`` calls, was replaced after peft_ext made the fused class; else None."""
         known = self.peft_ext_known
         changed = [name for name, value in known.found.items() if known.names.get(name) is not value]
         return f"{changed[0]} was replaced" if changed else None
@@ -167,8 +168,9 @@ class Attention(Block):
             return super(Block, self).forward(*args, **kwargs)
 
     def _takes(self, given: dict[str, Any]) -> bool:
-        """Returns whether ``_rotary_forward`` accepts a call: hidden states, a pair of position tensors, and no cache
-        under another keyword than the one that the row of the table of forms names."""
+        """Returns whether ``_rotary_forward`` accepts a call with the keyword arguments ``given``: the call has hidden
+        states and a pair of position tensors, and passes no cache under another keyword than the one that the row of
+        the table of forms names."""
         positions = given.get("position_embeddings")
         return (
             accepts_input(given.get("hidden_states"))
@@ -182,11 +184,8 @@ class Attention(Block):
         self, plan: Optional[SimpleNamespace] = None, /, *, hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor], attention_mask: Any = None, **given: Any,
     ) -> tuple[Tensor, Optional[Tensor]]:  # fmt: skip
-        """Returns the output and the attention weights of attention with rotary positions. ``plan``: the result of
-        :meth:`_few` for few tokens without a gradient.
-
-        The norms of q and k are applied if the row of the table of forms names them in ``norms``.
-        """
+        """Returns the output and the attention weights of attention with rotary positions. ``plan``: the plan that
+        :meth:`_few` made for few tokens without a gradient; None for other calls."""
         known, modules, x, (cos, sin) = self.peft_ext_known, self._modules, hidden_states, position_embeddings
         heads = (*x.shape[:-1], -1, self.head_dim)
         with nullcontext() if plan is not None else siblings.together(self, known.groups):
@@ -214,8 +213,8 @@ class Attention(Block):
         return project(out.reshape(*x.shape[:-1], -1).contiguous()), weights
 
     def _few(self, facts: Facts, x: Tensor) -> Union[SimpleNamespace, str]:
-        """Returns the functions and numbers that :meth:`_rotary_forward` uses; the reason if the attention has no
-        plan."""
+        """Returns the attention's plan for calls of few tokens without a gradient: the functions and numbers that
+        :meth:`_rotary_forward` uses. Returns a reason, a string, if the attention has no plan."""
         known, held = self.peft_ext_known, self.__dict__
         if not known.forward:
             return "no forward of peft_ext replaces its own"
@@ -243,8 +242,8 @@ class Attention(Block):
         )  # fmt: skip
 
     def room_of_few(self, plan: Any, x: Tensor, given: dict[str, Any]) -> Optional[Room]:
-        """Returns room in the cache for the tokens of x, if :meth:`_rotary_forward` would call only operators in this
-        call, so that the operator decoder_layer can compute the whole decoder layer; else None."""
+        """Returns room in the cache for the tokens of x if the operator decoder_layer can compute the attention of this
+        call as a part of the decoder layer; else None."""
         known, tokens = self.peft_ext_known, x.shape[1]
         cos, sin = given["position_embeddings"]
         cache, mask = given.get(known.cache_name), given.get("attention_mask")
@@ -285,7 +284,8 @@ _OTHER_CACHES = frozenset({"cache", "past_key_value", "past_key_values"})
 
 
 def _are_positions(cos: Tensor, sin: Tensor, x: Tensor, size: int) -> bool:
-    """Returns whether cos and sin have x's dtype and device, a row for each token of x, and ``size`` columns."""
+    """Returns whether the rotary positions cos and sin have x's dtype and device, and the shape ``[1 or batch, tokens,
+    size]`` with the batch and the tokens of x."""
     shape = cos.shape
     return (
         cos.dtype is sin.dtype is x.dtype and shape == sin.shape and len(shape) == 3 and shape[0] in (1, x.shape[0])
@@ -311,14 +311,15 @@ def _fits_rotary(q: Any, k: Any, cos: Any, sin: Any) -> bool:
 
 
 class _View:
-    """A view of a model's configuration for one attention. The view names peft_ext's attention function where the
-    configuration says "sdpa". The view shares the ``__dict__`` of the configuration, and its class is a subclass of the
-    configuration's class."""
+    """A view of a model's configuration for one attention. ``_attn_implementation`` of the view is the name of
+    peft_ext's attention function where the configuration's is "sdpa". The view shares the ``__dict__`` of the
+    configuration, and its class is a subclass of the configuration's class."""
 
     __slots__ = ("original",)
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Does nothing, so that transformers' method does not treat the view's class as a new configuration class."""
+        """Does nothing. transformers' ``__init_subclass__`` would treat the view's class as a new configuration
+        class."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return view_of, (self.original,)
@@ -334,7 +335,6 @@ _VIEWS: dict[type, type] = {}
 
 
 def view_of(config: Any) -> Any:
-    """Returns a :class:`_View` of a configuration."""
     stock = type(config)
     if (kind := _VIEWS.get(stock)) is None:
         own = stock._attn_implementation
@@ -403,7 +403,8 @@ def _reason(module: Any) -> Optional[str]:
 
 @torch.compiler.assume_constant_result
 def _isa() -> str:
-    """Returns the CPU path in use. torch.compile calls this function once, while it traces."""
+    """Returns the CPU path in use. torch.compile calls this function while it traces, and puts the result into the
+    graph as a constant."""
     return _native.STATE.isa
 
 
@@ -432,8 +433,8 @@ def sdpa_attention_forward(
     **kwargs: Any,
 ) -> Any:
     """Computes attention on the operator scaled_dot_product_attention if the operator accepts the call and is faster,
-    else by the function that is registered as ``sdpa``. transformers' registry has this function under the name
-    OURS."""
+    else by the function that is registered as ``sdpa``. transformers' registry has sdpa_attention_forward under the
+    name in the constant OURS."""
     function = ALL_ATTENTION_FUNCTIONS["sdpa"]
     knows_bias, bias = _knows_bias(function), kwargs.get("position_bias")
     if (
@@ -458,8 +459,8 @@ if AttentionInterface is not None:
 
 
 def _argument_reason(given: dict[str, Any], *read: str) -> Optional[str]:
-    """Returns which keyword argument of an attention call may change the result of sdpa, so that transformers' function
-    has to run, or None. ``read``: names of arguments that the operator takes."""
+    """Returns a reason if a keyword argument of an attention call may change the result of transformers' function for
+    sdpa, and is neither ignored by this function nor named in ``read``; else None."""
     for name, value in given.items():
         if value is not None and name not in _IGNORED and name not in read:
             if name != "output_attentions" or value:
@@ -468,11 +469,10 @@ def _argument_reason(given: dict[str, Any], *read: str) -> Optional[str]:
 
 
 def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Tensor]:
-    """Returns the operator's attention ``[B, T, H, D]`` of few queries ``[B, H, T, D]``, which see all keys or the keys
-    of a mask.
+    """Returns the operator's attention ``[batch, queries, heads, size]`` of few queries ``q [batch, heads, queries,
+    size]``, which see all keys or the keys of a mask.
 
-    Returns None if the function registered as ``sdpa`` is no known form, if another function than the operator is to
-    run on this device, or if the keys, the values or the mask don't fit.
+    Returns None if transformers' function has to compute the call.
     """
     if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _device_reason("cpu"):
         return None
@@ -487,8 +487,8 @@ def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Te
 
 
 def _sees(mask: Any, batch: int, queries: int, keys: int) -> bool:
-    """Returns whether ``mask`` is a boolean mask over all queries and keys, or None for a single query, which sees all
-    keys."""
+    """Returns whether the operator can use ``mask``: a boolean mask ``[batch, 1, queries, keys]``, or None if there is
+    a single query, which sees all keys."""
     if mask is None:
         return queries == 1
     return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (batch, 1, queries, keys)
@@ -504,9 +504,9 @@ def by_operator(
     if position_bias is not None and (dtype := autocast_dtype(q)) is not None:
         position_bias = position_bias.to(dtype)
     if causal and k.shape[2] > (queries := q.shape[2]):
-        # No query sees the keys behind the first `queries` keys. The later keys are an empty part of a static cache, or
-        # the recomputation of a checkpoint added the keys to the cache again. The recomputation must save tensors of
-        # the shapes that the first forward saved, so the later keys are cut off.
+        # In causal attention, no query sees the keys behind the first `queries` keys. These later keys are an empty
+        # part of a static cache, or the recomputation of a checkpoint added the keys to the cache again. The
+        # recomputation must save tensors of the shapes that the first forward saved, so the later keys are cut off.
         k, v = k[:, :, :queries], v[:, :, :queries]
         position_bias = None if position_bias is None else position_bias[..., :queries]
     out = ops.scaled_dot_product_attention(
@@ -522,7 +522,8 @@ def _causal(module: Any, mask: Optional[Tensor], is_causal: Optional[bool]) -> b
 def _fits(
     module: Any, q: Any, k: Any, v: Any, mask: Any, dropout: float, scaling: Any, others: dict[str, Any]
 ) -> bool:  # fmt: skip
-    """Returns whether the operator accepts a call, and is to be used for the call on this device."""
+    """Returns whether the operator accepts an attention call, whose position bias is not looked at, and is to be used
+    for the call on the call's device."""
     if not all(map(accepts_input, (q, k, v))) or (q.dim(), k.dim(), v.dim()) != (4, 4, 4):
         return False
     if not q.device == k.device == v.device or _device_reason(q.device.type):
@@ -555,8 +556,8 @@ def _fits(
 
 
 def _are_few(queries: int, dropout: float, others: dict[str, Any]) -> bool:
-    """Returns whether the operator's kernel for few queries can compute a call: few enough queries, no dropout, no bias
-    of the scores and no gradient."""
+    """Returns whether the operator's kernel for few queries can compute a call: at most _FEW_QUERIES queries, no
+    dropout, no bias of the scores, and gradients turned off."""
     return (
         queries <= _FEW_QUERIES and dropout == 0 and others.get("position_bias") is None and not torch.is_grad_enabled()
     )
@@ -565,8 +566,9 @@ def _are_few(queries: int, dropout: float, others: dict[str, Any]) -> bool:
 def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
     """Returns whether the operator accepts a bias that is added to the scores, as T5's relative positions are.
 
-    The operator gives no gradient of the bias. Returns False if some query sees no key: transformers hides keys by a
-    finite bias, so in transformers a query that sees no key gets the mean of all values.
+    Returns False for a bias that needs a gradient, which the operator does not compute. Returns False if some query
+    sees no key: transformers hides keys by a finite bias, so in transformers a query that sees no key gets the mean of
+    all values.
     """
     if not accepts_input(bias) or bias.dim() != 4 or bias.device != q.device:
         return False
@@ -581,6 +583,6 @@ def _fits_bias(bias: Any, q: Tensor, k: Tensor, mask: Optional[Tensor]) -> bool:
 
 
 def _tiles_are_ahead(dtype: torch.dtype, keys: int, dropout: float = 0.0, causal: bool = False) -> bool:
-    """Returns whether PyTorch's own attention computes a call in place of the operator, on the CPU path ``amx``, see
-    _MOST_KEYS_ON_AMX."""
+    """Returns whether PyTorch's own attention has to compute a call on the CPU path ``amx`` because the call has more
+    keys than _MOST_KEYS_ON_AMX allows."""
     return _isa() == "amx" and dropout == 0 and dtype is torch.bfloat16 and keys > _MOST_KEYS_ON_AMX[causal]

@@ -32,9 +32,9 @@ def input_reason(x: Tensor) -> Optional[str]:
 class Block:
     """The base class of the fused classes of model blocks (decoder layers, norms, MLPs, attentions, dropouts).
 
-    A subclass defines ``block_reason`` or its own ``block_parts``. A fused class keeps the facts of its row of the
-    table of forms in one attribute, ``peft_ext_known``: ``of_class`` of its form, and what ``settled`` returns. No
-    child module may be named ``peft_ext_known``, because a class attribute hides a child module of the same name.
+    A subclass defines ``block_reason`` or its own ``block_parts``. The attribute ``peft_ext_known`` of a fused class
+    holds ``of_class`` of the class's form, and the facts that ``settled`` returns. No child module may be named
+    ``peft_ext_known``, because a class attribute hides a child module of the same name.
     """
 
     stock_class: type
@@ -55,7 +55,7 @@ class Block:
         return {**formula, "row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
     def block_reason(self) -> Optional[str]:
-        """Returns why the module's own forward runs, or None."""
+        """Returns why the module's own forward runs for every input, or None."""
         raise NotImplementedError
 
     def replaced_reason(self) -> Optional[str]:
@@ -75,14 +75,14 @@ class Block:
         return None
 
     def call_reason(self, x: Tensor) -> Optional[str]:
-        """Returns why the module's own forward runs for inputs of x's dtype and device, or None. The forward calls this
-        method too, and checks what else depends on the call, such as sizes."""
+        """Returns why the module's own forward runs for inputs of x's dtype and device, or None. The forward alone
+        checks the conditions that depend on more of a call than the dtype and the device, such as on sizes."""
         return None
 
     def held_reason(self, facts: Facts) -> Optional[str]:
         """Returns why the module has no plan (see :mod:`..adapter_layers.few_tokens`): the module has hooks, or its
-        forward is not the code of its known form. Returns None otherwise. Adds to ``facts`` the objects on which this
-        result depends."""
+        forward is not the code of its known form. Returns None otherwise. Adds to ``facts`` the objects on which the
+        returned reason depends."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.of_class:
             facts.value(held, name)
@@ -108,7 +108,7 @@ class Fused(Block):
     block if ``block_reason`` returns None."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, Block):  # called after restore, see adapter_layers.base.Fused
+        if not isinstance(self, Block):  # `restore` gave self its stock class, but a caller kept this method
             return type(self).forward(self, *args, **kwargs)
         alone = len(args) == 1 and not kwargs and accepts_input(args[0])
         return self._fused(*args) if alone and self.block_reason() is None else super().forward(*args, **kwargs)
@@ -119,7 +119,7 @@ class Fused(Block):
 
 class Planned(Fused):
     """The base class of fused blocks that make a plan for calls of few tokens (see
-    :mod:`..adapter_layers.few_tokens`). A subclass defines ``_few``."""
+    :mod:`..adapter_layers.few_tokens`). A subclass defines ``_few``, which makes the plan."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and few_reason(args[0]) is None and isinstance(self, Planned):
@@ -128,7 +128,8 @@ class Planned(Fused):
         return Fused.forward(self, *args, **kwargs)
 
     def _few(self, facts: Facts, x: Tensor) -> Union[Callable[[Tensor], Tensor], str]:
-        """Returns the function that computes the block for x; the reason if the block has no plan."""
+        """Returns the plan, a function that computes the block for inputs like x; or the reason why the block has no
+        plan."""
         raise NotImplementedError
 
 
@@ -152,7 +153,7 @@ def class_of(mixin: type, stock: type, row: Row, form: Form) -> type:
     if (made := _CLASSES.get((mixin, stock, row))) is None:
         known = types.SimpleNamespace(**mixin.settled(stock, row))
         held = {"stock_class": stock, "peft_ext_known": known, "__doc__": stock.__doc__, "__module__": stock.__module__}
-        made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)  # the metaclass's __new__ is not called
+        made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)  # skips the metaclass's __new__
         STOCK[made] = stock
         _CLASSES[mixin, stock, row] = made
     made.stock_forward, made.peft_ext_known.of_class = stock.forward, form.of_class

@@ -34,8 +34,8 @@ MIXINS: dict[str, type[Block]] = {
 _COPIED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 _NOT_ACCELERATED = "accelerate(model) was not called on it, or with blocks=False"
 _CHANGED = "its code is no longer the known form: call accelerate(model) again"
-# Parts of class names, each with the kind of block that a class with this part in its name is. `explain` reports a
-# module whose form is unknown if its class name has one of the parts in _CALLED.
+# Parts of class names in lower case, each with the kind of block that a class with this part in its name is taken for.
+# `explain` reports a module whose form is unknown only if its class name has one of the parts in _CALLED.
 _CALLED = (("norm", "norm"), ("attention", "attention"), ("attn", "attention"), ("mlp", "MLP"), ("feedforward", "MLP"))
 
 
@@ -75,14 +75,15 @@ def _found(module: nn.Module, rows: Callable[[type], Any]) -> Union[tuple[Row, F
 
 
 def _joins(module: nn.Module, row: Row) -> bool:
-    """Returns whether some group of layers that get one tensor has two LoRA or AdaLoRA layers."""
+    """Returns whether some group of layers that get one tensor has at least two LoRA or AdaLoRA layers."""
     groups = (group.split("+") for group in row.names("inputs"))
     return any(sum(isinstance(module._modules.get(name), LowRank) for name in group) > 1 for group in groups)
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Gives each block of ``model`` for which :func:`_found` returns a row of the table of forms its fused class, and
-    sets the stock class of each other fused block. A fused block that ``fully_shard`` has wrapped keeps its class."""
+    """Gives each block of ``model`` for which :func:`_found` returns a row of the table of forms its fused class. Other
+    blocks that have a fused class get their stock class back. A fused block that ``fully_shard`` has wrapped keeps its
+    class."""
     rows, skipped = functools.cache(row_of), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()
@@ -140,7 +141,7 @@ def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
 
 
 def _called(module: nn.Module) -> Optional[str]:
-    """Returns the kind of block that the name of the module's class stands for.
+    """Returns the kind of block (norm, attention or MLP) that the name of the module's class stands for.
 
     Returns None if the name stands for no kind, or if the class name of a module inside of ``module`` contains the same
     part of a name.
@@ -152,11 +153,13 @@ def _called(module: nn.Module) -> Optional[str]:
 
 
 def expected_input(model: nn.Module, name: str) -> Tensor:
-    """Returns an empty tensor with the dtype and the device that the input of the module ``name`` is expected to have:
-    those of the first floating-point parameter of at least 16 bits, of an adapter's base layer or outside of adapters,
-    in the module or in the nearest module around it that has such a parameter."""
+    """Returns an empty tensor with the dtype and the device that the input of the module ``name`` is expected to have.
+
+    The dtype and the device are those of the first parameter that is floating-point, has at least 16 bits and belongs
+    to no adapter, in the module ``name`` or in the nearest module around it that has such a parameter.
+    """
     around = [model]
-    for part in filter(None, name.split(".")):  # not get_submodule, because a class may define __getattr__
+    for part in filter(None, name.split(".")):  # get_submodule would call the __getattr__ that a class may define
         around.append(around[-1]._modules[part])
     for nearest in reversed(around):
         for module in without_adapters(nearest):

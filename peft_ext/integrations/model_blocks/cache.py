@@ -46,7 +46,8 @@ def forget_caches() -> None:
 
 
 class Room(NamedTuple):
-    """Room in a cache: keys and values ``[B, H, capacity, D]``, of which ``past`` tokens are filled."""
+    """Room in a layer of a cache: memory for keys and for values ``[batch, heads, tokens, size of a head]``, in which
+    the first ``past`` tokens are filled."""
 
     layer: Any
     keys: Tensor
@@ -63,8 +64,8 @@ class Room(NamedTuple):
 
 
 def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Optional[Room]:
-    """Returns room for keys and values of the shape ``[B, H, T, D]`` in the layer ``index`` of the cache; None where
-    transformers' update has to run."""
+    """Returns room for new keys and values of the shape ``[batch, heads, tokens, size of a head]`` in the layer
+    ``index`` of the cache; None where transformers' update has to run."""
     if not _is_known(type(cache), "cache") or cache.offloading:
         return None
     layers = cache.layers
@@ -96,8 +97,8 @@ def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: to
 
 
 def appended(cache: Any, index: int, k: Tensor, v: Tensor) -> Optional[tuple[Tensor, Tensor]]:
-    """Appends k and v ``[B, H, T, D]`` to the layer ``index`` of the cache, and returns all keys and values; returns
-    None, without a change, where transformers' update has to run."""
+    """Appends k and v ``[batch, heads, tokens, size of a head]`` to the layer ``index`` of the cache, and returns all
+    keys and values; returns None, without a change, where transformers' update has to run."""
     if k.shape != v.shape or k.dtype is not v.dtype or k.dim() != 4:
         return None
     if (room := room_for(cache, index, tuple(k.shape), k.dtype)) is None:

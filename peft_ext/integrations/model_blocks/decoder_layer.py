@@ -2,10 +2,10 @@
 
     h = x + attention(norm₁(x))        y = h + mlp(norm₂(h))
 
-The plan of the layer has the plans of its blocks and one list of facts, so that a call of the layer compares the facts
-once, and calls no block as a module. If all linear layers are called as kernels and ``Attention.room_of_few`` finds
-room for the tokens in the cache, the operator decoder_layer computes the whole layer. The layer's own code runs for
-every call without a plan.
+The plan of the layer has the plans of its blocks and one list of facts (values on which the plan depends), so that a
+call of the layer compares the facts once, and calls no block as a module. The operator decoder_layer computes the whole
+layer if, among other conditions, all linear layers are called as kernels and ``Attention.room_of_few`` finds room for
+the tokens in the cache. The layer's own code runs for every call without a plan.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def layer_of_parts(x: Tensor, first_norm: Part, attention: Part, second_norm: Pa
 
 
 class LayerPlan(NamedTuple):
-    """The plans of a layer's blocks, and the module of its attention. ``lists``: the three lists that the operator
-    decoder_layer takes after its argument ``past``; None if the operator can't compute the layer."""
+    """The plans of a decoder layer's blocks; ``module`` is the layer's attention. ``lists``: the three lists that the
+    operator decoder_layer takes after its argument ``past``; None if the operator can't compute the layer."""
 
     module: Any
     first_norm: Part
@@ -60,7 +60,8 @@ class LayerPlan(NamedTuple):
 
 
 def _lists(first: NormCall, second: NormCall, attention: Any, mlp: MlpCall) -> Any:
-    """Returns the value of ``lists`` of a :class:`LayerPlan`."""
+    """Returns the lists of tensors, sizes and numbers that the operator decoder_layer takes after its argument
+    ``past``; None if the operator can't compute the layer."""
     calls = (*attention.layers, *mlp.layers)
     if not has_kernel("decoder_layer", "CPU") or not all(type(call) is Kernel for call in calls):
         return None
@@ -89,8 +90,8 @@ class DecoderLayer(Block):
         return {**super().settled(stock, row), **own}
 
     def block_reason(self) -> Optional[str]:
-        """Returns why a call of few tokens without a gradient runs the layer's own code, or None: makes the plan of
-        such a call, for a single token."""
+        """Returns why a call of few tokens without a gradient runs the layer's own code, or None. The method finds the
+        reason by making the plan for a call of a single token."""
         if reason := self._blocks_reason() or self._modules[self.peft_ext_known.norms[0]].block_reason():
             return reason
         weight = next(self._modules[self.peft_ext_known.norms[0]].parameters())
@@ -107,8 +108,8 @@ class DecoderLayer(Block):
                     return f"its {name} is not fused"
         return None
 
-    # `forward` stays the stock class's: transformers' gradient checkpointing asks whether the class of a layer has the
-    # forward that transformers made.
+    # The class has a `__call__` but no `forward` of its own, because transformers' gradient checkpointing asks whether
+    # the class of a layer has the forward that transformers made.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and few_reason(args[0]) is None and self.peft_ext_known.passes <= kwargs.keys():
             plan = plan_of(self, args[0], self._few)
@@ -117,8 +118,8 @@ class DecoderLayer(Block):
         return nn.Module.__call__(self, *args, **kwargs)
 
     def _few(self, facts: Facts, x: Tensor) -> Union[LayerPlan, str]:
-        """Returns the layer's plan for calls of few tokens; the reason if the layer or one of its blocks has no
-        plan."""
+        """Returns the layer's plan for calls of few tokens without a gradient; or the reason why the layer or one of
+        its blocks has no plan."""
         known = self.peft_ext_known
         names = (*known.norms, known.attention, known.mlp)
         blocks: list[Any] = [facts.child(self, name) for name in names]

@@ -2,9 +2,10 @@
 of the head, and ``loss_function``.
 
 While a model with a known loss function trains with labels, the model's head returns a :class:`.pending.Pending` in
-place of logits, unless the logits have to be computed whole (see ``DefersLoss.head_reason``).
+place of logits, unless the logits have to be computed whole (see, for example, ``DefersLoss.head_reason``).
 ``PreTrainedModel.loss_function`` computes the loss from a Pending that nothing has used, by
-:func:`peft_ext.ops.linear_cross_entropy`. The model's output then computes its ``logits`` at the first read.
+:func:`peft_ext.ops.linear_cross_entropy`. If the loss was computed from a Pending, the model's output computes its
+``logits`` at the first read.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ModelOutput: Any = ()
 with optional("transformers", "the loss of a language model takes whole logits"):
     from transformers.utils import ModelOutput
 
-FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # the module has no FusedLoraLinear without PEFT
+FusedLoraLinear = getattr(lora, "FusedLoraLinear", None)  # without PEFT, `lora` has no FusedLoraLinear
 
 __all__ = ["compute_losses", "defer_losses", "loss_parts"]
 
@@ -93,8 +94,8 @@ def _is_traced() -> bool:
 class _Now(threading.local):
     """``forward``: the Forward that runs on this thread, or None.
 
-    ``__init__`` runs on each thread that uses the object. Without an attribute of the thread, torch.compile would guard
-    that the thread has none, and the traced forward, which sets the attribute, would break the guard.
+    ``__init__`` runs on each thread that uses the object. If a thread had no attribute ``forward``, torch.compile would
+    guard on the absence of the attribute, and the traced forward, which sets the attribute, would break this guard.
     """
 
     def __init__(self) -> None:
@@ -108,20 +109,22 @@ class DefersLoss:
     """The base class of fused heads: layers over a frozen weight whose outputs are a model's logits."""
 
     def _reason(self) -> Optional[str]:
-        """Returns why the layer's logits have to be computed whole, or None."""
+        """Returns why the layer's weight or its replaced forward requires that the logits are computed whole, or
+        None."""
         if replaced_on_instance(self):
             return "its forward was replaced on the instance (accelerate's device hooks do that)"
         return weight_reason(self)
 
     def _call(self, x: Tensor) -> Optional[Call]:
-        """Returns the Call that stands for the logits of x; None if the logits have to be computed."""
+        """Returns the Call that stands for the logits of the hidden states x; None if the logits have to be computed
+        whole."""
         if (found := operands(self, x)) is None:
             return None
         _, weight, bias, dtype = found
         return Call(self, (x,), dtype, super().forward, {"weight": weight, "bias": bias})
 
     def head_reason(self) -> Optional[str]:
-        """Returns why the logits are computed whole in training, or None."""
+        """Returns why the head's logits are computed whole in each training step, or None."""
         reason = self._reason() or kernel_reason("linear_cross_entropy", next(self.parameters()).device.type)
         if not reason and (self._forward_hooks or self._backward_hooks or self._backward_pre_hooks):
             reason = "hooks on the head have to run"
@@ -130,7 +133,7 @@ class DefersLoss:
         return reason or ("global hooks of torch.nn have to run" if any_global_hook() else freed_reason(self))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, DefersLoss):  # called after restore, see adapter_layers.base.Fused
+        if not isinstance(self, DefersLoss):  # `restore` gave self its stock class, but a caller kept this method
             return type(self).forward(self, *args, **kwargs)
         forward, call = _NOW.forward, None
         if forward is not None and forward.head is self and len(args) == 1 and not kwargs and accepts_input(args[0]):
@@ -207,14 +210,14 @@ if FusedLoraLinear is not None:
 
 
 class LanguageModel:
-    """The base class of fused language models: in a training step the head returns a Pending, from which the loss
-    function computes the loss."""
+    """The base class of fused language models. In a training step the head returns a Pending where possible, and
+    ``loss_function`` computes the loss from the Pending."""
 
     stock_class: type
     stock_loss_function: Callable[..., Any]
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Does nothing: the method of transformers would treat the fused class as a new model class."""
+        """Does nothing. transformers' ``__init_subclass__`` would treat the fused class as a new model class."""
 
     @property
     def loss_function(self) -> Any:
@@ -246,7 +249,7 @@ def _on_loss(stock: type) -> type:
 
     @functools.wraps(stock.forward)  # Trainer and generate read the signature of the forward
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, LanguageModel):  # called after restore, see adapter_layers.base.Fused
+        if not isinstance(self, LanguageModel):  # `restore` gave self its stock class, but a caller kept this method
             return type(self).forward(self, *args, **kwargs)
         run = super(LanguageModel, self).forward
         if not self.training or not torch.is_grad_enabled() or (torch.compiler.is_compiling() and not _is_traced()):
@@ -275,8 +278,8 @@ def _on_loss(stock: type) -> type:
 
 
 def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Computes the loss of an unused Pending without logits; otherwise calls the model's loss function with real
-    logits."""
+    """Computes the loss without logits if the loss function's logits are a Pending that nothing has used; otherwise
+    calls the model's loss function with real logits."""
     first = args[0] if args else kwargs.get("logits")
     if type(first) is Pending and first._value is None and _is_known_loss(function):
         named = {name: value for name, value in kwargs.items() if name != "logits"}
@@ -290,7 +293,8 @@ def _loss(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _settled(output: Any, forward: Forward) -> Any:
-    """Returns a forward's output with real logits, or a ModelOutput that computes its logits at the first read."""
+    """Returns the output of a forward that is not compiled: an output with real logits, or a ModelOutput that computes
+    its logits at the first read."""
     used = "its forward does not hand its head's logits to its loss function"
     if any(call.logits is not None for call in forward.calls):
         used = "its forward uses the logits before the loss, other than for a scale or a soft cap, or has another loss"
@@ -311,8 +315,8 @@ def _settled(output: Any, forward: Forward) -> Any:
 
 
 def _settled_in_graph(output: Any, _: Forward) -> Any:
-    """Returns the output of a compiled forward: with real logits, or a ModelOutput whose ``logits`` is an unused
-    Pending."""
+    """Returns the output of a compiled forward: an output with real logits, or a ModelOutput whose ``logits`` is a
+    Pending that nothing has used."""
     logits = output.get("logits") if isinstance(output, ModelOutput) else None
     if type(logits) is Pending and logits._call.is_taken and logits._value is None:
         return output
@@ -402,8 +406,7 @@ class _Waits:
 
 @functools.cache
 def _waiting(kind: type) -> type:
-    """Returns the subclass of an output's class ``kind`` in which the logits are computed at the first read. The first
-    call for a class makes the subclass.
+    """Returns the subclass of an output's class ``kind`` in which the logits are computed at the first read.
 
     All outputs of one stock class share one subclass. If each output had a class of its own, hidden states would stay
     in memory until the garbage collector frees this class.
@@ -440,8 +443,8 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def defer_losses(model: nn.Module) -> None:
-    """Gives each language model with a known loss function and a head of a class in ``HEADS``, and the head, the fused
-    classes with which the loss is computed without whole logits."""
+    """Gives fused classes, with which the loss is computed without whole logits, to each language model that has a
+    known loss function and a head of a class in ``HEADS``, and to this head."""
     _LOSSES.clear()
     for owner, layer in list(_owners(model)):
         has_points = type(layer) in HEADS and isinstance(getattr(type(owner), "loss_function", None), property)

@@ -1,8 +1,8 @@
 """MLPs computed by fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
 
-The activation's operator runs in one pass, and saves its inputs for the backward: the outputs of ``gate`` and ``up``,
-or of ``up`` alone. If ``down`` needs its input in the backward and has no hooks, the backward computes this input
-again.
+The operator of the activation computes its result in one pass, and saves for the backward only its inputs, which are
+the outputs of the MLP's first layers. If ``down`` needs its input in the backward, the backward computes this input
+again, except, for example, if ``down`` has hooks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _gated = kernel_of("gated_activation")
 
 
 class MlpCall(NamedTuple):
-    """Computes a gated MLP for few tokens without a gradient."""
+    """The plan of a gated MLP: computes the MLP for few tokens without a gradient."""
 
     layers: tuple[Callable[[Tensor], Tensor], ...]  # functions that compute gate, up and down
     both: Callable[[Tensor], Any]  # function that computes gate and up of one input
@@ -126,8 +126,8 @@ class Mlp(Planned):
             return self.stock_class.forward(self, x)
         with siblings.together(self, (known.inner,)):
             inner = [modules[name](x) for name in known.inner]
-        # The operator runs for contiguous inputs alone, because its result is contiguous, while PyTorch's result has
-        # the strides of the input.
+        # The activation's operator runs for contiguous inputs alone, because its result is contiguous, while PyTorch's
+        # result has the strides of the input.
         plain = all(accepts_input(value) and value.is_contiguous() for value in inner)
         name = activation_name(act, inner[0].dtype) if plain else None
         if name is None or len({value.dtype for value in inner}) > 1:
@@ -137,8 +137,8 @@ class Mlp(Planned):
         return operator(*args) if out is None else self._dropped(self._finished(operator, args, out), "out")
 
     def _behind(self, inner: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Returns what the class's own forward computes for x behind the first layers, whose outputs are ``inner``. A
-        class may round at other places than the operator's formula in PyTorch's operations would."""
+        """Returns the result of the class's own forward for x, given the outputs ``inner`` of the class's first layers.
+        The class's own code runs because it may round at other places than the operator's formula."""
         return self.stock_class.forward(_Called(self, dict(zip(self.peft_ext_known.inner, inner, strict=True))), x)
 
     def _finished(self, operator: Callable[..., Tensor], args: tuple, out: nn.Module) -> Tensor:
@@ -169,6 +169,7 @@ class _Called:
 
 
 def _calls_hooks(layer: nn.Module) -> bool:
-    """Returns whether hooks on the layer or its children get the layer's input. A hook may change the layer's input in
-    place without an increase of the input's version counter."""
+    """Returns whether hooks on the layer or its children get the layer's input. The backward must not compute the input
+    of a layer with hooks again, because a hook may change the input in place without an increase of its version
+    counter."""
     return hooked(layer) or any(child is not None and hooked(child) for child in layer._modules.values())

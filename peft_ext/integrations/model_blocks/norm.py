@@ -47,7 +47,7 @@ class Norm(Fused):
 
 
 class NormCall(NamedTuple):
-    """Calls the kernel of an RMSNorm for a contiguous x."""
+    """The plan of an RMSNorm for calls of few tokens: calls the operator's kernel for a contiguous x."""
 
     weight: Tensor
     eps: float
@@ -60,7 +60,7 @@ class NormCall(NamedTuple):
 
 class RMSNorm(Planned, Norm):
     """A fused RMSNorm: ``x / sqrt(mean x² + eps) ∘ (weight + offset)``, computed in float32. If the row of the table of
-    forms has ``rounds``, the normalized x is rounded to x's dtype before the multiplication by the weight."""
+    forms says ``rounds=yes``, the normalized x is rounded to x's dtype before the multiplication by the weight."""
 
     block_kind = "RMSNorm"
 
@@ -95,7 +95,8 @@ def _with_strides_of(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Optional[Te
     if x has gaps or overlapping elements."""
     if x.is_contiguous():
         return norm(x)
-    # The permuted x is contiguous if x has neither gaps nor overlapping elements. The last dimension stays the last.
+    # The permuted x is contiguous if x has neither gaps nor overlapping elements. The permutation keeps the last
+    # dimension of x last.
     order = sorted(range(x.dim()), key=lambda dim: (dim == x.dim() - 1, -x.stride(dim)))
     permuted = x.permute(order)
     if not permuted.is_contiguous():
@@ -107,8 +108,8 @@ class FloatLayerNorm(Norm):
     """A LayerNorm whose class converts x to float32, computes in float32 and rounds the result once to x's dtype.
 
     Values of a FloatLayerNorm's row in the table of forms: ``weight``, the name of the weight, "" for none; ``eps``,
-    the name of eps, or its value; ``shape``, the name of the attribute that holds the normalized shape, which a class
-    without a weight has.
+    the name of the attribute eps, or, without a weight, the value of eps; ``shape``, without a weight, the name of the
+    attribute that holds the normalized shape.
     """
 
     block_kind = "LayerNorm"
@@ -140,9 +141,9 @@ class FloatLayerNorm(Norm):
 class LayerNorm(Norm):
     """A fused nn.LayerNorm over the last dimension.
 
-    PyTorch's layer_norm runs under autocast, which computes it in float32, for few elements on a CPU (see LEAST), where
-    the dtype or the last size of x differs from the weight's, and where ``block_reason`` returns a reason, for example
-    for a LayerNorm without a weight or over several dimensions.
+    PyTorch's own layer_norm runs, among other cases, under autocast, which computes layer_norm in float32, for few
+    elements on a CPU (see LEAST), where the dtype or the last size of x differs from the weight's, and for a LayerNorm
+    without a weight or over several dimensions.
     """
 
     block_kind = "LayerNorm"
@@ -164,8 +165,8 @@ class LayerNorm(Norm):
     def _fused(self, x: Tensor) -> Tensor:
         weight = self._parameters["weight"]
         few = x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() < LEAST.get(x.dtype, 0)
-        # PyTorch's layer_norm runs for few elements, and where dtype or shape do not fit. For a wrong dtype or shape,
-        # PyTorch's layer_norm raises its own error, or computes with two dtypes.
+        # If the dtype or the shape of x does not fit the weight, PyTorch's layer_norm raises its own error, or computes
+        # with two dtypes.
         if few or x.shape[-1:] != self.normalized_shape or self.call_reason(x) is not None:
             return nn.LayerNorm.forward(self, x)
         return ops.layer_norm(x, weight, self._parameters["bias"], self.eps)

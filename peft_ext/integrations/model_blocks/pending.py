@@ -2,7 +2,7 @@
 
 In a training step a fused head (see :mod:`.loss`) returns a :class:`Pending`, a plain object, in place of logits. If a
 loss function gets a Pending that nothing has used, :meth:`Call.loss` computes the loss without whole logits. A scale, a
-soft cap and a cast to float32 are steps that the Pending records and that :meth:`Call.loss` computes. Reading the
+soft cap and a cast to float32 are steps that the Pending records and that :meth:`Call.loss` applies. Reading the
 shape, dtype or device of a Pending computes nothing. Other uses of the Pending, such as indexing, compute the real
 logits; the real logits are computed once.
 
@@ -39,12 +39,13 @@ _FUNCTIONAL = {name: value for name, value in vars(F).items() if getattr(value, 
 
 
 def _state_of(tensors: list[Tensor]) -> list[list[int]]:
-    """Returns the version of each tensor, -1 in inference mode, and the address of its storage."""
+    """Returns for each tensor its version counter (-1 for an inference tensor) and the address of its storage."""
     return [[-1 if one.is_inference() else one._version, one.untyped_storage()._cdata] for one in tensors]
 
 
-# torch.compile traces neither a version nor an address. A compiled graph contains the operator ``state_of``, which
-# reads the versions and addresses as the graph runs.
+# torch.compile can trace neither a tensor's version counter nor the address of its storage. The graph of a compiled
+# forward therefore contains the operator ``state_of``, which reads the version counters and addresses as the graph
+# runs.
 @torch.library.custom_op("peft_ext_python::state_of", mutates_args=())
 def _state_in_graph(tensors: list[Tensor]) -> Tensor:
     return torch.tensor(_state_of(tensors), dtype=torch.int64)
@@ -175,11 +176,8 @@ _APPLIED: dict[str, Callable[..., Tensor]] = {
 
 
 def _scale_and_cap(steps: tuple[Step, ...]) -> Optional[tuple[float, Optional[float]]]:
-    """Returns the scale s and the cap c if the steps compute ``c tanh(s z / c)``, or s and None if they compute ``s
-    z``.
-
-    Returns None if the steps compute another function.
-    """
+    """Returns the scale s and the cap c if the steps compute ``c tanh(s z / c)`` from logits z, or s and None if the
+    steps compute ``s z``. Returns None if the steps compute another function of the logits."""
     scale, inner = 1.0, None
     for name, number in steps:
         if name == "tanh" and inner is not None:
@@ -268,7 +266,7 @@ def real(value: Any) -> Any:
 
 
 def computed(pending: Pending) -> Tensor:
-    """Returns the real value of a Pending.
+    """Returns the logits for which a Pending stands, with the steps of the Pending applied.
 
     All Pendings of one call of the head are computed at once, because later code may change the logits in place.
     """

@@ -11,7 +11,8 @@ of the tensors.
 
 ``files`` reads names, dtypes and shapes of a checkpoint's tensors from the headers of the files.
 
-``quantizer`` replaces the layers of a model on the meta device by packed layers, before transformers reads the weights.
+``quantizer`` replaces the layers that a checkpoint stores packed, in a model on the meta device, by packed layers,
+before transformers reads the weights.
 """
 
 from .config import PackedConfig

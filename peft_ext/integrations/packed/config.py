@@ -56,7 +56,8 @@ class PackedConfig(QuantizationConfigMixin):
         return type(self)(copy.deepcopy(checkpoint))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "rules"}  # rules hold functions
+        # `rules` holds functions, which can't be pickled.
+        return {name: value for name, value in self.__dict__.items() if name != "rules"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -68,7 +69,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 def _is_bitsandbytes(checkpoint: Any) -> bool:
-    """Returns whether the weights of a checkpoint are bitsandbytes' in 4 bits, which transformers keeps packed."""
+    """Returns whether a checkpoint has 4-bit weights of bitsandbytes, which transformers itself keeps packed."""
     get = checkpoint.get if isinstance(checkpoint, dict) else lambda name: getattr(checkpoint, name, None)
     return bool(get("load_in_4bit")) and getattr(get("quant_method"), "value", get("quant_method")) == "bitsandbytes"
 

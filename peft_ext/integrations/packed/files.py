@@ -29,7 +29,6 @@ class Stored:
     shape: tuple[int, ...]
 
     def meta(self) -> Tensor:
-        """Returns a tensor of this dtype and shape on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def read(self) -> Tensor:

@@ -18,7 +18,8 @@ from .rules import Scheme
 
 __all__ = ["LAYOUTS", "Layout"]
 
-# Type of a function that makes a weight of shape (N, K), or (E, N, K) for experts, from the parts of the weight.
+# Type of a function that makes a PackedWeight from the parts of the weight, the shape of the weight (outputs, inputs),
+# with the number of experts in front for experts, and the scheme.
 Make = Callable[[Sequence[Optional[Tensor]], tuple[int, ...], Scheme], PackedWeight]
 
 
@@ -31,7 +32,8 @@ class Layout:
         make: the function that makes the weight from its tensors. The parts of the weight are the tensors in the order
             of ``parts``; a part is None if its tensor is not needed, such as a g_idx whose groups are in order.
         optional: the names in ``parts`` that a layer may lack.
-        extra: names of tensors that a layer may have, and that are stored again with the weight without being decoded.
+        extra: names of tensors that a layer may have, and that are saved again with the weight, although decoding the
+            weight does not need these tensors.
         joined: the text before a name of ``parts`` or ``extra`` in a name of the file: "." if the name takes the place
             of "weight", as in ``up_proj.weight_packed``; "" if the name is appended to the name of the dense parameter,
             as in ``gate_up_proj_blocks``.
@@ -109,7 +111,7 @@ def _hqq(parts: Sequence[Any], shape: tuple[int, ...], scheme: Scheme) -> Packed
 
 _INT = ("weight_scale", "weight_zero_point", "weight_g_idx")
 
-# Names in hqq's state dict that are not tensors of a weight.
+# Names in hqq's state dict that belong to settings and not to the tensors of a weight.
 _HQQ = (
     "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
     "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",

@@ -73,8 +73,8 @@ class _Repeated(ConversionOps):
 
 
 class _Halves(ConversionOps):
-    """Appends the rows of two tensors ``[E, bytes, ...]`` of 4-bit codes. The high nibbles of a tensor's bytes hold the
-    first half of the rows, and the low nibbles hold the second half."""
+    """Appends the rows of two tensors ``[experts, bytes, ...]`` of 4-bit codes. The high nibbles of a tensor's bytes
+    hold the first half of the rows, and the low nibbles hold the second half."""
 
     @torch.no_grad
     def convert(
@@ -89,7 +89,7 @@ class _Halves(ConversionOps):
 
 
 class _Apart(ConversionOps):
-    """The inverse of ``_Halves``."""
+    """The inverse of ``_Halves``: divides the rows of one tensor of 4-bit codes between two tensors."""
 
     @torch.no_grad
     def convert(
@@ -109,7 +109,8 @@ def _has_halves(layout: Layout, scheme: Scheme, part: str) -> bool:
 
 
 def operations_of(layout: Layout, scheme: Scheme, part: str, dense: Sequence[Any]) -> list[Any]:
-    """Returns the operations for the packed tensor ``part``, from the ``dense`` operations of transformers."""
+    """Returns the operations that merge the packed tensor ``part`` of experts, in place of transformers' operations
+    ``dense`` for dense weights."""
     found: list[Any] = []
     for one in dense:
         if not isinstance(one, Concatenate):
@@ -127,8 +128,8 @@ def merged_shape(
     """Returns the shape of the merged tensor of all experts, from the ``shape`` of the tensor of one layer of one
     expert.
 
-    ``sources``: the number of layers whose rows are appended. Raises ValueError if transformers merges the experts in
-    another way, or if the tensors of the layout can't be merged.
+    ``sources``: the number of layers whose rows are appended. Raises ValueError if transformers merges the experts by
+    other operations than stacking and appending, or if the tensors of the layout can't be merged.
     """
     if [type(one) for one in dense] == [MergeModulelist] and dense[0].dim == 0 and sources == 1:
         return (experts, *shape)

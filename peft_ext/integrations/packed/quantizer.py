@@ -133,8 +133,8 @@ class PackedQuantizer(HfQuantizer):
                              "places it on the disk, wanted another device")  # fmt: skip
 
     def _scheme(self, name: str, module: nn.Module) -> Scheme:
-        """Returns the scheme in which the layer's weight is stored. Raises ValueError if the config says that the layer
-        is dense."""
+        """Returns the scheme (layout, bits, size of groups and so on) in which the weight of the layer ``name`` is
+        stored. Raises ValueError if the config says that the layer is dense."""
         if (scheme := self.rules.scheme(name, module)) is None:
             raise ValueError(f"PackedConfig: the quantization_config leaves {name} dense, and the file has packed "
                              "tensors of it")  # fmt: skip
@@ -217,7 +217,8 @@ class PackedQuantizer(HfQuantizer):
         """Makes the description of a layer's weight again from the tensors that were read.
 
         ``name``: the layer's name before an adapter was added. A layer with a tensor on the meta device, which is
-        offloaded to the disk, is left unchanged. The codes may be sharded. Raises ValueError.
+        offloaded to the disk, is left unchanged. The codes may be sharded. Raises ValueError if a tensor is missing or
+        does not fit.
         """
         scheme, tensors = self._schemes[name], {key: module.tensor(key) for key in _held(module)}
         if any(tensor.is_meta for tensor in tensors.values()):
@@ -232,7 +233,7 @@ class PackedQuantizer(HfQuantizer):
         module.describe(weight, names, extra)
 
     def _describe_experts(self, name: str, experts: PackedExperts, parameter: str) -> None:
-        """Makes the weight of experts again if the values of a tensor, a g_idx, are part of the weight's layout."""
+        """Makes the weight of experts again if the weight's layout depends on the values of a tensor, a g_idx."""
         scheme = self._schemes[name]
         layout = LAYOUTS[scheme.layout]
         ends = {part: parameter + _suffix(layout, part, self._apart) for part in layout.parts if part.endswith("g_idx")}
@@ -284,7 +285,7 @@ def _held(module: nn.Module) -> Iterator[str]:
 
 
 def _is_packed_dtype(param: Any) -> bool:
-    """Returns whether a tensor of the file has a dtype in which only codes and scales are stored."""
+    """Returns whether a tensor of the file has a float dtype of 8 bits, in which only codes and scales are stored."""
     kind = param.get_dtype() if hasattr(param, "get_dtype") else ""
     return kind.startswith("F8_")
 
@@ -341,7 +342,8 @@ def _suffix(layout: Layout, part: str, apart: bool) -> str:
 def _build(
     scheme: Scheme, place: Place, stored: dict[str, Stored], shape: tuple[int, ...]
 ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
-    """Returns a packed weight on the meta device, the names of its parts, and the extra tensors."""
+    """Returns a packed weight on the meta device, the names of its parts, and the tensors of the file that are no
+    part."""
     layout = LAYOUTS[scheme.layout]
     with _named(place.target):
         return layout.built(place.tensors(layout, scheme, stored), shape, scheme)

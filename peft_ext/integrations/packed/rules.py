@@ -26,7 +26,7 @@ class Scheme:
 
     Attributes:
         layout: name of the layout in ``layouts.LAYOUTS``.
-        bits: bits of a code.
+        bits: number of bits of one code of a weight.
         group: number of columns that share a scale; 0 for all columns of a row.
         rows: number of rows that share a scale; 0 for all rows.
         symmetric: whether the codes have no zero points.
@@ -50,8 +50,8 @@ class Rules:
     Attributes:
         method: the checkpoint's ``quant_method``.
         schemes: a dict from the name of a group of layers to the group's scheme.
-        find: a function that returns the name of the group of a layer, from the layer's name and module; None for a
-            layer that the config leaves dense.
+        find: a function of a layer's name and module, which returns the key of the layer's scheme in ``schemes``, or
+            None if the config leaves the layer dense.
     """
 
     method: str
@@ -144,7 +144,8 @@ def _gptq_scheme(config: Mapping[str, Any]) -> Scheme:
 
 
 def _gptq(config: Mapping[str, Any]) -> Rules:
-    """The first pattern of ``dynamic`` that matches the start of a layer's name gives the layer other settings.
+    """Returns the rules of a GPTQ config, whose ``dynamic`` maps patterns to settings. The first pattern that matches
+    the start of a layer's name gives the layer other settings.
 
     A pattern of ``dynamic`` that begins with "-:" leaves the layers that the pattern matches dense. Source: GPTQModel's
     ``quantization/config.py``.
@@ -242,12 +243,14 @@ def _compressed_scheme(name: str, group: Mapping[str, Any], default: str) -> Sch
 
 
 def _matches_name(name: str, target: str) -> bool:
-    """compressed-tensors' ``utils.match.match_name``."""
+    """Returns whether ``target`` stands for the layer ``name``, as compressed-tensors' ``utils.match.match_name``
+    does."""
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
 def _matches_class(module: nn.Module, target: str) -> bool:
-    """compressed-tensors' ``utils.match._match_class``."""
+    """Returns whether ``target`` is the name of a class of ``module``, as compressed-tensors'
+    ``utils.match._match_class`` does."""
     return any(issubclass(kind, nn.Module) and kind.__name__ == target for kind in type(module).__mro__)
 
 
