@@ -1,5 +1,6 @@
 """Scaled dot-product attention on a CPU, forward and backward. Each thread of the CPU kernels holds the scores of one
-block of queries and keys at a time; in a call of few queries, the scores of some of the queries.
+block of queries and keys at a time. In a forward of at most 8 queries a head, without dropout and bias, a thread holds
+the scores of up to four queries and all keys.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
@@ -172,9 +173,7 @@ def scaled_dot_product_attention(
     Args:
         q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype.
             H is a multiple of Hkv: each head of k and v serves H / Hkv heads of q. A tensor whose last dimension is
-            contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel. The CPU
-            kernels pack k and v into the layout of their products, except in calls of few queries, and where a product
-            reads a tensor as it is stored.
+            contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel.
         mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: no mask hides a key. On a
             CPU, the result of a query that sees no key is zero.
         is_causal: True: query i sees only the keys j <= i. A call with is_causal may not have a mask.
@@ -188,10 +187,11 @@ def scaled_dot_product_attention(
             requires a gradient is an error. Where bias is -inf, a query does not see the key.
 
     Returns: ``[B, H, T, Dv]`` of q's dtype. The CPU kernel stores the result as ``[B, T, H, Dv]``. On an x86-64 CPU
-    with AVX512-BF16, except in a call of few queries, bfloat16 operands are multiplied in bfloat16, after the
-    probabilities are rounded to bfloat16; other products are in float32. Sums are in float32. Gradients flow to q, k
-    and v. On a GPU PyTorch's ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a
-    dropout and a ``seed``, the reference computes the result on a GPU.
+    with AVX512-BF16, most calls multiply bfloat16 operands in bfloat16, after the probabilities are rounded to
+    bfloat16; a forward of at most 8 queries a head, without dropout and bias, and other dtypes and CPUs multiply in
+    float32. Sums are in float32. Gradients flow to q, k and v. On a GPU PyTorch's ``scaled_dot_product_attention``
+    computes the result, with PyTorch's dropout mask; with a dropout and a ``seed``, the reference computes the result
+    on a GPU.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 

@@ -3,8 +3,8 @@
     U = x Dᵀ + b_d  [T, M]      H = act(U)      Y = residual + s · (H Vᵀ + b_v)  [T, N]
 
 Backward: ``P = s · dY V``; ``dV = s · dYᵀ H``; ``db_v = s · Σ dY``; ``dU = P ∘ act'(U)``; ``dD = dUᵀ x``;
-``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. The forward saves x, U (float32), D and V for the
-backward.
+``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. The forward saves x, U (float32) and the weights D and
+V for the backward.
 
 Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter, He
 and others (arXiv 2110.04366).
@@ -162,7 +162,8 @@ def bottleneck_adapter(
     if (dtype := checks.autocast_dtype(x)) is not None:
         is_wide = isinstance(kept, Tensor) and kept.is_floating_point() and kept.dtype.itemsize > dtype.itemsize
         x = x.to(dtype)
-        if residual is not None:  # the operator adds zeros, because its residual has x's dtype
+        # Zeros replace a residual that is wider than x, because the operator's residual has x's dtype.
+        if residual is not None:
             residual = torch.zeros_like(residual, dtype=dtype) if is_wide else checks.cast(residual, dtype)
     checks.check_bottleneck(op, x, down_weight, down_bias, up_weight, up_bias, residual)
     checks.check_scale(op, scale, argument="scale")

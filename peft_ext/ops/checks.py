@@ -17,7 +17,7 @@ from ..weights.packed import PackedWeight, unpacked
 _LARGEST = sys.float_info.max
 
 
-# The fast paths (the functions fits_*) accept only operands of exactly the types in _PLAIN. For an operand of a
+# The fast paths (the functions fits_*) accept a tensor only if its type is exactly one of _PLAIN. For an operand of a
 # subclass, the functions check_* decide.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -58,7 +58,8 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
 
 
 def fits_vector(value: Any, x: Tensor) -> bool:
-    """Fast path of the checks of a float tensor beside x: returns True for a plain tensor on x's device.
+    """Fast path of the checks of a float tensor, such as lora_A, that an operator takes beside x: returns True for a
+    plain tensor on x's device.
 
     The function checks type, dtype, layout and device, and does not check the shape.
     """
@@ -471,8 +472,8 @@ def unpack_weight(weight: Tensor, *args: Any) -> Union[Tensor, PackedWeight]:
 
 
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """Returns the dtype that autocast computes linear layers of x in, or None outside autocast, and for float64, which
-    autocast does not cast."""
+    """Returns the dtype that autocast computes linear layers of x in; None outside autocast, on the meta device, and
+    for float64, which autocast does not cast."""
     device = x.device.type
     # torch.is_autocast_enabled raises an error for the meta device.
     if device == "meta" or x.dtype is torch.float64:

@@ -3,10 +3,10 @@
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))  [T, V]        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]
 
-h̃ is h, or another input of the adapter such as h after a dropout. The weight is frozen, so the forward can compute the
-gradients once a chunk's losses are known: the forward overwrites the chunk's logits with their gradient and multiplies
-this gradient by W. The forward keeps those of the gradients dh [T, K], dh̃ [T, K], db, dA and dB that the backward
-needs. For the reduction "none", the forward keeps the inputs, and the backward computes the logits again.
+h̃ is h, or another input of the adapter such as h after a dropout. The forward also computes the gradients, chunk by
+chunk: it overwrites a chunk's logits with their gradient and multiplies this gradient by W. The forward keeps those of
+the gradients dh [T, K], dh̃ [T, K], db, dA and dB that the backward needs. For the reduction "none", the forward keeps
+the inputs, and the backward computes the logits again.
 
 Sources: transformers' causal loss, which converts the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
 Liger (arXiv 2410.10989) for the loss without the logits; Gemma 2 (arXiv 2408.00118) for the cap.
@@ -101,7 +101,8 @@ def _forward(hidden, *args):
 def _plain_product(x, weight):
     """Returns whether PyTorch's product, and not peft_ext's kernel, computes the logits.
 
-    PyTorch multiplies with a dense weight, except on a CPU for x of a dtype in ``_cpu.widened_dtypes()``.
+    PyTorch multiplies with a dense weight, except on a CPU if x has a 16-bit dtype of ``_cpu.widened_dtypes()``, for
+    which peft_ext's product replaces PyTorch's.
     """
     return is_dense(weight) and not (x.device.type == "cpu" and x.dtype in _cpu.widened_dtypes())
 
@@ -142,8 +143,8 @@ define(
 )
 # linear_cross_entropy returns the losses [T] or, with summed, Σ row_weight · loss, and the gradients of this sum. On
 # every device, linear_cross_entropy calls other operators and has no kernel of its own. With chunk 0, the operator
-# itself chooses the number of tokens as it runs: a number that torch.compile traced would depend on the number of
-# tokens, and each number of tokens would need a graph of its own.
+# chooses the size of a chunk as it runs: if torch.compile traced this choice, each number of tokens would need a graph
+# of its own.
 define(
     "linear_cross_entropy",
     f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor? lora_input, Tensor? lora_A, Tensor? lora_B, float scaling, "
@@ -248,7 +249,8 @@ def linear_cross_entropy(
             the same position.
         bias: ``[V]`` of hidden's dtype.
         lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. A call has lora_A and lora_B, or neither.
-        lora_input: ``[..., K]`` of hidden's dtype: the adapter's input instead of hidden, such as ``dropout(hidden)``.
+        lora_input: ``[..., K]``, converted to hidden's dtype: the adapter's input instead of hidden, such as
+            ``dropout(hidden)``.
         scaling: the adapter's factor, a finite number. logit_scale: the logits' factor, a finite number.
         softcap: c > 0 of ``c tanh(z / c)``; None: no cap.
         label_smoothing: ε, 0 to 1.

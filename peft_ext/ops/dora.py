@@ -8,8 +8,8 @@ Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``;
 on the base: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. Backward of the norm, with
 ``c = dn / n``: ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
 The forward saves x, S, the seed, W, A, B and g for the backward. If dg is needed, the forward also saves Z, or,
-on a CPU for a caller that promises not to change Y, it saves Y instead of Z (``Z = Y/g``). If the norm's gradient is
-needed, the forward also saves U.
+on a CPU for a caller that promises not to change Y, it saves Y instead of Z (``Z = Y/g``). ``dora_weight_norm`` saves
+its result and U for the norm's gradient.
 
 Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant in the backward.
 """

@@ -82,7 +82,8 @@ def own_gradients(
 
 
 def adapters_need(needs: Sequence[bool], layers: Sequence[Sequence[Optional[int]]]) -> list[bool]:
-    """Returns for each layer, given by its :func:`places`, whether its adapter needs a gradient."""
+    """Returns for each layer whether its lora_A, lora_B or rank_scale needs a gradient. ``layers`` is the result of
+    :func:`places`."""
     return [any(at is not None and needs[at] for at in layer[_LORA_A : _LORA_A + 3]) for layer in layers]
 
 

@@ -24,9 +24,9 @@ from .._ops import NAMESPACE
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-# A frozen weight in a schema: dense (the optionals are None, layout 0) or packed (see PackedWeight.op_args). A call
-# with single tensors and one integer takes less time than a call with a list of tensors, a string and a list of
-# integers.
+# The part of a schema that declares a frozen weight: dense (the optionals are None, layout 0) or packed (see
+# PackedWeight.op_args). The schema has single tensors and the integer ``layout``, because a list of tensors and a
+# string would take more time in each call.
 WEIGHT = "Tensor weight, Tensor? part1, Tensor? part2, Tensor? part3, Tensor? part4, int layout, SymInt[] shape"
 
 
@@ -247,7 +247,6 @@ def _guard() -> Callable[[], Any]:
 def below_autograd(op: Callable) -> Callable[..., Any]:
     """Returns a function that calls the operator below autograd, so that autograd records nothing.
 
-    torch.library itself bypasses autograd in the same way.
     """
     guard = _guard()
 
@@ -259,8 +258,7 @@ def below_autograd(op: Callable) -> Callable[..., Any]:
 
 
 def is_eager(x: torch.Tensor) -> bool:
-    """Returns whether a call on x is an eager call on a plain tensor. For a call on a tensor subclass, PyTorch's
-    dispatcher chooses the code."""
+    """Returns whether a call on x is an eager call on a plain tensor."""
     return type(x) in _PLAIN and not torch.compiler.is_compiling()
 
 

@@ -1,4 +1,4 @@
-"""LoRA over a frozen weight, dense or packed, with the dropout inside.
+"""LoRA over a frozen weight, dense or packed. The operator also computes the adapter's dropout.
 
     x̃ = dropout(x)      S = x̃ Aᵀ  [T, R]      Y = x Wᵀ + (S∘ρ) Bᵀ + b  [T, N]      ρ = s · rank_scale  [R]
 

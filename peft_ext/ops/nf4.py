@@ -125,7 +125,7 @@ define(
     fake=_merge_fake,
     family="nf4",
 )
-# The weight of nf4_linear may also be a dense tensor of x's dtype.
+# The weight of nf4_linear may also have another packed format, or be a dense tensor of x's dtype.
 define(
     "nf4_linear",
     f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
@@ -215,7 +215,8 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False
             4.5 at blocksize 64.
 
     Raises:
-        TypeError: a dtype or layout that is not supported. ValueError: blocksize.
+        TypeError: weight is no Tensor, or has a dtype or layout that is not supported. ValueError: blocksize is not one
+            of the listed sizes.
 
     Source: QLoRA, arXiv 2305.14314. Each 8-bit code of double quantization is the nearest code, as in bitsandbytes on
     CUDA. On a CPU, bitsandbytes rounds about 0.2% of the 8-bit codes to another neighbour.
@@ -295,8 +296,8 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     """``Y = X Wᵀ + b`` over a frozen NF4 weight. W is rounded to x's dtype, as :func:`nf4_dequantize` rounds.
 
     For few tokens in 16 bits, a kernel may round the code values instead of the weights, and multiply sums of products
-    by the scales. Whether weights or code values are rounded, a weight differs from code · scale by at most half a unit
-    in the last place.
+    by the scales. With either rounding, the weight that is multiplied differs from code · scale by at most half a unit
+    in the last place of x's dtype.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. nf4: shape ``(N, K)``. bias: ``[N]`` of x's dtype.

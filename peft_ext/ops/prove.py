@@ -8,11 +8,12 @@ for weights of the format). A warning, ``peft-ext explain`` and ``peft-ext docto
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
     no call reaches an unproved kernel, neither from compiled code nor from ``torch.ops``. A packed format has no gate:
-    the first weight of the format on a device starts the proof. The first call of an operator, the first check of an
-    accelerated layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove the family and
-    remove its gates. A family's proof takes milliseconds on a CPU. On a GPU, a family's first proof takes seconds,
-    because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr names each family. While a CUDA
-    graph is captured, kernels can't be tested, and a call of an unproved operator raises RuntimeError.
+    the first weight of the format on a device starts the proof. A family is proved, and its gates are removed, by the
+    first call of one of its operators, by the first check of an accelerated layer that needs the family, or by
+    :func:`peft_ext.accelerate` of a model that needs it. A family's proof takes milliseconds on a CPU. On a GPU, a
+    family's first proof takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr
+    names each family. While a CUDA graph is captured, kernels can't be tested, and a call of an unproved operator
+    raises RuntimeError.
 
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
@@ -21,7 +22,7 @@ In several processes:
     call ``peft_ext.accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank,
     and the warning says that the other ranks may use the family's kernels, which round in another way.
 
-The proof changes no state of the process: no precision of products, random generator, warnings filter or environment.
+The proof changes neither the process's precision of products nor its random generators, warnings filter or environment.
 
 Environment:
     ``PEFT_EXT_PROVE``: ``1`` (the default) proves a family once for each CPU path of a model of CPU, and once for each
@@ -75,7 +76,8 @@ _FAULTS = " | faults"  # suffix of the key in proved.json of the families whose 
 # is repeated with inputs of the size LARGE, for which other kernels and more blocks run.
 SMALL, LARGE = {"CPU": (34, 64, 40), "CUDA": (130, 192, 136)}, (1024, 1024, 1024)
 
-# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediate values in 16 bits are rounded too.
+# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. The bounds of the 16-bit dtypes allow for
+# intermediate values that are rounded to 16 bits.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
 # Texts in the errors of PyTorch, of peft_ext and of cuBLAS (which needs a workspace) that say that memory is lacking.
@@ -181,8 +183,9 @@ def _families_of(names: tuple[str, ...]) -> frozenset[str]:
 def proved(device: str, *names: str) -> Optional[str]:
     """Returns why the kernels of one of the operators ``names`` were dropped on the device type ``device``; None if the
     kernels of all these operators are in use. ``names`` may also contain the family of a packed format, which
-    :func:`.format_proofs.family_of` returns. First proves the families of ``names`` that are not proved yet, except
-    under torch.compile and with fake tensors. Compiled code meets the operators' gates when it runs.
+    :func:`.format_proofs.family_of` returns. Families of ``names`` that are not proved yet are proved first, except
+    under torch.compile and with fake tensors. Compiled code calls the operators' gates when it runs, and the gates
+    prove the families.
     """
     return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
 
@@ -214,13 +217,14 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
     default, ``wanted`` is all families, on a GPU without the families of packed formats.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
-    is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault; torch.OutOfMemoryError if memory does not
-    suffice for the proof. After an error, the families are still unproved.
+    is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault if a kernel makes the GPU unusable;
+    torch.OutOfMemoryError if memory does not suffice for the proof. After an error, the families are still unproved.
     """
     asked = _asked()
-    with _lock:  # other threads that need the family wait here for its proof
+    with _lock:  # while one thread holds the lock, other threads that need the family wait for its proof
         gates = _gates[key]
-        every = gates if key == "CPU" else families(key)  # on a GPU, all formats' kernels take minutes to compile
+        # On a GPU, the kernels of all packed formats take minutes to compile.
+        every = gates if key == "CPU" else families(key)
         left = [family for family in (every if wanted is None else wanted) if family in gates]
         if not left:
             return
@@ -299,7 +303,7 @@ def _asked() -> str:
 
 
 def _places(key: str) -> list[Place]:
-    """Returns the CPU with its path, or the GPUs of cards.models(). A GPU with saved results gets no CUDA context."""
+    """Returns the CPU with its path, or the GPUs of cards.models()."""
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
     return [Place(key, card, device) for card, device in cards.models().items()]
@@ -371,10 +375,9 @@ def _by_arguments(key: str, family: str, name: str) -> Callable[..., Any]:
 def agree(ask: Callable[[], object]) -> None:
     """Calls ``ask`` if a family is not proved yet, and makes all ranks drop the families that failed on any rank.
 
-    All ranks of the default process group have to call this function, each for its device. A rank without kernels for
-    a dispatch key has no kernels of this key to drop. The ranks exchange their results through the group's store, so
-    that the exchange needs no device. Without a process group of several ranks, and with ``PEFT_EXT_PROVE=0``, nothing
-    is exchanged.
+    All ranks of the default process group have to call this function, each for its device. The ranks exchange their
+    results through the group's store, so that the exchange needs no device. Without a process group of several ranks,
+    and with ``PEFT_EXT_PROVE=0``, nothing is exchanged.
 
     Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``; the errors of ``ask``.
     """
@@ -468,7 +471,8 @@ def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, 
                 held[key + _FAULTS] = {**(faults if isinstance(faults, dict) else {}), **faulted}
             with atomic_file(path) as file:
                 json.dump(held, file, indent=1)
-    except (OSError, RuntimeError):  # NotImplementedError is a RuntimeError: the file system has no locks
+    # filelock raises NotImplementedError, which is a RuntimeError, if the file system has no locks.
+    except (OSError, RuntimeError):
         pass  # the folder can't be written: the next process proves again
 
 
@@ -573,7 +577,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
-    """Calls ``function`` with copies of the arguments that it writes to. Returns the results and the copies."""
+    """Calls ``function`` with copies of the arguments that the operator writes to. Returns the results and the
+    copies."""
     written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
     arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
     found = function(*arguments)
@@ -583,7 +588,7 @@ def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[T
 
 def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each: bool = False) -> str:
     """Returns how the kernel's results ``found`` differ from the reference's ``plain`` by more than rounding, or "".
-    ``each``: whether every element is compared alone, as in decoded weights."""
+    ``each``: whether every element is also compared alone, as in decoded weights."""
     for index, (got, want) in enumerate(zip(found, plain, strict=True)):
         if got.shape != want.shape or got.is_floating_point() != want.is_floating_point():
             return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"
