@@ -33,7 +33,8 @@ class HoldsPacked(nn.Module):
         extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
         compute_dtype: dtype of the layer's dense equivalent. PEFT takes ``compute_dtype`` for the dtype of the base
             layer.
-        note: what the layer leaves out of the computation of the checkpoint's own layer, or "".
+        note: says which step of the checkpoint's own layer this layer leaves out, such as the rounding of x to 8 bits;
+            "" if the layer leaves out nothing.
     """
 
     names: tuple[Optional[str], ...]
@@ -231,8 +232,8 @@ class PackedLinear(HoldsPacked, nn.Linear):
         Args:
             weight: shape ``(N, K)``.
             names: the file's names of ``weight.parts``, in their order, for example
-                ``("weight_packed", "weight_scale")``. A part that is None has the name None; the names of such parts at
-                the end may be left out.
+                ``("weight_packed", "weight_scale")``. A part that is None has the name None; names of None at the end
+                may be left out.
             bias: ``[N]``; the layer shares a bias that is an nn.Parameter.
             extra: tensors of the file that the weight's format does not need, by name. The state dict of the layer
                 contains the extra tensors.

@@ -27,7 +27,7 @@ class PackedExperts(FrozenExperts):
     packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter to its weight's part names
     extra: tuple[str, ...]  # names of buffers with tensors of the file that no weight needs
     compute_dtype: torch.dtype
-    note = ""  # what the experts leave out of the computation of the checkpoint's own experts
+    note = ""  # says what the experts leave out, as HoldsPacked.note says it for a layer
     _templates: dict[str, PackedWeight]
 
     def frozen(self, name: str) -> PackedWeight:
@@ -61,8 +61,8 @@ class PackedExperts(FrozenExperts):
         )
 
     def _aliases(self) -> dict[str, str]:
-        """Returns a dict from the name of codes in the file to the name of the parameter, for parameters with another
-        name than their codes."""
+        """Returns a dict from the name of codes in the file to the name of the parameter, for parameters whose codes
+        have another name in the file."""
         held = self.__dict__.get("packed_names", {})
         return {names[0]: name for name, names in held.items() if names[0] != name}
 
@@ -123,7 +123,7 @@ def hold_packed(
     """Turns dense experts into :class:`PackedExperts`, in place and without a copy.
 
     Args:
-        experts: the experts' module of a model of transformers.
+        experts: the experts' module of a model of the transformers library.
         weights: a dict from the name of the dense parameter to a stacked weight ``(E, N, K)`` and the names of the
             weight's parts in the state dict. The codes have the name of the parameter if the file has no other name for
             the codes.

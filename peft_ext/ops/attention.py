@@ -210,7 +210,8 @@ def scaled_dot_product_attention(
     if q.is_cuda and not checks.wants_reference(q) and not (p and seed is not None):
         if bias is not None:
             mask, is_causal = _as_one(q, k, mask, is_causal, bias), False
-        if mask is not None and k.shape[1] != q.shape[1]:  # with mask and enable_gqa, PyTorch stores all scores
+        # With a mask and enable_gqa, PyTorch's attention would store all scores.
+        if mask is not None and k.shape[1] != q.shape[1]:
             k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)

@@ -137,7 +137,8 @@ def bottleneck_adapter(
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
         down_weight: D ``[M, K]``. down_bias: b_d ``[M]`` or None. up_weight: V ``[N, M]``. up_bias: b_v ``[N]`` or
-            None. Each tensor may have a float dtype of its own: float32 adapters over 16-bit activations need no cast.
+            None. Each of the weights and biases may have a float dtype of its own, so that float32 adapters over 16-bit
+            activations need no cast.
         scale: s. activation: "gelu" (with erf), "gelu_tanh", "relu" or "silu".
         residual: ``[..., N]`` of x's dtype; None: x itself, and N is K. For an adapter after a sublayer, x and residual
             are the sublayer's output. For a parallel adapter, x is the sublayer's input and residual is the sublayer's

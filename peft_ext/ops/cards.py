@@ -1,9 +1,9 @@
-"""The GPUs of the process: which have kernels, and which are too old.
+"""Finds the GPUs of the process, and which of them are too old for the kernels.
 
-The library has no kernels for a GPU whose compute capability is less than ``CAPABILITY``. If the process sees no newer
-GPU, all operators run the reference on GPUs. If the process also sees a newer GPU, the families are proved on the newer
-GPU only, and a Python function in PyTorch's dispatcher, in front of each CUDA kernel, runs the reference for tensors on
-an old GPU.
+The library has no kernels for a GPU whose compute capability is less than ``CAPABILITY``. If all GPUs that the process
+sees are older, all operators run the reference on GPUs. If the process also sees a newer GPU, the families are proved
+on the newer GPU only, and a Python function in PyTorch's dispatcher, in front of each CUDA kernel, runs the reference
+for tensors on an old GPU.
 """
 
 from __future__ import annotations

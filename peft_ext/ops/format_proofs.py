@@ -1,4 +1,5 @@
-"""The proof of the kernels that decode packed weights, with one family of kernels for each packed format but NF4.
+"""The proof of the kernels that decode packed weights, with one family of kernels for each packed format that kernels
+decode, except NF4.
 
 The proof of a format's family calls the kernels that decode the format: the kernel that decodes a whole weight, and the
 kernels of linear layers for few and for many tokens, forward and backward. All operators on weights of a format use the

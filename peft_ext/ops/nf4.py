@@ -323,8 +323,8 @@ def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional
     """``Y = X Wᵀ + b`` over a frozen weight, dense or packed, computed by the operator ``peft_ext::nf4_linear``.
 
     On a CPU without instructions for products in 16 bits, the kernel widens a dense 16-bit weight to float32, one panel
-    of rows at a time. On a CPU without AVX-512, PyTorch's own product with a 16-bit weight is a plain, slow loop. Y is
-    rounded once.
+    of rows at a time. On such a CPU, PyTorch's own product with a 16-bit weight may be a plain, slow loop. Y is rounded
+    once.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``: a dense tensor of x's dtype, or a

@@ -2,8 +2,8 @@
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
 reference in float64. A family fails if its kernels differ from the reference by more than rounding, or raise an error
-while memory suffices. The proof ignores speed. A failed family's operators run the reference (for a packed format: only
-for weights of the format). A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
+while memory suffices. A failed family's operators run the reference (for a packed format: only for weights of the
+format). A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
 
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
@@ -30,8 +30,8 @@ Environment:
         saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is proved again
         by the next process, because an error may have a temporary cause. A family whose kernels ended a process by a
         fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and reads no saved
-        result. With ``0``, no family is proved, and the ranks exchange no results; a GPU that is too old runs the
-        reference, and all CUDA kernels without NVRTC are dropped, with ``0`` too. Any other value raises ValueError.
+        result. With ``0``, no family is proved, and the ranks exchange no results; a GPU that is too old still runs the
+        reference, and without NVRTC all CUDA kernels are still dropped. Any other value raises ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -67,13 +67,13 @@ __all__ = ["DROPPED", "agree", "arm", "families", "prove", "proved", "proved_eag
 
 KEYS = ("CPU", "CUDA")  # dispatch keys for which the native library has kernels
 
-# By dispatch key and operator, or family of a format: why its kernels were dropped in this process. A dropped operator
-# runs the reference.
+# Maps a dispatch key with an operator, or with a packed format's family, to the reason why its kernels were dropped in
+# this process. A dropped operator runs the reference.
 DROPPED: dict[tuple[str, str], str] = {}
 _FAULTS = " | faults"  # suffix of the key in proved.json of the families whose kernels ended a process
 
-# Numbers of tokens, input features and output features of the inputs, by dispatch key. On a GPU a family's first call
-# is repeated with inputs of the size LARGE, for which other kernels and more blocks run.
+# Numbers of tokens, input features and output features of a proof's inputs, by dispatch key. On a GPU a family's first
+# call is repeated with inputs of the size LARGE, for which other kernels and more blocks run.
 SMALL, LARGE = {"CPU": (34, 64, 40), "CUDA": (130, 192, 136)}, (1024, 1024, 1024)
 
 # Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. The bounds of the 16-bit dtypes allow for
@@ -94,7 +94,9 @@ _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key
 _kernels: dict[tuple[str, str], Any] = {}  # by dispatch key and operator: the native kernel behind the gate
 _overriding: list[torch.library.Library] = []  # each object keeps alive a registration that replaces kernels
 _lock = threading.RLock()
-_proving = threading.local()  # `depth`: number of proofs that run in this thread; above 0, a new weight starts no proof
+# Its attribute `depth` is the number of proofs that run in this thread; while it is above 0, a new weight starts no
+# proof.
+_proving = threading.local()
 
 
 class Place(NamedTuple):
@@ -124,7 +126,8 @@ def families(key: str) -> dict[str, list[str]]:
 
 
 def arm() -> None:
-    """Replaces each native kernel by a gate, which first proves the kernel. ``import peft_ext`` calls ``arm`` once."""
+    """Replaces each native kernel by a gate, which proves the kernel's family at the gate's first call. ``import
+    peft_ext`` calls ``arm`` once."""
     if hasattr(os, "register_at_fork"):  # Windows has no fork
         os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch would warn that the gates override kernels
@@ -303,7 +306,7 @@ def _asked() -> str:
 
 
 def _places(key: str) -> list[Place]:
-    """Returns the CPU with its path, or the GPUs of cards.models()."""
+    """Returns the CPU with its path, or one GPU of each model that the process sees."""
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
     return [Place(key, card, device) for card, device in cards.models().items()]
@@ -389,7 +392,8 @@ def agree(ask: Callable[[], object]) -> None:
     own = {key: {family: DROPPED[key, name] for family, names in held[key].items()
                  for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
     if cards.OLD and (why := cards.OLD.get(torch.cuda.current_device())):
-        own["CUDA"] = dict.fromkeys(held["CUDA"], why)  # this rank runs the reference, so all ranks have to
+        # This rank's old GPU runs the reference, so all ranks have to run the reference.
+        own["CUDA"] = dict.fromkeys(held["CUDA"], why)
     for rank, theirs in enumerate(_exchange(own)):
         for key, failed in theirs.items():
             has = held[key]
