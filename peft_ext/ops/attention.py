@@ -5,9 +5,10 @@ the scores of up to four queries and all keys.
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
-The backward computes S, P and D again from q, k, the mask, the bias, lse and the seed: ``dV = (D ∘ P)ᵀ dO``,
-``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved for the backward: q, k, v, the
-mask, the bias, out, lse (one float32 for each query and head) and the seed.
+The backward computes the scores S, the probabilities P and the dropout's factors D again from q, k, the mask, the bias,
+lse and the seed: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ
+q``. Saved for the backward: q, k, v, the mask, the bias, the result out, the logarithm lse of the sum of exp(scores)
+(one float32 for each query and head) and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """

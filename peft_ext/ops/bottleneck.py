@@ -3,8 +3,8 @@
     U = x Dᵀ + b_d  [T, M]      H = act(U)      Y = residual + s · (H Vᵀ + b_v)  [T, N]
 
 Backward: ``P = s · dY V``; ``dV = s · dYᵀ H``; ``db_v = s · Σ dY``; ``dU = P ∘ act'(U)``; ``dD = dUᵀ x``;
-``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. The forward saves x, U (float32) and the weights D and
-V for the backward.
+``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. For the backward, the forward saves x, the down
+projection's result U (float32), and the weights D (down) and V (up).
 
 Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter, He
 and others (arXiv 2110.04366).

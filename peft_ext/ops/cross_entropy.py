@@ -3,10 +3,10 @@
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))  [T, V]        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]
 
-h̃ is h, or another input of the adapter such as h after a dropout. The forward also computes the gradients, chunk by
-chunk: it overwrites a chunk's logits with their gradient and multiplies this gradient by W. The forward keeps those of
-the gradients dh [T, K], dh̃ [T, K], db, dA and dB that the backward needs. For the reduction "none", the forward keeps
-the inputs, and the backward computes the logits again.
+The adapter's input h̃ is h, the hidden states, or another tensor such as h after a dropout. The forward also computes
+the gradients, chunk by chunk: it overwrites a chunk's logits with their gradient and multiplies this gradient by W. Of
+the gradients of h, h̃, the bias, lora_A and lora_B, the forward keeps those that the backward needs. For the reduction
+"none", the forward keeps the inputs, and the backward computes the logits again.
 
 Sources: transformers' causal loss, which converts the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
 Liger (arXiv 2410.10989) for the loss without the logits; Gemma 2 (arXiv 2408.00118) for the cap.

@@ -3,7 +3,7 @@
     S = A[:, i]ᵀ         Y = W[i] + s · S Bᵀ
 
 Backward: ``P = s · dY B``, ``dA[:, v] = Σ P[t]`` over the t with ``i[t] = v``, ``dB = s · dYᵀ S``. Saved for the
-backward: the indices i, A and B.
+backward: the indices i, lora_A and lora_B.
 
 Source: LoRA (arXiv 2106.09685), in the form of PEFT's ``lora.Embedding``.
 """

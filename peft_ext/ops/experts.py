@@ -5,9 +5,10 @@
 
 Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
-Saved for the backward: x, S, the seed and, for dg, Z, besides W, A, B, g and the offsets. No matrix W + s B A is
-stored. The operators that multiply rows do not read the weight of an expert without rows, and :func:`dora_experts` does
-not compute the norm of this weight.
+Saved for the backward: x, S, the dropout's seed and, for the gradient of the output scale g, the unscaled result Z,
+besides the weights, the adapters, g and the offsets. No operator stores a merged weight ``W_e + s · B_e A_e``. The
+operators that multiply rows do not read the weight of an expert without rows, and :func:`dora_experts` does not compute
+the norm of this weight.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
@@ -258,8 +259,8 @@ def lora_experts(
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and bias, in
     their own dtypes; the gradients of an expert without rows are 0. Saved for backward, besides the weight, the offsets
-    and the adapters: x, S ``[S, R]`` float32 and the seed. Under autocast x, bias and a dense weight are cast to the
-    autocast dtype, and the adapters are not cast.
+    and the adapters: x, the product of dropout(x) with A ``[S, R]`` in float32, and the seed. Under autocast x, bias
+    and a dense weight are cast to the autocast dtype, and the adapters are not cast.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -291,15 +292,16 @@ def dora_experts(
     Args:
         x, weight, offsets, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`lora_experts`. The
             dropout acts on the low-rank term alone.
-        magnitude: ``[E, N]``, of any float dtype. Where the norm is 0, g is 0, and the gradients through g are 0.
+        magnitude: ``[E, N]``, of any float dtype. Where the norm is 0, the output scale g is 0, and the gradients
+            through g are 0.
         weight_norm: ``[E, N]``, of any float dtype: the norm, if the caller knows the norm already
             (:func:`dora_experts_weight_norm` in x's dtype); default: computed for the experts that have rows.
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude and
     bias, in their own dtypes; the gradients of an expert without rows are 0. The backward treats the norm as a
-    constant. Saved for backward, besides the weight, the offsets, the adapters and g: x, S ``[S, R]`` float32, the seed
-    and, where magnitude needs a gradient, Z ``[S, N]`` of x's dtype. Autocast casts the same arguments as in
-    :func:`lora_experts`.
+    constant. Saved for backward, besides the weight, the offsets, the adapters and g: x, the product of dropout(x) with
+    A ``[S, R]`` in float32, the seed and, where magnitude needs a gradient, the result before g and the bias ``[S, N]``
+    in x's dtype. Autocast casts the same arguments as in :func:`lora_experts`.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 

@@ -4,8 +4,8 @@
 
 Backward: ``g = dY ∘ (w + offset)``, ``dX = r (g - mean g - x̂ mean (g ∘ x̂))`` (RMSNorm: without mean g),
 ``dw = Σ_t dY ∘ x̂`` if the weight is trained, ``db = Σ_t dY`` if the bias is trained.
-Saved for the backward: x, weight, and float32 numbers for each row: r for RMSNorm, μ and r for LayerNorm. No float32
-copy of x is saved.
+Saved for the backward: x, the weight, and in float32 for each row the factor r, and for LayerNorm also the mean μ. No
+float32 copy of x is saved.
 
 Sources: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450).
 """

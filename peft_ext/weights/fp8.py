@@ -150,7 +150,8 @@ def quantize_fp8(weight: Tensor, rows: int = 128, columns: int = 128) -> PackedW
         weight: float ``[N, K]`` or ``[E, N, K]``.
         rows, columns: size of a block: powers of two, or 0 for all rows or columns.
 
-    The function holds one chunk of rows in float32 at a time: at least the rows of one block.
+    The function holds one chunk of rows in float32 at a time: at least the rows of one block, unless a block has all
+    rows.
     """
     row_shift, column_shift = _shift("rows", rows), _shift("columns", columns)
     if weight.dim() == 3:

@@ -78,7 +78,7 @@ _NAMES = {number: name for name, number in _NUMBERS.items()}
 def type_number(type: int | str) -> int:
     """Returns ggml's number of a type, given as a number, as gguf's ``GGMLQuantizationType``, or as a name ("Q4_K").
 
-    Raises ValueError for a type that the package gguf does not decode.
+    Raises ValueError for a type that is neither in ``TYPES`` nor one of F32, F16, BF16 and F64.
     """
     number = _NUMBERS.get(type.upper()) if isinstance(type, str) else int(type)
     if number in TYPES or number in _DENSE:

@@ -120,7 +120,7 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
     flat = high == low
     inverse = _over(most, high - low)
     scale = _over(1, inverse)
-    used, used_low = inverse, low  # the trial scale and offset of the best codes
+    used, used_low = inverse, low  # 1 / scale and −offset of the trial with the best codes
     best = error(scale, _codes(inverse * (x - low), 0, most), low)
     for numerator in _steps(start, 0.1, count, most):
         inverse = _over(numerator, high - low)
@@ -399,8 +399,8 @@ def _iq4_xs(rows: Tensor) -> Tensor:
     return torch.cat([_half_bytes(d), high, low, _four_bits(_blocks(codes), 16)], 1)
 
 
-# Name of a type -> the function that quantizes float32 rows [N, K] to the bytes of the blocks, uint8
-# [N · K / columns, bytes].
+# Maps the name of a type to the function that quantizes float32 rows [N, K] to the bytes of the blocks, uint8 [N · K /
+# columns, bytes].
 QUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """Integers in groups: weights of compressed-tensors, GPTQ, AWQ and HQQ, in the layouts of their files.
 
-A group is a number of columns of a row that share a scale and a zero point. In each format a code ``q`` decodes to
-``(q - zero) · scale``. Sources: compressed-tensors' ``compressors/pack_quantized`` and ``naive_quantized``; GPTQModel's
-``nn_modules/qlinear/torch.py`` and ``torch_awq.py``; hqq's ``core/quantize.py``.
+A group is a number of columns of a row (in HQQ, of elements of the flat weight) that share a scale and a zero point. In
+each format a code ``q`` decodes to ``(q - zero) · scale``. Sources: compressed-tensors' ``compressors/pack_quantized``
+and ``naive_quantized``; GPTQModel's ``nn_modules/qlinear/torch.py`` and ``torch_awq.py``; hqq's ``core/quantize.py``.
 
 ``int_rows``, ``gptq``, ``awq`` and ``hqq`` take tensors; ``from_state`` takes the tensors and the configuration of a
 checkpoint; the other ``from_`` functions take a module of a library. No function of this module copies or repacks the
@@ -223,8 +223,9 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
     difference is exact, and the product is rounded once.
 
     Args:
-        qweight: int32 ``[ceil(K · bits / 32), N]``. A word has consecutive columns k, the lowest bits first. For
-            experts, qweight, qzeros, scales and g_idx have the number of experts as their first size.
+        qweight: int32 ``[ceil(K · bits / 32), N]``. A word has the codes of consecutive columns k of one row, the
+            lowest bits first. For experts, qweight, qzeros, scales and g_idx have the number of experts as their first
+            size.
         qzeros: int32 ``[G, ceil(N · bits / 32)]``. A word has the zeros of consecutive rows n.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         bits: 2, 4 or 8.
@@ -267,8 +268,8 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, dtype: Optional[torc
     the scales' dtype: the difference is exact, and the product is rounded once.
 
     Args:
-        qweight: int32 ``[K, N / 8]``. From the lowest bits on, a word has the rows 0, 2, 4, 6, 1, 3, 5 and 7 of eight.
-            For experts, qweight, qzeros and scales have the number of experts as their first size.
+        qweight: int32 ``[K, N / 8]``. From the lowest bits on, a word has the codes of the rows 0, 2, 4, 6, 1, 3, 5 and
+            7 of eight rows. For experts, qweight, qzeros and scales have the number of experts as their first size.
         qzeros: int32 ``[G, N / 8]``, with the rows of a word in the order of qweight.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         dtype: dtype of the weight; default: the scales' dtype.
@@ -537,4 +538,5 @@ def from_hqq(module: torch.nn.Module, dtype: Optional[torch.dtype] = None) -> Pa
 
 
 def _in_features(module: torch.nn.Module) -> int:
-    return getattr(module, "in_features", None) or module.infeatures  # in AutoGPTQ's modules the name is infeatures
+    # AutoGPTQ's modules have infeatures instead of in_features.
+    return getattr(module, "in_features", None) or module.infeatures

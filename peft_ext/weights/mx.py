@@ -1,9 +1,9 @@
-"""Microscaling floats: 4-bit floats (e2m1) with a scale for each few columns.
+"""Microscaling floats: 4-bit floats (e2m1) with a scale for each 32 or 16 columns.
 
 * MXFP4: a scale that is a power of two for each 32 columns. Source: OCP Microscaling Formats 1.0; the layout of files
   is that of transformers' ``integrations/mxfp4.py``.
-* NVFP4: an e4m3 scale for each 16 columns, and one float32 scale for the weight. Sources: compressed-tensors'
-  ``compressors/nvfp4``, ModelOpt's ``qtensor/nvfp4_tensor.py``.
+* NVFP4: an e4m3 scale for each 16 columns, and one float32 scale for the weight, or for each half of its rows. Sources:
+  compressed-tensors' ``compressors/nvfp4``, ModelOpt's ``qtensor/nvfp4_tensor.py``.
 """
 
 from __future__ import annotations
@@ -162,9 +162,11 @@ def from_compressed_tensors(module: torch.nn.Module) -> PackedWeight:
 
 
 def _codes(scaled: Tensor) -> Tensor:
-    """Returns the e2m1 codes of float32 values, to nearest, ties to the even code; values above 6 get the code of 6.
+    """Returns the e2m1 codes of float32 values, to nearest, ties to the even code; magnitudes above 6 get the code of
+    6.
 
-    Two codes per byte, the low nibble first. A value below 0 has a sign bit, also if the value rounds to 0.
+    The result has two codes per byte, the low nibble first. The code of a value below 0 has the sign bit, also if the
+    value rounds to 0.
     """
     magnitude = scaled.abs()
     codes = torch.zeros_like(scaled, dtype=torch.uint8)

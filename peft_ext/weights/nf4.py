@@ -81,9 +81,10 @@ NF4 = register(Format("nf4", 0, ("packed", "absmax", "nested_absmax", "nested_co
 class NestedAbsmax:
     """State that decodes a double-quantized absmax: ``absmax_i = code[absmax_u8[i]] * absmax[i // 256] + offset``.
 
-    ``absmax`` is float32 ``[ceil(blocks/256)]``. ``code`` is float32 ``[256]``, ascending. ``offset`` is float32, 0-d:
-    the mean that was subtracted from the scales before the scales were quantized. In a stacked weight ``absmax`` holds
-    the values of all E experts, one expert after the other, and ``offset`` is ``[E]``.
+    ``absmax`` is float32 ``[ceil(blocks/256)]``, one scale for each 256 scales of the weight. ``code`` is float32
+    ``[256]``, ascending. ``offset`` is float32, 0-d: the mean that was subtracted from the scales before the scales
+    were quantized. In a stacked weight ``absmax`` holds the values of all E experts, one expert after the other, and
+    ``offset`` is ``[E]``.
     """
 
     absmax: Tensor
@@ -102,7 +103,7 @@ class NF4Weight(PackedWeight):
             two dimensions.
         dtype: dtype of the weight before it was quantized, and default dtype of :meth:`dequantize`.
         blocksize: number of elements that share one absmax.
-        nested: state of the double quantization, or None.
+        nested: state of the double quantization; None without double quantization.
         stacked: whether ``shape`` is ``(E, N, K)`` of E separately packed weights, see :meth:`stack`.
 
     Raises:
@@ -395,7 +396,8 @@ def nf4_code(device: torch.device | str = "cpu") -> Tensor:
 
 
 def is_nf4_table(code: Optional[Tensor]) -> bool:
-    """Returns whether ``code`` is NF4's table of 16 codes, in any float dtype. The kernels contain this table.
+    """Returns whether ``code`` is NF4's table of 16 codes, in any float dtype. The kernels contain this table, and read
+    no other table.
 
     None and a tensor on the meta device count as NF4's table, because their values are unknown.
     """
@@ -421,7 +423,8 @@ def _size(shape: Any) -> torch.Size:
 
 
 def why_not_nf4(quant_state: Any, kinds: Sequence[str] = ("nf4",)) -> Optional[str]:
-    """Returns the reason why the operators can't read a weight with the bitsandbytes ``QuantState``, or None.
+    """Returns the reason why the operators can't read a weight with the bitsandbytes ``QuantState``, or None if they
+    can.
 
     ``kinds``: the accepted values of quant_type, of "nf4" and "fp4". The table of codes is not checked.
     """
