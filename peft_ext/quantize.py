@@ -90,8 +90,9 @@ def quantize_nf4(
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
-    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After this error the
-    model can still be used, and a second call of ``quantize_nf4`` continues with the first weight that is still dense.
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After such a lack of
+    memory the model can still be used, and a second call of ``quantize_nf4`` continues with the first weight that is
+    still dense.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -274,8 +275,9 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
-    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After this error the
-    model can still be used, and a second call of ``dequantize_nf4`` continues with the first weight that is still NF4.
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After such a lack of
+    memory the model can still be used, and a second call of ``dequantize_nf4`` continues with the first weight that is
+    still NF4.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -418,7 +420,7 @@ def linear_groups(
     """
     skip, past = skip.union(_ROUTERS, *_kept_in_float32(model)), weights_read_past(model) | _gates(model)
     groups: dict[int, list[Place]] = {}
-    layers: dict[int, set[int]] = {}  # id of a weight -> ids of the layers that hold the weight
+    layers: dict[int, set[int]] = {}  # maps the id of a weight to the ids of the layers that hold it
     for place in _walk(model, "", False, set(), op):
         name, linear = place.name, place.linear
         if name not in past and not any(f".{part}." in f".{name}." for part in skip):

@@ -88,7 +88,7 @@ class Optimizer(NamedTuple):
         return max(map(operator.add, left, map(self.one_by_one, ordered)), default=0)
 
 
-# Optimizers by the name that estimate_memory takes.
+# Maps each name of an optimizer that estimate_memory accepts to the optimizer's memory.
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(_plain(2), 1, _adam_copies),
     "adam": Optimizer(_plain(2), 1, _adam_copies),

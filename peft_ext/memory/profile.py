@@ -14,7 +14,7 @@ _UNITS = ((_GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one training step, by kind of memory. ``str`` gives a table.
+    """Bytes of one training step, by kind of memory. ``str(estimate)`` gives a table.
 
     The field with the name of a kind of memory is the largest number of bytes of this kind at any moment. ``peak`` has
     the bytes of each kind at the moment when their sum is largest, and ``total`` is that sum. A kind's field may be

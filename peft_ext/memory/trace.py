@@ -266,7 +266,8 @@ class Step:
 
 @contextlib.contextmanager
 def _not_packed() -> Iterator[None]:
-    """Makes transformers treat fake batches as not packed: the values of fake ``position_ids`` can't be read."""
+    """Makes transformers treat fake batches as batches without packed sequences, because the values of fake
+    ``position_ids`` can't be read."""
     masks = sys.modules.get("transformers.masking_utils")
     find = getattr(masks, "find_packed_sequence_indices", None)
     if find is None:

@@ -88,8 +88,8 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     is_packed, panel_rows = bool(given.get("layout")), min(_WIDE_PANEL, out_features)
     if device != "cpu" or dtype.itemsize != 2:
         size = out_features * in_features * dtype.itemsize if is_packed else 0
-        # in float32 the scratch also has x after the dropout or the scaled dY, the sum to which the product is added,
-        # and a panel of W
+        # With PEFT's DoRA dropout on the CPU, the scratch also has x after the dropout or the scaled dY, the sum to
+        # which the product is added, and a panel of W.
         if device == "cpu" and drops:
             size += 4 * (rows * (out_features + in_features) + panel_rows * in_features)
         elif drops:

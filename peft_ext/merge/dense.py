@@ -57,7 +57,7 @@ class MergeReport:
         base_quant: quantization of the base's weights: one of ``QUANTIZATIONS`` of peft_ext.weights.quantizers.
         base_quant_text: ``base_quant`` and the reason for it, in words.
         method: PEFT's name of the adapter's method.
-        dtype: dtype that was asked for the output, or None where each tensor kept its own dtype.
+        dtype: dtype that the caller asked for; None if the caller asked for none.
         merged: number of modules that the adapter changed.
         tensors, parameters: numbers of tensors and of elements that were written.
         untied: names of weights that were tied in the base and are separate now, because the adapter changed one.
@@ -157,7 +157,8 @@ def merge_to_dense(
             check_finite(adapter / SAFETENSORS_WEIGHTS_NAME)
         base = base_of(model, config, adapter, weights, base_quant, blocksize, double_quant)
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
-    words = writer.gguf_tokenizer(base, adapter)  # outside of hushed: warns if the file does not name how to split text
+    # gguf_tokenizer is called outside of hushed(), because it warns if the file does not say how to split text.
+    words = writer.gguf_tokenizer(base, adapter)
     with hushed():
         plan = Plan(base, config, weights, dtype)
         del weights

@@ -43,7 +43,8 @@ with required("peft", "peft_ext.merge_to_gguf"):
 
 __all__ = ["GgufMergeReport", "MergedTensor", "merge_to_gguf"]
 
-# Type of most tensors of a GGUF file -> value of the file's general.file_type (enum llama_ftype in llama.h).
+# Maps the type of most tensors of a GGUF file to the value of the file's general.file_type (enum llama_ftype in
+# llama.h).
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
     "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38,
@@ -52,7 +53,8 @@ _FILE_TYPES = {
 
 _SUMMED = 1 << 16  # number of elements that are summed in float32; these sums are added in float64
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-# Architectures whose files have no head of their own: llama.cpp takes the embedding, and refuses a file with a head.
+# Architectures whose files have no head of their own: llama.cpp uses the embedding as the head, and refuses a file with
+# a head.
 _ALWAYS_TIED = ("gemma2",)
 
 

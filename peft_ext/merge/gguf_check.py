@@ -71,7 +71,7 @@ def compare_logits(
 
 
 def _load(file: Union[str, Path]) -> Any:
-    # gguf.load is imported here, because the module needs a transformers that reads GGUF.
+    # This function imports gguf.load, because gguf.load needs a version of transformers that reads GGUF.
     from ..gguf.load import load_gguf
 
     return load_gguf(file, dtype=torch.float32)
