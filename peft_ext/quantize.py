@@ -288,8 +288,9 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
     """Replaces every :class:`peft_ext.nn.PackedLinear` of ``model`` by an ``nn.Linear`` with the decoded weight, in
     place.
 
-    A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding``, and :class:`peft_ext.nn.PackedExperts` become
-    dense experts. Adapters, merging, tied weights, hooks, memory and errors are treated as in :func:`dequantize_nf4`.
+    A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding`` (with a scale, a subclass that multiplies by it),
+    and :class:`peft_ext.nn.PackedExperts` become dense experts. Adapters, merging, tied weights, hooks, memory and
+    errors are treated as in :func:`dequantize_nf4`.
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
@@ -353,7 +354,8 @@ class Place:
     """The place of a linear or embedding layer in a model: an attribute of the parent module. A Place holds no
     reference to the layer itself.
 
-    ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the bias keeps ``requires_grad``.
+    ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the bias of the new layer keeps
+    ``requires_grad``.
     """
 
     def __init__(self, name: str, parent: nn.Module, attribute: str, keeps_bias: bool) -> None:

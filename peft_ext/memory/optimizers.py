@@ -52,7 +52,7 @@ def _adafactor_copies(p: Tensor) -> int:
 
 
 class Optimizer(NamedTuple):
-    """The memory of an optimizer.
+    """Computes the memory that an optimizer needs.
 
     Attributes:
         states: returns the bytes of each state of one parameter.

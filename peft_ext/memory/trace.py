@@ -329,7 +329,8 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bo
         if "SequenceClassification" in type(base).__name__:
             labels = numbers(batch_size)
             inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
-            # A trace accepts any pad_token_id. The config is a copy of the caller's config.
+            # A trace accepts any pad_token_id. The caller's config does not change, because base.config is a copy of
+            # it.
             if base.config.pad_token_id is None:
                 base.config.pad_token_id = 0
     elif "decoder_input_ids" in accepted:

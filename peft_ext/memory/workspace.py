@@ -1,7 +1,8 @@
-"""Upper bound of the scratch memory that operators allocate in addition to their outputs, which a trace does not see.
+"""Bounds the scratch memory that operators allocate in addition to their outputs, and which a trace does not see.
 
-The bound leaves out a few MB of scratch memory in each thread. Partial sums of an adapter's gradients are counted for a
-loss, and on CUDA for experts, but for no other operator. docs/glossary.md explains path, tile, strip and panel.
+The bounds are upper bounds, but leave out a few MB of scratch memory in each thread. Partial sums of an adapter's
+gradients are counted for a loss, and on CUDA for experts, but for no other operator. docs/glossary.md explains path,
+tile, strip and panel.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def _from_memory(model: PreTrainedModel) -> Base:
 
 
 def _packed_of(module: nn.Module, name: str) -> Optional[PackedWeight]:
-    """Returns the packed weight of a layer; None for a dense module. Raises MergeError for a layer that is quantized in
-    another way."""
+    """Returns the packed weight of a layer; None for a dense module. Raises MergeError for a layer that is quantized,
+    but neither to NF4 nor in a packed format."""
     if isinstance(module, NF4Linear):
         return module.nf4
     if isinstance(module, HoldsPacked):

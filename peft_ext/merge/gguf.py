@@ -166,9 +166,9 @@ def merge_to_gguf(
         output: path of the new file. The finished file appears in one step. If the merge fails, no part of the file is
             left.
         type: type of the merged matrices: "same", the type that each matrix has in the base's file; or the name of a
-            type that :func:`peft_ext.weights.gguf_quantize.can_quantize` accepts, for example "q8_0" or "f16". Vectors
-            keep their types. Where most elements of the new file's matrices have another type than in the base's file,
-            ``general.file_type`` is changed to name the new type.
+            type that :func:`peft_ext.weights.gguf_quantize.can_quantize` accepts, for example "q8_0" or "f16". Merged
+            tensors of one dimension keep their types. Where most elements of the new file's matrices have another type
+            than in the base's file, ``general.file_type`` is changed to name the new type.
         overwrite: True: the output may be an existing GGUF file, which is replaced.
         progress: whether to show a progress bar, on a terminal only.
 

@@ -230,7 +230,7 @@ class PackedLinear(HoldsPacked, nn.Linear):
         """Returns a layer whose weight is ``weight``, without a copy.
 
         Args:
-            weight: shape ``(N, K)``.
+            weight: the packed weight, of shape ``(N, K)``.
             names: the file's names of ``weight.parts``, in their order, for example
                 ``("weight_packed", "weight_scale")``. A part that is None has the name None; names of None at the end
                 may be left out.

@@ -95,8 +95,8 @@ def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scali
 def adapted_operands(
     op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any
 ) -> tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor]]:
-    """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias. Under autocast, x, a dense
-    weight and bias are cast to autocast's dtype."""
+    """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias; under autocast, x, a dense
+    weight and bias are returned in autocast's dtype."""
     if not fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
         check_float(op, "x", x)
         x, weight, bias = cast_for_autocast(x, weight, bias)
@@ -484,7 +484,7 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 def cast_for_autocast(
     x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor]
 ) -> tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor]]:
-    """Returns x, weight and bias. Under autocast, x, a dense weight and bias are cast to autocast's dtype."""
+    """Returns x, weight and bias; under autocast, x, a dense weight and bias are returned in autocast's dtype."""
     if (dtype := autocast_dtype(x)) is None:
         return x, weight, bias
     return x.to(dtype), cast(weight, dtype), cast(bias, dtype)

@@ -253,7 +253,7 @@ def linear_cross_entropy(
             ``dropout(hidden)``.
         scaling: the adapter's factor, a finite number. logit_scale: the logits' factor, a finite number.
         softcap: c > 0 of ``c tanh(z / c)``; None: no cap.
-        label_smoothing: ε, 0 to 1.
+        label_smoothing: the ε of the loss, from 0 to 1.
         reduction: "mean" over the labels that are not ``ignore_index``, "sum", or "none".
         num_items_in_batch: the divisor of the sum of losses with the reductions "mean" and "sum", for gradient
             accumulation; default: for "mean" the number of labels that are not ``ignore_index``, for "sum" 1. With the

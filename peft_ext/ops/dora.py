@@ -225,7 +225,7 @@ def dora_weight_norm(
 
     Args:
         weight: frozen ``[N, K]``: a dense tensor, or a PackedWeight. lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of
-            any float dtype. scaling: a finite number.
+            any float dtype. scaling: the factor of B A, a finite number.
         dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only
             its own dtype is accepted.
 

@@ -145,7 +145,7 @@ def lora_embedding(
         weight: W, a frozen table ``[V, N]``: dense float32, bfloat16 or float16, or a PackedWeight. The CPU kernel
             decodes only those rows of a PackedWeight that indices name.
         lora_A: ``[R, V]``; lora_B: ``[N, R]``; each of any float dtype.
-        scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
+        scaling: the factor of the low-rank term, a finite number: ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
         padding_idx: an index, from -V to V - 1, whose column of lora_A gets no gradient, as in
             :func:`torch.nn.functional.embedding`. padding_idx does not change Y.
 

@@ -250,8 +250,7 @@ def lora_experts(
         offsets: int32 or int64 ``[E]`` on x's device: where each expert's rows end, ascending. Rows after the last
             expert's end belong to no expert: their outputs and their gradients are 0.
         lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of any float dtype and of any strides.
-        bias: ``[E, N]`` of x's dtype.
-        scaling: a finite number.
+        bias: ``[E, N]`` of x's dtype. scaling: the factor of the low-rank term, a finite number.
         dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
         training: dropout acts only when True.
         seed: int64 ``[2]`` on x's device for the masks; default: drawn from PyTorch's generator. The mask of expert e
@@ -326,7 +325,7 @@ def dora_experts_weight_norm(
 
     Args:
         weight: frozen ``[E, N, K]``, as in :func:`lora_experts`. lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of
-            any float dtype and of any strides. scaling: a finite number.
+            any float dtype and of any strides. scaling: the factor of B_e A_e, a finite number.
         offsets: int32 or int64 ``[E]``, as in :func:`lora_experts`: the norms of experts without rows are not computed
             and are 0; default: the norms of all experts are computed.
         dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only

@@ -166,7 +166,7 @@ def grouped_lora_linear(
             multiplied together; on a GPU, all samples of one adapter are multiplied together. For ``torch.compile`` the
             indices are constants: a call with other indices compiles another graph.
         bias: ``[N]`` of x's dtype.
-        scaling: a finite number for each adapter; default: ones.
+        scaling: for each adapter the factor of its low-rank term, a finite number; default: ones.
 
     Returns: ``[samples, ..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and
     bias, in their own dtypes; saved for backward, besides the weight and the factors: x and ``S = x Aᵀ`` ``[T, max R]``

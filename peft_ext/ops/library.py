@@ -48,11 +48,11 @@ class Operator:
         reference: the function that runs where no kernel is registered.
         family: name of a group of operators whose kernels are proved (compared with the reference) together, and
             replaced by the reference together.
-        composed: whether the reference calls other operators and therefore runs on every device, so that the operator
-            needs no kernel of its own.
+        composed: True: the operator has no kernel of its own, because its reference, which calls other operators, runs
+            on every device.
         cuda: whether csrc has a CUDA kernel of the operator. For an operator without a CUDA kernel, PyTorch's function,
             or the reference, runs on a GPU.
-        inner: whether no public function calls the operator: other parts of the package call it, without a gradient and
+        inner: True: no public function calls the operator; other parts of the package call it, without a gradient and
             with arguments that they have checked.
     """
 
@@ -133,7 +133,8 @@ def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[...
     def run(*args: Any) -> Any:
         for at, argument in numbers:
             for value in args[at] if isinstance(args[at], (list, tuple)) else (args[at],):
-                known, is_p = isinstance(value, float), argument == "dropout_p"  # torch.compile's symbols are no floats
+                # A symbol of torch.compile is no float, and is not checked.
+                known, is_p = isinstance(value, float), argument == "dropout_p"
                 if known and not (0 <= value < 1 if is_p else math.isfinite(value)):
                     wanted = "0 <= p < 1" if is_p else "a finite number"
                     raise ValueError(f"{name}: {argument} is {value!r}, wanted {wanted}")

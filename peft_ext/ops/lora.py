@@ -208,7 +208,7 @@ def lora_linear(
         lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, for example float32 with a bfloat16 weight.
         bias: ``[N]`` of x's dtype.
         rank_scale: ``[R]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
-        scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
+        scaling: the factor of the low-rank term, a finite number: ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
         dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
         training: dropout acts only when True.
         seed: int64 ``[2]`` on x's device for the dropout mask; default: drawn from PyTorch's generator, so that

@@ -241,9 +241,9 @@ def nf4_merge(
     """Quantizes ``W' = row_scale ∘ (W + scaling · B A)`` to NF4 with W's block size, and returns the relative error.
 
     Args:
-        nf4: W, shape ``(N, K)``.
+        nf4: the frozen weight W, of shape ``(N, K)``.
         lora_A: ``[R, K]``; lora_B: ``[N, R]``; row_scale: ``[N]`` (DoRA's ``m / ‖W + s·B A‖``); of any float dtype.
-        scaling: a finite number.
+        scaling: the factor of B A, a finite number.
 
     Returns: the merged weight Q, double-quantized where ``nf4`` is, and the error ``‖Q − W'‖ / ‖W'‖`` (Frobenius) as a
     float64 tensor of no dimensions. The error is not finite where W' is not finite, and 0 where W' is 0. The arithmetic
@@ -300,7 +300,8 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     in the last place of x's dtype.
 
     Args:
-        x: ``[..., K]``, float32, bfloat16 or float16. nf4: shape ``(N, K)``. bias: ``[N]`` of x's dtype.
+        x: ``[..., K]``, float32, bfloat16 or float16. nf4: the frozen weight W, of shape ``(N, K)``. bias: ``[N]`` of
+            x's dtype.
 
     Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the NF4 weight
     alone. Under autocast x and bias are cast to the autocast dtype.

@@ -31,7 +31,8 @@ Environment:
         by the next process, because an error may have a temporary cause. A family whose kernels ended a process by a
         fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and reads no saved
         result. With ``0``, no family is proved, and the ranks exchange no results; a GPU that is too old still runs the
-        reference, and without NVRTC all CUDA kernels are still dropped. Any other value raises ValueError.
+        reference, and without NVRTC all CUDA kernels are still dropped. Any other value of PEFT_EXT_PROVE raises
+        ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -83,15 +84,17 @@ WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 # Texts in the errors of PyTorch, of peft_ext and of cuBLAS (which needs a workspace) that say that memory is lacking.
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 
-QUIET_SECONDS = 1.0  # after so many seconds, proofs on a CPU print a line before each further family
-PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
+QUIET_SECONDS = 1.0  # seconds after which proofs on a CPU print a line before each further family
+PEERS_SECONDS = 600  # seconds after which a rank that waits for another rank's result raises RuntimeError
 
 _ops = getattr(torch.ops, NAMESPACE)
-# By dispatch key, place and family: "", or the reason why the family failed at the place.
+# Maps a dispatch key, a place and a family to "", or to the reason why the family failed at the place.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
-# By dispatch key and unproved family: its gates; None for a format's family, which the format's first weight proves.
+# Maps a dispatch key and an unproved family to the family's gates; to None for a format's family, which the format's
+# first weight proves.
 _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
-_kernels: dict[tuple[str, str], Any] = {}  # by dispatch key and operator: the native kernel behind the gate
+# Maps a dispatch key and an operator to the native kernel behind the operator's gate.
+_kernels: dict[tuple[str, str], Any] = {}
 _overriding: list[torch.library.Library] = []  # each object keeps alive a registration that replaces kernels
 _lock = threading.RLock()
 # Its attribute `depth` is the number of proofs that run in this thread; while it is above 0, a new weight starts no
@@ -128,7 +131,7 @@ def families(key: str) -> dict[str, list[str]]:
 def arm() -> None:
     """Replaces each native kernel by a gate, which proves the kernel's family at the gate's first call. ``import
     peft_ext`` calls ``arm`` once."""
-    if hasattr(os, "register_at_fork"):  # Windows has no fork
+    if hasattr(os, "register_at_fork"):  # os.register_at_fork does not exist on Windows
         os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch would warn that the gates override kernels
         warnings.simplefilter("ignore")
@@ -283,7 +286,7 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
     for count, family in enumerate(unknown):
         if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:
             _say(f"peft_ext: proving {family}'s kernels on {place.name}, once ({count + 1} of {len(unknown)})")
-        _wait(place.device)  # an earlier fault of other kernels must not count as this family's
+        _wait(place.device)  # so that an earlier fault of other kernels does not count as this family's fault
         try:
             found[family] = prove(place.device, [family])[family]
         except KernelFault as fault:

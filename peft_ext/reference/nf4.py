@@ -110,7 +110,8 @@ def quantize_absmax(centred: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 def decode_absmax(
     absmax: Tensor, nested_absmax: Optional[Tensor], nested_code: Optional[Tensor], nested_offset: Optional[Tensor]
 ) -> Tensor:
-    """Returns the float32 scales. A double-quantized scale is ``code * nested_absmax + offset``, each step rounded."""
+    """Returns the scales of an NF4 weight in float32. A double-quantized scale is ``code * nested_absmax + offset``,
+    each step rounded."""
     if nested_absmax is None:
         return absmax
     scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
