@@ -23,8 +23,8 @@ __all__ = ["weights_read_past"]
 
 # Methods that initialize weights. These methods run before a model is quantized, so that their reads do not count.
 _SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
-# _NEVER is an option of configurations, for tensor parallelism in pretraining. Branches for this option never run in
-# fine-tuning.
+# _NEVER is an option of configurations, for tensor parallelism in pretraining. Reads in branches for this option do not
+# count.
 _NEVER = "pretraining_tp"
 # Packages whose layers accept 4-bit base weights: reads by the code of these packages do not count.
 _OF_ADAPTERS = ("peft", "peft_ext")

@@ -68,8 +68,9 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     On CUDA, and on the CPU in float32, the scratch is a packed weight decoded to the activations' dtype, or nothing for
     a dense weight. If PEFT's DoRA dropout acts on the base layer's term, on the CPU in float32, the scratch also has
     x after the dropout or the scaled dY, the partial result to which the product is added, and a panel of the weight.
-    With this dropout, on CUDA, the scratch of the forward also has x after the dropout, and the product of this tensor
-    if the operator does not return the product; the scratch of the backward also has the two terms of dX.
+    With PEFT's DoRA dropout on the base layer's term, on CUDA, the scratch of the forward also has x after the dropout,
+    and the product of this tensor if the operator does not return the product; the scratch of the backward also has the
+    two terms of dX.
 
     On the CPU in 16 bits, one of the four cases below gives the scratch. In cases 1, 2 and 4 of the list, a dropout of
     the base layer's term doubles the tensors of activations, products and float32 panels.

@@ -314,7 +314,8 @@ class _Merge:
 
     @property
     def type_error(self) -> float:
-        """The error of the base's types on normally distributed weights, weighted by the merged tensors' norms."""
+        """The relative error with which the base's types represent normally distributed weights, weighted by the merged
+        tensors' norms."""
         return (self._expected / self.norms.merged) ** 0.5 if self.norms.merged else 0.0
 
     def data(self, tensor: str) -> Tensor:

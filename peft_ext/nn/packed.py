@@ -31,8 +31,8 @@ class HoldsPacked(nn.Module):
         names: the parts' names in the file and in the state dict, in the order of the parts; None for a part that the
             weight does not have. A dot in a name is "_" in the attribute's name.
         extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
-        compute_dtype: dtype of the layer's dense equivalent. PEFT takes ``compute_dtype`` for the dtype of the base
-            layer.
+        compute_dtype: dtype of the dense layer that the packed layer replaces. PEFT takes ``compute_dtype`` for the
+            dtype of the base layer.
         note: says which step of the checkpoint's own layer this layer leaves out, such as the rounding of x to 8 bits;
             "" if the layer leaves out nothing.
     """
@@ -237,7 +237,7 @@ class PackedLinear(HoldsPacked, nn.Linear):
             bias: ``[N]``; the layer shares a bias that is an nn.Parameter.
             extra: tensors of the file that the weight's format does not need, by name. The state dict of the layer
                 contains the extra tensors.
-            dtype: dtype of the layer's dense equivalent; default: ``weight.dtype``.
+            dtype: dtype of the dense layer that the packed layer replaces; default: ``weight.dtype``.
 
         Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, if no kernel decodes the
         format of ``weight``, or if ``names`` does not fit.

@@ -20,8 +20,8 @@ class PackedExperts(FrozenExperts):
 
     For each dense weight, a parameter of the same name holds the codes of all experts, and buffers hold the other
     parts. The state dict has the file's names, for example ``gate_up_proj_blocks`` and ``gate_up_proj_scales``. A cast
-    of the module to another float dtype casts the biases only. PEFT's ``target_parameters`` adds adapters to the
-    parameters; :func:`peft_ext.accelerate` fuses these adapters.
+    of the module to another float dtype does not change codes and scales. PEFT's ``target_parameters`` adds adapters to
+    the parameters; :func:`peft_ext.accelerate` fuses these adapters.
     """
 
     packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter to its weight's part names
@@ -127,7 +127,7 @@ def hold_packed(
         weights: a dict from the name of the dense parameter to a stacked weight ``(E, N, K)`` and the names of the
             weight's parts in the state dict. The codes have the name of the parameter if the file has no other name for
             the codes.
-        dtype: dtype of the experts' dense equivalent.
+        dtype: dtype of the dense experts that the packed experts replace.
         extra: tensors of the file that the weights' formats do not need, by their name in the state dict.
     """
     for name, (weight, _) in weights.items():

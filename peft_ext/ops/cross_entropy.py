@@ -31,8 +31,9 @@ __all__ = ["linear_cross_entropy"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 _REDUCTIONS = ("mean", "sum", "none")
-# By device type: the most bytes that the logits of one chunk take by default, apart from rounding up to whole tokens.
-# Chunks of this many bytes have enough tokens for an efficient product, and take little of a training step's memory.
+# Maps a device type to the most bytes that the logits of one chunk take by default, apart from rounding up to whole
+# tokens. Chunks of this many bytes have enough tokens for an efficient product, and take little of a training step's
+# memory.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
@@ -264,8 +265,9 @@ def linear_cross_entropy(
 
     Returns: the loss, float32, of no dimensions, or ``[...]`` where reduction is "none". Gradients flow to hidden,
     lora_input, lora_A, lora_B and bias. Saved for backward: the gradients of hidden, lora_input, lora_A, lora_B and
-    bias, up to a factor; with the reduction "none", the arguments, from which the backward computes the logits again.
-    Under autocast hidden, lora_input, bias and a dense weight are cast to the autocast dtype.
+    bias, which the backward only multiplies by the gradient of the loss; with the reduction "none", the arguments, from
+    which the backward computes the logits again. Under autocast hidden, lora_input, bias and a dense weight are cast to
+    the autocast dtype.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected. A label out
     of range raises RuntimeError on a CPU. On a GPU a label out of range stops the kernel, as in PyTorch's cross

@@ -67,10 +67,12 @@ class Operator:
 # The registry of peft_ext's operators in the dispatcher, by name. Code that needs a list of operators reads OPERATORS.
 OPERATORS: dict[str, Operator] = {}
 
-# By public function of peft_ext.ops: the main operators that the function calls, in its forward and backward.
+# Maps the name of a public function of peft_ext.ops to the main operators that the function calls, in its forward and
+# backward.
 PUBLIC: dict[str, tuple[str, ...]] = {}
 
-# By family: the function that yields the calls which prove the family's kernels on new hardware, see :func:`proof`.
+# Maps a family to the function that yields the calls which prove the family's kernels on new hardware, see
+# :func:`proof`.
 PROOFS: dict[str, Callable[[Any], Iterator[tuple[str, tuple]]]] = {}
 
 

@@ -128,7 +128,8 @@ class PackedWeight:
         dtype: dtype to which the format's own library decodes, and default dtype of :meth:`dequantize`.
         group: number of columns that share a scale; 0: all columns of a row. In FP4, NF4 and HQQ: number of elements of
             the flat weight that share a scale. In GGUF: number of columns of a block.
-        option: dtype of the scales, bits of a code, and the format's flags; see :func:`option_of`.
+        option: an integer with the dtype of the scales, the bits of a code and the format's flags; see
+            :func:`option_of`.
         stacked: whether the weight holds the weights of experts, so that each part consists of the experts' parts, one
             after the other.
 
@@ -188,7 +189,8 @@ class PackedWeight:
 
     @property
     def layout(self) -> int:
-        """The integer ``layout`` of the operators' schemas: group, number of the format and option."""
+        """The integer ``layout`` of the operators' schemas, which encodes the group, the number of the format and the
+        option."""
         return self.group | self.format.number << 32 | self.option << 40
 
     @property
