@@ -116,7 +116,8 @@ def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[st
     events = [(s.born, True, s) for s in storages]
     events += [(end if s.died is None else s.died, False, s) for s in storages]
     alive, total = dict.fromkeys(KINDS, 0), 0
-    for at, made, s in sorted(events, key=lambda event: event[:2]):  # at one moment, frees sort before allocations
+    # Of the events at one moment, frees sort before allocations.
+    for at, made, s in sorted(events, key=lambda event: event[:2]):
         alive[s.kind] += s.size if made else -s.size
         total += s.size if made else -s.size
         if made:

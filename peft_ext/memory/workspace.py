@@ -25,7 +25,6 @@ _EXPERTS = (
     torch.ops.peft_ext.dora_experts_weight_norm.default,
 )
 
-# Constants of the CPU kernels.
 _WIDE_PANEL = 1024  # number of rows of W that a kernel converts to float32 at a time
 _SUMMED_TOKENS = 64  # least number of tokens over which a kernel computes a partial sum of an adapter's gradient
 _MOST_PARTS = 32  # largest number of parts into which a kernel divides the tokens for such partial sums

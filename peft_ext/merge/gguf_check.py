@@ -22,7 +22,7 @@ TEXT = (
     "boats. In March the ice breaks in one night, with a noise like thunder. How many boats can leave the harbour on "
     "the next morning? Seven large boats and twelve small ones lie at the pier; two of the large boats are too heavy."
 )
-_TOKENS = 256  # largest number of tokens of the text
+_TOKENS = 256  # largest number of tokens of the text whose logits are compared
 
 
 @dataclass(frozen=True)

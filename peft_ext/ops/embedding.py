@@ -143,7 +143,8 @@ def lora_embedding(
     Args:
         indices: i ``[...]``, int32 or int64, each from 0 to V - 1.
         weight: W, a frozen table ``[V, N]``: dense float32, bfloat16 or float16, or a PackedWeight. The CPU kernel
-            decodes only those rows of a PackedWeight that indices name.
+            decodes only the rows of a PackedWeight that indices name (of NF4, the blocks that hold a part of these
+            rows).
         lora_A: ``[R, V]``; lora_B: ``[N, R]``; each of any float dtype.
         scaling: the factor of the low-rank term, a finite number: ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
         padding_idx: an index, from -V to V - 1, whose column of lora_A gets no gradient, as in

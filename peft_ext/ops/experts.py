@@ -13,8 +13,8 @@ the norm of this weight.
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
 the bias before rounding. A weight in another packed format is decoded to a dense weight before the kernel runs. For a
-dense bfloat16 weight and many rows, PyTorch's grouped product may run instead of the kernel. The CUDA kernels read the
-number of an expert's rows on the device, so the host does not wait.
+dense bfloat16 weight and many rows, PyTorch's grouped product may multiply the rows with the weights, and a kernel adds
+the other terms. The CUDA kernels read the number of an expert's rows on the device, so the host does not wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """

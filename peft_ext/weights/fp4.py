@@ -106,7 +106,8 @@ def from_params4bit(weight: Tensor, quant_state: Any = None) -> PackedWeight:
 def held_by_params4bit(weight: Tensor, state: Any) -> PackedWeight:
     """Returns the FP4 weight of a ``Params4bit`` that :func:`from_params4bit` accepts, without the checks."""
     with torch._C.DisableTorchFunctionSubclass():
-        packed = weight.data.reshape(-1).view(torch.uint8)  # quant_storage may give the bytes another dtype
+        # bitsandbytes' option quant_storage may give the bytes another dtype.
+        packed = weight.data.reshape(-1).view(torch.uint8)
     nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset) if state.nested else None
     return fp4(packed, state.absmax, state.shape, state.dtype, blocksize=state.blocksize, nested=nested)
 

@@ -449,7 +449,7 @@ def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
     # A plain tensor is faster: each attribute of bitsandbytes' tensor subclass costs a call into Python.
     with torch._C.DisableTorchFunctionSubclass():
         packed = weight.data
-    if packed.dtype != torch.uint8:  # quant_storage may give the bytes another dtype
+    if packed.dtype != torch.uint8:  # bitsandbytes' option quant_storage may give the bytes another dtype
         packed = packed.reshape(-1).view(torch.uint8)
     nested = None
     if state.nested:
