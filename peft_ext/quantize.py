@@ -295,7 +295,7 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
         dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. By
-            default, each layer gets its ``compute_dtype``.
+            default, each dense weight gets the ``compute_dtype`` of the packed layer.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has no packed layer to dequantize.

@@ -122,8 +122,8 @@ def merge_to_dense(
         dtype: dtype of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the
             base's; for a GGUF file the dtype of most of its matrices, of which the quantized ones count as bfloat16.
             For an adapter of ``peft-ext finetune``, None means bfloat16, unless the base's files are in NF4. Tensors
-            that the model's class keeps in float32 for this dtype are written in float32. Tensors of integers keep
-            their dtypes.
+            that the model's class keeps in float32 if the model has the output's dtype are written in float32. Tensors
+            of integers keep their dtypes.
         max_shard_size: largest number of bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
             the adapter is added; "mxfp4", "nvfp4", "fp8", "int4": the same as quantize_packed does; "none": the weights

@@ -86,7 +86,7 @@ class MergedTensor:
         type: ggml's type of the written tensor, by name; "" for all tensors.
         error: ‖Q − W'‖ / ‖W'‖, the relative error of the written weight Q.
         type_error: ‖N' − N‖ / ‖N‖ for normally distributed values N and the values N' that N has after quantization to
-            the base tensor's own type. NaN if the type has no quantizer.
+            the base tensor's own type. type_error is NaN if the type has no quantizer.
         moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. ``moved`` is below 1 if the rounding has undone changes of
             many elements, and above 1 if the rounding has changed elements by more than the adapter.
         kept: ⟨Q − W, D⟩ / ‖D‖², the part of the adapter's change that is in the file. ``kept`` is 1 where Q is exact,

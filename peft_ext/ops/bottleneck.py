@@ -141,9 +141,9 @@ def bottleneck_adapter(
             bias. Each of the weights and biases may have a float dtype of its own, so that float32 adapters over 16-bit
             activations need no cast.
         scale: s. activation: "gelu" (with erf), "gelu_tanh", "relu" or "silu".
-        residual: ``[..., N]`` of x's dtype; None: x itself, and N is K. For an adapter after a sublayer, x and residual
-            are the sublayer's output. For a parallel adapter, x is the sublayer's input and residual is the sublayer's
-            output.
+        residual: ``[..., N]`` of x's dtype; None: the residual is x itself, and N must be K. For an adapter after a
+            sublayer, x and residual are the sublayer's output. For a parallel adapter, x is the sublayer's input and
+            residual is the sublayer's output.
 
     Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. For x on a CPU there is an
     exception: if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two tokens,

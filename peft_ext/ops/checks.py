@@ -190,7 +190,8 @@ def check_weight(op: str, weight: Union[Tensor, PackedWeight]) -> None:
 
 
 def check_linear(op: str, x: Tensor, weight: Union[Tensor, PackedWeight], name: str = "x") -> None:
-    """Checks x, named ``name`` in errors, ``[..., K]`` against a weight ``[N, K]``, dense of x's dtype or packed."""
+    """Checks x ``[..., K]`` against a weight ``[N, K]``, packed or dense of x's dtype. Error messages use ``name`` for
+    x."""
     check_float(op, name, x)
     check_weight(op, weight)
     if isinstance(weight, PackedWeight):

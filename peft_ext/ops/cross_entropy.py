@@ -1,4 +1,4 @@
-"""Cross entropy of a linear layer's outputs. The logits exist for one chunk of tokens at a time.
+"""Cross entropy of a linear layer's outputs. Only the logits of one chunk of tokens are in memory at a time.
 
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))  [T, V]        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]

@@ -6,9 +6,9 @@
 Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
 Saved for the backward: x, S, the dropout's seed and, for the gradient of the output scale g, the unscaled result Z,
-besides the weights, the adapters, g and the offsets. No operator stores a merged weight ``W_e + s · B_e A_e``. The
-operators that multiply rows do not read the weight of an expert without rows, and :func:`dora_experts` does not compute
-the norm of this weight.
+besides the weights, the adapters, g and the offsets. The kernels of this module's operators store no merged weight
+``W_e + s · B_e A_e``. The operators that multiply rows do not read the weight of an expert without rows, and
+:func:`dora_experts` does not compute the norm of this weight.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and

@@ -1,11 +1,11 @@
 """Represents the layers of one call of ``lora_linears`` as flat lists, which an operator's schema can express.
 
-A layer has up to ten tensors: weight, absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
-rank_scale and seed. Autograd accepts no None in a list of tensors, so the list ``tensors`` has, layer after layer, only
-the tensors that are present. The list ``sizes`` has four integers for each layer: a bit mask of the tensors that are
-present (bit 0: weight), the weight's layout, N and K. The layout is 0 for a dense weight, the blocksize for an NF4
-weight, or a number that stands for another packed format. The list ``numbers`` has two floats for each layer: scaling
-and dropout_p. A layer without lora_A has no adapter.
+A layer has up to ten tensors: the weight, up to four further parts of a packed weight (for NF4 absmax, nested_absmax,
+nested_code and nested_offset), bias, lora_A, lora_B, rank_scale and seed. Autograd accepts no None in a list of
+tensors, so the list ``tensors`` has, layer after layer, only the tensors that are present. The list ``sizes`` has four
+integers for each layer: a bit mask of the tensors that are present (bit 0: weight), the weight's layout, N and K. The
+layout is 0 for a dense weight, the blocksize for an NF4 weight, or a number that stands for another packed format. The
+list ``numbers`` has two floats for each layer: scaling and dropout_p. A layer without lora_A has no adapter.
 """
 
 from __future__ import annotations

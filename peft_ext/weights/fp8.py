@@ -76,7 +76,8 @@ def fp8(
             weight. Scales in e8m0 may be given as uint8. The byte 255 of e8m0 is a NaN, also in uint8, where
             transformers' ``Fp8Dequantize`` makes an infinity from this byte.
         block_size: ``(rows, columns)`` of a block: powers of two, or 0 for all; None: one scale for the weight. The
-            last blocks may be incomplete. ``(1, 0)`` is a scale for each row ("channel").
+            last blocks of the rows and columns may be incomplete. The block size ``(1, 0)`` means one scale for each
+            row ("channel").
         dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
 
     Raises:

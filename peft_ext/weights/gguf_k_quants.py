@@ -99,8 +99,8 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 
     Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
     error for these codes. The scale and the offset that give the smallest value the code 0 and the largest value the
-    code ``most`` are a trial, too. A smallest value above 0 is replaced by 0. The result is the trial with the least
-    error.
+    code ``most`` are a trial, too. If the smallest value of a group is above 0, 0 takes its place. The result is the
+    trial with the least error.
 
     Args:
         weights: weight of each column's error.

@@ -180,12 +180,13 @@ def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int =
     Args:
         codes: int32 ``[N, ceil(K · bits / 32)]`` of ``q + 2^(bits - 1)``, the lowest bits first; or int8 ``[N, K]`` of
             ``q``.
-        scales: float32, bfloat16 or float16 ``[N, G]``; ``[N, 1]`` for a scale for each row; ``[1]`` for one scale.
+        scales: float32, bfloat16 or float16 ``[N, G]``; ``[N, 1]`` for a scale for each row; ``[1]`` for one scale for
+            the weight.
         shape: ``(N, K)``, or ``(E, N, K)`` of experts, whose parts then have E as the first size.
         bits: 2, 4 or 8 bits of a packed code.
         zero_points: int32 ``[ceil(N · bits / 32), G]``, packed along N as the codes are packed along K; int8 ``[N, G]``
             with int8 codes; None for a symmetric weight.
-        g_idx: int32 ``[K]``, the group of each column (activation ordering). None, and a g_idx with a -1 (which
+        g_idx: int32 ``[K]``, the group of each column (activation ordering). g_idx None, and a g_idx with a -1 (which
             compressed-tensors writes before it orders the columns), mean consecutive groups.
         dtype: dtype of the weight; default: the scales' dtype, to which compressed-tensors decodes.
 
@@ -497,7 +498,7 @@ def from_gptq(module: torch.nn.Module, v1: Optional[bool] = None, dtype: Optiona
     module's memory.
 
     Args:
-        v1: whether 1 was subtracted from each of the module's zeros, see :func:`gptq`. Default: whether
+        v1: whether 1 was subtracted from each of the module's zeros, see :func:`gptq`; default: whether
             ``module.qzero_format()`` is 1, a number that GPTQModel changes when it loads a model; True for a module
             without this method.
 

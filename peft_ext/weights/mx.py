@@ -123,7 +123,7 @@ def nvfp4(
             weight, the first element is for the first half of the rows and the second for the second half, such as the
             gate and the up of an expert.
         dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
-        reciprocal: True for compressed-tensors' ``weight_global_scale``, by which scales are divided. False for
+        reciprocal: True for compressed-tensors' ``weight_global_scale``, by which scales are divided; False for
             ModelOpt's ``weight_scale_2``, with which scales are multiplied. ModelOpt decodes code 8 to +0, and
             compressed-tensors decodes code 8 to -0.
 

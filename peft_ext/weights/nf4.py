@@ -171,7 +171,8 @@ class NF4Weight(PackedWeight):
         Each expert keeps the bitsandbytes layout of a separate weight, its own offset of double quantization included.
         All experts share one table of double-quantization codes.
 
-        Raises: TypeError or ValueError if ``weights`` is empty, or if the weights differ in kind or are not 2-D.
+        Raises: TypeError or ValueError if ``weights`` is empty, or if the weights are not 2-D or differ in shape,
+        dtype, block size, device or the use of double quantization.
         """
         if not weights or not all(isinstance(weight, NF4Weight) for weight in weights):
             raise TypeError("NF4Weight.stack: weights is empty or holds other objects, wanted one NF4Weight per expert")
