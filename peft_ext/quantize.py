@@ -90,9 +90,8 @@ def quantize_nf4(
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
-    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After such a lack of
-    memory the model can still be used, and a second call of ``quantize_nf4`` continues with the first weight that is
-    still dense.
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After a lack of
+    memory, a second call of ``quantize_nf4`` continues with the first weight that is still dense.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -275,9 +274,8 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
-    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After such a lack of
-    memory the model can still be used, and a second call of ``dequantize_nf4`` continues with the first weight that is
-    still NF4.
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After a lack of
+    memory, a second call of ``dequantize_nf4`` continues with the first weight that is still NF4.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -354,8 +352,7 @@ class Place:
     """The place of a linear or embedding layer in a model: an attribute of the parent module. A Place holds no
     reference to the layer itself.
 
-    ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the bias of the new layer keeps
-    ``requires_grad``.
+    ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the new bias keeps ``requires_grad``.
     """
 
     def __init__(self, name: str, parent: nn.Module, attribute: str, keeps_bias: bool) -> None:
@@ -519,8 +516,7 @@ def _check_weight(op: str, name: str, weight: Any, on_meta: bool) -> None:
 
 
 def _check_finite(op: str, places: list[list[Place]], experts: list[tuple[str, nn.Module]]) -> None:
-    """Raises ValueError if a weight to quantize has a value that is not finite. Weights on the meta device have no
-    values and are not checked."""
+    """Raises ValueError if a weight to quantize has a value that is not finite."""
     weights = [(f"{same[0].name}.weight", same[0].linear.weight) for same in places]
     for name, module in experts:
         weights += [(f"{name}.{parameter}", module._parameters[parameter]) for parameter in expert_parameters(module)]

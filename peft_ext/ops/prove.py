@@ -9,11 +9,10 @@ When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
     no call reaches an unproved kernel, neither from compiled code nor from ``torch.ops``. A packed format has no gate:
     the first weight of the format on a device starts the proof. A family is proved, and its gates are removed, by the
-    first call of one of its operators, by the first check of an accelerated layer that needs the family, or by
+    first call of one of its operators, by the first check of an accelerated layer that needs it, or by
     :func:`peft_ext.accelerate` of a model that needs it. A family's proof takes milliseconds on a CPU. On a GPU, a
     family's first proof takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr
-    names each family. While a CUDA graph is captured, kernels can't be tested, and a call of an unproved operator
-    raises RuntimeError.
+    names each family. While a CUDA graph is captured, a call of an unproved operator raises RuntimeError.
 
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
@@ -30,9 +29,8 @@ Environment:
         saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is proved again
         by the next process, because an error may have a temporary cause. A family whose kernels ended a process by a
         fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and reads no saved
-        result. With ``0``, no family is proved, and the ranks exchange no results; a GPU that is too old still runs the
-        reference, and without NVRTC all CUDA kernels are still dropped. Any other value of PEFT_EXT_PROVE raises
-        ValueError.
+        result. With ``0``, no family is proved and no result exchanged; a GPU that is too old still runs the reference,
+        and without NVRTC all CUDA kernels are still dropped. Any other value of PEFT_EXT_PROVE raises ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -77,8 +75,7 @@ _FAULTS = " | faults"  # suffix of the key in proved.json of the families whose 
 # call is repeated with inputs of the size LARGE, for which other kernels and more blocks run.
 SMALL, LARGE = {"CPU": (34, 64, 40), "CUDA": (130, 192, 136)}, (1024, 1024, 1024)
 
-# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. The bounds of the 16-bit dtypes allow for
-# intermediate values that are rounded to 16 bits.
+# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains, the rounding of intermediate values included.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
 # Texts in the errors of PyTorch, of peft_ext and of cuBLAS (which needs a workspace) that say that memory is lacking.
@@ -90,16 +87,12 @@ PEERS_SECONDS = 600  # seconds after which a rank that waits for another rank's 
 _ops = getattr(torch.ops, NAMESPACE)
 # Maps a dispatch key, a place and a family to "", or to the reason why the family failed at the place.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
-# Maps a dispatch key and an unproved family to the family's gates; to None for a format's family, which the format's
-# first weight proves.
+# Maps a dispatch key and an unproved family to the family's gates, or to None for a packed format's family.
 _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
-# Maps a dispatch key and an operator to the native kernel behind the operator's gate.
-_kernels: dict[tuple[str, str], Any] = {}
+_kernels: dict[tuple[str, str], Any] = {}  # maps a dispatch key and an operator to the operator's native kernel
 _overriding: list[torch.library.Library] = []  # each object keeps alive a registration that replaces kernels
 _lock = threading.RLock()
-# Its attribute `depth` is the number of proofs that run in this thread; while it is above 0, a new weight starts no
-# proof.
-_proving = threading.local()
+_proving = threading.local()  # .depth: number of proofs that run in this thread; during one, a new weight starts none
 
 
 class Place(NamedTuple):
@@ -129,8 +122,8 @@ def families(key: str) -> dict[str, list[str]]:
 
 
 def arm() -> None:
-    """Replaces each native kernel by a gate, which proves the kernel's family at the gate's first call. ``import
-    peft_ext`` calls ``arm`` once."""
+    """Replaces each native kernel by a gate, whose first call proves the kernel's family. ``import peft_ext`` calls
+    arm."""
     if hasattr(os, "register_at_fork"):  # os.register_at_fork does not exist on Windows
         os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch would warn that the gates override kernels
@@ -190,8 +183,7 @@ def proved(device: str, *names: str) -> Optional[str]:
     """Returns why the kernels of one of the operators ``names`` were dropped on the device type ``device``; None if the
     kernels of all these operators are in use. ``names`` may also contain the family of a packed format, which
     :func:`.format_proofs.family_of` returns. Families of ``names`` that are not proved yet are proved first, except
-    under torch.compile and with fake tensors. Compiled code calls the operators' gates when it runs, and the gates
-    prove the families.
+    under torch.compile and with fake tensors. In compiled code, the operators' gates prove the families.
     """
     return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
 
@@ -229,8 +221,7 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
     asked = _asked()
     with _lock:  # while one thread holds the lock, other threads that need the family wait for its proof
         gates = _gates[key]
-        # On a GPU, the kernels of all packed formats take minutes to compile.
-        every = gates if key == "CPU" else families(key)
+        every = gates if key == "CPU" else families(key)  # on a GPU, the kernels of all formats compile for minutes
         left = [family for family in (every if wanted is None else wanted) if family in gates]
         if not left:
             return
@@ -395,8 +386,7 @@ def agree(ask: Callable[[], object]) -> None:
     own = {key: {family: DROPPED[key, name] for family, names in held[key].items()
                  for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
     if cards.OLD and (why := cards.OLD.get(torch.cuda.current_device())):
-        # This rank's old GPU runs the reference, so all ranks have to run the reference.
-        own["CUDA"] = dict.fromkeys(held["CUDA"], why)
+        own["CUDA"] = dict.fromkeys(held["CUDA"], why)  # an old GPU runs the reference, so all ranks have to run it
     for rank, theirs in enumerate(_exchange(own)):
         for key, failed in theirs.items():
             has = held[key]
@@ -478,8 +468,7 @@ def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, 
                 held[key + _FAULTS] = {**(faults if isinstance(faults, dict) else {}), **faulted}
             with atomic_file(path) as file:
                 json.dump(held, file, indent=1)
-    # filelock raises NotImplementedError, which is a RuntimeError, if the file system has no locks.
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError):  # filelock raises NotImplementedError on a file system without locks
         pass  # the folder can't be written: the next process proves again
 
 
@@ -584,8 +573,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
-    """Calls ``function`` with copies of the arguments that the operator writes to. Returns the results and the
-    copies."""
+    """Calls ``function`` with copies of the arguments that the operator changes. Returns the results and the copies."""
     written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
     arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
     found = function(*arguments)
