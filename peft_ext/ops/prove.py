@@ -85,7 +85,7 @@ QUIET_SECONDS = 1.0  # seconds after which proofs on a CPU print a line before e
 PEERS_SECONDS = 600  # seconds after which a rank that waits for another rank's result raises RuntimeError
 
 _ops = getattr(torch.ops, NAMESPACE)
-# Maps a dispatch key, a place and a family to "", or to the reason why the family failed at the place.
+# Maps a dispatch key, a model of CPU or GPU and a family to "", or to the reason why the family failed there.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
 # Maps a dispatch key and an unproved family to the family's gates, or to None for a packed format's family.
 _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
@@ -257,7 +257,7 @@ def _open(key: str, family: str) -> None:
 
 
 def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
-    """Returns the results at a place, by family, of the wanted families and of those whose results are saved."""
+    """Returns, by family, the results on a CPU or GPU of the wanted families and of those whose results are saved."""
     if place.key == "CUDA" and (why := cards.too_old(place.device.index) or device_code.missing()):
         return dict.fromkeys(_gates[place.key], why)
     if asked == "0":
@@ -316,7 +316,7 @@ def _reroute(settled: Iterable[str]) -> None:
 
 
 def _drop_all(key: str, settled: dict[str, dict[str, str]]) -> None:
-    """Drops the families that failed, with one warning for each place and reason."""
+    """Drops the families that failed, with one warning for each model of CPU or GPU and reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for family, by_place in settled.items():
         for place, why in by_place.items():
@@ -448,7 +448,7 @@ def _key(place: Place) -> str:
 
 
 def _recall(place: Place) -> dict[str, str]:
-    """Returns a place's saved results: "" for a family that passed, and the reason for a family that faulted."""
+    """Returns the saved results of a CPU or GPU: "" for a family that passed, and the reason for one that faulted."""
     held, key = _held(), _key(place)
     passed, faulted = held.get(key), held.get(key + _FAULTS)
     found = dict.fromkeys(map(str, passed), "") if isinstance(passed, list) else {}
@@ -456,7 +456,8 @@ def _recall(place: Place) -> dict[str, str]:
 
 
 def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, str]] = None) -> None:
-    """Adds results to the saved results of a place. The file is locked, so that no process loses another's results."""
+    """Adds results to the saved results of a CPU or GPU. The file is locked, so that no process loses another's
+    results."""
     key, path = _key(place), _cache()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

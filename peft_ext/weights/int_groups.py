@@ -182,7 +182,7 @@ def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int =
             ``q``.
         scales: float32, bfloat16 or float16 ``[N, G]``; ``[N, 1]`` for a scale for each row; ``[1]`` for one scale for
             the weight.
-        shape: ``(N, K)``, or ``(E, N, K)`` of experts, whose parts then have E as the first size.
+        shape: ``(N, K)``, or ``(E, N, K)`` of experts, whose tensors then have E as the first size.
         bits: 2, 4 or 8 bits of a packed code.
         zero_points: int32 ``[ceil(N · bits / 32), G]``, packed along N as the codes are packed along K; int8 ``[N, G]``
             with int8 codes; None for a symmetric weight.

@@ -130,8 +130,8 @@ class PackedWeight:
             the flat weight that share a scale. In GGUF: number of columns of a block.
         option: an integer with the dtype of the scales, the bits of a code and the format's flags; see
             :func:`option_of`.
-        stacked: whether the weight holds the weights of experts, so that each part consists of the experts' parts, one
-            after the other.
+        stacked: whether the weight holds the weights of experts, so that each tensor in ``parts`` consists of the
+            experts' tensors, one after the other.
 
     Raises:
         TypeError: a part is not a tensor, or dtype is not a float dtype.
