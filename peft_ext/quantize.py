@@ -261,8 +261,8 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its NF4 weights.
-        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. By
-            default, each weight gets the dtype from which it was quantized.
+        dtype: dtype of the new layers' weights and biases: float32, bfloat16, float16 or float64. By default, each
+            weight gets the dtype from which it was quantized.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has neither an NF4Linear nor NF4Experts to dequantize.
@@ -292,8 +292,8 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
-        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. By
-            default, each dense weight gets the ``compute_dtype`` of the packed layer.
+        dtype: dtype of the new layers' weights and biases: float32, bfloat16, float16 or float64. By default, each
+            dense weight gets the ``compute_dtype`` of the packed layer.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has no packed layer to dequantize.

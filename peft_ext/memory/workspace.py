@@ -27,7 +27,8 @@ _EXPERTS = (
 
 _WIDE_PANEL = 1024  # number of rows of W that a kernel converts to float32 at a time
 _SUMMED_TOKENS = 64  # least number of tokens over which a kernel computes a partial sum of an adapter's gradient
-_MOST_PARTS = 32  # largest number of parts into which a kernel divides the tokens for such partial sums
+# Largest number of parts into which a kernel divides the tokens for partial sums of an adapter's gradient.
+_MOST_PARTS = 32
 _MOST_SUMS = 2**22  # largest number of float32 elements in all partial sums that exist at once
 
 

@@ -145,7 +145,8 @@ def _stand_in(base: Base) -> tuple[int, set[str]]:
     """Replaces each packed layer by a dense layer without data; returns the number of replaced layers, and the names
     of their formats."""
     count, formats = 0, set()
-    made: dict[tuple[int, torch.Size], nn.Parameter] = {}  # by this dict, a tied head and its embedding stay tied
+    # Maps the address and the shape of codes to the new parameter, so that tied layers stay tied.
+    made: dict[tuple[int, torch.Size], nn.Parameter] = {}
     for parent_name, parent in list(base.model.named_modules()):
         for attribute, child in list(parent.named_children()):
             packed = _packed_of(child, f"{parent_name}.{attribute}".lstrip("."))

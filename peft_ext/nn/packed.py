@@ -25,8 +25,8 @@ class HoldsPacked(nn.Module):
 
     The first tensor of the weight, which holds the codes, is a frozen parameter; the weight's other tensors are
     buffers. Functions that cast all parameters of a model, such as PEFT's ``prepare_model_for_kbit_training``,
-    therefore leave the scales unchanged. ``module.weight`` and ``module.W_q`` are the codes tensor if the file has no
-    tensor of this name.
+    therefore leave the scales unchanged. If the file has no tensor called ``weight``, ``module.weight`` is the codes
+    tensor, and likewise ``module.W_q``.
 
     Attributes:
         names: the names of the weight's tensors in the file and in the state dict, in the order of ``format.parts``;

@@ -136,10 +136,10 @@ def bottleneck_adapter(
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
-        down_weight: the weight D ``[M, K]`` of the down projection. down_bias: its bias b_d ``[M]``, or None for no
-            bias. up_weight: the weight V ``[N, M]`` of the up projection. up_bias: its bias b_v ``[N]``, or None for no
-            bias. Each of the weights and biases may have a float dtype of its own, so that float32 adapters over 16-bit
-            activations need no cast.
+        down_weight: the weight D ``[M, K]`` of the down projection. down_bias: the down projection's bias b_d ``[M]``,
+            or None. up_weight: the weight V ``[N, M]`` of the up projection. up_bias: the up projection's bias b_v
+            ``[N]``, or None. Each of the weights and biases may have a float dtype of its own, so that float32 adapters
+            over 16-bit activations need no cast.
         scale: s. activation: "gelu" (with erf), "gelu_tanh", "relu" or "silu".
         residual: ``[..., N]`` of x's dtype; None: the residual is x itself, and N must be K. For an adapter after a
             sublayer, x and residual are the sublayer's output. For a parallel adapter, x is the sublayer's input and

@@ -28,7 +28,9 @@ CALLED = ["nf4_dequantize", "nf4_linear", "nf4_linear_backward"]  # the operator
 # Least numbers of rows and columns of a weight in a proof: more rows than the 64 that a CPU kernel for GPTQ and AWQ
 # computes together, and as many columns as two of the largest blocks of a format.
 ROWS, COLUMNS = 72, 512
-RAGGED = 6  # columns beyond a multiple of 32 in one more weight of a proof, for formats that allow such a width
+# Columns beyond a multiple of 32 in one more weight of a proof, for formats that allow widths that are no multiple of
+# 32.
+RAGGED = 6
 
 Make = Callable[[ProofInputs, int, int], PackedWeight]
 

@@ -145,8 +145,8 @@ define(
 @proof("nf4")
 def _proof(inputs):
     x, nf4, k, n, dtype = inputs.x, inputs.nf4, inputs.k, inputs.n, inputs.dtype
-    # lora_A and lora_B have small integers times 1/8. Sums of products of such numbers are exact in every precision and
-    # order, so that the kernel and the reference of a merge give equal codes.
+    # lora_A and lora_B have small integers times 1/8, whose products have exact sums in every precision and order, so
+    # that the kernel and the reference of a merge give equal codes.
     a, b = (inputs.integers(-4, 5, *size).float() * 0.125 for size in ((16, k), (n, 16)))
     factors = (a, b, None, 0.5)
     few = inputs.draw(3, k)
@@ -323,8 +323,8 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
 def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor] = None) -> Tensor:
     """``Y = X Wᵀ + b`` over a frozen weight, dense or packed, computed by the operator ``peft_ext::nf4_linear``.
 
-    On a CPU without instructions for products in 16 bits, the kernel widens a dense 16-bit weight to float32, one panel
-    of rows at a time. On such a CPU, PyTorch's own product with a 16-bit weight may be a plain, slow loop. Y is rounded
+    On a CPU without instructions for products in 16 bits, where PyTorch's own product with a 16-bit weight may be a
+    plain, slow loop, the kernel widens a dense 16-bit weight to float32, one panel of rows at a time. Y is rounded
     once.
 
     Args:

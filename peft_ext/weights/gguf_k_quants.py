@@ -209,8 +209,8 @@ def _nearest_iq4() -> tuple[Tensor, Tensor]:
     """Returns tables ``[512]`` of the nearest code and value of ``_IQ4``; the index for a number x is ``floor(2 · x) +
     256``.
 
-    The codes are uint8, the values float32. The borders between the codes are multiples of 1/2. If two values are
-    equally near, the tables have the larger value.
+    The codes are uint8, the values float32. The borders between the codes are multiples of 1/2, so that all numbers of
+    one index have the same nearest code. If two values are equally near, the tables have the larger value.
     """
     table = torch.tensor(_IQ4, dtype=torch.float32)
     codes = torch.bucketize(torch.arange(-256, 256) / 2, (table[1:] + table[:-1]) / 2, right=True)
@@ -320,7 +320,8 @@ def _q3_k(rows: Tensor) -> Tensor:
     d = torch.where(largest != 0, _over(1, inverse), 0.0)
     scale = (_rounded_to_half(d)[:, None] * six).view(-1)
     codes = torch.where(scale != 0, _codes(x / scale, -4, 3) + 4, codes)
-    # A 6-bit scale from -32 to 31 is stored plus 32. If all scales of a block are 0, each of them is stored as 0.
+    # A 6-bit scale from -32 to 31 is stored plus 32. If all scales of a block are 0, the stored numbers are 0 instead
+    # of 32.
     six = (six + 32).to(torch.uint8)
     packed = _blocks(codes)
     bits = (packed > 3).to(torch.uint8).view(-1, 8, 32)

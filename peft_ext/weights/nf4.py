@@ -325,7 +325,7 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
     """Returns ``(shape, dtype, blocksize, nested offset)`` from a layer's state dict in bitsandbytes' format.
 
     The keys of ``found`` have no prefix. ``found[QUANT_STATE]`` holds JSON text, one byte per element. The function
-    checks the kind and the layout of the other tensors; :class:`NF4Weight` checks their sizes.
+    checks the kind and the layout of the weight's tensors, and :class:`NF4Weight` checks the sizes.
 
     Raises: KeyError without ``QUANT_STATE``; ValueError, whose text says what came and what was wanted, if
     ``QUANT_STATE`` is no tensor of JSON bytes, or if a value or an entry does not fit; TypeError if another entry is

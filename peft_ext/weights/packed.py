@@ -53,7 +53,7 @@ class Format:
         source: name of the library or specification that defines how a weight of the format is decoded.
         decode: None if the kernels decode the format. If no kernel decodes the format: the function by which
             :meth:`PackedWeight.dequantize` decodes the parts of a weight ``[N, K]`` to float32; layers and experts
-            cannot hold such a weight.
+            cannot hold a weight of this format.
     """
 
     name: str
