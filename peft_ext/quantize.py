@@ -90,8 +90,8 @@ def quantize_nf4(
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
-    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After this error the
-    model can still be used, and a second call of ``quantize_nf4`` continues with the first weight that is still dense.
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After a lack of
+    memory, a second call of ``quantize_nf4`` continues with the first weight that is still dense.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -261,8 +261,8 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its NF4 weights.
-        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. By
-            default, each weight gets the dtype from which it was quantized.
+        dtype: dtype of the new layers' weights and biases: float32, bfloat16, float16 or float64. By default, each
+            weight gets the dtype from which it was quantized.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has neither an NF4Linear nor NF4Experts to dequantize.
@@ -274,8 +274,8 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
 
     A TypeError or ValueError is raised before the model changes. If memory runs out for a weight, the layers before
-    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After this error the
-    model can still be used, and a second call of ``dequantize_nf4`` continues with the first weight that is still NF4.
+    this weight are replaced, and the layers of this weight and of all later weights are unchanged. After a lack of
+    memory, a second call of ``dequantize_nf4`` continues with the first weight that is still NF4.
 
     Source: QLoRA, arXiv 2305.14314.
     """
@@ -286,13 +286,14 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
     """Replaces every :class:`peft_ext.nn.PackedLinear` of ``model`` by an ``nn.Linear`` with the decoded weight, in
     place.
 
-    A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding``, and :class:`peft_ext.nn.PackedExperts` become
-    dense experts. Adapters, merging, tied weights, hooks, memory and errors are treated as in :func:`dequantize_nf4`.
+    A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding`` (with a scale, a subclass that multiplies by it),
+    and :class:`peft_ext.nn.PackedExperts` become dense experts. Adapters, merging, tied weights, hooks, memory and
+    errors are treated as in :func:`dequantize_nf4`.
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
-        dtype: dtype of the dense weights and of these layers' biases: float32, bfloat16, float16 or float64. By
-            default, each layer gets its ``compute_dtype``.
+        dtype: dtype of the new layers' weights and biases: float32, bfloat16, float16 or float64. By default, each
+            dense weight gets the ``compute_dtype`` of the packed layer.
         progress: whether to show a progress bar on a terminal, if tqdm is installed.
 
     Returns: ``model``. Warns if ``model`` has no packed layer to dequantize.
@@ -351,7 +352,7 @@ class Place:
     """The place of a linear or embedding layer in a model: an attribute of the parent module. A Place holds no
     reference to the layer itself.
 
-    ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the bias keeps ``requires_grad``.
+    ``name``: the layer's dotted name in the model. ``keeps_bias``: whether the new bias keeps ``requires_grad``.
     """
 
     def __init__(self, name: str, parent: nn.Module, attribute: str, keeps_bias: bool) -> None:
@@ -418,7 +419,7 @@ def linear_groups(
     """
     skip, past = skip.union(_ROUTERS, *_kept_in_float32(model)), weights_read_past(model) | _gates(model)
     groups: dict[int, list[Place]] = {}
-    layers: dict[int, set[int]] = {}  # id of a weight -> ids of the layers that hold the weight
+    layers: dict[int, set[int]] = {}  # maps the id of a weight to the ids of the layers that hold it
     for place in _walk(model, "", False, set(), op):
         name, linear = place.name, place.linear
         if name not in past and not any(f".{part}." in f".{name}." for part in skip):
@@ -515,8 +516,7 @@ def _check_weight(op: str, name: str, weight: Any, on_meta: bool) -> None:
 
 
 def _check_finite(op: str, places: list[list[Place]], experts: list[tuple[str, nn.Module]]) -> None:
-    """Raises ValueError if a weight to quantize has a value that is not finite. Weights on the meta device have no
-    values and are not checked."""
+    """Raises ValueError if a weight to quantize has a value that is not finite."""
     weights = [(f"{same[0].name}.weight", same[0].linear.weight) for same in places]
     for name, module in experts:
         weights += [(f"{name}.{parameter}", module._parameters[parameter]) for parameter in expert_parameters(module)]

@@ -21,10 +21,10 @@ from torch import nn
 
 __all__ = ["weights_read_past"]
 
-# Methods that initialize weights. These methods run before a model is quantized, so that their reads do not count.
+# Reads in methods that initialize weights do not count, because these methods run before a model is quantized.
 _SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
-# _NEVER is an option of configurations, for tensor parallelism in pretraining. Branches for this option never run in
-# fine-tuning.
+# _NEVER is an option of configurations, for tensor parallelism in pretraining. Reads in a branch for the option _NEVER
+# do not count.
 _NEVER = "pretraining_tp"
 # Packages whose layers accept 4-bit base weights: reads by the code of these packages do not count.
 _OF_ADAPTERS = ("peft", "peft_ext")

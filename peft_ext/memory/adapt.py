@@ -78,7 +78,7 @@ def set_checkpointing(model: nn.Module, wanted: bool) -> None:
     if not wanted and not is_checkpointing(model):
         return
     kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-    for what in ("activation", "gradient"):  # old transformers: gradient_checkpointing_enable
+    for what in ("activation", "gradient"):  # old versions of transformers have only gradient_checkpointing_enable
         enable = getattr(model, f"{what}_checkpointing_enable", None)
         if enable is not None:
             enable(**{f"{what}_checkpointing_kwargs": kwargs})

@@ -52,7 +52,7 @@ def _adafactor_copies(p: Tensor) -> int:
 
 
 class Optimizer(NamedTuple):
-    """The memory of an optimizer.
+    """Computes the memory that an optimizer needs.
 
     Attributes:
         states: returns the bytes of each state of one parameter.
@@ -88,7 +88,7 @@ class Optimizer(NamedTuple):
         return max(map(operator.add, left, map(self.one_by_one, ordered)), default=0)
 
 
-# Optimizers by the name that estimate_memory takes.
+# Maps each name of an optimizer that estimate_memory accepts to the optimizer's memory.
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(_plain(2), 1, _adam_copies),
     "adam": Optimizer(_plain(2), 1, _adam_copies),

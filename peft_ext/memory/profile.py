@@ -14,7 +14,7 @@ _UNITS = ((_GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one training step, by kind of memory. ``str`` gives a table.
+    """Bytes of one training step, by kind of memory. ``str(estimate)`` gives a table.
 
     The field with the name of a kind of memory is the largest number of bytes of this kind at any moment. ``peak`` has
     the bytes of each kind at the moment when their sum is largest, and ``total`` is that sum. A kind's field may be
@@ -86,8 +86,8 @@ class Profile:
     The phases are: the forward; the backward of the head and of the last layer of a stack; the backward of the layers
     between the last and the first layer; the backward of the first layer; the backward of the modules before the stack;
     and the optimizer's step. The peak of a phase grows linearly with the number of equal layers, except in the phase of
-    the layers between the last and the first. The largest of the peaks of all phases is therefore no linear function of
-    the number of layers.
+    the layers between the last and the first. The largest peak of all phases is no linear function of the number of
+    layers, so :meth:`extrapolate` works phase by phase.
     """
 
     peaks: dict[str, dict[str, int]]

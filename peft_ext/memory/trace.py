@@ -116,7 +116,8 @@ def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[st
     events = [(s.born, True, s) for s in storages]
     events += [(end if s.died is None else s.died, False, s) for s in storages]
     alive, total = dict.fromkeys(KINDS, 0), 0
-    for at, made, s in sorted(events, key=lambda event: event[:2]):  # at one moment, frees sort before allocations
+    # Of the events at one moment, frees sort before allocations.
+    for at, made, s in sorted(events, key=lambda event: event[:2]):
         alive[s.kind] += s.size if made else -s.size
         total += s.size if made else -s.size
         if made:
@@ -266,7 +267,8 @@ class Step:
 
 @contextlib.contextmanager
 def _not_packed() -> Iterator[None]:
-    """Makes transformers treat fake batches as not packed: the values of fake ``position_ids`` can't be read."""
+    """Makes transformers treat fake batches as batches without packed sequences, because the values of fake
+    ``position_ids`` can't be read."""
     masks = sys.modules.get("transformers.masking_utils")
     find = getattr(masks, "find_packed_sequence_indices", None)
     if find is None:
@@ -328,7 +330,8 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bo
         if "SequenceClassification" in type(base).__name__:
             labels = numbers(batch_size)
             inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
-            # A trace accepts any pad_token_id. The config is a copy of the caller's config.
+            # A trace accepts any pad_token_id. The caller's config does not change, because base.config is a copy of
+            # it.
             if base.config.pad_token_id is None:
                 base.config.pad_token_id = 0
     elif "decoder_input_ids" in accepted:

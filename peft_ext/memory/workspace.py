@@ -1,7 +1,8 @@
-"""Upper bound of the scratch memory that operators allocate in addition to their outputs, which a trace does not see.
+"""Bounds the scratch memory that operators allocate in addition to their outputs, and which a trace does not see.
 
-The bound leaves out a few MB of scratch memory in each thread. Partial sums of an adapter's gradients are counted for a
-loss, and on CUDA for experts, but for no other operator. docs/glossary.md explains path, tile, strip and panel.
+The bounds are upper bounds, but leave out a few MB of scratch memory in each thread. Partial sums of an adapter's
+gradients are counted for a loss, and on CUDA for experts, but for no other operator. docs/glossary.md explains path,
+tile, strip and panel.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _EXPERTS = (
     torch.ops.peft_ext.dora_experts_weight_norm.default,
 )
 
-# Constants of the CPU kernels.
 _WIDE_PANEL = 1024  # number of rows of W that a kernel converts to float32 at a time
 _SUMMED_TOKENS = 64  # least number of tokens over which a kernel computes a partial sum of an adapter's gradient
-_MOST_PARTS = 32  # largest number of parts into which a kernel divides the tokens for such partial sums
+# Largest number of parts into which a kernel divides the tokens for partial sums of an adapter's gradient.
+_MOST_PARTS = 32
 _MOST_SUMS = 2**22  # largest number of float32 elements in all partial sums that exist at once
 
 
@@ -67,8 +68,9 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     On CUDA, and on the CPU in float32, the scratch is a packed weight decoded to the activations' dtype, or nothing for
     a dense weight. If PEFT's DoRA dropout acts on the base layer's term, on the CPU in float32, the scratch also has
     x after the dropout or the scaled dY, the partial result to which the product is added, and a panel of the weight.
-    With this dropout, on CUDA, the scratch of the forward also has x after the dropout, and the product of this tensor
-    if the operator does not return the product; the scratch of the backward also has the two terms of dX.
+    With PEFT's DoRA dropout on the base layer's term, on CUDA, the scratch of the forward also has x after the dropout,
+    and the product of this tensor if the operator does not return the product; the scratch of the backward also has the
+    two terms of dX.
 
     On the CPU in 16 bits, one of the four cases below gives the scratch. In cases 1, 2 and 4 of the list, a dropout of
     the base layer's term doubles the tensors of activations, products and float32 panels.
@@ -88,8 +90,8 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
     is_packed, panel_rows = bool(given.get("layout")), min(_WIDE_PANEL, out_features)
     if device != "cpu" or dtype.itemsize != 2:
         size = out_features * in_features * dtype.itemsize if is_packed else 0
-        # in float32 the scratch also has x after the dropout or the scaled dY, the sum to which the product is added,
-        # and a panel of W
+        # With PEFT's DoRA dropout on the CPU, the scratch also has x after the dropout or the scaled dY, the sum to
+        # which the product is added, and a panel of W.
         if device == "cpu" and drops:
             size += 4 * (rows * (out_features + in_features) + panel_rows * in_features)
         elif drops:

@@ -39,7 +39,8 @@ _Read = Callable[[], Tensor]
 class Base:
     """The base of a merge: a transformers model of dense modules.
 
-    ``dense``: id of a parameter -> function that returns the float32 weight to read in place of the parameter.
+    ``dense`` maps the id of a parameter to a function that returns the float32 weight to read in place of the
+    parameter.
     ``kept``: dtype of the output where no dtype is asked for; None: each tensor keeps its own dtype.
     """
 
@@ -117,15 +118,16 @@ def _from_memory(model: PreTrainedModel) -> Base:
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         fail(f"the {type(model).__name__} has weights on the meta device, wanted them loaded and not offloaded")
-    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # copies the modules, shares the tensors
+    # A model of new modules with the same tensors.
+    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     where = Path(model.name_or_path) if model.name_or_path else None
     folder = where if where is not None and where.is_dir() else None
     return Base(shared, {}, model.name_or_path or type(model).__name__, folder)
 
 
 def _packed_of(module: nn.Module, name: str) -> Optional[PackedWeight]:
-    """Returns the packed weight of a layer; None for a dense module. Raises MergeError for a layer that is quantized in
-    another way."""
+    """Returns the packed weight of a layer; None for a dense module. Raises MergeError for a layer that is quantized,
+    but neither to NF4 nor in a packed format."""
     if isinstance(module, NF4Linear):
         return module.nf4
     if isinstance(module, HoldsPacked):
@@ -143,7 +145,8 @@ def _stand_in(base: Base) -> tuple[int, set[str]]:
     """Replaces each packed layer by a dense layer without data; returns the number of replaced layers, and the names
     of their formats."""
     count, formats = 0, set()
-    made: dict[tuple[int, torch.Size], nn.Parameter] = {}  # a tied head and its embedding stay tied
+    # Maps the address and the shape of codes to the new parameter, so that tied layers stay tied.
+    made: dict[tuple[int, torch.Size], nn.Parameter] = {}
     for parent_name, parent in list(base.model.named_modules()):
         for attribute, child in list(parent.named_children()):
             packed = _packed_of(child, f"{parent_name}.{attribute}".lstrip("."))

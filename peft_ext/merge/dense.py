@@ -57,7 +57,7 @@ class MergeReport:
         base_quant: quantization of the base's weights: one of ``QUANTIZATIONS`` of peft_ext.weights.quantizers.
         base_quant_text: ``base_quant`` and the reason for it, in words.
         method: PEFT's name of the adapter's method.
-        dtype: dtype that was asked for the output, or None where each tensor kept its own dtype.
+        dtype: dtype that the caller asked for; None if the caller asked for none.
         merged: number of modules that the adapter changed.
         tensors, parameters: numbers of tensors and of elements that were written.
         untied: names of weights that were tied in the base and are separate now, because the adapter changed one.
@@ -120,9 +120,10 @@ def merge_to_dense(
             in one step, see :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the
             merged model.
         dtype: dtype of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the
-            base's, for a GGUF file the dtype of most of its matrices, and bfloat16 where these are quantized or where
-            the adapter is of ``peft-ext finetune``. Tensors that the model's class keeps in float32 for this dtype are
-            written in float32. Tensors of integers keep their dtypes.
+            base's; for a GGUF file the dtype of most of its matrices, of which the quantized ones count as bfloat16.
+            For an adapter of ``peft-ext finetune``, None means bfloat16, unless the base's files are in NF4. Tensors
+            that the model's class keeps in float32 if the model has the output's dtype are written in float32. Tensors
+            of integers keep their dtypes.
         max_shard_size: largest number of bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
             the adapter is added; "mxfp4", "nvfp4", "fp8", "int4": the same as quantize_packed does; "none": the weights
@@ -157,7 +158,8 @@ def merge_to_dense(
             check_finite(adapter / SAFETENSORS_WEIGHTS_NAME)
         base = base_of(model, config, adapter, weights, base_quant, blocksize, double_quant)
         _check_output(output, overwrite, [adapter, *([] if base.folder is None else [base.folder])])
-    words = writer.gguf_tokenizer(base, adapter)  # outside of hushed: warns if the file does not name how to split text
+    # gguf_tokenizer is called outside of hushed(), because it warns if the file does not say how to split text.
+    words = writer.gguf_tokenizer(base, adapter)
     with hushed():
         plan = Plan(base, config, weights, dtype)
         del weights

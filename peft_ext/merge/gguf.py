@@ -43,7 +43,8 @@ with required("peft", "peft_ext.merge_to_gguf"):
 
 __all__ = ["GgufMergeReport", "MergedTensor", "merge_to_gguf"]
 
-# Type of most tensors of a GGUF file -> value of the file's general.file_type (enum llama_ftype in llama.h).
+# Maps the type of most tensors of a GGUF file to the value of the file's general.file_type (enum llama_ftype in
+# llama.h).
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
     "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38,
@@ -52,7 +53,8 @@ _FILE_TYPES = {
 
 _SUMMED = 1 << 16  # number of elements that are summed in float32; these sums are added in float64
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-# Architectures whose files have no head of their own: llama.cpp takes the embedding, and refuses a file with a head.
+# Architectures whose files have no head of their own: llama.cpp uses the embedding as the head, and refuses a file with
+# a head.
 _ALWAYS_TIED = ("gemma2",)
 
 
@@ -84,7 +86,7 @@ class MergedTensor:
         type: ggml's type of the written tensor, by name; "" for all tensors.
         error: ‖Q − W'‖ / ‖W'‖, the relative error of the written weight Q.
         type_error: ‖N' − N‖ / ‖N‖ for normally distributed values N and the values N' that N has after quantization to
-            the base tensor's own type. NaN if the type has no quantizer.
+            the base tensor's own type. type_error is NaN if the type has no quantizer.
         moved: ‖Q − W‖ / ‖D‖, which is 1 where Q is exact. ``moved`` is below 1 if the rounding has undone changes of
             many elements, and above 1 if the rounding has changed elements by more than the adapter.
         kept: ⟨Q − W, D⟩ / ‖D‖², the part of the adapter's change that is in the file. ``kept`` is 1 where Q is exact,
@@ -164,9 +166,9 @@ def merge_to_gguf(
         output: path of the new file. The finished file appears in one step. If the merge fails, no part of the file is
             left.
         type: type of the merged matrices: "same", the type that each matrix has in the base's file; or the name of a
-            type that :func:`peft_ext.weights.gguf_quantize.can_quantize` accepts, for example "q8_0" or "f16". Vectors
-            keep their types. Where most elements of the new file's matrices have another type than in the base's file,
-            ``general.file_type`` is changed to name the new type.
+            type that :func:`peft_ext.weights.gguf_quantize.can_quantize` accepts, for example "q8_0" or "f16". Merged
+            tensors of one dimension keep their types. Where most elements of the new file's matrices have another type
+            than in the base's file, ``general.file_type`` is changed to name the new type.
         overwrite: True: the output may be an existing GGUF file, which is replaced.
         progress: whether to show a progress bar, on a terminal only.
 
@@ -312,7 +314,8 @@ class _Merge:
 
     @property
     def type_error(self) -> float:
-        """The error of the base's types on normally distributed weights, weighted by the merged tensors' norms."""
+        """The relative error with which the base's types represent normally distributed weights, weighted by the merged
+        tensors' norms."""
         return (self._expected / self.norms.merged) ** 0.5 if self.norms.merged else 0.0
 
     def data(self, tensor: str) -> Tensor:

@@ -31,8 +31,8 @@ class GgufBase:
     Attributes:
         header: the file's header.
         base: the model, whose parameters take no memory. ``base.read`` decodes a parameter from the file.
-        tensors: name in the model's ``state_dict`` -> name of the tensor in the file, for all tensors of the file that
-            the model has.
+        tensors: maps names in the model's ``state_dict`` to the names of the tensors in the file, for all tensors of
+            the file that the model has.
 
     Raises: MergeError for a file whose model can't be read; OSError where the file can't be opened.
     """
@@ -40,7 +40,8 @@ class GgufBase:
     def __init__(self, path: Union[str, Path]) -> None:
         with as_merge_error(GgufError):
             self.header = header = read_header(path)
-            # gguf.metadata is imported here, because the module needs a transformers that reads GGUF.
+            # This function imports gguf.metadata, because gguf.metadata needs a version of transformers that reads
+            # GGUF.
             from ..gguf.metadata import read_config
 
             config = read_config(header)
@@ -49,7 +50,7 @@ class GgufBase:
         model = _model(header, config)
         self.tensors: dict[str, str] = {}
         self._orders: dict[str, Tensor] = {}
-        held: set[int] = set()  # ids of parameters with a tensor in the file; tied parameters have one id
+        held: set[int] = set()  # ids of the parameters for which the file has a tensor; tied parameters have one id
         state = model.state_dict(keep_vars=True)
         for name, parameter in state.items():
             module, _, leaf = name.rpartition(".")

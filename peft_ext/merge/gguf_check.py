@@ -22,7 +22,7 @@ TEXT = (
     "boats. In March the ice breaks in one night, with a noise like thunder. How many boats can leave the harbour on "
     "the next morning? Seven large boats and twelve small ones lie at the pier; two of the large boats are too heavy."
 )
-_TOKENS = 256  # largest number of tokens of the text
+_TOKENS = 256  # largest number of tokens of the text whose logits are compared
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def compare_logits(
 
 
 def _load(file: Union[str, Path]) -> Any:
-    # gguf.load is imported here, because the module needs a transformers that reads GGUF.
+    # This function imports gguf.load, because gguf.load needs a version of transformers that reads GGUF.
     from ..gguf.load import load_gguf
 
     return load_gguf(file, dtype=torch.float32)

@@ -114,7 +114,7 @@ class Plan:
                 continue
             first = next((n for n in names if self.origin[n][0] == "" and self.after[n] is not self.before[n]), None)
             # Where the adapter's tensor replaced one of the tied tensors, the other names get the adapter's tensor too,
-            # as in PEFT's own load.
+            # as when PEFT loads the adapter.
             for name in names:
                 if self.origin[name][0] == "" and self.after[name] is self.before[name] and first is not None:
                     self.after[name] = self.after[first]
@@ -354,7 +354,7 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _without_packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns an adapter's tensors without copies of packed base layers. Biases of base layers stay.
+    """Returns an adapter's tensors without the copies of packed base layers, of which only the biases stay.
 
     PEFT saves the base layer of an adapted embedding or head with the adapter. The merge reads a packed base layer from
     the base.

@@ -17,7 +17,7 @@ from .requantize import Frozen, frozen_weight, requantized, set_frozen_weight
 
 __all__ = ["AdaptedLinear", "LowRankLinear"]
 
-# Name of an attribute of a base layer: the number of adapted layers that are merged into the base layer.
+# Name of the attribute of a base layer that holds the number of adapted layers that are merged into the base layer.
 _MERGES = "_peft_ext_merges"
 
 

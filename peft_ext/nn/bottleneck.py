@@ -24,7 +24,7 @@ class BottleneckAdapter(nn.Module):
         features: number of features of x and of Y.
         bottleneck: M, the number of rows of D; default ``max(1, features // reduction_factor)``.
         activation: "gelu", "gelu_tanh", "relu" or "silu".
-        scale: s, a constant. bias: whether the biases b_d and b_v exist.
+        scale: the factor s, a constant. bias: whether the biases b_d and b_v exist.
         init: "normal": weights N(0, 1e-3²) and zero biases, close to the identity; "bert": weights N(0, 0.02²) and
             zero biases; "mam": D Kaiming-uniform (a = √5), V and both biases zero, exactly the identity.
         dtype: dtype of the parameters; default float32 for every dtype of x.

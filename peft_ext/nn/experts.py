@@ -1,8 +1,8 @@
 """Packed weights for the experts of a mixture-of-experts model, and the routing of tokens to the experts.
 
-In the mixtures of transformers that peft_ext knows, all experts of one mixture are one module with two 3-dimensional
-parameters. :class:`NF4Experts` is a mixin that gives the class of such a module NF4 weights, and
-:class:`peft_ext.nn.packed_experts.PackedExperts` is a mixin for weights in the layout of a checkpoint.
+In the mixtures of experts of the transformers library that peft_ext supports, all experts of one mixture are one module
+with two 3-dimensional parameters. :class:`NF4Experts` is a mixin that gives the class of an experts' module NF4
+weights, and :class:`peft_ext.nn.packed_experts.PackedExperts` is a mixin for weights in the layout of a checkpoint.
 :func:`nf4_experts` replaces the class of the experts' module and quantizes the parameters; :func:`dense_experts`
 restores the class and dequantizes the parameters.
 """
@@ -44,7 +44,7 @@ __all__ = [
     "routes",
 ]
 
-# Names of the attributes that transformers' decorator for experts sets on an experts' module.
+# Names of the attributes that the decorator for experts of the transformers library sets on an experts' module.
 _DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 _Run = Callable[[Tensor, Tensor], Tensor]
@@ -57,8 +57,8 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-# For some mixtures PEFT replaces the names in _NAMES_OF_EXPERTS, where target_modules has them, by parameters of the
-# experts and of the router, although layers outside of the experts may have the same names.
+# For some mixtures, PEFT takes a name of _NAMES_OF_EXPERTS in target_modules for a parameter of the experts or of the
+# router, although layers outside of the experts may have this name too.
 _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 _ROUTER = "router"  # "router" is a linear layer in Llama 4 and Phi-MoE, and the parent of a linear layer in Granite-MoE
 
@@ -156,10 +156,10 @@ def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
 def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     """Returns the output ``[T, H]`` of the experts for tokens x ``[T, H]``.
 
-    The tokens are sorted by expert (for Llama 4, whose tokens are sorted and scaled already, only ``run`` computes).
-    ``run(rows, offsets)`` computes the experts' outputs, which go through the module's ``post_expert_norm`` if it has
-    one, are multiplied by the routing weights, put back in the order of the tokens, and summed over the experts of each
-    token. The expert index ``num_experts``, which expert parallelism uses, stands for no expert.
+    The tokens are sorted by expert (for Llama 4, whose tokens are sorted and scaled already, the function only calls
+    ``run``). ``run(rows, offsets)`` computes the experts' outputs, which go through the module's ``post_expert_norm``
+    if it has one, are multiplied by the routing weights, put back in the order of the tokens, and summed over the
+    experts of each token. The expert index ``num_experts``, which expert parallelism uses, stands for no expert.
     """
     count = experts.num_experts
     if is_llama4(experts):
@@ -223,7 +223,7 @@ def is_computing(experts: nn.Module) -> bool:
 
 
 class FrozenExperts:
-    """A mixture's experts with packed weights: a mixin for the experts' class in transformers, applied at run time.
+    """A mixture's experts with packed weights: a mixin that is added at run time to the experts' class of transformers.
 
     A subclass defines :meth:`frozen` and :meth:`frozen_shapes`, and stores a parameter's codes under the name of the
     dense parameter.
@@ -259,7 +259,8 @@ class FrozenExperts:
 
         def run(rows: Tensor, offsets: Tensor) -> Tensor:
             for name in (first, second):
-                if name not in self._parameters:  # PEFT's forward replaces the parameter by a parametrization
+                # The name is missing where PEFT's forward has replaced the parameter by a parametrization.
+                if name not in self._parameters:
                     raise RuntimeError(f"{self.stock_class.__name__}: PEFT adds its adapter to the dense weight, and "
                                        f"{name} is packed, wanted peft_ext.accelerate(model)")  # fmt: skip
             h = gate(self, ops.experts_linear(rows, self.frozen(first), offsets, self.bias_of(first, rows)))
@@ -278,7 +279,8 @@ class FrozenExperts:
 
 
 class NF4Experts(FrozenExperts):
-    """A mixture's experts with frozen NF4 weights: a mixin for the experts' class in transformers, applied at run time.
+    """A mixture's experts with frozen NF4 weights: a mixin that is added at run time to the experts' class of
+    transformers.
 
     Each of the two dense weights, for E experts ``[E, N, K]``, becomes a uint8 parameter ``[E, bytes]`` of NF4 codes,
     with the buffer ``<name>_absmax``; biases stay dense. Double quantization adds the buffers ``<name>_nested_absmax``,
@@ -383,7 +385,8 @@ def dense_experts(experts: Any, dtype: Optional[torch.dtype] = None) -> None:
     """Turns :class:`FrozenExperts` back into dense experts. The dense weights are the dequantized weights, with the
     error of quantizing.
 
-    Args: dtype: dtype of the dense weights; default: the dtype of the experts' dense equivalent.
+    Args: dtype: dtype of the dense weights; default: ``compute_dtype`` of packed experts, or the dtype from which the
+    NF4 weights were quantized.
     """
     shapes, packed = list(experts.frozen_shapes()), experts.__dict__.get("packed_names", {})
     scales = [f"{name}_{scale}" for name in shapes for scale in _SCALES]

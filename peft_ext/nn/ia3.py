@@ -19,7 +19,7 @@ class IA3Linear(AdaptedLinear):
 
     Args:
         in_features, out_features, bias, device, dtype: arguments of the frozen base layer.
-        feedforward: scale the layer's input instead of its output.
+        feedforward: whether ``ia3_l`` scales the layer's input instead of its output.
         adapter_dtype: dtype of ``ia3_l``; default float32 for every dtype of the base.
 
     ``ia3_l`` has shape ``[out_features, 1]``, or ``[1, in_features]`` with ``feedforward``. ``ia3_l`` starts as ones,

@@ -256,7 +256,7 @@ class NF4Linear(nn.Linear):
         With ``assign`` a module that is not sharded holds the given tensors without a copy. All tensors are checked
         before the first tensor is copied.
         """
-        read_quant_state(found)  # this call checks that all entries are tensors, before the weight is reshaped
+        read_quant_state(found)  # read_quant_state checks that all entries are tensors, before the codes are reshaped
         packed, weight = found["weight"].detach(), self.weight
         # packed is not uint8 if bitsandbytes stored the codes with another quant_storage.
         if packed.dtype is not torch.uint8 and not is_dtensor(packed):
@@ -282,7 +282,8 @@ class NF4Linear(nn.Linear):
         if not is_dtensor(packed):
             from torch.distributed.tensor import distribute_tensor
 
-            # Each process loaded all codes, so that no process has to send codes to another process.
+            # src_data_rank is None, because each process has loaded all codes, and no process has to send codes to
+            # another.
             packed = distribute_tensor(packed, weight.device_mesh, weight.placements, src_data_rank=None)
         weight.copy_(packed)  # in place, because fully_shard refers to this parameter object
         self._set_scales(nf4)
@@ -372,7 +373,7 @@ def empty_nf4(
     out_features: int, in_features: int, blocksize: int, double_quant: bool, dtype: torch.dtype,
     make: Callable[[torch.dtype, tuple[int, ...]], Tensor],
 ) -> NF4Weight:  # fmt: skip
-    """Returns an NF4Weight whose tensors are made by ``make(dtype, shape)``."""
+    """Returns an NF4Weight, whose tensors the function ``make(dtype, shape)`` makes."""
     numel = out_features * in_features
     blocks = -(-numel // blocksize)
     nested = None

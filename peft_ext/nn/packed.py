@@ -23,17 +23,19 @@ _CODES = ("weight", "W_q")
 class HoldsPacked(nn.Module):
     """Base class of the modules over one packed weight.
 
-    The first part of the weight, which holds the codes, is a frozen parameter; the other parts are buffers. Functions
-    that cast all parameters of a model, such as PEFT's ``prepare_model_for_kbit_training``, therefore leave the scales
-    unchanged. ``module.weight`` and ``module.W_q`` are the codes tensor if the file has no tensor of this name.
+    The first tensor of the weight, which holds the codes, is a frozen parameter; the weight's other tensors are
+    buffers. Functions that cast all parameters of a model, such as PEFT's ``prepare_model_for_kbit_training``,
+    therefore leave the scales unchanged. If the file has no tensor called ``weight``, ``module.weight`` is the codes
+    tensor, and likewise ``module.W_q``.
 
     Attributes:
-        names: the parts' names in the file and in the state dict, in the order of the parts; None for a part that the
-            weight does not have. A dot in a name is "_" in the attribute's name.
+        names: the names of the weight's tensors in the file and in the state dict, in the order of ``format.parts``;
+            None for a tensor that the weight does not have. A dot in a name is "_" in the attribute's name.
         extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
-        compute_dtype: dtype of the layer's dense equivalent. PEFT takes ``compute_dtype`` for the dtype of the base
-            layer.
-        note: what the layer leaves out of the computation of the checkpoint's own layer, or "".
+        compute_dtype: dtype of the dense layer that the packed layer replaces. PEFT takes ``compute_dtype`` for the
+            dtype of the base layer.
+        note: says which step of the checkpoint's own layer this layer leaves out, such as the rounding of x to 8 bits;
+            "" if the layer leaves out nothing.
     """
 
     names: tuple[Optional[str], ...]
@@ -62,10 +64,10 @@ class HoldsPacked(nn.Module):
             self.register_buffer(_attribute(name), tensor.detach())
 
     def describe(self, weight: PackedWeight, names: Sequence[Optional[str]], extra: Iterable[str]) -> None:
-        """Stores the format, group and option of ``weight``, the names of the weight's parts, and the names of extra
+        """Stores the format, group and option of ``weight``, the names of the weight's tensors, and the names of extra
         tensors.
 
-        The parts and the extra tensors must be, or become, attributes of the module under these names.
+        The weight's tensors and the extra tensors must be, or become, attributes of the module under these names.
         """
         names = (*names, *(None,) * (len(weight.parts) - len(names)))
         has = [part is not None for part in weight.parts]
@@ -93,12 +95,12 @@ class HoldsPacked(nn.Module):
         self.__dict__.pop("_packed", None)
 
     def places(self) -> dict[str, str]:
-        """Returns a dict from the name that a part or an extra tensor has in the file to the name of the module's
-        attribute."""
+        """Returns a dict that maps the file's names of the weight's tensors and of the extra tensors to the names of
+        the module's attributes."""
         return {name: _attribute(name) for name in (*self.names, *self.extra) if name is not None}
 
     def with_codes(self, codes: Tensor) -> PackedWeight:
-        """Returns the weight whose codes are ``codes``, with the module's other parts."""
+        """Returns the weight whose codes are ``codes``, and whose other tensors are those of the module's weight."""
         return self._template.replaced([codes, *self._parts()[1:]])
 
     def __getattr__(self, name: str) -> Any:
@@ -165,7 +167,7 @@ class HoldsPacked(nn.Module):
     # --- the file's names in the state dict ---------------------------------------------------------------------------
 
     def _dotted(self) -> dict[str, str]:
-        """Returns a dict from each tensor name with a dot to the name of the module's attribute."""
+        """Returns a dict that maps each tensor name that has a dot to the name of the module's attribute."""
         return {name: _attribute(name) for name in (*self.names, *self.extra) if name is not None and "." in name}
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -229,14 +231,14 @@ class PackedLinear(HoldsPacked, nn.Linear):
         """Returns a layer whose weight is ``weight``, without a copy.
 
         Args:
-            weight: shape ``(N, K)``.
+            weight: the packed weight, of shape ``(N, K)``.
             names: the file's names of ``weight.parts``, in their order, for example
-                ``("weight_packed", "weight_scale")``. A part that is None has the name None; the names of such parts at
-                the end may be left out.
+                ``("weight_packed", "weight_scale")``. A part that is None has the name None; names of None at the end
+                may be left out.
             bias: ``[N]``; the layer shares a bias that is an nn.Parameter.
             extra: tensors of the file that the weight's format does not need, by name. The state dict of the layer
                 contains the extra tensors.
-            dtype: dtype of the layer's dense equivalent; default: ``weight.dtype``.
+            dtype: dtype of the dense layer that the packed layer replaces; default: ``weight.dtype``.
 
         Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, if no kernel decodes the
         format of ``weight``, or if ``names`` does not fit.

@@ -18,16 +18,16 @@ __all__ = ["PackedExperts", "hold_packed"]
 class PackedExperts(FrozenExperts):
     """A mixture's experts with frozen packed weights: a mixin for the experts' class in transformers.
 
-    For each dense weight, a parameter of the same name holds the codes of all experts, and buffers hold the other
-    parts. The state dict has the file's names, for example ``gate_up_proj_blocks`` and ``gate_up_proj_scales``. A cast
-    of the module to another float dtype casts the biases only. PEFT's ``target_parameters`` adds adapters to the
-    parameters; :func:`peft_ext.accelerate` fuses these adapters.
+    For each dense weight, a parameter of the same name holds the codes of all experts, and buffers hold the weight's
+    other tensors. The state dict has the file's names, for example ``gate_up_proj_blocks`` and ``gate_up_proj_scales``.
+    A cast of the module to another float dtype does not change codes and scales. PEFT's ``target_parameters`` adds
+    adapters to the parameters; :func:`peft_ext.accelerate` fuses these adapters.
     """
 
-    packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter to its weight's part names
+    packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter's name to the names of its weight's tensors
     extra: tuple[str, ...]  # names of buffers with tensors of the file that no weight needs
     compute_dtype: torch.dtype
-    note = ""  # what the experts leave out of the computation of the checkpoint's own experts
+    note = ""  # says what the experts leave out, as HoldsPacked.note says it for a layer
     _templates: dict[str, PackedWeight]
 
     def frozen(self, name: str) -> PackedWeight:
@@ -38,7 +38,7 @@ class PackedExperts(FrozenExperts):
 
     def set_packed(self, name: str, weight: PackedWeight, names: Sequence[Optional[str]]) -> None:
         """Sets the parameter ``name`` to a stacked packed weight, without a copy. ``names``: the names of the weight's
-        parts."""
+        tensors."""
         names = (*names, *(None,) * (len(weight.parts) - len(names)))
         self.__dict__.setdefault("packed_names", {})[name] = names
         self.__dict__.setdefault("_templates", {})[name] = weight.map(lambda part: part.to("meta"))
@@ -48,21 +48,22 @@ class PackedExperts(FrozenExperts):
                 self.register_buffer(other, part.detach())
 
     def places(self) -> dict[str, str]:
-        """Returns a dict from the name that a part or an extra tensor has in the file to the name of the module's
-        attribute."""
+        """Returns a dict that maps the file's names of the weights' tensors and of the extra tensors to the names of
+        the module's attributes."""
         held = [name for names in self.packed_names.values() for name in names if name is not None]
         return {name: self._aliases().get(name, name) for name in (*held, *self.extra)}
 
     def with_codes(self, name: str, codes: Tensor) -> PackedWeight:
-        """Returns the weight of the parameter ``name`` whose codes are ``codes``, with the module's other parts."""
+        """Returns the weight of the parameter ``name`` with ``codes`` as its codes. The weight's other tensors are the
+        module's buffers."""
         others = self.packed_names[name][1:]
         return self._templates[name].replaced(
             [codes, *(None if other is None else self._buffers[other] for other in others)]
         )
 
     def _aliases(self) -> dict[str, str]:
-        """Returns a dict from the name of codes in the file to the name of the parameter, for parameters with another
-        name than their codes."""
+        """Returns a dict from the name of codes in the file to the name of the parameter, for parameters whose codes
+        have another name in the file."""
         held = self.__dict__.get("packed_names", {})
         return {names[0]: name for name, names in held.items() if names[0] != name}
 
@@ -123,11 +124,11 @@ def hold_packed(
     """Turns dense experts into :class:`PackedExperts`, in place and without a copy.
 
     Args:
-        experts: the experts' module of a model of transformers.
+        experts: the experts' module of a model of the transformers library.
         weights: a dict from the name of the dense parameter to a stacked weight ``(E, N, K)`` and the names of the
-            weight's parts in the state dict. The codes have the name of the parameter if the file has no other name for
-            the codes.
-        dtype: dtype of the experts' dense equivalent.
+            weight's tensors in the state dict. The codes have the name of the parameter if the file has no other name
+            for the codes.
+        dtype: dtype of the dense experts that the packed experts replace.
         extra: tensors of the file that the weights' formats do not need, by their name in the state dict.
     """
     for name, (weight, _) in weights.items():

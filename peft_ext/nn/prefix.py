@@ -18,7 +18,7 @@ class PrefixEncoder(VirtualTokens):
     """``K_l = [P_k,l; K_l]``, ``V_l = [P_v,l; V_l]``: trained keys and values before the keys and values of each
     attention layer l (prefix tuning, arXiv 2101.00190).
 
-    ``P = E``, or with ``projection`` ``P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂``. P has shape
+    The prefix P is the embedding E, or with ``projection`` ``P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂``. P has shape
     ``[num_virtual_tokens, num_layers·2·kv_dim]`` with kv_dim = num_kv_heads·head_dim. A row of P holds, for each layer,
     the keys of all heads and then the values of all heads. Use the prefix with a frozen Transformers model as follows,
     or call ``model.generate`` with the same arguments::
@@ -32,9 +32,10 @@ class PrefixEncoder(VirtualTokens):
     Args:
         num_layers, num_kv_heads, head_dim: sizes of the model's attention; num_kv_heads counts the heads of the keys.
         num_virtual_tokens: number of positions in the prefix.
-        projection: whether an MLP computes P from E. The MLP is needed in training only, see :meth:`bake`.
+        projection: whether an MLP computes the prefix P from the embedding E. The MLP is needed in training only, see
+            :meth:`bake`.
         hidden_size: hidden width of the MLP; default token_dim.
-        token_dim: width of E if the MLP is used; default kv_dim, as in PEFT.
+        token_dim: width of the embedding E if the MLP is used; default kv_dim, as in PEFT.
         init_weights: "zero": P starts as zeros, which still take part in the attention; None: the parameters start as
             ``nn.Embedding`` and ``nn.Linear`` initialize them.
         device, dtype: device and dtype of the parameters; default dtype float32 for every dtype of the model.
@@ -142,7 +143,8 @@ class PrefixEncoder(VirtualTokens):
 
     @torch.no_grad()
     def bake(self) -> PrefixEncoder:
-        """Returns a PrefixEncoder without MLP whose embedding is P, so that keys and values do not change."""
+        """Returns a PrefixEncoder without MLP, whose embedding is this module's prefix P, so that keys and values do
+        not change."""
         weight = self.embedding.weight
         sizes = (self.num_layers, self.num_kv_heads, self.head_dim, self.num_virtual_tokens)
         module = PrefixEncoder(*sizes, device="meta", dtype=weight.dtype)
@@ -189,8 +191,9 @@ class PrefixEncoder(VirtualTokens):
             dtype: dtype that the model computes in; default config's dtype, or else the parameters' dtype. Give
                 ``model.dtype`` for a model that was cast after it was made.
             peft_order: in an encoder-decoder model, whether layer i gets the prefix ``2i mod num_layers``, as in PEFT,
-                so that an adapter from PEFT gives the same results. With an even number of layers PEFT's order uses
-                half of the prefixes twice and the other half never. With peft_order False, layer i gets the prefix i.
+                so that an adapter from PEFT gives the same results as in PEFT. With an even number of layers PEFT's
+                order uses half of the prefixes twice and the other half never. With peft_order False, layer i gets the
+                prefix i.
 
         Activation checkpointing turns the cache off, and so the prefix is not used. Raises ValueError if the number of
         layers, key heads or head_dim of config differ from the sizes of this prefix.

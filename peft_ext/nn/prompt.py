@@ -17,8 +17,8 @@ __all__ = ["PromptEmbedding", "VirtualTokens"]
 class VirtualTokens(nn.Module):
     """Base class of trained virtual tokens: ``embedding [num_virtual_tokens, width]``, put before each sequence.
 
-    A subclass defines ``reset_parameters`` and the meaning of the width. PEFT's modules have the same state dict key,
-    ``embedding.weight``.
+    A subclass defines ``reset_parameters`` and the meaning of the width. PEFT's modules of virtual tokens have the same
+    state dict key, ``embedding.weight``.
     """
 
     def _hold(self, num_virtual_tokens: int, width: int, device: Any, dtype: torch.dtype) -> None:
@@ -119,7 +119,7 @@ class PromptEmbedding(VirtualTokens):
         Tokens are drawn uniformly from the vocabulary, with repetition. ``generator`` draws the tokens on its device;
         by default the CPU's default generator draws the tokens. ``embedding`` is ``model.get_input_embeddings()``. The
         rows come from a call of ``embedding``, so that an embedding that scales its rows gives the model's actual
-        inputs. The prompt does not keep ``embedding``.
+        inputs. The prompt keeps no reference to ``embedding``.
         """
         cls._check_count("num_virtual_tokens", num_virtual_tokens)
         device = "cpu" if generator is None else generator.device

@@ -1,12 +1,14 @@
 """Scaled dot-product attention on a CPU, forward and backward. Each thread of the CPU kernels holds the scores of one
-block of queries and keys at a time; in a call of few queries, the scores of some of the queries.
+block of queries and keys at a time. In a forward of at most 8 queries a head, without dropout and bias, a thread holds
+the scores of up to four queries and all keys.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
 
-The backward computes S, P and D again from q, k, the mask, the bias, lse and the seed: ``dV = (D ∘ P)ᵀ dO``,
-``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ q``. Saved for the backward: q, k, v, the
-mask, the bias, out, lse (one float32 for each query and head) and the seed.
+The backward computes the scores S, the probabilities P and the dropout's factors D again from q, k, the mask, the bias,
+lse and the seed: ``dV = (D ∘ P)ᵀ dO``, ``dS = P ∘ (D ∘ (dO vᵀ) - Σ dO ∘ out)``, ``dQ = scale dS k``, ``dK = scale dSᵀ
+q``. Saved for the backward: q, k, v, the mask, the bias, the result out, the logarithm lse of the sum of exp(scores)
+(one float32 for each query and head) and the seed.
 
 Source: Attention Is All You Need (arXiv 1706.03762); the backward: FlashAttention-2 (arXiv 2307.08691).
 """
@@ -172,9 +174,7 @@ def scaled_dot_product_attention(
     Args:
         q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype.
             H is a multiple of Hkv: each head of k and v serves H / Hkv heads of q. A tensor whose last dimension is
-            contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel. The CPU
-            kernels pack k and v into the layout of their products, except in calls of few queries, and where a product
-            reads a tensor as it is stored.
+            contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel.
         mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: no mask hides a key. On a
             CPU, the result of a query that sees no key is zero.
         is_causal: True: query i sees only the keys j <= i. A call with is_causal may not have a mask.
@@ -188,10 +188,11 @@ def scaled_dot_product_attention(
             requires a gradient is an error. Where bias is -inf, a query does not see the key.
 
     Returns: ``[B, H, T, Dv]`` of q's dtype. The CPU kernel stores the result as ``[B, T, H, Dv]``. On an x86-64 CPU
-    with AVX512-BF16, except in a call of few queries, bfloat16 operands are multiplied in bfloat16, after the
-    probabilities are rounded to bfloat16; other products are in float32. Sums are in float32. Gradients flow to q, k
-    and v. On a GPU PyTorch's ``scaled_dot_product_attention`` computes the result, with PyTorch's dropout mask; with a
-    dropout and a ``seed``, the reference computes the result on a GPU.
+    with AVX512-BF16, most calls multiply bfloat16 operands in bfloat16, after the probabilities are rounded to
+    bfloat16; a forward of at most 8 queries a head, without dropout and bias, and other dtypes and CPUs multiply in
+    float32. Sums are in float32. Gradients flow to q, k and v. On a GPU PyTorch's ``scaled_dot_product_attention``
+    computes the result, with PyTorch's dropout mask; with a dropout and a ``seed``, the reference computes the result
+    on a GPU.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -210,7 +211,8 @@ def scaled_dot_product_attention(
     if q.is_cuda and not checks.wants_reference(q) and not (p and seed is not None):
         if bias is not None:
             mask, is_causal = _as_one(q, k, mask, is_causal, bias), False
-        if mask is not None and k.shape[1] != q.shape[1]:  # with mask and enable_gqa, PyTorch stores all scores
+        # With a mask and enable_gqa, PyTorch's attention would store all scores.
+        if mask is not None and k.shape[1] != q.shape[1]:
             k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale, enable_gqa=True)
     seed = common.dropout_seed(seed, dropout_p, training, q.device)

@@ -3,8 +3,8 @@
     U = x Dᵀ + b_d  [T, M]      H = act(U)      Y = residual + s · (H Vᵀ + b_v)  [T, N]
 
 Backward: ``P = s · dY V``; ``dV = s · dYᵀ H``; ``db_v = s · Σ dY``; ``dU = P ∘ act'(U)``; ``dD = dUᵀ x``;
-``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. The forward saves x, U (float32), D and V for the
-backward.
+``db_d = Σ dU``; ``dX = dU D``, plus dY where x is the residual. For the backward, the forward saves x, the down
+projection's result U (float32), and the weights D (down) and V (up).
 
 Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter, He
 and others (arXiv 2110.04366).
@@ -136,19 +136,22 @@ def bottleneck_adapter(
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
-        down_weight: D ``[M, K]``. down_bias: b_d ``[M]`` or None. up_weight: V ``[N, M]``. up_bias: b_v ``[N]`` or
-            None. Each tensor may have a float dtype of its own: float32 adapters over 16-bit activations need no cast.
+        down_weight: the weight D ``[M, K]`` of the down projection. down_bias: the down projection's bias b_d ``[M]``,
+            or None. up_weight: the weight V ``[N, M]`` of the up projection. up_bias: the up projection's bias b_v
+            ``[N]``, or None. Each of the weights and biases may have a float dtype of its own, so that float32 adapters
+            over 16-bit activations need no cast.
         scale: s. activation: "gelu" (with erf), "gelu_tanh", "relu" or "silu".
-        residual: ``[..., N]`` of x's dtype; None: x itself, and N is K. For an adapter after a sublayer, x and residual
-            are the sublayer's output. For a parallel adapter, x is the sublayer's input and residual is the sublayer's
-            output.
+        residual: ``[..., N]`` of x's dtype; None: the residual is x itself, and N must be K. For an adapter after a
+            sublayer, x and residual are the sublayer's output. For a parallel adapter, x is the sublayer's input and
+            residual is the sublayer's output.
 
     Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. For x on a CPU there is an
     exception: if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two tokens,
-    then x Dᵀ (with b_d, if b_d has this dtype), s H and residual + s b_v are rounded to this dtype too. Gradients flow
-    to all tensors, in their own dtypes; saved for backward: x, U in float32, and the two weights. Under autocast x is
-    cast to the autocast dtype, and ``s · (act(x Dᵀ + b_d) Vᵀ + b_v)`` is rounded to the autocast dtype. A float32
-    residual (x itself, if no residual is given) is not cast, and Y is float32 then, as in plain PyTorch.
+    then x Dᵀ (with b_d, if b_d has this dtype), s · act(x Dᵀ + b_d) and residual + s b_v are rounded to this dtype too.
+    Gradients flow to all tensors, in their own dtypes; saved for backward: x, x Dᵀ + b_d in float32, and the two
+    weights. Under autocast x is cast to the autocast dtype, and ``s · (act(x Dᵀ + b_d) Vᵀ + b_v)`` is rounded to the
+    autocast dtype. A float32 residual (x itself, if no residual is given) is not cast, and Y is float32 then, as in
+    plain PyTorch.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -162,7 +165,8 @@ def bottleneck_adapter(
     if (dtype := checks.autocast_dtype(x)) is not None:
         is_wide = isinstance(kept, Tensor) and kept.is_floating_point() and kept.dtype.itemsize > dtype.itemsize
         x = x.to(dtype)
-        if residual is not None:  # the operator adds zeros, because its residual has x's dtype
+        # Zeros replace a residual that is wider than x, because the operator's residual has x's dtype.
+        if residual is not None:
             residual = torch.zeros_like(residual, dtype=dtype) if is_wide else checks.cast(residual, dtype)
     checks.check_bottleneck(op, x, down_weight, down_bias, up_weight, up_bias, residual)
     checks.check_scale(op, scale, argument="scale")

@@ -1,9 +1,9 @@
-"""The GPUs of the process: which have kernels, and which are too old.
+"""Finds the GPUs of the process, and which of them are too old for the kernels.
 
-The library has no kernels for a GPU whose compute capability is less than ``CAPABILITY``. If the process sees no newer
-GPU, all operators run the reference on GPUs. If the process also sees a newer GPU, the families are proved on the newer
-GPU only, and a Python function in PyTorch's dispatcher, in front of each CUDA kernel, runs the reference for tensors on
-an old GPU.
+The library has no kernels for a GPU whose compute capability is less than ``CAPABILITY``. If all GPUs that the process
+sees are older, all operators run the reference on GPUs. If the process also sees a newer GPU, the families are proved
+on the newer GPU only, and a Python function in PyTorch's dispatcher, in front of each CUDA kernel, runs the reference
+for tensors on an old GPU.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ __all__ = ["CAPABILITY", "OLD", "capability", "models", "on_old", "too_old", "wh
 
 CAPABILITY = 80  # 10 · major + minor of the compute capability of the oldest GPUs for which the library has kernels
 
-# By the index of a GPU that is too old, beside a newer GPU: why the kernels can't run on the old GPU. Filled by models.
+# Maps the index of each GPU that is too old, if the process also sees a newer GPU, to the reason why the kernels can't
+# run on the old GPU. The function models fills this dict.
 OLD: dict[int, str] = {}
 
 
 def models() -> dict[str, torch.device]:
-    """Returns, for each model of GPU that this process sees, the current GPU or the first GPU of the model.
+    """Returns one GPU of each model that this process sees, by the model's name: the current GPU, or else the model's
+    first GPU.
 
-    GPUs older than ``CAPABILITY`` are left out and noted in ``OLD``, unless all GPUs are older. No CUDA context is made
-    on a GPU. Without a usable GPU, the result is empty.
+    GPUs older than ``CAPABILITY`` are left out and noted in ``OLD``, unless all GPUs are older. The function makes no
+    CUDA context. Without a usable GPU, the result is empty.
     """
     if not torch.cuda.is_available():
         return {}

@@ -17,7 +17,7 @@ from ..weights.packed import PackedWeight, unpacked
 _LARGEST = sys.float_info.max
 
 
-# The fast paths (the functions fits_*) accept only operands of exactly the types in _PLAIN. For an operand of a
+# The fast paths (the functions fits_*) accept a tensor only if its type is exactly one of _PLAIN. For an operand of a
 # subclass, the functions check_* decide.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -26,9 +26,10 @@ _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
     """Fast path of the checks of x, a frozen weight and a bias: returns True for the common eager call.
 
-    A common call is outside autocast, on plain tensors that fit one another, none of them float64. Everything that this
-    function accepts is also accepted by check_float, check_linear and check_bias, which take several times as long.
-    After False, the caller calls check_float, check_linear and check_bias, which accept the call or raise an error.
+    A common call is outside autocast, on plain tensors, or a packed weight, that fit one another and are not float64.
+    Everything that this function accepts is also accepted by check_float, check_linear and check_bias, which take
+    several times as long. After False, the caller calls check_float, check_linear and check_bias, which accept the call
+    or raise an error.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():
@@ -58,7 +59,8 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
 
 
 def fits_vector(value: Any, x: Tensor) -> bool:
-    """Fast path of the checks of a float tensor beside x: returns True for a plain tensor on x's device.
+    """Fast path of the checks of a float tensor, such as lora_A, that an operator takes beside x: returns True for a
+    plain tensor on x's device.
 
     The function checks type, dtype, layout and device, and does not check the shape.
     """
@@ -94,8 +96,8 @@ def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scali
 def adapted_operands(
     op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any
 ) -> tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor]]:
-    """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias. Under autocast, x, a dense
-    weight and bias are cast to autocast's dtype."""
+    """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias; under autocast, x, a dense
+    weight and bias are returned in autocast's dtype."""
     if not fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
         check_float(op, "x", x)
         x, weight, bias = cast_for_autocast(x, weight, bias)
@@ -188,7 +190,8 @@ def check_weight(op: str, weight: Union[Tensor, PackedWeight]) -> None:
 
 
 def check_linear(op: str, x: Tensor, weight: Union[Tensor, PackedWeight], name: str = "x") -> None:
-    """Checks x, named ``name`` in errors, ``[..., K]`` against a weight ``[N, K]``, dense of x's dtype or packed."""
+    """Checks x ``[..., K]`` against a weight ``[N, K]``, packed or dense of x's dtype. Error messages use ``name`` for
+    x."""
     check_float(op, name, x)
     check_weight(op, weight)
     if isinstance(weight, PackedWeight):
@@ -471,8 +474,8 @@ def unpack_weight(weight: Tensor, *args: Any) -> Union[Tensor, PackedWeight]:
 
 
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """Returns the dtype that autocast computes linear layers of x in, or None outside autocast, and for float64, which
-    autocast does not cast."""
+    """Returns the dtype that autocast computes linear layers of x in; None outside autocast, on the meta device, and
+    for float64, which autocast does not cast."""
     device = x.device.type
     # torch.is_autocast_enabled raises an error for the meta device.
     if device == "meta" or x.dtype is torch.float64:
@@ -483,7 +486,7 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 def cast_for_autocast(
     x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor]
 ) -> tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor]]:
-    """Returns x, weight and bias. Under autocast, x, a dense weight and bias are cast to autocast's dtype."""
+    """Returns x, weight and bias; under autocast, x, a dense weight and bias are returned in autocast's dtype."""
     if (dtype := autocast_dtype(x)) is None:
         return x, weight, bias
     return x.to(dtype), cast(weight, dtype), cast(bias, dtype)

@@ -1,12 +1,12 @@
-"""Cross entropy of a linear layer's outputs. The logits exist for one chunk of tokens at a time.
+"""Cross entropy of a linear layer's outputs. Only the logits of one chunk of tokens are in memory at a time.
 
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))  [T, V]        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]
 
-h̃ is h, or another input of the adapter such as h after a dropout. The weight is frozen, so the forward can compute the
-gradients once a chunk's losses are known: the forward overwrites the chunk's logits with their gradient and multiplies
-this gradient by W. The forward keeps those of the gradients dh [T, K], dh̃ [T, K], db, dA and dB that the backward
-needs. For the reduction "none", the forward keeps the inputs, and the backward computes the logits again.
+The adapter's input h̃ is h, the hidden states, or another tensor such as h after a dropout. The forward also computes
+the gradients, chunk by chunk: it overwrites a chunk's logits with their gradient and multiplies this gradient by W. Of
+the gradients of h, h̃, the bias, lora_A and lora_B, the forward keeps those that the backward needs. For the reduction
+"none", the forward keeps the inputs, and the backward computes the logits again.
 
 Sources: transformers' causal loss, which converts the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
 Liger (arXiv 2410.10989) for the loss without the logits; Gemma 2 (arXiv 2408.00118) for the cap.
@@ -31,8 +31,9 @@ __all__ = ["linear_cross_entropy"]
 
 _ops = getattr(torch.ops, NAMESPACE)
 _REDUCTIONS = ("mean", "sum", "none")
-# By device type: the most bytes that the logits of one chunk take by default, apart from rounding up to whole tokens.
-# Chunks of this many bytes have enough tokens for an efficient product, and take little of a training step's memory.
+# Maps a device type to the most bytes that the logits of one chunk take by default, apart from rounding up to whole
+# tokens. Chunks of this many bytes have enough tokens for an efficient product, and take little of a training step's
+# memory.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
@@ -101,7 +102,8 @@ def _forward(hidden, *args):
 def _plain_product(x, weight):
     """Returns whether PyTorch's product, and not peft_ext's kernel, computes the logits.
 
-    PyTorch multiplies with a dense weight, except on a CPU for x of a dtype in ``_cpu.widened_dtypes()``.
+    PyTorch multiplies with a dense weight, except on a CPU if x has a 16-bit dtype of ``_cpu.widened_dtypes()``, for
+    which peft_ext's product replaces PyTorch's.
     """
     return is_dense(weight) and not (x.device.type == "cpu" and x.dtype in _cpu.widened_dtypes())
 
@@ -142,8 +144,8 @@ define(
 )
 # linear_cross_entropy returns the losses [T] or, with summed, Σ row_weight · loss, and the gradients of this sum. On
 # every device, linear_cross_entropy calls other operators and has no kernel of its own. With chunk 0, the operator
-# itself chooses the number of tokens as it runs: a number that torch.compile traced would depend on the number of
-# tokens, and each number of tokens would need a graph of its own.
+# chooses the size of a chunk as it runs: if torch.compile traced this choice, each number of tokens would need a graph
+# of its own.
 define(
     "linear_cross_entropy",
     f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor? lora_input, Tensor? lora_A, Tensor? lora_B, float scaling, "
@@ -248,10 +250,11 @@ def linear_cross_entropy(
             the same position.
         bias: ``[V]`` of hidden's dtype.
         lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. A call has lora_A and lora_B, or neither.
-        lora_input: ``[..., K]`` of hidden's dtype: the adapter's input instead of hidden, such as ``dropout(hidden)``.
+        lora_input: ``[..., K]``, converted to hidden's dtype: the adapter's input instead of hidden, such as
+            ``dropout(hidden)``.
         scaling: the adapter's factor, a finite number. logit_scale: the logits' factor, a finite number.
         softcap: c > 0 of ``c tanh(z / c)``; None: no cap.
-        label_smoothing: ε, 0 to 1.
+        label_smoothing: the ε of the loss, from 0 to 1.
         reduction: "mean" over the labels that are not ``ignore_index``, "sum", or "none".
         num_items_in_batch: the divisor of the sum of losses with the reductions "mean" and "sum", for gradient
             accumulation; default: for "mean" the number of labels that are not ``ignore_index``, for "sum" 1. With the
@@ -262,8 +265,9 @@ def linear_cross_entropy(
 
     Returns: the loss, float32, of no dimensions, or ``[...]`` where reduction is "none". Gradients flow to hidden,
     lora_input, lora_A, lora_B and bias. Saved for backward: the gradients of hidden, lora_input, lora_A, lora_B and
-    bias, up to a factor; with the reduction "none", the arguments, from which the backward computes the logits again.
-    Under autocast hidden, lora_input, bias and a dense weight are cast to the autocast dtype.
+    bias, which the backward only multiplies by the gradient of the loss; with the reduction "none", the arguments, from
+    which the backward computes the logits again. Under autocast hidden, lora_input, bias and a dense weight are cast to
+    the autocast dtype.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected. A label out
     of range raises RuntimeError on a CPU. On a GPU a label out of range stops the kernel, as in PyTorch's cross

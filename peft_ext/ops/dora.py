@@ -7,9 +7,10 @@
 Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``; ``dX = G W + mask/(1-p) ∘ (P A)`` (with dropout
 on the base: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. Backward of the norm, with
 ``c = dn / n``: ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
-The forward saves x, S, the seed, W, A, B and g for the backward. If dg is needed, the forward also saves Z, or,
-on a CPU for a caller that promises not to change Y, it saves Y instead of Z (``Z = Y/g``). If the norm's gradient is
-needed, the forward also saves U.
+For the backward, the forward saves x, S = x̃ Aᵀ, the dropout's seed, W, A, B and the output scale g. If the gradient of
+g is needed, the forward also saves Z, the result before g and the bias, or, on a CPU for a caller that promises not to
+change the result Y, it saves Y instead of Z (``Z = Y/g``). ``dora_weight_norm`` saves its result and U = W Aᵀ for the
+norm's gradient.
 
 Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant in the backward.
 """
@@ -224,13 +225,13 @@ def dora_weight_norm(
 
     Args:
         weight: frozen ``[N, K]``: a dense tensor, or a PackedWeight. lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of
-            any float dtype. scaling: a finite number.
+            any float dtype. scaling: the factor of B A, a finite number.
         dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only
             its own dtype is accepted.
 
     Returns: ``[N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. Gradients flow to lora_A and
     lora_B, in their own dtypes, and are 0 through a norm of 0; saved for backward, besides the weight, lora_A and
-    lora_B: the norm and U ``[N, R]`` float32.
+    lora_B: the norm and ``U = W Aᵀ`` ``[N, R]``, float32.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -271,25 +272,26 @@ def dora_linear(
 
     Args:
         x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`peft_ext.ops.lora_linear`.
-        magnitude: ``[N]``, of any float dtype. Where the norm is 0, g is 0, and the gradients through g are 0.
-        dropout_mode: "lora": the dropout acts on the low-rank term alone. "peft": the dropout acts as in PEFT,
-            ``Y = x Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which needs a second product with W, or on a
-            CPU for a small dropout and enough tokens, a product of W with the dropped elements alone. Without dropout,
+        magnitude: ``[N]``, of any float dtype. Where the norm is 0, the output scale g is 0, and the gradients through
+            g are 0.
+        dropout_mode: "lora": the dropout acts on the low-rank term alone; "peft": the dropout acts as in PEFT, ``Y = x
+            Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which needs a second product with W, or on a CPU for a
+            small dropout and enough tokens, a product of W with the dropped elements alone. Without dropout,
             dropout_mode "lora" and dropout_mode "peft" give the same result.
-        norm_grad: True: the gradient flows through the norm too. False: the norm is constant, as in the paper and in
+        norm_grad: True: the gradient flows through the norm too; False: the norm is constant, as in the paper and in
             PEFT.
         weight_norm: ``[N]``, of any float dtype: the norm, if the caller knows the norm already
             (:func:`dora_weight_norm` of the weight in x's dtype); default: computed.
-        save_output: True: the caller promises not to change the result in place. With save_output, the forward saves Y
-            instead of Z if Z can be computed from Y (on a CPU, without a bias and without dropout on the base), which
-            saves T·N elements. If Y was saved, the backward computes Z again for outputs with ``|g| < 2^-60`` (in
-            float16 ``|g| < 2^-6``).
+        save_output: True: the caller promises not to change the result in place. With save_output, the forward saves
+            the result Y instead of Z, the result before the scale g and the bias, if Z can be computed from Y (on a
+            CPU, without a bias and without dropout on the base), which saves T·N elements. If Y was saved, the backward
+            computes Z from x and the weights again for outputs with ``|g| < 2^-60`` (in float16 ``|g| < 2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
-    and bias, in their own dtypes. Saved for backward: x, S ``[T, R]`` float32, the seed and the vector g ``[N]``
-    float32, besides the weight and the adapter; if g needs a gradient, Z ``[T, N]`` of x's dtype (with save_output Y,
-    if Z can be computed from Y); with norm_grad U ``[N, R]`` float32. Under autocast x, bias and a dense weight are
-    cast to the autocast dtype.
+    and bias, in their own dtypes. Saved for backward: x, ``S = dropout(x) Aᵀ`` ``[T, R]`` in float32, the seed and the
+    vector g ``[N]`` in float32, besides the weight and the adapter; if g needs a gradient, Z ``[T, N]`` of x's dtype,
+    the result before g and the bias (with save_output Y, if Z can be computed from Y); with norm_grad ``U = W Aᵀ``
+    ``[N, R]`` in float32. Under autocast x, bias and a dense weight are cast to the autocast dtype.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 

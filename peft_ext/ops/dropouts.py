@@ -69,9 +69,9 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
         seed: int64 ``[2]`` on x's device; default: drawn from PyTorch's generator, so that ``torch.manual_seed`` and
             the RNG state that checkpointing preserves give the same mask again.
 
-    Returns: a tensor of x's shape and dtype; x itself if no element may be dropped. Each element is rounded once. On a
-    CPU, or with a seed, a result of a dropout is contiguous. The gradient flows to x, and the gradient can be
-    differentiated again. Saved for backward: the seed. Autocast changes nothing. On a GPU without a seed, PyTorch's
+    Returns: a tensor of x's shape and dtype; x itself if training is False or dropout_p is 0. Each element is rounded
+    once. On a CPU, or with a seed, a result of a dropout is contiguous. The gradient flows to x, and the gradient can
+    be differentiated again. Saved for backward: the seed. Autocast changes nothing. On a GPU without a seed, PyTorch's
     dropout runs, with PyTorch's mask.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.

@@ -3,7 +3,7 @@
     S = A[:, i]ᵀ         Y = W[i] + s · S Bᵀ
 
 Backward: ``P = s · dY B``, ``dA[:, v] = Σ P[t]`` over the t with ``i[t] = v``, ``dB = s · dYᵀ S``. Saved for the
-backward: i, A and B.
+backward: the indices i, lora_A and lora_B.
 
 Source: LoRA (arXiv 2106.09685), in the form of PEFT's ``lora.Embedding``.
 """
@@ -143,9 +143,10 @@ def lora_embedding(
     Args:
         indices: i ``[...]``, int32 or int64, each from 0 to V - 1.
         weight: W, a frozen table ``[V, N]``: dense float32, bfloat16 or float16, or a PackedWeight. The CPU kernel
-            decodes only those rows of a PackedWeight that indices name.
+            decodes only the rows of a PackedWeight that indices name (of NF4, the blocks that hold a part of these
+            rows).
         lora_A: ``[R, V]``; lora_B: ``[N, R]``; each of any float dtype.
-        scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
+        scaling: the factor of the low-rank term, a finite number: ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
         padding_idx: an index, from -V to V - 1, whose column of lora_A gets no gradient, as in
             :func:`torch.nn.functional.embedding`. padding_idx does not change Y.
 

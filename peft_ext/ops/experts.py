@@ -5,15 +5,16 @@
 
 Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e ∘ dY``: ``P = s · G B_e``;
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
-Saved for the backward: x, S, the seed and, for dg, Z, besides W, A, B, g and the offsets. No matrix W + s B A is
-stored. The operators that multiply rows do not read the weight of an expert without rows, and :func:`dora_experts` does
-not compute the norm of this weight.
+Saved for the backward: x, S, the dropout's seed and, for the gradient of the output scale g, the unscaled result Z,
+besides the weights, the adapters, g and the offsets. The kernels of this module's operators store no merged weight
+``W_e + s · B_e A_e``. The operators that multiply rows do not read the weight of an expert without rows, and
+:func:`dora_experts` does not compute the norm of this weight.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
 On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
 the bias before rounding. A weight in another packed format is decoded to a dense weight before the kernel runs. For a
-dense bfloat16 weight and many rows, PyTorch's grouped product may run instead of the kernel. The CUDA kernels read the
-number of an expert's rows on the device, so the host does not wait.
+dense bfloat16 weight and many rows, PyTorch's grouped product may multiply the rows with the weights, and a kernel adds
+the other terms. The CUDA kernels read the number of an expert's rows on the device, so the host does not wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
@@ -249,8 +250,7 @@ def lora_experts(
         offsets: int32 or int64 ``[E]`` on x's device: where each expert's rows end, ascending. Rows after the last
             expert's end belong to no expert: their outputs and their gradients are 0.
         lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of any float dtype and of any strides.
-        bias: ``[E, N]`` of x's dtype.
-        scaling: a finite number.
+        bias: ``[E, N]`` of x's dtype. scaling: the factor of the low-rank term, a finite number.
         dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
         training: dropout acts only when True.
         seed: int64 ``[2]`` on x's device for the masks; default: drawn from PyTorch's generator. The mask of expert e
@@ -258,8 +258,8 @@ def lora_experts(
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and bias, in
     their own dtypes; the gradients of an expert without rows are 0. Saved for backward, besides the weight, the offsets
-    and the adapters: x, S ``[S, R]`` float32 and the seed. Under autocast x, bias and a dense weight are cast to the
-    autocast dtype, and the adapters are not cast.
+    and the adapters: x, the product of dropout(x) with A ``[S, R]`` in float32, and the seed. Under autocast x, bias
+    and a dense weight are cast to the autocast dtype, and the adapters are not cast.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -291,15 +291,16 @@ def dora_experts(
     Args:
         x, weight, offsets, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`lora_experts`. The
             dropout acts on the low-rank term alone.
-        magnitude: ``[E, N]``, of any float dtype. Where the norm is 0, g is 0, and the gradients through g are 0.
+        magnitude: ``[E, N]``, of any float dtype. Where the norm is 0, the output scale g is 0, and the gradients
+            through g are 0.
         weight_norm: ``[E, N]``, of any float dtype: the norm, if the caller knows the norm already
             (:func:`dora_experts_weight_norm` in x's dtype); default: computed for the experts that have rows.
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude and
     bias, in their own dtypes; the gradients of an expert without rows are 0. The backward treats the norm as a
-    constant. Saved for backward, besides the weight, the offsets, the adapters and g: x, S ``[S, R]`` float32, the seed
-    and, where magnitude needs a gradient, Z ``[S, N]`` of x's dtype. Autocast casts the same arguments as in
-    :func:`lora_experts`.
+    constant. Saved for backward, besides the weight, the offsets, the adapters and g: x, the product of dropout(x) with
+    A ``[S, R]`` in float32, the seed and, where magnitude needs a gradient, the result before g and the bias ``[S, N]``
+    in x's dtype. Autocast casts the same arguments as in :func:`lora_experts`.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -324,7 +325,7 @@ def dora_experts_weight_norm(
 
     Args:
         weight: frozen ``[E, N, K]``, as in :func:`lora_experts`. lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of
-            any float dtype and of any strides. scaling: a finite number.
+            any float dtype and of any strides. scaling: the factor of B_e A_e, a finite number.
         offsets: int32 or int64 ``[E]``, as in :func:`lora_experts`: the norms of experts without rows are not computed
             and are 0; default: the norms of all experts are computed.
         dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only

@@ -1,9 +1,10 @@
-"""The proof of the kernels that decode packed weights, with one family of kernels for each packed format but NF4.
+"""The proof of the kernels that decode packed weights, with one family of kernels for each packed format that kernels
+decode, except NF4.
 
 The proof of a format's family calls the kernels that decode the format: the kernel that decodes a whole weight, and the
 kernels of linear layers for few and for many tokens, forward and backward. All operators on weights of a format use the
-kernels of the format's family. If a format fails, every operator computes calls with weights of this format by the
-reference, and calls with other weights still by the kernels. See :mod:`.prove`.
+kernels of the format's family. If the proof of a format fails, every operator computes calls with weights of this
+format by the reference, and calls with other weights still by the kernels. See :mod:`.prove`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ CALLED = ["nf4_dequantize", "nf4_linear", "nf4_linear_backward"]  # the operator
 # Least numbers of rows and columns of a weight in a proof: more rows than the 64 that a CPU kernel for GPTQ and AWQ
 # computes together, and as many columns as two of the largest blocks of a format.
 ROWS, COLUMNS = 72, 512
-RAGGED = 6  # columns beyond a multiple of 32 in one more weight of a proof, for formats that allow such a width
+# Columns beyond a multiple of 32 in one more weight of a proof, for formats that allow widths that are no multiple of
+# 32.
+RAGGED = 6
 
 Make = Callable[[ProofInputs, int, int], PackedWeight]
 
@@ -136,7 +139,7 @@ def _ragged(make: Make) -> Make:
 
 _FP8 = functools.partial(_fp8, block=(128, 128), of=torch.float32)
 _GPTQ = functools.partial(_gptq, bits=4)
-# Name of a format -> the functions that make the weights of the format's proof.
+# Maps the name of each packed format to the functions that make the weights of the format's proof.
 _WEIGHTS: dict[str, list[Make]] = {
     "fp4": [_fp4, functools.partial(_fp4, nested=True), _ragged(_fp4)],
     "mxfp4": [_mxfp4],

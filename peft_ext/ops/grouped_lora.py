@@ -3,7 +3,7 @@
     S_i = x_i A_gᵀ  [tokens, R_g]      Y_i = x_i Wᵀ + s_g S_i B_gᵀ + b  [tokens, N]      g = adapters[i];  -1: none
 
 Backward: for each adapter the backward of :func:`peft_ext.ops.lora_linear` on the adapter's samples. Saved for the
-backward: x and S, besides W and the factors A and B.
+backward: x and S = x Aᵀ, besides the frozen weight and the adapters' A and B.
 
 Source: LoRA (arXiv 2106.09685); many adapters in one batch: Punica (arXiv 2310.18547).
 """
@@ -166,11 +166,11 @@ def grouped_lora_linear(
             multiplied together; on a GPU, all samples of one adapter are multiplied together. For ``torch.compile`` the
             indices are constants: a call with other indices compiles another graph.
         bias: ``[N]`` of x's dtype.
-        scaling: a finite number for each adapter; default: ones.
+        scaling: for each adapter the factor of its low-rank term, a finite number; default: ones.
 
     Returns: ``[samples, ..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and
-    bias, in their own dtypes; saved for backward, besides the weight and the factors: x and S ``[T, max R]`` float32.
-    Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapters are not cast.
+    bias, in their own dtypes; saved for backward, besides the weight and the factors: x and ``S = x Aᵀ`` ``[T, max R]``
+    in float32. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapters are not cast.
 
     An infinity or a NaN in an adapter changes only the results of the samples with this adapter.
 

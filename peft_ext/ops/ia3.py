@@ -4,8 +4,9 @@
 
 Backward: output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``, ``db = l∘Σ dY``; feedforward: ``U = dY W``, ``dX = l∘U``,
 ``dl = Σ_t x∘U``, ``db = Σ dY``; scale: ``dX = l∘dY``, ``dl = Σ_t x∘dY``.
-The forward saves x, W, b and l for the backward. If l scales the output and dl is needed, the forward also saves Z, or,
-on a CPU for a caller that promises not to change Y, it saves Y instead of Z (``Z = Y/l``).
+The forward saves x, the weight W, the bias b and the factors l for the backward. If l scales the output and needs a
+gradient, the forward also saves Z = x Wᵀ + b, or, on a CPU for a caller that promises not to change the result Y, it
+saves Y instead of Z (``Z = Y/l``).
 
 Source: IA3 (arXiv 2205.05638).
 """

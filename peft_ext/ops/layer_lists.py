@@ -1,11 +1,11 @@
 """Represents the layers of one call of ``lora_linears`` as flat lists, which an operator's schema can express.
 
-A layer has up to ten tensors: weight, absmax, nested_absmax, nested_code, nested_offset, bias, lora_A, lora_B,
-rank_scale and seed. Autograd accepts no None in a list of tensors, so the list ``tensors`` has, layer after layer, only
-the tensors that are present. The list ``sizes`` has four integers for each layer: a bit mask of the tensors that are
-present (bit 0: weight), the weight's layout, N and K. The layout is 0 for a dense weight, the blocksize for an NF4
-weight, or a number that stands for another packed format. The list ``numbers`` has two floats for each layer: scaling
-and dropout_p. A layer without lora_A has no adapter.
+A layer has up to ten tensors: the weight, up to four further parts of a packed weight (for NF4 absmax, nested_absmax,
+nested_code and nested_offset), bias, lora_A, lora_B, rank_scale and seed. Autograd accepts no None in a list of
+tensors, so the list ``tensors`` has, layer after layer, only the tensors that are present. The list ``sizes`` has four
+integers for each layer: a bit mask of the tensors that are present (bit 0: weight), the weight's layout, N and K. The
+layout is 0 for a dense weight, the blocksize for an NF4 weight, or a number that stands for another packed format. The
+list ``numbers`` has two floats for each layer: scaling and dropout_p. A layer without lora_A has no adapter.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def own_gradients(
 
 
 def adapters_need(needs: Sequence[bool], layers: Sequence[Sequence[Optional[int]]]) -> list[bool]:
-    """Returns for each layer, given by its :func:`places`, whether its adapter needs a gradient."""
+    """Returns for each layer whether its lora_A, lora_B or rank_scale needs a gradient. ``layers`` is the result of
+    :func:`places`."""
     return [any(at is not None and needs[at] for at in layer[_LORA_A : _LORA_A + 3]) for layer in layers]
 
 

@@ -24,9 +24,9 @@ from .._ops import NAMESPACE
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-# A frozen weight in a schema: dense (the optionals are None, layout 0) or packed (see PackedWeight.op_args). A call
-# with single tensors and one integer takes less time than a call with a list of tensors, a string and a list of
-# integers.
+# The part of a schema that declares a frozen weight: dense (the optionals are None, layout 0) or packed (see
+# PackedWeight.op_args). The schema has single tensors and the integer ``layout``, because a list of tensors and a
+# string would take more time in each call.
 WEIGHT = "Tensor weight, Tensor? part1, Tensor? part2, Tensor? part3, Tensor? part4, int layout, SymInt[] shape"
 
 
@@ -48,11 +48,11 @@ class Operator:
         reference: the function that runs where no kernel is registered.
         family: name of a group of operators whose kernels are proved (compared with the reference) together, and
             replaced by the reference together.
-        composed: whether the reference calls other operators and therefore runs on every device, so that the operator
-            needs no kernel of its own.
+        composed: True: the operator has no kernel of its own, because its reference, which calls other operators, runs
+            on every device.
         cuda: whether csrc has a CUDA kernel of the operator. For an operator without a CUDA kernel, PyTorch's function,
             or the reference, runs on a GPU.
-        inner: whether no public function calls the operator: other parts of the package call it, without a gradient and
+        inner: True: no public function calls the operator; other parts of the package call it, without a gradient and
             with arguments that they have checked.
     """
 
@@ -67,10 +67,12 @@ class Operator:
 # The registry of peft_ext's operators in the dispatcher, by name. Code that needs a list of operators reads OPERATORS.
 OPERATORS: dict[str, Operator] = {}
 
-# By public function of peft_ext.ops: the main operators that the function calls, in its forward and backward.
+# Maps the name of a public function of peft_ext.ops to the main operators that the function calls, in its forward and
+# backward.
 PUBLIC: dict[str, tuple[str, ...]] = {}
 
-# By family: the function that yields the calls which prove the family's kernels on new hardware, see :func:`proof`.
+# Maps a family to the function that yields the calls which prove the family's kernels on new hardware, see
+# :func:`proof`.
 PROOFS: dict[str, Callable[[Any], Iterator[tuple[str, tuple]]]] = {}
 
 
@@ -133,7 +135,8 @@ def _with_finite_numbers(name: str, schema: str, fake: Callable) -> Callable[...
     def run(*args: Any) -> Any:
         for at, argument in numbers:
             for value in args[at] if isinstance(args[at], (list, tuple)) else (args[at],):
-                known, is_p = isinstance(value, float), argument == "dropout_p"  # torch.compile's symbols are no floats
+                # A symbol of torch.compile is no float, and is not checked.
+                known, is_p = isinstance(value, float), argument == "dropout_p"
                 if known and not (0 <= value < 1 if is_p else math.isfinite(value)):
                     wanted = "0 <= p < 1" if is_p else "a finite number"
                     raise ValueError(f"{name}: {argument} is {value!r}, wanted {wanted}")
@@ -247,7 +250,6 @@ def _guard() -> Callable[[], Any]:
 def below_autograd(op: Callable) -> Callable[..., Any]:
     """Returns a function that calls the operator below autograd, so that autograd records nothing.
 
-    torch.library itself bypasses autograd in the same way.
     """
     guard = _guard()
 
@@ -259,8 +261,7 @@ def below_autograd(op: Callable) -> Callable[..., Any]:
 
 
 def is_eager(x: torch.Tensor) -> bool:
-    """Returns whether a call on x is an eager call on a plain tensor. For a call on a tensor subclass, PyTorch's
-    dispatcher chooses the code."""
+    """Returns whether a call on x is an eager call on a plain tensor."""
     return type(x) in _PLAIN and not torch.compiler.is_compiling()
 
 

@@ -1,10 +1,10 @@
-"""LoRA over a frozen weight, dense or packed, with the dropout inside.
+"""LoRA over a frozen weight, dense or packed. The operator also computes the adapter's dropout.
 
     x̃ = dropout(x)      S = x̃ Aᵀ  [T, R]      Y = x Wᵀ + (S∘ρ) Bᵀ + b  [T, N]      ρ = s · rank_scale  [R]
 
 Backward: ``P = dY (B∘ρ)``; ``dB = ρ ∘ dYᵀ S``; ``dA = Pᵀ x̃``; ``dX = dY W + mask/(1-p) ∘ (P A)``; ``db = Σ dY``;
-``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved for the backward: x, S and the seed, besides W, A, B and rank_scale. The
-backward computes the dropout mask again.
+``d rank_scale = s · Σ_n B ∘ dYᵀ S``. Saved for the backward: x, S = x̃ Aᵀ and the dropout's seed, besides the frozen
+weight, lora_A, lora_B and rank_scale. The backward computes the dropout mask again.
 
 ``lora_residual`` adds the low-rank term to the result of a base layer of any kind: ``Y = residual + (S∘ρ) Bᵀ``;
 ``dresidual = dY``.
@@ -208,16 +208,16 @@ def lora_linear(
         lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, for example float32 with a bfloat16 weight.
         bias: ``[N]`` of x's dtype.
         rank_scale: ``[R]`` or ``[R, 1]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
-        scaling: a finite number, ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
+        scaling: the factor of the low-rank term, a finite number: ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
         dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
         training: dropout acts only when True.
         seed: int64 ``[2]`` on x's device for the dropout mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B,
-    rank_scale and bias, in their own shapes and dtypes; saved for backward, besides the weight and the adapter: x, S
-    ``[T, R]`` float32 and the seed. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the
-    adapter is not cast.
+    rank_scale and bias, in their own shapes and dtypes; saved for backward, besides the weight and the adapter: x, ``S =
+    dropout(x) Aᵀ`` ``[T, R]`` in float32 and the seed. Under autocast x, bias and a dense weight are cast to the
+    autocast dtype, and the adapter is not cast.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -277,8 +277,9 @@ def lora_residual(
         lora_A, lora_B, rank_scale, scaling, dropout_p, training, seed: as in :func:`lora_linear`.
 
     Returns: ``[..., N]`` of x's dtype, a new tensor. Sums are in float32 and rounded once. Gradients flow to x,
-    residual, lora_A, lora_B and rank_scale; saved for backward, besides the adapter: x, S ``[T, R]`` float32 and the
-    seed. Under autocast x and residual are cast to the autocast dtype, and the adapter is not cast.
+    residual, lora_A, lora_B and rank_scale; saved for backward, besides the adapter: x, ``S = dropout(x) Aᵀ`` ``[T,
+    R]`` in float32 and the seed. Under autocast x and residual are cast to the autocast dtype, and the adapter is not
+    cast.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 

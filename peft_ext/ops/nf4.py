@@ -125,7 +125,7 @@ define(
     fake=_merge_fake,
     family="nf4",
 )
-# The weight of nf4_linear may also be a dense tensor of x's dtype.
+# The weight of nf4_linear may also have another packed format, or be a dense tensor of x's dtype.
 define(
     "nf4_linear",
     f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
@@ -145,8 +145,8 @@ define(
 @proof("nf4")
 def _proof(inputs):
     x, nf4, k, n, dtype = inputs.x, inputs.nf4, inputs.k, inputs.n, inputs.dtype
-    # lora_A and lora_B have small integers times 1/8. Sums of products of such numbers are exact in every precision and
-    # order, so that the kernel and the reference of a merge give equal codes.
+    # lora_A and lora_B have small integers times 1/8, whose products have exact sums in every precision and order, so
+    # that the kernel and the reference of a merge give equal codes.
     a, b = (inputs.integers(-4, 5, *size).float() * 0.125 for size in ((16, k), (n, 16)))
     factors = (a, b, None, 0.5)
     few = inputs.draw(3, k)
@@ -215,7 +215,8 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = False
             4.5 at blocksize 64.
 
     Raises:
-        TypeError: a dtype or layout that is not supported. ValueError: blocksize.
+        TypeError: weight is no Tensor, or has a dtype or layout that is not supported. ValueError: blocksize is not one
+            of the listed sizes.
 
     Source: QLoRA, arXiv 2305.14314. Each 8-bit code of double quantization is the nearest code, as in bitsandbytes on
     CUDA. On a CPU, bitsandbytes rounds about 0.2% of the 8-bit codes to another neighbour.
@@ -240,9 +241,9 @@ def nf4_merge(
     """Quantizes ``W' = row_scale ∘ (W + scaling · B A)`` to NF4 with W's block size, and returns the relative error.
 
     Args:
-        nf4: W, shape ``(N, K)``.
+        nf4: the frozen weight W, of shape ``(N, K)``.
         lora_A: ``[R, K]``; lora_B: ``[N, R]``; row_scale: ``[N]`` (DoRA's ``m / ‖W + s·B A‖``); of any float dtype.
-        scaling: a finite number.
+        scaling: the factor of B A, a finite number.
 
     Returns: the merged weight Q, double-quantized where ``nf4`` is, and the error ``‖Q − W'‖ / ‖W'‖`` (Frobenius) as a
     float64 tensor of no dimensions. The error is not finite where W' is not finite, and 0 where W' is 0. The arithmetic
@@ -295,11 +296,12 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     """``Y = X Wᵀ + b`` over a frozen NF4 weight. W is rounded to x's dtype, as :func:`nf4_dequantize` rounds.
 
     For few tokens in 16 bits, a kernel may round the code values instead of the weights, and multiply sums of products
-    by the scales. Whether weights or code values are rounded, a weight differs from code · scale by at most half a unit
-    in the last place.
+    by the scales. With either rounding, the weight that is multiplied differs from code · scale by at most half a unit
+    in the last place of x's dtype.
 
     Args:
-        x: ``[..., K]``, float32, bfloat16 or float16. nf4: shape ``(N, K)``. bias: ``[N]`` of x's dtype.
+        x: ``[..., K]``, float32, bfloat16 or float16. nf4: the frozen weight W, of shape ``(N, K)``. bias: ``[N]`` of
+            x's dtype.
 
     Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the NF4 weight
     alone. Under autocast x and bias are cast to the autocast dtype.
@@ -321,9 +323,9 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
 def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional[Tensor] = None) -> Tensor:
     """``Y = X Wᵀ + b`` over a frozen weight, dense or packed, computed by the operator ``peft_ext::nf4_linear``.
 
-    On a CPU without instructions for products in 16 bits, the kernel widens a dense 16-bit weight to float32, one panel
-    of rows at a time. On a CPU without AVX-512, PyTorch's own product with a 16-bit weight is a plain, slow loop. Y is
-    rounded once.
+    On a CPU without instructions for products in 16 bits, where PyTorch's own product with a 16-bit weight may be a
+    plain, slow loop, the kernel widens a dense 16-bit weight to float32, one panel of rows at a time. Y is rounded
+    once.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``: a dense tensor of x's dtype, or a

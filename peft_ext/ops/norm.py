@@ -4,8 +4,8 @@
 
 Backward: ``g = dY ∘ (w + offset)``, ``dX = r (g - mean g - x̂ mean (g ∘ x̂))`` (RMSNorm: without mean g),
 ``dw = Σ_t dY ∘ x̂`` if the weight is trained, ``db = Σ_t dY`` if the bias is trained.
-Saved for the backward: x, weight, and float32 numbers for each row: r for RMSNorm, μ and r for LayerNorm. No float32
-copy of x is saved.
+Saved for the backward: x, the weight, and in float32 for each row the factor r, and for LayerNorm also the mean μ. No
+float32 copy of x is saved.
 
 Sources: RMSNorm (arXiv 1910.07467), LayerNorm (arXiv 1607.06450).
 """
@@ -179,7 +179,7 @@ def rms_norm(
         x: ``[..., K]``, float32, bfloat16 or float16. weight: w ``[K]`` of any float dtype, or None: 1.
         offset: 0 as in Llama, or 1 as in Gemma, whose factor is 1 plus the weight.
         round_before_weight: True: x̂ is rounded to x's dtype before x̂ is multiplied with the weight, as in
-            transformers' Llama: ``weight * x̂.to(x.dtype)``. False: only the product of x̂ and the factor is rounded,
+            transformers' Llama: ``weight * x̂.to(x.dtype)``; False: only the product of x̂ and the factor is rounded,
             as in Gemma: ``(x̂ * (1 + w)).to(x.dtype)``.
 
     Returns: ``[..., K]`` of x's dtype, or, with ``round_before_weight``, of the dtype of PyTorch's product of w and x:

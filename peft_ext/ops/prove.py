@@ -2,17 +2,17 @@
 
 The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
 reference in float64. A family fails if its kernels differ from the reference by more than rounding, or raise an error
-while memory suffices. The proof ignores speed. A failed family's operators run the reference (for a packed format: only
-for weights of the format). A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
+while memory suffices. A failed family's operators run the reference (for a packed format: only for weights of the
+format). A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
 
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
     no call reaches an unproved kernel, neither from compiled code nor from ``torch.ops``. A packed format has no gate:
-    the first weight of the format on a device starts the proof. The first call of an operator, the first check of an
-    accelerated layer, and :func:`peft_ext.accelerate`, for the operators that the model needs, prove the family and
-    remove its gates. A family's proof takes milliseconds on a CPU. On a GPU, a family's first proof takes seconds,
-    because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr names each family. While a CUDA
-    graph is captured, kernels can't be tested, and a call of an unproved operator raises RuntimeError.
+    the first weight of the format on a device starts the proof. A family is proved, and its gates are removed, by the
+    first call of one of its operators, by the first check of an accelerated layer that needs it, or by
+    :func:`peft_ext.accelerate` of a model that needs it. A family's proof takes milliseconds on a CPU. On a GPU, a
+    family's first proof takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr
+    names each family. While a CUDA graph is captured, a call of an unproved operator raises RuntimeError.
 
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
@@ -21,7 +21,7 @@ In several processes:
     call ``peft_ext.accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank,
     and the warning says that the other ranks may use the family's kernels, which round in another way.
 
-The proof changes no state of the process: no precision of products, random generator, warnings filter or environment.
+The proof changes neither the process's precision of products nor its random generators, warnings filter or environment.
 
 Environment:
     ``PEFT_EXT_PROVE``: ``1`` (the default) proves a family once for each CPU path of a model of CPU, and once for each
@@ -29,8 +29,8 @@ Environment:
         saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is proved again
         by the next process, because an error may have a temporary cause. A family whose kernels ended a process by a
         fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and reads no saved
-        result. With ``0``, no family is proved, and the ranks exchange no results; a GPU that is too old runs the
-        reference, and all CUDA kernels without NVRTC are dropped, with ``0`` too. Any other value raises ValueError.
+        result. With ``0``, no family is proved and no result exchanged; a GPU that is too old still runs the reference,
+        and without NVRTC all CUDA kernels are still dropped. Any other value of PEFT_EXT_PROVE raises ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -66,33 +66,33 @@ __all__ = ["DROPPED", "agree", "arm", "families", "prove", "proved", "proved_eag
 
 KEYS = ("CPU", "CUDA")  # dispatch keys for which the native library has kernels
 
-# By dispatch key and operator, or family of a format: why its kernels were dropped in this process. A dropped operator
-# runs the reference.
+# Maps a dispatch key with an operator, or with a packed format's family, to the reason why its kernels were dropped in
+# this process. A dropped operator runs the reference.
 DROPPED: dict[tuple[str, str], str] = {}
 _FAULTS = " | faults"  # suffix of the key in proved.json of the families whose kernels ended a process
 
-# Numbers of tokens, input features and output features of the inputs, by dispatch key. On a GPU a family's first call
-# is repeated with inputs of the size LARGE, for which other kernels and more blocks run.
+# Numbers of tokens, input features and output features of a proof's inputs, by dispatch key. On a GPU a family's first
+# call is repeated with inputs of the size LARGE, for which other kernels and more blocks run.
 SMALL, LARGE = {"CPU": (34, 64, 40), "CUDA": (130, 192, 136)}, (1024, 1024, 1024)
 
-# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains. Intermediate values in 16 bits are rounded too.
+# Largest ‖kernel - reference‖ / ‖reference‖ that rounding explains, the rounding of intermediate values included.
 WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 
 # Texts in the errors of PyTorch, of peft_ext and of cuBLAS (which needs a workspace) that say that memory is lacking.
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 
-QUIET_SECONDS = 1.0  # after so many seconds, proofs on a CPU print a line before each further family
-PEERS_SECONDS = 600  # a rank that waits longer for another rank's result raises RuntimeError
+QUIET_SECONDS = 1.0  # seconds after which proofs on a CPU print a line before each further family
+PEERS_SECONDS = 600  # seconds after which a rank that waits for another rank's result raises RuntimeError
 
 _ops = getattr(torch.ops, NAMESPACE)
-# By dispatch key, place and family: "", or the reason why the family failed at the place.
+# Maps a dispatch key, a model of CPU or GPU and a family to "", or to the reason why the family failed there.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
-# By dispatch key and unproved family: its gates; None for a format's family, which the format's first weight proves.
+# Maps a dispatch key and an unproved family to the family's gates, or to None for a packed format's family.
 _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
-_kernels: dict[tuple[str, str], Any] = {}  # by dispatch key and operator: the native kernel behind the gate
+_kernels: dict[tuple[str, str], Any] = {}  # maps a dispatch key and an operator to the operator's native kernel
 _overriding: list[torch.library.Library] = []  # each object keeps alive a registration that replaces kernels
 _lock = threading.RLock()
-_proving = threading.local()  # `depth`: number of proofs that run in this thread; above 0, a new weight starts no proof
+_proving = threading.local()  # .depth: number of proofs that run in this thread; during one, a new weight starts none
 
 
 class Place(NamedTuple):
@@ -122,8 +122,9 @@ def families(key: str) -> dict[str, list[str]]:
 
 
 def arm() -> None:
-    """Replaces each native kernel by a gate, which first proves the kernel. ``import peft_ext`` calls ``arm`` once."""
-    if hasattr(os, "register_at_fork"):  # Windows has no fork
+    """Replaces each native kernel by a gate, whose first call proves the kernel's family. ``import peft_ext`` calls
+    arm."""
+    if hasattr(os, "register_at_fork"):  # os.register_at_fork does not exist on Windows
         os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch would warn that the gates override kernels
         warnings.simplefilter("ignore")
@@ -181,8 +182,8 @@ def _families_of(names: tuple[str, ...]) -> frozenset[str]:
 def proved(device: str, *names: str) -> Optional[str]:
     """Returns why the kernels of one of the operators ``names`` were dropped on the device type ``device``; None if the
     kernels of all these operators are in use. ``names`` may also contain the family of a packed format, which
-    :func:`.format_proofs.family_of` returns. First proves the families of ``names`` that are not proved yet, except
-    under torch.compile and with fake tensors. Compiled code meets the operators' gates when it runs.
+    :func:`.format_proofs.family_of` returns. Families of ``names`` that are not proved yet are proved first, except
+    under torch.compile and with fake tensors. In compiled code, the operators' gates prove the families.
     """
     return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
 
@@ -214,13 +215,13 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
     default, ``wanted`` is all families, on a GPU without the families of packed formats.
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
-    is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault; torch.OutOfMemoryError if memory does not
-    suffice for the proof. After an error, the families are still unproved.
+    is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault if a kernel makes the GPU unusable;
+    torch.OutOfMemoryError if memory does not suffice for the proof. After an error, the families are still unproved.
     """
     asked = _asked()
-    with _lock:  # other threads that need the family wait here for its proof
+    with _lock:  # while one thread holds the lock, other threads that need the family wait for its proof
         gates = _gates[key]
-        every = gates if key == "CPU" else families(key)  # on a GPU, all formats' kernels take minutes to compile
+        every = gates if key == "CPU" else families(key)  # on a GPU, the kernels of all formats compile for minutes
         left = [family for family in (every if wanted is None else wanted) if family in gates]
         if not left:
             return
@@ -256,7 +257,7 @@ def _open(key: str, family: str) -> None:
 
 
 def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
-    """Returns the results at a place, by family, of the wanted families and of those whose results are saved."""
+    """Returns, by family, the results on a CPU or GPU of the wanted families and of those whose results are saved."""
     if place.key == "CUDA" and (why := cards.too_old(place.device.index) or device_code.missing()):
         return dict.fromkeys(_gates[place.key], why)
     if asked == "0":
@@ -276,7 +277,7 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
     for count, family in enumerate(unknown):
         if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:
             _say(f"peft_ext: proving {family}'s kernels on {place.name}, once ({count + 1} of {len(unknown)})")
-        _wait(place.device)  # an earlier fault of other kernels must not count as this family's
+        _wait(place.device)  # so that an earlier fault of other kernels does not count as this family's fault
         try:
             found[family] = prove(place.device, [family])[family]
         except KernelFault as fault:
@@ -299,7 +300,7 @@ def _asked() -> str:
 
 
 def _places(key: str) -> list[Place]:
-    """Returns the CPU with its path, or the GPUs of cards.models(). A GPU with saved results gets no CUDA context."""
+    """Returns the CPU with its path, or one GPU of each model that the process sees."""
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
     return [Place(key, card, device) for card, device in cards.models().items()]
@@ -315,7 +316,7 @@ def _reroute(settled: Iterable[str]) -> None:
 
 
 def _drop_all(key: str, settled: dict[str, dict[str, str]]) -> None:
-    """Drops the families that failed, with one warning for each place and reason."""
+    """Drops the families that failed, with one warning for each model of CPU or GPU and reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for family, by_place in settled.items():
         for place, why in by_place.items():
@@ -371,10 +372,9 @@ def _by_arguments(key: str, family: str, name: str) -> Callable[..., Any]:
 def agree(ask: Callable[[], object]) -> None:
     """Calls ``ask`` if a family is not proved yet, and makes all ranks drop the families that failed on any rank.
 
-    All ranks of the default process group have to call this function, each for its device. A rank without kernels for
-    a dispatch key has no kernels of this key to drop. The ranks exchange their results through the group's store, so
-    that the exchange needs no device. Without a process group of several ranks, and with ``PEFT_EXT_PROVE=0``, nothing
-    is exchanged.
+    All ranks of the default process group have to call this function, each for its device. The ranks exchange their
+    results through the group's store, so that the exchange needs no device. Without a process group of several ranks,
+    and with ``PEFT_EXT_PROVE=0``, nothing is exchanged.
 
     Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``; the errors of ``ask``.
     """
@@ -386,7 +386,7 @@ def agree(ask: Callable[[], object]) -> None:
     own = {key: {family: DROPPED[key, name] for family, names in held[key].items()
                  for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
     if cards.OLD and (why := cards.OLD.get(torch.cuda.current_device())):
-        own["CUDA"] = dict.fromkeys(held["CUDA"], why)  # this rank runs the reference, so all ranks have to
+        own["CUDA"] = dict.fromkeys(held["CUDA"], why)  # an old GPU runs the reference, so all ranks have to run it
     for rank, theirs in enumerate(_exchange(own)):
         for key, failed in theirs.items():
             has = held[key]
@@ -448,7 +448,7 @@ def _key(place: Place) -> str:
 
 
 def _recall(place: Place) -> dict[str, str]:
-    """Returns a place's saved results: "" for a family that passed, and the reason for a family that faulted."""
+    """Returns the saved results of a CPU or GPU: "" for a family that passed, and the reason for one that faulted."""
     held, key = _held(), _key(place)
     passed, faulted = held.get(key), held.get(key + _FAULTS)
     found = dict.fromkeys(map(str, passed), "") if isinstance(passed, list) else {}
@@ -456,7 +456,8 @@ def _recall(place: Place) -> dict[str, str]:
 
 
 def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, str]] = None) -> None:
-    """Adds results to the saved results of a place. The file is locked, so that no process loses another's results."""
+    """Adds results to the saved results of a CPU or GPU. The file is locked, so that no process loses another's
+    results."""
     key, path = _key(place), _cache()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -468,7 +469,7 @@ def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, 
                 held[key + _FAULTS] = {**(faults if isinstance(faults, dict) else {}), **faulted}
             with atomic_file(path) as file:
                 json.dump(held, file, indent=1)
-    except (OSError, RuntimeError):  # NotImplementedError is a RuntimeError: the file system has no locks
+    except (OSError, RuntimeError):  # filelock raises NotImplementedError on a file system without locks
         pass  # the folder can't be written: the next process proves again
 
 
@@ -573,7 +574,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[Tensor]:
-    """Calls ``function`` with copies of the arguments that it writes to. Returns the results and the copies."""
+    """Calls ``function`` with copies of the arguments that the operator changes. Returns the results and the copies."""
     written = [argument.is_write for argument in getattr(_ops, name).default._schema.arguments]
     arguments = tuple(value.clone() if write else value for value, write in zip(arguments, written, strict=True))
     found = function(*arguments)
@@ -583,7 +584,7 @@ def _called(function: Callable[..., Any], name: str, arguments: tuple) -> list[T
 
 def _differs(found: list[Tensor], plain: list[Tensor], dtype: torch.dtype, each: bool = False) -> str:
     """Returns how the kernel's results ``found`` differ from the reference's ``plain`` by more than rounding, or "".
-    ``each``: whether every element is compared alone, as in decoded weights."""
+    ``each``: whether every element is also compared alone, as in decoded weights."""
     for index, (got, want) in enumerate(zip(found, plain, strict=True)):
         if got.shape != want.shape or got.is_floating_point() != want.is_floating_point():
             return f"gives {got.dtype} {tuple(got.shape)} as result {index}, wanted {want.dtype} {tuple(want.shape)}"

@@ -1,4 +1,4 @@
-"""The reference implementation of each operator of ``peft_ext.ops``, in plain PyTorch.
+"""The reference implementations of the operators of ``peft_ext.ops``, in plain PyTorch.
 
 The operators run the reference where there is no kernel. The tests compare the kernels with the reference in float64.
 The reference does not import ``peft_ext.ops``.

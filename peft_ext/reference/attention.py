@@ -38,7 +38,7 @@ def _scores(
 
 def _dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
     """Returns D ∘ x for ``x [B, H, T, S]``; D is 1 / (1 - p) for a key that dropout keeps, and 0 for a dropped key. The
-    dropout draws are indexed by the transposed layout ``[B, H, S, T]``."""
+    elements of the dropout's mask are numbered in the order of the transposed layout ``[B, H, S, T]``."""
     return dropped(x.mT, p, seed).mT
 
 

@@ -54,7 +54,8 @@ def lora_linear_backward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Returns the gradients of x, lora_A, lora_B and rank_scale. The last gradient is None if rank_scale is None.
+    """Returns the gradients of x, lora_A, lora_B and rank_scale. The gradient of rank_scale is None if rank_scale is
+    None.
 
     With ``G = dY`` and ``P = G (B∘ρ)``: ``dX = G W + mask/(1-p) ∘ (P A)``, ``dA = Pᵀ x̃``, ``dB = ρ ∘ Gᵀ S``,
     ``d rank_scale = s · Σ_n B ∘ Gᵀ S``.

@@ -45,7 +45,8 @@ _SMALLEST_ABSMAX = 1e-38
 def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
     """Returns the 256 values of the signed dynamic 8-bit map (arXiv 1511.04561), ascending, float32.
 
-    The values are computed in float64 and float32 in bitsandbytes' order of operations, so that the bits are equal.
+    The values are computed in float64 and float32 in bitsandbytes' order of operations, so that they have the bits of
+    bitsandbytes' table.
     """
     return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
 
@@ -109,7 +110,8 @@ def quantize_absmax(centred: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 def decode_absmax(
     absmax: Tensor, nested_absmax: Optional[Tensor], nested_code: Optional[Tensor], nested_offset: Optional[Tensor]
 ) -> Tensor:
-    """Returns the float32 scales. A double-quantized scale is ``code * nested_absmax + offset``, each step rounded."""
+    """Returns the scales of an NF4 weight in float32. A double-quantized scale is ``code * nested_absmax + offset``,
+    each step rounded."""
     if nested_absmax is None:
         return absmax
     scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]

@@ -16,7 +16,7 @@ from .packed import Format, PackedWeight, option_of, register
 
 __all__ = ["FP4", "FP4_CODE", "fp4", "from_params4bit", "is_fp4_table", "held_by_params4bit"]
 
-# The 16 values in the order of the codes. Code 8 is +0.
+# The 16 values in the order of the codes. Code 8 decodes to +0.
 FP4_CODE = tuple(sign * code / 12 + 0.0 for sign in (1, -1) for code in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 
 
@@ -106,7 +106,8 @@ def from_params4bit(weight: Tensor, quant_state: Any = None) -> PackedWeight:
 def held_by_params4bit(weight: Tensor, state: Any) -> PackedWeight:
     """Returns the FP4 weight of a ``Params4bit`` that :func:`from_params4bit` accepts, without the checks."""
     with torch._C.DisableTorchFunctionSubclass():
-        packed = weight.data.reshape(-1).view(torch.uint8)  # quant_storage may give the bytes another dtype
+        # bitsandbytes' option quant_storage may give the bytes another dtype.
+        packed = weight.data.reshape(-1).view(torch.uint8)
     nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset) if state.nested else None
     return fp4(packed, state.absmax, state.shape, state.dtype, blocksize=state.blocksize, nested=nested)
 

@@ -76,7 +76,8 @@ def fp8(
             weight. Scales in e8m0 may be given as uint8. The byte 255 of e8m0 is a NaN, also in uint8, where
             transformers' ``Fp8Dequantize`` makes an infinity from this byte.
         block_size: ``(rows, columns)`` of a block: powers of two, or 0 for all; None: one scale for the weight. The
-            last blocks may be incomplete. ``(1, 0)`` is a scale for each row ("channel").
+            last blocks of the rows and columns may be incomplete. The block size ``(1, 0)`` means one scale for each
+            row ("channel").
         dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
 
     Raises:
@@ -142,15 +143,16 @@ def quantize_fp8(weight: Tensor, rows: int = 128, columns: int = 128) -> PackedW
 
     ``scale = 1 / (448 / max |block|)`` and ``code = e4m3(clamp(w · (448 / max |block|), -448, 448))`` in float32, to
     nearest, ties to even. The scale of a block of zeros is 1. The factor ``448 / max |block|`` is at most the largest
-    float32; transformers' factor for the smallest numbers is infinity, and their values become NaN. transformers does
-    not quantize a weight that has an incomplete block; this function computes the scale of an incomplete block from the
-    elements that the block has.
+    float32. For a block of the smallest numbers, transformers' factor is infinity, and the decoded values are NaN.
+    transformers does not quantize a weight that has an incomplete block; this function computes the scale of an
+    incomplete block from the elements that the block has.
 
     Args:
         weight: float ``[N, K]`` or ``[E, N, K]``.
         rows, columns: size of a block: powers of two, or 0 for all rows or columns.
 
-    The function holds one chunk of rows in float32 at a time: at least the rows of one block.
+    The function holds one chunk of rows in float32 at a time: at least the rows of one block, unless a block has all
+    rows.
     """
     row_shift, column_shift = _shift("rows", rows), _shift("columns", columns)
     if weight.dim() == 3:

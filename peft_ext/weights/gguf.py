@@ -78,7 +78,7 @@ _NAMES = {number: name for name, number in _NUMBERS.items()}
 def type_number(type: int | str) -> int:
     """Returns ggml's number of a type, given as a number, as gguf's ``GGMLQuantizationType``, or as a name ("Q4_K").
 
-    Raises ValueError for a type that the package gguf does not decode.
+    Raises ValueError for a type that is neither in ``TYPES`` nor one of F32, F16, BF16 and F64.
     """
     number = _NUMBERS.get(type.upper()) if isinstance(type, str) else int(type)
     if number in TYPES or number in _DENSE:
@@ -127,7 +127,7 @@ def decoded_by_gguf(number: int, parts: Sequence[Optional[Tensor]], shape: torch
     """Returns the float32 values of a weight, on the device of the weight. The package gguf decodes the weight on the
     CPU.
 
-    Raises: ImportError if the package is not installed.
+    Raises: ImportError if the package gguf is not installed.
     """
     try:
         from gguf import GGMLQuantizationType
@@ -217,7 +217,7 @@ def llama_row_order(rows: int, heads: int) -> Tensor:
     """Returns int64 ``[rows]``: the order of a GGUF file's rows in the weight of transformers' q_proj or k_proj.
 
     llama.cpp's converter interleaves the two halves of each head's rows, for architecture "llama" (Llama, Mistral and
-    models of the same layers). Row i of transformers' weight is row ``order[i]`` of the file's ``attn_q`` or
+    models with the same layers). Row i of transformers' weight is row ``order[i]`` of the file's ``attn_q`` or
     ``attn_k``. ``heads``: attention heads for ``attn_q``, key-value heads for ``attn_k``.
 
     Raises ValueError if the rows are not an even number for each head.

@@ -99,8 +99,8 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 
     Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
     error for these codes. The scale and the offset that give the smallest value the code 0 and the largest value the
-    code ``most`` are a trial, too. A smallest value above 0 is replaced by 0. The result is the trial with the least
-    error.
+    code ``most`` are a trial, too. If the smallest value of a group is above 0, 0 takes its place. The result is the
+    trial with the least error.
 
     Args:
         weights: weight of each column's error.
@@ -120,7 +120,7 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
     flat = high == low
     inverse = _over(most, high - low)
     scale = _over(1, inverse)
-    used, used_low = inverse, low  # the trial scale and offset of the best codes
+    used, used_low = inverse, low  # 1 / scale and −offset of the trial with the best codes
     best = error(scale, _codes(inverse * (x - low), 0, most), low)
     for numerator in _steps(start, 0.1, count, most):
         inverse = _over(numerator, high - low)
@@ -209,8 +209,8 @@ def _nearest_iq4() -> tuple[Tensor, Tensor]:
     """Returns tables ``[512]`` of the nearest code and value of ``_IQ4``; the index for a number x is ``floor(2 · x) +
     256``.
 
-    The codes are uint8, the values float32. The borders between the codes are multiples of 1/2. If two values are
-    equally near, the tables have the larger value.
+    The codes are uint8, the values float32. The borders between the codes are multiples of 1/2, so that all numbers of
+    one index have the same nearest code. If two values are equally near, the tables have the larger value.
     """
     table = torch.tensor(_IQ4, dtype=torch.float32)
     codes = torch.bucketize(torch.arange(-256, 256) / 2, (table[1:] + table[:-1]) / 2, right=True)
@@ -320,7 +320,8 @@ def _q3_k(rows: Tensor) -> Tensor:
     d = torch.where(largest != 0, _over(1, inverse), 0.0)
     scale = (_rounded_to_half(d)[:, None] * six).view(-1)
     codes = torch.where(scale != 0, _codes(x / scale, -4, 3) + 4, codes)
-    # A 6-bit scale from -32 to 31 is stored plus 32. If all scales of a block are 0, each of them is stored as 0.
+    # A 6-bit scale from -32 to 31 is stored plus 32. If all scales of a block are 0, the stored numbers are 0 instead
+    # of 32.
     six = (six + 32).to(torch.uint8)
     packed = _blocks(codes)
     bits = (packed > 3).to(torch.uint8).view(-1, 8, 32)
@@ -399,8 +400,8 @@ def _iq4_xs(rows: Tensor) -> Tensor:
     return torch.cat([_half_bytes(d), high, low, _four_bits(_blocks(codes), 16)], 1)
 
 
-# Name of a type -> the function that quantizes float32 rows [N, K] to the bytes of the blocks, uint8
-# [N · K / columns, bytes].
+# Maps the name of a type to the function that quantizes float32 rows [N, K] to the bytes of the blocks, uint8 [N · K /
+# columns, bytes].
 QUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip

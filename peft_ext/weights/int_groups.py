@@ -1,8 +1,8 @@
 """Integers in groups: weights of compressed-tensors, GPTQ, AWQ and HQQ, in the layouts of their files.
 
-A group is a number of columns of a row that share a scale and a zero point. In each format a code ``q`` decodes to
-``(q - zero) · scale``. Sources: compressed-tensors' ``compressors/pack_quantized`` and ``naive_quantized``; GPTQModel's
-``nn_modules/qlinear/torch.py`` and ``torch_awq.py``; hqq's ``core/quantize.py``.
+A group is a number of columns of a row (in HQQ, of elements of the flat weight) that share a scale and a zero point. In
+each format a code ``q`` decodes to ``(q - zero) · scale``. Sources: compressed-tensors' ``compressors/pack_quantized``
+and ``naive_quantized``; GPTQModel's ``nn_modules/qlinear/torch.py`` and ``torch_awq.py``; hqq's ``core/quantize.py``.
 
 ``int_rows``, ``gptq``, ``awq`` and ``hqq`` take tensors; ``from_state`` takes the tensors and the configuration of a
 checkpoint; the other ``from_`` functions take a module of a library. No function of this module copies or repacks the
@@ -180,12 +180,13 @@ def int_rows(codes: Tensor, scales: Tensor, shape: Sequence[int], *, bits: int =
     Args:
         codes: int32 ``[N, ceil(K · bits / 32)]`` of ``q + 2^(bits - 1)``, the lowest bits first; or int8 ``[N, K]`` of
             ``q``.
-        scales: float32, bfloat16 or float16 ``[N, G]``; ``[N, 1]`` for a scale for each row; ``[1]`` for one scale.
-        shape: ``(N, K)``, or ``(E, N, K)`` of experts, whose parts then have E as the first size.
+        scales: float32, bfloat16 or float16 ``[N, G]``; ``[N, 1]`` for a scale for each row; ``[1]`` for one scale for
+            the weight.
+        shape: ``(N, K)``, or ``(E, N, K)`` of experts, whose tensors then have E as the first size.
         bits: 2, 4 or 8 bits of a packed code.
         zero_points: int32 ``[ceil(N · bits / 32), G]``, packed along N as the codes are packed along K; int8 ``[N, G]``
             with int8 codes; None for a symmetric weight.
-        g_idx: int32 ``[K]``, the group of each column (activation ordering). None, and a g_idx with a -1 (which
+        g_idx: int32 ``[K]``, the group of each column (activation ordering). g_idx None, and a g_idx with a -1 (which
             compressed-tensors writes before it orders the columns), mean consecutive groups.
         dtype: dtype of the weight; default: the scales' dtype, to which compressed-tensors decodes.
 
@@ -223,8 +224,9 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
     difference is exact, and the product is rounded once.
 
     Args:
-        qweight: int32 ``[ceil(K · bits / 32), N]``. A word has consecutive columns k, the lowest bits first. For
-            experts, qweight, qzeros, scales and g_idx have the number of experts as their first size.
+        qweight: int32 ``[ceil(K · bits / 32), N]``. A word has the codes of consecutive columns k of one row, the
+            lowest bits first. For experts, qweight, qzeros, scales and g_idx have the number of experts as their first
+            size.
         qzeros: int32 ``[G, ceil(N · bits / 32)]``. A word has the zeros of consecutive rows n.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         bits: 2, 4 or 8.
@@ -267,8 +269,8 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, dtype: Optional[torc
     the scales' dtype: the difference is exact, and the product is rounded once.
 
     Args:
-        qweight: int32 ``[K, N / 8]``. From the lowest bits on, a word has the rows 0, 2, 4, 6, 1, 3, 5 and 7 of eight.
-            For experts, qweight, qzeros and scales have the number of experts as their first size.
+        qweight: int32 ``[K, N / 8]``. From the lowest bits on, a word has the codes of the rows 0, 2, 4, 6, 1, 3, 5 and
+            7 of eight rows. For experts, qweight, qzeros and scales have the number of experts as their first size.
         qzeros: int32 ``[G, N / 8]``, with the rows of a word in the order of qweight.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         dtype: dtype of the weight; default: the scales' dtype.
@@ -496,7 +498,7 @@ def from_gptq(module: torch.nn.Module, v1: Optional[bool] = None, dtype: Optiona
     module's memory.
 
     Args:
-        v1: whether 1 was subtracted from each of the module's zeros, see :func:`gptq`. Default: whether
+        v1: whether 1 was subtracted from each of the module's zeros, see :func:`gptq`; default: whether
             ``module.qzero_format()`` is 1, a number that GPTQModel changes when it loads a model; True for a module
             without this method.
 
@@ -537,4 +539,5 @@ def from_hqq(module: torch.nn.Module, dtype: Optional[torch.dtype] = None) -> Pa
 
 
 def _in_features(module: torch.nn.Module) -> int:
-    return getattr(module, "in_features", None) or module.infeatures  # in AutoGPTQ's modules the name is infeatures
+    # AutoGPTQ's modules have infeatures instead of in_features.
+    return getattr(module, "in_features", None) or module.infeatures

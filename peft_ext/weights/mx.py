@@ -1,9 +1,9 @@
-"""Microscaling floats: 4-bit floats (e2m1) with a scale for each few columns.
+"""Microscaling floats: 4-bit floats (e2m1) with a scale for each 32 or 16 columns.
 
 * MXFP4: a scale that is a power of two for each 32 columns. Source: OCP Microscaling Formats 1.0; the layout of files
   is that of transformers' ``integrations/mxfp4.py``.
-* NVFP4: an e4m3 scale for each 16 columns, and one float32 scale for the weight. Sources: compressed-tensors'
-  ``compressors/nvfp4``, ModelOpt's ``qtensor/nvfp4_tensor.py``.
+* NVFP4: an e4m3 scale for each 16 columns, and one float32 scale for the weight, or for each half of its rows. Sources:
+  compressed-tensors' ``compressors/nvfp4``, ModelOpt's ``qtensor/nvfp4_tensor.py``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -
         blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. gpt-oss:
             ``gate_up_proj_blocks`` ``[E, 2 I, K/32, 16]``. transformers' FP8 checkpoints with 4-bit experts declare the
             bytes of the codes as int8 ``[N, K/2]``: ``blocks`` is then ``weight.view(torch.uint8)``.
-        scales: uint8 or float8_e8m0fnu ``[..., K/32]``. With three dimensions ``[E, N, K/32]`` the weight is stacked.
+        scales: uint8 or float8_e8m0fnu ``[..., K/32]``, one for each 32 columns of a row. With three dimensions ``[E,
+            N, K/32]`` the weight is stacked.
         dtype: dtype that transformers decodes the weight to.
 
     Raises:
@@ -116,12 +117,13 @@ def nvfp4(
 
     Args:
         packed: uint8 ``[N, K/2]``, two codes per byte, the low nibble first.
-        scales: float8_e4m3fn ``[N, K/16]``. With three dimensions ``[E, N, K/16]`` the weight is stacked.
+        scales: float8_e4m3fn ``[N, K/16]``, one for each 16 columns of a row. With three dimensions ``[E, N, K/16]``
+            the weight is stacked.
         global_scale: float32, one element, or one for each expert of a stacked weight. With two elements for each
             weight, the first element is for the first half of the rows and the second for the second half, such as the
             gate and the up of an expert.
         dtype: dtype to which the library that made the weight decodes it; the default dtype of ``dequantize``.
-        reciprocal: True for compressed-tensors' ``weight_global_scale``, by which scales are divided. False for
+        reciprocal: True for compressed-tensors' ``weight_global_scale``, by which scales are divided; False for
             ModelOpt's ``weight_scale_2``, with which scales are multiplied. ModelOpt decodes code 8 to +0, and
             compressed-tensors decodes code 8 to -0.
 
@@ -162,9 +164,11 @@ def from_compressed_tensors(module: torch.nn.Module) -> PackedWeight:
 
 
 def _codes(scaled: Tensor) -> Tensor:
-    """Returns the e2m1 codes of float32 values, to nearest, ties to the even code; values above 6 get the code of 6.
+    """Returns the e2m1 codes of float32 values, to nearest, ties to the even code; magnitudes above 6 get the code of
+    6.
 
-    Two codes per byte, the low nibble first. A value below 0 has a sign bit, also if the value rounds to 0.
+    The result has two codes per byte, the low nibble first. The code of a value below 0 has the sign bit, also if the
+    value rounds to 0.
     """
     magnitude = scaled.abs()
     codes = torch.zeros_like(scaled, dtype=torch.uint8)

@@ -81,9 +81,10 @@ NF4 = register(Format("nf4", 0, ("packed", "absmax", "nested_absmax", "nested_co
 class NestedAbsmax:
     """State that decodes a double-quantized absmax: ``absmax_i = code[absmax_u8[i]] * absmax[i // 256] + offset``.
 
-    ``absmax`` is float32 ``[ceil(blocks/256)]``. ``code`` is float32 ``[256]``, ascending. ``offset`` is float32, 0-d:
-    the mean that was subtracted from the scales before the scales were quantized. In a stacked weight ``absmax`` holds
-    the values of all E experts, one expert after the other, and ``offset`` is ``[E]``.
+    ``absmax`` is float32 ``[ceil(blocks/256)]``, one scale for each 256 scales of the weight. ``code`` is the table of
+    the values of the 8-bit codes, float32 ``[256]``, ascending. ``offset`` is float32, 0-d: the mean that was
+    subtracted from the scales before the scales were quantized. In a stacked weight ``absmax`` holds the values of all
+    E experts, one expert after the other, and ``offset`` is ``[E]``.
     """
 
     absmax: Tensor
@@ -102,7 +103,7 @@ class NF4Weight(PackedWeight):
             two dimensions.
         dtype: dtype of the weight before it was quantized, and default dtype of :meth:`dequantize`.
         blocksize: number of elements that share one absmax.
-        nested: state of the double quantization, or None.
+        nested: state of the double quantization; None without double quantization.
         stacked: whether ``shape`` is ``(E, N, K)`` of E separately packed weights, see :meth:`stack`.
 
     Raises:
@@ -170,7 +171,8 @@ class NF4Weight(PackedWeight):
         Each expert keeps the bitsandbytes layout of a separate weight, its own offset of double quantization included.
         All experts share one table of double-quantization codes.
 
-        Raises: TypeError or ValueError if ``weights`` is empty, or if the weights differ in kind or are not 2-D.
+        Raises: TypeError or ValueError if ``weights`` is empty, or if the weights are not 2-D or differ in shape,
+        dtype, block size, device or the use of double quantization.
         """
         if not weights or not all(isinstance(weight, NF4Weight) for weight in weights):
             raise TypeError("NF4Weight.stack: weights is empty or holds other objects, wanted one NF4Weight per expert")
@@ -323,7 +325,7 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
     """Returns ``(shape, dtype, blocksize, nested offset)`` from a layer's state dict in bitsandbytes' format.
 
     The keys of ``found`` have no prefix. ``found[QUANT_STATE]`` holds JSON text, one byte per element. The function
-    checks the kind and the layout of the other tensors; :class:`NF4Weight` checks their sizes.
+    checks the kind and the layout of the weight's tensors, and :class:`NF4Weight` checks the sizes.
 
     Raises: KeyError without ``QUANT_STATE``; ValueError, whose text says what came and what was wanted, if
     ``QUANT_STATE`` is no tensor of JSON bytes, or if a value or an entry does not fit; TypeError if another entry is
@@ -395,7 +397,8 @@ def nf4_code(device: torch.device | str = "cpu") -> Tensor:
 
 
 def is_nf4_table(code: Optional[Tensor]) -> bool:
-    """Returns whether ``code`` is NF4's table of 16 codes, in any float dtype. The kernels contain this table.
+    """Returns whether ``code`` is NF4's table of 16 codes, in any float dtype. The kernels contain this table, and read
+    no other table.
 
     None and a tensor on the meta device count as NF4's table, because their values are unknown.
     """
@@ -421,7 +424,8 @@ def _size(shape: Any) -> torch.Size:
 
 
 def why_not_nf4(quant_state: Any, kinds: Sequence[str] = ("nf4",)) -> Optional[str]:
-    """Returns the reason why the operators can't read a weight with the bitsandbytes ``QuantState``, or None.
+    """Returns the reason why the operators can't read a weight with the bitsandbytes ``QuantState``, or None if they
+    can.
 
     ``kinds``: the accepted values of quant_type, of "nf4" and "fp4". The table of codes is not checked.
     """
@@ -446,7 +450,7 @@ def nf4_from_params4bit(weight: Tensor, quant_state: Any = None) -> NF4Weight:
     # A plain tensor is faster: each attribute of bitsandbytes' tensor subclass costs a call into Python.
     with torch._C.DisableTorchFunctionSubclass():
         packed = weight.data
-    if packed.dtype != torch.uint8:  # quant_storage may give the bytes another dtype
+    if packed.dtype != torch.uint8:  # bitsandbytes' option quant_storage may give the bytes another dtype
         packed = packed.reshape(-1).view(torch.uint8)
     nested = None
     if state.nested:

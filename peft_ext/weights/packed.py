@@ -2,7 +2,7 @@
 
 A weight has up to five tensors (``parts``) and two small integers (``group`` and ``option``), whose meaning the
 weight's :class:`Format` defines. The kernels read the codes and scales from the tensors of the PackedWeight, and decode
-the weight in each call. peft_ext converts no weight to another layout for its kernels.
+the weight in each call. peft_ext stores no copy of a packed weight in another layout for its kernels.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Format:
         parts: names of the weight's tensors, in order.
         check: a function of ``(parts, shape, group, option)`` that raises ValueError if these arguments do not fit a
             weight ``[N, K]``.
-        source: the library or specification that decodes a weight to the same values, bit for bit.
+        source: name of the library or specification that defines how a weight of the format is decoded.
         decode: None if the kernels decode the format. If no kernel decodes the format: the function by which
             :meth:`PackedWeight.dequantize` decodes the parts of a weight ``[N, K]`` to float32; layers and experts
-            cannot hold such a weight.
+            cannot hold a weight of this format.
     """
 
     name: str
@@ -95,8 +95,8 @@ def format_of(layout: int) -> Optional[str]:
 
 
 def _made(weight: PackedWeight) -> None:
-    """Is called with each new PackedWeight but an NF4Weight, and does nothing until :func:`when_made` replaces this
-    function."""
+    """PackedWeight calls this function with each new weight, except with an NF4Weight. The function does nothing until
+    :func:`when_made` replaces it."""
 
 
 def when_made(call: Callable[[PackedWeight], None]) -> None:
@@ -127,10 +127,11 @@ class PackedWeight:
         shape: ``(N, K)``, output and input features, or ``(E, N, K)`` if ``stacked``.
         dtype: dtype to which the format's own library decodes, and default dtype of :meth:`dequantize`.
         group: number of columns that share a scale; 0: all columns of a row. In FP4, NF4 and HQQ: number of elements of
-            the flat weight that share a scale.
-        option: dtype of the scales, bits of a code, and the format's flags; see :func:`option_of`.
-        stacked: whether the weight holds the weights of experts, so that each part consists of the experts' parts, one
-            after the other.
+            the flat weight that share a scale. In GGUF: number of columns of a block.
+        option: an integer with the dtype of the scales, the bits of a code and the format's flags; see
+            :func:`option_of`.
+        stacked: whether the weight holds the weights of experts, so that each tensor in ``parts`` consists of the
+            experts' tensors, one after the other.
 
     Raises:
         TypeError: a part is not a tensor, or dtype is not a float dtype.
@@ -188,7 +189,8 @@ class PackedWeight:
 
     @property
     def layout(self) -> int:
-        """The integer ``layout`` of the operators' schemas: group, number of the format and option."""
+        """The integer ``layout`` of the operators' schemas, which encodes the group, the number of the format and the
+        option."""
         return self.group | self.format.number << 32 | self.option << 40
 
     @property

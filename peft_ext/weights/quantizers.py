@@ -20,7 +20,8 @@ __all__ = ["PACKED_FORMATS", "QUANTIZATIONS", "quantized", "quantized_like"]
 # some others, such as "nf4".
 PACKED_FORMATS = ("mxfp4", "nvfp4", "fp8", "int4")
 
-# Values of the option --quant. "checkpoint": the weights stay packed as the checkpoint stores the weights.
+# Values of the option --quant of peft-ext's commands. With the value "checkpoint", the weights stay packed as the
+# checkpoint stores them.
 QUANTIZATIONS = ("nf4", *PACKED_FORMATS, "checkpoint", "none")
 
 
