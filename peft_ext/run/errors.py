@@ -24,8 +24,8 @@ class RunError(Exception):
 
 
 class Elsewhere(RunError):
-    """Another process of the run has failed. The message is the error of the other process, and the other process
-    prints this message."""
+    """Raised in a process after another process of the run has failed. The message is the error of the other process,
+    which prints it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -125,7 +125,8 @@ class Stop:
         training: whether the Trainer runs, so that a first signal ends the run only after the current step.
         ending: whether a run of several processes is ending with an error; SIGINT, SIGTERM and SIGHUP are then ignored,
             so that no signal interrupts the error message.
-        speaks: whether this process prints that a signal stops the run; only one process of a run prints it.
+        speaks: whether this process prints the message that a signal stops the run; in a run of several processes, only
+            rank 0 may.
         processes: number of processes of the run.
         since: value of ``time.monotonic()`` at the last SIGINT, SIGTERM or SIGHUP that was not ignored.
     """

@@ -43,7 +43,7 @@ _ENGINES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism: --shard fsdp2 and hsdp shard a base",
 }
 _TRUE = ("y", "yes", "t", "true", "on", "1")  # the values that the accelerate library reads as true
-# Variables of the accelerate library that a run does not hide, because the variables change no result of a run.
+# Variables of the accelerate library that a run does not hide from the library, because they change no result of a run.
 _KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 

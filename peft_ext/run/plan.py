@@ -1,9 +1,9 @@
 """A dry run: plans the model, data, memory and steps of a run, without loading weights or writing a run's files.
 
-The dry run makes the run's checks, tokenizes the data, counts the steps, and builds the model on the meta device. Each
-parameter is then replaced by a tensor of one element that is expanded to the parameter's shape. The checks of fused
-layers do not read the values of weights, so tensors without values pass like real weights. The dry run estimates no
-times.
+The dry run makes the checks of a run that need no weights, tokenizes the data, counts the steps, and builds the model
+on the meta device. Each parameter is then replaced by a tensor of one element that is expanded to the parameter's
+shape. The checks of fused layers do not read the values of weights, so these tensors pass like real weights. The dry
+run estimates no times.
 """
 
 from __future__ import annotations
