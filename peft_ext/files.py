@@ -148,8 +148,8 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
 
 @contextlib.contextmanager
 def _replacing(path: Union[str, Path], overwrite: bool, keep: bool, check: Callable[[Path], None]) -> Iterator[Path]:
-    """Does what :func:`atomic_folder` does. ``check(old)`` is called with the old folder, before the block if the
-    folder exists, and again after another folder has taken its place. If ``check`` raises, the old folder stays."""
+    """Does what :func:`atomic_folder` does, and calls ``check(old)`` with the old folder, if there is one, before the
+    block and once more as the folder is replaced. If ``check`` raises, the old folder stays."""
     target = Path(os.path.realpath(path))
     check_free(target, overwrite)
     if target.is_dir():
@@ -184,8 +184,8 @@ def _replacing(path: Union[str, Path], overwrite: bool, keep: bool, check: Calla
 def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
     """Calls ``model.save_pretrained`` so that the configuration and the weights at ``path`` are both old or both new.
 
-    The function ``peft_ext.files.atomic_folder`` replaces the folder; the docstring of ``atomic_folder`` lists the
-    cases in which a replacement is not atomic.
+    The docstring of :func:`atomic_folder`, which replaces the folder, lists the cases in which a replacement is not
+    atomic.
 
     The function saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other files in
     the folder (checkpoints, logs, adapters of other names) stay. The lists of names in the configuration are sorted,
@@ -211,7 +211,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     if not kwargs.setdefault("safe_serialization", True):
         raise ValueError("save_adapter: safe_serialization is False, wanted True: a pickle runs code as it is read")
     if not kwargs.get("is_main_process", True):
-        with tempfile.TemporaryDirectory() as folder:  # save_pretrained makes its folder in each process
+        with tempfile.TemporaryDirectory() as folder:  # save_pretrained makes a folder, also in this process
             model.save_pretrained(folder, **kwargs)
         return
     target = Path(os.path.realpath(path))
@@ -236,8 +236,8 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
 def sort_names(model: Any, folder: Path) -> None:
     """Sorts the lists of names in the configurations that ``model.save_pretrained(folder)`` wrote.
 
-    Two equal runs then write equal files. PEFT stores fields such as ``target_modules`` as sets, and the order of a set
-    of strings differs between processes.
+    Without the sorting, two equal runs may write different files: PEFT stores fields such as ``target_modules`` as
+    sets, and the order of a set of strings differs between processes.
     """
     for name, config in model.peft_config.items():
         path = (folder if name == "default" else folder / name) / "adapter_config.json"
@@ -251,7 +251,7 @@ def sort_names(model: Any, folder: Path) -> None:
 def seal(folder: Path) -> None:
     """Flushes ``folder`` to the disk, then writes a list of its files, with sizes and SHA-256, into ``folder``.
 
-    Raises OSError.
+    Raises OSError where a file can't be read or the list can't be written.
     """
     (folder / _SEAL).unlink(missing_ok=True)
     _sync_tree(folder)
@@ -328,7 +328,7 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             handle = os.open(part, os.O_RDONLY)
             lock_descriptor(handle)
-        # The new folder does not exist if another process removed it as a leftover before this process locked it.
+        # Before this process locked the new folder, another process may have removed it as a leftover.
         if part.exists():
             break
         if handle is not None:
@@ -394,7 +394,7 @@ def _put_new(part: Path, target: Path) -> None:
 
 
 def _put(part: Path, target: Path, overwrite: bool, keep: bool, check: Callable[[Path], None]) -> bool:
-    """Puts ``part`` at the path ``target``; returns False where a folder at ``target`` can't be renamed.
+    """Gives the folder ``part`` the name ``target``; returns False where a folder at ``target`` can't be renamed.
 
     With ``keep``, files that another process has written into the old folder since :func:`_carry_over` stay, too.
     """
@@ -419,7 +419,7 @@ def _put(part: Path, target: Path, overwrite: bool, keep: bool, check: Callable[
             return False
         if (there and overwrite) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if overwrite:  # another process has made the folder since the first line of this function
+        if overwrite:  # another process has made a folder at target since ``there`` was computed
             return _put(part, target, overwrite, keep, check)
         raise FileExistsError(errno.EEXIST, "another process has written this folder meanwhile", str(target)) from None
     if keep and old is not None:
