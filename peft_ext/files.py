@@ -184,8 +184,8 @@ def _replacing(path: Union[str, Path], overwrite: bool, keep: bool, check: Calla
 def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False, **kwargs: Any) -> None:
     """Calls ``model.save_pretrained`` so that the configuration and the weights at ``path`` are both old or both new.
 
-    The docstring of :func:`atomic_folder`, which replaces the folder, lists the cases in which a replacement is not
-    atomic.
+    The function ``peft_ext.files.atomic_folder`` replaces the folder; the docstring of ``atomic_folder`` lists the
+    cases in which a replacement is not atomic.
 
     The function saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other files in
     the folder (checkpoints, logs, adapters of other names) stay. The lists of names in the configuration are sorted,

@@ -1,7 +1,8 @@
 """Reads the configuration and the tokenizer that a GGUF file describes, with transformers.
 
 transformers 5.24 takes seconds to read the metadata of a file, because transformers converts the strings of the
-vocabulary one by one. :func:`read_config` therefore gives transformers the metadata without the vocabulary.
+vocabulary one by one. The function :func:`read_config` therefore gives transformers the metadata without the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _read_by_function(header: GgufHeader) -> Any:
     metadata = {
         key: header.get(key)
         for key in header.keys
-        if not key.startswith("tokenizer.") or key.endswith("_token_id")  # the lists of the vocabulary are left out
+        if not key.startswith("tokenizer.") or key.endswith("_token_id")  # the vocabulary's long lists are not needed
     }
     # get_gguf_config takes the number of tokens in place of the list of tokens.
     metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]

@@ -60,7 +60,8 @@ def fit_tokenizer_of(path: Path, tokenizer: Any) -> None:
 
 
 def gguf_dtype(header: GgufHeader) -> torch.dtype:
-    """Returns the dtype of most elements of a GGUF file's matrices. Quantized matrices count as bfloat16."""
+    """Returns the floating-point dtype that most elements of a GGUF file's matrices have, where quantized matrices
+    count as bfloat16."""
     sizes = {torch.bfloat16: 0}
     for info in header.tensors.values():
         dtype = torch.bfloat16 if info.dtype is None else info.dtype

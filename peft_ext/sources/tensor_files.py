@@ -38,7 +38,7 @@ class Entry:
 class TensorFiles:
     """The tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names, in a folder.
 
-    ``entries``: tensor name -> :class:`Entry`.
+    ``entries`` maps the name of each tensor to its :class:`Entry`.
 
     Raises: SourceError, one line with the file's path, where a file is missing, cut off or no safetensors, where a file
     lacks a tensor that the index names, or where a tensor has a dtype that peft_ext does not read.
