@@ -44,7 +44,7 @@ def check_causal_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> No
     mode. The first forward has no labels. The other two forwards have labels that are chosen from the logits of the
     first forward, so that a class that does not shift the labels gives a very different difference of the two losses.
     A term of the loss that does not depend on the labels, such as the load-balancing loss of a mixture of experts,
-    cancels in the difference. Rows of one token are not checked.
+    cancels in the difference. If no row has two tokens, nothing is checked.
 
     The check changes neither the modes of the modules nor the states of PyTorch's random generators. In a sharded
     model, all processes have to call the function, with equal rows. In a model of a prompt method, the check calls the
@@ -75,7 +75,7 @@ def check_causal_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> No
         labels = torch.full((2, count), IGNORED, device=device)
         labels[0, 1:], labels[1, 1:] = change.argmin(-1), change.argmax(-1)
         if count > 3:
-            labels[:, count // 2] = IGNORED  # also checks that the loss is the mean over the labelled tokens only
+            labels[:, count // 2] = IGNORED  # so that a loss that counts tokens without a label is noticed
         with raised_as(RunError, f"{_name(model)}: its loss fails (", ValueError, TypeError, after=")"):
             losses = [forward(one[None]).loss.float() for one in labels]
     found = (losses[0] - losses[1]).item()

@@ -338,14 +338,14 @@ def old_export(o: Options) -> Optional[Path]:
 
 
 def _set_aside(o: Options) -> None:
-    """Removes the files and checkpoints of an earlier run from the output folder, and no other files.
+    """Removes the files and checkpoints of an earlier run from the output folder; other files stay.
 
-    Files count as those of an earlier run only if the folder has the run.json of a run. README.md stays, because saving
-    an adapter updates README.md; finetune.yaml stays where the user has edited the file.
+    Files count as those of an earlier run only if the folder has the run.json of a run; in a folder without it, only a
+    whole adapter is removed. README.md stays, because saving an adapter updates README.md; finetune.yaml stays where
+    the user has edited the file.
 
     Where the folder has a whole adapter, README.md and the files to be removed (the adapter, run.json and others) are
-    first copied to the folder PREVIOUS, which stays until this run has saved its own adapter. In a folder without the
-    run.json of a run, only a whole adapter is moved to PREVIOUS, and nothing else is removed.
+    first copied to the folder PREVIOUS, which stays until this run has saved its own adapter.
     """
     of_run = _options_of_run(o) is not None
     whole = all((o.output / name).is_file() for name in ADAPTER_FILES)

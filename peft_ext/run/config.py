@@ -83,14 +83,14 @@ def read_config(path: Union[str, Path], options: type) -> Config:
 
     An empty file sets no option. Raises RunError, which names the file, for: a file that does not exist, has more than
     1,000,000 characters, or is not UTF-8 or not YAML; another content than a mapping; a name that is unknown, repeated,
-    ``resume`` or ``overwrite``; a value of another type; an alias, an anchor or a tag. The message has the number of
-    the line with the error, except where the whole file can't be read.
+    ``resume`` or ``overwrite``; a value of another type; an alias, an anchor or a tag. In most cases, the message has
+    the number of the line with the error.
     """
     path = Path(os.path.expanduser(path))  # Path.expanduser would raise for an unknown user
     need("--config", "yaml")
     root = _parsed(path)
     config = Config(path)
-    if root is None or (root.id == "scalar" and not root.value):  # an empty file, or a file of comments
+    if root is None or (root.id == "scalar" and not root.value):  # the file is empty, or has only comments
         return config
     if root.id != "mapping":
         _fail(path, root, f"{_came(root)}, wanted lines of name: value")

@@ -5,7 +5,7 @@ The columns of a record tell its kind:
 * A column ``text`` holds documents. Documents are joined, with an end token after each document, and cut into blocks.
   All tokens of a block except the first have a loss.
 * The columns ``prompt`` and ``completion`` (or ``instruction``, ``input`` and ``output``; or ``question`` and
-  ``answer``) hold prompts and completions. Only the tokens of the completion have a loss.
+  ``answer``) hold prompts and completions. Only the tokens of the completion, with its end token, have a loss.
 * A column ``messages`` holds conversations. Only the tokens of the assistant's turns have a loss.
 """
 
@@ -112,7 +112,7 @@ def read_corpus(
             three are None, the columns are detected.
         eval_fraction: share to hold out, of the characters of all texts or of the number of conversations. At least one
             record is held out.
-        seed: seed of the split.
+        seed: seed of the random split.
 
     Raises:
         RunError: the path does not exist, a file or a hub dataset can't be read or parsed, a column is missing (the

@@ -214,7 +214,8 @@ class Check:
     Attributes:
         max_difference: largest difference between the logits of the trained model and of a fresh base with the saved
             adapter, both run by stock PEFT except for the models that ``reread`` names.
-        bound: the difference that rounding may cause: 4 eps of the computation's dtype, times the largest logit.
+        bound: the difference that rounding may cause: 4 times the machine epsilon of the computation's dtype, times
+            ``largest``.
         ok: whether ``max_difference`` is at most ``bound``.
         largest: largest absolute logit of the trained model.
         accelerated_difference: largest difference between the trained model's logits with and without fused layers;

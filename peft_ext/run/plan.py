@@ -29,7 +29,7 @@ from .shard_memory import ShardedMemory, sharded_memory
 
 @dataclass(frozen=True)
 class Preview:
-    """An adapter on a model, predicted without the model's weights.
+    """What can be told, without the model's weights, of an adapter on a model: its layers, its size and its memory.
 
     Attributes:
         rows: the predicted rows of :func:`peft_ext.explain`, one for each layer.
@@ -217,7 +217,8 @@ def preview(
 def _saved_tensors(model: Any) -> list[Any]:
     """Returns the adapter's tensors that PEFT would save.
 
-    For a prompt method returns the prompt encoder's embedding, since PEFT can't compute the prompt on the meta device.
+    For a prompt method, the function returns the prompt encoder's embedding, because PEFT can't compute the prompt on
+    the meta device.
     """
     from peft.utils import get_peft_model_state_dict
 

@@ -72,7 +72,7 @@ class Run:
         steps: number of steps of the whole run.
         seconds: seconds that each phase took, by the phase's name.
         stop: the requests that signals have made.
-        ranks: the place of this process among the processes of the run, and what the processes exchange.
+        ranks: the place of this process among the processes of the run, with methods for exchanges between them.
     """
 
     options: Options

@@ -1,4 +1,4 @@
-"""The processes of a run: what the ranks exchange, and the one error that ends all ranks.
+"""The processes of a run: the exchanges between the ranks, and how an error of one rank ends all ranks.
 
 A launcher such as torchrun starts the command once for each rank. Rank 0 writes the files and logs; the other ranks
 compute and are silent. The ranks exchange small objects over gloo, beside the process group of the training.
@@ -47,8 +47,9 @@ _LATE = ("Timed out", "timed out", "wait timeout")
 
 
 class Ranks:
-    """The place of this process among the processes of a run, and what the processes exchange; ``Ranks()`` is a run of
-    one process.
+    """The place of this process among the processes of a run, with methods for exchanges between the processes.
+
+    ``Ranks()`` is a run of one process.
 
     Attributes:
         rank, world: rank of this process, and number of processes.
@@ -248,7 +249,7 @@ class Ranks:
             raise error
         lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST + _LATE)
         if lost:
-            with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
                 self._store.set(f"{self._key}/waited/{self.rank}", "")
         if lost and (told := self._told(_SETTLE)):
             self._let_speak()
@@ -276,7 +277,7 @@ class Ranks:
         """Returns the error that a rank has written into the store, and waits for an error up to ``seconds``; returns
         None without an error."""
         end = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             while True:
                 if self._store.check([f"{self._key}/error"]):
                     return json.loads(self._store.get(f"{self._key}/error"))
@@ -291,7 +292,7 @@ class Ranks:
         mine = {"rank": self.rank, "text": text}
         try:
             return json.loads(self._store.compare_set(f"{self._key}/error", "", json.dumps(mine)))
-        except RuntimeError:  # raised if the process that holds the store has ended
+        except RuntimeError:  # the process that holds the store may have ended
             return mine
 
     def _let_speak(self) -> None:
@@ -317,7 +318,7 @@ class Ranks:
         never returns this rank, because this rank waited for others.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
-        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             waited = [rank for rank in others if self._store.check([f"{self._key}/waited/{rank}"])]
             gone = gone or [rank for rank in others if rank not in waited]
         places = {rank: self._place(rank)[0] for rank in gone or others}
@@ -329,8 +330,8 @@ class Ranks:
                 f"or the system for lack of memory{hint()}")  # fmt: skip
 
     def _gone(self) -> list[int]:
-        """Returns the ranks that give no sign of life within _SETTLE seconds."""
-        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+        """Returns the other ranks that give no sign of life within _SETTLE seconds."""
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             before = self._beats()
             time.sleep(_SETTLE)
             after = self._beats()
@@ -344,7 +345,7 @@ class Ranks:
         """Starts a thread that gives a sign of life each _BEAT seconds, also while the rank waits for another rank."""
 
         def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
                 while not self._ended.wait(_BEAT):
                     self._store.add(f"{self._key}/beat/{self.rank}", 1)
 
@@ -450,12 +451,12 @@ def _forget(before: dict[str, Optional[str]]) -> None:
 def _start_group(launch: Launch) -> tuple[Any, str]:
     """Makes the default process group, and returns its store and the name of the launch.
 
-    Only the processes of this start of the launch use the store. The name is kept over restarts, in the store of
-    torchrun's agent; the name is "" without this agent.
+    If torchrun restarts the processes, they get another store. The name of the launch is kept over restarts, in the
+    store of torchrun's agent; the name is "" without this agent.
     """
     if not torch.distributed.is_available():
         raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")
-    from torch.distributed import PrefixStore  # a PyTorch without torch.distributed has no such names
+    from torch.distributed import PrefixStore  # the import would fail in a PyTorch without torch.distributed
     from torch.distributed.rendezvous import rendezvous
 
     os.environ |= {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.world)}
@@ -478,7 +479,7 @@ def _start_group(launch: Launch) -> tuple[Any, str]:
 
 
 def _name_of_start(store: Any, launch: Launch) -> str:
-    """Returns a name for this start of the processes, which is equal on all ranks.
+    """Returns a new name for this start, or restart, of the processes; all ranks get an equal name.
 
     When torchrun restarts the processes, its store still has the addresses of the ended processes (PyTorch 2.13). Each
     rank except rank 0 therefore asks for the name by a request in the store. Rank 0 draws the name and answers each
@@ -495,7 +496,7 @@ def _name_of_start(store: Any, launch: Launch) -> str:
     name, answered, end = f"peft_ext/{secrets.token_hex(8)}", set(), time.monotonic() + wait_seconds()
     while (count := store.add(f"{name}/confirmed", 0)) < launch.world - 1:
         for number in set(range(1, store.add(calls, 0) + 1)) - answered:
-            if store.check([f"{calls}/{number}"]):  # a process may have ended between its number and its request
+            if store.check([f"{calls}/{number}"]):  # a process may take a number, and end before it writes its request
                 store.set(f"{calls}/{store.get(f'{calls}/{number}').decode()}", name)
                 answered.add(number)
         if time.monotonic() > end:
@@ -531,7 +532,7 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
         torch.cuda.set_device(ranks.gpu)
     local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # the accelerate library uses GPU number LOCAL_RANK
     os.environ |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
-    if "OMP_NUM_THREADS" not in os.environ:  # otherwise the accelerate library warns and chooses a number of threads
+    if "OMP_NUM_THREADS" not in os.environ:  # without it, the accelerate library would warn and choose a number
         threads = max(1, torch.get_num_threads() // ranks.local_world)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)

@@ -27,7 +27,7 @@ class Record:
     """What a run has measured and done so far: the content of run.json.
 
     Attributes:
-        results: entries of run.json, by name, that are neither options nor taken from ``history`` and ``meter``.
+        results: results that the run has set so far, by the name of the entry of run.json.
         history: the Trainer's log history, with the entries that :func:`recording_callback` adds.
         meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training; None before training.
         curve: indices of the held-out examples on which the held-out curve is computed.

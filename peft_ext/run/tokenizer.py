@@ -12,8 +12,8 @@ from .data import Examples
 from .errors import REFUSALS, RunError
 from .options import Options
 
-# Largest share of the tokens that may differ between a GGUF file and the folder of --tokenizer. The converter to GGUF
-# renames some tokens, such as tokens that are not used.
+# Largest share of the tokens that may differ between the model's GGUF file and the tokenizer of --tokenizer. The
+# converter to GGUF renames some tokens, such as tokens that are not used.
 _FEW = 0.05
 
 
@@ -21,8 +21,8 @@ def read_tokenizer(o: Options, folder: str, **packed: Any) -> Any:
     """Returns the tokenizer of ``--tokenizer``, or of the model in ``folder``.
 
     ``packed`` are arguments of :func:`peft_ext.sources.model.load_tokenizer`, used without ``--tokenizer``. Raises
-    RunError where the tokenizer can't be read, and where more than 5% of the tokens differ between a GGUF file and the
-    tokenizer of ``--tokenizer``.
+    RunError where the tokenizer can't be read, and where more than 5% of the tokens differ between the model's GGUF
+    file and the tokenizer of ``--tokenizer``.
     """
     if o.tokenizer is None:
         with raised_as(RunError, f"--model {o.model}: no tokenizer (", *REFUSALS, after=")"):
