@@ -32,8 +32,8 @@ class MetaBase:
         layers: the decoder layers, which are the units of FSDP2.
         groups: the plan, in the order of the decoder layers. Each item is a group of tensors and the index of the
             group's decoder layer; the index is -1 for a group outside of the decoder layers.
-        places: for each name in the state dict of the dense model, the module that holds the tensor of this name, and
-            the name of the module's attribute.
+        places: for each name in the state dict of the dense model that a group makes, the module that holds the tensor
+            of this name, and the name of the module's attribute.
         quant: the format to which dense weights are quantized when they are read: "nf4" or one of ``PACKED_FORMATS``;
             "none" where the tensors stay as the files have them.
         quantizer, packed: for a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and each packed

@@ -68,7 +68,7 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    # PEFT's multitask prompt tuning may read this file, also when PEFT loads a saved adapter.
+    # PEFT's multitask prompt tuning may read the file that this field names, also when PEFT loads a saved adapter.
     path = values.get("prompt_tuning_init_state_dict_path")
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "

@@ -75,7 +75,7 @@ class Group:
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether :meth:`rows` can make a part of the result's rows from a part of the tensors in the files."""
+        """Whether :meth:`rows` can make some rows of the result without reading all data of the group in the files."""
         if self.converter is None:
             return True
         first, *others = self.converter.operations
@@ -140,7 +140,8 @@ class Group:
 def plan(
     model: Any, files: TensorFiles, dtype: torch.dtype, quantizer: Optional[Any] = None
 ) -> tuple[list[Group], set[str]]:
-    """Returns the groups that make all tensors of ``model``'s state dict, and the names of buffers to initialize.
+    """Returns the groups that make the tensors of ``model``'s state dict, and the names of the buffers in the state
+    dict that no group makes, which have to be initialized.
 
     ``model`` is a transformers model on the meta device, made in ``dtype``. The layers of ``model`` are dense, or
     packed as in the files; for a packed model, ``quantizer`` is the result of

@@ -37,7 +37,8 @@ _FORMS = {
     "modules_to_save": (r"(^|.*\.){}($|\..*)",),
     "layers_pattern": (r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(?:.*?\.)??(?:{})\.(\d+)(?:\.|$)"),
 }
-_OF_A_KEY = (r"(.*\.)?({})$", r".*\.{}$", r".*?(?:{})")  # patterns around keys of rank_pattern and alpha_pattern
+# The patterns with which PEFT and peft_ext.tuners match module names with a key of rank_pattern or alpha_pattern.
+_OF_A_KEY = (r"(.*\.)?({})$", r".*\.{}$", r".*?(?:{})")
 _PLAIN = re.compile(r"[\w.-]*")
 
 _CHILD = """

@@ -61,8 +61,8 @@ _HEAD_KEY = re.compile(r"\.(?:score|classifier|qa_outputs)(?:\.out_proj)?\.weigh
 
 
 class SourceError(ValueError):
-    """Raised where a model or an adapter can't be used. The message is one line that names the given value and mostly
-    the wanted value."""
+    """Raised where a model or an adapter can't be used. The message is one line, which usually names the given value
+    and the wanted value."""
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -141,7 +141,8 @@ def read_model_config(folder: Path) -> Any:
 def check_model_config(file: Path) -> None:
     """Raises ValueError, one line, if ``file`` is no JSON object, or has a size of the model that is out of range.
 
-    A number of layers or experts may be at most ``MOST_LAYERS``, and a field of ``_POSITIVE`` must be at least 1.
+    A number of layers or experts may be at most ``MOST_LAYERS``. The sizes in ``_POSITIVE``, such as ``hidden_size``,
+    must be at least 1.
 
     The limits are needed because transformers makes an object for each layer and each expert before it reads the
     weights.
