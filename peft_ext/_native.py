@@ -10,8 +10,9 @@ Environment:
         Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error. Without the library,
         ``PEFT_EXT_CPU_ISA`` is ignored.
     ``PEFT_EXT_REQUIRE=1``: a native library that is missing, does not load or does not match the package or the module
-        ``_C``, and kernels that fail their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning. A
-        library that is older than the sources beside the package is a warning also with ``PEFT_EXT_REQUIRE=1``.
+        ``_C``, and kernels that fail their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning. If
+        the sources beside the package have changed since the library was built, the import only warns, also with
+        ``PEFT_EXT_REQUIRE=1``.
 """
 
 from __future__ import annotations
@@ -221,8 +222,8 @@ def _compare(library: Path) -> None:
 
 
 def _changed(sources: Path, digest: str, library: Path) -> str:
-    """Returns the digest of the folder ``sources`` if it differs from ``digest``; "" if it does not, or if a source
-    can't be read."""
+    """Returns the digest of the folder ``sources`` if this digest differs from ``digest``; "" if the digests are equal,
+    or if a source can't be read."""
     try:
         if has_changed(sources, digest, library.stat().st_mtime):
             return source_digest(sources)

@@ -40,7 +40,7 @@ __all__ = ["compile_kernel", "folder", "image", "kernels", "missing", "prepare",
 # Seconds that a process waits for a kernel that another process compiles, before it compiles the kernel itself.
 LOCK_SECONDS = 120
 
-# Least number of cores with which ``prepare`` compiles the missing kernels at once. With fewer cores it does nothing.
+# Least number of cores with which ``prepare`` compiles the kernels that the cache lacks; with fewer, it does nothing.
 WARM_CORES = 8
 
 # NVRTC has no standard headers. The texts below replace the standard headers, and declare only the names that the
@@ -91,7 +91,7 @@ def missing() -> Optional[str]:
     found = None
     try:
         found = importlib.util.find_spec("cuda")
-        # The search for cuda.bindings imports cuda, which may be a module of the user's, whose code must not run here.
+        # The search for cuda.bindings imports cuda. If cuda is a module of the user's, its code must not be run.
         is_package = found is not None and found.submodule_search_locations is not None
         lacks = not is_package or importlib.util.find_spec("cuda.bindings") is None
     except Exception:  # a package of the user's named cuda may raise any error when it is imported
@@ -301,7 +301,7 @@ def _sources() -> dict[str, str]:
 
 
 def cache() -> Path:
-    """Returns the folder of the cache of compiled kernels, whose subfolders :func:`folder` names."""
+    """Returns the folder of the cache of compiled kernels; the function :func:`folder` returns its subfolders."""
     return cache_folder() / "kernels"
 
 
@@ -342,7 +342,8 @@ def _digest(found: Image) -> bytes:
 
 def _alone(path: Path) -> AbstractContextManager[Any]:
     """Returns a context manager that holds a lock for the file ``path``, which one thread of one process can hold at a
-    time. If the folder can't be written, or if the lock is not free within LOCK_SECONDS, it holds no lock.
+    time. If the folder can't be written, or if the lock is not free within LOCK_SECONDS, the context manager holds no
+    lock.
     """
     from filelock import FileLock
 

@@ -338,8 +338,8 @@ def register_layers(config: PeftConfig, model: nn.Module) -> None:
 
 
 def freeze_ranknum(model: nn.Module) -> None:
-    """Sets ``requires_grad`` of AdaLoRA's divisor ``ranknum`` to False. PEFT does this too, but a cast by PEFT sets
-    ``requires_grad`` to True again."""
+    """Sets ``requires_grad`` of AdaLoRA's divisor ``ranknum`` to False. PEFT sets it to False too, but later casts
+    ``ranknum``, and the cast sets ``requires_grad`` to True again."""
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             module.ranknum.requires_grad_(False)
@@ -354,7 +354,7 @@ def _load_unrounded(
     if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
         return
     weights = load_peft_weights(path, kwargs.get("torch_device"), key_mapping, **_of_hub(kwargs))
-    # The layers have the pruned shapes already. Without rank_pattern in the configuration, PEFT does not prune them.
+    # The layers have the pruned shapes already, and PEFT prunes no layer if the configuration has no rank_pattern.
     rank_pattern, config.rank_pattern = config.rank_pattern, None
     try:
         set_peft_model_state_dict(
@@ -391,8 +391,8 @@ def _check_keys(model: PeftModel, adapter_name: str, folder: Path, missing: list
 def without_copies(keys: list[str]) -> list[str]:
     """Returns the ``keys`` of an adapter's file that have neither ".modules_to_save." nor ".original_module." in them.
 
-    With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model.
-    These full names have ".modules_to_save." or ".original_module." in them.
+    With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model,
+    which have ".modules_to_save." or ".original_module." in them.
     """
     return [key for key in keys if not any(part in key for part in (".modules_to_save.", ".original_module."))]
 

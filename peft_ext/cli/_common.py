@@ -132,10 +132,11 @@ def held_model(
 ) -> Any:
     """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, ready for an adapter.
 
-    A base whose files have bitsandbytes' 4-bit weights is neither moved nor cast. Any other base is cast to ``dtype``
-    (None: no cast), is quantized as ``quant`` says if its files are dense, and is widened from bfloat16 to float32 on a
-    CPU if ``_cpu.why_float32`` says that no bfloat16 instructions can be used. Raises CliError where the files lack a
-    weight and ``config`` has no ``modules_to_save``, or where the packed format ``quant`` does not fit the model.
+    A base whose files have bitsandbytes' 4-bit weights is neither moved nor cast. A base without such weights is cast
+    to ``dtype`` (None: no cast), is quantized as ``quant`` says if its files are dense, and is widened from bfloat16 to
+    float32 on a CPU if ``_cpu.why_float32`` says that no bfloat16 instructions can be used. Raises CliError where the
+    files lack a weight and ``config`` has no ``modules_to_save``, or where the packed format ``quant`` does not fit the
+    model.
     """
     if loaded.absent and not getattr(config, "modules_to_save", None):
         raise CliError(f"the base's files lack {loaded.absent[0]}, which would be random")
@@ -164,7 +165,7 @@ def check_range(least: int, most: int = 2**31 - 1, **options: Optional[int]) -> 
 def dense_config(config: Any) -> Any:
     """Removes ``quantization_config`` from the transformers configuration ``config``, and returns ``config``.
 
-    A model on the meta device is built with dense layers from it; the caller packs or quantizes the layers afterwards.
+    A model that is built from the returned configuration has dense layers; the caller packs or quantizes the layers.
     """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -175,8 +176,8 @@ def dense_config(config: Any) -> Any:
 
 
 def drop_output() -> None:
-    """Redirects standard output to the null device. Call it after the reader of a pipe has ended: Python's last flush
-    would otherwise raise BrokenPipeError."""
+    """Redirects standard output to the null device. If the reader of a pipe has ended, Python's last flush would
+    otherwise raise BrokenPipeError."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

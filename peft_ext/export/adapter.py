@@ -142,8 +142,8 @@ def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict
     """Returns, for each adapted module, the names of the tensors of its low-rank pair; and the names of the base's
     frozen tensors in the adapter's file.
 
-    PEFT also saves the frozen weight of an embedding or head that the adapter changes. The export leaves this weight
-    out, because llama.cpp has the base's weights in the base's own file.
+    PEFT also saves the frozen weight of an embedding or head that the adapter changes. The export leaves such a frozen
+    weight out, because llama.cpp has the base's weights in the base's own file.
     """
     endings = _LORA if config.peft_type == "LORA" else _ADALORA
     found: dict[str, dict[str, str]] = {}

@@ -33,7 +33,7 @@ _SIZE_FIELDS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-# Names that configurations give to the eps of the norms. A configuration's class has at most one of these fields.
+# Names that configurations give to the eps of the norms. A configuration's class has at most one field of this list.
 _EPSILON_FIELDS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 _GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of Gemma 2, and of Gemma 3, with 27 billion parameters
 _PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate only a part of each head

@@ -41,8 +41,9 @@ def load_gguf(
 ) -> Any:
     """Returns the transformers model in a GGUF file, with the file's quantized weights packed and mapped from the disk.
 
-    Linear layers are :class:`peft_ext.nn.PackedLinear`, the embedding a :class:`peft_ext.nn.PackedEmbedding`, and
-    experts a :class:`peft_ext.nn.PackedExperts`. PEFT's adapters can be trained over the packed layers. A tied head
+    With quantized weights, linear layers are :class:`peft_ext.nn.PackedLinear`, the embedding is a
+    :class:`peft_ext.nn.PackedEmbedding`, and the experts of a layer are a :class:`peft_ext.nn.PackedExperts`. Most of
+    PEFT's adapters can be trained over the packed layers. A tied head
     shares the embedding's packed weight. A weight whose rows the file stores in another order (``attn_q`` and
     ``attn_k`` of Llama and Mistral, ``attn_qkv`` of Bloom) and the joined weights of experts are copied, without being
     decoded. Norms and biases, and weights that the file stores in F32, F16 or BF16, are dense. A quantized weight that

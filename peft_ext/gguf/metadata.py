@@ -68,7 +68,8 @@ def read_config(header: GgufHeader) -> Any:
 
 
 def read_tokenizer(header: GgufHeader, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a file, with its chat template. The tokenizer splits text as llama.cpp does.
+    """Returns the tokenizer in a file, with its chat template. For how the tokenizer splits text, see
+    :func:`~peft_ext.gguf.pre_tokenizers.fit_tokenizer`.
 
     Raises GgufError where the file is no model, has no tokenizer, has a tokenizer that transformers can't read, or has
     a ``tokenizer.ggml.pre`` that is not known.

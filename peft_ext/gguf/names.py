@@ -1,8 +1,8 @@
 """The names of a model's modules in GGUF files, and the order in which a file stores the rows of a weight.
 
 The package ``gguf`` has the names for each architecture. llama.cpp's converter reorders the rows of a few weights, so
-that llama.cpp's rotary positions can rotate pairs of neighbouring features. The class :class:`GgufNames` has the names,
-and the order of these rows.
+that llama.cpp's rotary positions can rotate pairs of neighbouring features. The class :class:`GgufNames` gives the
+names, and the order of reordered rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .header import GgufError, GgufHeader
 __all__ = ["ARCHITECTURES", "GgufNames"]
 
 # transformers' model type -> architecture of GGUF, and whether the file interleaves the rows of attn_q and attn_k. All
-# other matrices of these architectures have the layout of transformers' model.
+# other matrices of the architectures in this table have the layout of transformers' model.
 # Source: llama.cpp convert_hf_to_gguf.py (modify_tensors), transformers modeling_gguf_pytorch_utils.py.
 ARCHITECTURES: dict[str, tuple[str, bool]] = {
     "llama": ("llama", True),

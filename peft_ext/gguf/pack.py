@@ -365,8 +365,8 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
             found.dense[target] = reason
         _decode(header, info, target, names, processor, touched, dtype, found.tensors)
         made = found.tensors.get(target)
-        # Some converters of a model to GGUF keep sizes of 1 and some do not, for example in the gate of Qwen 2's shared
-        # expert.
+        # Some converters of a model to GGUF keep dimensions of size 1 and some do not, for example in the gate of Qwen
+        # 2's shared expert.
         if made is not None and _without_ones(made.shape) == _without_ones(shapes[target]):
             found.tensors[target] = made = made.reshape(shapes[target])
         if made is not None and made.shape != shapes[target]:
@@ -459,7 +459,7 @@ class _Source(NamedTuple):
 def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
     """Returns, by the name of the parameter, the file's tensors from which each parameter of the model is made.
 
-    The tensors are those that transformers' ``get_gguf_plan`` finds.
+    The tensors of a parameter are those that transformers' ``get_gguf_plan`` finds.
     """
     mapping = copy.deepcopy(mapping)  # a copy, because rename_source_key changes the conversions
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -476,7 +476,7 @@ def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
-    """Returns the sizes of a shape other than 1, because sizes of 1 may differ between the file and the model."""
+    """Returns a shape without its sizes of 1, because the file and the model may have them in different places."""
     return tuple(size for size in shape if size != 1)
 
 

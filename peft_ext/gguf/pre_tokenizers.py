@@ -10,7 +10,7 @@ The expressions are applied one after the other. Each expression splits each pie
 of the expression and the parts between the matches.
 
 Source: llama.cpp, src/llama-vocab.cpp. For a few names, llama.cpp's expressions are an approximation of those in the
-model's tokenizer.json; then the expressions here are those in the tokenizer.json.
+model's tokenizer.json, and this module has the expressions of the tokenizer.json.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def adds_bos(header: GgufHeader) -> bool:
 
 
 def fit_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
-    """Changes a tokenizer that transformers has made from a GGUF file so that it splits text as llama.cpp does.
+    """Changes a tokenizer that transformers has made from a GGUF file so that it splits text as llama.cpp does, or, for
+    a few values of ``tokenizer.ggml.pre``, as the model's tokenizer.json does.
 
     A byte-level BPE tokenizer gets the expressions of the file's ``tokenizer.ggml.pre``, and the file's control tokens
     that transformers has left out (see :func:`_add_tokens`). A tokenizer of SentencePiece (except Gemma's) puts a space
@@ -144,7 +145,7 @@ def fit_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence([*words, in_bytes])
         backend.model.ignore_merges = name in _IGNORE_MERGES
     elif header.get("tokenizer.ggml.model") == "llama":
-        # Gemma's tokenizer, which never puts a space before a text and splits in another way, is not changed here.
+        # Gemma's tokenizer is not changed: it never puts a space before a text, and splits text in another way.
         if header.architecture == "phi3" or isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
             spaces = normalizers.Replace(" ", "▁")
             backend.normalizer, backend.pre_tokenizer = spaces, None
@@ -166,7 +167,7 @@ def _add_tokens(header: GgufHeader, tokenizer: Any) -> None:
 
     transformers spells such a control token in the byte alphabet, so that the token's own text is not found in the
     vocabulary. A special token that is not found gets a new number beyond the vocabulary, for which the model's
-    embedding has no row. GPT-2's "<|endoftext|>" gets such a number in every file without this token.
+    embedding has no row. GPT-2's "<|endoftext|>" gets a number beyond the vocabulary if the file lacks this token.
     """
     tokens, kinds = header.get("tokenizer.ggml.tokens"), header.get("tokenizer.ggml.token_type", ())
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())

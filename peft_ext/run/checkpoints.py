@@ -135,8 +135,8 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
         before = record.get("processes")
         if not isinstance(before, dict) or before.get("launch") != ranks.identity:
             return o
-        # With ``restarts``, a finished run counts too: if a process ends with an error after the run has finished, the
-        # launcher starts all processes again.
+        # If torchrun has restarted the processes, the run may even be finished, because a process may end with an error
+        # after the run has finished.
         if ranks.restarts == 0 and (record.get("finished", True) or not ranks.has_own_name):
             return o
         found = METHODS[o.method].can_resume and any(not_whole(path) is None for path in saved_checkpoints(o))
@@ -244,7 +244,7 @@ def saving_callback(stop: Stop, ranks: Ranks) -> Any:
     class Saver(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             ranks.at(f"step {state.global_step}")
-            # A signal that comes while the ranks exchange these values stays in ``stop`` for the next step.
+            # A signal that comes while the ranks exchange the signals so far stays in ``stop`` for the next step.
             number, save = ranks.largest(stop.signal, int(stop.save))
             if number:
                 stop.signal = number

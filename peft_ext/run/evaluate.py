@@ -82,9 +82,9 @@ def perplexity(losses: Losses) -> float:
 def curve_examples(run: Run) -> list[int]:
     """Returns the indices of the held-out examples on which each point of the held-out curve is computed.
 
-    The indices are evenly spread over the held-out examples. There are so many that the evaluations during training
-    have at most HELD_OUT_SHARE times the number of training tokens, but at least 4 indices (or all held-out examples).
-    A resumed run uses the number of examples in its checkpoint's history.
+    The indices are evenly spread over the held-out examples. Their number is as large as possible while all evaluations
+    during training have at most HELD_OUT_SHARE times the number of training tokens, but at least 4 (or the number of
+    held-out examples). A resumed run uses the number of examples in its checkpoint's history.
     """
 
     def tokens(examples: list[Any]) -> float:

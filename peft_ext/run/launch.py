@@ -139,8 +139,8 @@ def without_settings() -> Iterator[None]:
     """Hides the environment variables of the accelerate library, except _KEPT, from the block, and restores the
     variables after the block.
 
-    ``accelerate launch`` passes its configuration in these environment variables, and Trainer and the accelerate
-    library set some of these variables too.
+    ``accelerate launch`` passes its configuration in environment variables of the accelerate library, and Trainer and
+    the accelerate library set some of these variables too.
     """
 
     def take() -> dict[str, str]:

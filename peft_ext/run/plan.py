@@ -2,8 +2,8 @@
 
 The dry run makes the checks of a run that need no weights, tokenizes the data, counts the steps, and builds the model
 on the meta device. Each parameter is then replaced by a tensor of one element that is expanded to the parameter's
-shape. The checks of fused layers do not read the values of weights, so these tensors pass like real weights. The dry
-run estimates no times.
+shape. The checks of fused layers do not read the values of weights, so the expanded tensors pass like real weights. The
+dry run estimates no times.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Plan:
         model_class, parameters: class name and number of parameters of the base.
         adapter: preview of the adapter, with the memory of a step whose examples have ``longest`` tokens.
         load_bytes: bytes of the weights as they are loaded: in bfloat16, also if the run quantizes the weights
-            afterwards, or packed as in the files. With --shard fsdp2 and hsdp, ``load_bytes`` is of the process with
-            the largest shards.
+            afterwards, or packed as in the files. With --shard fsdp2 and hsdp, ``load_bytes`` is the memory while the
+            base loads in the process with the largest shards.
         check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the loaded base
             and, where a step's memory could be estimated, the trained model. With --shard fsdp2 and hsdp,
             ``check_bytes`` counts the shards of both models.

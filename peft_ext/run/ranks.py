@@ -532,7 +532,7 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
         torch.cuda.set_device(ranks.gpu)
     local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # the accelerate library uses GPU number LOCAL_RANK
     os.environ |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
-    if "OMP_NUM_THREADS" not in os.environ:  # without it, the accelerate library would warn and choose a number
+    if "OMP_NUM_THREADS" not in os.environ:  # the accelerate library would warn, and choose a number of threads
         threads = max(1, torch.get_num_threads() // ranks.local_world)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)

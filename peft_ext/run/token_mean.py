@@ -22,16 +22,16 @@ class TokenMeanTrainer(Trainer):
     """transformers' Trainer, except that for every model the loss of an optimizer step is the mean over the label
     tokens of all batches of the step, in all processes if ``args.average_tokens_across_devices`` is True.
 
-    transformers' Trainer has this loss only for a model whose loss divides by ``num_items_in_batch``. A model of a
-    class with ``accepts_loss_kwargs = False`` (Gemma 3n, Gemma 4) does not get ``num_items_in_batch``, so Trainer takes
-    the mean of the batches' losses. In this mean, a label of a batch with few labels weighs more than a label of a
-    batch with many labels. A model whose forward accepts ``num_items_in_batch`` and does not pass it to the loss trains
-    on the sum of the batches' losses.
+    transformers' Trainer takes the mean over the label tokens only for a model whose loss divides by
+    ``num_items_in_batch``. A model of a class with ``accepts_loss_kwargs = False`` (Gemma 3n, Gemma 4) does not get
+    ``num_items_in_batch``, so Trainer takes the mean of the batches' losses, in which a label of a batch with few
+    labels weighs more than a label of a batch with many labels. A model whose forward accepts ``num_items_in_batch``
+    and does not pass it to the loss trains on the sum of the batches' losses.
 
-    TokenMeanTrainer does not pass ``num_items_in_batch`` to the model. It multiplies the loss of each batch, which is a
-    mean over the batch's labels, by the batch's share of the step's labels. A term that PEFT or the model adds to the
-    loss of each batch, such as AdaLoRA's regularization, therefore counts once in a step. ``args.n_gpu`` must be at
-    most 1, because ``nn.DataParallel`` is not supported.
+    TokenMeanTrainer does not pass ``num_items_in_batch`` to the model. TokenMeanTrainer multiplies the loss of each
+    batch, which is a mean over the batch's labels, by the batch's share of the step's labels. A term that PEFT or the
+    model adds to the loss of each batch, such as AdaLoRA's regularization, therefore counts once in a step.
+    ``args.n_gpu`` must be at most 1, because ``nn.DataParallel`` is not supported.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -441,7 +441,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             """Returns the run's order of examples.
 
-            The accelerate library divides the batches of this order among the ranks: each rank gets every ``world``-th.
+            The accelerate library divides the batches of a step among the ranks: each rank gets every ``world``-th one.
             """
             return Order(len(run.examples.train), run.steps * run.step_examples, o.seed)
 

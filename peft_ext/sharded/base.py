@@ -125,7 +125,7 @@ def meta_base(
 def _initialize_buffers(model: Any, names: set[str]) -> None:
     """Gives values, by the model's ``_init_weights``, to the buffers that are in no file, as ``from_pretrained`` does.
 
-    These buffers are the buffers outside of the state dict, and the buffers ``names``, which the files lack.
+    The buffers in no file are the buffers outside of the state dict, and the buffers ``names``, which the files lack.
     """
     kept = {name for name, _ in model.named_non_persistent_buffers()} | names
     for name, buffer in list(model.named_buffers()):
@@ -150,9 +150,9 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     """Returns the decoder layers: the items of the nn.ModuleLists whose items all have a class that the model's
     ``_no_split_modules`` names.
 
-    If no nn.ModuleList has only items of these classes, returns the items of the nn.ModuleLists that have a name in
-    ``_LISTS``. Empty lists, and lists inside of a returned item, are left out. Raises SourceError if no list of decoder
-    layers is found.
+    If no nn.ModuleList has only items of the classes in ``_no_split_modules``, the function returns the items of the
+    nn.ModuleLists that have a name in ``_LISTS``. Empty lists, and lists inside of a returned item, are left out.
+    Raises SourceError if no list of decoder layers is found.
     """
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]

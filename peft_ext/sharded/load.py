@@ -125,8 +125,8 @@ class _Loader:
         self.turn = 0
         self.error: Optional[Exception] = None
         self.doras = magnitudes_to_compute(model)
-        # The packed weights of the checkpoint that have DoRA adapters. The magnitudes of these adapters are computed
-        # after all weights are read.
+        # The packed weights of the checkpoint that have DoRA adapters. The magnitudes of the DoRA adapters over packed
+        # weights are computed after all weights are read.
         self.later: list[tuple[Group, nn.Module, str]] = []
 
     def __enter__(self) -> _Loader:
@@ -191,7 +191,7 @@ class _Loader:
         try:
             self._read(group, *places[0])
         except Exception as error:
-            # All processes raise this error in _agree.
+            # The error is raised later, in _agree, by all processes.
             self.error = self.error or error
 
     # --- a tensor of which each process reads its own rows ------------------------------------------------------------
@@ -202,7 +202,7 @@ class _Loader:
             dtype = module._buffers[attribute].dtype
             module._buffers[attribute] = group.whole()[group.name].to(self.device, dtype)
             return
-        # A tied tensor has two names. If it is no longer on the meta device, it was filled under its other name.
+        # A tied tensor that is no longer on the meta device was filled already, under its other name.
         tied = not tensor.is_meta
         held = tensor if tied else self._new(tensor)
         rows, start = held.to_local(), self._bounds(held.shape[0])[0]
@@ -252,8 +252,8 @@ class _Loader:
                 made = list(make())
                 _check_made(group, made, targets)
             except Exception as error:
-                # The error is raised later, in _agree. The other processes wait for tensors, so this process sends
-                # zeros.
+                # The error is raised later, in _agree. Zeros are sent in place of the tensors, because the other
+                # processes of the node wait for the tensors.
                 self.error, made = self.error or error, [None] * len(targets)
         source = dist.get_global_rank(self.group, owner)
         for i, (module, name) in enumerate(targets):
@@ -365,7 +365,8 @@ class _Loader:
     def _share_magnitudes(self, group: Group, module: Any, attribute: str) -> None:
         """Computes the DoRA magnitudes over one packed weight in one process of the node, and sends the magnitudes.
 
-        That process reads all codes of the weight again, because it has kept only its own shard of the codes.
+        The process that computes the magnitudes reads all codes of the weight again, because each process has kept only
+        its own shard of the codes.
         """
         self.turn, owner = self.turn + 1, self.turn % self.ranks
         doras = self._packed_doras(module, attribute)

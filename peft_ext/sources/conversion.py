@@ -156,7 +156,7 @@ def plan(
     wanted = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     groups = _groups(model, files, mapping, wanted, _dtypes(model, dtype))
     # save_pretrained reverts the conversions in _weight_conversions. If this release of transformers has no was_used,
-    # these are all conversions of the mapping.
+    # save_pretrained reverts all conversions of the mapping.
     used = [conversion for conversion in mapping if getattr(conversion, "was_used", lambda: True)()]
     model._weight_conversions = used
     found: dict[str, Group] = {}

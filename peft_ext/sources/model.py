@@ -265,10 +265,10 @@ def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> 
 def model_class(about: Any, config: Any) -> Any:
     """Returns the class of the model that an adapter was trained on.
 
-    For an adapter without a task, returns the class that the adapter's auto_mapping names, if this class has the base's
-    class of configurations, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the base's own
-    class if the class can generate. In the other cases, returns the task's class in AUTO_CLASSES. If AUTO_CLASSES lacks
-    the task, returns the base's own class. Without an own class in transformers, the fallback is ``AutoModel``.
+    For an adapter without a task, returns the class that the adapter's auto_mapping names, if this class is made for
+    the base's class of configurations, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the
+    base's own class if the class can generate. Otherwise, a task in AUTO_CLASSES gives the class of the task, and
+    another task gives the base's own class. ``AutoModel`` replaces an own class that transformers does not have.
 
     Args: about: the base's configuration. config: the adapter's configuration.
     """
