@@ -74,7 +74,7 @@ STATE = NativeState()
 
 
 def build_identity() -> str:
-    """Returns a digest of the names, sizes and times of change of the native libraries in the package's folder.
+    """Returns a digest of the names, sizes and modification times of the native libraries in the package's folder.
 
     If the sources beside the package have changed since the library was built, the digest depends on the sources too,
     so that the kernels are proved again after each change of the sources.
@@ -204,7 +204,7 @@ def _load_cpu() -> None:
 
 def _compare(library: Path) -> None:
     """Warns if the loaded library is of another version than the package, or of other sources than the module ``_C`` or
-    the folder csrc beside the package. With PEFT_EXT_REQUIRE, the first two cases raise ImportError."""
+    the folder csrc beside the package. With PEFT_EXT_REQUIRE, another version or another ``_C`` is an ImportError."""
     build, warn = STATE.build, _fail
     digest = build.get("sources", "")
     if build["version"] != __version__:
@@ -262,8 +262,8 @@ def release_scratch() -> int:
 
 
 def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
-    """Loads the native library, if its file exists, and registers the library's operators. ``import peft_ext`` calls
-    this function once.
+    """Loads the native library, if its file exists, and registers the library's operators. The function ``load`` is
+    called once, by ``import peft_ext``.
 
     ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
     """

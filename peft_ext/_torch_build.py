@@ -15,7 +15,7 @@ class TorchBuild:
     """The kind of GPU that torch was built for.
 
     Attributes:
-        name: "CUDA", "ROCm", "XPU", "MPS" or "CPU".
+        name: name of the platform: "CUDA", "ROCm", "XPU" or "MPS", or "CPU" if torch was built for no GPU.
         version: the release of CUDA, ROCm or XPU that torch was built with; "" for MPS and CPU.
     """
 

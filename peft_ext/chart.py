@@ -150,7 +150,7 @@ class Picture:
     Args:
         title: text of one line at the top.
         legend: ``(look, label)`` of each coloured square of the legend; a look is a key of :data:`_COLOURS`.
-        width: width in pixels. GitHub shows a picture of 860 pixels in a README without scaling.
+        width: width of the picture in pixels. GitHub shows a picture of 860 pixels in a README without scaling.
     """
 
     def __init__(self, title: str, legend: Sequence[tuple[str, str]] = (), width: int = 860) -> None:
@@ -300,8 +300,9 @@ class Panel:
         A contender without a value in a row, and a row without values, gets the words "not measured".
 
         Args:
-            groups: ``{contender: value}`` of each row.
-            looks: ``{contender: look}``, from top to bottom. The value of a bar with the look "ours" is in bold.
+            groups: for each row, a dict from contenders to values.
+            looks: dict from contenders to looks, in the order of a row's bars from top to bottom. The value of a bar
+                with the look "ours" is in bold.
             names: name of each row. The id of a bar is made of the row's name and the contender's name.
         """
         middle, thick = (len(looks) - 1) / 2, 0.8 / max(3, len(looks))

@@ -183,8 +183,8 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
     native library or NVRTC is missing. A first training step needs about a hundred kernels, which one core compiles in
     about the time in which many cores compile all kernels. The kernels of packed formats other than NF4 are left out: a
     model has weights of one or two formats, and the few kernels of these formats are compiled at their first launch.
-    ``say`` gets a line before the compilation. If a kernel does not compile, ``prepare`` raises no error; the first
-    launch of the kernel raises it.
+    Before the compilation, ``prepare`` calls ``say`` with a line for the user. If a kernel does not compile,
+    ``prepare`` raises no error; the first launch of the kernel raises the error.
     """
     cores = len(os.sched_getaffinity(0))
     if cores < WARM_CORES or _native.STATE.module is None or missing():
@@ -207,8 +207,8 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
 def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Image, str]:
     """Compiles a kernel with NVRTC. Returns the machine code, and NVRTC's messages.
 
-    ``kernel`` and ``file`` are those of :func:`image`. ``arch`` is, for example, ``sm_90`` for a GPU's machine code, or
-    ``compute_90`` for PTX, which the driver translates. ``options`` are further options for NVRTC.
+    ``kernel`` and ``file`` are described in :func:`image`. ``arch`` is, for example, ``sm_90`` for a GPU's machine
+    code, or ``compute_90`` for PTX, which the driver translates. ``options`` are further options for NVRTC.
     """
     nvrtc = _nvrtc()
     headers = HEADERS | _sources()

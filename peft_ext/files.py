@@ -86,7 +86,7 @@ def atomic_file(path: Union[str, Path], mode: str = "w", *, overwrite: bool = Tr
     Args:
         path: the file, which need not exist; its folder must exist. If ``path`` is a symbolic link, the file that the
             link names is replaced, and the link stays.
-        mode: "w" or "wb".
+        mode: "w" for text, "wb" for bytes.
         overwrite: whether a file at ``path`` may be replaced, also a file that another process has written since the
             block began.
         kwargs: further arguments of ``open``: ``encoding`` (default: utf-8), ``newline`` and the like.
@@ -135,7 +135,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
         overwrite: whether a folder that is not empty may be replaced. Without ``keep``, no file of the old folder
             stays.
         keep: with overwrite, whether files of the old folder that are not in the new folder stay, as hard links if the
-            file system has hard links. Subfolders of the two folders are merged.
+            file system has hard links. With keep, the contents of subfolders that both folders have are merged.
 
     Yields: an empty folder to write into, on the file system of ``path``.
 
@@ -430,7 +430,7 @@ def _put(part: Path, target: Path, overwrite: bool, keep: bool, check: Callable[
 
 
 def _move_aside(part: Path, target: Path, check: Callable[[Path], None]) -> Path:
-    """Gives the folder ``target`` a hidden name, and ``part`` the name ``target``. Returns the hidden name."""
+    """Gives the folder ``target`` a hidden name, which is returned, and ``part`` the name ``target``."""
     old = _hidden(target, _OLD)
     os.rename(target, old)
     try:

@@ -234,7 +234,7 @@ def load_adapter(
             adapted = model
         else:
             if key_mapping is None:
-                # PeftModel.from_pretrained has this default for key_mapping, and PeftModel.load_adapter has no default.
+                # PeftModel.from_pretrained takes key_mapping from the model by default, unlike PeftModel.load_adapter.
                 key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
             adapted, results = _wrapped(model, str(path), adapter_name, is_trainable, config, kwargs)
             for result in results:
@@ -252,7 +252,7 @@ def _wrapped(
     model: nn.Module, path: str, adapter_name: str, is_trainable: bool, config: Any, kwargs: dict[str, Any]
 ) -> tuple[PeftModel, list[Any]]:
     """Returns the PeftModel that ``PeftModel.from_pretrained`` makes of a base model, and the results of
-    ``load_state_dict``. ``kwargs``: further arguments of PEFT."""
+    ``load_state_dict``. ``kwargs`` are further arguments of ``PeftModel.from_pretrained``."""
     if "config" not in kwargs and getattr(config, "use_dora", False):
         kwargs["config"] = config
     if "config" in kwargs:
@@ -276,7 +276,7 @@ def _held(model: nn.Module, attribute: str, default: Any) -> Any:
 @contextmanager
 def _as_it_was_on_failure(model: nn.Module, file: Path) -> Iterator[None]:
     """If the code in the context raises, restores the modules of ``model``: classes, children, tensors, modes and all
-    other attributes. Values that were written into a tensor stay.
+    other attributes. Values that the code wrote into a tensor in place are not restored.
 
     ``file`` is the adapter's file, which the error about a missing tensor names.
     """

@@ -37,7 +37,7 @@ class Contender:
     """One implementation of the operator that a benchmark compares, such as peft_ext's or PEFT's.
 
     Attributes:
-        run: the timed call.
+        run: function that makes the call whose time is measured.
         outputs: function of the return value of ``run``, which returns the results of the call by name.
         exact: function that returns the float64 results under the same names as ``outputs``. ``exact`` runs under the
             same seed as ``run``, so that both draw the same dropout mask. For a contender without a float64 result,

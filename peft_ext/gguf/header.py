@@ -77,7 +77,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file.
+    """One tensor of a GGUF file, as the header describes it.
 
     Attributes:
         name: name of the tensor in the file.

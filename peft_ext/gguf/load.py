@@ -60,7 +60,7 @@ def load_gguf(
         dtype: dtype of the dense weights and of the computation.
         model_class: the transformers class; default ``AutoModelForCausalLM``, and for T5 ``AutoModelForSeq2SeqLM`` or
             ``T5EncoderModel``.
-        device_map, kwargs: as for transformers' ``from_pretrained``.
+        device_map, kwargs: further arguments of transformers' ``from_pretrained``.
 
     Raises:
         OSError: the file can't be read.

@@ -62,7 +62,7 @@ class _Changes(NamedTuple):
         names: regular expression for the names of the changed tensors.
         rows: if the class only reorders rows, a function of a tensor's name, the tensor's number of rows and the
             configuration, which returns the order of the rows: row i of transformers' tensor is row ``order[i]`` of the
-            file's tensor. None if the class changes values.
+            file's tensor. ``rows`` is None if the class changes values.
     """
 
     digest: str
@@ -195,7 +195,7 @@ def _shapes(model: Any) -> dict[str, torch.Size]:
 
 def _check_all(model: Any, header: GgufHeader, shapes: dict[str, torch.Size], found: Iterable[str]) -> None:
     """Raises GgufError for a parameter of the model that neither has a tensor in the file nor is tied to a parameter
-    with a tensor. Otherwise transformers would allocate memory for the parameter."""
+    with a tensor. Without this check, transformers would allocate memory for such a parameter."""
     found = set(found)
     tied = {name for pair in model.all_tied_weights_keys.items() if set(pair) & found for name in pair}
     if missing := [name for name in shapes if name not in found and name not in tied]:
@@ -314,7 +314,7 @@ def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
 
     names = [(processor.preprocess_name(name), name) for name in model.state_dict()]
     prefix = model.base_model_prefix
-    if not any(full.startswith(f"{prefix}.") for _, full in names):  # the model is the base model itself
+    if not any(full.startswith(f"{prefix}.") for _, full in names):  # the model is a base model without a head
         names = [(f"{prefix}.{name}", full) for name, full in names]
     for depth in range(max((name.count(".") for name, _ in names), default=0)):
         for name, full in names:

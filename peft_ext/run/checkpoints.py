@@ -56,7 +56,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def saved_checkpoints(o: Options) -> list[Path]:
-    """Returns the folders of the run's checkpoints, sealed or not, the latest checkpoint first."""
+    """Returns the folders of the run's checkpoints, the latest first, also of checkpoints that are half written."""
     there = checkpoints_folder(o).glob("checkpoint-*")
     return sorted((p for p in there if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()), key=step_of,
                   reverse=True)  # fmt: skip
@@ -82,10 +82,10 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
 
     Raises RunError where the path or a parent of it is a file, where the path is a loop of symbolic links, where the
     folder can't be written to, and where the folder is not empty and neither --resume nor --overwrite is given. With
-    --resume, raises RunError where no checkpoint is whole, where run.json is no record of a run, or where the number of
-    examples of a step or an option in SAME_ON_RESUME differs from the earlier run. With --overwrite, raises RunError
-    where the folder has no run.json of an earlier run, but another run.json, a report.html, a checkpoint or, with
-    --export, an adapter.gguf.
+    --resume, raises RunError where each checkpoint is half written or changed, where run.json is no record of a run, or
+    where the number of examples of a step or an option in SAME_ON_RESUME differs from the earlier run. With
+    --overwrite, raises RunError where the folder has no run.json of an earlier run, but another run.json, a
+    report.html, a checkpoint or, with --export, an adapter.gguf.
     """
     existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
@@ -217,8 +217,8 @@ def trainer_history(checkpoint: Optional[Path]) -> list[dict[str, Any]]:
 
 
 def how_to_go_on(o: Options) -> str:
-    """Returns the end of an error message, which says from which sealed checkpoint --resume continues; "" without a
-    sealed checkpoint."""
+    """Returns the end of an error message, which says from which finished checkpoint --resume continues; "" without a
+    finished checkpoint."""
     checkpoint = None
     with contextlib.suppress(OSError):
         checkpoint = next(filter(is_sealed, saved_checkpoints(o)), None)
@@ -226,14 +226,14 @@ def how_to_go_on(o: Options) -> str:
 
 
 def remove_unsealed(o: Options) -> None:
-    """Removes the checkpoints that are not sealed, which the Trainer may have left half written."""
+    """Removes the checkpoints without the list of :func:`peft_ext.files.seal`, because they may be half written."""
     for checkpoint in saved_checkpoints(o):
         if not is_sealed(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def saving_callback(stop: Stop, ranks: Ranks) -> Any:
-    """Returns a Trainer callback that seals each saved checkpoint.
+    """Returns a Trainer callback that calls :func:`peft_ext.files.seal` for each saved checkpoint.
 
     If a signal has asked one of the ranks for a checkpoint or for the end of the run, the callback makes the Trainer
     save a checkpoint after the current step. If a signal has asked for the end of the run, the callback also stops the

@@ -453,7 +453,7 @@ def _renderer(
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
         # For each turn of the assistant, the chat template renders the messages before the turn, and these messages
-        # together with the turn. The characters that the turn adds are an answer.
+        # together with the turn. The characters that the assistant's turn adds to the text are an answer.
         answers: list[tuple[int, int]] = []
         done = ""
         for count, message in enumerate(messages):

@@ -66,7 +66,7 @@ def read_text(about: str, path: Path, most: Optional[int] = None) -> str:
 
 # The classes of errors that transformers, tokenizers and PEFT raise for unusable files and configurations.
 REFUSALS = (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError, ArithmeticError)
-_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # parts of out-of-memory messages
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # parts of PyTorch's messages about a lack of memory
 
 
 def out_of_memory(error: BaseException) -> bool:

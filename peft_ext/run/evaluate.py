@@ -175,7 +175,7 @@ def continued(
         if has_prompt:
             out = greedy(model, ids, count, temperature)
         else:
-            out = model.generate(  # overrides huge values of an untrusted generation_config
+            out = model.generate(  # these arguments overrule huge values in an untrusted generation_config
                 **inputs, max_new_tokens=count, use_cache=True, num_beams=1, num_return_sequences=1,
                 synced_gpus=together, pad_token_id=tokenizer.pad_token_id,
                 **(draws if temperature else {"do_sample": False}),

@@ -162,10 +162,10 @@ class Ranks:
         return work()
 
     def at(self, place: str) -> None:
-        """Notes in the store that this rank has reached ``place``, so that an error message can name the last place
-        that a rank has reached.
+        """Notes in the store that this rank has reached the point ``place`` of the program, so that an error message
+        can name the last point that a rank has reached.
 
-        All ranks must reach the same places in the same order.
+        All ranks must reach the points in the same order.
         """
         if self.world > 1:
             self._count += 1
@@ -175,8 +175,8 @@ class Ranks:
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def check_alike(self, facts: dict[str, Any]) -> None:
-        """Raises RunError on the lowest rank that has another value of a fact than rank 0, and Elsewhere on all other
-        ranks."""
+        """Raises RunError on the lowest rank whose ``facts`` differ from those of rank 0, and Elsewhere on the other
+        ranks; returns if the facts of all ranks are equal."""
         if self.world == 1:
             return
         found = self.gather(facts)
@@ -190,7 +190,8 @@ class Ranks:
         self.together(check)
 
     def check_shared(self, folder: Path) -> None:
-        """Raises RunError on the lowest rank that does not see the files that rank 0 writes into ``folder``."""
+        """Raises RunError on the lowest rank that does not see a file that rank 0 writes into ``folder``, and Elsewhere
+        on the other ranks; returns if all ranks see the file."""
         if self.world == 1:
             return
         name = self.gather(f"{PROBE}{secrets.token_hex(8)}")[0]
@@ -314,8 +315,8 @@ class Ranks:
         """Returns the ranks for which this rank may have waited: ``gone``, or, if ``gone`` is empty, the ranks that did
         not fail in an exchange.
 
-        Of several such ranks, the method returns those whose last place in the program is the earliest. The method
-        never returns this rank, because this rank waited for others.
+        Of several such ranks, the method returns those whose last noted point of the program is the earliest. The
+        method never returns this rank, because this rank waited for others.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
         with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
@@ -363,7 +364,7 @@ class Ranks:
             self._beating.join(_LAST_BEAT)
 
     def _place(self, rank: int) -> tuple[int, str]:
-        """Returns the number and the name of the last place that a rank has noted with :meth:`at`."""
+        """Returns the number and the name of the last point of the program that a rank has noted with :meth:`at`."""
         name = f"{self._key}/at/{rank}"
         with contextlib.suppress(RuntimeError):
             if self._store.check([name]):

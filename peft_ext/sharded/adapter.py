@@ -190,7 +190,7 @@ def magnitude(layer: Any, adapter: str, weight: Union[Tensor, PackedWeight], lor
         weight = weight.dequantize(getattr(experts, "compute_dtype", None))
     dora = DoraLinearLayer(fan_in_fan_out=held.fan_in_fan_out)
     if not lora_B.any():
-        # lora_B is zero, so B A is zero. A zero matrix of size 1 x 1 gives the norm that B A would give.
+        # Because lora_B is zero, the norm is that of the weight alone. A zero matrix of size 1 x 1 can replace B A.
         return dora.get_weight_norm(weight, lora_B.new_zeros(1, 1), scaling).to(held.weight.dtype)
     base = nn.Linear(1, 1, bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)

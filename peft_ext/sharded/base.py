@@ -28,7 +28,7 @@ class MetaBase:
 
     Attributes:
         model: the transformers model. Buffers that are in no file are on the CPU and have their values.
-        folder: the folder of the files.
+        folder: the folder of the model's files.
         layers: the decoder layers, which are the units of FSDP2.
         groups: the plan, in the order of the decoder layers. Each item is a group of tensors and the index of the
             group's decoder layer; the index is -1 for a group outside of the decoder layers.

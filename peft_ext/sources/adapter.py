@@ -37,9 +37,9 @@ with required("peft", "a saved adapter's configuration"):
 _MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
 
-# Initializations from a decomposition of the base weight. PEFT first allocates tensors of the rank r in the
-# configuration, and then truncates these tensors to the shorter side of the weight. The r in a saved configuration may
-# therefore be larger than the rank of the saved tensors.
+# Beginnings of the names of LoRA initializations that decompose the base weight. For these, PEFT first allocates
+# tensors of the rank r in the configuration, and then truncates the tensors to the shorter side of the weight. The r in
+# a saved configuration may therefore be larger than the rank of the saved tensors.
 _TRUNCATING = ("pissa", "olora")
 
 

@@ -310,7 +310,7 @@ class LoadedModel:
     """A model loaded from a folder or a GGUF file.
 
     Attributes:
-        folder: the folder, or the GGUF file.
+        folder: the folder or the GGUF file from which the model was loaded.
         absent: names of the model's parameters that the files lack.
         quant: how the files store the weights, see :func:`stored_quant`.
     """
