@@ -135,8 +135,9 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
 
 def _packed_targets(config: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields name and module of each packed layer of the base model ``model`` that is a target of ``config``, or lies
-    within a target. If ``config`` names no targets, and PEFT has no default targets of the method for this type of
-    model, yields all packed linear layers."""
+    within a target. If ``config`` names neither modules nor parameters, and PEFT has no default targets of the method
+    for this type of model, yields the packed linear layers except the head (for trainable tokens, the packed
+    embeddings)."""
     if not hasattr(config, "target_modules"):
         return
     found, targets = copy.copy(config), config.target_modules

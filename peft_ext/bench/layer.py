@@ -37,7 +37,7 @@ class NotFused(Exception):
 
 
 class NotRight(Exception):
-    """Raised, before any layer is timed, if the relative error of peft_ext's layer against float64 is too large.
+    """Raised, before the layers of a case are timed, if peft_ext's layer differs too much from the float64 result.
 
     The message has the relative error.
     """

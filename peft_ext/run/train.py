@@ -114,8 +114,8 @@ def finetune(options: Options) -> Result:
     The progress is logged to the logger ``peft_ext.run``. In this process the function turns off transformers' progress
     bars, and the warnings and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.
 
-    If a launcher has started several processes, all of them have to call the function, with equal options. After an
-    error, each process has to end, because the process group of the run is broken.
+    If a launcher has started several processes, all of them have to call the function, with equal options (paths and
+    ``threads`` may differ). After an error, each process has to end, because the process group of the run is broken.
 
     Raises RunError for an error that the user can fix, such as a wrong option, a full disk or too little memory.
     Raises Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
