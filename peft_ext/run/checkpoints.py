@@ -82,10 +82,10 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
 
     Raises RunError where the path or a parent of it is a file, where the path is a loop of symbolic links, where the
     folder can't be written to, and where the folder is not empty and neither --resume nor --overwrite is given. With
-    --resume, raises RunError where each checkpoint is half written or changed, where run.json is no record of a run, or
-    where the number of examples of a step or an option in SAME_ON_RESUME differs from the earlier run. With
-    --overwrite, raises RunError where the folder has no run.json of an earlier run, but another run.json, a
-    report.html, a checkpoint or, with --export, an adapter.gguf.
+    --resume, raises RunError where the folder has no checkpoint except half written or changed ones, where run.json is
+    no record of a run, or where the number of examples of a step or an option in SAME_ON_RESUME differs from the
+    earlier run. With --overwrite, raises RunError where the folder has no run.json of an earlier run, but another
+    run.json, a report.html, a checkpoint or, with --export, an adapter.gguf.
     """
     existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
@@ -109,8 +109,8 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
 
 
 def _check_empty(o: Options) -> None:
-    """Raises RunError where the output folder has files that are not the lock or a test of the folder, unless the
-    options have --resume or --overwrite."""
+    """Raises RunError where the output folder has other entries than the lock file and a run's tests of the folder,
+    unless the options have --resume or --overwrite."""
     if o.resume or o.overwrite or not o.output.is_dir() or all(map(_is_ours, o.output.iterdir())):
         return
     resume = "--resume continues it, " if saved_checkpoints(o) else ""
