@@ -60,7 +60,7 @@ def _is_forbidden(least: str) -> bool:
 
 def _onednn_multiplies(check: str) -> bool:
     """Returns the answer of PyTorch's function ``check``: whether oneDNN multiplies matrices of a dtype. Returns False
-    if PyTorch was built without oneDNN. On a CPU with AVX2 and without AVX-512, the answer is False."""
+    if PyTorch was built without oneDNN."""
     try:
         return bool(getattr(torch.ops.mkldnn, check)())
     except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN
@@ -90,8 +90,8 @@ def widened_dtypes() -> frozenset[torch.dtype]:
 
     In the returned dtypes, this CPU has no instructions for PyTorch's product, PyTorch has no oneDNN, or the
     environment forbids the instructions. peft_ext's product uses instructions for the dtype, or is PyTorch's float32
-    product over one panel of the weight at a time. On the scalar path, and without the native library, the result is
-    empty: PyTorch's product is used.
+    product over one panel of the weight at a time. On the scalar path, and without the native library, PyTorch's
+    product stays in use, so the result is empty.
     """
     isa = _native.STATE.isa
     if isa not in (*_WIDENS, *_native.TILE_PATHS):

@@ -1,4 +1,4 @@
-"""Context managers for imports from PEFT, bitsandbytes and transformers: report names that a release does not have.
+"""Context managers for imports from PEFT, bitsandbytes and transformers, which report names that a release lacks.
 
     with optional("peft", "DoRA layers are not fused"):         warns of a missing name and goes on
         from peft.tuners.lora.variants import DoraLinearVariant
@@ -30,8 +30,8 @@ def version(package: str) -> str:
 
 
 def say_missing(package: str, what: str, cost: str) -> None:
-    """Warns once that an installed package differs from the releases that peft_ext knows. ``cost``: the effect of the
-    difference ``what``."""
+    """Warns once that an installed package differs from the releases that peft_ext knows. ``what`` is the difference,
+    and ``cost`` its effect, as texts of the warning."""
     text = f"{version(package)} is not as peft_ext knows it: {what}; {cost}"
     if text not in MISSING:
         MISSING.append(text)
@@ -66,8 +66,8 @@ def optional(package: str, cost: str) -> Iterator[None]:
 
 @contextmanager
 def required(package: str, user: str) -> Iterator[None]:
-    """If an import fails within the context, raises an ImportError with the package's version and ``user``, the code
-    that needs the name; if the package is not installed, raises the original error.
+    """If an import fails within the context, raises an ImportError that names the installed release and ``user``, the
+    function that needs the import. If the package is not installed, the original error is raised.
     """
     try:
         yield

@@ -10,8 +10,9 @@ Environment:
         Arm scalar, neon, neon_bf16); an unknown or unsupported path is an error. Without the library,
         ``PEFT_EXT_CPU_ISA`` is ignored.
     ``PEFT_EXT_REQUIRE=1``: a native library that is missing, does not load or does not match the package or the module
-        ``_C``, and kernels that fail their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning. A
-        library that is older than the sources beside the package is a warning also with ``PEFT_EXT_REQUIRE=1``.
+        ``_C``, and kernels that fail their proof (:mod:`peft_ext.ops.prove`), are an error instead of a warning. If
+        the sources beside the package have changed since the library was built, the import only warns, also with
+        ``PEFT_EXT_REQUIRE=1``.
 """
 
 from __future__ import annotations
@@ -73,10 +74,10 @@ STATE = NativeState()
 
 
 def build_identity() -> str:
-    """Returns a digest of the names, sizes and times of change of the native libraries in the package's folder.
+    """Returns a digest of the names, sizes and modification times of the native libraries in the package's folder.
 
-    If the sources beside the package have changed since the library was built, the digest depends on the sources too:
-    what was proved with other sources, and so with other Python code, is then proved again.
+    If the sources beside the package have changed since the library was built, the digest depends on the sources too,
+    so that the kernels are proved again after each change of the sources.
     """
     folder, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted([*folder.glob("_C*"), *folder.glob("_kernels*")]):
@@ -109,7 +110,8 @@ def _is_pure() -> bool:
 
 
 def _checkout() -> Optional[Path]:
-    """Returns the folder of the checkout, or of the unpacked source distribution, that this package is in, or None."""
+    """Returns the folder of the checkout, or of the unpacked source distribution, that has this package; None if this
+    package is in neither."""
     folder = Path(__file__).parents[1]
     # Another package may have installed a folder csrc beside this package.
     return folder if (folder / "csrc").is_dir() and (folder / "setup.py").is_file() else None
@@ -120,7 +122,8 @@ def _torch_is_old() -> bool:
 
 
 def mend() -> str:
-    """Returns the command that installs the missing native library, or the torch that the library needs."""
+    """Returns the command that installs the native library, or, if torch is too old, the command that installs the
+    torch that the library needs."""
     if _torch_is_old():
         return f'pip install "torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"'
     if checkout := _checkout():
@@ -131,8 +134,8 @@ def mend() -> str:
 
 
 def _source() -> str:
-    """Returns pip's argument for the place from which the package was installed: a folder, a file, an address, or the
-    index."""
+    """Returns the argument of ``pip install`` that names the place from which the package was installed: a folder, a
+    file, an address, or the package index."""
     index = f"peft_ext=={__version__}"
     try:
         told = json.loads(_installed("direct_url.json"))
@@ -144,7 +147,7 @@ def _source() -> str:
         return index
     place = Path(unquote(urlsplit(address).path))
     is_local = address.startswith("file:")
-    if place.name.endswith("-none-any.whl"):  # a wheel without sources; the sdist has them
+    if place.name.endswith("-none-any.whl"):  # this pure wheel has no C++ sources; the source distribution has them
         place = place.with_name(f"peft_ext-{__version__}.tar.gz")
         return shlex.quote(str(place)) if is_local and place.exists() else index
     editable = "-e " if told.get("dir_info", {}).get("editable") else ""
@@ -201,7 +204,7 @@ def _load_cpu() -> None:
 
 def _compare(library: Path) -> None:
     """Warns if the loaded library is of another version than the package, or of other sources than the module ``_C`` or
-    the folder csrc beside the package."""
+    the folder csrc beside the package. With PEFT_EXT_REQUIRE, another version or another ``_C`` is an ImportError."""
     build, warn = STATE.build, _fail
     digest = build.get("sources", "")
     if build["version"] != __version__:
@@ -219,7 +222,8 @@ def _compare(library: Path) -> None:
 
 
 def _changed(sources: Path, digest: str, library: Path) -> str:
-    """Returns the digest of the folder ``sources`` if this digest is not ``digest``, and otherwise ""."""
+    """Returns the digest of the folder ``sources`` if this digest differs from ``digest``; "" if the digests are equal,
+    or if a source can't be read."""
     try:
         if has_changed(sources, digest, library.stat().st_mtime):
             return source_digest(sources)
@@ -251,16 +255,15 @@ def release_scratch() -> int:
     """Releases the scratch memory that threads keep between calls of CPU operators. Returns the number of released
     bytes.
 
-    A thread keeps at most six blocks of up to 32 MiB each, one for each use of scratch memory; a thread that only runs
-    parts of parallel loops keeps at most two blocks. The blocks of a thread that is inside an operator's call are not
-    released.
+    A thread keeps at most six blocks of up to 32 MiB each, one for each use of scratch memory; most threads of a
+    parallel loop keep at most two blocks. The blocks of a thread that is inside an operator's call are not released.
     """
     return 0 if STATE.module is None else STATE.module.release_scratch()
 
 
 def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
-    """Loads the native library, if its file exists, and registers the library's operators. ``import peft_ext`` calls
-    this function once.
+    """Loads the native library, if its file exists, and registers the library's operators. The function ``load`` is
+    called once, by ``import peft_ext``.
 
     ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
     """

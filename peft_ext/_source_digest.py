@@ -10,7 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
-ENDINGS = (".cpp", ".cuh", ".h", ".py")  # only files with these endings count, no editor's copies or Python's caches
+ENDINGS = (".cpp", ".cuh", ".h", ".py")  # endings of the files whose names and contents the digest covers
 
 
 def source_digest(folder: Path) -> str:
@@ -26,8 +26,8 @@ def source_digest(folder: Path) -> str:
 def has_changed(folder: Path, digest: str, built: float) -> bool:
     """Returns whether the sources in ``folder`` are others than those with the digest ``digest``.
 
-    Compares names and sizes, which takes two milliseconds. Reads the files only if a file is newer than ``built``, the
-    time in seconds at which the library was built.
+    The function first compares the names and sizes of the sources. If the names and sizes are equal, the function reads
+    the sources only if a source is newer than ``built``, the time in seconds at which the library was built.
     """
     found = _files(str(folder))
     if _names(found) != digest.partition("-")[0]:

@@ -12,8 +12,12 @@ _GPUS = {"CUDA": "NVIDIA GPUs", "ROCm": "AMD GPUs", "XPU": "Intel GPUs", "MPS": 
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """``name``: "CUDA", "ROCm", "XPU", "MPS" or "CPU". ``version``: the release of CUDA, ROCm or XPU that torch was
-    built with; "" for MPS and CPU."""
+    """The kind of GPU that torch was built for.
+
+    Attributes:
+        name: name of the platform: "CUDA", "ROCm", "XPU" or "MPS", or "CPU" if torch was built for no GPU.
+        version: the release of CUDA, ROCm or XPU that torch was built with; "" for MPS and CPU.
+    """
 
     name: str
     version: str = ""

@@ -92,9 +92,9 @@ def path(points: Iterable[Optional[Point]], digits: int = 1) -> str:
 
 # --- a picture --------------------------------------------------------------------------------------------------------
 
-# A look is a CSS class. _COLOURS maps a look to its colours on a light page and on a dark page. On a light page
-# "ours", "stock" and "other" have colours of Okabe and Ito; "eager" and "compiled" are greys. The colours of bars
-# differ in lightness too, for readers who do not see the hue.
+# _COLOURS maps a look, which is a CSS class, to its colours on a light page and on a dark page. On a light page "ours",
+# "stock" and "other" have colours of Okabe and Ito's palette for colour-blind readers. "eager" and "compiled" are
+# greys. The colours of bars differ in lightness too, for readers who do not see the hue.
 _COLOURS = {
     "card": ("#ffffff", "#0d1117"),
     "ink": ("#1f2328", "#e6edf3"),
@@ -118,7 +118,7 @@ _MARGIN, _LINE = 16, 15  # margin of a picture and height of a line of small tex
 
 
 def identifier(*parts: str) -> str:
-    """Returns the id of the SVG element that shows a measured value, from names such as chart, method and contender."""
+    """Returns an id of an SVG element: the names ``parts``, joined by ":", with "-" in place of special characters."""
     return ":".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts)
 
 
@@ -150,7 +150,7 @@ class Picture:
     Args:
         title: text of one line at the top.
         legend: ``(look, label)`` of each coloured square of the legend; a look is a key of :data:`_COLOURS`.
-        width: width in pixels. GitHub shows a picture of 860 pixels in a README without scaling.
+        width: width of the picture in pixels. GitHub shows a picture of 860 pixels in a README without scaling.
     """
 
     def __init__(self, title: str, legend: Sequence[tuple[str, str]] = (), width: int = 860) -> None:
@@ -172,8 +172,8 @@ class Picture:
         self._parts.append(element)
 
     def text(self, x: float, y: float, text: str, look: str = "", anchor: str = "start", after: str = "") -> None:
-        """Adds the lines of ``text`` to the picture. ``y``: base line of the first line. ``after``: grey text after
-        each line."""
+        """Adds the lines of ``text`` to the picture. ``y`` is the base line of the first line; ``after`` is grey text
+        that follows each line."""
         where = "" if anchor == "start" else f' text-anchor="{anchor}"'
         kind = f' class="{look}"' if look else ""
         rest = f'<tspan class="small soft after" dx="5">{escape(after)}</tspan>' if after else ""
@@ -192,7 +192,8 @@ class Picture:
         """Returns ``count`` panels with the same scales, in rows of ``columns`` (0: all in one row).
 
         Args:
-            height: height of a panel in pixels. left: room to the left of each row in pixels.
+            height: height of a panel in pixels.
+            left: room to the left of each row of panels, in pixels.
             gap: room between two neighbouring panels in pixels.
             x_label: text under the lowest panel of each column.
         """
@@ -286,7 +287,7 @@ class Panel:
                          f'width="{_number(end - start, 3)}" height="{_number(high)}"/>')  # fmt: skip
 
     def beside(self, row: float, value: float, text: str, look: str = "", after: str = "") -> None:
-        """Writes text to the right of a bar's end, with a rim that covers the lines under the text."""
+        """Writes text to the right of a bar's end, with a rim of the background's colour that hides lines behind it."""
         x, y = self.at(value, row)
         self.picture.text(x + 4, y + 4, text, f"small halo {look}".rstrip(), after=after)
 
@@ -299,8 +300,9 @@ class Panel:
         A contender without a value in a row, and a row without values, gets the words "not measured".
 
         Args:
-            groups: ``{contender: value}`` of each row.
-            looks: ``{contender: look}``, from top to bottom. The value of a bar with the look "ours" is in bold.
+            groups: for each row, a dict from contenders to values.
+            looks: dict from contenders to looks, in the order of a row's bars from top to bottom. The value of a bar
+                with the look "ours" is in bold.
             names: name of each row. The id of a bar is made of the row's name and the contender's name.
         """
         middle, thick = (len(looks) - 1) / 2, 0.8 / max(3, len(looks))

@@ -1,18 +1,18 @@
-"""Compiles CUDA kernels for the GPU at hand with NVRTC, and keeps the machine code in a cache folder.
+"""Compiles CUDA kernels with NVRTC for the GPU in use, and keeps the machine code in a cache folder.
 
 The native library carries the sources of its CUDA kernels (``_C.sources()``) and asks ``image`` for a kernel's machine
 code when the kernel is first launched on a GPU. NVRTC, NVIDIA's compiler as a library, comes with each CUDA build of
-torch, and so does the package ``cuda-bindings``, by which Python calls NVRTC. No CUDA toolkit is needed. NVRTC takes
-0.1 to 0.3 seconds for each kernel.
+torch, and so does the package ``cuda-bindings``, by which Python calls NVRTC. No CUDA toolkit is needed. NVRTC compiles
+a kernel in 0.1 to 0.3 seconds.
 
 The cache has a folder for each combination of compiler, sources and architecture, and the folder has a file for each
 kernel. A file of machine code is written whole or not at all. If several processes need the same kernel, one of them
-compiles the kernel, and the others wait for the file, at most two minutes.
+compiles the kernel, and the others wait for the kernel's file, at most two minutes.
 
 Environment:
     ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If
         the folder can't be written, every process compiles the kernels that it needs.
-    ``PEFT_EXT_NVRTC_FLAGS``: more options for NVRTC, such as ``-lineinfo``.
+    ``PEFT_EXT_NVRTC_FLAGS``: options that NVRTC gets in addition to peft_ext's own, such as ``-lineinfo``.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from .files import atomic_file, cache_folder
 
 __all__ = ["compile_kernel", "folder", "image", "kernels", "missing", "prepare", "version", "warm"]
 
-# a process that has waited so many seconds for the file of another process compiles the kernel itself
+# Seconds that a process waits for a kernel that another process compiles, before it compiles the kernel itself.
 LOCK_SECONDS = 120
 
-# With at least this many cores, ``prepare`` compiles all kernels at once, which takes less than half a minute.
+# Least number of cores with which ``prepare`` compiles the kernels that the cache lacks; with fewer, it does nothing.
 WARM_CORES = 8
 
 # NVRTC has no standard headers. The texts below replace the standard headers, and declare only the names that the
@@ -87,11 +87,11 @@ HEADERS = {
 
 
 def missing() -> Optional[str]:
-    """Returns why kernels can't be compiled on this machine, or None."""
+    """Returns why kernels can't be compiled on this machine; None if they can."""
     found = None
     try:
         found = importlib.util.find_spec("cuda")
-        # The search for cuda.bindings imports cuda, which may be a module of the user's, whose code must not run here.
+        # The search for cuda.bindings imports cuda. If cuda is a module of the user's, its code must not be run.
         is_package = found is not None and found.submodule_search_locations is not None
         lacks = not is_package or importlib.util.find_spec("cuda.bindings") is None
     except Exception:  # a package of the user's named cuda may raise any error when it is imported
@@ -177,14 +177,14 @@ def _compile(wanted: list[tuple[str, str]], capability: int, progress: Callable[
 
 @functools.cache
 def prepare(capability: int, say: Callable[[str], None]) -> None:
-    """Compiles kernels for a compute capability at once, if the cache lacks kernels and its folder can be written, the
-    machine has at least ``WARM_CORES`` cores, and the native library and NVRTC are there; otherwise does nothing.
+    """Compiles the kernels that the cache lacks for a compute capability, on all cores, before they are needed.
 
-    A first training step needs about a hundred kernels. One core compiles a hundred kernels in about the time in which
-    many cores compile all kernels. The kernels of packed formats other than NF4 are left out: a model has weights of
-    one or two formats, and the few kernels of these formats are compiled at their first launch. ``say`` gets a line
-    before the compilation. If a kernel does not compile, ``prepare`` raises nothing; the first launch of the kernel
-    raises the error.
+    Does nothing if the machine has fewer than ``WARM_CORES`` cores, if the cache's folder can't be written, or if the
+    native library or NVRTC is missing. A first training step needs about a hundred kernels, which one core compiles in
+    about the time in which many cores compile all kernels. The kernels of packed formats other than NF4 are left out: a
+    model has weights of one or two formats, and the few kernels of these formats are compiled at their first launch.
+    Before the compilation, ``prepare`` calls ``say`` with a line for the user. If a kernel does not compile,
+    ``prepare`` raises no error; the first launch of the kernel raises the error.
     """
     cores = len(os.sched_getaffinity(0))
     if cores < WARM_CORES or _native.STATE.module is None or missing():
@@ -207,8 +207,8 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
 def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Image, str]:
     """Compiles a kernel with NVRTC. Returns the machine code, and NVRTC's messages.
 
-    ``kernel``, ``file``: as in :func:`image`. ``arch``: ``sm_90`` for a GPU's machine code, or ``compute_90`` for PTX,
-    which the driver translates. ``options``: more options for NVRTC.
+    ``kernel`` and ``file`` are described in :func:`image`. ``arch`` is, for example, ``sm_90`` for a GPU's machine
+    code, or ``compute_90`` for PTX, which the driver translates. ``options`` are further options for NVRTC.
     """
     nvrtc = _nvrtc()
     headers = HEADERS | _sources()
@@ -259,13 +259,13 @@ def _log(program: Any) -> str:
 
 def _options() -> list[bytes]:
     asked = os.environ.get("PEFT_EXT_NVRTC_FLAGS", "").split()
-    # -default-device, because g++ compiles the headers too, so that functions which the host also uses are not marked
-    # __device__.
+    # -default-device compiles functions without a mark for the device. Functions of headers that g++ compiles for the
+    # host too have no mark.
     return [option.encode() for option in ("-std=c++17", "-default-device", *asked)]
 
 
 def _options_of(file: str) -> list[str]:
-    """Returns the options of a source file, which a line ``// NVRTC options: ...`` of the file lists."""
+    """Returns the options for NVRTC that a source file asks for, in a line ``// NVRTC options: ...``."""
     return " ".join(re.findall(r"^// NVRTC options: (.+)$", _sources()[file.rpartition("csrc/")[2]], re.M)).split()
 
 
@@ -301,7 +301,7 @@ def _sources() -> dict[str, str]:
 
 
 def cache() -> Path:
-    """Returns the folder of the cache, which has a folder for each compiler, sources and architecture."""
+    """Returns the folder of the cache of compiled kernels; the function :func:`folder` returns its subfolders."""
     return cache_folder() / "kernels"
 
 
@@ -341,8 +341,9 @@ def _digest(found: Image) -> bytes:
 
 
 def _alone(path: Path) -> AbstractContextManager[Any]:
-    """Returns a lock for the file ``path``, which only one thread of one process holds at a time. If the folder can't
-    be written, or if another process holds the lock for LOCK_SECONDS, the returned context manager locks nothing.
+    """Returns a context manager that holds a lock for the file ``path``, which one thread of one process can hold at a
+    time. If the folder can't be written, or if the lock is not free within LOCK_SECONDS, the context manager holds no
+    lock.
     """
     from filelock import FileLock
 

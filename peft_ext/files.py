@@ -86,7 +86,7 @@ def atomic_file(path: Union[str, Path], mode: str = "w", *, overwrite: bool = Tr
     Args:
         path: the file, which need not exist; its folder must exist. If ``path`` is a symbolic link, the file that the
             link names is replaced, and the link stays.
-        mode: "w" or "wb".
+        mode: "w" for text, "wb" for bytes.
         overwrite: whether a file at ``path`` may be replaced, also a file that another process has written since the
             block began.
         kwargs: further arguments of ``open``: ``encoding`` (default: utf-8), ``newline`` and the like.
@@ -135,7 +135,7 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
         overwrite: whether a folder that is not empty may be replaced. Without ``keep``, no file of the old folder
             stays.
         keep: with overwrite, whether files of the old folder that are not in the new folder stay, as hard links if the
-            file system has hard links. Subfolders of the two folders are merged.
+            file system has hard links. With keep, the contents of subfolders that both folders have are merged.
 
     Yields: an empty folder to write into, on the file system of ``path``.
 
@@ -148,8 +148,8 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
 
 @contextlib.contextmanager
 def _replacing(path: Union[str, Path], overwrite: bool, keep: bool, check: Callable[[Path], None]) -> Iterator[Path]:
-    """Does what :func:`atomic_folder` does. ``check(old)`` is called with the old folder, before the block if the
-    folder exists, and again after another folder has taken its place. If ``check`` raises, the old folder stays."""
+    """Does what :func:`atomic_folder` does, and calls ``check(old)`` with the old folder, if there is one, before the
+    block and once more as the folder is replaced. If ``check`` raises, the old folder stays."""
     target = Path(os.path.realpath(path))
     check_free(target, overwrite)
     if target.is_dir():
@@ -197,7 +197,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
         overwrite: whether an adapter that is in the folder may be replaced.
         kwargs: further arguments of ``save_pretrained``: ``selected_adapters``, ``save_embedding_layers`` and the like.
             With ``is_main_process=False`` the function takes part in the communication of ``save_pretrained`` and
-            writes nothing.
+            writes nothing to ``path``.
 
     Raises: TypeError where ``model`` is no PeftModel; ValueError where ``safe_serialization`` is False; FileExistsError
     where the folder has an adapter and overwrite is False; OSError as the system raises it.
@@ -211,7 +211,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     if not kwargs.setdefault("safe_serialization", True):
         raise ValueError("save_adapter: safe_serialization is False, wanted True: a pickle runs code as it is read")
     if not kwargs.get("is_main_process", True):
-        with tempfile.TemporaryDirectory() as folder:  # save_pretrained makes its folder in each process
+        with tempfile.TemporaryDirectory() as folder:  # save_pretrained makes a folder, also in this process
             model.save_pretrained(folder, **kwargs)
         return
     target = Path(os.path.realpath(path))
@@ -236,8 +236,8 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
 def sort_names(model: Any, folder: Path) -> None:
     """Sorts the lists of names in the configurations that ``model.save_pretrained(folder)`` wrote.
 
-    Two equal runs then write equal files. PEFT stores fields such as ``target_modules`` as sets, and the order of a set
-    of strings differs between processes.
+    Without the sorting, two equal runs may write different files: PEFT stores fields such as ``target_modules`` as
+    sets, and the order of a set of strings differs between processes.
     """
     for name, config in model.peft_config.items():
         path = (folder if name == "default" else folder / name) / "adapter_config.json"
@@ -251,7 +251,7 @@ def sort_names(model: Any, folder: Path) -> None:
 def seal(folder: Path) -> None:
     """Flushes ``folder`` to the disk, then writes a list of its files, with sizes and SHA-256, into ``folder``.
 
-    Raises OSError.
+    Raises OSError where a file can't be read or the list can't be written.
     """
     (folder / _SEAL).unlink(missing_ok=True)
     _sync_tree(folder)
@@ -328,7 +328,7 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             handle = os.open(part, os.O_RDONLY)
             lock_descriptor(handle)
-        # The new folder does not exist if another process removed it as a leftover before this process locked it.
+        # Before this process locked the new folder, another process may have removed it as a leftover.
         if part.exists():
             break
         if handle is not None:
@@ -394,7 +394,7 @@ def _put_new(part: Path, target: Path) -> None:
 
 
 def _put(part: Path, target: Path, overwrite: bool, keep: bool, check: Callable[[Path], None]) -> bool:
-    """Puts ``part`` at the path ``target``; returns False where a folder at ``target`` can't be renamed.
+    """Gives the folder ``part`` the name ``target``; returns False where a folder at ``target`` can't be renamed.
 
     With ``keep``, files that another process has written into the old folder since :func:`_carry_over` stay, too.
     """
@@ -419,7 +419,7 @@ def _put(part: Path, target: Path, overwrite: bool, keep: bool, check: Callable[
             return False
         if (there and overwrite) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if overwrite:  # another process has made the folder since the first line of this function
+        if overwrite:  # another process has made a folder at target since ``there`` was computed
             return _put(part, target, overwrite, keep, check)
         raise FileExistsError(errno.EEXIST, "another process has written this folder meanwhile", str(target)) from None
     if keep and old is not None:
@@ -430,7 +430,7 @@ def _put(part: Path, target: Path, overwrite: bool, keep: bool, check: Callable[
 
 
 def _move_aside(part: Path, target: Path, check: Callable[[Path], None]) -> Path:
-    """Gives the folder ``target`` a hidden name, and ``part`` the name ``target``. Returns the hidden name."""
+    """Gives the folder ``target`` a hidden name, which is returned, and ``part`` the name ``target``."""
     old = _hidden(target, _OLD)
     os.rename(target, old)
     try:

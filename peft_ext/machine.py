@@ -24,8 +24,8 @@ def cpu_name() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Returns the versions of those of ``packages`` that are installed; default: the packages that a training run
-    uses."""
+    """Returns the versions of the ``packages`` that are installed; without arguments, of the packages that a training
+    run uses."""
     found = {}
     for name in packages or _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -50,7 +50,7 @@ def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
 
 def _container_limits() -> Iterator[tuple[int, int]]:
     root = Path("/sys/fs/cgroup")
-    first, second = root / "memory", root  # folders of cgroup version 1 and of version 2
+    first, second = root / "memory", root  # folders of the files of cgroup version 1 and of cgroup version 2
     for limit, used in (
         (first / "memory.limit_in_bytes", first / "memory.usage_in_bytes"),
         (second / "memory.max", second / "memory.current"),

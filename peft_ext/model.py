@@ -94,9 +94,9 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
     """Raises ValueError if a configuration makes PEFT train the codes of a packed weight, or read the codes as the
     values of a dense weight.
 
-    PEFT copies the layers of ``modules_to_save`` and trains the copies, writes the rows of ``trainable_token_indices``
-    into an embedding's weight, and computes DoRA's norms of an embedding from this weight. Some methods compute each
-    layer from its weight, and do not call the base layer.
+    PEFT trains copies of the layers in ``modules_to_save``, writes the rows of ``trainable_token_indices`` into an
+    embedding's weight, and computes DoRA's norms of an embedding from the embedding's weight. Some of PEFT's methods
+    compute the output of a layer from the layer's weight, without a call of the base layer.
     """
 
     def refuse(what: str, name: str, module: nn.Module) -> None:
@@ -135,8 +135,9 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
 
 def _packed_targets(config: Any, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields name and module of each packed layer of the base model ``model`` that is a target of ``config``, or lies
-    within a target. If ``config`` names no targets, and PEFT has no default targets of the method for this type of
-    model, yields all packed linear layers."""
+    within a target. If ``config`` names neither modules nor parameters, and PEFT has no default targets of the method
+    for this type of model, yields the packed linear layers except the head (for trainable tokens, the packed
+    embeddings)."""
     if not hasattr(config, "target_modules"):
         return
     found, targets = copy.copy(config), config.target_modules
@@ -200,8 +201,9 @@ def load_adapter(
     Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as
     it is read) or are not finite; where the configuration has a field of a wrong type, asks for larger tensors than the
     file has, or has a regular expression that does not end in ten seconds; where the configuration needs a dense weight
-    that is packed; where the file lacks a tensor; or where the PeftModel has an adapter of this name. FileNotFoundError
-    where the weights or the configuration are missing.
+    that is packed; where the file lacks a tensor; where a repository on the hub lacks the weights or the configuration;
+    or where the PeftModel has an adapter of this name. FileNotFoundError where a folder lacks the weights or the
+    configuration, and where the repository can't be reached.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model is {type(model).__name__}, wanted a model or a PeftModel")
@@ -223,7 +225,7 @@ def load_adapter(
     }
     with _as_it_was_on_failure(model, folder / SAFETENSORS_WEIGHTS_NAME):
         if loaded:
-            if accelerate:  # a LoRA layer over NF4 must be fused before PEFT adds a DoRA adapter
+            if accelerate:  # PEFT can add a DoRA adapter to a LoRA layer over NF4 only after the layer is fused
                 _accelerate(model, blocks=False, **options)
             dora_experts.register(config, model)
             result = model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
@@ -233,7 +235,7 @@ def load_adapter(
             adapted = model
         else:
             if key_mapping is None:
-                # PeftModel.from_pretrained has this default for key_mapping, and PeftModel.load_adapter has no default.
+                # PeftModel.from_pretrained takes key_mapping from the model by default, unlike PeftModel.load_adapter.
                 key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
             adapted, results = _wrapped(model, str(path), adapter_name, is_trainable, config, kwargs)
             for result in results:
@@ -251,7 +253,7 @@ def _wrapped(
     model: nn.Module, path: str, adapter_name: str, is_trainable: bool, config: Any, kwargs: dict[str, Any]
 ) -> tuple[PeftModel, list[Any]]:
     """Returns the PeftModel that ``PeftModel.from_pretrained`` makes of a base model, and the results of
-    ``load_state_dict``. ``kwargs``: further arguments of PEFT."""
+    ``load_state_dict``. ``kwargs`` are further arguments of ``PeftModel.from_pretrained``."""
     if "config" not in kwargs and getattr(config, "use_dora", False):
         kwargs["config"] = config
     if "config" in kwargs:
@@ -266,8 +268,8 @@ def _wrapped(
 
 
 def _held(model: nn.Module, attribute: str, default: Any) -> Any:
-    """Returns the value that :func:`peft_ext.accelerate` stored as ``attribute`` on the first layer that has one, or
-    the default."""
+    """Returns the value that :func:`peft_ext.accelerate` stored as ``attribute`` on the first layer that has this
+    attribute; ``default`` if no layer has it."""
     found = (module.__dict__[attribute] for module in model.modules() if attribute in module.__dict__)
     return next(found, default)
 
@@ -275,9 +277,9 @@ def _held(model: nn.Module, attribute: str, default: Any) -> Any:
 @contextmanager
 def _as_it_was_on_failure(model: nn.Module, file: Path) -> Iterator[None]:
     """If the code in the context raises, restores the modules of ``model``: classes, children, tensors, modes and all
-    other attributes. Values that were written into a tensor stay.
+    other attributes. Values that the code wrote into a tensor in place are not restored.
 
-    ``file``: the adapter's file, for the error of a tensor that the file lacks.
+    ``file`` is the adapter's file, which the error about a missing tensor names.
     """
     before = [(module, type(module), dict(module.__dict__), _contents(module)) for module in model.modules()]
     tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in model.parameters()]
@@ -308,9 +310,10 @@ def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
 
 
 def _unwrap_tied_heads(model: nn.Module) -> None:
-    """Removes the inner one of two nested TrainableTokensLayers, which PEFT makes of a tied head for a second adapter.
+    """Removes the inner one of two nested TrainableTokensLayers.
 
-    A forward can't pass through both TrainableTokensLayers, which share the embedding's tensors.
+    PEFT wraps a tied head twice if a second adapter has trainable tokens. A forward can't pass through both
+    TrainableTokensLayers, because they share the tensors of the embedding.
     """
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer) and isinstance(module.base_layer, TrainableTokensLayer):
@@ -324,8 +327,7 @@ def _raise_of_sizes(error: Exception) -> None:
 
 
 def register_layers(config: PeftConfig, model: nn.Module) -> None:
-    """Registers adapter layers in a DoRA configuration for modules that PEFT can't adapt: NF4Linear, and a mixture's
-    experts.
+    """Registers peft_ext's adapter layers, in a DoRA configuration, for NF4Linear and for the experts of a mixture.
 
     PEFT's own DoRA can't dequantize the weight of an NF4Linear, and refuses the parameters of experts.
     """
@@ -337,8 +339,8 @@ def register_layers(config: PeftConfig, model: nn.Module) -> None:
 
 
 def freeze_ranknum(model: nn.Module) -> None:
-    """Sets ``requires_grad`` of AdaLoRA's divisor ``ranknum`` to False. PEFT does this too, but a cast by PEFT sets
-    ``requires_grad`` to True again."""
+    """Sets ``requires_grad`` of AdaLoRA's divisor ``ranknum`` to False. PEFT sets it to False too, but later casts
+    ``ranknum``, and the cast sets ``requires_grad`` to True again."""
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             module.ranknum.requires_grad_(False)
@@ -347,12 +349,13 @@ def freeze_ranknum(model: nn.Module) -> None:
 def _load_unrounded(
     model: PeftModel, path: str, adapter_name: str, key_mapping: Optional[dict[str, str]], kwargs: dict[str, Any]
 ) -> None:
-    """Loads AdaLoRA's tensors a second time, unrounded, because PEFT makes pruned tensors in the base's dtype."""
+    """Loads the tensors of an AdaLoRA adapter with pruned ranks a second time, because PEFT has rounded them to the
+    base's dtype."""
     config = model.peft_config[adapter_name]
     if config.peft_type != PeftType.ADALORA or not config.rank_pattern:
         return
     weights = load_peft_weights(path, kwargs.get("torch_device"), key_mapping, **_of_hub(kwargs))
-    # Without rank_pattern, PEFT does not prune the layers again, which have the pruned shapes already.
+    # The layers have the pruned shapes already, and PEFT prunes no layer if the configuration has no rank_pattern.
     rank_pattern, config.rank_pattern = config.rank_pattern, None
     try:
         set_peft_model_state_dict(
@@ -389,8 +392,8 @@ def _check_keys(model: PeftModel, adapter_name: str, folder: Path, missing: list
 def without_copies(keys: list[str]) -> list[str]:
     """Returns the ``keys`` of an adapter's file that have neither ".modules_to_save." nor ".original_module." in them.
 
-    With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model.
-    These full names have ".modules_to_save." or ".original_module." in them.
+    With bias="all" PEFT saves the biases of ``modules_to_save`` a second time, under their full names in the model,
+    which have ".modules_to_save." or ".original_module." in them.
     """
     return [key for key in keys if not any(part in key for part in (".modules_to_save.", ".original_module."))]
 

@@ -2,8 +2,8 @@
 
 The layer is a linear layer with a weight ``[hidden, hidden]``, in bfloat16 or in NF4 with double quantization, with a
 float32 adapter and without dropout. A step is the forward and the backward of ``x [tokens, hidden]``. "Our layer" is
-PEFT's layer after :func:`peft_ext.accelerate`; the stock layer is PEFT's layer with the same weights. Each layer uses
-one weight in all its steps, so that a cache may hold the weight from one step to the next.
+PEFT's layer after :func:`peft_ext.accelerate`; the stock layer is PEFT's layer with the same weights. All steps of a
+layer use one weight, so that a cache may hold the weight from one step to the next.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
 
 
 class NotFused(Exception):
-    """Raised if our layer would not run fused on this machine. The error's message says why the layer is not fused."""
+    """Raised if peft_ext's layer would not run fused on this machine. The message has the reason."""
 
 
 class NotRight(Exception):
-    """Raised before layers are timed, if the relative error of our layer against float64 is too large.
+    """Raised, before the layers of a case are timed, if peft_ext's layer differs too much from the float64 result.
 
-    The exception's message has the relative error.
+    The message has the relative error.
     """
 
 
@@ -66,8 +66,8 @@ class Result:
 
 
 def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, seconds: float) -> Result:
-    """Times a layer's step in at least three rounds that take about ``seconds`` in all. Raises NotFused where our layer
-    would not run fused, and NotRight where our layer's error is too large."""
+    """Times a layer's step in 3 to 101 rounds, which take about ``seconds`` in all. Raises NotFused where peft_ext's
+    layer would not run fused, and NotRight where the error of peft_ext's layer is too large."""
     from ..integrations.peft import explain
 
     problem = _Problem(method, base, hidden, tokens, rank)
@@ -121,8 +121,10 @@ def _config(method: str, rank: int) -> Any:
 
 
 class _Problem:
-    """The inputs, the frozen weight and the adapter values of one case, which is a PEFT method over a base. Builds
-    PEFT's layers of the case, and computes the case's float64 result."""
+    """One measured case: a PEFT method over a base, with the inputs, the frozen weight and the adapter's values.
+
+    The methods build PEFT's layers of the case, and compute the float64 result of the case.
+    """
 
     def __init__(self, method: str, base: str, hidden: int, tokens: int, rank: int) -> None:
         self.method, self.base, self.rank, self.hidden = method, base, rank, hidden
@@ -163,9 +165,10 @@ class _Problem:
         return layer.train()
 
     def _value(self, name: str, parameter: Any) -> Any:
-        """Returns a trainable parameter's value, which is drawn once and used in our layer and in the stock layer.
+        """Returns the value of a trainable parameter, which is equal in peft_ext's layer and in the stock layer.
 
-        lora_B is not zero, and the magnitude and ia3_l differ from PEFT's initial values.
+        lora_B is not zero, and DoRA's magnitude and ``ia3_l`` differ from PEFT's initial values, so that no part of the
+        computation is trivial.
         """
         if name not in self.values:
             drawn = self._normal(*parameter.shape)
@@ -209,5 +212,6 @@ class _Problem:
         return run
 
     def outputs(self, parameters: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:
-        """Returns a function that gets a step's return value, and returns y and the gradients of that step by name."""
+        """Returns a function that turns the return value of a step into the step's results by name: y, and the
+        gradients of x and of the parameters."""
         return lambda y: {"y": y.detach(), "x": self.x.grad, **{name: p.grad for name, p in parameters.items()}}

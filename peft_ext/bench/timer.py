@@ -1,12 +1,12 @@
 """Computes the errors of contenders against float64, then times all contenders in turn, in one process.
 
-Machines are shared and clocks drift, so that a single time says little. Every round measures one time of each
-contender, in rotating order. A reported ratio is the median, over the rounds, of the quotient of two contenders' times
-in the same round. A peer whose call takes more than ``LONGEST_CALL_S`` seconds is timed in the first round only. Before
-each call, outside the timed part, a contender selects the weights of the call: the same weights in each call ("hot"),
-or the next of so many weights that no cache holds all of them ("rotating"). The time of a short call is the mean of
-several calls in a row, as in generation: a single call would be slower, because another contender's data is in the
-caches and threads have to wake up.
+Machines are shared and clocks drift, so that a single time says little. A round measures one time of each contender;
+the order of the contenders rotates from round to round. A reported ratio is the median, over the rounds, of the
+quotient of two contenders' times in the same round. A peer (a contender other than peft_ext) whose call takes more than
+``LONGEST_CALL_S`` seconds is timed in the first round only. Before each call, outside the timed part, a contender
+selects the weights of the call: the same weights in each call ("hot"), or the next of so many weights that no cache
+holds all of them ("rotating"). The time of a short call is the mean of several calls in a row, as in generation: a
+single call would be slower, because another contender's data is in the caches and threads have to wake up.
 
 :func:`verify` requires a float64 result for the first contender, which is peft_ext, and raises an error if peft_ext's
 result differs too much from the float64 result. The errors of peers are recorded and have no limit.
@@ -37,8 +37,8 @@ class Contender:
     """One implementation of the operator that a benchmark compares, such as peft_ext's or PEFT's.
 
     Attributes:
-        run: the timed call.
-        outputs: function that gets the return value of ``run``, and returns the results of the call by name.
+        run: function that makes the call whose time is measured.
+        outputs: function of the return value of ``run``, which returns the results of the call by name.
         exact: function that returns the float64 results under the same names as ``outputs``. ``exact`` runs under the
             same seed as ``run``, so that both draw the same dropout mask. For a contender without a float64 result,
             ``exact`` is the reason, as a string.
@@ -51,7 +51,7 @@ class Contender:
     take: Callable[[], Any] = lambda: None
 
 
-# Type of a function that prepares a contender and returns a function that measures the seconds of one call.
+# Type of functions such as host_clock, which return, for a contender, a function that measures the seconds of a call.
 Clock = Callable[[Contender], Callable[[], float]]
 
 
@@ -105,10 +105,10 @@ def verify(
     """Returns ``(errors, absent)``, two mappings with the contenders' names as keys: the relative errors by output, and
     why a peer can't run.
 
-    Where a peer has no float64 result, its entry in ``errors`` is the reason. Raises AssertionError where an error of
-    the first contender, which is ours, is above ``tolerance``; with tolerance 0, our outputs must equal the float64
-    results. Raises ValueError where our contender has no float64 result, or where the names or sizes of a contender's
-    outputs differ from those of its float64 results. An error of our own call is raised unchanged.
+    Where a peer has no float64 result, its entry in ``errors`` is the reason. Raises AssertionError where a relative
+    error of the first contender, which is peft_ext's, is above ``tolerance``. Raises ValueError where the first
+    contender has no float64 result, or where the names or sizes of a contender's outputs differ from those of its
+    float64 results. An error that the first contender's call raises is raised unchanged.
     """
     errors: dict[str, Union[dict[str, float], str]] = {}
     absent: dict[str, str] = {}
@@ -138,7 +138,7 @@ def verify(
         errors[name] = by_output
         if turn == 0:
             wrong = {output: error for output, error in by_output.items() if not error <= tolerance}
-            if wrong:  # no assert statement, which python -O leaves out
+            if wrong:  # an assert statement would do nothing under python -O
                 raise AssertionError(f"{op}: {name} is off from float64 by {wrong}, tolerance {tolerance}")
     return errors, absent
 
@@ -167,8 +167,8 @@ def interleave(
 
 
 def median_ratios(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """Returns for each contender but the first: the median over rounds of the contender's time divided by the time of
-    the first contender."""
+    """Returns, for each contender except the first, the median over the rounds of the ratio of the contender's time to
+    the first contender's time."""
     return {name: statistics.median(ratios) for name, ratios in _ratios(times).items()}
 
 

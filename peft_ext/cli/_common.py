@@ -42,8 +42,8 @@ Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: PyTo
 def model_config(model: str, revision: Optional[str] = None) -> tuple[Path, Any]:
     """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
-    ``model`` may also be a GGUF file, which is then returned in place of the folder. For a hub name fetches only the
-    JSON files, of ``revision`` or of the default branch. Raises
+    ``model`` may also be a GGUF file, which is then returned in place of the folder. From the hub, the function
+    downloads only the JSON files of ``revision`` (None: of the default branch). Raises
     :class:`peft_ext.sources.model.SourceError` where there is no such model, or where its configuration is damaged or
     not known to transformers.
     """
@@ -56,10 +56,9 @@ def model_config(model: str, revision: Optional[str] = None) -> tuple[Path, Any]
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
     """Returns the folder or name of the adapter's base; None for the base that the adapter's configuration names.
 
-    ``model`` is the base that the user named; None if the user named none. If ``model`` is "smollm2", the default
-    model, returns the folder of the default model. Returns the folder of the default model also if ``model`` is None,
-    the adapter was trained over the default model, and the folder that the adapter's configuration names does not
-    exist.
+    ``model`` is the base that the user named; None if the user named no base. The function returns the folder of the
+    default model if ``model`` is "smollm2", and also if ``model`` is None, the adapter was trained over the default
+    model, and the folder that the adapter's configuration names does not exist.
     """
     if model is None:
         trained, named = named_bases(adapter)
@@ -122,7 +121,7 @@ def chosen_quant(option: str, folder: Path, stored: str, asked: Optional[str], t
 
 
 def quant_text(quant: str, blocksize: int) -> str:
-    """Returns a quantization in words."""
+    """Returns a quantization, with NF4's block size, in words for the user."""
     if quant == "checkpoint":
         return "packed as in the checkpoint"
     return f"nf4, double quantization, blocks of {blocksize}" if quant == "nf4" else quant
@@ -133,10 +132,11 @@ def held_model(
 ) -> Any:
     """Returns the frozen base of :func:`peft_ext.sources.model.load_model` on the device, ready for an adapter.
 
-    A base whose files have bitsandbytes' 4-bit weights is neither moved nor cast. Any other base is cast to ``dtype``
-    (None: no cast), is quantized as ``quant`` says if its files are dense, and is widened from bfloat16 to float32 on a
-    CPU if ``_cpu.why_float32`` says that no bfloat16 instructions can be used. Raises CliError where the files lack a
-    weight and ``config`` has no ``modules_to_save``, or where the packed format ``quant`` does not fit the model.
+    A base whose files have bitsandbytes' 4-bit weights is neither moved nor cast. A base without such weights is cast
+    to ``dtype`` (None: no cast), is quantized as ``quant`` says if its files are dense, and is widened from bfloat16 to
+    float32 on a CPU if ``_cpu.why_float32`` says that no bfloat16 instructions can be used. Raises CliError where the
+    files lack a weight and ``config`` has no ``modules_to_save``, or where the packed format ``quant`` does not fit the
+    model.
     """
     if loaded.absent and not getattr(config, "modules_to_save", None):
         raise CliError(f"the base's files lack {loaded.absent[0]}, which would be random")
@@ -163,9 +163,9 @@ def check_range(least: int, most: int = 2**31 - 1, **options: Optional[int]) -> 
 
 
 def dense_config(config: Any) -> Any:
-    """Removes the quantization from ``config`` and returns ``config``.
+    """Removes ``quantization_config`` from the transformers configuration ``config``, and returns ``config``.
 
-    A model for a trace is built dense; the caller quantizes the model afterwards.
+    A model that is built from the returned configuration has dense layers; the caller packs or quantizes the layers.
     """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -176,8 +176,8 @@ def dense_config(config: Any) -> Any:
 
 
 def drop_output() -> None:
-    """Redirects standard output to the null device, so that Python's last flush succeeds after the output's reader has
-    ended."""
+    """Redirects standard output to the null device. If the reader of a pipe has ended, Python's last flush would
+    otherwise raise BrokenPipeError."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -217,8 +217,8 @@ def new_table(
 def layers_table(methods: dict[Any, list[Any]]) -> Any:
     """Returns a table of the rows of :func:`peft_ext.explain` of each method.
 
-    One row of the table shows all layers of a method that have the same kind, state and reason. Where ``methods`` has
-    the key None, for a single method, the table has no column of methods.
+    One row of the table shows all layers of a method that have the same kind, the same reason, and are all fused or all
+    not fused. If ``methods`` has the key None in place of a method's name, the table has no column of methods.
     """
     from ..integrations.peft import alike
 

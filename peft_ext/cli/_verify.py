@@ -29,7 +29,7 @@ def verified(
             numbers, because a gradient through a zero tensor is zero.
         dtype: dtype to which the base is cast; a base in bitsandbytes' 4 bits is not cast.
         quant, blocksize: quantization of the base, and the block size of NF4.
-        data: value of the option ``--data`` of ``peft-ext finetune``.
+        data: name of the training data, as the option ``--data`` of ``peft-ext finetune`` takes it.
         batch_size, length: number of examples of the batch, and most tokens of an example.
 
     Raises CliError where a weight of the base is missing, where the packed format ``quant`` does not fit the model,
@@ -62,7 +62,7 @@ def verified(
 
 
 def _batch(base: Any, folder: Path, data: str, batch_size: int, length: int) -> dict[str, torch.Tensor]:
-    """Returns a batch of the first training examples. The batch has labels only for a model that generates text."""
+    """Returns a batch of the first training examples. The labels are removed for a model that can't generate text."""
     from transformers import DataCollatorForSeq2Seq
 
     with raised_as(CliError, f"--verify: {folder} has no tokenizer (", Exception, after=")"):

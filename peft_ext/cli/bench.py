@@ -149,13 +149,16 @@ def _show(results: list[Result]) -> None:
 
 
 def _spread(result: Result) -> float:
-    """Returns the largest relative spread over all contenders: the interquartile range of a ratio of times, divided by
-    the ratio."""
+    """Returns the largest relative spread of the contenders' ratios, which are times divided by peft_ext's time: the
+    distance of a ratio's quartiles, divided by the ratio."""
     return max((high - low) / result.ratio[name] for name, (low, high) in result.quartiles.items())
 
 
 def _write(option: str, files: dict[Path, bytes]) -> None:
-    """Writes each file atomically, and makes the file's folder. Raises CliError where a file can't be written."""
+    """Writes each file of ``files`` (path -> content) atomically, and makes the folder of the file if it is missing.
+
+    Raises CliError, with the name of the option that asked for the file, where a file can't be written.
+    """
     for path, data in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +169,8 @@ def _write(option: str, files: dict[Path, bytes]) -> None:
 
 
 def _drawn(results: list[Result], about: dict[str, Any]) -> bytes:
-    """Returns an SVG chart with a group of bars for each layer; a bar shows a contender's milliseconds."""
+    """Returns an SVG chart with a group of bars for each measured layer; a bar shows the milliseconds of a contender,
+    such as peft_ext or PEFT."""
     looks = {OURS: "ours", "stock": "stock", FROZEN: "eager"}
     words = ("peft_ext", "PEFT; over NF4 PEFT + bitsandbytes", "PyTorch's bf16 layer, no adapter")
     labels = [_label(result) for result in results]

@@ -44,7 +44,7 @@ from ._common import (
     quant_text,
 )
 
-_SECONDS = 10.0  # most seconds that a chat template may run; a template is a program that may be hostile
+_SECONDS = 10.0  # time limit of a chat template in seconds: a template is a program, and may be made never to end
 
 
 def chat(
@@ -87,8 +87,7 @@ def chat(
 
 
 def _prompts() -> Iterator[str]:
-    """Yields the non-empty lines of standard input. On a terminal, the function shows a prompt and keeps a history of
-    lines."""
+    """Yields the lines of standard input that are not empty. On a terminal, the user types each line after ">"."""
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):
@@ -108,11 +107,11 @@ def _prompts() -> Iterator[str]:
 
 
 class _Pair:
-    """A base model with an adapter.
+    """A base model with an adapter, which answers prompts with and without the adapter.
 
     Attributes:
         about: the base, the quantization and the adapter in words.
-        no_base: the reason why the base can't answer; None where the base can answer.
+        no_base: the reason why the answers of the base can't be shown; None where they can be shown.
         room: most tokens that a prompt and its answer may have together; infinity for an encoder-decoder, and where
             the model has no limit.
     """
@@ -140,10 +139,10 @@ class _Pair:
         self.room = math.inf if encodes_decodes else most_tokens(base.config) - virtual
 
     def answers(self, prompt: str) -> tuple[str, str]:
-        """Returns the base's answer, or the reason why the base can't answer, and the adapted model's answer.
+        """Returns two texts: the base's answer, or the reason why there is none; and the adapted model's answer.
 
         Raises CliError where the prompt is too long for the model, where the chat template fails or takes too long, or
-        where ``generate`` refuses the base's generation_config.
+        where the model can't generate an answer, for example because of the base's generation_config.
         """
         inputs = self._tokens(prompt)
         if self.no_base is not None:
@@ -178,10 +177,10 @@ class _Pair:
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError within the block after ``seconds``.
+    """Raises TimeoutError within the block after ``seconds``, by the signal SIGALRM.
 
-    Sets no limit outside of the main thread, on a system without interval timers, and where C code has installed a
-    handler of SIGALRM, which Python could not restore.
+    The block has no time limit outside of the main thread, on a system without interval timers, and where C code has
+    installed a handler of SIGALRM, which Python could not restore.
     """
     ours = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGALRM) is None:
@@ -219,8 +218,9 @@ def _base(
 ) -> tuple[Any, Path, str, Optional[str]]:
     """Returns the base, the base's folder, its quantization in words, and the kind of the adapter's training data.
 
-    If ``quant`` or ``blocksize`` is None, the value of the adapter's training is used. A base whose files store
-    quantized weights keeps the files' quantization.
+    The kind is "text" or "chat"; None without the run.json of the training. If ``quant`` or ``blocksize`` is None, the
+    value of the adapter's training is used, else "none" or 64. A base whose files store quantized weights keeps the
+    files' quantization.
     """
     from ..sources.adapter import training_options
 
@@ -238,10 +238,8 @@ def _base(
 
 
 def _why_no_base(config: Any, base: Any) -> Optional[str]:
-    """Returns why the adapted model with its adapter disabled will differ from ``base``; None where the two are equal.
-
-    The adapter is not yet added to ``base``.
-    """
+    """Returns why ``base`` with the adapter of ``config``, added and then disabled, will differ from ``base`` alone;
+    None where it will not differ."""
     from ..merge.dense import init_that_changes_base
 
     init, bias = init_that_changes_base(config), getattr(config, "bias", "none")
@@ -273,8 +271,8 @@ def _adapted(base: Any, adapter: Path) -> Any:
 
 
 def _printable(text: str) -> str:
-    """Returns ``text`` with U+FFFD in place of each unprintable character but newline and tab: a terminal obeys escape
-    codes."""
+    """Returns ``text`` with U+FFFD in place of each unprintable character except newline and tab, because a model's
+    answer could otherwise send escape codes to the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -30,7 +30,7 @@ _ENVIRONMENT = (
 )  # fmt: skip
 
 # MEASURED: numbers of tokens, input features and output features of the calls that --measure times. ROUNDS: number of
-# calls of each operator and of each reference; the first call is not counted.
+# calls of each timed operator and of its reference; the time of the first call is not used.
 MEASURED, ROUNDS = (512, 1024, 1024), 6
 
 
@@ -116,7 +116,8 @@ def doctor(
 
 
 def _warm(capabilities: list[str]) -> None:
-    """Compiles all CUDA kernels for the given compute capabilities, or if none is given, for this machine's GPUs."""
+    """Compiles all CUDA kernels into the cache, for the given compute capabilities, or for those of this machine's GPUs
+    if none is given."""
     if _native.STATE.module is None:
         raise CliError(f"--warm: the native library is not loaded: {_native.STATE.cpu_error}")
     if why := device_code.missing():
@@ -148,8 +149,11 @@ def _warm(capabilities: list[str]) -> None:
 
 
 def _settled(key: str) -> str:
-    """Proves the kernels of a dispatch key ("CPU" or "CUDA"). Returns "", or the error of the proof: a kernel's fault
-    that leaves the GPU unusable, too little memory, or, with PEFT_EXT_REQUIRE, a family of kernels that failed.
+    """Proves the kernels of a dispatch key ("CPU" or "CUDA"). Returns the message of the RuntimeError that the proof
+    raises, or "" if the proof raises none.
+
+    The error is a kernel's fault that leaves the GPU unusable, a lack of memory, or, with PEFT_EXT_REQUIRE, a family of
+    kernels that failed its proof.
     """
     try:
         prove.settle(key)
@@ -159,7 +163,7 @@ def _settled(key: str) -> str:
 
 
 def _on_gpus(error: str) -> str:
-    """Returns which code computes the operators on GPUs after the proof. ``error``: the error of the proof, or ""."""
+    """Returns in words which code computes the operators on GPUs. ``error`` is the error of the proof, or ""."""
     if error:
         return "no operator: the proof of the CUDA kernels raised an error, see below"
     dropped = {family: prove.proved("cuda", *names) for family, names in prove.families("CUDA").items()}
@@ -173,8 +177,9 @@ def _on_gpus(error: str) -> str:
 
 
 def _proofs(key: str, error: str, measure: bool) -> None:
-    """Prints the results of the proof of a dispatch key's kernels. ``error``: the error of the proof, or "".
-    ``measure``: whether to print the median times too.
+    """Prints, for each family of a dispatch key's kernels, whether the family passed its proof.
+
+    ``error`` is the error of the proof, or "". With ``measure``, the median times of a family's kernels are printed.
     """
     if error:
         _section(f"proof of the {key} kernels")
@@ -189,7 +194,7 @@ def _proofs(key: str, error: str, measure: bool) -> None:
 def _times(family: str, key: str) -> str:
     """Returns the median times of the first operator in a family's proof and of this operator's reference, as text.
 
-    Calls of the operator and of the reference alternate, so that other programs on the device slow both alike.
+    Calls of the operator and of its reference alternate, so that other programs slow down both alike.
     """
     device = torch.device(key.lower())
     dtype = torch.bfloat16 if key == "CUDA" else _cpu.compute_dtype()

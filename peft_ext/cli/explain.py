@@ -61,9 +61,9 @@ _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "lo
 
 @dataclass(frozen=True)
 class _Base:
-    """A base model on the meta device, with the dtype and the quantization that the base has in the preview.
+    """A base model on the meta device, with the dtype and the quantization that ``explain`` assumes for it.
 
-    ``given``: the base's name that the user gave; None where the adapter's configuration names the base.
+    ``given`` is the name of the base that the user gave; None where the adapter's configuration names the base.
     """
 
     name: str
@@ -242,7 +242,7 @@ def _of_adapter(
 def _quantization(
     folder: Path, config: Any, quant: Optional[str], blocksize: Optional[int], trained: dict[str, Any]
 ) -> tuple[str, int, str]:
-    """Returns the quantization and the block size of the base, and a text that says where the two values come from."""
+    """Returns the quantization of the base, its block size, and both in words, with the reason of the choice."""
     stored = stored_quant(folder, config)
     chosen = chosen_quant("--quant", folder, stored, quant, trained)
     by = "as asked for"

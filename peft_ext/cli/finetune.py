@@ -55,7 +55,7 @@ def finetune(
     return 0 if result.check is not None and result.check.ok else 1
 
 
-_OFF = ("stock", "gradient_checkpointing")  # flags with a hidden --no- form, which overrules the --config file
+_OFF = ("stock", "gradient_checkpointing")  # flags that also have a --no- form, against a true value in --config
 
 
 def _signature() -> inspect.Signature:
@@ -65,7 +65,7 @@ def _signature() -> inspect.Signature:
     hints = get_type_hints(run.Options)
 
     def add(name: str, default: Any, kind: Any, **about: Any) -> None:
-        # typer adds a --no- form to a flag without an explicit name
+        # A flag gets an explicit name, because typer adds a --no- form to a flag without one.
         flag = [f"--{name.replace('_', '-')}"] if kind is bool else []
         annotation = Annotated[kind, typer.Option(*flag, **about)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default,

@@ -74,9 +74,9 @@ def _common(
 
 
 def _register(name: str) -> None:
-    """Makes a command of the function ``name`` in the module of ``peft_ext.cli`` with the same name.
+    """Makes a command of ``peft-ext`` from the function ``name`` in the module of ``peft_ext.cli`` with the same name.
 
-    The function returns the command's exit code, or None for 0.
+    The exit code of the command is the number that the function returns, or 0 for None.
     """
 
     def declared() -> Callable[..., Optional[int]]:
@@ -120,8 +120,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run() -> NoReturn:
     """Runs the command line in ``sys.argv`` and ends the process with the exit code.
 
-    A process that was in a process group ends without Python's finalization: gloo's threads outlive the group where DDP
-    used the group, and such a thread aborts the process if it frees a tensor of Python while Python is finalized.
+    A process that was in a process group ends without Python's finalization. After DDP used the group, gloo's threads
+    outlive the group, and a thread that frees a tensor of Python during the finalization would abort the process.
     """
     code = main()
     ranks = sys.modules.get("peft_ext.run.ranks")

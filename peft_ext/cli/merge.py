@@ -144,7 +144,7 @@ def _gguf_base(adapter: Path, model: Optional[str]) -> Path:
     named = model
     if named is None:
         trained, configured = named_bases(adapter)
-        # A path in run.json is as the user gave it, maybe relative; adapter_config.json has the whole path.
+        # run.json has the base's path as the user gave it, maybe relative; adapter_config.json has the whole path.
         has_path = configured is not None and configured.endswith(".gguf")
         is_gguf = trained is not None and (trained == DEMO_MODEL or trained.endswith(".gguf"))
         named = trained if not has_path and (is_gguf or configured is None) else configured

@@ -53,7 +53,7 @@ _LORA = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a",
 _ADALORA = {".lora_A": "a", ".lora_B": "b", ".lora_E": "e"}
 _KINDS = {".lora_magnitude_vector": "DoRA", ".lora_B.bias": "lora_bias", ".bias": "a trained bias"}
 _PREFIX = "base_model.model."
-# Pattern of a tensor's name that can be part of a one-line error.
+# Pattern of the names of tensors that are accepted, which are short and fit into an error of one line.
 _NAME = re.compile(r"[\w.-]{1,500}")
 
 
@@ -139,11 +139,11 @@ def _check_config(config: PeftConfig) -> None:
 
 
 def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Returns, for each module, the names of the tensors of its pair; and the names of the base's frozen tensors in the
-    file.
+    """Returns, for each adapted module, the names of the tensors of its low-rank pair; and the names of the base's
+    frozen tensors in the adapter's file.
 
-    PEFT saves the frozen weight of an embedding or head that the adapter changes, dense or packed. The export leaves
-    the base's frozen tensors out, because llama.cpp has the base's weights in the base's own file.
+    PEFT also saves the frozen weight of an embedding or head that the adapter changes. The export leaves such a frozen
+    weight out, because llama.cpp has the base's weights in the base's own file.
     """
     endings = _LORA if config.peft_type == "LORA" else _ADALORA
     found: dict[str, dict[str, str]] = {}
@@ -209,5 +209,5 @@ def _scale(config: PeftConfig, module: str, rank: int) -> float:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Returns a key that sorts names with numbers in them by the numbers: layer 2 before layer 10."""
+    """Returns a key that sorts dotted names by the numbers in them, so that layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

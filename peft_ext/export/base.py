@@ -27,7 +27,7 @@ class Base:
         title: the model's name for people, which is written into the adapter file.
         names: names of the modules' weights in llama.cpp's files.
         shapes: shape of each weight. The keys are the weights' names in the file if the base is a GGUF file, else the
-        names of the modules that have the weights.
+            names of the modules that have the weights.
         is_file: whether the base is a GGUF file.
         tied: whether the head and the embedding share one weight.
     """

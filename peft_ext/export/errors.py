@@ -1,4 +1,4 @@
-"""The class of the errors of an export, and helpers that raise these errors."""
+"""ExportError, the class of the errors of an export to llama.cpp's adapter file, and helpers that raise it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..sources.json_file import raised_as
 
 
 class ExportError(ValueError):
-    """Raised where an export is impossible. The message is one line that names the given value and mostly the wanted
-    value."""
+    """Raised where an adapter can't be exported to llama.cpp's adapter file. The message is one line, which usually
+    names the given value and the wanted value."""
 
 
 def fail(text: str) -> NoReturn:
@@ -18,5 +18,6 @@ def fail(text: str) -> NoReturn:
 
 
 def as_export_error(*kinds: type[Exception], about: str = "") -> AbstractContextManager[None]:
-    """Raises errors of the classes ``kinds`` as ExportError, with ``about`` and the first line of the error."""
+    """Within the context, errors of the classes ``kinds`` are raised as ExportError, with ``about`` and the first line
+    of the original error as message."""
     return raised_as(ExportError, f"write_gguf_adapter: {about}", *kinds)

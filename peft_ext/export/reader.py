@@ -95,7 +95,8 @@ def _checked_alpha(header: GgufHeader, names: GgufNames) -> float:
 
 
 def _pairs(header: GgufHeader) -> list[str]:
-    """Returns the names of the adapted tensors, in the file's order."""
+    """Returns the names of the base's tensors that the file adapts, in the file's order. Raises GgufError where the
+    file has other tensors than pairs of lora_a and lora_b."""
     found: dict[str, set[str]] = {}
     for name in header.tensors:
         stem, _, ending = name.rpartition(".")
@@ -113,7 +114,10 @@ def _pairs(header: GgufHeader) -> list[str]:
 def _read_pair(
     header: GgufHeader, names: GgufNames, name: str, path: str, base: nn.Module, tensors: dict[str, Tensor]
 ) -> int:
-    """Puts the two matrices of one module into ``tensors``, under PEFT's names; returns their rank."""
+    """Puts the two matrices of one module into ``tensors``, under PEFT's names, and returns the rank of the matrices.
+
+    Raises GgufError where the matrices do not fit the module of the model.
+    """
     first, second = (_floats(header, f"{name}.{ending}") for ending in ("lora_a", "lora_b"))
     module = base.get_submodule(path)
     embedding = name == "token_embd.weight"
@@ -142,7 +146,8 @@ def _read_pair(
 
 
 def _floats(header: GgufHeader, name: str) -> Tensor:
-    """Returns a matrix of the file in float32, in newly allocated memory."""
+    """Returns a matrix of the file in float32, in new memory. Raises GgufError for a tensor that is no matrix of finite
+    floats."""
     info = header.tensors[name]
     if len(info.shape) != 2:
         raise header.error(f"tensor {name!r:.80} has the sizes {info.shape}, wanted a matrix")

@@ -75,8 +75,8 @@ def write_gguf_adapter(
     ``peft_ext.gguf.names.ARCHITECTURES``. llama.cpp's file has one alpha: the most frequent value of scaling · rank
     other than 0, or 1 if all values are 0. If a module's scaling · rank is not the file's alpha, the module's lora_B is
     multiplied with (scaling · rank) / alpha, and rounded once to float32. AdaLoRA's singular values are multiplied into
-    lora_A. The rows of lora_B of attn_q and attn_k have the order of the base's GGUF file. The matrices of one module
-    at a time are in memory.
+    lora_A. The rows of lora_B of attn_q and attn_k have the order of the base's GGUF file. At any time, the matrices of
+    at most one module are in memory.
 
     Args:
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
@@ -134,9 +134,9 @@ def _check_file(file: Path, overwrite: bool, base: Base) -> None:
 
 
 def _places(pairs: list[Pair], base: Base) -> list[str]:
-    """Returns the name of each pair's weight in the base's GGUF file. Raises ExportError where the base has no such
-    weight, where sizes do not fit, where a pair of an embedding meets a linear layer or the reverse, and where two
-    pairs are for one weight."""
+    """Returns llama.cpp's name of the weight of each pair. Raises ExportError where the base has no such weight, where
+    sizes do not fit, where the pair is of an embedding and the weight is not, or the reverse, and where two pairs are
+    for one weight."""
     names: dict[str, str] = {}
     for pair in pairs:
         name = base.tensor_of(pair.module)
@@ -207,7 +207,7 @@ def _write(
 
 
 def _text(name: str) -> str:
-    """Returns the name with "?" for each byte that is not UTF-8: the name of a folder can have any bytes."""
+    """Returns the name with "?" in place of what UTF-8 can't encode, because a folder's name can have any bytes."""
     return name.encode(errors="replace").decode()
 
 

@@ -1,6 +1,6 @@
 """Reads GGUF, the file format of llama.cpp, and loads models whose weights stay packed as in the file.
 
-header    the checked header of a file: metadata, and the place of each tensor
+header    the checked header of a GGUF file: metadata, and the place of each tensor
 checks    whether a header is of a model that transformers and the package gguf can read
 metadata  the configuration and the tokenizer that a file describes
 pre_tokenizers  how a tokenizer in a file splits a text into words

@@ -1,8 +1,8 @@
 """Checks the header of an untrusted GGUF model before transformers or the package gguf read the file.
 
 transformers makes objects for each layer, each token and each merge that the metadata announces, and does not check the
-sizes in the metadata. :func:`check_model` compares these sizes with the tensors of the file, and
-:func:`check_tokenizer` checks the lists of the tokenizer.
+sizes in the metadata. The function :func:`check_model` compares sizes in the metadata with the tensors of the file, and
+the function :func:`check_tokenizer` checks the lists of the tokenizer.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from .header import GgufHeader, TensorInfo
 __all__ = ["MOST_LAYERS", "check_model", "check_tokenizer"]
 
 MOST_LAYERS = 10_000
-# Largest accepted number of characters of a token. In a file without merges, transformers tries every split of each
-# token.
+# Largest accepted number of characters of a token. If a file has no merges, transformers tries every split of each
+# token into two, which takes long for long tokens.
 _LONGEST_TOKEN = 1024
 _MOST = (1 << 31) - 1
 # Largest accepted number of bytes of all attention masks together. transformers' GPT-2 makes a mask of context_length
 # ** 2 bytes in each layer.
 _MOST_MASKS = 1 << 28
 
-# Fields of an architecture whose values must be integers -> the smallest and the largest value.
+# For each key of the metadata, without the architecture's prefix, whose value must be an integer: the smallest and the
+# largest accepted value.
 _SIZES: dict[str, tuple[int, int]] = {
     "block_count": (1, MOST_LAYERS),
     "nextn_predict_layers": (0, MOST_LAYERS),
@@ -56,7 +57,7 @@ _SIZES: dict[str, tuple[int, int]] = {
     "ssm.state_size": (1, 65_536),
     "ssm.time_step_rank": (1, _MOST),
 }
-# Fields whose value may be an array with one integer for each layer.
+# Keys, without the architecture's prefix, whose value may be an array with one integer for each layer.
 _PER_LAYER = {"feed_forward_length", "attention.head_count", "attention.head_count_kv"}
 _REQUIRED = ("block_count", "embedding_length")
 _REQUIRED_OF = {"lfm2": ("context_length", "feed_forward_length", "rope.freq_base", "shortconv.l_cache")}
@@ -84,10 +85,10 @@ _WITH_MERGES = ("gemma4", "gpt2", "llama")
 def check_model(header: GgufHeader) -> None:
     """Checks that a header is of a model in one file, whose metadata transformers and the package gguf can read.
 
-    Checks that every size that transformers takes from the metadata is in a fixed range, and that the number of layers,
-    the width and the size of the vocabulary are those of the tensors. :func:`check_tokenizer` checks the tokenizer.
+    The sizes in the metadata must be in fixed ranges, and the number of layers, the width and the size of the
+    vocabulary must be those of the tensors. The tokenizer is checked by :func:`check_tokenizer`.
 
-    Raises GgufError with a message of one line.
+    Raises GgufError, with a message of one line, where a check fails.
     """
     _check_kind(header)
     _check_sizes(header)
@@ -148,7 +149,8 @@ def _check_sizes(header: GgufHeader) -> None:
 
 
 def _check_heads(header: GgufHeader, architecture: str) -> None:
-    """Checks that each layer's number of attention heads is a multiple of its number of key-value heads.
+    """Raises GgufError where a layer's number of attention heads is no multiple of its number of key-value heads, or
+    where no layer has heads.
 
     A layer without attention has 0 heads.
     """
@@ -188,13 +190,13 @@ def _check_size(header: GgufHeader, key: str, value: Any, least: int, most: int)
 
 
 def _check_shapes(header: GgufHeader) -> None:
-    """Compares the sizes in the metadata with the shapes of the tensors."""
+    """Raises GgufError where sizes in the metadata differ from the shapes of the tensors, or layers have no tensors."""
     architecture = header.architecture
     layers, width = (header.get(f"{architecture}.{field}") for field in ("block_count", "embedding_length"))
     # The names of T5's tensors begin with enc.blk.N in the encoder and with dec.blk.N in the decoder.
     pattern = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]{1,9})\.")
     found = {int(match[1]) for name in header.tensors if (match := pattern.match(name))}
-    # a file may lack the layers for multi-token prediction (nextn)
+    # The file may lack the tensors of the last layers, which are for multi-token prediction (nextn).
     present = layers - header.get(f"{architecture}.nextn_predict_layers", 0)
     problem = next((f"layer {index} has no tensors" for index in range(present) if index not in found), None)
     if problem is None and max(found, default=0) >= layers:
@@ -230,7 +232,8 @@ def _check_shapes(header: GgufHeader) -> None:
 
 
 def _check_decoder(header: GgufHeader) -> None:
-    """Checks that the file has tensors of each decoder layer, if the metadata has ``decoder_block_count``."""
+    """Raises GgufError where the metadata has ``decoder_block_count``, and the file has tensors of other decoder layers
+    than 0 to ``decoder_block_count`` - 1."""
     architecture = header.architecture
     if (count := header.get(f"{architecture}.decoder_block_count")) is None:
         return
@@ -242,9 +245,10 @@ def _check_decoder(header: GgufHeader) -> None:
 
 
 def check_tokenizer(header: GgufHeader) -> None:
-    """Checks that the tokenizer's lists have the types and lengths that transformers expects.
+    """Raises GgufError, with a message of one line, where a list of the tokenizer in the file has another type or
+    length than transformers expects.
 
-    The header must have passed :func:`check_model`. Raises GgufError with a message of one line.
+    The header must have passed :func:`check_model`.
     """
     vocabulary = header.tensors["token_embd.weight"].shape[0]
     for key in _TEXTS:

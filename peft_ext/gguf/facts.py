@@ -1,8 +1,8 @@
 """Reads facts of a GGUF file that change the model's function and that transformers 5.24 does not read from the file.
 
 transformers reads a part of the metadata and fills the other fields of the configuration with the defaults of the
-configuration's class. :func:`take_facts` puts further values of the file into the configuration, and raises an error
-that names the key of a value that the configuration can't express.
+configuration's class. The function :func:`take_facts` puts further values of the file into the configuration, and
+raises an error that names the key of a value that the configuration can't express.
 
 Source: the keys that llama.cpp's converter writes (conversion/*.py) and that llama.cpp reads (src/models/*.cpp).
 """
@@ -33,16 +33,17 @@ _SIZE_FIELDS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-# Names that configurations give to the eps of the norms. A configuration's class has at most one of these fields.
+# Names that configurations give to the eps of the norms. A configuration's class has at most one field of this list.
 _EPSILON_FIELDS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 _GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of Gemma 2, and of Gemma 3, with 27 billion parameters
 _PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate only a part of each head
-# Keys of the metadata that transformers' module integrations.gguf reads, for the architectures Qwen 3.5 and LFM2.
+# Keys of the metadata, without the architecture's prefix, that transformers' module integrations.gguf reads for the
+# architectures Qwen 3.5 and LFM2.
 _READ_BY_FUNCTIONS = {
     "attention.key_length", "rope.dimension_count", "rope.dimension_sections", "nextn_predict_layers",
     "expert_feed_forward_length", "expert_shared_feed_forward_length",
 }  # fmt: skip
-# Keys that change what llama.cpp computes -> the values of the key with which the key changes nothing.
+# For keys of the metadata that can change what llama.cpp computes: the values with which the key changes nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "activation_sparsity_scale": (),
     "attention.causal": (True,),
@@ -118,7 +119,7 @@ def take_facts(header: GgufHeader, config: Any) -> Any:
 
 
 class _Facts:
-    """Collects the changes of one configuration; each ``take_`` method reads one group of facts.
+    """Collects the changes of one configuration; each ``take_`` method reads a group of values from the file.
 
     Attributes:
         changes: new values of fields of the configuration, by the name of the field.
@@ -206,7 +207,7 @@ class _Facts:
         return getattr(self.config, "d_kv", None) or self.head
 
     def _take_window(self) -> None:
-        """Reads the size of the sliding window, and which layers use the window. A size of 0 means no window."""
+        """Reads the size of attention's sliding window, and which layers use the window. The size 0 means no window."""
         config, key = self.config, "attention.sliding_window"
         window, pattern = self.get(key), self.get("attention.sliding_window_pattern")
         layers = config.num_hidden_layers
@@ -339,14 +340,14 @@ class _Facts:
                                         f"{self.config.model_type} does not have")  # fmt: skip
 
     def _llama3(self, factors: Tensor, base: float) -> Optional[dict[str, Any]]:
-        """Returns the parameters with which transformers' rotary type "llama3" computes the factors, or None.
+        """Returns the parameters with which transformers' rotary type "llama3" computes the factors ``factors``.
 
-        Tries the parameters of Llama 3.1, 3.2 and 3.3, with the largest of ``factors`` as the scaling factor. Returns
-        None where the parameters tried give other factors than ``factors``.
+        The method tries the parameters of Llama 3.1, 3.2 and 3.3, with the largest of ``factors`` as the scaling
+        factor, and returns None where these parameters give other factors.
         """
         factor, context, low, high = float(factors.max()), 8192, 1.0, 4.0
         powers = torch.arange(0, 2 * len(factors), 2, dtype=torch.float32) / (2 * len(factors))
-        turns = context / (2 * math.pi * base**powers)  # rotations of each frequency in the original context
+        turns = context / (2 * math.pi * base**powers)  # number of rotations of each frequency over the context
         share = ((turns - low) / (high - low)).clamp(0, 1)
         wanted = 1 / ((1 - share) / factor + share)
         if not torch.allclose(factors, wanted, rtol=1e-5, atol=0):
@@ -357,7 +358,7 @@ class _Facts:
     # --- parts of the layers ------------------------------------------------------------------------------------------
 
     def take_layers(self) -> None:
-        """Reads facts about the layers, most of them from the names of the tensors."""
+        """Reads which parts the layers have, such as biases, mostly from the names of the tensors."""
         names, changes = self.header.tensors, self.changes
         if self.architecture == "llama":
             changes["attention_bias"] = "blk.0.attn_q.bias" in names
@@ -381,7 +382,8 @@ class _Facts:
                 changes["tie_word_embeddings"] = "output.weight" not in names
 
     def refuse_rest(self) -> None:
-        """Raises GgufError for a key that changes the model's function and whose value is not in the configuration."""
+        """Raises GgufError for a key of _NEUTRAL whose value changes the model's function and is not in the
+        configuration."""
         for key, neutral in _NEUTRAL.items():
             value = self.get(key)
             if value is None or key in self.taken or (not isinstance(value, list) and value in neutral):

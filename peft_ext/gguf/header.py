@@ -37,7 +37,7 @@ _VERSIONS = (2, 3)
 _MOST_SIZES = 4  # GGML_MAX_DIMS
 _LONGEST_NAME = 65_535  # largest number of bytes in a key, by the specification
 # Bounds of memory and time: the package gguf takes some 500 bytes of memory for each element of an array.
-_MOST_NAMES = 1 << 20  # keys, or tensors
+_MOST_NAMES = 1 << 20  # largest number of keys, and largest number of tensors
 _MOST_ELEMENTS = 1 << 22  # largest number of elements in all arrays of the metadata together
 
 # Types of values: number of the type in the file -> format character of Python's struct. A bool is one byte.
@@ -54,7 +54,8 @@ class GgufError(ValueError):
 
 
 class Value(NamedTuple):
-    """A value of the metadata, GGUF's type of the value, and the type of the elements if the value is an array."""
+    """A value of the metadata with two of GGUF's type numbers: the value's type, and the type of the elements if the
+    value is an array, else None."""
 
     data: Any
     type: int
@@ -62,8 +63,11 @@ class Value(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """The place of a value in the file: GGUF's type of the value, the type and the number of the elements if the value
-    is an array, and the offset of the data."""
+    """The place of a value of the metadata in the file.
+
+    ``type`` is GGUF's type of the value. ``element`` and ``count`` are the type and the number of an array's elements;
+    for another value, ``type`` and 1. ``offset`` is the position of the data in bytes.
+    """
 
     type: int
     element: int
@@ -73,13 +77,13 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file.
+    """One tensor of a GGUF file, as the header describes it.
 
     Attributes:
         name: name of the tensor in the file.
         shape: sizes in PyTorch's order, rows before columns.
-        type: ggml's type, as a number.
-        offset: offset in bytes from the start of the file.
+        type: ggml's number of the type of the tensor's elements, such as Q4_K.
+        offset: position of the tensor's first byte in the file.
         nbytes: number of bytes that the tensor takes in the file.
     """
 
@@ -107,8 +111,8 @@ class GgufHeader:
         version: version of the format, 2 or 3.
         tensors: the file's tensors by name, in the file's order.
         alignment: the offsets of the tensors are multiples of ``alignment`` bytes.
-        values_end: offset of the first byte after the metadata.
-        data_start: offset of the tensors' bytes.
+        values_end: position in the file of the first byte after the metadata.
+        data_start: position in the file of the first byte of the tensors' data.
     """
 
     path: Path
@@ -176,7 +180,7 @@ class GgufHeader:
         returned with its dtype and shape; the tensor is copied if its offset is no multiple of the dtype's size.
         """
         info = self.tensors[name]
-        # Each tensor gets a storage of its own, because torch.save and pickle write the whole storage of a tensor.
+        # frombuffer gives each tensor a storage of its own. torch.save and pickle write the whole storage of a tensor.
         raw = torch.frombuffer(self._mapped, dtype=torch.uint8, offset=info.offset, count=info.nbytes)
         if info.dtype is None:
             _, columns, size, _ = TYPES[info.type]
@@ -318,7 +322,7 @@ class _Reader:
         return values if place.type == _ARRAY else values[0]
 
     def tensors(self, offset: int, alignment: int) -> tuple[dict[str, TensorInfo], int]:
-        """Returns the tensors that are listed from ``offset`` on, and the offset of the tensors' bytes in the file."""
+        """Returns the tensors that the header lists from ``offset`` on, and the position of the tensors' data."""
         found: dict[str, TensorInfo] = {}
         for index in range(self.tensor_count):
             name, offset = self.name(offset, f"the name of tensor {index}")

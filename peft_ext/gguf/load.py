@@ -41,12 +41,13 @@ def load_gguf(
 ) -> Any:
     """Returns the transformers model in a GGUF file, with the file's quantized weights packed and mapped from the disk.
 
-    Linear layers are :class:`peft_ext.nn.PackedLinear`, the embedding a :class:`peft_ext.nn.PackedEmbedding`, and
-    experts a :class:`peft_ext.nn.PackedExperts`. PEFT's adapters can be trained over the packed layers. A tied head
+    With quantized weights, linear layers are :class:`peft_ext.nn.PackedLinear`, the embedding is a
+    :class:`peft_ext.nn.PackedEmbedding`, and the experts of a layer are a :class:`peft_ext.nn.PackedExperts`. Most of
+    PEFT's adapters can be trained over the packed layers. A tied head
     shares the embedding's packed weight. A weight whose rows the file stores in another order (``attn_q`` and
     ``attn_k`` of Llama and Mistral, ``attn_qkv`` of Bloom) and the joined weights of experts are copied, without being
     decoded. Norms and biases, and weights that the file stores in F32, F16 or BF16, are dense. A quantized weight that
-    no packed layer can hold is decoded: ``model.peft_ext_dense`` has the reason by the name of the parameter, and
+    no packed layer can hold is decoded: ``model.peft_ext_dense`` maps the name of the parameter to the reason, and
     :func:`peft_ext.explain` shows the reason.
 
     The model's configuration has the values of the metadata that change the model's function. If transformers'
@@ -54,12 +55,12 @@ def load_gguf(
 
     Args:
         path: the GGUF file. The architecture of the model may be bloom, falcon (with one key-value head), gemma2,
-            gemma3, gpt-oss, gpt2, lfm2, llama, mamba, minimax-m2, nemotron, phi3, qwen2, qwen2moe, qwen3, qwen3moe,
-            qwen35, qwen35moe, stablelm, starcoder2, t5 or t5encoder.
+            gemma3, gpt-oss, gpt2, lfm2, llama, mamba, minimax-m2, mistral, nemotron, phi3, qwen2, qwen2moe, qwen3,
+            qwen3moe, qwen35, qwen35moe, stablelm, starcoder2, t5 or t5encoder.
         dtype: dtype of the dense weights and of the computation.
         model_class: the transformers class; default ``AutoModelForCausalLM``, and for T5 ``AutoModelForSeq2SeqLM`` or
             ``T5EncoderModel``.
-        device_map, kwargs: as for transformers' ``from_pretrained``.
+        device_map, kwargs: further arguments of transformers' ``from_pretrained``.
 
     Raises:
         OSError: the file can't be read.
@@ -86,7 +87,8 @@ def load_gguf(
 
 
 def _class_of(model_class: Optional[Any], config: Any, header: GgufHeader) -> Any:
-    """Returns ``model_class``, or the class that the Auto class ``model_class`` chooses for the configuration."""
+    """Returns the class of the model: ``model_class``, or if this is an Auto class, the class that it has for the
+    configuration."""
     if model_class is None and header.architecture == "t5encoder":
         return getattr(transformers, config.architectures[0])
     if model_class is None:
@@ -108,7 +110,8 @@ class GgufPackedConfig(QuantizationConfigMixin):
     Attributes:
         file: path of the GGUF file.
         header: the file's header until transformers has loaded the model, and None later.
-        tensors: the tensors that transformers loads (see :class:`.pack.Packed`); empty once the model has them.
+        tensors: the tensors that transformers loads (see :class:`.pack.Packed`); empty after transformers has loaded
+            the model.
     """
 
     header: Optional[GgufHeader] = None

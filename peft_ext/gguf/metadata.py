@@ -1,7 +1,8 @@
 """Reads the configuration and the tokenizer that a GGUF file describes, with transformers.
 
 transformers 5.24 takes seconds to read the metadata of a file, because transformers converts the strings of the
-vocabulary one by one. :func:`read_config` therefore gives transformers the metadata without the vocabulary.
+vocabulary one by one. The function :func:`read_config` therefore gives transformers the metadata without the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def read_config(header: GgufHeader) -> Any:
 
 
 def read_tokenizer(header: GgufHeader, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a file, with its chat template. The tokenizer splits text as llama.cpp does.
+    """Returns the tokenizer in a file, with its chat template. For how the tokenizer splits text, see
+    :func:`~peft_ext.gguf.pre_tokenizers.fit_tokenizer`.
 
     Raises GgufError where the file is no model, has no tokenizer, has a tokenizer that transformers can't read, or has
     a ``tokenizer.ggml.pre`` that is not known.
@@ -106,7 +108,7 @@ def _read_by_function(header: GgufHeader) -> Any:
     metadata = {
         key: header.get(key)
         for key in header.keys
-        if not key.startswith("tokenizer.") or key.endswith("_token_id")  # the lists of the vocabulary are left out
+        if not key.startswith("tokenizer.") or key.endswith("_token_id")  # the vocabulary's long lists are not needed
     }
     # get_gguf_config takes the number of tokens in place of the list of tokens.
     metadata["tokenizer.ggml.tokens"] = header.tensors["token_embd.weight"].shape[0]

@@ -1,8 +1,8 @@
 """The names of a model's modules in GGUF files, and the order in which a file stores the rows of a weight.
 
 The package ``gguf`` has the names for each architecture. llama.cpp's converter reorders the rows of a few weights, so
-that llama.cpp's rotary positions can rotate pairs of neighbouring features. :class:`GgufNames` gives the order of these
-rows.
+that llama.cpp's rotary positions can rotate pairs of neighbouring features. The class :class:`GgufNames` gives the
+names, and the order of reordered rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .header import GgufError, GgufHeader
 __all__ = ["ARCHITECTURES", "GgufNames"]
 
 # transformers' model type -> architecture of GGUF, and whether the file interleaves the rows of attn_q and attn_k. All
-# other matrices of these architectures have the layout of transformers' model.
+# other matrices of the architectures in this table have the layout of transformers' model.
 # Source: llama.cpp convert_hf_to_gguf.py (modify_tensors), transformers modeling_gguf_pytorch_utils.py.
 ARCHITECTURES: dict[str, tuple[str, bool]] = {
     "llama": ("llama", True),
@@ -41,8 +41,8 @@ class GgufNames:
     """The names of one model's tensors in GGUF files, and the order of the rows of these tensors.
 
     Args:
-        architecture: GGUF's name of the architecture: the first item of a value of ``ARCHITECTURES``.
-        layers: number of layers.
+        architecture: GGUF's name of the model's architecture, such as "llama"; see ``ARCHITECTURES``.
+        layers: number of layers of the model.
         heads, kv_heads: numbers of attention heads and of key-value heads of each layer.
 
     Raises: ValueError for an architecture that ``ARCHITECTURES`` or the installed package gguf does not have;
@@ -63,7 +63,7 @@ class GgufNames:
 
     @classmethod
     def of_file(cls, header: GgufHeader) -> GgufNames:
-        """Returns the names of the tensors of the model in a file.
+        """Returns the names of the tensors of the model in a GGUF file.
 
         Raises GgufError for an architecture that ``ARCHITECTURES`` does not have, and where the metadata has no number
         of layers or heads, or a number below 1 or above ``MOST_LAYERS``.
@@ -90,7 +90,8 @@ class GgufNames:
 
     @classmethod
     def of_config(cls, config: Any) -> GgufNames:
-        """Returns the names for a transformers configuration. Raises ValueError for a model type that is not known."""
+        """Returns the names for the model of a transformers configuration. Raises ValueError for a model type that
+        ``ARCHITECTURES`` does not have."""
         if config.model_type not in ARCHITECTURES:
             wanted = ", ".join(ARCHITECTURES)
             raise ValueError(f"gguf: the model type is {config.model_type!r:.60}, wanted one of {wanted}")
@@ -99,10 +100,10 @@ class GgufNames:
         return cls(ARCHITECTURES[config.model_type][0], config.num_hidden_layers, heads, kv_heads)
 
     def tensor(self, module: str) -> Optional[str]:
-        """Returns the name in the file of a module of transformers' model, without ".weight"; None if the file has no
-        name for the module.
+        """Returns the name in GGUF files of the module ``module`` of transformers' model, without ".weight"; None if
+        GGUF has no name for the module.
 
-        For example, the name of "model.layers.0.self_attn.q_proj" in the file is "blk.0.attn_q".
+        For example, the name of "model.layers.0.self_attn.q_proj" is "blk.0.attn_q".
         """
         return self._map.get_name(module)
 

@@ -3,7 +3,8 @@
 transformers reads GGUF in two ways. For most architectures, transformers' module ``modeling_gguf_pytorch_utils`` has a
 class that turns the file's tensors into the model's (``TENSOR_PROCESSORS``). For a few architectures, transformers'
 module ``integrations.gguf`` has conversions of names and tensors; an attribute of each conversion tells whether the
-conversion keeps packed bytes. pack decodes a tensor whose values transformers changes, and such a tensor stays dense.
+conversion keeps packed bytes. A quantized tensor whose values transformers changes is decoded by :func:`pack`, and
+stays dense in the model.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ with required("transformers", "a model in a GGUF file"):
 __all__ = ["Packed", "pack"]
 
 _LINEAR = ("FalconLinear",)  # names of transformers' classes that compute what nn.Linear computes
-# names of classes of embeddings with a factor, the attribute scalar_embed_scale
+# Names of transformers' embeddings that multiply their outputs with a factor, the attribute scalar_embed_scale.
 _SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")
 _CHANGED = "transformers changes its values as it reads the file"
 
@@ -59,8 +60,9 @@ class _Changes(NamedTuple):
         digest: the result of :func:`_digest` for the class whose changes the other attributes describe; "" for a class
             of this module, whose code is known.
         names: regular expression for the names of the changed tensors.
-        rows: if the class only reorders rows: a function of a tensor's name, its number of rows and the configuration,
-            which returns ``order``. Row i of transformers' tensor is row ``order[i]`` of the file's tensor.
+        rows: if the class only reorders rows, a function of a tensor's name, the tensor's number of rows and the
+            configuration, which returns the order of the rows: row i of transformers' tensor is row ``order[i]`` of the
+            file's tensor. ``rows`` is None if the class changes values.
     """
 
     digest: str
@@ -71,8 +73,8 @@ class _Changes(NamedTuple):
 class _GptOss(legacy.TensorProcessor):
     """Reads the experts of gpt-oss, which transformers 5.24 leaves out.
 
-    The file has the weights gate, up and down of all experts, each ``[E, N, K]``. The model has transposed weights, and
-    joins gate and up to one weight in which the columns of gate and up alternate.
+    The file has three weights, gate, up and down, of all experts of a layer, each ``[E, N, K]``. transformers' model
+    has transposed weights, and joins gate and up to one weight in which the columns of gate and up alternate.
     """
 
     _TENSOR = re.compile(r"blk\.[0-9]+\.ffn_(gate|up|down)_exps\.(weight|bias)")
@@ -114,7 +116,7 @@ _CHANGES: dict[type, _Changes] = {
     legacy.MiniMaxM2TensorProcessor: _Changes("5f329bd3c6ef3167b431", r"_exps"),
     _GptOss: _Changes("", r"_exps"),
 }
-_PARTS = ("gate", "up", "down")  # parts of the names of the tensors of a decoder layer's experts
+_PARTS = ("gate", "up", "down")  # the three weights of a decoder layer's experts, as GGUF names them
 _EXPERTS = re.compile(r"(?P<block>.*)\.ffn_(gate|up|down)_exps\.(?P<leaf>weight|bias)")
 # Tensors that are not loaded: rotary factors, which are in the configuration, and rotary frequencies of old files.
 _UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.attn_rot_embd(\.weight)?")))
@@ -123,7 +125,7 @@ _UNUSED = re.compile("|".join((*map(re.escape, ROTARY_FACTORS), r"blk\.[0-9]+\.a
 def _digest(kind: type) -> str:
     """Returns the digest of the functions and regular expressions of a class of TENSOR_PROCESSORS.
 
-    Raises Unknown for a class that has other attributes, or whose source is not the code that runs.
+    Raises Unknown for a class with attributes of other types, or with source text that is not the code that runs.
     """
     found: list[tuple[str, str]] = []
     for name, value in ((name, value) for one in kind.__mro__[:-1] for name, value in vars(one).items()):
@@ -147,11 +149,11 @@ def _changes_of(kind: type) -> Optional[_Changes]:
 
 
 class Packed(NamedTuple):
-    """A model on the meta device whose layers hold packed weights.
+    """The tensors with which transformers fills a model that :func:`pack` has given packed layers.
 
     Attributes:
         tensors: the model's state dict, or, where ``conversions`` is given, the file's tensors by their own names.
-        conversions: transformers' conversions of the file's tensors; None where ``tensors`` needs none.
+        conversions: transformers' conversions of the file's tensors; None where ``tensors`` is the state dict.
         dense: for each of the model's parameters whose quantized weight was decoded: the name and the reason.
     """
 
@@ -163,9 +165,9 @@ class Packed(NamedTuple):
 def pack(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
     """Replaces the layers of a model on the meta device by packed layers, and returns the tensors to load.
 
-    Decodes only tensors that stay dense. Copies only tensors whose rows are reordered or joined, dense tensors whose
-    values transformers changes, and dense tensors that are not aligned in the file. A layer whose weight was decoded
-    gets the reason as its attribute ``note``.
+    Quantized tensors are decoded only if they stay dense in the model. Most other tensors are mapped from the disk;
+    copied are, for example, tensors whose rows are reordered or joined. A layer whose weight was decoded gets the
+    reason as its attribute ``note``.
 
     Raises GgufError where a tensor of the file does not fit the model or is not of the model, where the file lacks a
     tensor of the model, and where transformers can't read the tensors. The file may have tensors that the model does
@@ -192,8 +194,8 @@ def _shapes(model: Any) -> dict[str, torch.Size]:
 
 
 def _check_all(model: Any, header: GgufHeader, shapes: dict[str, torch.Size], found: Iterable[str]) -> None:
-    """Raises GgufError for a parameter that neither has a tensor in the file nor is tied to a parameter with a tensor,
-    before transformers allocates memory for the parameter."""
+    """Raises GgufError for a parameter of the model that neither has a tensor in the file nor is tied to a parameter
+    with a tensor. Without this check, transformers would allocate memory for such a parameter."""
     found = set(found)
     tied = {name for pair in model.all_tied_weights_keys.items() if set(pair) & found for name in pair}
     if missing := [name for name in shapes if name not in found and name not in tied]:
@@ -207,7 +209,8 @@ def no_tensor(header: GgufHeader, missing: list[str], kind: type) -> GgufError:
 
 
 def _is_unused(model: Any, name: str) -> bool:
-    """Returns whether the model does not use the tensor, for example ``output.weight`` in a model without a head."""
+    """Returns whether the model does not use the file's tensor ``name``, for example the head's ``output.weight`` for a
+    model class without a head."""
     return _UNUSED.fullmatch(name) is not None or (name == "output.weight" and model.get_output_embeddings() is None)
 
 
@@ -230,7 +233,7 @@ def _layers(model: Any) -> Callable[[str], Optional[str]]:
 
 
 def _why_type(info: TensorInfo) -> Optional[str]:
-    """Returns the reason why layers can't hold weights of the tensor's type; None if layers can hold such weights."""
+    """Returns the reason why no packed layer can hold a weight of the tensor's type; None if a packed layer can."""
     return None if has_kernel(info.type) else f"no kernel decodes the type {info.type_name}"
 
 
@@ -280,10 +283,10 @@ def _values(header: GgufHeader, info: TensorInfo) -> Tensor:
 
 
 def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
-    """Returns a dict from the file's name of each tensor to the model's name of the parameter.
+    """Returns a dict from the names of the file's tensors to the names of the model's parameters.
 
-    The names are those of transformers' ``get_gguf_hf_weights_map``, which builds the table of names anew for each
-    module of the model; this function builds the table once.
+    The dict equals that of transformers' ``get_gguf_hf_weights_map``, which is slower because it builds gguf's table of
+    names anew for each module of the model; this function builds the table once.
     """
     with required("gguf", "a model in a GGUF file"):
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
@@ -311,7 +314,7 @@ def _names(model: Any, header: GgufHeader, processor: Any) -> dict[str, str]:
 
     names = [(processor.preprocess_name(name), name) for name in model.state_dict()]
     prefix = model.base_model_prefix
-    if not any(full.startswith(f"{prefix}.") for _, full in names):  # the model is the base model itself
+    if not any(full.startswith(f"{prefix}.") for _, full in names):  # the model is a base model without a head
         names = [(f"{prefix}.{name}", full) for name, full in names]
     for depth in range(max((name.count(".") for name, _ in names), default=0)):
         for name, full in names:
@@ -345,7 +348,7 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                # gate, up and down of a decoder layer are packed together when the loop comes to the first of the three
+                # A layer's gate, up and down are packed together, when the loop comes to the first of the three.
                 if reason is None and target not in found.tensors:
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
@@ -362,8 +365,8 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
             found.dense[target] = reason
         _decode(header, info, target, names, processor, touched, dtype, found.tensors)
         made = found.tensors.get(target)
-        # Some converters of a model to GGUF keep sizes of 1 and some do not, for example in the gate of Qwen 2's shared
-        # expert.
+        # Some converters of a model to GGUF keep dimensions of size 1 and some do not, for example in the gate of Qwen
+        # 2's shared expert.
         if made is not None and _without_ones(made.shape) == _without_ones(shapes[target]):
             found.tensors[target] = made = made.reshape(shapes[target])
         if made is not None and made.shape != shapes[target]:
@@ -378,7 +381,8 @@ def _decode(
     header: GgufHeader, info: TensorInfo, target: str, names: dict[str, str], processor: Any, touched: bool,
     dtype: torch.dtype, tensors: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Puts the values of a tensor in ``tensors``, converted by transformers' processor if ``touched``."""
+    """Puts the decoded values of a file's tensor into ``tensors``. With ``touched``, transformers' processor converts
+    the values."""
     values = _values(header, info)
     if not touched:
         tensors[target] = values
@@ -394,9 +398,9 @@ def _packed_experts(
 ) -> dict[str, Tensor]:
     """Packs the experts of the module ``name``, and returns the tensors to load by the names of the parameters.
 
-    ``parts``: the tensors gate, up and down, for which :func:`_why_experts` is None. transformers' model has gate and
-    up in one weight: first the rows of gate and then those of up, or, in gpt-oss, a row of gate and a row of up in
-    turns.
+    ``parts`` are the file's tensors gate, up and down, for which :func:`_why_experts` is None. transformers' model has
+    gate and up in one weight: first the rows of gate and then those of up, or, in gpt-oss, a row of gate and a row of
+    up in turns.
     """
     module, (gate, up, down) = model.get_submodule(name), parts
     experts, rows, columns = gate.shape
@@ -427,8 +431,8 @@ def _check_halves(header: GgufHeader, block: str, leaf: str) -> None:
 
 
 def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str]:
-    """Returns the reason why the tensors of gate, up and down can't be packed in the module; None if the tensors can be
-    packed."""
+    """Returns the reason why the experts' module ``module`` can't hold the file's tensors gate, up and down packed;
+    None if the module can."""
     if any(info is None or info.dtype is not None or len(info.shape) != 3 for info in parts):
         return "another weight of the experts is not quantized"
     if (reason := next(filter(None, map(_why_type, parts)), None)) is not None:
@@ -445,16 +449,18 @@ def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str
 
 
 class _Source(NamedTuple):
-    """The tensors from which a parameter is made, and the reason why the conversion must decode the tensors; None where
-    the conversion keeps packed bytes."""
+    """The file's tensors from which transformers' conversion makes one parameter, and the reason why the tensors have
+    to be decoded before; None if the conversion keeps packed bytes."""
 
     tensors: list[TensorInfo]
     reason: Optional[str]
 
 
 def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
-    """Returns the source of each parameter, with the tensors that transformers' ``get_gguf_plan`` finds for the
-    parameter."""
+    """Returns, by the name of the parameter, the file's tensors from which each parameter of the model is made.
+
+    The tensors of a parameter are those that transformers' ``get_gguf_plan`` finds.
+    """
     mapping = copy.deepcopy(mapping)  # a copy, because rename_source_key changes the conversions
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -470,7 +476,7 @@ def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
-    """Returns the sizes other than 1. The file and the model may have sizes of 1 in different places."""
+    """Returns a shape without its sizes of 1, because the file and the model may have them in different places."""
     return tuple(size for size in shape if size != 1)
 
 

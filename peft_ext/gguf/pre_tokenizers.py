@@ -1,15 +1,16 @@
 """How llama.cpp splits a text into words, before the merges of a byte-level BPE tokenizer in a GGUF file.
 
-The key ``tokenizer.ggml.pre`` of a file has a name. For each name, llama.cpp has a list of regular expressions, and two
-flags: whether a word that is in the vocabulary becomes one token without merges, and whether a text begins with the
-token BOS if the file does not say so. transformers reads files with some of the names, and splits by GPT-2's expression
-for all other names. :func:`fit_tokenizer` gives a tokenizer the expressions and the first flag of llama.cpp;
-:func:`adds_bos` is the second flag.
+The value of a file's key ``tokenizer.ggml.pre`` is a name. For each name, llama.cpp has a list of regular expressions,
+and two flags: whether a word that is in the vocabulary becomes one token without merges, and whether a text begins with
+the token BOS if the file has no ``tokenizer.ggml.add_bos_token``. transformers knows some of the names, and splits by
+GPT-2's expression for all other names. The function :func:`fit_tokenizer` gives a tokenizer the expressions and the
+first flag of llama.cpp; the function :func:`adds_bos` returns the second flag.
 
-Each expression splits each piece of the text into its matches and the parts between them.
+The expressions are applied one after the other. Each expression splits each piece of the text, so far, into the matches
+of the expression and the parts between the matches.
 
 Source: llama.cpp, src/llama-vocab.cpp. For a few names, llama.cpp's expressions are an approximation of those in the
-model's tokenizer.json; then the expressions here are those in the tokenizer.json.
+model's tokenizer.json, and this module has the expressions of the tokenizer.json.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _words(digits: str, letters: str = r"\p{L}", signs: str = r"[^\s\p{L}\p{N}]+
 
 
 def _cased(suffix: str, digits: str) -> str:
-    """Upper and lower case letters form words: a capital after a small letter begins a word."""
+    """Returns an expression for words in which a capital letter after a small letter begins a new word."""
     upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     before = r"[^\r\n\p{L}\p{N}]?"
     words = rf"{before}{upper}*{lower}+{suffix}|{before}{upper}+{lower}*{suffix}"
@@ -96,10 +97,10 @@ _IGNORE_MERGES = {*_ADD_BOS, "minicpm5", "glm4", "glm5"}
 
 
 def check_pre_tokenizer(header: GgufHeader) -> None:
-    """Checks the name of the expressions of a file with a byte-level BPE tokenizer.
+    """Checks ``tokenizer.ggml.pre`` of a file with a byte-level BPE tokenizer.
 
-    A file without a name is split as llama.cpp splits it: by expressions that may be others than those of the model's
-    training, with a warning. Raises GgufError for a name without expressions here.
+    Raises GgufError for a name that this module has no expressions for. If the key is missing, warns that llama.cpp's
+    default expressions are used, which may differ from those of the model's training.
     """
     if (name := _name(header)) is None:
         return
@@ -119,18 +120,21 @@ def check_pre_tokenizer(header: GgufHeader) -> None:
 
 
 def adds_bos(header: GgufHeader) -> bool:
-    """Returns whether llama.cpp begins a text with the file's token BOS although the file does not say so."""
+    """Returns whether llama.cpp begins a text with the token BOS although the file has no
+    ``tokenizer.ggml.add_bos_token``."""
     says = "tokenizer.ggml.add_bos_token" in header or "tokenizer.ggml.bos_token_id" not in header
     return not says and _name(header) in _ADD_BOS
 
 
 def fit_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
-    """Changes a tokenizer that transformers has made from a GGUF file so that it splits text as llama.cpp does.
+    """Changes a tokenizer that transformers has made from a GGUF file so that it splits text as llama.cpp does, or, for
+    a few values of ``tokenizer.ggml.pre``, as the model's tokenizer.json does.
 
     A byte-level BPE tokenizer gets the expressions of the file's ``tokenizer.ggml.pre``, and the file's control tokens
-    that transformers has left out (see :func:`_add_tokens`). A tokenizer of SentencePiece puts a space before each text
-    between control tokens, also before a text that begins with a space. This tokenizer and T5's put no space if the
-    file's ``tokenizer.ggml.add_space_prefix`` is false. The header must have passed :func:`check_pre_tokenizer`.
+    that transformers has left out (see :func:`_add_tokens`). A tokenizer of SentencePiece (except Gemma's) puts a space
+    before each text between control tokens, also before a text that begins with a space. SentencePiece's and T5's
+    tokenizers put no space if the file's ``tokenizer.ggml.add_space_prefix`` is false. The header must have passed
+    :func:`check_pre_tokenizer`.
     """
     if (name := _name(header)) is not None:
         _add_tokens(header, tokenizer)
@@ -141,13 +145,13 @@ def fit_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence([*words, in_bytes])
         backend.model.ignore_merges = name in _IGNORE_MERGES
     elif header.get("tokenizer.ggml.model") == "llama":
-        # Gemma's tokenizer, which never puts a space before a text and splits in another way, is not changed here.
+        # Gemma's tokenizer is not changed: it never puts a space before a text, and splits text in another way.
         if header.architecture == "phi3" or isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
             spaces = normalizers.Replace(" ", "▁")
             backend.normalizer, backend.pre_tokenizer = spaces, None
             if header.get("tokenizer.ggml.add_space_prefix", True):
                 backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
-            else:  # this decoder keeps a space at the start
+            else:  # unlike transformers' decoder, this decoder keeps a space at the start of a text
                 decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
                 backend.decoder = decoders.Sequence(decoder)
     elif header.get("tokenizer.ggml.model") == "t5" and not header.get("tokenizer.ggml.add_space_prefix", True):
@@ -161,9 +165,9 @@ def _add_tokens(header: GgufHeader, tokenizer: Any) -> None:
     """Adds the control tokens and the user-defined tokens that are no text in the byte alphabet, such as
     "<｜begin▁of▁sentence｜>" of DeepSeek, and removes tokens beyond the file's vocabulary.
 
-    transformers spells such a token in the byte alphabet, so that the token's own text is not found in the vocabulary.
-    A special token that is not found gets a new number beyond the vocabulary, and so does GPT-2's "<|endoftext|>" in
-    every file without this token. The model's embedding has no such numbers.
+    transformers spells such a control token in the byte alphabet, so that the token's own text is not found in the
+    vocabulary. A special token that is not found gets a new number beyond the vocabulary, for which the model's
+    embedding has no row. GPT-2's "<|endoftext|>" gets a number beyond the vocabulary if the file lacks this token.
     """
     tokens, kinds = header.get("tokenizer.ggml.tokens"), header.get("tokenizer.ggml.token_type", ())
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
@@ -186,7 +190,7 @@ def _add_tokens(header: GgufHeader, tokenizer: Any) -> None:
         if vocabulary.get(spelled) == number:
             del vocabulary[spelled]
             vocabulary[token] = number
-    # A merge into such a token is never used, because the token is found in the text before the text is split.
+    # A merge into an added token is never used, because the token is found in the text before the text is split.
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in about["model"]["merges"]]
     about["model"]["merges"] = [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]
     about["added_tokens"] = [one for one in about["added_tokens"] if one["id"] not in beyond]
@@ -194,7 +198,7 @@ def _add_tokens(header: GgufHeader, tokenizer: Any) -> None:
     for token, special in other.values():
         one = [AddedToken(token, normalized=False, special=special)]
         tokenizer._tokenizer.add_special_tokens(one) if special else tokenizer._tokenizer.add_tokens(one)
-    tokenizer.update_post_processor()  # which has the number of BOS
+    tokenizer.update_post_processor()  # the post-processor adds BOS, by its number
 
 
 def _name(header: GgufHeader) -> Optional[str]:

@@ -1,9 +1,9 @@
 """The check that a causal language model computes the loss of the next token.
 
 Some classes of transformers that are made for other tasks, such as PegasusForCausalLM, XLNetLMHeadModel and
-WhisperForCausalLM, compare the logits at a position with the label at the same position. These classes expect labels
-that the caller has shifted. With the labels of a run, the target of a token would be the token itself, which the model
-has just read.
+WhisperForCausalLM, compare the logits at a position with the label at the same position, because they expect labels
+that the caller has shifted. The labels of a run are not shifted, so such a model would learn to repeat each token that
+it has just read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from ..sources.model import base_model
 from .data import IGNORED
 from .errors import RunError
 
-_TOKENS = 8  # most tokens of the check's forwards
-# The model's loss may differ from the wanted loss by this share of the distance to the loss without a shift. The bound
-# for rounding is larger where the logits' dtype is narrow, but never above _MOST of that distance.
+_TOKENS = 8  # largest number of tokens that a forward of the check reads
+# _SHARE: the largest error of the model's difference of two losses, as a share of the distance between the wanted
+# difference and the difference of a class that does not shift the labels. A larger error is allowed where the rounding
+# of the logits' dtype needs it, up to the share _MOST of the distance.
 _SHARE, _MOST = 0.01, 0.25
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Returns whether the base of ``model`` is a causal language model: it generates text and has no encoder."""
+    """Returns whether the base of ``model`` can generate text and is, by its configuration, no encoder-decoder."""
     base = base_model(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return False
@@ -36,18 +37,18 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def check_causal_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises RunError if ``model`` is a causal language model whose loss fails, or is not the mean cross-entropy of
-    each token under the logits of the position before the token.
+    """Raises RunError if ``model`` is a causal language model whose forward with labels raises ValueError or TypeError,
+    or whose loss is not the mean cross-entropy of each token under the logits of the position before the token.
 
     The check makes three forwards of at most 8 tokens of the longest of ``rows``, without gradients and in evaluation
-    mode. The first forward has no labels. Each of the other two has labels that are chosen from the logits of the
-    first, so that the two losses differ as much as possible from those of a class that does not shift the labels. The
-    check compares the difference of the two losses, in which a term that does not depend on the labels, such as the
-    load-balancing loss of a mixture of experts, cancels.
+    mode. The first forward has no labels. The other two forwards have labels that are chosen from the logits of the
+    first forward, so that a class that does not shift the labels gives a very different difference of the two losses.
+    A term of the loss that does not depend on the labels, such as the load-balancing loss of a mixture of experts,
+    cancels in the difference. If no row has two tokens, nothing is checked.
 
     The check changes neither the modes of the modules nor the states of PyTorch's random generators. In a sharded
-    model, all processes have to call the function, with equal rows. The base of a prompt method is checked without the
-    virtual tokens.
+    model, all processes have to call the function, with equal rows. In a model of a prompt method, the check calls the
+    base, without the virtual tokens.
     """
     row = max(rows, key=lambda row: len(row["input_ids"]), default={"input_ids": ()})
     count = min(len(row["input_ids"]), _TOKENS)
@@ -61,19 +62,20 @@ def check_causal_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> No
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
 
     def forward(labels: Any = None) -> Any:
-        # Each forward begins with the same states of the generators, and leaves the states as they were.
+        # fork_rng restores the random states after each forward, so the three forwards draw the same random numbers.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return called(**inputs, **({} if labels is None else {"labels": labels}))
 
     with _evaluating(model), torch.no_grad():
         given = forward().logits[0]
         logits = given.float()
-        # The difference of the logits that predict a token and those at the token itself. A logit may be -inf.
+        # For each token, the logits at the position before the token minus the logits at the token's own position. A
+        # difference with a logit of -inf is NaN or infinite, and becomes 0.
         change = (logits[:-1] - logits[1:]).nan_to_num(0.0, 0.0, 0.0)
         labels = torch.full((2, count), IGNORED, device=device)
         labels[0, 1:], labels[1, 1:] = change.argmin(-1), change.argmax(-1)
         if count > 3:
-            labels[:, count // 2] = IGNORED  # the mean leaves out a token without a label
+            labels[:, count // 2] = IGNORED  # so that a loss that counts tokens without a label is noticed
         with raised_as(RunError, f"{_name(model)}: its loss fails (", ValueError, TypeError, after=")"):
             losses = [forward(one[None]).loss.float() for one in labels]
     found = (losses[0] - losses[1]).item()
@@ -81,7 +83,7 @@ def check_causal_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> No
     distance = abs(wanted - unshifted)
     rounding = 4 * torch.finfo(given.dtype).eps * logits.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
     bound = min(max(_SHARE * distance, rounding), _MOST * distance)
-    # If the logits have NaNs, or are nearly equal at all positions, the losses tell nothing.
+    # If the logits have NaNs, or are nearly equal at all positions, the losses can't show a missing shift.
     if not distance > rounding or abs(found - wanted) <= bound:
         return
     is_unshifted = abs(found - unshifted) <= _MOST * distance
@@ -95,7 +97,7 @@ def _name(model: nn.Module) -> str:
 
 
 def _difference(logits: Tensor, labels: Tensor) -> float:
-    """Returns the mean cross-entropy of the first row of labels, minus that of the second row."""
+    """Returns the mean cross-entropy of ``logits`` with the first row of ``labels``, minus that with the second row."""
     one, other = (cross_entropy(logits, row, ignore_index=IGNORED) for row in labels)
     return (one - other).item()
 

@@ -56,7 +56,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def saved_checkpoints(o: Options) -> list[Path]:
-    """Returns the folders of the run's checkpoints, sealed or not, the latest checkpoint first."""
+    """Returns the folders of the run's checkpoints, the latest first, also of checkpoints that are half written."""
     there = checkpoints_folder(o).glob("checkpoint-*")
     return sorted((p for p in there if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()), key=step_of,
                   reverse=True)  # fmt: skip
@@ -80,11 +80,12 @@ def _options_of_run(o: Options) -> Optional[dict[str, Any]]:
 def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
     """Checks the output folder and returns the checkpoint to resume from; None without --resume.
 
-    Raises RunError where the path is a file, where the folder can't be written to, and where the folder is not empty
-    and neither --resume nor --overwrite is given. With --resume, raises RunError where no checkpoint is whole, where
-    run.json is no record of a run, or where the number of examples of a step or an option in SAME_ON_RESUME differs
-    from the earlier run. With --overwrite, raises RunError where the folder has no run.json of an earlier run, but
-    another run.json, a report.html, a checkpoint or, with --export, an adapter.gguf.
+    Raises RunError where the path or a parent of it is a file, where the path is a loop of symbolic links, where the
+    folder can't be written to, and where the folder is not empty and neither --resume nor --overwrite is given. With
+    --resume, raises RunError where the folder has no checkpoint except half written or changed ones, where run.json is
+    no record of a run, or where the number of examples of a step or an option in SAME_ON_RESUME differs from the
+    earlier run. With --overwrite, raises RunError where the folder has no run.json of an earlier run, but another
+    run.json, a report.html, a checkpoint or, with --export, an adapter.gguf.
     """
     existing = next((path for path in (o.output, *o.output.parents) if path.exists()), o.output)
     if not existing.is_dir():
@@ -108,7 +109,8 @@ def check_output(o: Options, ranks: Optional[Ranks] = None) -> Optional[Path]:
 
 
 def _check_empty(o: Options) -> None:
-    """Raises RunError where the output folder is not empty, unless the options have --resume or --overwrite."""
+    """Raises RunError where the output folder has other entries than the lock file and a run's tests of the folder,
+    unless the options have --resume or --overwrite."""
     if o.resume or o.overwrite or not o.output.is_dir() or all(map(_is_ours, o.output.iterdir())):
         return
     resume = "--resume continues it, " if saved_checkpoints(o) else ""
@@ -116,14 +118,14 @@ def _check_empty(o: Options) -> None:
 
 
 def after_restart(options: Options, ranks: Ranks) -> Options:
-    """Returns the options with which processes that torchrun has started again continue the run.
+    """Returns the options of the run, with --resume or --overwrite where torchrun has restarted the run's processes.
 
     The options are the resolved ``options``, except that ``quant`` is not resolved, because the default of ``quant``
     depends on the model's files. If this launch has begun the run in the output folder before, the options get --resume
     where the method can resume and the run has a whole checkpoint; otherwise the options get --overwrite, unless
-    ``options`` has --resume. The run.json shows whether this launch has begun the run: run.json has the launch's name,
-    and a process was restarted, or the run is not finished and no other launch can have the name. Raises RunError for a
-    wrong option.
+    ``options`` has --resume. This launch has begun the run before if run.json has the launch's name, and if also either
+    torchrun has restarted a process, or the run is not finished and no other launch can have the name. Raises RunError
+    for a wrong option.
     """
 
     def chosen() -> Options:
@@ -133,7 +135,8 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
         before = record.get("processes")
         if not isinstance(before, dict) or before.get("launch") != ranks.identity:
             return o
-        # A process may end after the run has finished, and the launcher then starts all processes again.
+        # If torchrun has restarted the processes, the run may even be finished, because a process may end with an error
+        # after the run has finished.
         if ranks.restarts == 0 and (record.get("finished", True) or not ranks.has_own_name):
             return o
         found = METHODS[o.method].can_resume and any(not_whole(path) is None for path in saved_checkpoints(o))
@@ -149,8 +152,8 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
 
 
 def check_same_data(o: Options, digest: str) -> None:
-    """Raises RunError where ``digest``, the digest of the data's records, differs from the digest in the earlier
-    run.json."""
+    """Raises RunError where ``digest``, the digest of the data's records, differs from the digest that the run.json of
+    the earlier run has."""
     examples = read_record(o).get("examples")
     before = examples.get("digest") if isinstance(examples, dict) else None
     if before not in (None, digest):
@@ -158,8 +161,10 @@ def check_same_data(o: Options, digest: str) -> None:
 
 
 def check_same_tokens(o: Options, examples: Examples) -> None:
-    """Raises RunError where the tokens of ``examples`` differ from those of the earlier run, or, where the run.json of
-    a former version has no digest of the tokens, where the numbers of examples differ."""
+    """Raises RunError where the tokens of ``examples`` differ from those of the earlier run.
+
+    If the run.json of the earlier run has no digest of the tokens, the numbers of examples are compared instead.
+    """
     found = read_record(o).get("examples")
     before = found if isinstance(found, dict) else {}
     counts = {"train": len(examples.train), "held_out": len(examples.held_out)}
@@ -212,8 +217,8 @@ def trainer_history(checkpoint: Optional[Path]) -> list[dict[str, Any]]:
 
 
 def how_to_go_on(o: Options) -> str:
-    """Returns the end of an error message, which names the latest sealed checkpoint, from which --resume continues; ""
-    without a sealed checkpoint."""
+    """Returns the end of an error message, which says from which finished checkpoint --resume continues; "" without a
+    finished checkpoint."""
     checkpoint = None
     with contextlib.suppress(OSError):
         checkpoint = next(filter(is_sealed, saved_checkpoints(o)), None)
@@ -221,16 +226,16 @@ def how_to_go_on(o: Options) -> str:
 
 
 def remove_unsealed(o: Options) -> None:
-    """Removes the checkpoints that are not sealed, because the Trainer has not finished writing these checkpoints."""
+    """Removes the checkpoints without the list of :func:`peft_ext.files.seal`, because they may be half written."""
     for checkpoint in saved_checkpoints(o):
         if not is_sealed(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def saving_callback(stop: Stop, ranks: Ranks) -> Any:
-    """Returns a Trainer callback that seals each saved checkpoint.
+    """Returns a Trainer callback that calls :func:`peft_ext.files.seal` for each saved checkpoint.
 
-    If a signal has asked one of the ranks for a checkpoint or for the end of the run, the callback lets the Trainer
+    If a signal has asked one of the ranks for a checkpoint or for the end of the run, the callback makes the Trainer
     save a checkpoint after the current step. If a signal has asked for the end of the run, the callback also stops the
     training.
     """
@@ -239,7 +244,7 @@ def saving_callback(stop: Stop, ranks: Ranks) -> Any:
     class Saver(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             ranks.at(f"step {state.global_step}")
-            # A signal that comes during the exchange stays in ``stop`` for the next step.
+            # A signal that comes while the ranks exchange the signals so far stays in ``stop`` for the next step.
             number, save = ranks.largest(stop.signal, int(stop.save))
             if number:
                 stop.signal = number
@@ -267,8 +272,9 @@ def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator
     The other ranks wait until rank 0 has locked the folder.
 
     With --overwrite removes files of the earlier run, see :func:`_set_aside`; with --resume removes the checkpoints
-    that are later than ``checkpoint``. Raises RunError where another process holds the lock, and where a rank does not
-    see the files that rank 0 writes into the folder.
+    that are later than ``checkpoint``. Raises RunError where another process holds the lock, where another run has
+    written into the folder since :func:`check_output`, and where a rank does not see the files that rank 0 writes into
+    the folder.
     """
     with contextlib.ExitStack() as stack:
         ranks.together(lambda: stack.enter_context(_owned(o, checkpoint, ranks)) if ranks.speaks else None)
@@ -280,7 +286,7 @@ def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator
 def _owned(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator[None]:
     Path(os.path.realpath(o.output)).mkdir(parents=True, exist_ok=True)
     with sole_writer(o.output, 30.0 if ranks.restarts else 0.0):
-        # Another run may have written into the folder, and ended, since the first look at the folder.
+        # Another run may have written into the folder, and ended, since check_output looked at the folder.
         _check_empty(o)
         if checkpoint is not None and not ranks.restarts:
             last = next((found for found in saved_checkpoints(o) if not_whole(found) is None), None)
@@ -301,7 +307,7 @@ def sole_writer(folder: Path, seconds: float = 0.0) -> Iterator[None]:
     lock.
 
     The lock is on a file in the folder. :func:`peft_ext.files.save_adapter`, which replaces the folder, links the lock
-    file into the new folder. The system releases the lock when the process ends for any reason.
+    file into the new folder. When the process ends, for any reason, the system releases the lock.
 
     Raises RunError where another process holds the lock. On a file system without locks the folder is not locked.
     """
@@ -332,14 +338,14 @@ def old_export(o: Options) -> Optional[Path]:
 
 
 def _set_aside(o: Options) -> None:
-    """Removes the files and checkpoints of an earlier run from the output folder, and no other files.
+    """Removes the files and checkpoints of an earlier run from the output folder; other files stay.
 
-    The files of an earlier run are those that a run writes, in a folder that has the run.json of a run. README.md
-    stays, because saving an adapter updates README.md; finetune.yaml stays where the user has edited the file.
+    Files count as those of an earlier run only if the folder has the run.json of a run; in a folder without it, only a
+    whole adapter is removed. README.md stays, because saving an adapter updates README.md; finetune.yaml stays where
+    the user has edited the file.
 
     Where the folder has a whole adapter, README.md and the files to be removed (the adapter, run.json and others) are
-    first copied to the folder PREVIOUS. The folder PREVIOUS stays until this run has saved its own adapter. Without the
-    run.json of a run, only a whole adapter is moved to PREVIOUS, and nothing else is removed.
+    first copied to the folder PREVIOUS, which stays until this run has saved its own adapter.
     """
     of_run = _options_of_run(o) is not None
     whole = all((o.output / name).is_file() for name in ADAPTER_FILES)
@@ -366,8 +372,8 @@ def _set_aside(o: Options) -> None:
 
 
 def may_write_config(o: Options) -> bool:
-    """Returns whether a run may write finetune.yaml: the file does not exist, or is as the earlier run wrote the
-    file."""
+    """Returns whether a run may write finetune.yaml: the file does not exist, or the user has not changed the file that
+    the earlier run wrote."""
     path, options = o.output / CONFIG_FILE, _options_of_run(o)
     if not os.path.lexists(path):
         return True

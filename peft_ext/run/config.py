@@ -8,10 +8,10 @@
     lr: 1e-4
     target-modules: [q_proj, v_proj]
 
-The names in the file are the names of the flags, with dashes or underscores. PyYAML parses the file; the option's type
-decides how the text of a value is read, so ``1e-4`` is a number for ``lr``, and ``no`` is a text for ``text_column``. A
-file can't execute code, include another file or use an environment variable; only a leading ``~`` of a path is
-expanded.
+The names in the file are the names of the flags, with dashes or underscores. PyYAML parses the file, but not the
+values: the option's type decides how the text of a value is read. ``1e-4`` is a number for ``lr``, and ``no`` is a text
+for ``text_column``. A file can't execute code, include another file or use an environment variable; only a leading
+``~`` of a path is expanded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FILE = "finetune.yaml"  # name of the file in a run's output folder that has the
 
 _MOST_BYTES, _DEEPEST = 1_000_000, 3
 _SHOWN = 40  # most characters of a value that an error message shows
-_FLAGS = ("resume", "overwrite")  # options that a file may not set: the file would resume or replace a run unasked
+_FLAGS = ("resume", "overwrite")  # options that a file may not set, because a run would be resumed or replaced unasked
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 # Regular expressions of numbers as people usually write them. YAML 1.1 reads 010 as octal and 1:30 as a time, and
 # Python's int and float accept 1_000 and nan.
@@ -57,7 +57,8 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The options that a file sets. ``values`` has the values and ``lines`` the line numbers, by the option's name."""
+    """The options that a file sets. ``values`` maps the options' names to their values, and ``lines`` to the lines of
+    the file that set them."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -65,8 +66,8 @@ class Config:
 
     @contextlib.contextmanager
     def named(self, given: Collection[str] = ()) -> Iterator[None]:
-        """Adds the file and the line to a RunError about an option that the file sets and no flag in ``given``
-        replaces."""
+        """Adds the file's path and line to the message of a RunError that the block raises about an option, if the file
+        sets the option and ``given``, the names of the options given as flags, does not have it."""
         try:
             yield
         except RunError as error:
@@ -82,14 +83,14 @@ def read_config(path: Union[str, Path], options: type) -> Config:
 
     An empty file sets no option. Raises RunError, which names the file, for: a file that does not exist, has more than
     1,000,000 characters, or is not UTF-8 or not YAML; another content than a mapping; a name that is unknown, repeated,
-    ``resume`` or ``overwrite``; a value of another type; an alias, an anchor or a tag. Where the error is in one line
-    of the file, the message has the line's number.
+    ``resume`` or ``overwrite``; a value of another type; an alias, an anchor or a tag. In most cases, the message has
+    the number of the line with the error.
     """
     path = Path(os.path.expanduser(path))  # Path.expanduser would raise for an unknown user
     need("--config", "yaml")
     root = _parsed(path)
     config = Config(path)
-    if root is None or (root.id == "scalar" and not root.value):  # an empty file, or a file of comments
+    if root is None or (root.id == "scalar" and not root.value):  # the file is empty, or has only comments
         return config
     if root.id != "mapping":
         _fail(path, root, f"{_came(root)}, wanted lines of name: value")

@@ -3,9 +3,9 @@
 The columns of a record tell its kind:
 
 * A column ``text`` holds documents. Documents are joined, with an end token after each document, and cut into blocks.
-  All tokens of a document have a loss.
+  All tokens of a block except the first have a loss.
 * The columns ``prompt`` and ``completion`` (or ``instruction``, ``input`` and ``output``; or ``question`` and
-  ``answer``) hold prompts and completions. Only the tokens of the completion have a loss.
+  ``answer``) hold prompts and completions. Only the tokens of the completion, with its end token, have a loss.
 * A column ``messages`` holds conversations. Only the tokens of the assistant's turns have a loss.
 """
 
@@ -58,7 +58,7 @@ class Corpus:
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
     def sample_prompt(self) -> str:
-        """Returns a prompt of the first held-out record: the beginning of a text, or the last message of the user
+        """Returns a prompt from the first held-out record: the beginning of a text, or the last message of the user
         before the first answer of a conversation."""
         record = self.held_out[0]
         if self.kind == "text":
@@ -87,7 +87,7 @@ class Examples:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The beginning of the SHA-256 of all tokens and labels."""
+        """The first 16 hexadecimal digits of the SHA-256 of all tokens and labels."""
         digest = hashlib.sha256()
         for example in (*self.train, *self.held_out):
             for values in (example["input_ids"], example["labels"]):
@@ -112,11 +112,11 @@ def read_corpus(
             three are None, the columns are detected.
         eval_fraction: share to hold out, of the characters of all texts or of the number of conversations. At least one
             record is held out.
-        seed: seed of the split.
+        seed: seed of the random split.
 
     Raises:
-        RunError: the path does not exist, a file can't be read or parsed, a column is missing (the message names the
-            columns of the data), a value has a wrong type, or there are fewer than two records.
+        RunError: the path does not exist, a file or a hub dataset can't be read or parsed, a column is missing (the
+            message names the columns of the data), a value has a wrong type, or there are fewer than two records.
     """
     if spec == PYTHON_DOCS:
         return _python_docs(eval_fraction, seed)
@@ -174,7 +174,7 @@ def _read_hub(spec: str) -> Iterable[Row]:
         raise RunError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
     try:
         return load_dataset(spec, split="train")
-    except Exception as error:  # the user can only correct the name, whatever error the hub or the data set raised
+    except Exception as error:  # the hub and the code that reads a dataset may raise any exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
 
@@ -213,7 +213,7 @@ def _row(where: str, value: Any) -> Row:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    # StringIO splits only at line ends: str.splitlines() also splits fields at characters such as U+2028.
+    # StringIO splits the text only at line ends; str.splitlines() would also split at characters such as U+2028.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     longest = csv.field_size_limit(len(text) + 1)
     try:
@@ -250,8 +250,9 @@ def read_records(
 ) -> tuple[str, list[Any]]:  # fmt: skip
     """Returns the kind ("text" or "chat") and the records of the rows, as :class:`Corpus` has them.
 
-    Detects the columns where neither ``text`` nor ``prompt`` names a column. Leaves out records with an empty text or
-    an empty completion. Raises RunError for a missing column and for a value of a wrong type.
+    Detects the columns where neither ``text`` nor ``prompt`` names a column. Leaves out records whose text or
+    completion is empty or white space. Raises RunError for a missing column, for names of columns that exclude each
+    other, and for a value of a wrong type.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     there = ", ".join(columns)
@@ -296,7 +297,7 @@ def _string(spec: str, number: int, row: Row, column: Optional[str]) -> str:
 
 
 def _text(spec: str, number: int, value: str) -> str:
-    """Returns ``value``. Raises RunError where ``value`` has a lone surrogate, which JSON allows and UTF-8 does not."""
+    """Returns ``value``. Raises RunError where ``value`` has a lone surrogate, which JSON allows and UTF-8 forbids."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -329,8 +330,6 @@ def _messages(spec: str, number: int, row: Row) -> list[Message]:
 class Order:
     """The order in which a run takes its examples: all examples shuffled, then all shuffled again, and so on.
 
-    A step takes the next examples of the order, however many processes share the step.
-
     Args:
         examples: number of examples.
         count: number of examples that the run takes.
@@ -355,7 +354,7 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
     random.Random(seed).shuffle(order)
     size = [len(r) if by_length else 1 for r in records]
     wanted, held, total = fraction * sum(size), set(), 0
-    for index in order[:-1]:  # the last record in the shuffled order stays for training
+    for index in order[:-1]:  # at least one record, the last in the shuffled order, stays for training
         if held and total + size[index] / 2 > wanted:
             continue
         held.add(index)
@@ -366,12 +365,10 @@ def _split(records: list[Any], fraction: float, seed: int, *, by_length: bool) -
 def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
     """Returns token ids and labels of the records, at most ``block_size`` tokens an example.
 
-    The records to hold out may be an empty list.
-
-    Raises RunError where no example is left of the records to train on, or of records to hold out; where the texts of
-    one side have fewer than two tokens together, so that no token has another before it; where the tokenizer has no
-    chat template and a conversation is not one message and the assistant's answer; or where the chat template can't
-    render a conversation.
+    Raises RunError where no example is left of the records to train on, or of a list of held-out records that is not
+    empty; where the training texts together, or the held-out texts together, have fewer than two tokens; where the
+    tokenizer has no chat template and a conversation is not one message and the assistant's answer; where the chat
+    template can't render a conversation or rewrites earlier turns; or for the reasons of :func:`_labelled`.
     """
     if corpus.kind == "text":
         (train, rest), (held_out, more) = (_blocks(corpus.where, texts, tokenizer, block_size) if texts else ([], 0)
@@ -400,8 +397,10 @@ def tokenize(corpus: Corpus, tokenizer: Any, block_size: int) -> Examples:
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message], kind: str) -> list[int]:
-    """Returns the tokens of a prompt. For ``kind`` "chat", the tokens equal those that :func:`tokenize` puts before the
-    answer."""
+    """Returns the tokens of a prompt, rendered by the chat template if the tokenizer has one.
+
+    For ``kind`` "chat", the tokens equal those that :func:`tokenize` puts before the answer.
+    """
     if getattr(tokenizer, "chat_template", None):
         return _ids(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     return _bos(tokenizer) + _ids(tokenizer, messages[-1]["content"] + ("\n" if kind == "chat" else ""))
@@ -414,14 +413,14 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _bos(tokenizer: Any) -> list[int]:
     """Returns a list with the BOS token where the tokenizer puts BOS before a text by itself; else an empty list.
 
-    A rendered chat template gets no BOS, because a template writes BOS where its model wants BOS.
+    The function is not used for rendered chat templates, because a template itself writes the BOS that its model needs.
     """
     first = list(tokenizer("", verbose=False)["input_ids"][:1])
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def _blocks(where: str, texts: list[str], tokenizer: Any, block_size: int) -> tuple[list[Row], int]:
-    """Returns the blocks of the texts, and the number of tokens that were left out."""
+    """Returns the blocks of the joined texts, and the number of tokens at the end that were left out."""
     stream: list[int] = []
     bos = _bos(tokenizer)
     for text in texts:
@@ -431,7 +430,7 @@ def _blocks(where: str, texts: list[str], tokenizer: Any, block_size: int) -> tu
     if len(stream) < 2:
         raise RunError(f"--data {where}: the texts to train on, or those to hold out, have {len(stream)} token(s), "
                        "wanted at least 2")  # fmt: skip
-    # A last block shorter than block_size is left out, unless it is the only block, so that blocks have equal weight.
+    # A last block shorter than block_size is left out, unless it is the only block, so that blocks are equally long.
     last = len(stream) - len(stream) % block_size
     starts = range(0, last, block_size) if last else range(1)
     blocks = [stream[start : start + block_size] for start in starts]
@@ -454,7 +453,7 @@ def _renderer(
 
     def chat(messages: list[Message]) -> tuple[list[int], list[int]]:
         # For each turn of the assistant, the chat template renders the messages before the turn, and these messages
-        # together with the turn. The characters that the turn adds are an answer.
+        # together with the turn. The characters that the assistant's turn adds to the text are an answer.
         answers: list[tuple[int, int]] = []
         done = ""
         for count, message in enumerate(messages):
@@ -497,21 +496,20 @@ def _labelled(
     """Returns the tokens of ``text`` and their labels: a token is its own label where the token's first character is in
     an answer; other tokens have the label IGNORED.
 
-    No turn is tokenized by itself, because a tokenizer such as Llama 2's puts a space before each text, and would put a
-    space before each turn. For each answer, the text is tokenized from its beginning up to the next answer. In one case
-    the text is cut, because a model gets the tokens of the text before an answer when it generates the answer: if the
-    tokens of the text with the answer do not begin with the tokens of the text before the answer, as where one token
-    has the last characters of the prompt and the first of the answer, the text is cut at the beginning of the answer,
-    and both parts are tokenized separately.
+    Turns are not tokenized one by one, because a tokenizer such as Llama 2's puts a space before each text, and would
+    put a space before each turn. For each answer, the text is tokenized from its beginning up to the next answer.
+
+    A model that generates an answer gets the tokens of the text before the answer. Where the tokens of the text with
+    the answer do not begin with these tokens (one token may hold the last characters of the prompt and the first of the
+    answer), the text is cut at the beginning of the answer, and both parts are tokenized separately.
 
     Args:
         where: name of the data, for error messages.
         answers: the positions in ``text`` where each answer begins and ends.
-        block_size: the function leaves out the turns after an answer with which the text has more than ``block_size``
-            tokens.
+        block_size: number of tokens after which no further answer is added.
 
     Raises RunError where the tokenizer gives no positions of its tokens and the positions are needed, and where the
-    tokenizer joins an answer to any text before the answer.
+    tokenizer joins the answer to each of the texts that :func:`_continuation` puts before the answer.
     """
     before = _ids(tokenizer, text[: answers[0][0]])
     ids, labels = list(before), [IGNORED] * len(before)
@@ -543,8 +541,8 @@ def _encoded_slowly(
 ) -> tuple[list[int], list[int]]:
     """Returns the tokens of ``text[:stop]``, and for each token 0 if the token is before ``end``, else ``end``.
 
-    ``before``: the tokens of the text before the answer that ends at ``end``. Raises RunError where a token may have
-    characters of both sides of the answer's beginning or end.
+    ``before`` are the tokens of the text before the answer that ends at ``end``. Raises RunError where one token may
+    hold characters before and after the beginning, or the end, of the answer.
     """
     said, whole = _ids(tokenizer, text[:end]), _ids(tokenizer, text[:stop])
     if said[: len(before)] != before or whole[: len(said)] != said:
@@ -557,8 +555,8 @@ def _encoded_slowly(
 def _continuation(where: str, tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """Returns the tokens of a text that continues another text, and the position of the first character of each token.
 
-    A tokenizer that puts a space before a text gets ``text`` behind a character that has no token in common with
-    ``text``; this character's tokens are left out.
+    If the tokenizer puts a space before each text, the function tokenizes ``text`` after a character whose tokens stay
+    separate from those of ``text``, and leaves out the character's tokens.
     """
     has_no_prefix = _ids(tokenizer, "\n") + _ids(tokenizer, "a") == _ids(tokenizer, "\na")
     for first in ("", "\n", "a", "1", ".") if has_no_prefix else ("\n", "a", "1", "."):

@@ -40,7 +40,8 @@ def packed_model() -> Optional[Path]:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-# Changes where `convert` writes other files from the same package, so that a folder of an older peft_ext is not used.
+# A number in the name of the unpacked folder. It is increased when `convert` writes other files from the same package,
+# so that a folder that an older peft_ext has unpacked is not used.
 _EDITION = 2
 
 
@@ -100,8 +101,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     source, name = str(gguf.parent), gguf.name
     options = {"gguf_file": name, "dtype": torch.bfloat16}
-    # A release of transformers with GgufConfig can keep the weights quantized. Releases without GgufConfig
-    # dequantize the weights.
+    # Releases of transformers that have GgufConfig may keep the weights quantized; older releases always dequantize.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source, **options)

@@ -24,8 +24,8 @@ class RunError(Exception):
 
 
 class Elsewhere(RunError):
-    """Another process of the run has failed. The message is the error of the other process, and the other process
-    prints this message."""
+    """Raised in a process after another process of the run has failed. The message is the error of the other process,
+    which prints it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,7 +66,7 @@ def read_text(about: str, path: Path, most: Optional[int] = None) -> str:
 
 # The classes of errors that transformers, tokenizers and PEFT raise for unusable files and configurations.
 REFUSALS = (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError, RuntimeError, ArithmeticError)
-_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # parts of out-of-memory messages
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # parts of PyTorch's messages about a lack of memory
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -125,7 +125,8 @@ class Stop:
         training: whether the Trainer runs, so that a first signal ends the run only after the current step.
         ending: whether a run of several processes is ending with an error; SIGINT, SIGTERM and SIGHUP are then ignored,
             so that no signal interrupts the error message.
-        speaks: whether this process prints that a signal stops the run; only one process of a run prints it.
+        speaks: whether this process prints the message that a signal stops the run; in a run of several processes, only
+            rank 0 may.
         processes: number of processes of the run.
         since: value of ``time.monotonic()`` at the last SIGINT, SIGTERM or SIGHUP that was not ignored.
     """

@@ -18,7 +18,7 @@ from .progress import bar, status
 
 DEMO_PROMPT = "In Python, what is the difference between the `is` operator and `==`?"
 HELD_OUT_POINTS = 4  # most evaluations during training; the evaluations before and after training are not counted
-HELD_OUT_SHARE = 1 / 4  # most tokens of all evaluations during training, as a share of the tokens trained on
+HELD_OUT_SHARE = 1 / 4  # wanted ratio of tokens evaluated during training to tokens trained on, see curve_examples
 SAMPLES = 3  # most held-out prompts that the model answers in addition to the user's prompt
 REREAD = 2  # number of held-out examples for which the logits of the re-read adapter are compared
 CHUNK = 64  # number of tokens whose logits are converted to float32 at a time
@@ -47,8 +47,9 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
     """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``.
 
-    Each rank computes the losses of a share of the examples. A signal during training ends the function early, with
-    fewer losses, unless the run is sharded. The sum of an example's losses does not depend on the number of ranks.
+    Each rank computes the losses of a part of the examples. A signal during training ends the function early, with
+    fewer losses, unless the run is sharded. Each forward has one example, so an example's loss does not depend on the
+    number of ranks.
     """
     model.eval()
     examples, ranks, found = run.examples.held_out, run.ranks, {}
@@ -81,9 +82,9 @@ def perplexity(losses: Losses) -> float:
 def curve_examples(run: Run) -> list[int]:
     """Returns the indices of the held-out examples on which each point of the held-out curve is computed.
 
-    The indices are evenly spread over the held-out examples. The evaluations during training take at most the share
-    HELD_OUT_SHARE of the number of training tokens, but at least 4 examples (or all held-out examples).
-    A resumed run uses the number of examples in its checkpoint's history.
+    The indices are evenly spread over the held-out examples. Their number is as large as possible while all evaluations
+    during training have at most HELD_OUT_SHARE times the number of training tokens, but at least 4 (or the number of
+    held-out examples). A resumed run uses the number of examples in its checkpoint's history.
     """
 
     def tokens(examples: list[Any]) -> float:
@@ -142,8 +143,8 @@ def answer(run: Run, model: Any, messages: list[dict[str, str]]) -> str:
 
 
 def answers(run: Run, model: Any, prompts: list[list[dict[str, str]]]) -> list[str]:
-    """Returns the answers to the prompts. One rank answers a prompt; in a sharded run, all ranks answer each prompt
-    together."""
+    """Returns the answers to the prompts. Each prompt is answered by one rank, or by all ranks together in a sharded
+    run."""
     if run.sharded:
         return [answer(run, model, messages) for messages in prompts]
     share = {index: answer(run, model, prompts[index]) for index in run.ranks.mine(len(prompts))}
@@ -162,9 +163,9 @@ def continued(
 ) -> str:
     """Returns the text of up to ``count`` tokens that the model generates after the inputs.
 
-    Each token is the likeliest token, or is sampled where ``temperature`` is not 0. ``has_prompt`` says that the
-    adapter is of a prompt method; :func:`greedy` then replaces the model's ``generate``. ``together`` says that all
-    processes call the function and that each forward needs all of them.
+    Each token is the likeliest token, or is sampled where ``temperature`` is not 0. With ``has_prompt``, the adapter is
+    of a prompt method, and :func:`greedy` replaces the model's ``generate``. With ``together``, all processes call the
+    function, because each forward needs all processes.
     """
     from peft.helpers import DoraCaching
 
@@ -174,7 +175,7 @@ def continued(
         if has_prompt:
             out = greedy(model, ids, count, temperature)
         else:
-            out = model.generate(  # overrides huge values of an untrusted generation_config
+            out = model.generate(  # these arguments overrule huge values in an untrusted generation_config
                 **inputs, max_new_tokens=count, use_cache=True, num_beams=1, num_return_sequences=1,
                 synced_gpus=together, pad_token_id=tokenizer.pad_token_id,
                 **(draws if temperature else {"do_sample": False}),
@@ -213,7 +214,8 @@ class Check:
     Attributes:
         max_difference: largest difference between the logits of the trained model and of a fresh base with the saved
             adapter, both run by stock PEFT except for the models that ``reread`` names.
-        bound: the difference that rounding may cause: 4 eps of the computation's dtype, times the largest logit.
+        bound: the difference that rounding may cause: 4 times the machine epsilon of the computation's dtype, times
+            ``largest``.
         ok: whether ``max_difference`` is at most ``bound``.
         largest: largest absolute logit of the trained model.
         accelerated_difference: largest difference between the trained model's logits with and without fused layers;
@@ -231,8 +233,8 @@ def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
     """Compares the logits of the trained model with those of ``fresh_model()``, a fresh base with the saved adapter.
 
     Usually, both models run PEFT's own code in the comparison, and the trained model is not accelerated again
-    afterwards. Models with packed experts are compared accelerated, because PEFT itself can't adapt these experts. DoRA
-    over NF4 in a sharded run is compared accelerated too.
+    afterwards. Models with packed experts are compared while they are accelerated, because PEFT itself can't adapt
+    these experts. Models with DoRA over NF4 in a sharded run are compared while they are accelerated, too.
     """
     from ..nn import NF4Linear
     from ..nn.experts import FrozenExperts

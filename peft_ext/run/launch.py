@@ -43,7 +43,7 @@ _ENGINES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism: --shard fsdp2 and hsdp shard a base",
 }
 _TRUE = ("y", "yes", "t", "true", "on", "1")  # the values that the accelerate library reads as true
-# Variables of the accelerate library that a run does not hide, because the variables change no result of a run.
+# Variables of the accelerate library that a run does not hide from the library, because they change no result of a run.
 _KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 
@@ -139,8 +139,8 @@ def without_settings() -> Iterator[None]:
     """Hides the environment variables of the accelerate library, except _KEPT, from the block, and restores the
     variables after the block.
 
-    ``accelerate launch`` passes its configuration in these environment variables, and Trainer and the accelerate
-    library set some of these variables too.
+    ``accelerate launch`` passes its configuration in environment variables of the accelerate library, and Trainer and
+    the accelerate library set some of these variables too.
     """
 
     def take() -> dict[str, str]:

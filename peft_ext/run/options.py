@@ -27,8 +27,8 @@ _MOST = 2**31 - 1  # largest value of an option that is a count
 def _option(default: Any, text: str, panel: Optional[str] = None, least: Optional[int] = None) -> Any:
     """Returns a dataclass field for an option.
 
-    ``text`` is the option's help on the command line, ``panel`` the panel of the help that lists the option, and
-    ``least`` the smallest value of a count.
+    ``text`` is the option's help on the command line, ``panel`` the section of the help that lists the option, and
+    ``least`` the smallest value that is accepted, for an option that is a count.
     """
     return dataclasses.field(default=default, metadata={"help": text, "panel": panel, "least": least})
 
@@ -39,8 +39,8 @@ class Options:
     flags.
 
     The value None stands for the default that the option's description names. ``target_modules`` and
-    ``target_parameters`` may be lists of names. Where ``target_parameters`` apply, ``dropout`` acts on the experts
-    only, because PEFT accepts no ``lora_dropout`` together with ``target_parameters``.
+    ``target_parameters`` may be lists of names. If the run adapts ``target_parameters``, ``dropout`` acts on the
+    experts only, because PEFT accepts no ``lora_dropout`` together with ``target_parameters``.
     """
 
     model: str = _option(DEMO_MODEL, f'Folder in Hugging Face format, GGUF file, hub name, or "{DEMO_MODEL}".', "Model")
@@ -92,7 +92,7 @@ class Options:
         return METHODS[self.method].learning_rate if self.lr is None else self.lr
 
     def resolved(self) -> Options:
-        """Returns the options with the method's quantization where ``quant`` is None, and with converted types.
+        """Returns the options with the method's default quantization where ``quant`` is None, and with converted types.
 
         ``output`` becomes a Path; ``model``, ``data`` and ``tokenizer`` become texts; and lists of names become texts
         with commas.
@@ -105,7 +105,10 @@ class Options:
                                    data=str(self.data), tokenizer=words, **lists)  # fmt: skip
 
     def changed(self) -> list[str]:
-        """Returns the names of the options whose values differ from the defaults of the method."""
+        """Returns the names of the options whose values differ from the defaults of a run with the same method.
+
+        "method" itself is the first name if the method is not the default method.
+        """
         defaults = Options(method=self.method).resolved()
         names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(defaults, f.name)]
         return names if self.method == Options.method else ["method", *names]
@@ -170,7 +173,7 @@ def check_options(o: Options) -> None:
         if option.name in _RANGES:
             good, wanted = _RANGES[option.name]
         elif least is not None:
-            # The lambda is called before the loop changes ``least``.
+            # B023 does not matter: the lambda is called before the loop changes ``least``.
             good, wanted = (lambda v: least <= v <= _MOST), f"{least} to {_MOST}"  # noqa: B023
         else:
             continue

@@ -1,9 +1,9 @@
 """A dry run: plans the model, data, memory and steps of a run, without loading weights or writing a run's files.
 
-The dry run makes the run's checks, tokenizes the data, counts the steps, and builds the model on the meta device. Each
-parameter is then replaced by a tensor of one element that is expanded to the parameter's shape. The checks of fused
-layers do not read the values of weights, so tensors without values pass like real weights. The dry run estimates no
-times.
+The dry run makes the checks of a run that need no weights, tokenizes the data, counts the steps, and builds the model
+on the meta device. Each parameter is then replaced by a tensor of one element that is expanded to the parameter's
+shape. The checks of fused layers do not read the values of weights, so the expanded tensors pass like real weights. The
+dry run estimates no times.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .shard_memory import ShardedMemory, sharded_memory
 
 @dataclass(frozen=True)
 class Preview:
-    """An adapter on a model, predicted without the model's weights.
+    """What can be told, without the model's weights, of an adapter on a model: its layers, its size and its memory.
 
     Attributes:
         rows: the predicted rows of :func:`peft_ext.explain`, one for each layer.
@@ -62,8 +62,8 @@ class Plan:
         model_class, parameters: class name and number of parameters of the base.
         adapter: preview of the adapter, with the memory of a step whose examples have ``longest`` tokens.
         load_bytes: bytes of the weights as they are loaded: in bfloat16, also if the run quantizes the weights
-            afterwards, or packed as in the files. With --shard fsdp2 and hsdp, ``load_bytes`` is of the process with
-            the largest shards.
+            afterwards, or packed as in the files. With --shard fsdp2 and hsdp, ``load_bytes`` is the memory while the
+            base loads in the process with the largest shards.
         check_bytes: lower bound of the bytes during the last check, which loads the base a second time: the loaded base
             and, where a step's memory could be estimated, the trained model. With --shard fsdp2 and hsdp,
             ``check_bytes`` counts the shards of both models.
@@ -217,7 +217,8 @@ def preview(
 def _saved_tensors(model: Any) -> list[Any]:
     """Returns the adapter's tensors that PEFT would save.
 
-    For a prompt method returns the prompt encoder's embedding, since PEFT can't compute the prompt on the meta device.
+    For a prompt method, the function returns the prompt encoder's embedding, because PEFT can't compute the prompt on
+    the meta device.
     """
     from peft.utils import get_peft_model_state_dict
 

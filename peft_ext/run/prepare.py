@@ -1,6 +1,6 @@
 """The preparation of a run, without the weights: checks, data, tokenizer, configuration, number of steps.
 
-This module raises the errors in options, data, tokenizer and configurations, before the run loads weights.
+Errors in options, data, tokenizer and configurations are raised by this module, before the run loads weights.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ class Run:
     """A run that has passed the checks, and whose weights are not loaded yet.
 
     Attributes:
-        options: resolved options.
+        options: the options of the run, after :func:`_resolved`.
         corpus, examples: the data as records, and the tokenized data.
         checkpoint: checkpoint to resume from; None for a new run.
         device, dtype: device and dtype of the computation.
         why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
         folder: folder, GGUF file or hub name of the model; in a sharded run, the folder in the hub's cache for a model
             on the hub.
-        packed: keyword arguments for reading configuration and tokenizer from a GGUF file that is not unpacked; else
-            {}.
+        packed: in a dry run of the default model that is not unpacked yet, the keyword arguments with which
+            transformers reads configuration and tokenizer from the GGUF file; else {}.
         config, tokenizer: configuration and tokenizer of the model.
         parameters, trainable: number of the base's parameters, and of the adapter's trainable parameters.
         steps: number of steps of the whole run.
         seconds: seconds that each phase took, by the phase's name.
         stop: the requests that signals have made.
-        ranks: the place of this process among the processes of the run, and what the processes exchange.
+        ranks: the place of this process among the processes of the run, with methods for exchanges between them.
     """
 
     options: Options
@@ -112,7 +112,7 @@ class Run:
 
     @property
     def is_from_hub(self) -> bool:
-        """Whether the model is a name on the hub."""
+        """Whether the model comes from the hub, because it is neither the default model nor an existing path."""
         return self.options.model != DEMO_MODEL and not Path(self.options.model).expanduser().exists()
 
     @property
@@ -137,12 +137,12 @@ class Run:
 
     @property
     def room_of_prompts(self) -> float:
-        """Most tokens that a prompt and its answer may have together; virtual tokens are subtracted from ``room``."""
+        """Most tokens of a prompt with its answer: ``room``, minus the virtual tokens of a prompt method."""
         return self.room - (self.options.virtual_tokens if self.is_prompt_method else 0)
 
     @property
     def room(self) -> float:
-        """Most tokens that the model takes; infinity where the configuration has no limit."""
+        """Largest number of tokens that the model accepts; infinity where the configuration has no limit."""
         return most_tokens(self.config)
 
     @contextlib.contextmanager
@@ -161,9 +161,9 @@ def prepare(
 ) -> Run:
     """Makes the checks that are possible before the weights are loaded, and returns the run.
 
-    Raises RunError where a check fails. Sets the number of threads in this process, and turns off progress bars and
-    some warnings of transformers, PEFT, accelerate and bitsandbytes. Without ``reads_weights`` the default model is not
-    unpacked.
+    Raises RunError where a check fails. Sets the number of threads in this process if the options give it, and turns
+    off transformers' progress bars and the warnings of transformers, PEFT, accelerate and bitsandbytes. Without
+    ``reads_weights`` the default model is not unpacked, and no model is downloaded for a sharded run.
     """
     ranks = ranks or Ranks()
     check_options(options)
@@ -222,7 +222,7 @@ def prepare(
 
 
 def needs_bitsandbytes(o: Options) -> bool:
-    """Returns whether NF4 layers must be bitsandbytes' ``Linear4bit``: in a stock run, and for DoRA, unless sharded.
+    """Returns whether NF4 layers must be bitsandbytes' ``Linear4bit``: in an unsharded run that is stock or of DoRA.
 
     PEFT's DoRA can dequantize no NF4 layer except bitsandbytes' ``Linear4bit``.
     """
@@ -319,8 +319,8 @@ def facts_of(run: Run) -> dict[str, Any]:
     """Returns what must be equal in all processes of a run: the options but output, threads, model, tokenizer and data;
     versions; the data; the model's files; the dtype; and the checkpoint.
 
-    The facts about a file of weights are the size of the file and the SHA-256 of the file's header, which has the
-    tensors' names and shapes.
+    A file of weights is described by the file's size and the SHA-256 of the file's header, which has the tensors' names
+    and shapes.
     """
     facts: dict[str, Any] = {"Python": platform.python_version(), "peft_ext": __version__}
     facts |= versions()
@@ -331,7 +331,7 @@ def facts_of(run: Run) -> dict[str, Any]:
             "model",
             "tokenizer",
             "data",
-        ):  # paths of one file may differ between machines
+        ):  # the number of threads, and the paths of equal files, may differ between machines
             facts[f"--{option.name.replace('_', '-')}"] = getattr(run.options, option.name)
     facts["the data of --data, as SHA-256 of the records,"] = run.corpus.digest[:16]
     facts["the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes,"] = run.examples.digest
@@ -370,8 +370,8 @@ def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
 def _model_folder(run: Run, downloads: bool = True) -> str:
     """Returns the model's folder or GGUF file, or the model's name on the hub.
 
-    For a name on the hub, a sharded run gets the folder in the hub's cache, because the run reads the files by itself.
-    Without ``downloads``, a sharded run gets the name on the hub too.
+    For a name on the hub, a sharded run gets the folder in the hub's cache, because peft_ext itself, and not
+    transformers, reads the files of a sharded run. Without ``downloads``, the function returns the name on the hub.
     """
     if run.is_from_hub:
         if not (run.sharded and downloads):
@@ -391,7 +391,8 @@ def _model_folder(run: Run, downloads: bool = True) -> str:
 def _packed_folder(run: Run) -> str:
     """Returns the model's folder for a dry run.
 
-    For the default model, where it is not unpacked, returns the folder of the GGUF file, and sets ``run.packed``.
+    If the model is the default model and is not unpacked, the function returns the folder of the default model's GGUF
+    file, and sets ``run.packed``.
     """
     if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
         return _model_folder(run, downloads=False)
@@ -457,7 +458,7 @@ def _count_steps(run: Run) -> int:
 def pruning_step(run: Run) -> int:
     """Returns the step after which Diff Pruning prunes: half of the steps, but at least one step that trains.
 
-    With a warmup the learning rate of the first step is 0, and the adapter is still 0 after this step.
+    With a warmup the learning rate of the first step is 0, so the adapter is still 0 after the first step.
     """
     return max(2 if run.options.warmup else 1, round(run.steps / 2))
 
@@ -557,7 +558,7 @@ def adapter_config(run: Run, model: Any) -> Any:
     fields |= _experts_fields(o, model, targets)
     match o.method:
         case "adalora":
-            # A layer's mean rank shrinks from 1.5 times --rank to --rank between a tenth and two thirds of the run.
+            # Between a tenth and two thirds of the run, the layers' mean rank shrinks from 1.5 times --rank to --rank.
             fields |= {"init_r": math.ceil(1.5 * o.rank), "target_r": o.rank, "tinit": run.steps // 10,
                        "tfinal": run.steps // 3, "total_step": run.steps}  # fmt: skip
         case "lora" | "rslora" | "qlora" | "dora":

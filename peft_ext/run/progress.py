@@ -23,7 +23,8 @@ log = logging.getLogger("peft_ext.run")
 
 
 def quiet() -> None:
-    """Turns off transformers' progress bars, and the warnings of transformers, PEFT, accelerate and bitsandbytes."""
+    """Turns off transformers' progress bars, and the warnings and the log messages below level ERROR of transformers,
+    PEFT, accelerate and bitsandbytes."""
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|accelerate|torch\.utils\.checkpoint)\b")
     # PEFT itself passes the deprecated argument past_key_values, with the prefixes of prefix tuning.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
@@ -41,7 +42,8 @@ def shows_bars() -> bool:
 
 
 def status(text: str) -> AbstractContextManager[Any]:
-    """Returns a context manager that shows ``text`` with a spinner, where :func:`shows_bars` returns True."""
+    """Returns a context manager that shows ``text`` with a spinner; it shows nothing without a terminal, and nothing in
+    a process of the run that does not log."""
     if not shows_bars():
         return contextlib.nullcontext()
     from rich.console import Console
@@ -52,7 +54,7 @@ def status(text: str) -> AbstractContextManager[Any]:
 def bar(
     items: Sequence[_Item], text: str, unit: str, each: Callable[[_Item], str] = lambda item: ""
 ) -> Iterator[_Item]:
-    """Yields ``items``, and shows a bar where standard error is a terminal.
+    """Yields ``items``, and shows a progress bar where :func:`shows_bars` returns True.
 
     The bar shows ``text`` and the name that ``each`` returns for the current item. tqdm draws the bar between two
     items, in the thread that iterates over the items. The bar starts no thread except tqdm's monitor thread, which
@@ -60,7 +62,7 @@ def bar(
     """
     from tqdm import tqdm
 
-    # The context manager clears the bar also where the consumer's loop ends early.
+    # The context manager clears the bar also where the loop over the items ends early.
     with tqdm(
         total=len(items), desc=text, unit=unit, leave=False, dynamic_ncols=True, disable=not shows_bars()
     ) as shown:
@@ -72,9 +74,9 @@ def bar(
 
 
 def progress_callback(steps: int) -> Any:
-    """Returns a Trainer callback that shows a progress bar where standard error is a terminal.
+    """Returns a Trainer callback that shows a progress bar where :func:`shows_bars` returns True.
 
-    Without a terminal the callback writes at most 39 log lines, and about 20 in a long run.
+    Elsewhere the callback writes at most 39 log lines, and about 20 in a long run.
     """
     from transformers import ProgressCallback, TrainerCallback
 

@@ -1,4 +1,4 @@
-"""The processes of a run: what the ranks exchange, and the one error that ends all ranks.
+"""The processes of a run: the exchanges between the ranks, and how an error of one rank ends all ranks.
 
 A launcher such as torchrun starts the command once for each rank. Rank 0 writes the files and logs; the other ranks
 compute and are silent. The ranks exchange small objects over gloo, beside the process group of the training.
@@ -35,8 +35,8 @@ _Result = TypeVar("_Result")
 
 PROBE = ".peft_ext-"  # prefix of the names of hidden files and folders with which a run tests its output folder
 SECONDS = 1800.0  # seconds that a rank waits for another rank; PEFT_EXT_RANK_SECONDS replaces the value
-_SETTLE = 3.0  # seconds in which the error of another rank, or a sign of life of another rank, reaches the store
-_BEAT = 0.7  # seconds between two signs of life
+_SETTLE = 3.0  # seconds that a rank waits for another rank's error, or sign of life, in the store
+_BEAT = 0.7  # seconds between two signs of life of a rank
 _LAST_BEAT = 10.0  # seconds that the end of a run waits for the last sign of life
 # _LOST and _LATE: parts of the messages of errors that an exchange raises when another rank has ended, or is late.
 _LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "recvValueWithTimeout failed",
@@ -47,16 +47,17 @@ _LATE = ("Timed out", "timed out", "wait timeout")
 
 
 class Ranks:
-    """The place of this process among the processes of a run, and what the processes exchange; ``Ranks()`` is a run of
-    one process.
+    """The place of this process among the processes of a run, with methods for exchanges between the processes.
+
+    ``Ranks()`` is a run of one process.
 
     Attributes:
         rank, world: rank of this process, and number of processes.
         local_rank, local_world: rank among the processes of this machine, and their number.
         node, nodes: index of this machine among the machines of the run, and number of machines.
-        identity: the name of the launch, which a restart keeps. ``has_own_name``: whether no other launch can have the
-        same ``identity``.
-        restarts: how often the launcher has restarted the process that it has restarted most often.
+        identity: the name of the launch, which a restart by torchrun keeps; "" without a name.
+        has_own_name: whether no other launch can have the same ``identity``.
+        restarts: the largest number of restarts of a process of the run by the launcher.
         gpu: index of this process's GPU among the GPUs that the process sees; None without a GPU.
         launch: the numbers and names that the launcher gave to this process.
     """
@@ -161,10 +162,10 @@ class Ranks:
         return work()
 
     def at(self, place: str) -> None:
-        """Notes that this rank has reached ``place``, so that an error can name a rank that did not reach a later
-        place.
+        """Notes in the store that this rank has reached the point ``place`` of the program, so that an error message
+        can name the last point that a rank has reached.
 
-        All ranks reach the same places in the same order.
+        All ranks must reach the points in the same order.
         """
         if self.world > 1:
             self._count += 1
@@ -174,8 +175,8 @@ class Ranks:
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def check_alike(self, facts: dict[str, Any]) -> None:
-        """Raises RunError on the lowest rank that has another value of a fact than rank 0, and Elsewhere on all other
-        ranks."""
+        """Raises RunError on the lowest rank whose ``facts`` differ from those of rank 0, and Elsewhere on the other
+        ranks; returns if the facts of all ranks are equal."""
         if self.world == 1:
             return
         found = self.gather(facts)
@@ -189,7 +190,8 @@ class Ranks:
         self.together(check)
 
     def check_shared(self, folder: Path) -> None:
-        """Raises RunError on the lowest rank that does not see the files that rank 0 writes into ``folder``."""
+        """Raises RunError on the lowest rank that does not see a file that rank 0 writes into ``folder``, and Elsewhere
+        on the other ranks; returns if all ranks see the file."""
         if self.world == 1:
             return
         name = self.gather(f"{PROBE}{secrets.token_hex(8)}")[0]
@@ -221,8 +223,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def reported(self, stop: Stop, hint: Callable[[], str]) -> Iterator[None]:
-        """Makes one error of the errors that the ranks raise in the block: one rank raises it, the others raise
-        Elsewhere.
+        """Makes one rank raise its error if several ranks raise errors in the block; the other ranks raise Elsewhere.
 
         The message of a RunError gets the number of the rank, unless the work of all ranks has failed. ``hint`` returns
         the end of a message, which says how to continue the run.
@@ -232,8 +233,8 @@ class Ranks:
         except BaseException as error:
             if self.world == 1:
                 raise
-            # When one rank has ended, the launcher sends SIGTERM to the others; with ``ending``, SIGTERM interrupts no
-            # error message.
+            # When one rank has ended, the launcher sends SIGTERM to the others. With ``ending``, this process ignores
+            # SIGTERM, which would interrupt its error message.
             stop.ending = True
             self._report(error, hint)
             raise
@@ -249,7 +250,7 @@ class Ranks:
             raise error
         lost = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST + _LATE)
         if lost:
-            with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
                 self._store.set(f"{self._key}/waited/{self.rank}", "")
         if lost and (told := self._told(_SETTLE)):
             self._let_speak()
@@ -277,7 +278,7 @@ class Ranks:
         """Returns the error that a rank has written into the store, and waits for an error up to ``seconds``; returns
         None without an error."""
         end = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             while True:
                 if self._store.check([f"{self._key}/error"]):
                     return json.loads(self._store.get(f"{self._key}/error"))
@@ -292,12 +293,12 @@ class Ranks:
         mine = {"rank": self.rank, "text": text}
         try:
             return json.loads(self._store.compare_set(f"{self._key}/error", "", json.dumps(mine)))
-        except RuntimeError:  # raised if the process that holds the store has ended
+        except RuntimeError:  # the process that holds the store may have ended
             return mine
 
     def _let_speak(self) -> None:
-        """Waits, so that the rank that prints the error ends first: the launcher reports the first rank that ends and
-        kills the others."""
+        """Waits, so that the rank that prints the error ends before this rank: the launcher reports the first rank that
+        ends and kills the others."""
         self.end_beats()
         time.sleep(_SETTLE)
 
@@ -314,11 +315,11 @@ class Ranks:
         """Returns the ranks for which this rank may have waited: ``gone``, or, if ``gone`` is empty, the ranks that did
         not fail in an exchange.
 
-        If there are several such ranks, the function returns those whose last place in the program is the earliest. The
-        function never returns this rank, because this rank waited for others.
+        Of several such ranks, the method returns those whose last noted point of the program is the earliest. The
+        method never returns this rank, because this rank waited for others.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
-        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             waited = [rank for rank in others if self._store.check([f"{self._key}/waited/{rank}"])]
             gone = gone or [rank for rank in others if rank not in waited]
         places = {rank: self._place(rank)[0] for rank in gone or others}
@@ -330,8 +331,8 @@ class Ranks:
                 f"or the system for lack of memory{hint()}")  # fmt: skip
 
     def _gone(self) -> list[int]:
-        """Returns the ranks that give no sign of life within _SETTLE seconds."""
-        with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+        """Returns the other ranks that give no sign of life within _SETTLE seconds."""
+        with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
             before = self._beats()
             time.sleep(_SETTLE)
             after = self._beats()
@@ -345,7 +346,7 @@ class Ranks:
         """Starts a thread that gives a sign of life each _BEAT seconds, also while the rank waits for another rank."""
 
         def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # raised if the process that holds the store has ended
+            with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
                 while not self._ended.wait(_BEAT):
                     self._store.add(f"{self._key}/beat/{self.rank}", 1)
 
@@ -363,7 +364,7 @@ class Ranks:
             self._beating.join(_LAST_BEAT)
 
     def _place(self, rank: int) -> tuple[int, str]:
-        """Returns the number and the name of the last place that a rank has noted with :meth:`at`."""
+        """Returns the number and the name of the last point of the program that a rank has noted with :meth:`at`."""
         name = f"{self._key}/at/{rank}"
         with contextlib.suppress(RuntimeError):
             if self._store.check([name]):
@@ -449,12 +450,14 @@ def _forget(before: dict[str, Optional[str]]) -> None:
 
 
 def _start_group(launch: Launch) -> tuple[Any, str]:
-    """Makes the default process group. Returns the store that only the processes of this start use, and the launch's
-    own name, which the store of torchrun's agent keeps over restarts; the name is "" without torchrun's agent.
+    """Makes the default process group, and returns its store and the name of the launch.
+
+    If torchrun restarts the processes, they get another store. The name of the launch is kept over restarts, in the
+    store of torchrun's agent; the name is "" without this agent.
     """
     if not torch.distributed.is_available():
         raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")
-    from torch.distributed import PrefixStore  # a PyTorch without torch.distributed has no such names
+    from torch.distributed import PrefixStore  # the import would fail in a PyTorch without torch.distributed
     from torch.distributed.rendezvous import rendezvous
 
     os.environ |= {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.world)}
@@ -477,11 +480,11 @@ def _start_group(launch: Launch) -> tuple[Any, str]:
 
 
 def _name_of_start(store: Any, launch: Launch) -> str:
-    """Returns a name for this start of the processes, which is equal on all ranks.
+    """Returns a new name for this start, or restart, of the processes; all ranks get an equal name.
 
-    The store of torchrun outlives the processes that torchrun starts again, with the addresses of the ended processes
-    in it (PyTorch 2.13). Rank 0 draws the name and answers each call in the store; the calls of ended processes get an
-    answer that nobody reads. Rank 0 is done when each other rank has confirmed that it has the name.
+    When torchrun restarts the processes, its store still has the addresses of the ended processes (PyTorch 2.13). Each
+    rank except rank 0 therefore asks for the name by a request in the store. Rank 0 draws the name and answers each
+    request, also the requests of ended processes, until each other rank has confirmed that it has the name.
     """
     calls, seconds = f"peft_ext/calls/{launch.identity}/{launch.world}", timedelta(seconds=wait_seconds())
     if launch.rank > 0:
@@ -494,7 +497,7 @@ def _name_of_start(store: Any, launch: Launch) -> str:
     name, answered, end = f"peft_ext/{secrets.token_hex(8)}", set(), time.monotonic() + wait_seconds()
     while (count := store.add(f"{name}/confirmed", 0)) < launch.world - 1:
         for number in set(range(1, store.add(calls, 0) + 1)) - answered:
-            if store.check([f"{calls}/{number}"]):  # a process may have taken its number and ended before it called
+            if store.check([f"{calls}/{number}"]):  # a process may take a number, and end before it writes its request
                 store.set(f"{calls}/{store.get(f'{calls}/{number}').decode()}", name)
                 answered.add(number)
         if time.monotonic() > end:
@@ -504,8 +507,11 @@ def _name_of_start(store: Any, launch: Launch) -> str:
 
 
 def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
-    """Returns this process's :class:`Ranks` in the default process group. Sets LOCAL_RANK, LOCAL_WORLD_SIZE and
-    OMP_NUM_THREADS, which the accelerate library reads, and the GPU of this process."""
+    """Returns this process's :class:`Ranks` in the default process group.
+
+    Sets the GPU of this process, and the variables LOCAL_RANK, LOCAL_WORLD_SIZE and, if it is not set,
+    OMP_NUM_THREADS, which the accelerate library reads.
+    """
     distributed = torch.distributed
     group = None
     if distributed.get_backend() != "gloo":
@@ -527,7 +533,7 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
         torch.cuda.set_device(ranks.gpu)
     local = ranks.local_rank if ranks.gpu is None else ranks.gpu  # the accelerate library uses GPU number LOCAL_RANK
     os.environ |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(ranks.local_world)}
-    if "OMP_NUM_THREADS" not in os.environ:  # otherwise the accelerate library warns and chooses a number of threads
+    if "OMP_NUM_THREADS" not in os.environ:  # the accelerate library would warn, and choose a number of threads
         threads = max(1, torch.get_num_threads() // ranks.local_world)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)

@@ -24,17 +24,17 @@ from .progress import log
 
 @dataclass
 class Record:
-    """The results of a run up to now.
+    """What a run has measured and done so far: the content of run.json.
 
     Attributes:
-        results: entries of run.json, by name, that the run has added up to now.
+        results: results that the run has set so far, by the name of the entry of run.json.
         history: the Trainer's log history, with the entries that :func:`recording_callback` adds.
         meter: the :class:`peft_ext.integrations.trainer.PeftExtCallback` of the training; None before training.
         curve: indices of the held-out examples on which the held-out curve is computed.
         peaks: peak memory in MiB of each process at the end of training, in the order of the ranks; None where the
             system does not report the memory.
-        load_growths: by how many MiB the resident memory of each process grew at most while the base was loaded, in the
-            order of the ranks; None where the system does not report the memory.
+        load_growths: for each process, in the order of the ranks, the largest growth of its resident memory in MiB
+            while the base was loaded; None where the system does not report the memory.
         no_report: the reason why the last report could not be drawn; None where the report was drawn.
     """
 
@@ -155,7 +155,7 @@ def recording_callback(record: Record) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.entry = {"step_s": round(meter.step_seconds[-1], 5), "tokens": meter.step_tokens[-1]}
-            # The condition is equal on all ranks, because each rank tests the largest signal number of all ranks.
+            # All ranks must evaluate or none, so each rank tests the largest signal number of all ranks.
             if state.global_step in points and not any(run.ranks.largest(run.stop.signal)):
                 model = kwargs["model"]
                 with run.phase("evaluate in training"):
@@ -180,8 +180,8 @@ def recording_callback(record: Record) -> Any:
 def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
     """Returns the bytes of weights, adapter, gradients and optimizer states in memory after an optimizer step.
 
-    The gradients of the step are counted, because they are not freed yet. Each storage is counted once. "optimizer"
-    includes the scores that AdaLoRA keeps.
+    The function is called before the gradients of the step are freed. A storage that several tensors share is counted
+    once. "optimizer" includes the scores that AdaLoRA keeps.
     """
     seen: set[int] = set()
 

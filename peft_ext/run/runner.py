@@ -17,7 +17,8 @@ __all__ = ["about_runner", "export_adapter"]
 
 
 def about_runner(run: Run, file: Optional[Path] = None) -> Optional[dict[str, Any]]:
-    """Returns what the report says about llama.cpp; None where the model is no GGUF file and no adapter was exported.
+    """Returns the values of the report's section on llama.cpp; None where the model is no GGUF file and ``file`` is
+    None.
 
     ``file`` is the path of the exported adapter. If ``file`` is None and the method's adapters can be exported, the
     result has the command that exports the adapter.

@@ -1,8 +1,8 @@
 """A run whose base is sharded by FSDP2 (``--shard fsdp2`` and ``--shard hsdp``).
 
-In a sharded run, no process holds the whole model. The adapter is added before the weights are read, because FSDP2
-shards a decoder layer with its adapter. The Trainer gets the sharded model, and the accelerate library saves
-checkpoints by torch.distributed.checkpoint.
+In a sharded run of several processes, no process holds the whole model. The adapter is added before the weights are
+read, because FSDP2 shards a decoder layer with its adapter. The Trainer gets the sharded model, and the accelerate
+library saves checkpoints by torch.distributed.checkpoint.
 """
 
 from __future__ import annotations

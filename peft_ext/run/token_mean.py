@@ -14,22 +14,24 @@ from .data import IGNORED
 with required("transformers", "peft_ext.run.finetune"):
     from transformers import Trainer
 
-# PEFT's prompt methods that put no virtual tokens before the text: their prefixes are keys and values of attention.
+# PEFT's prompt methods that put no virtual tokens before the text, but prefixes before attention's keys and values.
 _PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 class TokenMeanTrainer(Trainer):
-    """transformers' Trainer, with one loss of an optimizer step for every model: the mean over the label tokens of all
-    batches and all processes of the step.
+    """transformers' Trainer, except that for every model the loss of an optimizer step is the mean over the label
+    tokens of all batches of the step, in all processes if ``args.average_tokens_across_devices`` is True.
 
-    transformers' Trainer has this loss only for a model whose loss divides by ``num_items_in_batch``. A model of a
-    class with ``accepts_loss_kwargs = False`` (Gemma 3n, Gemma 4) does not get ``num_items_in_batch``, so Trainer takes
-    the mean of the batches' losses, in which a label of a batch with few labels has a larger weight. A model whose
-    forward accepts ``num_items_in_batch`` and does not pass it to the loss trains on the sum of the batches' losses.
+    transformers' Trainer takes the mean over the label tokens only for a model whose loss divides by
+    ``num_items_in_batch``. A model of a class with ``accepts_loss_kwargs = False`` (Gemma 3n, Gemma 4) does not get
+    ``num_items_in_batch``, so Trainer takes the mean of the batches' losses, in which a label of a batch with few
+    labels weighs more than a label of a batch with many labels. A model whose forward accepts ``num_items_in_batch``
+    and does not pass it to the loss trains on the sum of the batches' losses.
 
-    This class passes no ``num_items_in_batch``. The class multiplies the loss of each batch, a mean, by the batch's
-    share of the step's labels. A term that PEFT or the model adds to the loss of each batch, such as AdaLoRA's
-    regularization, therefore counts once in a step. ``args.n_gpu`` is at most 1: no ``nn.DataParallel``.
+    TokenMeanTrainer does not pass ``num_items_in_batch`` to the model. TokenMeanTrainer multiplies the loss of each
+    batch, which is a mean over the batch's labels, by the batch's share of the step's labels. A term that PEFT or the
+    model adds to the loss of each batch, such as AdaLoRA's regularization, therefore counts once in a step.
+    ``args.n_gpu`` must be at most 1, because ``nn.DataParallel`` is not supported.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,7 +40,8 @@ class TokenMeanTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Returns the batches of a step, and the number of labels of the step's batches, over all processes."""
+        """Returns the batches of a step, and the number of labels in the step's batches of all processes (of this
+        process without ``args.average_tokens_across_devices``)."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if not batches or "labels" not in batches[0]:
             return batches, items
@@ -48,14 +51,17 @@ class TokenMeanTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Union[Tensor, tuple[Tensor, Any]]:
-        """Returns the loss of a batch, times the batch's share of the step's labels and the number of the step's
-        batches and processes, because Trainer and DDP divide by these two numbers."""
+        """Returns the loss of a batch, times the batch's share of the step's labels.
+
+        The loss is also multiplied by the number of the step's batches, by which Trainer divides, and by the number of
+        processes, by which DDP divides.
+        """
         if num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        count = self._count(inputs)  # compute_loss may remove the labels from the inputs
+        count = self._count(inputs)  # counted first, because Trainer's compute_loss may remove the labels from inputs
         found = super().compute_loss(model, inputs, return_outputs)
         loss = found[0] if return_outputs else found
-        # A step without labels has the loss 0.
+        # clamp: in a step without labels, the weight of the loss is 0 and not NaN.
         weight = count * self.current_gradient_accumulation_steps / num_items_in_batch.clamp(min=1)
         if self._counts_all:
             weight = weight * self.accelerator.num_processes
@@ -82,10 +88,11 @@ def _kind(config: Any) -> str:
 
 
 def _shifts_labels(model: nn.Module) -> bool:
-    """Returns whether the model's loss leaves out the first label of a text, which no position before it predicts.
+    """Returns whether the model's loss leaves out the first label of a text, because no earlier position predicts it.
 
     A causal language model leaves out the first label, see :func:`peft_ext.run.causal_loss.check_causal_loss`. If PEFT
-    puts virtual tokens without labels before the text, the last virtual token predicts the first label.
+    puts virtual tokens without labels before the text, the last virtual token predicts the first label, so that the
+    loss counts this label.
     """
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning and _kind(config) not in (*_PREFIXES, "CPT"):
@@ -94,11 +101,11 @@ def _shifts_labels(model: nn.Module) -> bool:
 
 
 def _cpt_labels(config: Any, batch: dict[str, Any]) -> Tensor:
-    """Returns the labels of a batch as PEFT's CPT makes them, with those of the virtual tokens before those of the
-    text.
+    """Returns the labels that PEFT's CPT makes for a batch: the labels of the virtual tokens, then those of the text.
 
-    A label counts where the number of the token's type is a positive multiple of 4. The numbers of the text's types, 4
-    where the batch has no ``input_type_mask``, are increased by the largest number of the virtual tokens' types.
+    A token's label is kept if the token's type is a positive multiple of 4, else the label becomes IGNORED. The types
+    of the text are the batch's ``input_type_mask``, or 4 without one. The largest type of the virtual tokens is added
+    to the positive types of the text.
     """
     labels = batch["labels"]
     virtual, types = (torch.tensor(values, device=labels.device).expand(len(labels), -1)

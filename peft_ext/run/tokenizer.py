@@ -12,16 +12,17 @@ from .data import Examples
 from .errors import REFUSALS, RunError
 from .options import Options
 
-# The largest share of the tokens of a GGUF file that the model's own tokenizer may write in another way. The converter
-# to GGUF renames some tokens, such as tokens that are not used.
+# Largest share of the tokens that may differ between the model's GGUF file and the tokenizer of --tokenizer. The
+# converter to GGUF renames some tokens, such as tokens that are not used.
 _FEW = 0.05
 
 
 def read_tokenizer(o: Options, folder: str, **packed: Any) -> Any:
     """Returns the tokenizer of ``--tokenizer``, or of the model in ``folder``.
 
-    ``packed``: arguments of :func:`peft_ext.sources.model.load_tokenizer` for the model's folder. Raises RunError where
-    the tokenizer can't be read, and where the model is a GGUF file whose vocabulary differs from the tokenizer's.
+    ``packed`` are arguments of :func:`peft_ext.sources.model.load_tokenizer`, used without ``--tokenizer``. Raises
+    RunError where the tokenizer can't be read, and where more than 5% of the tokens differ between the model's GGUF
+    file and the tokenizer of ``--tokenizer``.
     """
     if o.tokenizer is None:
         with raised_as(RunError, f"--model {o.model}: no tokenizer (", *REFUSALS, after=")"):
@@ -40,7 +41,7 @@ def read_tokenizer(o: Options, folder: str, **packed: Any) -> Any:
 
 
 def check_vocabulary(o: Options, config: Any, tokenizer: Any, examples: Examples) -> None:
-    """Raises RunError where the tokenizer has made a token that the model's vocabulary does not have."""
+    """Raises RunError where a token number in ``examples`` is not less than the size of the model's vocabulary."""
     size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     largest = max(max(row["input_ids"]) for row in (*examples.train, *examples.held_out))
     if isinstance(size, int) and largest >= size:

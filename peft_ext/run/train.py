@@ -3,8 +3,8 @@
 Before training, a run checks options and data, loads the model (quantized where the options say so), measures the
 model's held-out loss, and lets the model answer prompts. To train, the run adds the adapter, accelerates the model
 unless the run is stock, trains, and saves the adapter. After training, the run measures the held-out loss and lets the
-model answer again. Finally, PEFT loads the saved adapter into a fresh base, and the run compares the logits of both
-models.
+model answer again. Finally, PEFT loads the saved adapter into a fresh base, and the run compares the logits of this
+model with those of the trained model.
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ def finetune(options: Options) -> Result:
     training after the current step, with a checkpoint, and ``stopped_by`` is the number of the signal. A second SIGINT,
     SIGTERM or SIGHUP, or one of these signals outside of training, ends the run at once. If the run has several
     processes, a SIGTERM or SIGHUP in the 20 seconds after another signal is ignored, because a launcher may have passed
-    it on. SIGUSR1, which batch systems send ahead of a time limit, writes a checkpoint after the current step, and
-    training continues.
+    the same signal on. SIGUSR1, which batch systems send ahead of a time limit, writes a checkpoint after the current
+    step, and training continues.
 
-    The logger ``peft_ext.run`` reports the progress. In this process the function turns off transformers' progress
-    bars, and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.
+    The progress is logged to the logger ``peft_ext.run``. In this process the function turns off transformers' progress
+    bars, and the warnings and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.
 
-    If a launcher has started several processes, all of them have to call the function, with equal options. After an
-    error, each process has to end, because the process group of the run is broken.
+    If a launcher has started several processes, all of them have to call the function, with equal options (paths and
+    ``threads`` may differ). After an error, each process has to end, because the process group of the run is broken.
 
     Raises RunError for an error that the user can fix, such as a wrong option, a full disk or too little memory.
     Raises Interrupted, a KeyboardInterrupt, where a signal ends the run at once.
@@ -172,7 +172,7 @@ def train(run: Run) -> Result:
             "held_out": {"examples": len(record.curve), "first": [0, first]},
             "resumed": resumed,
         }  # fmt: skip
-        if run.options.tokenizer is not None and run.ranks.speaks:  # the commands chat and merge read it there
+        if run.options.tokenizer is not None and run.ranks.speaks:  # chat and merge read the saved tokenizer
             with raised_as(RunError, f"{run.options.output}: the tokenizer can't be saved (", Exception, after=")"):
                 saved = run.tokenizer.save_pretrained(run.options.output)
             record.results["tokenizer_files"] = sorted(Path(file).name for file in saved if Path(file).is_file())
@@ -312,7 +312,7 @@ def load_base(run: Run) -> Any:
 
 
 def _check_loss(run: Run, model: Any) -> None:
-    """Raises RunError where the loss of the model is not that of the next tokens."""
+    """Raises RunError where the loss of the model is not the mean cross-entropy of the next tokens."""
     with raised_as(RunError, f"--model {run.options.model}: ", RunError):
         check_causal_loss(model, run.examples.train)
 
@@ -375,7 +375,8 @@ def adapt(run: Run, model: Any) -> Any:
 
 
 def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
-    """Returns the number of layers, the number of fused layers, and groups of layers of one kind and reason."""
+    """Returns, of the rows of :func:`peft_ext.explain`, the number of layers and of fused layers, the reasons of layers
+    that are not fused, and groups of layers with equal kind and reason; zeros and no groups in a stock run."""
     if run.options.stock:
         return {"layers": 0, "fused": 0, "reasons": []}
     from ..integrations.peft import alike, explain
@@ -438,7 +439,10 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 
     class OrderedTrainer(TokenMeanTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            """Returns the run's order of examples. The accelerate library gives each rank every ``world``-th batch."""
+            """Returns the run's order of examples.
+
+            The accelerate library divides the batches of a step among the ranks: each rank gets every ``world``-th one.
+            """
             return Order(len(run.examples.train), run.steps * run.step_examples, o.seed)
 
         def get_train_dataloader(self) -> Any:
@@ -467,15 +471,15 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         ddp_backend="gloo" if run.device.type == "cpu" and run.ranks.world > 1 else None,
         ddp_find_unused_parameters=_may_leave_unused(model),
         **shard.trainer_options(run),
-        ddp_broadcast_buffers=False,  # the buffers are scales and tables, which each process has made alike
+        ddp_broadcast_buffers=False,  # buffers, such as scales and tables, are already equal in all processes
     )  # fmt: skip
     if run.ranks.world > 1 and not run.sharded:
-        # DDP can't send tensors of 8-bit floats. Each process has read or made the same codes and scales.
+        # DDP can't broadcast tensors of 8-bit floats, and need not, because each process has read or made equal ones.
         held = (*model.named_parameters(), *model.named_buffers())
         eight_bits = [name for name, t in held if t.is_floating_point() and t.element_size() == 1]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, eight_bits)
     args._n_gpu = min(args.n_gpu, 1)  # with more GPUs, Trainer would use nn.DataParallel and a larger batch
-    # On the left, padding would lie between the virtual tokens of a prompt and the text.
+    # Padding on the left would lie between the virtual tokens of a prompt method and the text.
     padding = copy.copy(run.tokenizer)
     padding.padding_side = "right"
     collator = DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED)
@@ -504,8 +508,8 @@ def _may_leave_unused(model: nn.Module) -> bool:
     """Returns whether a step may leave trainable parameters unused, so that DDP has to search for unused parameters.
 
     Experts may get no token of a batch. A forward of text uses no vision tower, no audio tower, and no layer of cross
-    attention to images (Llama 3.2 Vision). Where a tower is a part of the text decoder (Phi-4-multimodal),
-    :func:`beside_text` does not find the tower, which may have an adapter.
+    attention to images (Llama 3.2 Vision). :func:`beside_text` does not find a tower that is a part of the text decoder
+    (Phi-4-multimodal), and such a tower may have an adapter.
     """
     if any(isinstance(module, nn.ModuleList) and "experts" in name for name, module in model.named_modules()):
         return True

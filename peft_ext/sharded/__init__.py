@@ -1,4 +1,4 @@
-"""Loads a model for FSDP2, so that no process ever holds the whole model.
+"""Loads a model for FSDP2. If there are several processes, no process ever holds the whole model.
 
     from peft_ext.sharded import adapter_values, meta_base, shard_and_load
 

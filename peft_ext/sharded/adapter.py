@@ -26,7 +26,7 @@ with required("peft", "peft_ext.sharded"):
     has(BaseTuner, "_replace_module")
     has(BaseTunerLayer, "_move_adapter_to_device_of_base_layer")
 
-Adapted = tuple[Any, str]  # a LoRA layer, and the name of its adapter
+Adapted = tuple[Any, str]  # a LoRA layer of PEFT, and the name of one of its adapters
 
 METHODS = ("LORA", "IA3")  # PEFT's names of the methods whose adapters can be sharded
 _INITS = (True, False, "gaussian")  # values of init_lora_weights for which PEFT reads no base weight
@@ -38,8 +38,9 @@ def adapter_values(device: Union[str, torch.device]) -> Iterator[None]:
 
     PEFT draws an adapter's initial values on the CPU, casts the values to the base's dtype and moves the values to the
     base's device. Over a base on the meta device, PEFT would lose the values. Within the context, PEFT moves the values
-    to ``device``, so that they equal the values of an adapter over a base on ``device``. Only DoRA's magnitude, which
-    is the norm of a base weight, stays on the meta device until :func:`shard_and_load` reads the weight.
+    to ``device``, so that the adapter's values equal those of an adapter over a base on ``device``. Only DoRA's
+    magnitude, which is the norm of a base weight, stays on the meta device until :func:`shard_and_load` reads the
+    weight.
     """
 
     def moving(move: Any) -> Any:
@@ -84,10 +85,8 @@ def adapter_values(device: Union[str, torch.device]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept(module: nn.Module, device: Union[str, torch.device]) -> Iterator[None]:
-    """Moves to ``device`` those tensors of ``module`` that the code in the context moved to the meta device.
-
-    The tensors keep a dtype to which the code in the context cast them.
-    """
+    """Gives those tensors of ``module`` that the code in the context moved to the meta device their values again, on
+    ``device`` and in the dtype to which the code cast them."""
     values = {name: tensor.detach() for name, tensor in tensors_of(module) if not tensor.is_meta}
     yield
     for name, tensor in list(tensors_of(module)):
@@ -113,9 +112,12 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_adapter(model: nn.Module) -> None:
-    """Raises SourceError where the model has an adapter that can't be sharded: of a method outside of ``METHODS``, with
-    initial values that need the base's weights, of another LoRA variant than DoRA, with DoRA over an embedding, or with
-    trained parameters on the meta device other than DoRA's magnitudes."""
+    """Raises SourceError where the model has an adapter that can't be sharded.
+
+    These can't be sharded: an adapter of a method outside of ``METHODS``, with initial values that need the base's
+    weights, of another LoRA variant than DoRA, with DoRA over an embedding, or with trained parameters on the meta
+    device other than DoRA's magnitudes.
+    """
     for config in getattr(model, "peft_config", {}).values():
         method = getattr(config.peft_type, "value", config.peft_type)
         if method not in METHODS:
@@ -175,7 +177,7 @@ def whole_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
 def magnitude(layer: Any, adapter: str, weight: Union[Tensor, PackedWeight], lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """Returns DoRA's magnitude of the whole base weight, as PEFT or peft_ext computes it when an adapter is added.
 
-    ``lora_A``, ``lora_B``: the result of :func:`whole_factors`.
+    ``weight`` is the base weight, dense or packed. ``lora_A`` and ``lora_B`` are the results of :func:`whole_factors`.
     """
     held, scaling = layer.lora_magnitude_vector[adapter], layer.scaling[adapter]
     experts = layer.get_base_layer()
@@ -188,7 +190,7 @@ def magnitude(layer: Any, adapter: str, weight: Union[Tensor, PackedWeight], lor
         weight = weight.dequantize(getattr(experts, "compute_dtype", None))
     dora = DoraLinearLayer(fan_in_fan_out=held.fan_in_fan_out)
     if not lora_B.any():
-        # lora_B is zero, so B A is zero. A zero matrix of size 1 x 1 gives the norm that B A would give.
+        # Because lora_B is zero, the norm is that of the weight alone. A zero matrix of size 1 x 1 can replace B A.
         return dora.get_weight_norm(weight, lora_B.new_zeros(1, 1), scaling).to(held.weight.dtype)
     base = nn.Linear(1, 1, bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)

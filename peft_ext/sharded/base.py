@@ -1,4 +1,4 @@
-"""Makes a model on the meta device, and a plan of how to read the model's tensors from the files."""
+"""Makes a model on the meta device, and plans how the tensors in the model's files become the model's tensors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class MetaBase:
 
     Attributes:
         model: the transformers model. Buffers that are in no file are on the CPU and have their values.
-        folder: the folder of the files.
+        folder: the folder of the model's files.
         layers: the decoder layers, which are the units of FSDP2.
         groups: the plan, in the order of the decoder layers. Each item is a group of tensors and the index of the
             group's decoder layer; the index is -1 for a group outside of the decoder layers.
-        places: tensor's name in the state dict of the dense model -> the module that holds the tensor, and the name of
-            the module's attribute.
+        places: for each name in the state dict of the dense model that a group makes, the module that holds the tensor
+            of this name, and the name of the module's attribute.
         quant: the format to which dense weights are quantized when they are read: "nf4" or one of ``PACKED_FORMATS``;
             "none" where the tensors stay as the files have them.
         quantizer, packed: for a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and each packed
@@ -125,7 +125,7 @@ def meta_base(
 def _initialize_buffers(model: Any, names: set[str]) -> None:
     """Gives values, by the model's ``_init_weights``, to the buffers that are in no file, as ``from_pretrained`` does.
 
-    ``names``: the names of the state dict's buffers that the files lack.
+    The buffers in no file are the buffers outside of the state dict, and the buffers ``names``, which the files lack.
     """
     kept = {name for name, _ in model.named_non_persistent_buffers()} | names
     for name, buffer in list(model.named_buffers()):
@@ -150,9 +150,9 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     """Returns the decoder layers: the items of the nn.ModuleLists whose items all have a class that the model's
     ``_no_split_modules`` names.
 
-    If no nn.ModuleList has only items of these classes, returns the items of the nn.ModuleLists that have a name in
-    ``_LISTS``. An empty list does not count, nor does a list inside of a list whose items are returned. Raises
-    SourceError if no list of decoder layers is found.
+    If no nn.ModuleList has only items of the classes in ``_no_split_modules``, the function returns the items of the
+    nn.ModuleLists that have a name in ``_LISTS``. Empty lists, and lists inside of a returned item, are left out.
+    Raises SourceError if no list of decoder layers is found.
     """
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]

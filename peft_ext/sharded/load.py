@@ -125,8 +125,8 @@ class _Loader:
         self.turn = 0
         self.error: Optional[Exception] = None
         self.doras = magnitudes_to_compute(model)
-        # The packed weights of the checkpoint under DoRA adapters, whose magnitudes are computed after all weights are
-        # read.
+        # The packed weights of the checkpoint that have DoRA adapters. The magnitudes of the DoRA adapters over packed
+        # weights are computed after all weights are read.
         self.later: list[tuple[Group, nn.Module, str]] = []
 
     def __enter__(self) -> _Loader:
@@ -191,7 +191,7 @@ class _Loader:
         try:
             self._read(group, *places[0])
         except Exception as error:
-            # All processes raise this error in _agree.
+            # The error is raised later, in _agree, by all processes.
             self.error = self.error or error
 
     # --- a tensor of which each process reads its own rows ------------------------------------------------------------
@@ -202,7 +202,7 @@ class _Loader:
             dtype = module._buffers[attribute].dtype
             module._buffers[attribute] = group.whole()[group.name].to(self.device, dtype)
             return
-        # A tensor that is not on the meta device is a tied tensor, which was filled already under its other name.
+        # A tied tensor that is no longer on the meta device was filled already, under its other name.
         tied = not tensor.is_meta
         held = tensor if tied else self._new(tensor)
         rows, start = held.to_local(), self._bounds(held.shape[0])[0]
@@ -217,7 +217,7 @@ class _Loader:
                 piece.copy_(came)
 
     def _bounds(self, rows: int) -> tuple[int, int]:
-        """Returns the number of the first row of this process's shard, and one more than the number of the last row."""
+        """Returns the first row of this process's shard of a tensor with ``rows`` rows, and the row after the last."""
         size = -(-rows // self.shards)
         return min(self.shard * size, rows), min((self.shard + 1) * size, rows)
 
@@ -252,8 +252,8 @@ class _Loader:
                 made = list(make())
                 _check_made(group, made, targets)
             except Exception as error:
-                # The error is raised later, in _agree. The other processes wait for this process's tensors, and now get
-                # zeros.
+                # The error is raised later, in _agree. Zeros are sent in place of the tensors, because the other
+                # processes of the node wait for the tensors.
                 self.error, made = self.error or error, [None] * len(targets)
         source = dist.get_global_rank(self.group, owner)
         for i, (module, name) in enumerate(targets):
@@ -277,7 +277,8 @@ class _Loader:
                 holder._parameters[attribute] = nn.Parameter(tensor, requires_grad=like.requires_grad)
 
     def _made(self, group: Group, doras: list[Adapted], factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Returns the tensors of the group in the order of :func:`_targets`, and then the magnitudes of ``doras``."""
+        """Returns the finished tensors of the group in the order of :meth:`_targets`, and then the magnitudes of the
+        DoRA adapters ``doras``, whose matrices A and B are ``factors``."""
         made, dense = [], {} if group.is_by_rows else group.whole()
         weights: dict[tuple[int, str], Any] = {}  # the finished weights of layers with DoRA adapters
         for name in group.shapes:
@@ -305,8 +306,8 @@ class _Loader:
         return made
 
     def _doras(self, places: list[tuple[nn.Module, str]]) -> list[Adapted]:
-        """Returns the DoRA adapters whose magnitude has no values yet, of those weights at ``places`` that are not
-        packed in the checkpoint."""
+        """Returns the DoRA adapters that have a magnitude without values over a weight at ``places``, except over
+        weights that the checkpoint stores packed."""
         return [dora for module, attribute in places if not self._stays_packed(module)
                 for dora in self.doras.get((id(module), attribute), ())]  # fmt: skip
 
@@ -336,8 +337,8 @@ class _Loader:
         return type(found[0]).stack(found)
 
     def _targets(self, module: nn.Module, attribute: str) -> list[tuple[nn.Module, str]]:
-        """Returns the places of a finished weight: the weight's own place, or the places of all tensors of a quantized
-        weight."""
+        """Returns the places (module and attribute) of the tensors that one weight of the files becomes: one place, or
+        if the weight is quantized when it is read, the places of the codes and of the scales."""
         if not self._quantizes(module, attribute):
             return [(module, attribute)]
         if isinstance(module, PackedLinear):
@@ -353,8 +354,8 @@ class _Loader:
     # --- DoRA over the weights of a packed checkpoint -----------------------------------------------------------------
 
     def _packed_doras(self, module: nn.Module, attribute: str) -> list[Adapted]:
-        """Returns the DoRA adapters whose magnitude needs the packed weight whose codes ``module`` holds as
-        ``attribute``."""
+        """Returns the DoRA adapters whose magnitude is the norm of the packed weight that has its codes in the
+        attribute ``attribute`` of ``module``."""
         if not self._stays_packed(module):
             return []
         if isinstance(module, HoldsPacked):
@@ -364,7 +365,8 @@ class _Loader:
     def _share_magnitudes(self, group: Group, module: Any, attribute: str) -> None:
         """Computes the DoRA magnitudes over one packed weight in one process of the node, and sends the magnitudes.
 
-        This process reads all codes of the weight again, because each process has kept only its own shard of the codes.
+        The process that computes the magnitudes reads all codes of the weight again, because each process has kept only
+        its own shard of the codes.
         """
         self.turn, owner = self.turn + 1, self.turn % self.ranks
         doras = self._packed_doras(module, attribute)

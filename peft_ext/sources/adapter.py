@@ -37,14 +37,14 @@ with required("peft", "a saved adapter's configuration"):
 _MOST_RANK = 1024
 _LARGEST = torch.finfo(torch.float32).max
 
-# Initializations from a decomposition of the base weight. PEFT first allocates tensors of the rank r in the
-# configuration, and then truncates these tensors to the shorter side of the weight. The r in a saved configuration may
-# therefore be larger than the rank of the saved tensors.
+# Beginnings of the names of LoRA initializations that decompose the base weight. For these, PEFT first allocates
+# tensors of the rank r in the configuration, and then truncates the tensors to the shorter side of the weight. The r in
+# a saved configuration may therefore be larger than the rank of the saved tensors.
 _TRUNCATING = ("pissa", "olora")
 
 
 def read_config(file: Path) -> PeftConfig:
-    """Returns the configuration in ``file`` and checks the types of its fields.
+    """Returns the PEFT configuration in ``file``, after a check of the types and of some values of its fields.
 
     Raises: OSError as ``open`` does; ValueError, one line, for a file that is no valid configuration of a known method.
     """
@@ -58,8 +58,7 @@ def read_config(file: Path) -> PeftConfig:
     try:
         hints = typing.get_type_hints(config_class)
     except (NameError, TypeError):
-        # An annotation uses a name that only type checkers import. This module then does not check the types of the
-        # fields.
+        # An annotation uses a name that only type checkers import. The types of the fields are then not checked.
         hints = {}
     for field in dataclasses.fields(config_class):
         value, hint = values.get(field.name, field.default), hints.get(field.name, Any)
@@ -69,7 +68,7 @@ def read_config(file: Path) -> PeftConfig:
     if task is not None and task not in [known.value for known in TaskType]:
         raise ValueError(f"{file}: task_type is {shown(task)}, wanted one of {', '.join(t.value for t in TaskType)}")
     _check_values(file, values)
-    # PEFT does not read the file prompt_tuning_init_state_dict_path when PEFT loads a saved adapter.
+    # PEFT's multitask prompt tuning may read the file that this field names, also when PEFT loads a saved adapter.
     path = values.get("prompt_tuning_init_state_dict_path")
     if isinstance(path, str) and not path.endswith(".safetensors"):
         raise ValueError(f"{file}: prompt_tuning_init_state_dict_path is {shown(path)}, a pickle, which runs code as "
@@ -80,7 +79,8 @@ def read_config(file: Path) -> PeftConfig:
 
 
 def _check_values(file: Path, values: dict[str, Any]) -> None:
-    """Checks values that PEFT does not check, or that PEFT checks only while building the model."""
+    """Raises ValueError for wrong values that PEFT does not check, or that PEFT checks only while it builds the
+    model."""
     for name, value in values.items():
         if name.endswith("dropout") and isinstance(value, (int, float)) and not 0 <= value <= 1:
             raise ValueError(f"{file}: {name} is {shown(value)}, wanted 0 to 1")
@@ -139,8 +139,8 @@ def checked_config(folder: Path) -> PeftConfig:
 
 
 def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
-    """Yields, for each field that gives a size of tensors that PEFT allocates before it reads the weights, the field's
-    name, its value and the largest accepted value.
+    """Yields name, value and largest accepted value of each field from which PEFT takes the size of a tensor that it
+    allocates before it reads the adapter's weights.
     """
     method = str(getattr(config.peft_type, "value", config.peft_type))
     if method == "LORA":
@@ -163,7 +163,8 @@ def training_options(adapter: Path) -> dict[str, Any]:
     """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``; the key "kind" has the kind of the
     run's data.
 
-    Returns an empty dict if there is no run.json of ``peft-ext finetune``.
+    Returns {} if ``adapter``, or the run of which ``adapter`` is a checkpoint, has no run.json of ``peft-ext
+    finetune``.
 
     Raises SourceError where run.json can't be read or has an unknown quantization or block size, because a merge
     without the options in run.json could use another base than the training.

@@ -38,8 +38,8 @@ with required("transformers", "loading shards of a model"):
 
 @dataclass(frozen=True)
 class Shapes:
-    """A stand-in for the dense model, with what transformers' conversions read: the configuration, and tensors without
-    values."""
+    """A stand-in for the dense model in transformers' conversions, with the configuration and tensors on the meta
+    device."""
 
     config: Any
     tensors: dict[str, Tensor]
@@ -56,12 +56,13 @@ class Group:
 
     Attributes:
         name: name of the first tensor of the model that the group makes.
-        parts: for each source pattern of the conversion, the names of the tensors in the files, in order. A renaming
-            has the one pattern "".
+        parts: for each source pattern of the conversion, the names of the tensors in the files, in the order in which
+            the conversion gets them. A group without a conversion, whose tensor is only renamed, has the one pattern
+            "".
         dtype: the dtype to which each tensor of the files is cast before the conversion.
-        converter: transformers' conversion; None for a renaming.
+        converter: transformers' conversion; None if the group's tensor is only renamed.
         model: a stand-in for the dense model, which some conversions read.
-        shapes: name of each tensor that the group makes in the model -> shape.
+        shapes: for each tensor of the model that the group makes, the name and the shape.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Group:
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether rows of dimension 0 of the result can be made without reading all tensors: see :meth:`rows`."""
+        """Whether :meth:`rows` can make some rows of the result without reading all data of the group in the files."""
         if self.converter is None:
             return True
         first, *others = self.converter.operations
@@ -87,8 +88,8 @@ class Group:
     def rows(self, start: int, end: int) -> Tensor:
         """Returns the rows ``start`` to ``end`` (exclusive) of the group's only tensor, on the CPU.
 
-        A row of merged experts is one expert, which is made from the files' tensors of this expert alone. Raises
-        SourceError where a file can't be read.
+        If the group joins the tensors of single experts, a row is one expert, and is made from the tensors of this
+        expert alone. Raises SourceError where a file can't be read.
         """
         if self.converter is None:
             return self.files.rows(self.parts[""][0], start, end).to(self.dtype)
@@ -139,7 +140,8 @@ class Group:
 def plan(
     model: Any, files: TensorFiles, dtype: torch.dtype, quantizer: Optional[Any] = None
 ) -> tuple[list[Group], set[str]]:
-    """Returns the groups that make all tensors of ``model``'s state dict, and the names of buffers to initialize.
+    """Returns the groups that make the tensors of ``model``'s state dict, and the names of the buffers in the state
+    dict that no group makes, which have to be initialized.
 
     ``model`` is a transformers model on the meta device, made in ``dtype``. The layers of ``model`` are dense, or
     packed as in the files; for a packed model, ``quantizer`` is the result of
@@ -153,8 +155,8 @@ def plan(
     mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     groups = _groups(model, files, mapping, wanted, _dtypes(model, dtype))
-    # save_pretrained reverts the conversions in _weight_conversions. A release of transformers without was_used reverts
-    # all conversions of the mapping.
+    # save_pretrained reverts the conversions in _weight_conversions. If this release of transformers has no was_used,
+    # save_pretrained reverts all conversions of the mapping.
     used = [conversion for conversion in mapping if getattr(conversion, "was_used", lambda: True)()]
     model._weight_conversions = used
     found: dict[str, Group] = {}
@@ -181,8 +183,8 @@ def plan(
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Returns, by name, the dtypes in which transformers loads the model's tensors, and casts the model's tensors to
-    these dtypes."""
+    """Casts the model's tensors to the dtypes in which transformers would load them, and returns these dtypes by the
+    tensors' names."""
     kept, found = model._get_dtype_plan(dtype), {}
     pattern, by_group, _ = build_glob_alternation(list(kept)) if kept else (None, {}, {})
     for name, tensor in model.state_dict(keep_vars=True).items():

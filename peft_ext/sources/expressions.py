@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _SECONDS = 10.0  # time limit, in seconds, of the child process that matches the expressions
 _BYTES = 1 << 30  # memory limit, in bytes, of the child process that matches the expressions
 
-# For each field: the patterns that PEFT and peft_ext.tuners build around an expression in the field to match module
-# names.
+# For each field of a PEFT configuration: the patterns with which PEFT and peft_ext.tuners match module names. "{}" is
+# the place of the expression in the field.
 _WHOLE = "(?:{})\\Z"
 _FORMS = {
     "target_modules": (_WHOLE,),
@@ -37,7 +37,8 @@ _FORMS = {
     "modules_to_save": (r"(^|.*\.){}($|\..*)",),
     "layers_pattern": (r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(?:.*?\.)??(?:{})\.(\d+)(?:\.|$)"),
 }
-_OF_A_KEY = (r"(.*\.)?({})$", r".*\.{}$", r".*?(?:{})")  # patterns around keys of rank_pattern and alpha_pattern
+# The patterns with which PEFT and peft_ext.tuners match module names with a key of rank_pattern or alpha_pattern.
+_OF_A_KEY = (r"(.*\.)?({})$", r".*\.{}$", r".*?(?:{})")
 _PLAIN = re.compile(r"[\w.-]*")
 
 _CHILD = """
@@ -60,15 +61,15 @@ for number, pattern in enumerate(patterns):
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
     """Yields (field, pattern, expression) for each pattern that PEFT builds around an expression of the configuration.
 
-    An expression is a regular expression in a field of the configuration, such as ``target_modules``. Yields nothing
-    for an expression that is a plain name without special characters.
+    An expression is a regular expression in a field of the configuration, such as ``target_modules``. A plain name
+    without special characters is left out.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in _FORMS:
             forms = _FORMS[field.name]
             if not isinstance(value, str) and forms == (_WHOLE,):
-                continue  # PEFT does not match the names of a list in such a field as regular expressions
+                continue  # in this field, PEFT compares the names of a list, without regular expressions
             given = [value] if isinstance(value, str) else list(value or ())
         elif field.name.endswith("_pattern") and isinstance(value, dict):
             forms, given = _OF_A_KEY, list(value)
@@ -80,8 +81,8 @@ def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[float] = None) -> None:
-    """Raises ValueError, one line, if an expression of ``config`` is invalid, or if matching takes more than
-    ``seconds``.
+    """Raises ValueError, one line, if a regular expression in ``config`` is invalid, or if matching all of them takes
+    more than ``seconds`` (default: 10).
 
     One child process matches all expressions against the names of all modules of ``model``. If Python does not know its
     own interpreter (``sys.executable`` is empty), nothing is checked.

@@ -51,8 +51,10 @@ def gguf_tokenizer(path: Path, **kwargs: Any) -> Any:
 
 
 def fit_tokenizer_of(path: Path, tokenizer: Any) -> None:
-    """Changes a tokenizer that transformers has made from a GGUF file so that it splits text as llama.cpp does. Raises
-    ValueError, one line, for a ``tokenizer.ggml.pre`` that is not known."""
+    """Changes how a tokenizer that transformers has made from a GGUF file splits text: mostly as llama.cpp does.
+
+    Raises ValueError, one line, for a ``tokenizer.ggml.pre`` that is not known.
+    """
     from ..gguf.pre_tokenizers import check_pre_tokenizer, fit_tokenizer
 
     check_pre_tokenizer(header := read_header(path))
@@ -60,7 +62,8 @@ def fit_tokenizer_of(path: Path, tokenizer: Any) -> None:
 
 
 def gguf_dtype(header: GgufHeader) -> torch.dtype:
-    """Returns the dtype of most elements of a GGUF file's matrices. Quantized matrices count as bfloat16."""
+    """Returns the floating-point dtype that most elements of a GGUF file's matrices have, where quantized matrices
+    count as bfloat16."""
     sizes = {torch.bfloat16: 0}
     for info in header.tensors.values():
         dtype = torch.bfloat16 if info.dtype is None else info.dtype

@@ -72,8 +72,8 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raised_as(kind: type[Exception], about: str, *kinds: type[BaseException], after: str = "") -> Iterator[None]:
-    """Raises errors of the classes ``kinds`` as ``kind``, with ``about``, the error's first line and ``after`` as
-    message."""
+    """Within the context, errors of the classes ``kinds`` are raised as errors of the class ``kind``, whose message is
+    ``about``, the first line of the original error, and ``after``."""
     try:
         yield
     except kinds as error:

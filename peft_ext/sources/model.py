@@ -61,8 +61,8 @@ _HEAD_KEY = re.compile(r"\.(?:score|classifier|qa_outputs)(?:\.out_proj)?\.weigh
 
 
 class SourceError(ValueError):
-    """Raised where a model or an adapter can't be used. The message is one line that names the given value and mostly
-    the wanted value."""
+    """Raised where a model or an adapter can't be used. The message is one line, which usually names the given value
+    and the wanted value."""
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str], revision
         patterns: name patterns of the files of a repository that are downloaded.
         revision: branch, tag or commit of a repository; None: the default branch. A folder has no revisions.
 
-    Raises: SourceError.
+    Raises: SourceError where ``name`` is neither a folder, nor a GGUF file, nor a repository that can be downloaded.
     """
     text = str(name)
     if (file := gguf_path(name)) is not None:
@@ -102,7 +102,8 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str], revision
 
 
 def model_folder(name: Union[str, Path], patterns: list[str], revision: Optional[str] = None) -> Path:
-    """Returns the result of :func:`find_folder` for a model. Raises SourceError if the folder has no config.json."""
+    """Returns the folder or GGUF file of a model, see :func:`find_folder`. Raises SourceError also if the folder has no
+    config.json."""
     folder = find_folder("model", name, patterns, revision)
     if folder.is_file():
         return folder
@@ -120,7 +121,10 @@ def named_base(config: Any) -> tuple[Optional[str], Optional[str]]:
 
 
 def read_model_config(folder: Path) -> Any:
-    """Checks and returns the transformers configuration in ``folder`` or in a GGUF file. Raises SourceError."""
+    """Returns the transformers configuration in ``folder``, which may also be a GGUF file.
+
+    Raises SourceError where the configuration is missing, damaged, out of range or not known to transformers.
+    """
     from transformers import AutoConfig
 
     if folder.is_file():
@@ -137,7 +141,8 @@ def read_model_config(folder: Path) -> Any:
 def check_model_config(file: Path) -> None:
     """Raises ValueError, one line, if ``file`` is no JSON object, or has a size of the model that is out of range.
 
-    A number of layers or experts may be at most ``MOST_LAYERS``, and a field of ``_POSITIVE`` must be at least 1.
+    A number of layers or experts may be at most ``MOST_LAYERS``. The sizes in ``_POSITIVE``, such as ``hidden_size``,
+    must be at least 1.
 
     The limits are needed because transformers makes an object for each layer and each expert before it reads the
     weights.
@@ -260,9 +265,10 @@ def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> 
 def model_class(about: Any, config: Any) -> Any:
     """Returns the class of the model that an adapter was trained on.
 
-    For an adapter without a task, returns the class that the adapter's auto_mapping names, if this class has the base's
-    class of configurations, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the base's own
-    class if the class can generate. In all other cases, returns the Auto class of the task.
+    For an adapter without a task, returns the class that the adapter's auto_mapping names, if this class is made for
+    the base's class of configurations, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the
+    base's own class if the class can generate. Otherwise, a task in AUTO_CLASSES gives the class of the task, and
+    another task gives the base's own class. ``AutoModel`` replaces an own class that transformers does not have.
 
     Args: about: the base's configuration. config: the adapter's configuration.
     """
@@ -304,7 +310,7 @@ class LoadedModel:
     """A model loaded from a folder or a GGUF file.
 
     Attributes:
-        folder: the folder, or the GGUF file.
+        folder: the folder or the GGUF file from which the model was loaded.
         absent: names of the model's parameters that the files lack.
         quant: how the files store the weights, see :func:`stored_quant`.
     """
@@ -326,8 +332,9 @@ def load_model(
 ) -> LoadedModel:
     """Loads the base of an adapter, with the model class and the number of labels that the adapter was trained with.
 
-    A dense base of an adapter of ``peft-ext finetune`` is loaded in bfloat16, and so are the dense weights of a GGUF
-    file. Raises SourceError where the base is not named, is not found or can't be loaded.
+    The base of an adapter of ``peft-ext finetune`` is loaded in bfloat16 (except bitsandbytes' NF4), and so are the
+    dense weights of a GGUF file without ``exact``. Raises SourceError where the base is not named, is not found or
+    can't be loaded.
 
     Args:
         name: a folder, a GGUF file or a hub name; None: the base that the adapter's configuration names.
@@ -402,8 +409,8 @@ def load_tokenizer(folder: str, **kwargs: Any) -> Any:
 
 
 def tokenizer_folder(adapter: Optional[Path], base: Path) -> Path:
-    """Returns the folder of the tokenizer for an adapter: the adapter's own folder if it has a tokenizer, else the
-    base's folder or GGUF file."""
+    """Returns the folder or GGUF file from which the tokenizer of an adapted model is read: the adapter's folder if it
+    has a tokenizer, else ``base``."""
     return adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else base
 
 
@@ -444,11 +451,8 @@ def output_head(model: nn.Module) -> Optional[nn.Module]:
 
 
 def beside_text(model: nn.Module) -> list[str]:
-    """Returns the names of the modules beside the text decoder of a model for text and for images or sounds, such as a
-    vision tower and the projection of its outputs. A model of text alone has none.
-
-    The result of a forward of text alone does not depend on these modules.
-    """
+    """Returns the names of the modules that a forward of text alone does not use, in a model for text and for images or
+    sounds: for example, a vision tower and the projection of its outputs. Returns [] for a model of text alone."""
     if getattr(getattr(model, "config", None), "text_config", None) is None or not hasattr(model, "get_decoder"):
         return []
     inner, decoder, head = getattr(model, "base_model", model), model.get_decoder(), output_head(model)
@@ -466,9 +470,11 @@ def beside_text(model: nn.Module) -> list[str]:
 
 
 def text_targets(model: nn.Module, method: str, excluded: Optional[str] = None) -> dict[str, Any]:
-    """Returns the fields of the PEFT configuration of ``method`` that keep an adapter out of the modules of
-    :func:`beside_text`, and of the modules whose names the expression ``excluded`` matches; {} where the model has
-    nothing beside text, and for a prompt method, which adapts no module."""
+    """Returns the fields of a PEFT configuration of ``method`` that exclude the modules of :func:`beside_text`, and the
+    modules whose names the regular expression ``excluded`` matches, from the adapted modules.
+
+    Returns {} where :func:`beside_text` finds no module, and for a prompt method, which adapts no module.
+    """
     names = beside_text(model)
     if not names or METHODS[method].kind == "prompt":
         return {}
@@ -490,8 +496,8 @@ def task_of(model: nn.Module) -> Optional[str]:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Within the context, hides transformers' progress bars and its log messages below level ERROR, and all warnings,
-    such as PEFT's warnings about tied weights or about a new head."""
+    """Within the context, hides transformers' progress bars and its log messages below level ERROR, and all of Python's
+    warnings, such as PEFT's warnings about tied weights or about a new head."""
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()

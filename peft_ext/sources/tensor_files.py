@@ -38,7 +38,7 @@ class Entry:
 class TensorFiles:
     """The tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names, in a folder.
 
-    ``entries``: tensor name -> :class:`Entry`.
+    ``entries`` maps the name of each tensor to its :class:`Entry`.
 
     Raises: SourceError, one line with the file's path, where a file is missing, cut off or no safetensors, where a file
     lacks a tensor that the index names, or where a tensor has a dtype that peft_ext does not read.
@@ -112,8 +112,8 @@ class TensorFiles:
 
 
 def _entries(file: Path) -> dict[str, Entry]:
-    """Returns the tensors of one file. Raises ValueError, one line with the file's path, for a damaged file or an
-    unknown dtype, and OSError where the file can't be read."""
+    """Returns, by name, the entries of the tensors in one safetensors file. Raises ValueError, one line with the file's
+    path, for a damaged file or an unknown dtype, and OSError where the file can't be read."""
     shapes = weight_shapes(file)  # safetensors checks the header and the file's size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

@@ -45,11 +45,8 @@ def check_floats(file: Path, prefix: str) -> None:
 
 
 def check_finite(file: Path) -> None:
-    """Raises ValueError if a number in the safetensors ``file`` is not finite, for example after a bit error on the
-    disk.
-
-    8-bit floats are not checked.
-    """
+    """Raises ValueError if a tensor in the safetensors ``file``, except a tensor of 8-bit floats, has a number that is
+    not finite, for example after a bit error on the disk."""
     with safe_open(file, "pt") as opened:
         for name in opened.keys():
             tensor = opened.get_tensor(name)
@@ -60,9 +57,9 @@ def check_finite(file: Path) -> None:
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
     """Returns the header of a safetensors file of ``tensors``, which may be on the meta device.
 
-    The first 8 bytes are the length of the JSON text that follows, little-endian. Spaces pad the JSON text to a
-    multiple of 8 bytes. The data follows the header in the order of ``tensors``, without gaps. Raises ValueError for a
-    dtype that the format does not have.
+    The first 8 bytes of the header are the length of the JSON text that follows, little-endian. Spaces pad the JSON
+    text to a multiple of 8 bytes. In the file, the data of the tensors follows the header, in the order of ``tensors``
+    and without gaps. Raises ValueError for a dtype that the format does not have.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

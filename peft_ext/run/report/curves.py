@@ -54,7 +54,7 @@ def _binned(series: Series) -> dict[str, Any]:
 def draw_chart(
     name: str, heading: str, unit: str, series: Sequence[Series], *, zero: bool, steps: int
 ) -> dict[str, Any]:
-    """Returns a figure's data for the template: notes, legend, paths, labels.
+    """Returns a figure's data for the template page.html: notes, legend, paths, labels.
 
     With ``zero`` the y axis begins at 0, unless a value is negative.
     """

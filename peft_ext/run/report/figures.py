@@ -1,4 +1,4 @@
-"""Formats the numbers and texts of a report. The values to format come from a run.json and may be of any type."""
+"""Formats the numbers and texts of a report. Most values to format come from a run.json and may be of any type."""
 
 from __future__ import annotations
 
