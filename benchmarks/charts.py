@@ -12,7 +12,6 @@ give byte-equal pictures. ``--check`` writes nothing and fails where a committed
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Optional
 from peft_ext.chart import Picture, Scale, identifier, rows_scale, text_width
 from peft_ext.files import atomic_file
 
+from .command import command_parser
 from .convergence import NAME as LOSSES
 from .convergence_methods import TWINS
 from .files import Result, is_of_a_gpu, newest, newest_by_gpu, slug
@@ -285,9 +285,7 @@ def pictures() -> Iterator[tuple[str, Optional[bytes], str]]:
 
 
 def main(argv: Optional[list[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.charts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.charts", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a picture is not up to date")
     parser.add_argument("--out", type=Path, default=IMAGES, help="the folder; default: docs/images")
     args = parser.parse_args(argv)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from .command import command_parser
 from .convergence_methods import FLOAT32, METHODS, MakeBase, Method, build, quantized_base
 from .convergence_page import DTYPES, LONGEST, Row, curve_text, draw, held_out_text, max_difference
 from .e2e import PROMPT
@@ -308,10 +309,7 @@ def measure(options: argparse.Namespace, out: Path) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.convergence", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("benchmarks.convergence", __doc__)
     parser.add_argument("--draw", action="store_true", help="write the document; train nothing")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {'; '.join(METHODS)}")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with BANKING77's train.csv and test.csv")

@@ -33,7 +33,8 @@ from typing import Any
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
 from . import compiled, cuda, mixture, parts
-from .files import result_path, write
+from .command import command_parser, run_alone
+from .files import record, result_path, write
 from .harness import machine
 
 PROMPT = "Question of a bank's customer: {text}\nIntent:"
@@ -392,17 +393,15 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
         for _ in range(args.repeats):
             for kind in KINDS:
-                command = [sys.executable, "-m", "benchmarks.e2e", "method", name, kind, "--steps", str(args.steps),
-                           "--batch", str(args.batch), "--length", str(args.length), "--shape", args.shape,
-                           "--device", args.device, *["--checkpointing"] * args.checkpointing]  # fmt: skip
                 try:
-                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=args.limit)
+                    run = run_alone("e2e", "method", name, kind, "--steps", args.steps, "--batch", args.batch,
+                                    "--length", args.length, "--shape", args.shape, "--device", args.device,
+                                    *["--checkpointing"] * args.checkpointing, timeout=args.limit)  # fmt: skip
                 except subprocess.SubprocessError as error:
                     failed.append(f"{name}, {kind}: {error}")
                     print(f"failed: {failed[-1]}", flush=True)
                     continue
-                runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
-                run = runs[kind][-1]
+                runs[kind].append(run)
                 metered = "".join(f", {field} {value:g}" for field, value in run["meter"].items())
                 print(f"{name}, {kind}: {run['tokens_per_s']:.0f} tokens/s, peak {run['peak_mib']} MiB, "
                       f"{run['fused']} of {run['layers']} layers fused{metered}", flush=True)  # fmt: skip
@@ -469,85 +468,63 @@ def _subject(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.e2e", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.e2e", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("speed")
-    one.add_argument("--steps", type=int, default=16)
-    one.add_argument("--repeats", type=int, default=2)
-    two = commands.add_parser("intents")
-    two.add_argument("--data", type=Path, required=True, help="folder with train.csv and test.csv (text, category)")
-    two.add_argument("--steps", type=int, default=150)
-    two.add_argument("--seeds", type=int, default=2)
-    two.add_argument("--questions", type=int, default=320)
-    three = commands.add_parser("methods")
-    three.add_argument("--methods", type=_names, default=list(METHODS), help=f"'{'; '.join(METHODS)}'; default: all")
-    three.add_argument("--repeats", type=int, default=2)
-    four = commands.add_parser("method", help="one run of methods: its figures as JSON")
-    four.add_argument("method", choices=METHODS)
-    four.add_argument("kind", choices=KINDS)
-    for command in (three, four):
-        command.add_argument("--steps", type=int, default=5)
-        command.add_argument("--batch", type=int, default=4)
-        command.add_argument("--shape", choices=SHAPES, default="smollm2")
-        command.add_argument("--checkpointing", action="store_true")
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    three.add_argument("--limit", type=float, help="seconds after which a run is killed; default: none")
-    five = commands.add_parser("experts")
-    five.add_argument("--repeats", type=int, default=3)
-    six = commands.add_parser("mixture", help="one run of experts: its figures as JSON")
-    six.add_argument("kind", choices=mixture.KINDS)
-    for command in (five, six):
-        command.add_argument("--steps", type=int, default=15)
-        command.add_argument("--batch", type=int, default=2)
-    for command in (three, four, five, six):
-        command.add_argument("--length", type=int, default=256)
-    seven = commands.add_parser("parts")
-    seven.add_argument("--repeats", type=int, default=1)
-    seven.add_argument("--shapes", type=lambda text: text.split(","), default=["1b", "8b"], help="default: 1b,8b")
-    eight = commands.add_parser("part", help="one run of parts: its figures as JSON")
-    eight.add_argument("kind", choices=KINDS)
-    eight.add_argument("shape", choices=SHAPES)
-    for command in (seven, eight):
-        command.add_argument("--steps", type=int, default=3)
-        command.add_argument("--batch", type=int, default=2)
-        command.add_argument("--length", type=int, default=512)
-    nine = commands.add_parser("compiled")
-    nine.add_argument("--methods", type=_names, default=["LoRA, dropout 0.05", "LoRA"])
-    nine.add_argument("--steps", type=int, default=9)
-    ten = commands.add_parser("compiled-peak", help="one run of compiled: its figures as JSON")
-    ten.add_argument("method", choices=METHODS)
-    ten.add_argument("kind", choices=KINDS)
-    ten.add_argument("--compile", action="store_true")
-    for command in (nine, ten):
-        command.add_argument("--layers", type=int, default=4)
-        command.add_argument("--batch", type=int, default=4)
-        command.add_argument("--length", type=int, default=256)
-    for command in (one, two, three, five, seven, nine):
-        command.add_argument(
-            "--out", type=Path, help="result file; default: benchmarks/results/<step|run>-<command>-<isa>-<date>.json"
-        )
+
+    def add(name: str, one_run_of: str = "", **numbers: int) -> argparse.ArgumentParser:
+        """Adds a command with an integer option for each of ``numbers``, its default. A command that is not one run of
+        another command writes a result file."""
+        about = {"help": f"one run of {one_run_of}: its figures as JSON"} if one_run_of else {}
+        made = commands.add_parser(name, **about)
+        for option, default in numbers.items():
+            made.add_argument(f"--{option}", type=int, default=default)
+        if not one_run_of:
+            made.add_argument("--out", type=Path, help="result file; default: benchmarks/results/"
+                              "<step|run>-<command>-<isa>-<date>.json")  # fmt: skip
+        return made
+
+    add("speed", steps=16, repeats=2)
+    one = add("intents", steps=150, seeds=2, questions=320)
+    one.add_argument("--data", type=Path, required=True, help="folder with train.csv and test.csv (text, category)")
+    many = add("methods", repeats=2, steps=5, batch=4, length=256)
+    many.add_argument("--methods", type=_names, default=list(METHODS), help=f"'{'; '.join(METHODS)}'; default: all")
+    many.add_argument("--limit", type=float, help="seconds after which a run is killed; default: none")
+    one = add("method", "methods", steps=5, batch=4, length=256)
+    one.add_argument("method", choices=METHODS)
+    one.add_argument("kind", choices=KINDS)
+    for made in (many, one):
+        made.add_argument("--shape", choices=SHAPES, default="smollm2")
+        made.add_argument("--checkpointing", action="store_true")
+        made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add("experts", repeats=3, steps=15, batch=2, length=256)
+    add("mixture", "experts", steps=15, batch=2, length=256).add_argument("kind", choices=mixture.KINDS)
+    many = add("parts", repeats=1, steps=3, batch=2, length=512)
+    many.add_argument("--shapes", type=lambda text: text.split(","), default=["1b", "8b"], help="default: 1b,8b")
+    one = add("part", "parts", steps=3, batch=2, length=512)
+    one.add_argument("kind", choices=KINDS)
+    one.add_argument("shape", choices=SHAPES)
+    many = add("compiled", steps=9, layers=4, batch=4, length=256)
+    many.add_argument("--methods", type=_names, default=["LoRA, dropout 0.05", "LoRA"])
+    one = add("compiled-peak", "compiled", layers=4, batch=4, length=256)
+    one.add_argument("method", choices=METHODS)
+    one.add_argument("kind", choices=KINDS)
+    one.add_argument("--compile", action="store_true")
     args = parser.parse_args()
-    if args.command == "method":
-        print(json.dumps(train(METHODS[args.method], args.kind, args.steps, args.batch, args.length,
-                               SHAPES[args.shape][0], args.checkpointing, args.device)))  # fmt: skip
-        return
-    if args.command == "mixture":
-        print(json.dumps(mixture.train(args.kind, args.steps, args.batch, args.length)))
-        return
-    if args.command == "part":
-        print(json.dumps(parts.train(args.kind, args.shape, args.steps, args.batch, args.length)))
-        return
-    if args.command == "compiled-peak":
-        print(json.dumps(compiled.peak(args.method, args.kind, args.compile, args.layers, args.batch, args.length)))
+    one_run: dict[str, Callable[[], dict[str, Any]]] = {
+        "method": lambda: train(METHODS[args.method], args.kind, args.steps, args.batch, args.length,
+                                SHAPES[args.shape][0], args.checkpointing, args.device),
+        "mixture": lambda: mixture.train(args.kind, args.steps, args.batch, args.length),
+        "part": lambda: parts.train(args.kind, args.shape, args.steps, args.batch, args.length),
+        "compiled-peak": lambda: compiled.peak(args.method, args.kind, args.compile, args.layers, args.batch,
+                                               args.length),
+    }  # fmt: skip
+    if args.command in one_run:
+        print(json.dumps(one_run[args.command]()))
         return
     measure = {"speed": speed, "parts": parts.compare, "intents": intents, "methods": methods,
                "experts": mixture.compare, "compiled": compiled.compare}[args.command]  # fmt: skip
     result = {"machine": _machine(getattr(args, "device", "cpu")), **measure(args)}
-    out = result_path(_subject(args), result["machine"], args.out)
-    write(out, result)
-    print(f"written: {out}")
+    record(_subject(args), result, args.out)
     if result.get("failed"):
         sys.exit(1)
 

@@ -49,6 +49,13 @@ def write(path: Path, result: Result) -> None:
         file.write(f"{{\n {fields}\n}}\n")
 
 
+def record(subject: str, result: Result, out: Optional[Path]) -> None:
+    """Writes ``result`` to the file of :func:`result_path`, and prints the file's path."""
+    path = result_path(subject, result["machine"], out)
+    write(path, result)
+    print(f"written: {path}")
+
+
 def newest(name: str) -> Optional[Result]:
     """Returns the newest result whose file is called ``<name>-<date>.json``; None where there is none."""
     found = sorted(RESULTS.glob(f"{name}-????-??-??.json"))

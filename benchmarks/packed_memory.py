@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,7 +26,8 @@ os.environ.setdefault("PEFT_EXT_REQUIRE", "1")
 
 import torch
 
-from .files import newest, result_path, write
+from .command import command_parser, markdown, measured, run_alone
+from .files import record
 from .harness import machine
 from .packed_training import status_mib
 
@@ -158,16 +157,14 @@ def measure(kind: str, loader: str, tiny: Path, path: Path) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """Returns a result file as a Markdown table."""
-    lines = ["| checkpoint | files, MiB | loaded and trained by | peak of loading, MiB | after loading, MiB | "
-             "peak of a step of 256 tokens, MiB |", "|---|---|---|---|---|---|"]  # fmt: skip
-    lines += [f"| {row['case']} | {row['files_mib']} | {row['loader']} | {row['loading_mib']} | {row['model_mib']} | "
-              f"{row['step_mib']} |" for row in result["rows"]]  # fmt: skip
-    return "\n".join(lines)
+    titles = ("| checkpoint | files, MiB | loaded and trained by | peak of loading, MiB | after loading, MiB | peak of "
+              "a step of 256 tokens, MiB |")  # fmt: skip
+    shown = ("case", "files_mib", "loader", "loading_mib", "model_mib", "step_mib")
+    return markdown(titles, ((str(row[name]) for name in shown) for row in result["rows"]))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.packed_memory", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = command_parser("benchmarks.packed_memory", __doc__)
     parser.add_argument("--table", action="store_true", help="print the newest result as a table; measure nothing")
     parser.add_argument("--width", type=int, default=1024, help="hidden size of the models")
     parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/run-packed-memory-...")
@@ -178,10 +175,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(json.dumps(measure(kind, loader, Path(tiny), Path(path))))
         return
     if options.table:
-        found = json.loads(options.out.read_text()) if options.out else newest(NAME)
-        if not found:
-            parser.error("nothing was measured yet: there is no result file")
-        print(table(found))
+        print(table(measured(parser, NAME, options.out)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -190,23 +184,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             write_checkpoint(kind, 256, tiny)
             size = write_checkpoint(kind, options.width, path)
             for loader in LOADERS:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.packed_memory",
-                    "--run",
-                    kind,
-                    loader,
-                    str(tiny),
-                    str(path),
-                ]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 row = {"case": case, "loader": loader, "files_mib": round(size / 2**20)}
-                rows.append(row | json.loads(done.stdout.splitlines()[-1]))
+                rows.append(row | run_alone("packed_memory", "--run", kind, loader, tiny, path))
                 print(rows[-1], flush=True)
-    out = result_path("run-packed-memory", machine(), options.out)
-    write(out, {"machine": machine(), "width": options.width, "rows": rows})
-    print(f"written: {out}")
+    record("run-packed-memory", {"machine": machine(), "width": options.width, "rows": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference 
 import torch
 from torch import nn
 
-from .files import newest, result_path, write
+from .command import command_parser, markdown, measured, run_alone
+from .files import result_path, write
 from .harness import machine
 from .packed_formats import FORMATS, pack
 
@@ -151,12 +152,6 @@ def train(
     }
 
 
-def _call(*arguments: str) -> str:
-    """Runs this program with other arguments, and returns the program's output."""
-    command = [sys.executable, "-m", "benchmarks.packed_training", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def measure(options: argparse.Namespace, out: Path) -> None:
     """Trains the runs of the formats that the result file ``out`` lacks, and writes the file after each format."""
     settings = {name: getattr(options, name) for name in ("steps", "batch", "length", "held_out")}
@@ -177,9 +172,10 @@ def measure(options: argparse.Namespace, out: Path) -> None:
             given = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
             if FORMATS[name].write:
                 given.append(f"--checkpoint={folder}/model")
-                _call("--write", name, f"{folder}/model")
+                writing = [sys.executable, "-m", "benchmarks.packed_training", "--write", name, f"{folder}/model"]
+                subprocess.run(writing, check=True, stdout=subprocess.DEVNULL)
             for kind in KINDS:
-                row[kind] = json.loads(_call("--run", name, kind, *given).splitlines()[-1])
+                row[kind] = run_alone("packed_training", "--run", name, kind, *given)
         row["max_loss_difference"] = max(
             abs(a - b) for a, b in zip(*(row[kind]["losses"] for kind in KINDS), strict=True)
         )
@@ -190,21 +186,18 @@ def measure(options: argparse.Namespace, out: Path) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows of a result file as a Markdown table."""
-    lines = [
-        "| format | quantized by | bits a weight | perplexity, packed | perplexity, decoded | largest difference of a "
-        "step's losses | peak MiB, packed | peak MiB, decoded |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ("| format | quantized by | bits a weight | perplexity, packed | perplexity, decoded | largest difference "
+              "of a step's losses | peak MiB, packed | peak MiB, decoded |")  # fmt: skip
+    cells = []
     for row in rows:
         packed, dense = (row[kind] for kind in KINDS)
-        cells = (
+        cells.append((
             row["format"], row["quantized_by"], f"{packed['bits']:.2f}",
             *(f"{run['perplexity']['before']:.2f} → {run['perplexity']['after']:.2f}" for run in (packed, dense)),
             f"{row['max_loss_difference']:.4f}",
             *(f"{run['peak_mib']:.0f}" for run in (packed, dense)),
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ))  # fmt: skip
+    return markdown(titles, cells)
 
 
 def result_text(result: dict[str, Any]) -> str:
@@ -216,10 +209,7 @@ def result_text(result: dict[str, Any]) -> str:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.packed_training", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("benchmarks.packed_training", __doc__)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, metavar="NAME", help=f"of {', '.join(FORMATS)}")
     parser.add_argument("--table", action="store_true", help="print the newest result as a table; train nothing")
     parser.add_argument("--run", nargs=2, metavar=("FORMAT", "KIND"), help=argparse.SUPPRESS)
@@ -244,10 +234,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         FORMATS[options.write[0]].write(demo_model(), Path(options.write[1]))
         return
     if options.table:
-        found = json.loads(options.out.read_text()) if options.out else newest(NAME)
-        if not found:
-            parser.error("nothing was measured yet: there is no result file")
-        print(table(found["rows"]))
+        print(table(measured(parser, NAME, options.out)["rows"]))
         return
     out = result_path("run-packed", machine(), options.out)
     measure(options, out)
