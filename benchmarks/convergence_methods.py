@@ -13,8 +13,6 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FLOAT32", "METHODS", "TWINS", "MakeBase", "Method", "build", "quantized_base"]
-
 MakeBase = Callable[[], nn.Module]
 
 

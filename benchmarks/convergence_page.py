@@ -11,8 +11,6 @@ from .command import markdown
 from .convergence_methods import METHODS, TWINS
 from .e2e import PROMPT
 
-__all__ = ["DTYPES", "LONGEST", "Row", "curve_text", "differences", "draw", "held_out_text", "max_difference"]
-
 DTYPES = ("bfloat16", "float32")
 LONGEST = 80  # largest number of characters of a question that the runs use
 ENDS = 5  # number of first and of last steps of a run whose mean losses the table shows

@@ -20,8 +20,6 @@ import torch
 
 from .harness import Contender
 
-__all__ = ["Meter", "about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
-
 CALLS, GRAPH_CALLS = 10, 32
 # nvidia-smi's fields that describe a GPU, by their names in a result file.
 SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "max_sm_mhz": "clocks.max.sm",

@@ -14,8 +14,6 @@ from typing import Any, Optional
 
 from peft_ext.files import atomic_file
 
-__all__ = ["RESULTS", "Result", "is_of_a_gpu", "newest", "newest_by_gpu", "result_path", "slug", "write"]
-
 RESULTS = Path(__file__).parent / "results"
 
 Result = dict[str, Any]

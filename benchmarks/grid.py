@@ -9,8 +9,6 @@ from typing import Optional
 from .harness import Case, Comparison
 from .peers import Problem
 
-__all__ = ["MAIN", "SHAPES", "Options", "Variant", "cases"]
-
 MAIN = "4096"
 # Sizes (K, N) of the linear layers of some models. Every run measures the shape MAIN, Llama-3-8B's square layer.
 SHAPES = {

@@ -26,24 +26,6 @@ from peft_ext.ops.library import OPERATORS, has_kernel
 
 from . import files
 
-__all__ = [
-    "Case",
-    "Clock",
-    "Comparison",
-    "Contender",
-    "Row",
-    "compare",
-    "floor_ms",
-    "host_clock",
-    "machine",
-    "measured_ceilings",
-    "print_table",
-    "rate",
-    "ratio_text",
-    "run",
-    "save",
-]
-
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
 # Environment variables that choose the instructions and the number of threads of peft_ext and PyTorch. A result file
 # records the variables in this tuple that are set.

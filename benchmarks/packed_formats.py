@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from peft_ext.weights.packed import PackedWeight
 
-__all__ = ["FORMATS", "Packing", "pack"]
-
 # A function that packs one weight [N, K], and returns the packed weight and the names of its parts in the state dict.
 PackLayer = Callable[[Tensor], tuple[PackedWeight, tuple[Optional[str], ...]]]
 _GROUP = 64
