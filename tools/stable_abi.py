@@ -56,14 +56,6 @@ def undefined_symbols(path: Path, dynamic: bool = False) -> list[str]:
     return [line.strip().split(maxsplit=1)[1] for line in listing.splitlines() if line.strip().startswith(("U ", "w "))]
 
 
-def defined_symbols(path: Path) -> set[str]:
-    """Returns the symbols that an object file defines, with C++ names demangled."""
-    listing = subprocess.run(
-        ["nm", "-C", "--defined-only", str(path)], check=True, capture_output=True, text=True
-    ).stdout
-    return {line.split(maxsplit=2)[2] for line in listing.splitlines() if len(line.split(maxsplit=2)) == 3}
-
-
 def violations(symbols: list[str], include: Path) -> list[str]:
     """Returns a line for each symbol outside of the stable ABI of the torch version ``TARGET``."""
     since: dict[str, tuple[int, int]] = {}
