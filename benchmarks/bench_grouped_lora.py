@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ext import ops
+from peft_ext.bench.layer import stock_name
 
 from .grid import Variant
 from .harness import Comparison, Contender
-from .peers import RANK, SCALING, Problem, Turns, comparison_of, dense, frozen, peft_config, peft_name, stock_linear
+from .peers import RANK, SCALING, Problem, Turns, comparison_of, dense, frozen, peft_config, stock_linear
 
 ADAPTERS = 8
 SETS = 4  # number of sets of adapters; the sets take turns, so that no set stays in a cache
@@ -78,7 +79,7 @@ def _mixed(base: str, problem: Problem, compile: bool) -> Comparison:
 
     makers = {
         "ours": lambda: contender(ours),
-        peft_name(base): lambda: _peft(problem, base, sets, samples, exact),
+        stock_name(base): lambda: _peft(problem, base, sets, samples, exact),
         "torch eager": lambda: contender(eager),
         "frozen": lambda: frozen(problem, training=False),
     }

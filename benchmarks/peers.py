@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_ext import NF4Weight, ops, reference
+from peft_ext.bench.layer import stock_name
 from peft_ext.weights import PackedWeight
 
 from .harness import Comparison, Contender
@@ -373,10 +374,6 @@ def _set_weight(layer: nn.Module, weight: Tensor) -> None:
         layer.weight.data = weight
 
 
-def peft_name(base: str) -> str:
-    return "PEFT" if base == "bf16" else "PEFT + bitsandbytes"
-
-
 def stock_linear(problem: Problem, base: str) -> tuple[nn.ModuleDict, Callable[[nn.Module], None]]:
     """Returns a model with one linear layer "proj", and a function that gives a layer like "proj" the next weight."""
     weights = problem.weights(base)
@@ -459,7 +456,7 @@ def layer_comparison(
     exact_eager = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.bfloat16))
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: functional(problem, base, ours, names, exact),
-        peft_name(base): lambda: peft_layer(problem, base, config(), where, exact_peft),
+        stock_name(base): lambda: peft_layer(problem, base, config(), where, exact_peft),
         "torch eager": lambda: functional(problem, base, eager, names, exact_eager),
     }
     if compile:
