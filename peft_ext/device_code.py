@@ -35,8 +35,6 @@ import torch
 from . import _native
 from .files import atomic_file, cache_folder
 
-__all__ = ["compile_kernel", "folder", "image", "kernels", "missing", "prepare", "version", "warm"]
-
 # a process that has waited so many seconds for the file of another process compiles the kernel itself
 LOCK_SECONDS = 120
 

@@ -19,8 +19,6 @@ from typing import Optional
 
 from torch import nn
 
-__all__ = ["weights_read_past"]
-
 # Methods that initialize weights. These methods run before a model is quantized, so that their reads do not count.
 _SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
 # _NEVER is an option of configurations, for tensor parallelism in pretraining. Branches for this option never run in

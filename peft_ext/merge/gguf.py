@@ -41,8 +41,6 @@ with required("peft", "peft_ext.merge_to_gguf"):
     from peft import PeftConfig
     from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 
-__all__ = ["GgufMergeReport", "MergedTensor", "merge_to_gguf"]
-
 # Type of most tensors of a GGUF file -> value of the file's general.file_type (enum llama_ftype in llama.h).
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,

@@ -30,8 +30,6 @@ from ..text import dtype_name
 from .steps import GRADIENT, Compared, Results, Seed, blocks_alone, cast, compared, draws, step, without_autocast
 from .twins import dequantizing, twin, without_dropout
 
-__all__ = ["Compared", "Verification", "verify"]
-
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 _NARROW = (torch.bfloat16, torch.float16)
 

@@ -21,8 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["QUANTIZERS"]
-
 # For Q3_K, Q6_K, IQ4_NL and IQ4_XS, a group whose largest absolute value is below _LEAST counts as zeros.
 _LEAST = 1e-15
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

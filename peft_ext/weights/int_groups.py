@@ -19,22 +19,6 @@ from torch import Tensor
 
 from .packed import Format, PackedWeight, option_of, register
 
-__all__ = [
-    "AWQ",
-    "GPTQ",
-    "HQQ",
-    "INT",
-    "awq",
-    "from_awq",
-    "from_compressed_tensors",
-    "from_gptq",
-    "from_hqq",
-    "from_state",
-    "gptq",
-    "hqq",
-    "int_rows",
-]
-
 # Flags in the integer ``option`` of a PackedWeight, by format.
 INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": flag 1: each code is an int8 element; flag 2: the weight has only one scale
 V1 = 1  # "gptq": flag of a weight for which 1 was subtracted from each zero before the zeros were packed

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .._ops import NAMESPACE
 
-__all__ = ["FORMATS", "MOST_PARTS", "SCALE_TYPES", "Format", "PackedWeight", "option_of", "scale_type"]
-
 MOST_PARTS = 5
 
 # The dtypes of scales in files, in the order of ScaleType in csrc/weight/packed_view.h.
