@@ -228,17 +228,13 @@ def batches(examples: Iterable[Batch], size: int, pad: int) -> list[Batch]:
 
     The last batch may be smaller.
     """
-    rows, found = list(examples), []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        masks = [torch.ones_like(row["input_ids"]) for row in part]
-        columns = {"input_ids": pad, "labels": IGNORED}
-        batch = {
-            name: pad_sequence([row[name] for row in part], True, padding_value=value)
-            for name, value in columns.items()
-        }
-        found.append({**batch, "attention_mask": pad_sequence(masks, True)})
-    return found
+    rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in examples]
+    padding = {"input_ids": pad, "labels": IGNORED, "attention_mask": 0}
+    return [
+        {name: pad_sequence([row[name] for row in rows[start : start + size]], True, padding_value=value)
+         for name, value in padding.items()}
+        for start in range(0, len(rows), size)
+    ]  # fmt: skip
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

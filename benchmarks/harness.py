@@ -19,8 +19,17 @@ from typing import Any, Optional, Union
 import torch
 
 import peft_ext
-from peft_ext.bench import Clock, Contender, host_clock, interleave, median_ratios, quartile_ratios, timer
-from peft_ext.bench.timer import error_text, seconds_of
+from peft_ext.bench import timer
+from peft_ext.bench.timer import (
+    Clock,
+    Contender,
+    error_text,
+    host_clock,
+    interleave,
+    median_ratios,
+    quartile_ratios,
+    seconds_of,
+)
 from peft_ext.machine import cpu_name, versions
 from peft_ext.ops.library import OPERATORS, has_kernel
 
