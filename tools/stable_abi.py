@@ -47,12 +47,9 @@ def declared_since(text: str) -> dict[str, tuple[int, int]]:
     return since
 
 
-def undefined_symbols(path: Path, dynamic: bool = False) -> list[str]:
-    """Returns the symbols that an object file, or with ``dynamic`` a shared library, needs from other files, with C++
-    names demangled.
-    """
-    command = ["nm", "-uC", *(["-D"] if dynamic else []), str(path)]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def undefined_symbols(library: Path) -> list[str]:
+    """Returns the symbols that a shared library needs from other files, with C++ names demangled."""
+    listing = subprocess.run(["nm", "-uCD", str(library)], check=True, capture_output=True, text=True).stdout
     return [line.strip().split(maxsplit=1)[1] for line in listing.splitlines() if line.strip().startswith(("U ", "w "))]
 
 
