@@ -53,18 +53,6 @@ def _trimmed() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def decode(model: nn.Module) -> nn.Module:
-    """Replaces the packed layers of ``model`` by dense layers with the decoded weights, in place."""
-    from peft_ext.nn import PackedLinear
-
-    for name, layer in [found for found in model.named_modules() if isinstance(found[1], PackedLinear)]:
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
-        linear.bias = layer.bias
-        model.set_submodule(name, linear)
-    return model
-
-
 @torch.no_grad()
 def perplexity(model: nn.Module, blocks: Sequence[torch.Tensor]) -> float:
     model.eval()
@@ -114,7 +102,7 @@ def train(
     bits = 8 * sum(layer.packed.nbytes for layer in layers) / sum(math.prod(layer.packed.shape) for layer in layers)
     formats = sorted({layer.packed.format.name for layer in layers})
     if kind == "decoded":
-        decode(model)
+        peft_ext.dequantize_packed(model, progress=False)
     del layers
     for tensor in (*model.parameters(), *model.buffers()):  # a tensor of a mapped file keeps the whole file mapped
         tensor.data = tensor.data.clone()
