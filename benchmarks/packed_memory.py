@@ -15,10 +15,7 @@ import argparse
 import json
 import os
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -29,7 +26,7 @@ import torch
 from .command import command_parser, markdown, measured, run_alone
 from .files import record
 from .harness import machine
-from .packed_training import status_mib
+from .packed_training import reset_peak, status_mib
 
 NAME = "run-packed-memory-avx512_bf16"
 CASES = {"Llama, FP8 blocks": "fp8", "gpt-oss, MXFP4 experts": "mxfp4"}
@@ -87,25 +84,6 @@ def write_checkpoint(kind: str, width: int, path: Path) -> int:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _peak() -> Iterator[Callable[[], float]]:
-    """Yields a function that returns the largest resident memory in MiB since the context was entered."""
-    most, done = [status_mib("VmRSS")], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            most[0] = max(most[0], status_mib("VmRSS"))
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield lambda: max(most[0], status_mib("VmRSS"))
-    finally:
-        done.set()
-        thread.join()
-
-
 def _load(kind: str, loader: str, path: Path) -> Any:
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
@@ -142,13 +120,12 @@ def measure(kind: str, loader: str, tiny: Path, path: Path) -> dict[str, float]:
     logging.disable_progress_bar()
     _step(kind, loader, _load(kind, loader, tiny))
     before = status_mib("VmRSS")
-    with _peak() as peak:
-        model = _load(kind, loader, path)
-        loading = peak() - before
-    held = status_mib("VmRSS") - before
-    with _peak() as peak:
-        _step(kind, loader, model)
-        step = peak() - before
+    reset_peak()
+    model = _load(kind, loader, path)
+    loading, held = status_mib("VmHWM") - before, status_mib("VmRSS") - before
+    reset_peak()
+    _step(kind, loader, model)
+    step = status_mib("VmHWM") - before
     return {"loading_mib": round(loading), "model_mib": round(held), "step_mib": round(step)}
 
 

@@ -48,6 +48,11 @@ def status_mib(field: str) -> float:
     raise OSError(f"status_mib: /proc/self/status has no {field}")
 
 
+def reset_peak() -> None:
+    """Sets VmHWM to VmRSS."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def _trimmed() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -118,7 +123,7 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0)
     _trimmed()
     made = status_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    reset_peak()
     first = perplexity(model, tests)
     losses = []
     for ids in batches:
