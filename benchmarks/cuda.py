@@ -9,6 +9,7 @@ clock while calls are timed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -192,18 +193,11 @@ class Meter:
             self._process.wait()
 
     def _read(self, terminal: int) -> None:
-        with open(terminal, "rb", buffering=0) as lines:
-            held = b""
-            while True:
-                try:
-                    read = lines.read(4096)
-                except OSError:  # raised when nvidia-smi has closed its end of the terminal
-                    return
-                if not read:
-                    return
-                *whole, held = (held + read).split(b"\n")
-                with self._lock:
-                    self._samples += filter(None, (sample_of(line.decode(errors="replace")) for line in whole))
+        with open(terminal, errors="replace") as lines:
+            with contextlib.suppress(OSError):  # raised when nvidia-smi has closed its end of the terminal
+                for line in lines:
+                    with self._lock:
+                        self._samples += filter(None, [sample_of(line)])
 
     def lap(self) -> dict[str, float]:
         """Returns the median of each field over the samples since the last call. Without a new sample, returns the
