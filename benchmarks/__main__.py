@@ -13,7 +13,6 @@ on a GPU, the program prints the row's name, runs the remaining rows, and ends w
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import pkgutil
@@ -28,6 +27,7 @@ import torch
 import benchmarks
 
 from . import cuda
+from .command import command_parser
 from .files import result_path
 from .grid import SHAPES, Options, cases
 from .harness import Case, Clock, Row, machine, measured_ceilings, print_table, run, save
@@ -57,9 +57,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     found = [
         name.removeprefix("bench_") for _, name, _ in pkgutil.iter_modules(benchmarks.__path__) if "bench_" in name
     ]
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks", __doc__)
     parser.add_argument("ops", nargs="*", default=found, help=f"benchmarks to run ({', '.join(found)}); default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument(

@@ -39,7 +39,6 @@ def _gated(activation: str, problem: Problem, compile: bool) -> Comparison:
         ours=lambda gate_up, weight: ops.gated_activation(gate_up, None, activation),
         eager=eager,
         formula=lambda linear, gate_up, mask: eager(gate_up, None),
-        names=(),
         bytes_moved=8 * 2 * problem.tokens * width,
     )
 

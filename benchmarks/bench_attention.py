@@ -21,7 +21,7 @@ from peft_ext import ops, reference
 
 from .grid import Variant
 from .harness import Comparison
-from .peers import COMPILE_RANDOM, Problem, compiled, draw_seed, functional, gather
+from .peers import Problem, draw_seed, weightless_comparison
 
 HEAD, GROUPS, SEQUENCE = 64, 4, 512
 
@@ -71,16 +71,10 @@ def _attention(
             found.append(joined((scores.softmax(-1) * (drawn[i] if p else 1.0)) @ v))
         return torch.cat(found)
 
-    exact = problem.exact("bf16", formula, (), mask if p else None)
-    theirs = COMPILE_RANDOM.replace("torch.compile", "PyTorch") if p else exact
-    makers = {"ours": lambda: functional(problem, "bf16", ours, (), exact),
-              "torch eager": lambda: functional(problem, "bf16", eager, (), theirs)}  # fmt: skip
-    if compile:
-        makers["torch.compile"] = lambda: functional(problem, "bf16", compiled(eager), (), theirs)
-    contenders, absent = gather(makers)
     seen = tokens * SEQUENCE // (2 if causal else 1)
     moved = 2 * 2 * dtype.itemsize * tokens * (heads + kv_heads) * HEAD
-    return Comparison(contenders, moved, 14 * seen * heads * HEAD, absent=absent)
+    return weightless_comparison(problem, compile, ours=ours, eager=eager, formula=formula, bytes_moved=moved,
+                                 flops=14 * seen * heads * HEAD, mask=mask if p else None)  # fmt: skip
 
 
 def _variant(

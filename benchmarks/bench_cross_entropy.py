@@ -19,7 +19,7 @@ from peft_ext import ops
 
 from .grid import Variant
 from .harness import Comparison, Contender
-from .peers import Problem, compiled, gather
+from .peers import Problem, comparison_of, compiled
 
 VOCABULARY = 49_152
 
@@ -58,9 +58,8 @@ def _loss(problem: Problem, compile: bool) -> Comparison:
     makers = {"ours": lambda: contender(ops.linear_cross_entropy), "torch eager": lambda: contender(stock)}
     if compile:
         makers["torch.compile"] = lambda: contender(compiled(stock))
-    contenders, absent = gather(makers)
     moved = 2 * (2 * VOCABULARY * k + 2 * tokens * k)
-    return Comparison(contenders, moved, 4 * tokens * k * VOCABULARY, absent=absent)
+    return comparison_of(makers, moved, 4 * tokens * k * VOCABULARY)
 
 
 VARIANTS = (Variant("linear_cross_entropy", "V=49152", _loss, tokens=(512,)),)

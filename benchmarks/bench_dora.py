@@ -27,10 +27,10 @@ from .peers import (
     RANK,
     SCALING,
     Problem,
+    comparison_of,
     dense,
     draw_seed,
     functional,
-    gather,
     layer_bytes,
     layer_comparison,
     low_rank_bytes,
@@ -110,10 +110,10 @@ def _norm(base: str, problem: Problem, compile: bool) -> Comparison:
     def contender(forward: Any) -> Any:
         return functional(problem, base, forward, ("lora_A", "lora_B"), exact, training=False)
 
-    contenders, absent = gather({"ours": lambda: contender(ours), "dense": lambda: contender(formed)})
+    makers = {"ours": lambda: contender(ours), "dense": lambda: contender(formed)}
     k, n, r = problem.k, problem.n, problem.rank
     moved = problem.weight_bytes(base) + 4 * r * (k + n) + 4 * n
-    return Comparison(contenders, moved, 2 * n * k * (r + 1), absent=absent)
+    return comparison_of(makers, moved, 2 * n * k * (r + 1))
 
 
 VARIANTS = (

@@ -18,7 +18,7 @@ from peft_ext import ops, reference
 
 from .grid import Variant
 from .harness import Comparison
-from .peers import COMPILE_RANDOM, Problem, compiled, draw_seed, functional, gather
+from .peers import Problem, draw_seed, weightless_comparison
 
 
 def _dropout(p: float, dtype: torch.dtype, problem: Problem, compile: bool) -> Comparison:
@@ -33,14 +33,9 @@ def _dropout(p: float, dtype: torch.dtype, problem: Problem, compile: bool) -> C
     def mask() -> Tensor:
         return reference.dropout_keep_mask(draw_seed(problem), p, torch.Size((problem.tokens, problem.k))) / (1 - p)
 
-    exact = problem.exact("bf16", lambda linear, x, drawn: x * drawn, (), mask)
-    theirs = COMPILE_RANDOM.replace("torch.compile", "PyTorch")
-    makers = {"ours": lambda: functional(problem, "bf16", ours, (), exact),
-              "torch eager": lambda: functional(problem, "bf16", eager, (), theirs)}  # fmt: skip
-    if compile:
-        makers["torch.compile"] = lambda: functional(problem, "bf16", compiled(eager), (), theirs)
-    contenders, absent = gather(makers)
-    return Comparison(contenders, 4 * dtype.itemsize * problem.tokens * problem.k, 0, absent=absent)
+    moved = 4 * dtype.itemsize * problem.tokens * problem.k
+    return weightless_comparison(problem, compile, ours=ours, eager=eager, formula=lambda linear, x, drawn: x * drawn,
+                                 bytes_moved=moved, mask=mask)  # fmt: skip
 
 
 VARIANTS = tuple(

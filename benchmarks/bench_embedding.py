@@ -22,7 +22,7 @@ from peft_ext import ops
 
 from .grid import Variant
 from .harness import Comparison
-from .peers import Problem, compiled, dense, functional, gather
+from .peers import Problem, dense, weightless_comparison
 
 SCALING = 2.0
 
@@ -45,15 +45,11 @@ def _embedding(base: str, problem: Problem, compile: bool) -> Comparison:
         table = linear(torch.eye(n, dtype=torch.float64, device=x.device)).t()
         return x + table[indices] + SCALING * lora_B[indices] @ lora_A
 
-    names = ("lora_A", "lora_B")
-    exact = problem.exact(base, formula, names)
-    makers = {"ours": lambda: functional(problem, base, ours, names, exact),
-              "torch eager": lambda: functional(problem, base, eager, names, exact)}  # fmt: skip
-    if compile:
-        makers["torch.compile"] = lambda: functional(problem, base, compiled(eager), names, exact)
-    contenders, absent = gather(makers)
     row = n / 2 if base == "nf4" else 2 * n  # bytes of a row of the table W
-    return Comparison(contenders, tokens * (row + 4 * rank + 5 * 2 * n), 6 * tokens * rank * n, absent=absent)
+    return weightless_comparison(
+        problem, compile, ours=ours, eager=eager, formula=formula, names=("lora_A", "lora_B"), base=base,
+        bytes_moved=tokens * (row + 4 * rank + 5 * 2 * n), flops=6 * tokens * rank * n,
+    )  # fmt: skip
 
 
 VARIANTS = tuple(

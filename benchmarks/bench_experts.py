@@ -22,7 +22,7 @@ from peft_ext import NF4Weight, ops, reference
 
 from .grid import Variant
 from .harness import Comparison, Contender
-from .peers import RANK, SCALING, Problem, Turns, draw_seed, functional, gather, layer_bytes
+from .peers import RANK, SCALING, Problem, Turns, comparison_of, draw_seed, functional, layer_bytes
 
 EXPERTS, PARTS = 64, 8  # the weight [N, K] is cut into PARTS x PARTS weights, one for each expert
 
@@ -114,13 +114,10 @@ def experts(base: str, dropout: float, problem: Problem, compile: bool) -> Compa
         makers["PEFT"] = partial(make, peft)
         makers["torch eager"] = partial(make, eager)
     makers["frozen"] = partial(make, alone, "bf16", ())
-    contenders, absent = gather(makers)
     count = tokens * PARTS
     adapters = sum(value.numel() * 4 for value in held.values())
-    return Comparison(
-        contenders, layer_bytes(problem, base) + 5 * adapters, 4 * count * n * k + 6 * count * RANK * (n + k),
-        absent=absent,
-    )  # fmt: skip
+    flops = 4 * count * n * k + 6 * count * RANK * (n + k)
+    return comparison_of(makers, layer_bytes(problem, base) + 5 * adapters, flops)
 
 
 VARIANTS = (

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ext import ops
+from peft_ext.bench.layer import stock_name
 
 from .grid import Variant
 from .harness import Comparison, Contender
-from .peers import RANK, SCALING, Problem, Turns, dense, frozen, gather, peft_config, peft_name, stock_linear
+from .peers import RANK, SCALING, Problem, Turns, comparison_of, dense, frozen, peft_config, stock_linear
 
 ADAPTERS = 8
 SETS = 4  # number of sets of adapters; the sets take turns, so that no set stays in a cache
@@ -79,14 +80,13 @@ def _mixed(base: str, problem: Problem, compile: bool) -> Comparison:
 
     makers = {
         "ours": lambda: contender(ours),
-        peft_name(base): lambda: _peft(problem, base, sets, samples, exact),
+        stock_name(base): lambda: _peft(problem, base, sets, samples, exact),
         "torch eager": lambda: contender(eager),
         "frozen": lambda: frozen(problem, training=False),
     }
-    contenders, absent = gather(makers)
     t, k, n = problem.tokens, problem.k, problem.n
     moved = problem.weight_bytes(base) + 2 * t * (k + n) + 4 * count * RANK * (k + n)
-    return Comparison(contenders, moved, 2 * t * n * k + 2 * t * RANK * (k + n), absent=absent)
+    return comparison_of(makers, moved, 2 * t * n * k + 2 * t * RANK * (k + n))
 
 
 def _peft(problem: Problem, base: str, sets: Turns[Adapters], samples: Tensor, exact: Any) -> Contender:

@@ -24,12 +24,12 @@ from .peers import (
     DTYPES,
     Problem,
     Turns,
+    comparison_of,
     compiled,
     dense,
     entered_once,
     frozen,
     functional,
-    gather,
     layer_bytes,
     value_of,
 )
@@ -68,9 +68,8 @@ def _quantize(double_quant: bool, dtype: str, problem: Problem, compile: bool) -
         "ours": lambda: contender(lambda weight: ops.nf4_quantize(weight, 64, double_quant), bits),
         "bitsandbytes": bitsandbytes,
     }
-    contenders, absent = gather(makers)
     moved = problem.weight_bytes(dtype) + problem.weight_bytes(_base(double_quant))
-    return Comparison(contenders, moved, tolerance=0.0, absent=absent)
+    return comparison_of(makers, moved, tolerance=0.0)
 
 
 def _dequantize(double_quant: bool, dtype: torch.dtype, problem: Problem, compile: bool) -> Comparison:
@@ -109,9 +108,8 @@ def _dequantize(double_quant: bool, dtype: torch.dtype, problem: Problem, compil
         makers["torch eager"] = lambda: contender(eager)
     if compile:
         makers["torch.compile"] = lambda: contender(compiled(eager))
-    contenders, absent = gather(makers)
     moved = problem.weight_bytes(_base(double_quant)) + problem.n * problem.k * dtype.itemsize
-    return Comparison(contenders, moved, tolerance=0.0, absent=absent)
+    return comparison_of(makers, moved, tolerance=0.0)
 
 
 def _eager_linear(x: Tensor, weight: NF4Weight) -> Tensor:
@@ -159,16 +157,11 @@ def _linear(training: bool, problem: Problem, compile: bool) -> Comparison:
     if compile:
         makers["torch.compile"] = lambda: contender(compiled(_eager_linear))
     makers["frozen"] = lambda: frozen(problem, training=training)
-    contenders, absent = gather(makers)
     tokens, k, n = problem.tokens, problem.k, problem.n
     forward_bytes = problem.weight_bytes("nf4") + 2 * tokens * (k + n)
-    return Comparison(
-        contenders,
-        layer_bytes(problem, "nf4") if training else forward_bytes,
-        (4 if training else 2) * tokens * n * k,
-        reads=not training and tokens <= 16,
-        absent=absent,
-    )
+    moved = layer_bytes(problem, "nf4") if training else forward_bytes
+    flops = (4 if training else 2) * tokens * n * k
+    return comparison_of(makers, moved, flops, reads=not training and tokens <= 16)
 
 
 def _quantized(double_quant: bool) -> str:

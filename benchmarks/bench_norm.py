@@ -53,7 +53,6 @@ def _norm(kind: str, dtype: torch.dtype, problem: Problem, compile: bool) -> Com
         ours=ours,
         eager=eager,
         formula=formula,
-        names=(),
         bytes_moved=5 * 2 * problem.tokens * problem.k,
     )
 

@@ -21,11 +21,11 @@ from .packed_bases import PACKED
 from .peers import (
     SCALING,
     Problem,
+    comparison_of,
     dense,
     draw_seed,
     frozen,
     functional,
-    gather,
     layer_bytes,
     low_rank_bytes,
     low_rank_flops,
@@ -57,9 +57,8 @@ def _layer(base: str, problem: Problem, compile: bool) -> Comparison:
         "PyTorch decode": lambda: functional(problem, base, decoded, names, theirs),
         "frozen": lambda: frozen(problem),
     }
-    contenders, absent = gather(makers)
     flops = 4 * problem.tokens * problem.n * problem.k + low_rank_flops(problem)
-    return Comparison(contenders, layer_bytes(problem, base) + low_rank_bytes(problem), flops, absent=absent)
+    return comparison_of(makers, layer_bytes(problem, base) + low_rank_bytes(problem), flops)
 
 
 def _few_tokens(base: str, problem: Problem, compile: bool) -> Comparison:
@@ -89,10 +88,9 @@ def _few_tokens(base: str, problem: Problem, compile: bool) -> Comparison:
         "bitsandbytes": bitsandbytes,
         "frozen": lambda: frozen(problem, training=False),
     }
-    contenders, absent = gather(makers)
     tokens, k, n = problem.tokens, problem.k, problem.n
-    return Comparison(contenders, problem.weight_bytes(base) + 2 * tokens * (k + n), 2 * tokens * n * k,
-                      reads=tokens <= 16, absent=absent)  # fmt: skip
+    moved = problem.weight_bytes(base) + 2 * tokens * (k + n)
+    return comparison_of(makers, moved, 2 * tokens * n * k, reads=tokens <= 16)
 
 
 VARIANTS = (

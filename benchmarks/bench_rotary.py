@@ -51,7 +51,6 @@ def _rotary(problem: Problem, compile: bool) -> Comparison:
         ours=lambda x, weight: joined(*ops.rotary_embedding(*split(x), cos, sin)),
         eager=lambda x, weight: stock(x, cos, sin),
         formula=lambda linear, x, mask: stock(x, cos.double(), sin.double()),
-        names=(),
         bytes_moved=4 * 2 * tokens * width,
     )
 

@@ -25,10 +25,10 @@ from .peers import (
     COMPILE_RANDOM,
     SCALING,
     Problem,
+    comparison_of,
     compiled,
     frozen,
     functional,
-    gather,
     layer_bytes,
     low_rank_bytes,
     low_rank_flops,
@@ -84,12 +84,11 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
 
     makers = {name: partial(make, name, forward) for name, forward in contend.items()}
     makers["frozen"] = partial(frozen, problem)
-    contenders, absent = gather(makers)
     tokens, k = problem.tokens, problem.k
     # The products of S = dropout(x) Aᵀ, of dA and of the low-rank part of dX are counted for each of the three layers,
     # because the layers have different dropout masks.
     flops = 4 * tokens * problem.n * k + low_rank_flops(problem) + 2 * 6 * tokens * problem.rank * k
-    return Comparison(contenders, layer_bytes(problem, "bf16") + low_rank_bytes(problem), flops, absent=absent)
+    return comparison_of(makers, layer_bytes(problem, "bf16") + low_rank_bytes(problem), flops)
 
 
 VARIANTS = (

@@ -9,7 +9,6 @@ the median, over the rounds, of the microseconds that one layer takes; a ratio i
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import result_path, write
+from .command import command_parser
+from .files import record
 from .harness import machine
 
 LAYERS, SIZE = 50, 64
@@ -130,20 +130,14 @@ def measure(rounds: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.calls", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.calls", __doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
         "--out", type=Path, help="result file; default: benchmarks/results/layer-calls-<isa>-<date>.json"
     )
     args = parser.parse_args()
-    about = machine()
-    result = {"machine": about, **measure(args.rounds, args.repeats)}
-    out = result_path("layer-calls", about, args.out)
-    write(out, result)
-    print(f"written: {out}")
+    record("layer-calls", {"machine": machine(), **measure(args.rounds, args.repeats)}, args.out)
 
 
 if __name__ == "__main__":

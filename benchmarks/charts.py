@@ -13,7 +13,6 @@ picture of its result file.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Optional
 from peft_ext.chart import Picture, Scale, identifier, rows_scale, text_width
 from peft_ext.files import atomic_file
 
+from .command import command_parser
 from .convergence import NAME as LOSSES
 from .convergence_methods import TWINS
 from .files import Result, is_of_a_gpu, newest, newest_by_gpu, slug
@@ -251,8 +251,8 @@ CURVES = {"ours": "ours thick", "twin": "stock"}
 
 
 def _notes(row: Result, exact: Optional[Result]) -> str:
-    """Returns the notes on a method's panel: the twin, if the twin is not PEFT, and the largest difference of the two
-    curves in each dtype."""
+    """Returns the notes on a method's panel: the twin (the run that is compared with the accelerated run), if the twin
+    is not PEFT, and the largest difference of the losses of the two runs in each dtype."""
     lines = []
     for name, found in (("bf16", row), ("float32", exact)):
         if found and "twin" in found["losses"]:
@@ -288,9 +288,7 @@ def pictures() -> Iterator[tuple[str, Optional[bytes], str]]:
 
 
 def main(argv: Optional[list[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.charts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.charts", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a picture is not up to date")
     parser.add_argument("--out", type=Path, default=IMAGES, help="the folder; default: docs/images")
     args = parser.parse_args(argv)

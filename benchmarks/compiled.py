@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
 import torch
+
+from .command import markdown, run_alone
 
 NAME = "step-compiled-avx512_bf16"
 CONTENDERS = [("ours", False), ("ours", True), ("stock", False), ("stock", True)]
@@ -87,11 +87,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     for method in args.methods:
         peaks = {}
         for kind, compiles in CONTENDERS:
-            command = [sys.executable, "-m", "benchmarks.e2e", "compiled-peak", method, kind, "--layers",
-                       str(args.layers), "--batch", str(args.batch), "--length", str(args.length),
-                       *["--compile"] * compiles]  # fmt: skip
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            peaks[named(kind, compiles)] = json.loads(done.stdout.splitlines()[-1])["peak_mib"]
+            sizes = ("--layers", args.layers, "--batch", args.batch, "--length", args.length)
+            run = run_alone("e2e", "compiled-peak", method, kind, *sizes, *["--compile"] * compiles)
+            peaks[named(kind, compiles)] = run["peak_mib"]
             print(f"{method}, {named(kind, compiles)}: peak {peaks[named(kind, compiles)]} MiB", flush=True)
         rows.append(row(method, times(method, args.layers, args.steps, args.batch, args.length), peaks))
         print(json.dumps(rows[-1]), flush=True)
@@ -101,14 +99,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = ["| method | | eager, ms | compiled, ms | compiled over eager | eager, MiB | compiled, MiB |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    titles = "| method | | eager, ms | compiled, ms | compiled over eager | eager, MiB | compiled, MiB |"
+    rows = []
     for found in result["rows"]:
         for kind, label in (("ours", "peft_ext"), ("stock", "PEFT")):
             eager, compiled = named(kind, False), named(kind, True)
             milliseconds, peaks = found["milliseconds"], found["peak_mib"]
-            lines.append(
-                f"| {found['method']} | {label} | {milliseconds[eager]:.0f} | {milliseconds[compiled]:.0f} | "
-                f"**{found['time_over_eager'][kind]:.2f}** | {peaks[eager]:.0f} | {peaks[compiled]:.0f} |"
-            )
-    return f"**A training step under torch.compile**: {result['what']}.\n\n" + "\n".join(lines)
+            rows.append((found["method"], label, f"{milliseconds[eager]:.0f}", f"{milliseconds[compiled]:.0f}",
+                         f"**{found['time_over_eager'][kind]:.2f}**", f"{peaks[eager]:.0f}",
+                         f"{peaks[compiled]:.0f}"))  # fmt: skip
+    return f"**A training step under torch.compile**: {result['what']}.\n\n{markdown(titles, rows)}"

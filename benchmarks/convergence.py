@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from .command import command_parser
 from .convergence_methods import FLOAT32, METHODS, MakeBase, Method, build, quantized_base
 from .convergence_page import DTYPES, LONGEST, Row, curve_text, draw, held_out_text, max_difference
 from .e2e import PROMPT
@@ -228,17 +229,13 @@ def tokenize(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]
 def batches(examples: Iterable[Batch], size: int, pad: int) -> list[Batch]:
     """Returns batches of ``input_ids``, ``labels`` and ``attention_mask`` ``[size, T]``, padded on the right. The last
     batch may have fewer than ``size`` rows."""
-    rows, found = list(examples), []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        masks = [torch.ones_like(row["input_ids"]) for row in part]
-        columns = {"input_ids": pad, "labels": IGNORED}
-        batch = {
-            name: pad_sequence([row[name] for row in part], True, padding_value=value)
-            for name, value in columns.items()
-        }
-        found.append({**batch, "attention_mask": pad_sequence(masks, True)})
-    return found
+    rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in examples]
+    padding = {"input_ids": pad, "labels": IGNORED, "attention_mask": 0}
+    return [
+        {name: pad_sequence([row[name] for row in rows[start : start + size]], True, padding_value=value)
+         for name, value in padding.items()}
+        for start in range(0, len(rows), size)
+    ]  # fmt: skip
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -310,10 +307,7 @@ def measure(options: argparse.Namespace, out: Path) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.convergence", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("benchmarks.convergence", __doc__)
     parser.add_argument("--draw", action="store_true", help="write the document; train nothing")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {'; '.join(METHODS)}")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with BANKING77's train.csv and test.csv")

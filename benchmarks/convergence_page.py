@@ -7,10 +7,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, Optional
 
+from .command import markdown
 from .convergence_methods import METHODS, TWINS
 from .e2e import PROMPT
-
-__all__ = ["DTYPES", "LONGEST", "Row", "curve_text", "differences", "draw", "held_out_text", "max_difference"]
 
 DTYPES = ("bfloat16", "float32")
 LONGEST = 80  # largest number of characters of the questions on which the runs train
@@ -49,12 +48,13 @@ def _figure(value: Optional[float]) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    lines = ["| method | twin | fused | loss | twin's loss | held-out loss | twin's held-out loss | difference, most "
-             "(mean) | reloaded |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    titles = ("| method | twin | fused | loss | twin's loss | held-out loss | twin's held-out loss | difference, most "
+              "(mean) | reloaded |")  # fmt: skip
+    cells = []
     for row in rows:
         two = bool(row["twin"])
         mean = statistics.mean(differences(row["losses"]["ours"], row["losses"]["twin"])) if two else None
-        cells = (
+        cells.append((
             row["method"],
             TWINS[row["twin"]],
             f"{row['fused']} of {row['layers']}" if row["layers"] else "–",
@@ -64,22 +64,21 @@ def _table(rows: list[Row]) -> str:
             held_out_text(row, "twin") if two else "–",
             f"{_figure(max_difference(row))} ({_figure(mean)})" if two else "–",
             _figure(row["reload_difference"]["max"]),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ))  # fmt: skip
+    return markdown(titles, cells)
 
 
 def _rounding_table(narrow: list[Row], wide: list[Row]) -> str:
     """Returns a table of how far the losses of a method's bfloat16 runs are from the losses of the method's twin in
     float32, over the steps of this twin."""
     exact = {row["method"]: row["losses"]["twin"] for row in wide if row["twin"]}
-    lines = ["| method | peft_ext, mean (most) | twin, mean (most) |", "|---|---|---|"]
+    rows = []
     for row in narrow:
         if row["method"] in exact:
             found = [differences(losses, exact[row["method"]]) for losses in row["losses"].values()]
             cells = [f"{_figure(statistics.mean(part))} ({_figure(max(part))})" for part in found]
-            lines.append(f"| {row['method']} | {' | '.join([*cells, '–'][:2])} |")
-    return "\n".join(lines)
+            rows.append([row["method"], *[*cells, "–"][:2]])
+    return markdown("| method | peft_ext, mean (most) | twin, mean (most) |", rows)
 
 
 def _listed(names: list[str]) -> str:

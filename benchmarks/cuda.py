@@ -9,6 +9,7 @@ while calls are timed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -19,8 +20,6 @@ from typing import Any, Optional
 import torch
 
 from .harness import Contender
-
-__all__ = ["Meter", "about_gpu", "event_clock", "graph_clock", "measured_ceilings"]
 
 CALLS, GRAPH_CALLS = 10, 32
 # Field names in a result file -> nvidia-smi's names of the fields that describe a GPU.
@@ -194,18 +193,11 @@ class Meter:
             self._process.wait()
 
     def _read(self, terminal: int) -> None:
-        with open(terminal, "rb", buffering=0) as lines:
-            held = b""
-            while True:
-                try:
-                    read = lines.read(4096)
-                except OSError:  # raised when nvidia-smi has closed its end of the terminal
-                    return
-                if not read:
-                    return
-                *whole, held = (held + read).split(b"\n")
-                with self._lock:
-                    self._samples += filter(None, (sample_of(line.decode(errors="replace")) for line in whole))
+        with open(terminal, errors="replace") as lines:
+            with contextlib.suppress(OSError):  # raised when nvidia-smi has closed its end of the terminal
+                for line in lines:
+                    with self._lock:
+                        self._samples += filter(None, [sample_of(line)])
 
     def lap(self) -> dict[str, float]:
         """Returns the median of each field over the samples since the last call of ``lap``. If no sample is new,

@@ -34,7 +34,8 @@ from typing import Any
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
 from . import compiled, cuda, mixture, parts
-from .files import result_path, write
+from .command import command_parser
+from .files import record, result_path, write
 from .harness import machine
 from .turns import in_turn, serve
 
@@ -177,36 +178,15 @@ METHODS = {
     "IA3": Method("IA3"),
     "AdaLoRA": Method("ADALORA"),
 }
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
+SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+           "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
 # Sizes of a Llama with the width of Llama 3.2 1B, and with 4 layers instead of 16.
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": True,
-}
+LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True}  # fmt: skip
 # Sizes of a Llama with the width of Llama 3 8B, and with 4 layers instead of 32. The vocabulary is smaller in nearly
 # the same proportion, so that the head takes nearly the same share of a step as in Llama 3 8B.
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 16384,
-    "tie_word_embeddings": False,
-}
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 16384, "tie_word_embeddings": False}  # fmt: skip
 TINY = {**SMOLLM2, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "vocab_size": 96}  # fmt: skip
 SHAPES = {
@@ -253,7 +233,7 @@ def build_model(method: Method, kind: str, steps: int, sizes: dict[str, Any], de
 
     import peft_ext
 
-    from .peers import bitsandbytes_linear
+    from peft_ext.integrations.bitsandbytes import to_linear4bit
 
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -268,10 +248,7 @@ def build_model(method: Method, kind: str, steps: int, sizes: dict[str, Any], de
     if method.quantized:
         peft_ext.quantize_nf4(model, progress=False)
     if method.quantized and (kind == "stock" or importlib.util.find_spec("bitsandbytes")):
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, peft_ext.nn.NF4Linear):
-                    setattr(parent, name, bitsandbytes_linear(child.nf4, child.bias))
+        to_linear4bit(model, torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(model, peft_config(method, steps)).train()
@@ -505,86 +482,66 @@ def _subject(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.e2e", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.e2e", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("speed")
-    one.add_argument("--steps", type=int, default=16)
-    one.add_argument("--repeats", type=int, default=2)
-    two = commands.add_parser("intents")
-    two.add_argument("--data", type=Path, required=True, help="folder with train.csv and test.csv (text, category)")
-    two.add_argument("--steps", type=int, default=150)
-    two.add_argument("--seeds", type=int, default=2)
-    two.add_argument("--questions", type=int, default=320)
-    three = commands.add_parser("methods")
-    three.add_argument("--methods", type=_names, default=list(METHODS), help=f"'{'; '.join(METHODS)}'; default: all")
-    three.add_argument("--repeats", type=int, default=2)
-    four = commands.add_parser("method", help="a contender of methods: takes the steps that standard input asks for")
-    four.add_argument("method", choices=METHODS)
-    four.add_argument("kind", choices=KINDS)
-    for command in (three, four):
-        command.add_argument("--steps", type=int, default=5)
-        command.add_argument("--batch", type=int, default=4)
-        command.add_argument("--shape", choices=SHAPES, default="smollm2")
-        command.add_argument("--checkpointing", action="store_true")
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    three.add_argument("--limit", type=float, help="seconds after which a run is killed; default: none")
-    five = commands.add_parser("experts")
-    five.add_argument("--repeats", type=int, default=3)
-    six = commands.add_parser("mixture", help="one run of experts: its figures as JSON")
-    six.add_argument("kind", choices=mixture.KINDS)
-    for command in (five, six):
-        command.add_argument("--steps", type=int, default=15)
-        command.add_argument("--batch", type=int, default=2)
-    for command in (three, four, five, six):
-        command.add_argument("--length", type=int, default=256)
-    seven = commands.add_parser("parts")
-    seven.add_argument("--repeats", type=int, default=1)
-    seven.add_argument("--shapes", type=lambda text: text.split(","), default=["1b", "8b"], help="default: 1b,8b")
-    eight = commands.add_parser("part", help="one run of parts: its figures as JSON")
-    eight.add_argument("kind", choices=KINDS)
-    eight.add_argument("shape", choices=SHAPES)
-    for command in (seven, eight):
-        command.add_argument("--steps", type=int, default=3)
-        command.add_argument("--batch", type=int, default=2)
-        command.add_argument("--length", type=int, default=512)
-    nine = commands.add_parser("compiled")
-    nine.add_argument("--methods", type=_names, default=["LoRA, dropout 0.05", "LoRA"])
-    nine.add_argument("--steps", type=int, default=9)
-    ten = commands.add_parser("compiled-peak", help="one run of compiled: its figures as JSON")
-    ten.add_argument("method", choices=METHODS)
-    ten.add_argument("kind", choices=KINDS)
-    ten.add_argument("--compile", action="store_true")
-    for command in (nine, ten):
-        command.add_argument("--layers", type=int, default=4)
-        command.add_argument("--batch", type=int, default=4)
-        command.add_argument("--length", type=int, default=256)
-    for command in (one, two, three, five, seven, nine):
-        command.add_argument(
-            "--out", type=Path, help="result file; default: benchmarks/results/<step|run>-<command>-<isa>-<date>.json"
-        )
+
+    def add(name: str, one_run_of: str = "", **numbers: int) -> argparse.ArgumentParser:
+        """Adds a command with an integer option for each of ``numbers``, its default. A command that is not one run of
+        another command writes a result file."""
+        about = {"help": f"one run of {one_run_of}: its figures as JSON"} if one_run_of else {}
+        made = commands.add_parser(name, **about)
+        for option, default in numbers.items():
+            made.add_argument(f"--{option}", type=int, default=default)
+        if not one_run_of:
+            made.add_argument("--out", type=Path, help="result file; default: benchmarks/results/"
+                              "<step|run>-<command>-<isa>-<date>.json")  # fmt: skip
+        return made
+
+    add("speed", steps=16, repeats=2)
+    one = add("intents", steps=150, seeds=2, questions=320)
+    one.add_argument("--data", type=Path, required=True, help="folder with train.csv and test.csv (text, category)")
+    many = add("methods", repeats=2, steps=5, batch=4, length=256)
+    many.add_argument("--methods", type=_names, default=list(METHODS), help=f"'{'; '.join(METHODS)}'; default: all")
+    many.add_argument("--limit", type=float, help="seconds after which a run is killed; default: none")
+    one = add("method", "methods", steps=5, batch=4, length=256)
+    one.add_argument("method", choices=METHODS)
+    one.add_argument("kind", choices=KINDS)
+    for made in (many, one):
+        made.add_argument("--shape", choices=SHAPES, default="smollm2")
+        made.add_argument("--checkpointing", action="store_true")
+        made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add("experts", repeats=3, steps=15, batch=2, length=256)
+    add("mixture", "experts", steps=15, batch=2, length=256).add_argument("kind", choices=mixture.KINDS)
+    many = add("parts", repeats=1, steps=3, batch=2, length=512)
+    many.add_argument("--shapes", type=lambda text: text.split(","), default=["1b", "8b"], help="default: 1b,8b")
+    one = add("part", "parts", steps=3, batch=2, length=512)
+    one.add_argument("kind", choices=KINDS)
+    one.add_argument("shape", choices=SHAPES)
+    many = add("compiled", steps=9, layers=4, batch=4, length=256)
+    many.add_argument("--methods", type=_names, default=["LoRA, dropout 0.05", "LoRA"])
+    one = add("compiled-peak", "compiled", layers=4, batch=4, length=256)
+    one.add_argument("method", choices=METHODS)
+    one.add_argument("kind", choices=KINDS)
+    one.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     if args.command == "method":
         training = Training(METHODS[args.method], args.kind, args.steps, args.batch, args.length,
                             SHAPES[args.shape][0], args.checkpointing, args.device)  # fmt: skip
         serve(training.run, training.figures)
         return
-    if args.command == "mixture":
-        print(json.dumps(mixture.train(args.kind, args.steps, args.batch, args.length)))
-        return
-    if args.command == "part":
-        print(json.dumps(parts.train(args.kind, args.shape, args.steps, args.batch, args.length)))
-        return
-    if args.command == "compiled-peak":
-        print(json.dumps(compiled.peak(args.method, args.kind, args.compile, args.layers, args.batch, args.length)))
+    one_run: dict[str, Callable[[], dict[str, Any]]] = {
+        "mixture": lambda: mixture.train(args.kind, args.steps, args.batch, args.length),
+        "part": lambda: parts.train(args.kind, args.shape, args.steps, args.batch, args.length),
+        "compiled-peak": lambda: compiled.peak(args.method, args.kind, args.compile, args.layers, args.batch,
+                                               args.length),
+    }  # fmt: skip
+    if args.command in one_run:
+        print(json.dumps(one_run[args.command]()))
         return
     measure = {"speed": speed, "parts": parts.compare, "intents": intents, "methods": methods,
                "experts": mixture.compare, "compiled": compiled.compare}[args.command]  # fmt: skip
     result = {"machine": _machine(getattr(args, "device", "cpu")), **measure(args)}
-    out = result_path(_subject(args), result["machine"], args.out)
-    write(out, result)
-    print(f"written: {out}")
+    record(_subject(args), result, args.out)
     if result.get("failed"):
         sys.exit(1)
 

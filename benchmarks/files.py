@@ -14,8 +14,6 @@ from typing import Any, Optional
 
 from peft_ext.files import atomic_file
 
-__all__ = ["RESULTS", "Result", "is_of_a_gpu", "newest", "newest_by_gpu", "result_path", "slug", "write"]
-
 RESULTS = Path(__file__).parent / "results"
 
 Result = dict[str, Any]
@@ -48,6 +46,13 @@ def write(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(f"{{\n {fields}\n}}\n")
+
+
+def record(subject: str, result: Result, out: Optional[Path]) -> None:
+    """Writes ``result`` to the file of :func:`result_path`, and prints the file's path."""
+    path = result_path(subject, result["machine"], out)
+    write(path, result)
+    print(f"written: {path}")
 
 
 def newest(name: str) -> Optional[Result]:

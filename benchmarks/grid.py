@@ -9,8 +9,6 @@ from typing import Optional
 from .harness import Case, Comparison
 from .peers import Problem
 
-__all__ = ["MAIN", "SHAPES", "Options", "Variant", "cases"]
-
 MAIN = "4096"
 # Numbers (K, N) of input and output features of linear layers of some models. Every run measures the shape MAIN, which
 # is the square layer of Llama 3 8B.
@@ -53,13 +51,14 @@ class Options:
     Attributes:
         tokens, hot_tokens: numbers of tokens at 4096 x 4096 with rotating and with hot weights.
         shape_tokens: numbers of tokens at the models' shapes; a None in the sequence stands for operators without
-        tokens. shapes: names in :data:`SHAPES` that are measured besides MAIN.
+            tokens.
+        shapes: names in :data:`SHAPES` that are measured besides MAIN.
         weights: "rotating", "hot", or on a GPU "graph" (rotating weights, with the calls captured in a CUDA graph).
         compile_tokens: numbers of tokens at which torch.compile takes part at 4096 x 4096; each compilation takes
             seconds.
         device: "cpu" or "cuda".
-        forward_tokens: additional numbers of tokens at 4096 x 4096, for variants whose ``tokens`` is a tuple of
-        numbers.
+        forward_tokens: additional numbers of tokens at 4096 x 4096 with rotating weights, only for variants whose
+            ``Variant.tokens`` is not None.
     """
 
     tokens: Sequence[int]

@@ -19,30 +19,21 @@ from typing import Any, Optional, Union
 import torch
 
 import peft_ext
-from peft_ext.bench import Clock, Contender, host_clock, interleave, median_ratios, quartile_ratios, timer
-from peft_ext.bench.timer import error_text, seconds_of
+from peft_ext.bench import timer
+from peft_ext.bench.timer import (
+    Clock,
+    Contender,
+    error_text,
+    host_clock,
+    interleave,
+    median_ratios,
+    quartile_ratios,
+    seconds_of,
+)
 from peft_ext.machine import cpu_name, versions
 from peft_ext.ops.library import OPERATORS, has_kernel
 
 from . import files
-
-__all__ = [
-    "Case",
-    "Clock",
-    "Comparison",
-    "Contender",
-    "Row",
-    "compare",
-    "floor_ms",
-    "host_clock",
-    "machine",
-    "measured_ceilings",
-    "print_table",
-    "rate",
-    "ratio_text",
-    "run",
-    "save",
-]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
 # Environment variables that choose the instructions and the number of threads of peft_ext and PyTorch. A result file
@@ -92,12 +83,10 @@ class Row:
     Attributes:
         milliseconds: for each contender, the median over the rounds of the time of a call.
         speedup: for each peer, the median over the rounds of the peer's time divided by peft_ext's time. A value above
-        1
-            says that peft_ext is faster.
+            1 says that peft_ext is faster.
         quartiles: for each peer, the first and the third quartile, over the rounds, of the ratios of ``speedup``.
         errors: for each contender, the relative error (Frobenius norm) of each output against the float64 result, or
-        the
-            reason why the contender is not verified.
+            the reason why the contender is not verified.
         absent: a dict from each peer that could not run to the reason.
         bytes_moved, flops, reads: the fields of the :class:`Comparison` with these names.
         roofline: for each contender, the lower bound of the time (see :func:`floor_ms`) in percent of its time.

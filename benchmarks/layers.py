@@ -15,7 +15,6 @@ tokens, also for DoRA and IA3, since CPUs without bfloat16 instructions train in
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -28,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import result_path, write
+from .command import command_parser
+from .files import record
 from .harness import machine, measured_ceilings
 
 RANK = 16
@@ -175,20 +175,14 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.layers", __doc__)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/layer-shapes-<isa>-<date>"
                         ".json, of float32 layer-float32-<isa>-<date>.json")  # fmt: skip
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    about = machine()
-    result = {"machine": about, **measure(dtype, args.rounds)}
-    out = result_path(NAMES[dtype], about, args.out)
-    write(out, result)
-    print(f"written: {out}")
+    record(NAMES[dtype], {"machine": machine(), **measure(dtype, args.rounds)}, args.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ about as much as the logits without an adapter.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Sequence
@@ -31,7 +30,8 @@ os.environ.setdefault("PEFT_EXT_REQUIRE", "1")
 
 from peft_ext.machine import versions
 
-from .files import newest, result_path, write
+from .command import command_parser, markdown, measured
+from .files import result_path, write
 from .harness import machine
 from .llama_runner import FILE_TYPES, Runner, quantize_file
 
@@ -222,20 +222,15 @@ def measure(types: Sequence[str], steps: int, out: Path) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows of a result file as a Markdown table."""
-    lines = [
-        "| file of the base | adapter | the adapter moves a logit by | difference of the logits: mean | largest | "
-        "KL, nats | same first token | equal greedy tokens | equal answers | largest difference, weights decoded |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = (
-            row["type"], row["adapter"], "" if row["adapter"] == "none" else f"{row['moved']:.3f}",
-            f"{row['mean']:.2g}", f"{row['max']:.2g}", f"{row['kl']:.2g}", f"{100 * row['top1']:.1f}%",
-            f"{row['same_tokens']} of {row['tokens']}", f"{row['same_answers']} of {row['answers']}",
-            f"{row['decoded']:.2g}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    titles = ("| file of the base | adapter | the adapter moves a logit by | difference of the logits: mean | largest "
+              "| KL, nats | same first token | equal greedy tokens | equal answers "
+              "| largest difference, weights decoded |")  # fmt: skip
+    return markdown(titles, [(
+        row["type"], row["adapter"], "" if row["adapter"] == "none" else f"{row['moved']:.3f}",
+        f"{row['mean']:.2g}", f"{row['max']:.2g}", f"{row['kl']:.2g}", f"{100 * row['top1']:.1f}%",
+        f"{row['same_tokens']} of {row['tokens']}", f"{row['same_answers']} of {row['answers']}",
+        f"{row['decoded']:.2g}",
+    ) for row in rows])  # fmt: skip
 
 
 def result_text(result: dict[str, Any]) -> str:
@@ -247,9 +242,7 @@ def result_text(result: dict[str, Any]) -> str:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.llama_cpp", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.llama_cpp", __doc__)
     parser.add_argument("--types", nargs="+", choices=FILE_TYPES, metavar="TYPE", help=f"of {', '.join(FILE_TYPES)}")
     parser.add_argument("--steps", type=int, default=24, help="training steps of the adapter")
     parser.add_argument("--table", action="store_true", help="print the newest result as a table; measure nothing")
@@ -258,10 +251,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
     options = parser.parse_args(argv)
     if options.table:
-        found = newest(NAME)
-        if not found:
-            parser.error("nothing was measured yet: there is no result file")
-        print(table(found["rows"]))
+        print(table(measured(parser, NAME)["rows"]))
         return
     out = result_path("run-llama_cpp", machine(), options.out)
     measure(options.types or list(FILE_TYPES), options.steps, out)

@@ -14,8 +14,6 @@ from typing import Any, Optional
 
 import numpy as np
 
-__all__ = ["FILE_TYPES", "LlamaError", "Runner", "quantize_file"]
-
 # Names of llama.cpp's file types -> names of their constants in the package llama_cpp.
 FILE_TYPES = {
     "F32": "LLAMA_FTYPE_ALL_F32", "F16": "LLAMA_FTYPE_MOSTLY_F16", "Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",

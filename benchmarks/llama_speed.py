@@ -36,7 +36,8 @@ from typing import Any, Optional
 
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
-from .files import newest, result_path, write
+from .command import command_parser, markdown, measured
+from .files import result_path, write
 
 NAME = "run-llama_speed-avx512_bf16"  # without its date, the name of the result file that the documents show
 TYPES = ("Q4_0", "Q4_1", "Q4_K_M", "Q6_K", "Q8_0", "F16")
@@ -237,11 +238,9 @@ def table(result: dict[str, Any]) -> str:
     """Returns a result file as a Markdown table. The table has tokens per second, the ratios of peft_ext's to
     llama.cpp's tokens per second, and the ratios of peft_ext's training over the file to that over NF4 and to
     PEFT's."""
-    lines = [
-        "| file | prompt: llama.cpp | peft_ext | ratio | with LoRA | answer: llama.cpp | peft_ext | ratio | with LoRA "
-        "| training | over NF4's | over PEFT's |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ("| file | prompt: llama.cpp | peft_ext | ratio | with LoRA | answer: llama.cpp | peft_ext | ratio | with "
+              "LoRA | training | over NF4's | over PEFT's |")  # fmt: skip
+    rows = []
     for row in result["rows"]:
         cells = [row["type"]]
         for figure in ("prompt", "answer"):
@@ -249,13 +248,12 @@ def table(result: dict[str, Any]) -> str:
             cells += [f"{one:.0f}", f"{other:.0f}", f"{other / one:.2f}", f"{adapted:.0f}"]
         rate = row["train_train"]
         cells += [f"{rate:.0f}", f"{rate / result['nf4']:.2f}", f"{rate / result['stock']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(titles, rows)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.llama_speed", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = command_parser("benchmarks.llama_speed", __doc__)
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), metavar="TYPE")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -267,9 +265,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if options.worker:
         print(json.dumps(globals()[options.worker](options.file, options.threads)))
     elif options.table:
-        if (found := newest(NAME)) is None:
-            parser.error("nothing was measured yet: there is no result file")
-        print(table(found))
+        print(table(measured(parser, NAME)))
     else:
         print(f"written: {measure(options.types, options.rounds, options.threads, options.out)}")
 

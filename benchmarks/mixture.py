@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
 import torch
+
+from .command import run_alone
 
 # Sizes of a Qwen3-MoE of 4 layers. A layer has 64 experts of hidden size 512 and intermediate size 256; the router
 # gives each token to 4 experts.
@@ -92,10 +91,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(args.repeats):
         for kind in KINDS:
-            command = [sys.executable, "-m", "benchmarks.e2e", "mixture", kind, "--steps", str(args.steps),
-                       "--batch", str(args.batch), "--length", str(args.length)]  # fmt: skip
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
+            sizes = ("--steps", args.steps, "--batch", args.batch, "--length", args.length)
+            runs[kind].append(run_alone("e2e", "mixture", kind, *sizes))
             print(f"{kind}: {runs[kind][-1]}", flush=True)
 
     def ratio(kind: str, of: str, key: str) -> float:

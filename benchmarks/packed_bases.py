@@ -16,8 +16,6 @@ from torch import Tensor
 from peft_ext.weights import PackedWeight, fp4, fp8, gguf, int_groups, mx
 from peft_ext.weights.int4_quantize import quantize_int4
 
-__all__ = ["PACKED"]
-
 
 def _bytes(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)

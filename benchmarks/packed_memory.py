@@ -14,13 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,9 +23,10 @@ os.environ.setdefault("PEFT_EXT_REQUIRE", "1")
 
 import torch
 
-from .files import newest, result_path, write
+from .command import command_parser, markdown, measured, run_alone
+from .files import record
 from .harness import machine
-from .packed_training import status_mib
+from .packed_training import reset_peak, status_mib
 
 NAME = "run-packed-memory-avx512_bf16"
 CASES = {"Llama, FP8 blocks": "fp8", "gpt-oss, MXFP4 experts": "mxfp4"}
@@ -88,26 +84,6 @@ def write_checkpoint(kind: str, width: int, path: Path) -> int:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _peak() -> Iterator[Callable[[], float]]:
-    """A context manager that yields a function. The function returns the largest resident memory, in MiB, since the
-    context was entered."""
-    most, done = [status_mib("VmRSS")], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            most[0] = max(most[0], status_mib("VmRSS"))
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield lambda: max(most[0], status_mib("VmRSS"))
-    finally:
-        done.set()
-        thread.join()
-
-
 def _load(kind: str, loader: str, path: Path) -> Any:
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
@@ -145,13 +121,12 @@ def measure(kind: str, loader: str, tiny: Path, path: Path) -> dict[str, float]:
     logging.disable_progress_bar()
     _step(kind, loader, _load(kind, loader, tiny))
     before = status_mib("VmRSS")
-    with _peak() as peak:
-        model = _load(kind, loader, path)
-        loading = peak() - before
-    held = status_mib("VmRSS") - before
-    with _peak() as peak:
-        _step(kind, loader, model)
-        step = peak() - before
+    reset_peak()
+    model = _load(kind, loader, path)
+    loading, held = status_mib("VmHWM") - before, status_mib("VmRSS") - before
+    reset_peak()
+    _step(kind, loader, model)
+    step = status_mib("VmHWM") - before
     return {"loading_mib": round(loading), "model_mib": round(held), "step_mib": round(step)}
 
 
@@ -160,16 +135,14 @@ def measure(kind: str, loader: str, tiny: Path, path: Path) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """Returns a result file as a Markdown table."""
-    lines = ["| checkpoint | files, MiB | loaded and trained by | peak of loading, MiB | after loading, MiB | "
-             "peak of a step of 256 tokens, MiB |", "|---|---|---|---|---|---|"]  # fmt: skip
-    lines += [f"| {row['case']} | {row['files_mib']} | {row['loader']} | {row['loading_mib']} | {row['model_mib']} | "
-              f"{row['step_mib']} |" for row in result["rows"]]  # fmt: skip
-    return "\n".join(lines)
+    titles = ("| checkpoint | files, MiB | loaded and trained by | peak of loading, MiB | after loading, MiB | peak of "
+              "a step of 256 tokens, MiB |")  # fmt: skip
+    shown = ("case", "files_mib", "loader", "loading_mib", "model_mib", "step_mib")
+    return markdown(titles, ((str(row[name]) for name in shown) for row in result["rows"]))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.packed_memory", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = command_parser("benchmarks.packed_memory", __doc__)
     parser.add_argument("--table", action="store_true", help="print the newest result as a table; measure nothing")
     parser.add_argument("--width", type=int, default=1024, help="hidden size of the models")
     parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/run-packed-memory-...")
@@ -180,10 +153,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(json.dumps(measure(kind, loader, Path(tiny), Path(path))))
         return
     if options.table:
-        found = json.loads(options.out.read_text()) if options.out else newest(NAME)
-        if not found:
-            parser.error("nothing was measured yet: there is no result file")
-        print(table(found))
+        print(table(measured(parser, NAME, options.out)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -192,23 +162,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             write_checkpoint(kind, 256, tiny)
             size = write_checkpoint(kind, options.width, path)
             for loader in LOADERS:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.packed_memory",
-                    "--run",
-                    kind,
-                    loader,
-                    str(tiny),
-                    str(path),
-                ]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 row = {"case": case, "loader": loader, "files_mib": round(size / 2**20)}
-                rows.append(row | json.loads(done.stdout.splitlines()[-1]))
+                rows.append(row | run_alone("packed_memory", "--run", kind, loader, tiny, path))
                 print(rows[-1], flush=True)
-    out = result_path("run-packed-memory", machine(), options.out)
-    write(out, {"machine": machine(), "width": options.width, "rows": rows})
-    print(f"written: {out}")
+    record("run-packed-memory", {"machine": machine(), "width": options.width, "rows": rows}, options.out)
 
 
 if __name__ == "__main__":

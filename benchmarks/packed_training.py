@@ -31,7 +31,8 @@ os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, 
 import torch
 from torch import nn
 
-from .files import newest, result_path, write
+from .command import command_parser, markdown, measured, run_alone
+from .files import result_path, write
 from .harness import machine
 from .packed_formats import FORMATS, pack
 
@@ -48,21 +49,14 @@ def status_mib(field: str) -> float:
     raise OSError(f"status_mib: /proc/self/status has no {field}")
 
 
+def reset_peak() -> None:
+    """Sets VmHWM to VmRSS."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def _trimmed() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def decode(model: nn.Module) -> nn.Module:
-    """Replaces the packed layers of ``model`` by dense layers with the decoded weights, in place."""
-    from peft_ext.nn import PackedLinear
-
-    for name, layer in [found for found in model.named_modules() if isinstance(found[1], PackedLinear)]:
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
-        linear.bias = layer.bias
-        model.set_submodule(name, linear)
-    return model
 
 
 @torch.no_grad()
@@ -115,7 +109,7 @@ def train(
     bits = 8 * sum(layer.packed.nbytes for layer in layers) / sum(math.prod(layer.packed.shape) for layer in layers)
     formats = sorted({layer.packed.format.name for layer in layers})
     if kind == "decoded":
-        decode(model)
+        peft_ext.dequantize_packed(model, progress=False)
     del layers
     for tensor in (*model.parameters(), *model.buffers()):  # a tensor of a mapped file keeps the whole file mapped
         tensor.data = tensor.data.clone()
@@ -131,7 +125,7 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0)
     _trimmed()
     made = status_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    reset_peak()
     first = perplexity(model, tests)
     losses = []
     for ids in batches:
@@ -151,12 +145,6 @@ def train(
         "fused": sum(row.fused for row in adapters),
         "layers": len(adapters),
     }
-
-
-def _call(*arguments: str) -> str:
-    """Runs benchmarks.packed_training with ``arguments`` in a new process, and returns what the process printed."""
-    command = [sys.executable, "-m", "benchmarks.packed_training", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def measure(options: argparse.Namespace, out: Path) -> None:
@@ -180,9 +168,10 @@ def measure(options: argparse.Namespace, out: Path) -> None:
             given = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
             if FORMATS[name].write:
                 given.append(f"--checkpoint={folder}/model")
-                _call("--write", name, f"{folder}/model")
+                writing = [sys.executable, "-m", "benchmarks.packed_training", "--write", name, f"{folder}/model"]
+                subprocess.run(writing, check=True, stdout=subprocess.DEVNULL)
             for kind in KINDS:
-                row[kind] = json.loads(_call("--run", name, kind, *given).splitlines()[-1])
+                row[kind] = run_alone("packed_training", "--run", name, kind, *given)
         row["max_loss_difference"] = max(
             abs(a - b) for a, b in zip(*(row[kind]["losses"] for kind in KINDS), strict=True)
         )
@@ -193,21 +182,18 @@ def measure(options: argparse.Namespace, out: Path) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows of a result file as a Markdown table."""
-    lines = [
-        "| format | quantized by | bits a weight | perplexity, packed | perplexity, decoded | largest difference of a "
-        "step's losses | peak MiB, packed | peak MiB, decoded |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ("| format | quantized by | bits a weight | perplexity, packed | perplexity, decoded | largest difference "
+              "of a step's losses | peak MiB, packed | peak MiB, decoded |")  # fmt: skip
+    cells = []
     for row in rows:
         packed, dense = (row[kind] for kind in KINDS)
-        cells = (
+        cells.append((
             row["format"], row["quantized_by"], f"{packed['bits']:.2f}",
             *(f"{run['perplexity']['before']:.2f} → {run['perplexity']['after']:.2f}" for run in (packed, dense)),
             f"{row['max_loss_difference']:.4f}",
             *(f"{run['peak_mib']:.0f}" for run in (packed, dense)),
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ))  # fmt: skip
+    return markdown(titles, cells)
 
 
 def result_text(result: dict[str, Any]) -> str:
@@ -219,10 +205,7 @@ def result_text(result: dict[str, Any]) -> str:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.packed_training", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("benchmarks.packed_training", __doc__)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, metavar="NAME", help=f"of {', '.join(FORMATS)}")
     parser.add_argument("--table", action="store_true", help="print the newest result as a table; train nothing")
     parser.add_argument("--run", nargs=2, metavar=("FORMAT", "KIND"), help=argparse.SUPPRESS)
@@ -247,10 +230,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         FORMATS[options.write[0]].write(demo_model(), Path(options.write[1]))
         return
     if options.table:
-        found = json.loads(options.out.read_text()) if options.out else newest(NAME)
-        if not found:
-            parser.error("nothing was measured yet: there is no result file")
-        print(table(found["rows"]))
+        print(table(measured(parser, NAME, options.out)["rows"]))
         return
     out = result_path("run-packed", machine(), options.out)
     measure(options, out)

@@ -9,11 +9,8 @@ operator belongs.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -21,6 +18,8 @@ from typing import Any
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
+
+from .command import run_alone
 
 NAME = "step-parts-avx512_bf16"
 METHOD = "LoRA, dropout 0.05"
@@ -86,10 +85,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in e2e.KINDS}
         for _ in range(args.repeats):
             for kind in e2e.KINDS:
-                command = [sys.executable, "-m", "benchmarks.e2e", "part", kind, shape, "--steps", str(args.steps),
-                           "--batch", str(args.batch), "--length", str(args.length)]  # fmt: skip
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
+                sizes = ("--steps", args.steps, "--batch", args.batch, "--length", args.length)
+                runs[kind].append(run_alone("e2e", "part", kind, shape, *sizes))
                 print(f"{shape}, {kind}: {runs[kind][-1]}", flush=True)
         rows.append({"shape": shape, "what": e2e.SHAPES[shape][1], "milliseconds": {
             kind: {part: statistics.median(run[part] for run in found) for part in found[0]}

@@ -19,39 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_ext import NF4Weight, ops, reference
+from peft_ext.bench.layer import stock_name
 from peft_ext.weights import PackedWeight
 
 from .harness import Comparison, Contender
 from .packed_bases import PACKED
-
-__all__ = [
-    "COMPILE_RANDOM",
-    "RANK",
-    "ROTATING_BYTES",
-    "SCALING",
-    "Problem",
-    "Turns",
-    "bitsandbytes_linear",
-    "compiled",
-    "dense",
-    "draw_seed",
-    "entered_once",
-    "frozen",
-    "functional",
-    "gather",
-    "layer_bytes",
-    "layer_comparison",
-    "low_rank_bytes",
-    "low_rank_flops",
-    "peft_config",
-    "peft_layer",
-    "peft_name",
-    "philox_mask",
-    "stock_linear",
-    "torch_mask",
-    "value_of",
-    "weightless_comparison",
-]
 
 RANK, SCALING = 16, 2.0
 COMPILE_RANDOM = "its dropout mask is torch.compile's own and can't be drawn again"
@@ -353,9 +325,11 @@ def value_of(exact: Exact) -> Exact:
     return lambda: {"y": exact()["y"]}
 
 
-def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Returns ``(contenders, absent)``: the contenders that ``makers`` make, and the reason for each peer that cannot
-    be made. An error of the first maker, which makes "ours", is raised."""
+def comparison_of(
+    makers: dict[str, Callable[[], Contender]], bytes_moved: int, flops: int = 0, **options: Any
+) -> Comparison:
+    """Returns the comparison of the contenders that ``makers`` make, with the reason for each peer that cannot be made.
+    An error of the first maker, which makes "ours", is raised."""
     contenders: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name, make in makers.items():
@@ -365,7 +339,7 @@ def gather(makers: dict[str, Callable[[], Contender]]) -> tuple[dict[str, Conten
             if not contenders:
                 raise
             absent[name] = f"{type(error).__name__}: {error}"
-    return contenders, absent
+    return Comparison(contenders, bytes_moved, flops, absent=absent, **options)
 
 
 def frozen(problem: Problem, *, training: bool = True) -> Contender:
@@ -400,10 +374,6 @@ def _set_weight(layer: nn.Module, weight: Tensor) -> None:
         layer.quant_state = weight.quant_state
     else:
         layer.weight.data = weight
-
-
-def peft_name(base: str) -> str:
-    return "PEFT" if base == "bf16" else "PEFT + bitsandbytes"
 
 
 def stock_linear(problem: Problem, base: str) -> tuple[nn.ModuleDict, Callable[[nn.Module], None]]:
@@ -489,7 +459,7 @@ def layer_comparison(
     exact_eager = exact if shared else problem.exact(base, theirs, names, mask(torch_mask, torch.bfloat16))
     makers: dict[str, Callable[[], Contender]] = {
         "ours": lambda: functional(problem, base, ours, names, exact),
-        peft_name(base): lambda: peft_layer(problem, base, config(), where, exact_peft),
+        stock_name(base): lambda: peft_layer(problem, base, config(), where, exact_peft),
         "torch eager": lambda: functional(problem, base, eager, names, exact_eager),
     }
     if compile:
@@ -498,8 +468,7 @@ def layer_comparison(
     for name, make in (more or {}).items():
         makers[name] = partial(make, exact)
     makers["frozen"] = lambda: frozen(problem)
-    contenders, absent = gather(makers)
-    return Comparison(contenders, bytes_moved, flops, absent=absent)
+    return comparison_of(makers, bytes_moved, flops)
 
 
 def weightless_comparison(
@@ -509,22 +478,26 @@ def weightless_comparison(
     ours: Callable[..., Tensor],
     eager: Callable[..., Tensor],
     formula: Callable[..., Tensor],
-    names: tuple[str, ...],
+    names: tuple[str, ...] = (),
     bytes_moved: int,
     flops: int = 0,
+    base: str = "bf16",
+    mask: Optional[Callable[[], Any]] = None,
 ) -> Comparison:
-    """Returns the comparison of forward and backward of an operator that uses no weight of a frozen linear layer. The
-    contenders are peft_ext and PyTorch, eager and, with ``compile``, compiled."""
-    exact = problem.exact("bf16", formula, names)
+    """Returns the comparison of an operator that is not a frozen linear layer with an adapter: a training step of
+    peft_ext and of PyTorch, eager and, with ``compile``, compiled.
 
-    def contender(forward: Callable[..., Tensor]) -> Contender:
-        return functional(problem, "bf16", forward, names, exact)
-
-    makers = {"ours": lambda: contender(ours), "torch eager": lambda: contender(eager)}
+    ``mask`` draws the dropout mask of ``ours``, see :meth:`Problem.exact`; the masks of PyTorch cannot be drawn again.
+    """
+    exact = problem.exact(base, formula, names, mask)
+    theirs = exact if mask is None else COMPILE_RANDOM.replace("torch.compile", "PyTorch")
+    makers = {
+        "ours": lambda: functional(problem, base, ours, names, exact),
+        "torch eager": lambda: functional(problem, base, eager, names, theirs),
+    }
     if compile:
-        makers["torch.compile"] = lambda: contender(compiled(eager))
-    contenders, absent = gather(makers)
-    return Comparison(contenders, bytes_moved, flops, absent=absent)
+        makers["torch.compile"] = lambda: functional(problem, base, compiled(eager), names, theirs)
+    return comparison_of(makers, bytes_moved, flops)
 
 
 def layer_bytes(problem: Problem, base: str) -> int:

@@ -8,7 +8,6 @@ files.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Optional
 
 from . import compiled, generation, llama_cpp, llama_speed, packed_memory, packed_training
+from .command import command_parser, markdown
 from .files import Result, newest, newest_by_gpu
 from .harness import ratio_text, spread_text
 
@@ -62,8 +62,8 @@ def _table(corner: str, cells: dict[tuple[str, str], str]) -> str:
     """Returns a Markdown table of ``{(row, column): text}``, with rows and columns in the order of the dictionary. A
     " | " in ``corner`` and in the names of the rows makes one more column of names."""
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    lines = [f"| {' | '.join([corner, *columns])} |", "|---" * (corner.count(" | ") + 1 + len(columns)) + "|"]
-    return "\n".join(lines + [f"| {' | '.join([row, *(cells.get((row, c), '') for c in columns)])} |" for row in rows])
+    titles = f"| {' | '.join([corner, *columns])} |"
+    return markdown(titles, [[row, *(cells.get((row, column), "") for column in columns)] for row in rows])
 
 
 # --- operators and layers ---------------------------------------------------------------------------------------------
@@ -90,13 +90,14 @@ def cases_table(rows: Iterable[Result]) -> str:
     """Returns a table with a row for each case: peft_ext's time, and each peer's time divided by peft_ext's time."""
     rows = list(rows)
     metered = any(row.get("meter") for row in rows)
-    lines = ["| operator | case | weights | ms | faster than |" + " W; MHz |" * metered, "|---" * (5 + metered) + "|"]
+    titles = "| operator | case | weights | ms | faster than |" + " W; MHz |" * metered
+    cells = []
     for row in rows:
         meter = row.get("meter") or {}
-        lines.append(f"| `{row['op']}` | {row['case']} | {row['weights']} | {row['milliseconds']['ours']:.3f} | "
-                     f"{ratio_text(row['speedup'], row['quartiles'])} |"
-                     + f" {meter.get('power_w', '-')}; {meter.get('sm_mhz', '-')} |" * metered)  # fmt: skip
-    return "\n".join(lines)
+        cells.append((f"`{row['op']}`", row["case"], row["weights"], f"{row['milliseconds']['ours']:.3f}",
+                      ratio_text(row["speedup"], row["quartiles"]),
+                      *[f"{meter.get('power_w', '-')}; {meter.get('sm_mhz', '-')}"] * metered))  # fmt: skip
+    return markdown(titles, cells)
 
 
 def quantize_table(result: Result) -> str:
@@ -164,19 +165,16 @@ sum of both terms once."""
 
 def methods_table(result: Result) -> str:
     of_frozen = all("over_frozen" in row for row in result["rows"])  # older files have no runs of the frozen model
-    titles = ["method", "tokens/s", "peak memory", *["time over the frozen step"] * of_frozen, "layers fused"]
-    lines = [f"**A training step** of {result['what']}, against PEFT + bitsandbytes.", "",
-             f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]  # fmt: skip
-    for row in result["rows"]:
-        over = [f"{row['over_frozen']:.2f}"] if of_frozen else []
-        cells = [row["method"], f"**{row['speedup']:.2f}x**", f"**{row['memory']:.2f}**", *over,
-                 f"{row['fused']} of {row['layers']}"]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+    titles = "| method | tokens/s | peak memory |" + " time over the frozen step |" * of_frozen + " layers fused |"
+    rows = [(row["method"], f"**{row['speedup']:.2f}x**", f"**{row['memory']:.2f}**",
+             *([f"{row['over_frozen']:.2f}"] if of_frozen else []), f"{row['fused']} of {row['layers']}")
+            for row in result["rows"]]  # fmt: skip
+    text = f"**A training step** of {result['what']}, against PEFT + bitsandbytes.\n\n{markdown(titles, rows)}"
     compared = [row["max_loss_difference"] for row in result["rows"] if row["max_loss_difference"] is not None]
     if compared:
-        lines += ["", "Without dropout, the losses of a step with peft_ext and with PEFT + bitsandbytes differ by "
-                  f"{max(compared):.4f} at most."]  # fmt: skip
-    return "\n".join(lines)
+        text += ("\n\nWithout dropout, the losses of a step with peft_ext and with PEFT + bitsandbytes differ by "
+                 f"{max(compared):.4f} at most.")  # fmt: skip
+    return text
 
 
 def intents_table(result: Result) -> str:
@@ -188,13 +186,10 @@ def intents_table(result: Result) -> str:
 
 
 def experts_table(result: Result) -> str:
-    lines = [f"**A mixture of experts**: forward and backward of {result['what']}; ratios to the frozen model.", "",
-             "| | time | peak memory | weights | tokens/s, of PEFT's |", "|---|---|---|---|---|"]  # fmt: skip
-    lines += [
-        f"| {row['name']} | {row['time']:.2f} | {row['memory']:.2f} | {row['weights']:.2f} | {row['over_stock']:.2f}x |"
-        for row in result["rows"]
-    ]
-    return "\n".join(lines)
+    rows = [(row["name"], *(f"{row[name]:.2f}" for name in ("time", "memory", "weights")), f"{row['over_stock']:.2f}x")
+            for row in result["rows"]]  # fmt: skip
+    text = f"**A mixture of experts**: forward and backward of {result['what']}; ratios to the frozen model."
+    return text + "\n\n" + markdown("| | time | peak memory | weights | tokens/s, of PEFT's |", rows)
 
 
 def shown(*parts: tuple[str, Callable[[Result], str]]) -> str:
@@ -279,9 +274,7 @@ def draw(text: str, where: str = "the document") -> str:
 
 
 def main(argv: Optional[list[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.tables", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a document is not up to date")
     args = parser.parse_args(argv)
     for path in DOCUMENTS:

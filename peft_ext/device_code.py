@@ -35,8 +35,6 @@ import torch
 from . import _native
 from .files import atomic_file, cache_folder
 
-__all__ = ["compile_kernel", "folder", "image", "kernels", "missing", "prepare", "version", "warm"]
-
 # Seconds that a process waits for a kernel that another process compiles, before it compiles the kernel itself.
 LOCK_SECONDS = 120
 

@@ -175,7 +175,7 @@ def pack_model(
         return module
 
     if places or not experts:
-        _replace_all("quantize_packed", "nn.Linear", model, places, make, progress, stacklevel=4)
+        _replace_all("quantize_packed", "nn.Linear", model, places, make, progress)
     for _, module in _progress(experts) if progress else experts:
         weights = {}
         for parameter, dense in _dense_stacks(module):
@@ -236,7 +236,7 @@ def _quantize(
         return module
 
     if places or not experts:
-        _replace_all("quantize_nf4", "nn.Linear", model, places, make, progress, stacklevel=4)
+        _replace_all("quantize_nf4", "nn.Linear", model, places, make, progress)
     for _, module in _progress(experts) if progress else experts:
         nf4_experts(module, blocksize, double_quant)
     return model
@@ -342,7 +342,7 @@ def _dequantize(
     places = _packed_places(op, kinds, model)
     experts = [module for module in model.modules() if isinstance(module, of_experts)]
     if places or not experts:
-        _replace_all(op, kind, model, places, make, progress, stacklevel=4)
+        _replace_all(op, kind, model, places, make, progress)
     for module in experts:
         dense_experts(module, dtype)
     return model
@@ -527,13 +527,11 @@ def _check_finite(op: str, places: list[list[Place]], experts: list[tuple[str, n
 
 
 def _replace_all(
-    op: str, kind: str, model: nn.Module, places: list[list[Place]], make: Callable[..., nn.Module], progress: bool,
-    stacklevel: int,
-) -> None:  # fmt: skip
+    op: str, kind: str, model: nn.Module, places: list[list[Place]], make: Callable[..., nn.Module], progress: bool
+) -> None:
     if not places:
-        warnings.warn(
-            f"{op}: {type(model).__name__} has no {kind} to replace; the model is unchanged", stacklevel=stacklevel
-        )
+        # The warning names the line that calls the public function.
+        warnings.warn(f"{op}: {type(model).__name__} has no {kind} to replace; the model is unchanged", stacklevel=4)
     for done, same in enumerate(_progress(places) if progress else places):
         try:
             replace_group(same, make)

@@ -19,8 +19,6 @@ from typing import Optional
 
 from torch import nn
 
-__all__ = ["weights_read_past"]
-
 # Reads in methods that initialize weights do not count, because these methods run before a model is quantized.
 _SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
 # _NEVER is an option of configurations, for tensor parallelism in pretraining. Reads in a branch for the option _NEVER

@@ -151,7 +151,7 @@ def abi_faults(library: Path, newest: Mapping[str, str] = NEWEST) -> list[str]:
     and no symbol of a C or C++ runtime newer than ``newest``. A library may export only functions ``peft_ext_*``. The
     symbols of torch are checked only if torch is installed.
     """
-    symbols = stable_abi.undefined_symbols(library, dynamic=True)
+    symbols = stable_abi.undefined_symbols(library)
     found = [f"{symbol}: of Python" for symbol in symbols if re.match(r"_?Py[A-Z_]", symbol)]
     include = stable_abi.torch_include()
     if include is not None:

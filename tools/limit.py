@@ -5,7 +5,7 @@
 The exit status is the command's, or 124 if the command was ended. A Python process receives SIGABRT first, so that a
 process with faulthandler (as under pytest) writes the stack of every thread before the process ends; another process
 receives SIGTERM. A process that still runs after 10 seconds, or when the command itself has ended, receives SIGKILL.
-The program needs psutil.
+limit.py needs the package psutil.
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ from typing import Any, Optional
 
 from peft_ext.integrations.forms import Form
 
-__all__ = ["attention_formulas", "groups_in"]
-
 # Names of attributes of ``self`` that the forward of an attention with rotary positions may read, in addition to the
 # attention's layers and to the attributes in _OPTIONS.
 _READS = {"attention_dropout", "config", "head_dim", "layer_idx", "scaling", "training"}

@@ -46,21 +46,10 @@ def declared_since(text: str) -> dict[str, tuple[int, int]]:
     return since
 
 
-def undefined_symbols(path: Path, dynamic: bool = False) -> list[str]:
-    """Returns the symbols that an object file, or with ``dynamic`` a shared library, needs from other files, with C++
-    names demangled.
-    """
-    command = ["nm", "-uC", *(["-D"] if dynamic else []), str(path)]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def undefined_symbols(library: Path) -> list[str]:
+    """Returns the symbols that a shared library needs from other files, with C++ names demangled."""
+    listing = subprocess.run(["nm", "-uCD", str(library)], check=True, capture_output=True, text=True).stdout
     return [line.strip().split(maxsplit=1)[1] for line in listing.splitlines() if line.strip().startswith(("U ", "w "))]
-
-
-def defined_symbols(path: Path) -> set[str]:
-    """Returns the symbols that an object file defines, with C++ names demangled."""
-    listing = subprocess.run(
-        ["nm", "-C", "--defined-only", str(path)], check=True, capture_output=True, text=True
-    ).stdout
-    return {line.split(maxsplit=2)[2] for line in listing.splitlines() if len(line.split(maxsplit=2)) == 3}
 
 
 def violations(symbols: list[str], include: Path) -> list[str]:

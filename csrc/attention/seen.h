@@ -29,7 +29,7 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
   if (work.bias == nullptr) return false;
   const int64_t at = batch * work.bias_batch + head * work.bias_head + query * work.bias_query + key * work.bias_key;
   // A finite bias must stay finite after the division: some masks are a large negative bias. Divided by a small scale,
-  // such a mask value would become -inf, which hides the key.
+  // a large negative bias would become -inf, which hides the key.
   constexpr float kLeast = -2.5e38f;
   const float factor = 1.0f / work.scale;
   with_dtype(work.bias_dtype, [&](auto zero) {

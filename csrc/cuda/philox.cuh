@@ -61,8 +61,8 @@ __device__ __forceinline__ uint4 draws_of_group(const Philox& philox, uint64_t g
 // half of `draws`. All other bits of the result have no meaning. 2^15 + (lower 15 bits of the draw) - (lower 15 bits of
 // t) has bit 15 if the lower 15 bits of the draw are at least those of t, and the subtraction never borrows from the
 // half above. If t is below 2^15, the element is kept if bit 15 of this difference of the lower bits or bit 15 of the
-// draw is set; for a larger t, both bits must be set. The result has the bits that at least two of `reached`, the draws
-// and `either` have.
+// draw is set; for a larger t, both bits must be set. A bit of the result is set if the bit is set in at least two of
+// `reached`, the draws and `either`.
 __device__ __forceinline__ uint32_t kept_halves(const Philox& philox, uint32_t draws) {
   const uint32_t reached = (draws | 0x80008000u) - philox.lower;
   return (draws & reached) | ((draws | reached) & philox.either);

@@ -3,7 +3,7 @@
 //   q, k, v = projections(norm₁(x));   the rotated k, and v, are written to the cache, after its keys and values;
 //   h = x + o(attention(rotated q, all keys, all values));   y = h + down(act(gate(norm₂(h))) ∘ up(norm₂(h)))
 //
-// Most steps call the CPU function of an operator (rms_norm, lora_linears, rotary_embedding,
+// Most steps run the CPU code of an operator (rms_norm, lora_linears, rotary_embedding,
 // scaled_dot_product_attention, gated_activation), and give the same bits as a call of that operator. The copy of v to
 // the cache and the two additions are computed in this file. One call from Python runs all steps of the layer.
 #include <vector>

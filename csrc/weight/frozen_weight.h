@@ -45,7 +45,8 @@ FrozenWeight checked_weight(const char* op, Tensor weight, WeightParts parts, in
 // Fails if the weight is not a matrix, or if a dense weight has another dtype than `type`.
 void check_matrix_weight(const char* op, const FrozenWeight& weight, ScalarType type);
 
-// Returns the PackedView of the weight, which kernels read. The weight is a packed matrix in a format other than NF4.
+// Returns the PackedView of the weight, which kernels read. The weight must be a packed matrix in a format other than
+// NF4.
 PackedView view_of(const FrozenWeight& weight);
 
 }  // namespace peft_ext

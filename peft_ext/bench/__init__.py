@@ -3,25 +3,3 @@
 timer.py computes the errors of contenders, which are implementations of one operator, against float64, and times the
 contenders in turn. layer.py compares one adapted layer of peft_ext with the layers of PEFT and bitsandbytes.
 """
-
-from .timer import (
-    Clock,
-    Contender,
-    host_clock,
-    interleave,
-    median_ratios,
-    quartile_ratios,
-    relative_error,
-    verify,
-)
-
-__all__ = [
-    "Clock",
-    "Contender",
-    "host_clock",
-    "interleave",
-    "median_ratios",
-    "quartile_ratios",
-    "relative_error",
-    "verify",
-]

@@ -13,8 +13,6 @@ from typing import Any, Optional
 
 from .header import GgufHeader, TensorInfo
 
-__all__ = ["MOST_LAYERS", "check_model", "check_tokenizer"]
-
 MOST_LAYERS = 10_000
 # Largest accepted number of characters of a token. If a file has no merges, transformers tries every split of each
 # token into two, which takes long for long tokens.

@@ -23,8 +23,6 @@ from .header import GgufHeader
 with required("transformers", "a model in a GGUF file"):
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-__all__ = ["ROTARY_FACTORS", "take_facts"]
-
 # Tensors with factors by which rotary frequencies are divided. The factors become values of the configuration.
 ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 

@@ -30,8 +30,6 @@ from torch import Tensor
 
 from ..weights.gguf import TYPES, dense_dtype, type_name
 
-__all__ = ["GgufError", "GgufHeader", "TensorInfo", "Value", "is_gguf", "read_header"]
-
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MOST_SIZES = 4  # GGML_MAX_DIMS

@@ -25,8 +25,6 @@ with required("transformers", "a model in a GGUF file"):
     from transformers.utils import logging
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-__all__ = ["METHOD", "load_gguf"]
-
 # Name of the quantization method under which transformers finds the quantizer of this module.
 METHOD = "peft_ext_gguf"
 

@@ -24,8 +24,6 @@ with required("transformers", "a model in a GGUF file"):
     from transformers import AutoConfig, PreTrainedTokenizerFast
     from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, get_gguf_config
 
-__all__ = ["read_config", "read_tokenizer"]
-
 
 # Architectures that transformers 5.24 reads from GGUF files, in addition to those of transformers.integrations.gguf.
 _READ = {

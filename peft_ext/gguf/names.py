@@ -16,8 +16,6 @@ from ..weights.gguf import llama_row_order
 from .checks import MOST_LAYERS
 from .header import GgufError, GgufHeader
 
-__all__ = ["ARCHITECTURES", "GgufNames"]
-
 # transformers' model type -> architecture of GGUF, and whether the file interleaves the rows of attn_q and attn_k. All
 # other matrices of the architectures in this table have the layout of transformers' model.
 # Source: llama.cpp convert_hf_to_gguf.py (modify_tensors), transformers modeling_gguf_pytorch_utils.py.

@@ -36,8 +36,6 @@ with required("transformers", "a model in a GGUF file"):
     from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported, reader
     from transformers.integrations.gguf.utils import add_gguf_load_ops
 
-__all__ = ["Packed", "pack"]
-
 _LINEAR = ("FalconLinear",)  # names of transformers' classes that compute what nn.Linear computes
 # Names of transformers' embeddings that multiply their outputs with a factor, the attribute scalar_embed_scale.
 _SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")

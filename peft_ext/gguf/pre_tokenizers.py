@@ -25,8 +25,6 @@ from .header import GgufHeader
 with required("tokenizers", "the tokenizer in a GGUF file"):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
-__all__ = ["adds_bos", "check_pre_tokenizer", "fit_tokenizer"]
-
 _KEY = "tokenizer.ggml.pre"
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 

@@ -41,8 +41,6 @@ with required("peft", "peft_ext.merge_to_gguf"):
     from peft import PeftConfig
     from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 
-__all__ = ["GgufMergeReport", "MergedTensor", "merge_to_gguf"]
-
 # Maps the type of most tensors of a GGUF file to the value of the file's general.file_type (enum llama_ftype in
 # llama.h).
 _FILE_TYPES = {

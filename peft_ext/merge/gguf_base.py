@@ -19,8 +19,6 @@ from .errors import as_merge_error, fail
 with required("transformers", "peft_ext.merge_to_gguf"):
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["GgufBase"]
-
 # Architectures whose files hold the weights of norms with 1 added.
 _NORMS_PLUS_ONE = ("gemma2", "gemma3", "nemotron")
 

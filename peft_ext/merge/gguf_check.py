@@ -15,8 +15,6 @@ from ..quantize import dequantize_packed
 from ..sources.model import hushed, load_tokenizer
 from .errors import as_merge_error
 
-__all__ = ["TEXT", "LogitsError", "compare_logits"]
-
 TEXT = (
     "The harbour of the old town freezes in January. Fishermen then mend their nets, and children skate between the "
     "boats. In March the ice breaks in one night, with a noise like thunder. How many boats can leave the harbour on "

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ..gguf import GgufHeader
 
-__all__ = ["PlannedTensor", "file_size", "file_type_offset", "write_gguf"]
-
 _TENSOR_COUNT_AT = 8  # offset of the number of tensors: after "GGUF" and the version
 _UINT32 = 4  # GGUF's number of the value type uint32
 

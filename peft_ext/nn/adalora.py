@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from .. import ops
 from .adapted import LowRankLinear
 
-__all__ = ["AdaLoRALinear"]
-
 
 class AdaLoRALinear(LowRankLinear):
     """``Y = x Wᵀ + s · (dropout(x) Aᵀ ∘ E / (ranknum + 1e-5)) Bᵀ + b``; see :func:`peft_ext.ops.lora_linear`.

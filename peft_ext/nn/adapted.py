@@ -15,8 +15,6 @@ from .nf4 import NF4Linear, check_plain_forward
 from .packed import PackedLinear
 from .requantize import Frozen, frozen_weight, requantized, set_frozen_weight
 
-__all__ = ["AdaptedLinear", "LowRankLinear"]
-
 # Name of the attribute of a base layer that holds the number of adapted layers that are merged into the base layer.
 _MERGES = "_peft_ext_merges"
 

@@ -11,8 +11,6 @@ from .. import ops
 from ..ops import checks
 from ..reference.bottleneck import ACTIVATIONS
 
-__all__ = ["BottleneckAdapter"]
-
 _INITS = ("normal", "bert", "mam")
 
 

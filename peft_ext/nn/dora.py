@@ -12,8 +12,6 @@ from ..ops.checks import check_dtype
 from ..reference.dora import output_scale
 from .lora import LoRALinear
 
-__all__ = ["DoRALinear"]
-
 
 class DoRALinear(LoRALinear):
     """``Y = g ∘ (x Wᵀ + s · dropout(x) Aᵀ Bᵀ) + b``, ``g = magnitude / ‖W + s·B A‖``; see

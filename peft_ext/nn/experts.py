@@ -26,24 +26,6 @@ from ..weights.nf4 import NestedAbsmax, NF4Weight
 from ..weights.packed import PackedWeight
 from .nf4 import keeping_bits
 
-__all__ = [
-    "FrozenExperts",
-    "NF4Experts",
-    "adapter_fields",
-    "computing",
-    "dense_experts",
-    "expert_parameters",
-    "experts_class",
-    "first_parameter",
-    "gate",
-    "hold_nf4",
-    "is_computing",
-    "is_stored_transposed",
-    "nf4_experts",
-    "route",
-    "routes",
-]
-
 # Names of the attributes that the decorator for experts of the transformers library sets on an experts' module.
 _DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")

@@ -11,8 +11,6 @@ from .. import ops
 from ..ops.checks import check_dtype
 from .adapted import AdaptedLinear
 
-__all__ = ["IA3Linear"]
-
 
 class IA3Linear(AdaptedLinear):
     """``Y = l ∘ (x Wᵀ + b)``, or ``Y = (l ∘ x) Wᵀ + b`` with ``feedforward``; see :func:`peft_ext.ops.ia3_linear`.

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .. import ops
 from .adapted import LowRankLinear
 
-__all__ = ["LoRALinear"]
-
 
 class LoRALinear(LowRankLinear):
     """``Y = x Wᵀ + s · dropout(x) Aᵀ Bᵀ + b``; see :func:`peft_ext.ops.lora_linear`.

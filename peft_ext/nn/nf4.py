@@ -17,8 +17,6 @@ from ..ops import checks
 from ..weights.nf4 import NESTED_BLOCKSIZE, QUANT_STATE, NestedAbsmax, NF4Weight, read_nf4, read_quant_state
 from ..weights.packed import PackedWeight
 
-__all__ = ["NF4Linear"]
-
 _CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _BUFFERS = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 

@@ -12,8 +12,6 @@ from ..weights.packed import PackedWeight
 from .experts import FrozenExperts, experts_class
 from .nf4 import keeping_bits
 
-__all__ = ["PackedExperts", "hold_packed"]
-
 
 class PackedExperts(FrozenExperts):
     """A mixture's experts with frozen packed weights: a mixin for the experts' class in transformers.

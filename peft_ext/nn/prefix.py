@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .._imports import required
 from .prompt import VirtualTokens
 
-__all__ = ["PrefixEncoder"]
-
 
 class PrefixEncoder(VirtualTokens):
     """``K_l = [P_k,l; K_l]``, ``V_l = [P_v,l; V_l]``: trained keys and values before the keys and values of each

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ..ops.checks import check_dtype, check_float
 
-__all__ = ["PromptEmbedding", "VirtualTokens"]
-
 
 class VirtualTokens(nn.Module):
     """Base class of trained virtual tokens: ``embedding [num_virtual_tokens, width]``, put before each sequence.

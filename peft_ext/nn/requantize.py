@@ -13,8 +13,6 @@ from .nf4 import NF4Linear, quantization_error
 from .nf4 import requantized as requantized_nf4
 from .packed import PackedLinear
 
-__all__ = ["frozen_weight", "requantized", "set_frozen_weight"]
-
 Frozen = Union[Tensor, PackedWeight]
 
 

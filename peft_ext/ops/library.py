@@ -248,9 +248,7 @@ def _guard() -> Callable[[], Any]:
 
 
 def below_autograd(op: Callable) -> Callable[..., Any]:
-    """Returns a function that calls the operator below autograd, so that autograd records nothing.
-
-    """
+    """Returns a function that calls the operator below autograd, so that autograd records nothing."""
     guard = _guard()
 
     def kernel(*args: Any) -> Any:

@@ -215,8 +215,8 @@ def lora_linear(
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B,
-    rank_scale and bias, in their own shapes and dtypes; saved for backward, besides the weight and the adapter: x, ``S =
-    dropout(x) Aᵀ`` ``[T, R]`` in float32 and the seed. Under autocast x, bias and a dense weight are cast to the
+    rank_scale and bias, in their own shapes and dtypes; saved for backward, besides the weight and the adapter: x,
+    ``S = dropout(x) Aᵀ`` ``[T, R]`` in float32 and the seed. Under autocast x, bias and a dense weight are cast to the
     autocast dtype, and the adapter is not cast.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.

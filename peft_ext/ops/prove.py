@@ -24,8 +24,9 @@ In several processes:
 The proof changes neither the process's precision of products nor its random generators, warnings filter or environment.
 
 Environment:
-    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a family once for each CPU path of a model of CPU, and once for each
-        model of GPU, and again for another build of peft_ext, of torch or of torch's CUDA. The families that passed are
+    ``PEFT_EXT_PROVE``: ``1`` (the default) proves a family once for each CPU path on each model of CPU, and once on
+        each model of GPU, and again for another build of peft_ext, of torch or of torch's CUDA. The families that
+        passed are
         saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is proved again
         by the next process, because an error may have a temporary cause. A family whose kernels ended a process by a
         fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and reads no saved
@@ -490,7 +491,8 @@ class KernelFault(RuntimeError):
 def prove(
     device: torch.device, wanted: Optional[Iterable[str]] = None, *, key: str = "", large: bool = True
 ) -> dict[str, str]:
-    """Compares families' kernels with the reference on a device. Returns, by family, "" or why the family failed.
+    """Compares families' kernels with the reference on a device. Returns a dict that maps each family to "", or to the
+    reason why the family failed.
 
     The caller's default device, autograd mode, autocast and precision of products have no influence. The proof sets
     thread-local state only, and restores it. Raises KernelFault, and torch.OutOfMemoryError for a lack of memory.

@@ -499,14 +499,15 @@ def _labelled(
     Turns are not tokenized one by one, because a tokenizer such as Llama 2's puts a space before each text, and would
     put a space before each turn. For each answer, the text is tokenized from its beginning up to the next answer.
 
-    A model that generates an answer gets the tokens of the text before the answer. Where the tokens of the text with
+    The input of a model that generates an answer is the tokens of the text before the answer. Where the tokens of the
+    text with
     the answer do not begin with these tokens (one token may hold the last characters of the prompt and the first of the
     answer), the text is cut at the beginning of the answer, and both parts are tokenized separately.
 
     Args:
         where: name of the data, for error messages.
         answers: the positions in ``text`` where each answer begins and ends.
-        block_size: number of tokens after which no further answer is added.
+        block_size: once there are more tokens than ``block_size``, no further answer is added.
 
     Raises RunError where the tokenizer gives no positions of its tokens and the positions are needed, and where the
     tokenizer joins the answer to each of the texts that :func:`_continuation` puts before the answer.

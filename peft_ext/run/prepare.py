@@ -171,7 +171,8 @@ def prepare(
         log.info(note)
     options = _resolved(options)
     _check_packages(options)
-    _check_ranks(options, ranks)
+    if ranks.world > 1 and options.method == "diff-pruning":
+        raise RunError("--method diff-pruning in several processes: DDP can't exchange parameters that a run prunes")
     _check_shard(options, ranks)
     checkpoint = checkpoints.check_output(options, ranks)
     corpus = read_corpus(
@@ -296,11 +297,6 @@ def _check_safetensors(o: Options, folder: Path) -> None:
         raise RunError(f"--model {o.model}: no .safetensors file in this folder, wanted the model's weights")
 
 
-def _check_ranks(o: Options, ranks: Ranks) -> None:
-    if ranks.world > 1 and o.method == "diff-pruning":
-        raise RunError("--method diff-pruning in several processes: DDP can't exchange parameters that a run prunes")
-
-
 def _check_shard(o: Options, ranks: Ranks) -> None:
     """Raises RunError where the options or the number of processes do not fit --shard."""
     if o.shard == "ddp":
@@ -325,13 +321,8 @@ def facts_of(run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = {"Python": platform.python_version(), "peft_ext": __version__}
     facts |= versions()
     for option in dataclasses.fields(run.options):
-        if option.name not in (
-            "output",
-            "threads",
-            "model",
-            "tokenizer",
-            "data",
-        ):  # the number of threads, and the paths of equal files, may differ between machines
+        # The number of threads, and the paths of equal files, may differ between machines.
+        if option.name not in ("output", "threads", "model", "tokenizer", "data"):
             facts[f"--{option.name.replace('_', '-')}"] = getattr(run.options, option.name)
     facts["the data of --data, as SHA-256 of the records,"] = run.corpus.digest[:16]
     facts["the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes,"] = run.examples.digest

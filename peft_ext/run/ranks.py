@@ -223,7 +223,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def reported(self, stop: Stop, hint: Callable[[], str]) -> Iterator[None]:
-        """Makes one rank raise its error if several ranks raise errors in the block; the other ranks raise Elsewhere.
+        """If several ranks raise errors in the block, the first of these ranks raises its error, and the others raise
+        Elsewhere. An Interrupted of another rank is raised as it is, with ``silent`` True.
 
         The message of a RunError gets the number of the rank, unless the work of all ranks has failed. ``hint`` returns
         the end of a message, which says how to continue the run.

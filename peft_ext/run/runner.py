@@ -13,8 +13,6 @@ from .options import EXPORTED_METHODS
 from .prepare import Run
 from .progress import log
 
-__all__ = ["about_runner", "export_adapter"]
-
 
 def about_runner(run: Run, file: Optional[Path] = None) -> Optional[dict[str, Any]]:
     """Returns the values of the report's section on llama.cpp; None where the model is no GGUF file and ``file`` is

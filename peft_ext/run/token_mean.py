@@ -25,8 +25,8 @@ class TokenMeanTrainer(Trainer):
     transformers' Trainer takes the mean over the label tokens only for a model whose loss divides by
     ``num_items_in_batch``. A model of a class with ``accepts_loss_kwargs = False`` (Gemma 3n, Gemma 4) does not get
     ``num_items_in_batch``, so Trainer takes the mean of the batches' losses, in which a label of a batch with few
-    labels weighs more than a label of a batch with many labels. A model whose forward accepts ``num_items_in_batch``
-    and does not pass it to the loss trains on the sum of the batches' losses.
+    labels weighs more than a label of a batch with many labels. With transformers' Trainer, a model whose forward
+    accepts ``num_items_in_batch`` and does not pass it to the loss trains on the sum of the batches' losses.
 
     TokenMeanTrainer does not pass ``num_items_in_batch`` to the model. TokenMeanTrainer multiplies the loss of each
     batch, which is a mean over the batch's labels, by the batch's share of the step's labels. A term that PEFT or the

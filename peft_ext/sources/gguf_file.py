@@ -10,11 +10,6 @@ import torch
 from ..gguf import GgufHeader, is_gguf, read_header
 from .json_file import raised_as
 
-__all__ = [
-    "fit_tokenizer_of", "gguf_config", "gguf_dtype", "gguf_path", "gguf_quantization", "gguf_tokenizer", "is_packed",
-    "pack_meta", "read_gguf",
-]  # fmt: skip
-
 
 def gguf_path(name: Union[str, Path, None]) -> Optional[Path]:
     """Returns the path of the GGUF file ``name``; returns None if ``name`` is None or names no GGUF file."""

@@ -7,6 +7,7 @@ the bytes of these tensors only.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -79,9 +80,7 @@ class TensorFiles:
         entry = self.entries[name]
         rows, *others = entry.shape or (1,)
         end = rows if end is None else end
-        width = entry.dtype.itemsize
-        for size in others:
-            width *= size
+        width = entry.dtype.itemsize * math.prod(others)
         held = torch.empty((end - start) * width, dtype=torch.uint8)
         try:
             self._fill(entry, entry.offset + start * width, held)

@@ -232,7 +232,7 @@ def _layer_counts(config: Any) -> Iterator[int]:
 
 @dataclass
 class Plan:
-    """The tensors that an adapter replaces.
+    """The names of the modules that an adapter wraps, and of the tensors that the adapter replaces in them.
 
     Attributes:
         units: maps the full name of a wrapped module to the names, within that module, of the tensors that the adapter

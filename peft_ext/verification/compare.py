@@ -30,8 +30,6 @@ from ..text import dtype_name
 from .steps import GRADIENT, Compared, Results, Seed, blocks_alone, cast, compared, draws, step, without_autocast
 from .twins import dequantizing, twin, without_dropout
 
-__all__ = ["Compared", "Verification", "verify"]
-
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -101,8 +99,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     Errors are measured against the yardstick, which is the stock model in a wider dtype. The limit of an output's error
     is twice the stock model's error, plus a floor. A gradient's limit is three times the stock model's error, plus the
     floor, because in a correct model with about a hundred gradients, one gradient may have 2.5 times the stock model's
-    error. The floor is half of the dtype's eps, or one eps for a tensor of 16 elements or fewer such as the loss, and
-    at least 4e-6. The yardstick is the stock model in float32, or in float64 if the model computes in float32. The
+    error. The floor, which is added to each limit, is half of the dtype's eps (one eps for a tensor of 16 elements or
+    fewer, such as the loss), and at least 4e-6. The yardstick is the stock model in float32, or in float64 if the model
+    computes in float32. The
     yardstick multiplies by the same dequantized weights as the stock layers. If the stock model can't run in the wider
     dtype (layers of bitsandbytes that are not NF4, code that refuses float64, too little memory), the difference
     between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the reason.
@@ -122,8 +121,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     run in the copies; hooks of parameters do not run.
 
     The comparison needs the memory of a stock training step in the wider dtype, of the weights in the wider dtype, and
-    of three copies of the logits and of the trained gradients. Packed layers are dequantized one at a time; packed
-    experts of a mixture are dequantized whole, twice. The comparison takes the time of about ten stock training steps,
+    of three copies of the logits and of the trained gradients. Packed layers are dequantized one at a time. Packed
+    experts of a mixture are dequantized whole, and held in two copies: in the model's dtype and in the wider dtype. The
+    comparison takes the time of about ten stock training steps,
     or of fifteen if the base is packed.
 
     Args:

@@ -26,9 +26,6 @@ from ..integrations.model_blocks.attention import ALL_ATTENTION_FUNCTIONS
 from ..integrations.model_blocks.block import class_of
 from ..integrations.model_blocks.blocks import MIXINS
 
-__all__ = ["CALLS", "DTYPES", "MAGNITUDES", "PROOFS", "Proof", "disproof", "drawn", "fused_forward", "proposals",
-           "proposed", "register_form", "tensors", "told", "unlike"]  # fmt: skip
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAGNITUDES = (1e-4, 1.0, 1e2, 1e4)
 _K, _F = 24, 20

@@ -15,9 +15,6 @@ from ..integrations.adapter_layers.base import STOCK
 from ..integrations.model_blocks.loss import LanguageModel
 from ..nn import NF4Linear, PackedLinear
 
-__all__ = ["GRADIENT", "Compared", "Results", "Seed", "blocks_alone", "cast", "compared", "draws", "step",
-           "without_autocast"]  # fmt: skip
-
 GRADIENT = "gradient of "
 _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 _CHUNK = 1 << 24  # number of elements that are compared in float64 at a time

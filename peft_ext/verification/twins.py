@@ -25,8 +25,6 @@ from ..nn.requantize import frozen_weight
 from ..weights.nf4 import NF4Weight
 from ..weights.packed import PackedWeight
 
-__all__ = ["Dequantized", "dequantizing", "twin", "without_dropout"]
-
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from .nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NestedAbsmax, why_not_nf4
 from .packed import Format, PackedWeight, option_of, register
 
-__all__ = ["FP4", "FP4_CODE", "fp4", "from_params4bit", "is_fp4_table", "held_by_params4bit"]
-
 # The 16 values in the order of the codes. Code 8 decodes to +0.
 FP4_CODE = tuple(sign * code / 12 + 0.0 for sign in (1, -1) for code in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .packed import SCALE_TYPES, Format, PackedWeight, option_of, register
 
-__all__ = ["FP8", "block_size", "fp8", "from_compressed_tensors", "from_transformers", "quantize_fp8"]
-
 _ALL = 63  # stands for the log2 of a block's size if the block has all rows or columns; kAll in the C++ file fp8.h
 _MAX = torch.finfo(torch.float8_e4m3fn).max
 _MOST = torch.finfo(torch.float32).max

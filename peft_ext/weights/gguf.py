@@ -17,20 +17,6 @@ from torch import Tensor
 from .._imports import required
 from .packed import Format, PackedWeight, register
 
-__all__ = [
-    "TYPES",
-    "GgmlType",
-    "dense_dtype",
-    "from_gguf_linear",
-    "ggml_type",
-    "gguf_weight",
-    "has_kernel",
-    "llama_row_order",
-    "permuted_rows",
-    "type_name",
-    "type_number",
-]
-
 _FIRST = 64  # the format of ggml's type t has the number _FIRST + t
 
 

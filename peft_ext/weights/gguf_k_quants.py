@@ -21,8 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["QUANTIZERS"]
-
 # For Q3_K, Q6_K, IQ4_NL and IQ4_XS, a group whose largest absolute value is below _LEAST counts as zeros.
 _LEAST = 1e-15
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -281,7 +279,8 @@ def _four_bits(codes: Tensor, apart: int) -> Tensor:
 
 
 def _bytes_of_scales(scales: Tensor, offsets: Tensor) -> Tensor:
-    """Returns 6-bit scales and offsets uint8 ``[B, 8]`` as the 12 bytes of Q4_K and Q5_K.
+    """Returns 6-bit scales and 6-bit offsets, each uint8 ``[B, 8]``, as the 12 bytes that each block of Q4_K and Q5_K
+    has for them.
 
     The first eight bytes have the first four scales and the first four offsets in their lower six bits, and the upper
     two bits of the last four scales and offsets in their upper two bits. The last four bytes have the lower four bits

@@ -10,8 +10,6 @@ from torch import Tensor
 from .int_groups import SCALES, int_rows
 from .packed import PackedWeight
 
-__all__ = ["quantize_int4"]
-
 _CHUNK = 1 << 22  # number of elements of a weight that quantize_int4 converts to float32 at a time
 
 

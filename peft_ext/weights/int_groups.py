@@ -1,7 +1,8 @@
 """Integers in groups: weights of compressed-tensors, GPTQ, AWQ and HQQ, in the layouts of their files.
 
 A group is a number of columns of a row (in HQQ, of elements of the flat weight) that share a scale and a zero point. In
-each format a code ``q`` decodes to ``(q - zero) · scale``. Sources: compressed-tensors' ``compressors/pack_quantized``
+each format a code ``q`` decodes to ``(q - zero) · scale``; in HQQ, ``q - zero`` is rounded first, see :func:`hqq`.
+Sources: compressed-tensors' ``compressors/pack_quantized``
 and ``naive_quantized``; GPTQModel's ``nn_modules/qlinear/torch.py`` and ``torch_awq.py``; hqq's ``core/quantize.py``.
 
 ``int_rows``, ``gptq``, ``awq`` and ``hqq`` take tensors; ``from_state`` takes the tensors and the configuration of a
@@ -18,22 +19,6 @@ import torch
 from torch import Tensor
 
 from .packed import Format, PackedWeight, option_of, register
-
-__all__ = [
-    "AWQ",
-    "GPTQ",
-    "HQQ",
-    "INT",
-    "awq",
-    "from_awq",
-    "from_compressed_tensors",
-    "from_gptq",
-    "from_hqq",
-    "from_state",
-    "gptq",
-    "hqq",
-    "int_rows",
-]
 
 # Flags in the integer ``option`` of a PackedWeight, by format.
 INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": flag 1: each code is an int8 element; flag 2: the weight has only one scale

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from .packed import Format, PackedWeight, option_of, register
 
-__all__ = ["MXFP4", "NVFP4", "from_compressed_tensors", "mxfp4", "nvfp4", "quantize_mxfp4", "quantize_nvfp4"]
-
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
 _RECIPROCAL, _TWO_GLOBALS = 1, 2  # flags of NVFP4, as kReciprocal and kTwoGlobals in csrc/weight/formats/nvfp4.h
 _CHUNK = 1 << 22  # number of elements of a weight that a quantizer holds in float32 at a time

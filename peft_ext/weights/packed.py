@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .._ops import NAMESPACE
 
-__all__ = ["FORMATS", "MOST_PARTS", "SCALE_TYPES", "Format", "PackedWeight", "option_of", "scale_type"]
-
 MOST_PARTS = 5
 
 # The dtypes of scales in files, in the order of ScaleType in csrc/weight/packed_view.h.
@@ -95,8 +93,8 @@ def format_of(layout: int) -> Optional[str]:
 
 
 def _made(weight: PackedWeight) -> None:
-    """PackedWeight calls this function with each new weight, except with an NF4Weight. The function does nothing until
-    :func:`when_made` replaces it."""
+    """PackedWeight calls ``_made`` with each new weight, except with an NF4Weight. ``_made`` does nothing until
+    :func:`when_made` replaces ``_made``."""
 
 
 def when_made(call: Callable[[PackedWeight], None]) -> None:

@@ -14,8 +14,6 @@ from .int_groups import INT, SCALES
 from .mx import MXFP4, NVFP4, quantize_mxfp4, quantize_nvfp4
 from .packed import PackedWeight
 
-__all__ = ["PACKED_FORMATS", "QUANTIZATIONS", "quantized", "quantized_like"]
-
 # Names of the formats that quantize_packed accepts. finetune and estimate_memory accept the names in PACKED_FORMATS and
 # some others, such as "nf4".
 PACKED_FORMATS = ("mxfp4", "nvfp4", "fp8", "int4")

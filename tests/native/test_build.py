@@ -82,7 +82,7 @@ def test_the_library_needs_only_the_stable_abi_of_the_target():
     library = PACKAGE / "_kernels.so"
     if not library.exists():
         pytest.skip("the native library is not built")
-    symbols = stable_abi.undefined_symbols(library, dynamic=True)
+    symbols = stable_abi.undefined_symbols(library)
     assert any(symbol.startswith("torch_library_impl") for symbol in symbols), "registers no kernel"
     assert stable_abi.violations(symbols, stable_abi.torch_include()) == []
 
@@ -93,7 +93,7 @@ def test_the_library_needs_nothing_of_python_nor_of_cuda():
     library = PACKAGE / "_kernels.so"
     if not library.exists():
         pytest.skip("the native library is not built")
-    symbols = stable_abi.undefined_symbols(library, dynamic=True)
+    symbols = stable_abi.undefined_symbols(library)
     assert [symbol for symbol in symbols if symbol.startswith(("Py", "_Py", "cu", "aoti_torch_cuda"))] == []
 
 

@@ -151,7 +151,8 @@ struct PassSums {
   std::optional<Tensor> dots;  // partial sums of D ∘ E, [chunks, padded columns]
 };
 
-// Selects the results that a rank pass over D computes in addition to P and Q. The pass computes P = D F if `right` is
+// Selects the results that a rank pass over a large matrix D (x, dY or W) computes in addition to the products P and Q.
+// The pass computes P = D F if `right` is
 // given, which is F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. rank_pass
 // returns P and Q as partial sums.
 struct PassWants {

@@ -73,7 +73,8 @@ class NearestScale {
     most_ = 255 - before > most_ ? 255 - before : most_;
   }
 
-  // Multiplies `count` values by `factor`, and writes for each product the index of the nearest value in the table.
+  // Multiplies `count` values by `factor`, and writes for each product the index of the nearest value in the table of
+  // 256 values.
   // `count` is at most kNestedBlock, and no product is NaN.
   void codes(const float* values, float factor, int64_t count, uint8_t* out) const {
     int32_t ordered[kNestedBlock], bins[kNestedBlock];

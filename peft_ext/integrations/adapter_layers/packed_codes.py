@@ -29,7 +29,7 @@ _CALLS_BASE = frozenset(
     "BITFIT BOTTLENECK DIFF_PRUNING PARTIAL".split()
 )
 
-# Initial values of LoRA that PEFT does not compute from the base weight.
+# Initial values of LoRA for which PEFT reads neither the base weight nor its dtype.
 _LORA_INITS = ("true", "false", "none", "gaussian", "eva")
 
 

@@ -6,8 +6,8 @@ computes the outputs of all children of this group that can be computed together
 its stored output if the child is called with the same, unchanged tensor object, and if the state of the child is
 unchanged. If a child is called with another tensor object than the first child of the group, or with a tensor that was
 changed since, or if the child's state has changed, the child computes its output alone. Stored outputs that no child
-has returned are dropped at the end of the module's forward. A child never returns an output that another thread
-computed.
+has returned are dropped at the end of the module's forward. Each thread has its own stored outputs, so a child never
+returns an output that another thread computed.
 """
 
 from __future__ import annotations

@@ -169,8 +169,8 @@ class PackedQuantizer(HfQuantizer):
         return list(found.values())
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Returns transformers' weight conversions of the model. For each conversion that merges experts, the function
-        adds a copy for each tensor of a packed layout."""
+        """Returns ``weight_conversions``, transformers' conversions for the model, with additions: for each conversion
+        that merges experts, a copy for each tensor of a packed layout."""
         updated = []
         for one in weight_conversions:
             updated.append(one)
@@ -214,7 +214,8 @@ class PackedQuantizer(HfQuantizer):
                 self.describe(name, module)
 
     def describe(self, name: str, module: HoldsPacked) -> None:
-        """Makes the description of a layer's weight again from the tensors that were read.
+        """Makes the description of a layer's weight (format, group, option, and names of the tensors) again from the
+        tensors that were read.
 
         ``name``: the layer's name before an adapter was added. A layer with a tensor on the meta device, which is
         offloaded to the disk, is left unchanged. The codes may be sharded. Raises ValueError if a tensor is missing or
