@@ -23,8 +23,8 @@ class Method:
     Attributes:
         config: a function that takes the numbers of steps and of layers and returns PEFT's configuration.
         twin: how the twin computes: "PEFT" by PEFT's own layers; "reference" by PyTorch's operators; "parameters"
-            without an adapter, by training the model's own parameters, which is an equal function only in float32. "" if the
-            method has no twin.
+            without an adapter, by training the model's own parameters, which is an equal function only in float32. ""
+            if the method has no twin.
         prune_at: fraction of the run's steps after which Diff Pruning keeps the fraction ``keep`` of its entries.
     """
 

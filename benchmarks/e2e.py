@@ -232,7 +232,6 @@ def build_model(method: Method, kind: str, steps: int, sizes: dict[str, Any], de
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import peft_ext
-
     from peft_ext.integrations.bitsandbytes import to_linear4bit
 
     torch.manual_seed(0)
