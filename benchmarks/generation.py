@@ -13,7 +13,8 @@ NF4               the linear layers in NF4
 NF4, LoRA         the linear layers in NF4, with the adapter
 NF4, compiled     as NF4, with transformers' static cache, and with ``torch.compile`` over the forward
 
-"stock" is transformers and PEFT, and bitsandbytes for NF4; "ours" is the same model after ``peft_ext.accelerate``.
+"stock" is transformers and PEFT, and bitsandbytes for NF4; "ours" is the same model after ``peft_ext.accelerate``. All
+models are frozen, and so in particular their heads.
 
 The comparison of tokens: the accelerated NF4 model with an adapter generates from each prompt twice, with fused decoder
 layers (``accelerate``'s default, where one operator computes a whole layer) and layer by layer (``blocks=False``). At
@@ -95,7 +96,7 @@ def contender(name: str, kind: str, load: Callable[[], Any]) -> Any:
             _to_bitsandbytes(model)
     if "LoRA" in name:
         model = _with_adapter(model)
-    model.eval()
+    model.eval().requires_grad_(False)
     if kind == "ours":
         peft_ext.accelerate(model)
     if "compiled" in name:
