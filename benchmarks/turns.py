@@ -10,55 +10,63 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Optional
 
 DONE = "# done"  # the line that a process prints after it took the steps that it was asked for
 
 
 class _Contender:
-    """A process that runs :func:`serve`. The process is killed after ``limit`` seconds; None: never."""
+    """A process that runs :func:`serve`. The process is killed once it has taken ``limit`` seconds, of which the steps
+    of other contenders are no part; None: never."""
 
     def __init__(self, command: list[str], limit: Optional[float]) -> None:
-        self.command, self.limit, self.is_late = command, limit, False
+        self.command, self.limit, self.left, self.is_late = command, limit, limit, False
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.timer = threading.Timer(limit or 0, self._kill)
-        self.timer.daemon = True
-        if limit is not None:
-            self.timer.start()
 
     def _kill(self) -> None:
         self.is_late = True
         self.process.kill()
 
-    def lines(self) -> Iterable[str]:
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        if self.left is None:
+            yield
+            return
+        start, timer = time.monotonic(), threading.Timer(max(self.left, 0), self._kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self.left -= time.monotonic() - start
+
+    def lines(self) -> Iterator[str]:
         assert self.process.stdout is not None
         return iter(self.process.stdout.readline, "")
 
     def take(self, steps: int) -> None:
-        """Has the process take ``steps`` steps and waits for them. The end of the process is left to be found by
-        :meth:`figures`."""
+        """Has the process take ``steps`` steps and waits for them. If the process ends before, :meth:`figures` finds
+        its error."""
         assert self.process.stdin is not None
-        try:
+        with self._limited(), suppress(BrokenPipeError):
             self.process.stdin.write(f"{steps}\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            return
-        for line in self.lines():
-            if line.strip() == DONE:
-                return
+            for line in self.lines():
+                if line.strip() == DONE:
+                    return
 
     def figures(self) -> dict[str, Any]:
         """Ends the process and returns the figures that it prints. Raises subprocess.SubprocessError if the process
         failed or was killed."""
         assert self.process.stdin is not None
-        try:
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass
-        last = "".join(list(self.lines())[-1:])
-        code = self.process.wait()
-        self.timer.cancel()
+        with self._limited():
+            with suppress(BrokenPipeError):
+                self.process.stdin.close()
+            last = "".join(list(self.lines())[-1:])
+            code = self.process.wait()
         if self.is_late:
             raise subprocess.TimeoutExpired(self.command, self.limit or 0)
         if code:

@@ -1,6 +1,6 @@
-// Defines the pybind11 module _C: the functions of common/api.h for Python. The module includes no torch headers, and
-// the native library must be loaded before the module. The module declares that its functions may run on several
-// threads at a time, so that a free-threaded Python keeps its global lock off.
+// Defines the pybind11 module _C: the functions of common/api.h for Python, and a comparison of Python objects. The
+// module includes no torch headers, and the native library must be loaded before the module. The module declares that
+// its functions may run on several threads at a time, so that a free-threaded Python keeps its global lock off.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -85,6 +85,45 @@ void set_image_source(py::object function) {
   peft_ext_set_image_source(image_of);
 }
 
+// How many items before its comparison an object, or a dictionary's table, is loaded into the cache. In generation the
+// weights of the other layers have replaced most of these objects in the cache.
+constexpr Py_ssize_t kAhead = 16, kTablesAhead = 8;
+
+PyObject* item_of(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }
+
+void read_ahead(const py::list& objects, Py_ssize_t i, Py_ssize_t count) {
+  if (i + kAhead < count) __builtin_prefetch(item_of(objects, i + kAhead));
+}
+
+bool holds(const py::list& places, const py::list& names, const py::list& values, const py::list& empty,
+           const py::list& modules, const py::list& kinds) {
+  const auto count = static_cast<Py_ssize_t>(places.size()), others = static_cast<Py_ssize_t>(modules.size());
+  if (names.size() != places.size() || values.size() != places.size() || kinds.size() != modules.size())
+    throw py::value_error("holds: places, names and values, or modules and kinds, have different lengths");
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    read_ahead(places, i, count);
+    if (i + kTablesAhead < count && PyDict_Check(item_of(places, i + kTablesAhead)))
+      __builtin_prefetch(reinterpret_cast<PyDictObject*>(item_of(places, i + kTablesAhead))->ma_keys);
+    PyObject* const place = item_of(places, i);
+    if (!PyDict_Check(place)) throw py::type_error("holds: a place is no dict");
+    PyObject* found = PyDict_GetItemWithError(place, item_of(names, i));
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if ((found == nullptr ? Py_None : found) != item_of(values, i)) return false;
+  }
+  const auto containers = static_cast<Py_ssize_t>(empty.size());
+  for (Py_ssize_t i = 0; i < containers; ++i) {
+    read_ahead(empty, i, containers);
+    const int is_full = PyObject_IsTrue(item_of(empty, i));
+    if (is_full < 0) throw py::error_already_set();
+    if (is_full > 0) return false;
+  }
+  for (Py_ssize_t i = 0; i < others; ++i) {
+    read_ahead(modules, i, others);
+    if (reinterpret_cast<PyObject*>(Py_TYPE(item_of(modules, i))) != item_of(kinds, i)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 #if PYBIND11_VERSION_HEX >= 0x020D0000
@@ -104,8 +143,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("kept_scratch", &peft_ext_kept_scratch, "Bytes of scratch memory that all threads keep between calls.");
   m.def("release_scratch", &peft_ext_release_scratch, py::call_guard<py::gil_scoped_release>(),
         "Release the scratch memory of all threads that are in no operator call. Returns the number of bytes.");
+  m.def("forget_plan", &peft_ext_forget_plan, py::arg("plan"),
+        "Forget the lists that the operator decoder_layer keeps under the number plan.");
   m.def("parallel_loops", &peft_ext_parallel_loops,
         "The number of parallel loops of CPU operators that woke other threads since the library was loaded.");
+  m.def("holds", &holds, py::arg("places"), py::arg("names"), py::arg("values"), py::arg("empty"), py::arg("modules"),
+        py::arg("kinds"),
+        "Whether each place, a dict, has the value under the name (None: or lacks the name), each container in empty is "
+        "empty, and each module has the class in kinds.");
   m.def("kernels", &kernels, "The CUDA kernels: the C++ expression that names an instance, and the source it is in.");
   m.def("sources", &sources, "The texts of the CUDA kernels' sources, by path.");
   m.def("set_image_source", &set_image_source, py::arg("function"),

@@ -35,6 +35,9 @@ PEFT_EXT_API uint64_t peft_ext_kept_scratch();
 // bytes.
 PEFT_EXT_API uint64_t peft_ext_release_scratch();
 
+// Forgets the lists that the operator decoder_layer keeps under `plan`.
+PEFT_EXT_API void peft_ext_forget_plan(int64_t plan);
+
 // The number of parallel loops of CPU operators that woke other threads since the library was loaded.
 PEFT_EXT_API uint64_t peft_ext_parallel_loops();
 

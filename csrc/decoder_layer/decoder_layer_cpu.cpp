@@ -6,10 +6,15 @@
 // Most steps run the CPU code of an operator (rms_norm, lora_linears, rotary_embedding,
 // scaled_dot_product_attention, gated_activation), and give the same bits as a call of that operator. The copy of v to
 // the cache and the two additions are computed in this file. One call from Python runs all steps of the layer.
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "activations/operators.h"
 #include "attention/operators.h"
+#include "common/api.h"
 #include "common/registration.h"
 #include "cpu/operator_call.h"
 #include "norm/operators.h"
@@ -26,6 +31,36 @@ constexpr size_t kNorms = 2, kLayerSizes = 4, kLayerNumbers = 2;
 constexpr size_t kOwnSizes = 2;
 // First entries of `numbers`: eps of each norm, the offset of the norms' weights, and the scale of attention.
 constexpr size_t kOwnNumbers = 4;
+
+// The lists of a decoder layer. The conversion of these lists from Python takes as long as a small layer.
+struct Lists {
+  std::vector<Tensor> tensors;
+  std::vector<int64_t> sizes;
+  std::vector<double> numbers;
+};
+
+using Plans = std::unordered_map<int64_t, std::shared_ptr<const Lists>>;
+
+std::mutex plans_mutex;
+
+// The lists that are kept. They are never destroyed, because Python's objects are gone when the process ends.
+Plans& plans() {
+  static Plans& held = *new Plans;
+  return held;
+}
+
+// Keeps the given lists under `plan`, if `plan` is not 0. Without given tensors, returns the lists kept under `plan`.
+std::shared_ptr<const Lists> kept_lists(int64_t plan, Lists given) {
+  const std::lock_guard<std::mutex> lock(plans_mutex);
+  if (!given.tensors.empty()) {
+    auto held = std::make_shared<const Lists>(std::move(given));
+    if (plan != 0) plans()[plan] = held;
+    return held;
+  }
+  const auto found = plans().find(plan);
+  STD_TORCH_CHECK(found != plans().end(), kOp, ": no lists are given, and none are kept under plan ", plan);
+  return found->second;
+}
 
 Tensor strided(const Tensor& tensor, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                int64_t offset) {
@@ -74,8 +109,11 @@ Tensor sum_of(const Tensor& a, const Tensor& b) {
 }
 
 Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> mask, Tensor keys, Tensor values,
-                         int64_t past, std::vector<Tensor> tensors, std::vector<int64_t> sizes,
-                         std::vector<double> numbers) {
+                         int64_t past, std::vector<Tensor> given_tensors, std::vector<int64_t> given_sizes,
+                         std::vector<double> given_numbers, int64_t plan) {
+  const auto lists =
+      kept_lists(plan, {std::move(given_tensors), std::move(given_sizes), std::move(given_numbers)});
+  const auto& [tensors, sizes, numbers] = *lists;
   STD_TORCH_CHECK(tensors.size() >= kNorms && sizes.size() == kOwnSizes + kLayers * kLayerSizes &&
                       numbers.size() == kOwnNumbers + kLayers * kLayerNumbers,
                   kOp, ": tensors, sizes or numbers are not those of two norms and ", kLayers, " layers");
@@ -126,5 +164,15 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
 
 }  // namespace
 }  // namespace peft_ext
+
+void peft_ext_forget_plan(int64_t plan) {
+  const std::shared_ptr<const peft_ext::Lists> held = [&] {
+    const std::lock_guard<std::mutex> lock(peft_ext::plans_mutex);
+    const auto found = peft_ext::plans().find(plan);
+    auto last = found == peft_ext::plans().end() ? nullptr : found->second;
+    peft_ext::plans().erase(plan);
+    return last;
+  }();  // The tensors are released after the lock.
+}
 
 PEFT_EXT_OPERATORS(CPU, m) { m.impl("decoder_layer", PEFT_EXT_CPU_BOX(&peft_ext::decoder_layer_cpu)); }

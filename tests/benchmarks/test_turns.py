@@ -39,7 +39,7 @@ def test_a_contender_that_fails_or_is_late_leaves_the_others(tmp_path):
     serves = SERVE.format(root=str(ROOT), log=str(tmp_path / "log"), name="a")
     dies, sleeps = "raise SystemExit(3)", "import time; time.sleep(600)"
     commands = {"a": command(serves), "dies": command(dies), "sleeps": command(sleeps)}
-    found, failed = turns.in_turn(commands, [1, 1], 10)
+    found, failed = turns.in_turn(commands, [1, 1], 5)
     assert found == {"a": {"name": "a"}} and (tmp_path / "log").read_text() == "aa"
     assert isinstance(failed["dies"], subprocess.CalledProcessError) and failed["dies"].returncode == 3
     assert isinstance(failed["sleeps"], subprocess.TimeoutExpired)

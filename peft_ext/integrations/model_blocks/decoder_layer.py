@@ -11,12 +11,15 @@ the tokens in the cache. The layer's own code runs for every call without a plan
 from __future__ import annotations
 
 import functools
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
+from ..._native import STATE
 from ...ops.library import has_kernel
 from ..adapter_layers.few_tokens import Facts, Kernel, few_reason, kernel_of, listed, plan_of
 from ..forms import Row
@@ -38,28 +41,45 @@ def layer_of_parts(x: Tensor, first_norm: Part, attention: Part, second_norm: Pa
     return x + mlp(second_norm(x))
 
 
+_EMPTY: tuple[list, list, list] = ([], [], [])
+
+
+class Lists:
+    """The three lists that the operator decoder_layer takes after its argument ``past``, and the number ``plan`` under
+    which the kernel keeps the lists of the first call, as long as this object lives. ``given`` has the lists that a
+    call passes: after the first call, empty lists."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, *lists: list) -> None:
+        self.given, self.plan = lists, next(Lists._numbers)
+        weakref.finalize(self, STATE.module.forget_plan, self.plan).atexit = False
+
+
 class LayerPlan(NamedTuple):
-    """The plans of a decoder layer's blocks; ``module`` is the layer's attention. ``lists``: the three lists that the
-    operator decoder_layer takes after its argument ``past``; None if the operator can't compute the layer."""
+    """The plans of a layer's blocks, and the module of its attention. ``lists`` is None if the operator decoder_layer
+    can't compute the layer."""
 
     module: Any
     first_norm: Part
     second_norm: Part
     attention: Any
     mlp: Part
-    lists: Optional[tuple[list[Tensor], list[int], list[float]]]
+    lists: Optional[Lists]
 
     def __call__(self, x: Tensor, given: dict[str, Any]) -> Tensor:
         if self.lists is not None and (room := self.module.room_of_few(self.attention, x, given)) is not None:
             mask = given.get("attention_mask")
-            y = _decoder_layer(x, *given["position_embeddings"], mask, *room[1:], *self.lists)
+            lists = self.lists
+            y = _decoder_layer(x, *given["position_embeddings"], mask, *room[1:], *lists.given, lists.plan)
+            lists.given = _EMPTY
             room.fill(x.shape[1])
             return y
         attend = functools.partial(self.module._rotary_forward, self.attention)
         return layer_of_parts(x, self.first_norm, attend, self.second_norm, self.mlp, given)
 
 
-def _lists(first: NormCall, second: NormCall, attention: Any, mlp: MlpCall) -> Any:
+def _lists(first: NormCall, second: NormCall, attention: Any, mlp: MlpCall) -> Optional[Lists]:
     """Returns the lists of tensors, sizes and numbers that the operator decoder_layer takes after its argument
     ``past``; None if the operator can't compute the layer."""
     calls = (*attention.layers, *mlp.layers)
@@ -71,7 +91,8 @@ def _lists(first: NormCall, second: NormCall, attention: Any, mlp: MlpCall) -> A
         return None
     tensors, sizes, numbers = listed(calls)
     own = [first.eps, second.eps, first.offset, attention.scaling]
-    return [first.weight, second.weight, *tensors], [mlp.number, int(first.rounds), *sizes], [*own, *numbers]
+    sizes = [mlp.number, int(first.rounds), *sizes]
+    return Lists([first.weight, second.weight, *tensors], sizes, [*own, *numbers])
 
 
 class DecoderLayer(Block):
