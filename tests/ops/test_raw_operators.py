@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_ext import ops
+from peft_ext import _native, ops
 
 pytestmark = pytest.mark.cpu_only("the checks of a GPU's are its own, and threads a CPU's")
 
@@ -65,6 +65,15 @@ def test_sizes_that_do_not_fit_are_refused(call: Callable[[], object], says: str
         call()
 
 
+def lists_of_a_decoder_layer(size: int, norms: tuple[torch.dtype, torch.dtype]) -> tuple[list, list, list]:
+    tensors, sizes, numbers = [torch.ones(size, dtype=dtype) for dtype in norms], [0, 1], [1e-5, 1e-5, 0.0, 0.2]
+    for _ in range(7):  # q, k, v, o, gate, up and down without adapters
+        tensors.append(torch.eye(size, dtype=torch.bfloat16 if torch.bfloat16 in norms else torch.float32))
+        sizes += [1, 0, size, size]
+        numbers += [0.0, 0.0]
+    return tensors, sizes, numbers
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -77,18 +86,34 @@ def test_sizes_that_do_not_fit_are_refused(call: Callable[[], object], says: str
 )
 def test_a_decoder_layer_writes_only_into_the_room_of_its_cache(changed: dict[str, Any], says: str) -> None:
     bf16, size = torch.bfloat16, 8
-    norms, past = changed.get("norms", (bf16, bf16)), changed.get("past", 6)
-    tensors, sizes, numbers = [torch.ones(size, dtype=dtype) for dtype in norms], [0, 1], [1e-5, 1e-5, 0.0, 0.2]
-    for _ in range(7):  # q, k, v, o, gate, up and down without adapters
-        tensors.append(torch.eye(size, dtype=bf16))
-        sizes += [1, 0, size, size]
-        numbers += [0.0, 0.0]
+    past, lists = changed.get("past", 6), lists_of_a_decoder_layer(size, changed.get("norms", (bf16, bf16)))
     keys = torch.zeros(1, 1, 8, size, dtype=bf16)
     angles = torch.ones(1, 2, size, dtype=bf16)
     x = torch.randn(1, 2, size, dtype=bf16)
     with pytest.raises(RuntimeError, match=says):
-        RAW.decoder_layer(x, angles, angles, None, keys, keys.clone(), past, tensors, sizes, numbers)
+        RAW.decoder_layer(x, angles, angles, None, keys, keys.clone(), past, *lists, 0)
     assert not keys.any()
+
+
+def test_a_decoder_layer_keeps_lists_until_they_are_forgotten() -> None:
+    size, plan, empty = 8, 2**62, ([], [], [])
+    x, angles = torch.randn(1, 2, size), torch.ones(1, 2, size)
+
+    def call(lists: tuple, plan: int) -> torch.Tensor:
+        keys, values = torch.zeros(2, 1, 1, 8, size)
+        return RAW.decoder_layer(x, angles, angles, None, keys, values, 3, *lists, plan)
+
+    first = lists_of_a_decoder_layer(size, (torch.float32, torch.float32))
+    second = lists_of_a_decoder_layer(size, (torch.float32, torch.float32))
+    second[0][2].mul_(2)
+    y, other = call(first, plan), call(second, 0)
+    assert torch.equal(call(empty, plan), y) and not torch.equal(y, other)
+    assert torch.equal(call(second, plan), other) and torch.equal(call(empty, plan), other)
+    _native.STATE.module.forget_plan(plan)
+    _native.STATE.module.forget_plan(plan)  # forgets nothing more
+    for unknown in (plan, 0, -1):
+        with pytest.raises(RuntimeError, match=f"none are kept under plan {unknown}"):
+            call(empty, unknown)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

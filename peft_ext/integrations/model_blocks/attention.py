@@ -15,9 +15,9 @@ always calls the function that is registered as ``sdpa``.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -37,6 +37,7 @@ from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_i
 from ..forms import KINDS, Row, row_of
 from .block import Block, device_of, input_reason
 from .cache import Room, appended, room_for
+from .config_view import OURS, View, view_of
 
 ALL_ATTENTION_FUNCTIONS: Any = None
 AttentionInterface: Any = None  # stays None if the import of one of the four names below fails
@@ -46,8 +47,6 @@ with optional("transformers", "attention is not fused"):
 
 __all__ = ["Attention", "look_at_sdpa", "set_view", "take_view"]
 
-# The name of peft_ext's attention function in transformers' registry.
-OURS = "peft_ext_sdpa"
 _OPERATOR = "scaled_dot_product_attention"
 _OF_PYTORCH = torch._C._nn.scaled_dot_product_attention
 # The CPU paths on which the operator scaled_dot_product_attention was measured to be faster than PyTorch's own
@@ -241,20 +240,37 @@ class Attention(Block):
             are_direct=q is not layers[0] and k is not layers[1] and not norms,
         )  # fmt: skip
 
-    def room_of_few(self, plan: Any, x: Tensor, given: dict[str, Any]) -> Optional[Room]:
+    def repeats(self, plan: Any, x: Tensor, given: dict[str, Any]) -> bool:
+        """Returns whether the arguments of a call are those of the thread's last call whose arguments ``_takes`` and
+        :meth:`room_of_few` accepted, and x has the shape and dtype of that call's x. The next layer of a model makes
+        such a call, for which the checks of the arguments do not run again."""
+        return _LAST.__dict__.get("call") == self._call(plan, x, given)
+
+    def _call(self, plan: Any, x: Tensor, given: dict[str, Any]) -> tuple:
+        return (id(self.peft_ext_known), x.shape, x.dtype, plan.size, *given, *map(id, given.values()))
+
+    def room_of_few(self, plan: Any, x: Tensor, given: dict[str, Any], repeats: bool = False) -> Optional[Room]:
         """Returns room in the cache for the tokens of x if the operator decoder_layer can compute the attention of this
-        call as a part of the decoder layer; else None."""
+        call as a part of the decoder layer; else None. ``repeats``: the result of :meth:`repeats`."""
         known, tokens = self.peft_ext_known, x.shape[1]
-        cos, sin = given["position_embeddings"]
         cache, mask = given.get(known.cache_name), given.get("attention_mask")
-        if cache is None or tokens > _FEW_QUERIES or not _are_positions(cos, sin, x, plan.size):
+        if cache is None:
             return None
-        others = {name: value for name, value in given.items() if name not in (known.cache_name, "attention_mask")}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
-        if attend is not sdpa_attention_forward or _argument_reason(others) is not None:
+        if attend is not sdpa_attention_forward:
             return None
         if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _device_reason("cpu"):
             return None
+        if not repeats:
+            cos, sin = given["position_embeddings"]
+            if tokens > _FEW_QUERIES or not _are_positions(cos, sin, x, plan.size):
+                return None
+            others = {name: value for name, value in given.items() if name not in (known.cache_name, "attention_mask")}
+            if _argument_reason(others) is not None:
+                return None
+            # No later argument has the address of an argument that is held. The cache, which may be large, is not held:
+            # it is checked in each call.
+            _LAST.held, _LAST.call = (mask, *others.values()), self._call(plan, x, given)
         room = room_for(cache, self.layer_idx, (x.shape[0], plan.kv_heads, tokens, plan.size), x.dtype)
         if room is None or not _sees(mask, x.shape[0], tokens, room.past + tokens):
             return None
@@ -278,6 +294,8 @@ class Attention(Block):
             return cache.update(k, v, self.layer_idx, {"sin": sin, "cos": cos, "cache_position": positions})
         return cache.update(k, v, self.layer_idx)
 
+
+_LAST = threading.local()  # the last call with room in the cache, see Attention.repeats
 
 _ROTATES, _EAGER, _ROTARY = "apply_rotary_pos_emb", "eager_attention_forward", "rotary_embedding"
 _OTHER_CACHES = frozenset({"cache", "past_key_value", "past_key_values"})
@@ -310,60 +328,18 @@ def _fits_rotary(q: Any, k: Any, cos: Any, sin: Any) -> bool:
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 
-class _View:
-    """A view of a model's configuration for one attention. ``_attn_implementation`` of the view is the name of
-    peft_ext's attention function where the configuration's is "sdpa". The view shares the ``__dict__`` of the
-    configuration, and its class is a subclass of the configuration's class."""
-
-    __slots__ = ("original",)
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        """Does nothing. transformers' ``__init_subclass__`` would treat the view's class as a new configuration
-        class."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return view_of, (self.original,)
-
-    def __copy__(self) -> Any:
-        return view_of(copy.copy(self.original))
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        return view_of(copy.deepcopy(self.original, memo))
-
-
-_VIEWS: dict[type, type] = {}
-
-
-def view_of(config: Any) -> Any:
-    stock = type(config)
-    if (kind := _VIEWS.get(stock)) is None:
-        own = stock._attn_implementation
-
-        def get(self: Any) -> Any:
-            found = own.fget(self)
-            return OURS if found == "sdpa" else found
-
-        held = {"_attn_implementation": property(get, own.fset), "__module__": stock.__module__}
-        kind = _VIEWS[stock] = type.__new__(type(stock), stock.__name__, (_View, stock), held)
-    view = object.__new__(kind)
-    object.__setattr__(view, "__dict__", config.__dict__)
-    object.__setattr__(view, "original", config)
-    return view
-
-
 def set_view(module: nn.Module) -> None:
-    """Replaces the configuration of a fused attention by a :class:`_View` if the attention uses transformers'
-    registry."""
+    """Replaces the configuration of a fused attention by a view of it if the attention uses transformers' registry."""
     config = module.__dict__.get("config")
     asks = AttentionInterface is not None and isinstance(module, Attention) and module.peft_ext_known.interface
-    if asks and not isinstance(config, _View):
+    if asks and not isinstance(config, View):
         if isinstance(getattr(type(config), "_attn_implementation", None), property):
             module.__dict__["config"] = view_of(config)
 
 
 def take_view(module: nn.Module) -> None:
     """Undoes :func:`set_view`."""
-    if isinstance(config := module.__dict__.get("config"), _View):
+    if isinstance(config := module.__dict__.get("config"), View):
         module.__dict__["config"] = config.original
 
 
@@ -394,7 +370,7 @@ def _reason(module: Any) -> Optional[str]:
     implementation = getattr(getattr(config, "original", config), "_attn_implementation", None)
     if implementation != "sdpa":
         return f"its attention implementation is {implementation}"
-    if not isinstance(config, _View):
+    if not isinstance(config, View):
         return "accelerate(model) was not called on it, or with blocks=False"
     if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None:
         return "its attention implementation is sdpa, and the function there is none of the known forms"

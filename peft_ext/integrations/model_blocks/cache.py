@@ -24,17 +24,21 @@ __all__ = ["Room", "appended", "forget_caches", "room_for"]
 _LEAST_ROOM = 64  # least number of later tokens for which new memory has room
 
 
-class _Held(NamedTuple):
-    """The memory for the keys or the values of a cache layer, and the view of the filled part, which the layer
+class _Held:
+    """The memory for the keys and for the values of a cache layer, and the views of the filled parts, which the layer
     holds."""
 
-    memory: Tensor
-    view: Tensor
+    __slots__ = ("keys", "key_view", "values", "value_view")
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.key_view: Optional[Tensor] = None
+        self.value_view: Optional[Tensor] = None
 
 
-# Maps a layer of a cache to the memory for its keys and the memory for its values. A cache has no attribute with the
-# memory, so that a copied or saved cache has only the attributes of a stock cache.
-_HELD: WeakKeyDictionary[Any, tuple[_Held, _Held]] = WeakKeyDictionary()
+# Maps a layer of a cache to its memory. A cache has no attribute with the memory, so that a copied or saved cache has
+# only the attributes of a stock cache.
+_HELD: WeakKeyDictionary[Any, _Held] = WeakKeyDictionary()
 # Maps a class to its ``update``, and to whether this function is a known form.
 _KNOWN: dict[type, tuple[Any, bool]] = {}
 
@@ -49,6 +53,7 @@ class Room(NamedTuple):
     """Room in a layer of a cache: memory for keys and for values ``[batch, heads, tokens, size of a head]``, in which
     the first ``past`` tokens are filled."""
 
+    held: _Held
     layer: Any
     keys: Tensor
     values: Tensor
@@ -57,10 +62,12 @@ class Room(NamedTuple):
     def fill(self, count: int) -> tuple[Tensor, Tensor]:
         """Makes the layer hold ``count`` more tokens, which the caller has written into the room, and returns all keys
         and values."""
-        held = tuple(_Held(memory, memory.narrow(2, 0, self.past + count)) for memory in (self.keys, self.values))
-        self.layer.keys, self.layer.values = held[0].view, held[1].view
-        _HELD[self.layer] = held
-        return held[0].view, held[1].view
+        held, layer, tokens = self.held, self.layer, self.past + count
+        if held.key_view is None:
+            _HELD[layer] = held
+        held.key_view = layer.keys = self.keys.narrow(2, 0, tokens)
+        held.value_view = layer.values = self.values.narrow(2, 0, tokens)
+        return layer.keys, layer.values
 
 
 def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Optional[Room]:
@@ -76,11 +83,11 @@ def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: to
         return None
     keys, values = layer.keys, layer.values
     held = _HELD.get(layer)
-    if held is not None and held[0].view is keys and held[1].view is values:
-        memory = held[0].memory
+    if held is not None and held.key_view is keys and held.value_view is values:
+        memory = held.keys
         past, fits = keys.shape[2], keys.dtype is dtype and keys.shape[1] == shape[1] and keys.shape[0] == shape[0]
         if fits and past + shape[2] <= memory.shape[2] and memory.is_inference() == torch.is_inference_mode_enabled():
-            return Room(layer, memory, held[1].memory, past) if keys.shape[3] == shape[3] else None
+            return Room(held, layer, memory, held.values, past) if keys.shape[3] == shape[3] else None
     if type(keys) is not Tensor or type(values) is not Tensor or keys.dim() != 4 or keys.shape != values.shape:
         return None
     batch, heads, past, size = keys.shape
@@ -93,7 +100,7 @@ def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: to
     for tensor in (keys, values):
         memories.append(tensor.new_empty((batch, heads, capacity, size)))
         memories[-1].narrow(2, 0, past).copy_(tensor)
-    return Room(layer, *memories, past)
+    return Room(_Held(*memories), layer, *memories, past)
 
 
 def appended(cache: Any, index: int, k: Tensor, v: Tensor) -> Optional[tuple[Tensor, Tensor]]:

@@ -67,11 +67,12 @@ class LayerPlan(NamedTuple):
     mlp: Part
     lists: Optional[Lists]
 
-    def __call__(self, x: Tensor, given: dict[str, Any]) -> Tensor:
-        if self.lists is not None and (room := self.module.room_of_few(self.attention, x, given)) is not None:
+    def __call__(self, x: Tensor, given: dict[str, Any], repeats: bool = False) -> Tensor:
+        """Returns the layer's output. ``repeats``: the result of ``Attention.repeats`` for this call."""
+        lists = self.lists
+        if lists is not None and (room := self.module.room_of_few(self.attention, x, given, repeats)) is not None:
             mask = given.get("attention_mask")
-            lists = self.lists
-            y = _decoder_layer(x, *given["position_embeddings"], mask, *room[1:], *lists.given, lists.plan)
+            y = _decoder_layer(x, *given["position_embeddings"], mask, *room[2:], *lists.given, lists.plan)
             lists.given = _EMPTY
             room.fill(x.shape[1])
             return y
@@ -134,8 +135,11 @@ class DecoderLayer(Block):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and few_reason(args[0]) is None and self.peft_ext_known.passes <= kwargs.keys():
             plan = plan_of(self, args[0], self._few)
-            if plan is not None and plan.module._takes({"hidden_states": args[0], **kwargs}):
-                return plan(args[0], kwargs)
+            if plan is not None:
+                if plan.module.repeats(plan.attention, args[0], kwargs):
+                    return plan(args[0], kwargs, True)
+                if plan.module._takes({"hidden_states": args[0], **kwargs}):
+                    return plan(args[0], kwargs)
         return nn.Module.__call__(self, *args, **kwargs)
 
     def _few(self, facts: Facts, x: Tensor) -> Union[LayerPlan, str]:
