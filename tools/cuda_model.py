@@ -319,9 +319,7 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     return adapted / frozen
 
 
-# From this mean number of rows of an expert on, PyTorch computes the product of experts in bfloat16. kManyRows in
-# csrc/experts/experts_cuda.cpp is the same number.
-MANY_ROWS = 128
+MANY_ROWS = 128  # from this mean number of rows of an expert on, PyTorch computes the product; kManyRows in csrc
 
 
 def experts_product(card: Card, rows: int, active: int, n: int, k: int, base: str) -> float:
@@ -402,9 +400,7 @@ def experts(
     return forward, backward
 
 
-# Largest number of tokens of a mixed batch for which kernels without tensor cores compute the low-rank terms.
-# kGroupedFewTokens in csrc/linear/cuda/shrink_few.cuh is the same number.
-FEW = 64
+FEW = 64  # most tokens of a mixed batch for which kernels without tensor cores run; kGroupedFewTokens in csrc
 
 
 def mixed(card: Card, t: int, adapters: int, base: str, n: int = 4096, k: int = 4096, rank: int = 16) -> float:

@@ -411,8 +411,7 @@ def battery(here: Machine, outcome: Outcome) -> None:
 
 
 def find_sanitizer(here: Machine) -> Optional[str]:
-    """Returns the path of compute-sanitizer: on PATH, in CUDA_HOME (by default /usr/local/cuda), or in NVIDIA's package
-    of ``here``'s Python. Returns None if compute-sanitizer is in none of these places."""
+    """Returns the path of compute-sanitizer: on PATH, in CUDA_HOME or in NVIDIA's package of ``here``'s Python."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     packed = [
         found for place in here.gpu.get("path", ()) for found in Path(place).glob("nvidia/*/bin/compute-sanitizer")
@@ -431,9 +430,8 @@ def sanitizer(here: Machine, outcome: Outcome) -> None:
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PEFT_EXT_NVRTC_FLAGS": "-lineinfo"}
     end = here.runner.clock() + outcome.limit
     for check, share in (("memcheck", 0.6), ("racecheck", 1.0)):
-        # API errors are not reported, because torch asks for features that a driver may lack, and handles the error
-        # that the driver returns. Only peft_ext's kernels are checked, because checks of other kernels would take most
-        # of the time.
+        # API errors are not reported, because torch asks for features that a driver may lack. Only peft_ext's kernels
+        # are checked, because checks of other kernels would take most of the time.
         before = [tool, "--tool", check, "--kernel-name", "kns=peft_ext", "--report-api-errors", "no",
                   "--error-exitcode", "1"]  # fmt: skip
         pytest(here, outcome, share * (end - here.runner.clock()), ["tests/ops/test_ops.py", "-k", SANITIZED], 1,

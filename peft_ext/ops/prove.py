@@ -123,8 +123,7 @@ def families(key: str) -> dict[str, list[str]]:
 
 
 def arm() -> None:
-    """Replaces each native kernel by a gate, whose first call proves the kernel's family. ``import peft_ext`` calls
-    arm."""
+    """Replaces each native kernel by a gate, whose first call proves the kernel's family."""
     if hasattr(os, "register_at_fork"):  # os.register_at_fork does not exist on Windows
         os.register_at_fork(after_in_child=_after_fork)
     with warnings.catch_warnings():  # PyTorch would warn that the gates override kernels
@@ -457,8 +456,7 @@ def _recall(place: Place) -> dict[str, str]:
 
 
 def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, str]] = None) -> None:
-    """Adds results to the saved results of a CPU or GPU. The file is locked, so that no process loses another's
-    results."""
+    """Adds results to the saved results of a CPU or GPU. A lock keeps the results that other processes add."""
     key, path = _key(place), _cache()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

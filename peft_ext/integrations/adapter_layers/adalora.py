@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from ..._imports import optional
+from ...ops.checks import under_a_transform
 from ...weights.nf4 import NF4Weight
 from .base import FOUR_BIT, Linear8bitLt, fused_class, fuses
 from .lora import LowRank
 from .merging import Merged, MergesNF4
-from .reasons import adalora_adapter
+from .reasons import adalora_adapter, plain_types
 
 SVDLinear = SVDLinear8bitLt = SVDLinear4bit = None
 with optional("peft", "AdaLoRA over a linear layer that is not bitsandbytes' is not fused"):
@@ -23,6 +25,12 @@ if Linear8bitLt is not None:
 if FOUR_BIT:
     with optional("peft", "AdaLoRA over bitsandbytes' Linear4bit is not fused"):
         from peft.tuners.adalora import SVDLinear4bit
+
+
+def _is_traced() -> bool:
+    """Returns whether a call is compiled, traced or transformed, or a mode such as FakeTensorMode sees its tensors."""
+    is_seen = torch.compiler.is_compiling() or torch._C._is_tracing() or under_a_transform()
+    return is_seen or torch._C._len_torch_dispatch_stack() > 0
 
 
 class AdaLora(LowRank):
@@ -55,10 +63,10 @@ class AdaLora(LowRank):
         return rank_scale if scaling == 1.0 else rank_scale * scaling
 
     def _scales(self, name: str) -> tuple[Tensor, float]:
-        # The operator takes E as the scale per rank, and a number as the scaling, so that autograd sees no division.
-        # On a GPU, a read of ranknum would wait for the GPU.
+        # The operator takes E as the scale per rank, and a number as the scaling, so that autograd sees no division. A
+        # read of ranknum would wait for a GPU, and a trace has no numbers.
         lora_E, ranknum = self._scale_tensors(name)
-        if ranknum.device.type != "cpu" or ranknum.requires_grad:
+        if type(ranknum) not in plain_types() or ranknum.device.type != "cpu" or ranknum.requires_grad or _is_traced():
             return super()._scales(name)
         return lora_E, self.scaling[name] / (ranknum.item() + 1e-5)
 

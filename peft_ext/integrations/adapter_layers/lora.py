@@ -125,7 +125,8 @@ class LowRank(Fused):
         if sums_wider(base, x) or (found := operands(base, x)) is None or found[0] is not x:
             return None
         _, weight, bias, dtype = found
-        rank_scale, scaling = self._rank_scale(name, 1.0), self.scaling[name]
+        rank_scale, scaling = self._scales(name)
+        rank_scale = None if rank_scale is None else rank_scale.flatten()
         return weight, bias, *self.pair(name), rank_scale, scaling, self.dropout_p(name), dtype
 
     def joint_split(self) -> Union[tensor_parallel.Split, str, None]:
@@ -143,11 +144,9 @@ class LowRank(Fused):
         return None
 
     def _scales(self, name: str) -> tuple[Optional[Tensor], float]:
-        """Returns ``rank_scale`` and ``scaling`` for :func:`checked_lora_linear`, if the adapter's scaling is a number.
-
-        The result is for eager calls alone.
-        """
-        return self._rank_scale(name, 1.0), float(self.scaling[name])
+        """Returns ``rank_scale`` and ``scaling`` for :func:`peft_ext.ops.lora_linear`, if the adapter's scaling is a
+        number."""
+        return self._rank_scale(name, 1.0), self.scaling[name]
 
     def _bias(self, name: str) -> Optional[Tensor]:
         """Returns the bias ``[N]`` of lora_B, which PEFT multiplies by the adapter's scaling; None without a bias."""
@@ -201,7 +200,7 @@ class LowRank(Fused):
             if name in self.lora_variant:
                 return dora.forward(self, name, x, weight, bias, (lora_A, lora_B), x.dtype, True)
             rank_scale, scaling = self._scales(name)
-            return checked_lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, scaling, p)
+            return checked_lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, float(scaling), p)
         names, modules = self._names(), self._modules
         if tensor_parallel.is_split(modules["base_layer"]):
             return None if layer_reason(self) else tensor_parallel.forward(self, x, names)
@@ -228,9 +227,10 @@ class LowRank(Fused):
                 return y
         if len(names) == 1:
             (lora_A, lora_B), scaling = pairs[0], self.scaling[name]
-            rank_scale = self._rank_scale(name, 1.0)
             if isinstance(scaling, Tensor):
-                scaling, rank_scale = 1.0, _times(scaling, rank_scale, lora_A.shape[0])
+                scaling, rank_scale = 1.0, _times(scaling, self._rank_scale(name, 1.0), lora_A.shape[0])
+            else:
+                rank_scale, scaling = self._scales(name)
         else:
             lora_A, lora_B, scaling, rank_scale = self._concatenated(names)
         p = self.dropout_p(name)

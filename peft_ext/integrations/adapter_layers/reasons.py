@@ -98,8 +98,7 @@ def _own_forward(kind: type) -> Any:
     return forward if own else None
 
 
-# Maps each class whose forward a fused layer replaces by an operator to the forward that the class had at import, or to
-# None if another Python module had replaced the forward by then.
+# Maps each class whose forward a fused layer replaces to the forward at import; None: another module had replaced it.
 _FORWARDS = {
     kind: _own_forward(kind)
     for kind in (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, *PACKED, Conv1D, *FOUR_BIT)
@@ -151,8 +150,7 @@ def _gathered_ids(model: nn.Module) -> Iterator[int]:
             for parameter in getattr(group, "fsdp_params", ()):
                 if not parameter.is_dtensor:  # a parameter under tensor parallelism stays a DTensor when gathered
                     yield id(parameter.sharded_param)
-                    # After fully_shard, the module may have been given another parameter object.
-                    owner = parameter._module_info
+                    owner = parameter._module_info  # the module may have got another parameter since fully_shard
                     yield id(owner.module._parameters.get(owner.param_name))
 
 
