@@ -3,9 +3,9 @@
 ``python -m benchmarks.generation``              tokens/s of each contender; writes a result file
 ``python -m benchmarks.generation --prompts 200``  compares the tokens of 200 prompts too
 
-The model is SmolLM2-135M-Instruct. Every contender generates the same number of tokens from the same prompt with
-transformers' ``generate``, greedily, and the contenders run in turn. The tokens per second are those behind the first
-token: the time of the prompt and of the first token is measured by itself and subtracted.
+The model is SmolLM2-135M-Instruct. Every contender has a process of its own, and generates the same number of tokens
+from the same prompt with transformers' ``generate``, greedily. The contenders generate in turn. The tokens per second
+are those behind the first token: the time of the prompt and of the first token is measured by itself and subtracted.
 
 bf16              the bfloat16 model
 LoRA              the bfloat16 model with a LoRA adapter of rank 16 on all linear layers
@@ -27,11 +27,12 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be timed
 
@@ -42,6 +43,7 @@ import peft_ext
 
 from .files import Result, result_path, write
 from .harness import machine
+from .turns import in_turn, serve
 
 NAME = "run-generation-avx512_bf16"
 CONTENDERS = ("bf16", "LoRA", "NF4", "NF4, LoRA", "NF4, compiled")
@@ -118,21 +120,44 @@ def generated(model: Any, ids: Tensor, count: int) -> Tensor:
 # --- tokens per second ------------------------------------------------------------------------------------------------
 
 
-def _seconds(model: Any, ids: Tensor, count: int) -> float:
-    start = time.perf_counter()
-    generated(model, ids, count)
-    return time.perf_counter() - start
+class Generation:
+    """Generations of one contender. ``rates`` has the tokens per second of each."""
+
+    def __init__(self, model: Any, ids: Tensor, tokens: int) -> None:
+        self.model, self.ids, self.tokens = model, ids, tokens
+        self.rates: list[float] = []
+
+    def _seconds(self, count: int) -> float:
+        start = time.perf_counter()
+        generated(self.model, self.ids, count)
+        return time.perf_counter() - start
+
+    def run(self, times: int) -> None:
+        for _ in range(times):
+            first = self._seconds(1)
+            self.rates.append(self.tokens / (self._seconds(1 + self.tokens) - first))
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the median of ``rates`` without the first, which warms up."""
+        return {"rate": statistics.median(self.rates[1:])}
 
 
-def rates(models: dict[str, Any], ids: Tensor, tokens: int, rounds: int) -> dict[str, float]:
-    """Returns each model's tokens per second, the median over the rounds in which the models run in turn."""
-    found: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(1 + rounds):
-        for name, model in models.items():
-            first, whole = _seconds(model, ids, 1), _seconds(model, ids, 1 + tokens)
-            if turn:  # the first turn warms up
-                found[name].append(tokens / (whole - first))
-    return {name: statistics.median(values) for name, values in found.items()}
+def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns a row for each of ``args.contenders``, with the tokens per second of "ours" and of "stock"."""
+    kinds = {name: ("ours",) if "compiled" in name else ("ours", "stock") for name in args.contenders}
+    own = ["--tokens", str(args.tokens), "--threads", str(torch.get_num_threads())]
+    commands = {
+        f"{kind}: {name}": [sys.executable, "-m", "benchmarks.generation", "--contender", name, kind, *own]
+        for name in args.contenders
+        for kind in kinds[name]
+    }
+    found, failed = in_turn(commands, [1] * (1 + args.rounds), None)
+    for contender, error in failed.items():
+        print(f"failed: {contender}: {error}", flush=True)
+    rate = {contender: round(figures["rate"], 1) for contender, figures in found.items()}
+    return [
+        {"model": name, **{kind: rate.get(f"{kind}: {name}") for kind in ("ours", "stock")}} for name in args.contenders
+    ]
 
 
 # --- the tokens of the operator of a layer ----------------------------------------------------------------------------
@@ -168,9 +193,9 @@ def table(result: Result) -> str:
     """Returns the Markdown table of a result."""
     lines = ["| model | ours, tokens/s | stock, tokens/s | ours over stock |", "|---|---|---|---|"]
     for row in result["rows"]:
-        ours, stock = row["ours"], row["stock"]
-        peer, ratio = ("", "") if stock is None else (f"{stock:.1f}", f"{ours / stock:.2f}")
-        lines.append(f"| {row['model']} | {ours:.1f} | {peer} | {ratio} |")
+        ours, stock = (f"{row[kind]:.1f}" if row[kind] else "" for kind in ("ours", "stock"))
+        ratio = f"{row['ours'] / row['stock']:.2f}" if ours and stock else ""
+        lines.append(f"| {row['model']} | {ours} | {stock} | {ratio} |")
     text = f"**Generation**: {result['what']}.\n\n" + "\n".join(lines)
     if (found := result.get("same_tokens")) is not None:
         text += (
@@ -198,22 +223,16 @@ def measure(args: argparse.Namespace) -> Result:
             "input_ids"
         ]
 
-    ids = encode(prompts(1)[0])
-    models: dict[tuple[str, str], Any] = {}
-    for name in args.contenders:
-        for kind in ("ours",) if "compiled" in name else ("ours", "stock"):
-            models[name, kind] = contender(name, kind, load)
-    named = rates({f"{name}; {kind}": model for (name, kind), model in models.items()}, ids, args.tokens, args.rounds)
-    rows = []
-    for name in args.contenders:
-        stock: Optional[float] = named.get(f"{name}; stock")
-        ours = named[f"{name}; ours"]
-        rows.append({"model": name, "ours": round(ours, 1), "stock": stock and round(stock, 1)})
-        print(rows[-1], flush=True)
-    models.clear()
+    if args.contender:
+        torch.set_num_threads(args.threads)
+        generation = Generation(contender(*args.contender, load), encode(prompts(1)[0]), args.tokens)
+        serve(generation.run, generation.figures)
+        return {}
+    rows = rates(args)
+    for row in rows:
+        print(row, flush=True)
     result: Result = {
-        "what": f"SmolLM2-135M-Instruct, {args.tokens} tokens behind a prompt of {ids.shape[1]}, greedy, "
-        f"{args.rounds} rounds",
+        "what": f"SmolLM2-135M-Instruct, {args.tokens} tokens behind a short prompt, greedy, {args.rounds} rounds",
         "rows": rows,
     }
     if args.prompts:
@@ -233,8 +252,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=0, help="prompts whose tokens are compared, at most 200")
     parser.add_argument("--new", type=int, default=32, help="tokens of each of these prompts; default: 32")
+    parser.add_argument("--contender", nargs=2, metavar=("NAME", "KIND"), help="generate for one contender, when asked")
+    parser.add_argument("--threads", type=int, help="threads of that contender")
     parser.add_argument("--out", type=Path, help=f"result file; default: benchmarks/results/{NAME}-<date>.json")
     args = parser.parse_args()
+    if args.contender:
+        measure(args)
+        return
     about = machine()
     out = result_path("run-generation", about, args.out)
     write(out, {"machine": about, **measure(args)})

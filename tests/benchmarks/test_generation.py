@@ -1,6 +1,8 @@
 """Tests the benchmark of generation on a tiny model."""
 
+import argparse
 import importlib
+import statistics
 import sys
 from pathlib import Path
 
@@ -27,10 +29,25 @@ def test_the_questions_are_different():
 
 def test_each_contender_generates_the_tokens_that_are_timed():
     ids = torch.arange(8)[None]
-    models = {f"{name}; {kind}": generation.contender(name, kind, tiny)
-              for name in ("LoRA", "NF4, LoRA") for kind in ("ours", "stock")}  # fmt: skip
-    assert {len(generation.generated(model, ids, 5)) for model in models.values()} == {5}
-    assert all(rate > 0 for rate in generation.rates(models, ids, 3, 1).values())
+    for name in ("LoRA", "NF4, LoRA"):
+        for kind in ("ours", "stock"):
+            one = generation.Generation(generation.contender(name, kind, tiny), ids, 3)
+            assert len(generation.generated(one.model, ids, 5)) == 5
+            one.run(1)
+            one.run(2)
+            assert one.figures()["rate"] == statistics.median(one.rates[1:]) > 0 and len(one.rates) == 3
+
+
+def test_contenders_generate_in_turn(monkeypatch):
+    def in_turn(commands, turns, limit):
+        assert list(commands) == ["ours: NF4", "stock: NF4", "ours: NF4, compiled"] and turns == [1, 1, 1]
+        assert commands["stock: NF4"][3:6] == ["--contender", "NF4", "stock"]
+        return {"ours: NF4": {"rate": 60.04}, "stock: NF4": {"rate": 30.0}}, {"ours: NF4, compiled": OSError("no")}
+
+    monkeypatch.setattr(generation, "in_turn", in_turn)
+    args = argparse.Namespace(contenders=["NF4", "NF4, compiled"], tokens=8, rounds=2)
+    assert generation.rates(args) == [{"model": "NF4", "ours": 60.0, "stock": 30.0},
+                                      {"model": "NF4, compiled", "ours": None, "stock": None}]  # fmt: skip
 
 
 def test_prompts_are_counted_by_where_their_tokens_differ(monkeypatch):

@@ -411,7 +411,11 @@ class Scales(hf.LlamaForCausalLM):
 
 @pytest.mark.parametrize(
     ("name", "is_compiled"),
-    [*((name, False) for name in STEPS), *((name, True) for name in ("scale", "cap of 1, unscaled", "in place"))],
+    [
+        *((name, False) for name in STEPS),
+        ("scale", True),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("cap of 1, unscaled", "in place")),
+    ],
 )
 def test_steps_between_head_and_loss(name: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, is_fused = STEPS[name]

@@ -155,6 +155,7 @@ def test_layers_of_one_input_cost_little_more_than_one_read_of_it() -> None:
     assert cuda_model.llama_layer(card, 8192, "LoRA, dropout", True) < 1.12
 
 
+@pytest.mark.slow
 def test_no_row_of_the_model_is_below_its_limit() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in cuda_model.tables().splitlines()]
     held = {row[0]: row[1:] for row in rows}

@@ -298,6 +298,7 @@ def test_a_run_goes_on_with_the_records_it_began_with(tiny: Path, tmp_path: Path
         prepare(replace(options, resume=True, max_steps=3))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_optimizer_does_not_fit_is_refused_by_name(tiny: Path, tmp_path: Path, monkeypatch) -> None:
     from transformers import Trainer
 
