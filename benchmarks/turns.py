@@ -78,20 +78,22 @@ def in_turn(
     commands: dict[str, list[str]], turns: list[int], limit: Optional[float]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, subprocess.SubprocessError]]:
     """Runs each command in a process, which takes ``turns[0]`` steps, then ``turns[1]`` steps, and so on, each time
-    after the others.
+    after the others. With a single turn, a process starts after the process before it has ended.
 
     Returns the figures of each contender, and the error of each contender that failed.
     """
-    contenders = {kind: _Contender(command, limit) for kind, command in commands.items()}
-    for steps in turns:
-        for contender in contenders.values():
-            contender.take(steps)
-    found, failed = {}, {}
-    for kind, contender in contenders.items():
-        try:
-            found[kind] = contender.figures()
-        except subprocess.SubprocessError as error:
-            failed[kind] = error
+    found: dict[str, dict[str, Any]] = {}
+    failed: dict[str, subprocess.SubprocessError] = {}
+    for group in [commands] if len(turns) > 1 else [{kind: command} for kind, command in commands.items()]:
+        contenders = {kind: _Contender(command, limit) for kind, command in group.items()}
+        for steps in turns:
+            for contender in contenders.values():
+                contender.take(steps)
+        for kind, contender in contenders.items():
+            try:
+                found[kind] = contender.figures()
+            except subprocess.SubprocessError as error:
+                failed[kind] = error
     return found, failed
 
 

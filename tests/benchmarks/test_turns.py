@@ -35,6 +35,16 @@ def test_contenders_take_their_steps_in_turn(tmp_path):
     assert log.read_text() == "abcabcaaabbbccc"
 
 
+def test_with_a_single_turn_one_contender_runs_at_a_time(tmp_path):
+    log = tmp_path / "log"
+    script = f"open({str(log)!r}, 'a').write('+'); {{}}; open({str(log)!r}, 'a').write('-')"
+    serves = "exec({!r})"
+    commands = {name: command(script.format(serves.format(SERVE.format(root=str(ROOT), log=str(log), name=name))))
+                for name in "ab"}  # fmt: skip
+    found, failed = turns.in_turn(commands, [2], None)
+    assert list(found) == ["a", "b"] and failed == {} and log.read_text() == "+aa-+bb-"
+
+
 def test_a_contender_that_fails_or_is_late_leaves_the_others(tmp_path):
     serves = SERVE.format(root=str(ROOT), log=str(tmp_path / "log"), name="a")
     dies, sleeps = "raise SystemExit(3)", "import time; time.sleep(600)"

@@ -118,3 +118,20 @@ def test_numbers_are_checked_under_a_compiler_as_well(how: dict, said: str) -> N
     call = torch.compile(lambda x: ops.lora_linear(x, weight, lora_A, lora_B, **how), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=said):
         call(x)
+
+
+@pytest.mark.parametrize("op", [ops.lora_linear, ops.lora_residual], ids=lambda op: op.__name__)
+def test_a_column_of_rank_scales_has_a_column_of_gradients(op, device: torch.device) -> None:
+    torch.manual_seed(0)
+    x, w, a, b = (torch.randn(*s).to(device) for s in ((6, 64), (32, 64), (4, 64), (32, 4)))
+    other = w if op is ops.lora_linear else torch.randn(6, 32).to(device)
+    results = []
+    for shape in ((4,), (4, 1)):
+        scale = torch.linspace(-1, 2, 4, dtype=torch.float64).float().to(device).view(shape).requires_grad_()
+        y = op(x, other, a, b, rank_scale=scale, scaling=0.5)
+        (grad,) = torch.autograd.grad(y.square().sum(), scale)
+        assert grad.shape == shape and grad.dtype == scale.dtype
+        results.append((y, grad.flatten()))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    with pytest.raises(ValueError, match=r"rank_scale has shape \(2, 2\), wanted \(4,\) or \(4, 1\)"):
+        op(x, other, a, b, rank_scale=torch.ones(2, 2, device=device))
