@@ -241,7 +241,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "dora": _operator(DORA, "dora_linear", *STOCK),
     "dropout": _operator(DORA, "dropout", "torch eager"),
     "nf4": _operator(NF4, "nf4_linear", "bitsandbytes", "bitsandbytes, repacked", "frozen"),
-    "generation": partial(shown, (generation.NAME, generation.table)),
+    "generation": partial(shown, (generation.NAME, generation.table), (generation.SAME, generation.same_text)),
     "quantize": partial(shown, (NF4, quantize_table)),
     "attention": _operator(ATTENTION, "scaled_dot_product_attention", "torch eager"),
     "shapes": partial(shown, ("layer-shapes-avx512_bf16", shapes_table)),
