@@ -52,7 +52,8 @@ def _linear4bit() -> nn.Module:
 
 
 def _configs() -> dict[str, tuple[Callable[[], nn.Module], Tensor, Any]]:
-    """Returns, for each method, a function that makes a base layer, the chain's input, and PEFT's configuration."""
+    """Returns a dict from the name of each method to a function that makes a base layer, the chain's input, and PEFT's
+    configuration."""
     from peft import AdaLoraConfig, IA3Config, LoraConfig
 
     targets = [f"layers.{i}" for i in range(LAYERS)]

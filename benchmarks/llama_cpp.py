@@ -105,7 +105,8 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def compared(theirs: list[np.ndarray], ours: list[np.ndarray]) -> dict[str, float]:
-    """Compares two lists of logits, each with an array [tokens, vocabulary] for each prompt.
+    """Compares the logits of llama.cpp (``theirs``) and of peft_ext (``ours``): two lists with an array [tokens,
+    vocabulary] for each prompt.
 
     ``mean`` and ``max``: mean and largest absolute difference of a logit. ``kl`` and ``kl_max``: mean and largest
     value, over the tokens, of KL(ours ‖ theirs) in nats. ``top1``: fraction of the tokens with the same most probable
@@ -150,7 +151,7 @@ class Ours:
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> int:
-    """Returns the number of equal tokens before the first difference of two lists of tokens."""
+    """Returns the number of tokens that two lists of tokens have in common at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

@@ -19,8 +19,8 @@ DONE = "# done"  # the line that a process prints after it took the steps that i
 
 
 class _Contender:
-    """A process that runs :func:`serve`. The process is killed once it has taken ``limit`` seconds, of which the steps
-    of other contenders are no part; None: never."""
+    """A process that runs :func:`serve`. The process is killed once its own steps have taken ``limit`` seconds in all;
+    if ``limit`` is None, the process is never killed."""
 
     def __init__(self, command: list[str], limit: Optional[float]) -> None:
         self.command, self.limit, self.left, self.is_late = command, limit, limit, False
@@ -48,8 +48,8 @@ class _Contender:
         return iter(self.process.stdout.readline, "")
 
     def take(self, steps: int) -> None:
-        """Has the process take ``steps`` steps and waits for them. If the process ends before, :meth:`figures` finds
-        its error."""
+        """Lets the process run ``steps`` steps, and waits until the process has run the steps. If the process ends
+        earlier, a later call of :meth:`figures` raises the error."""
         assert self.process.stdin is not None
         with self._limited(), suppress(BrokenPipeError):
             self.process.stdin.write(f"{steps}\n")
@@ -96,7 +96,8 @@ def in_turn(
 
 
 def serve(run: Callable[[int], None], figures: Callable[[], dict[str, Any]]) -> None:
-    """Takes the steps that :func:`in_turn` asks for by ``run``, and prints ``figures()`` when no more are asked for."""
+    """Runs in a contender's process: for each number of steps that :func:`in_turn` writes to standard input, calls
+    ``run`` with this number; after the last number, prints the result of ``figures`` as JSON."""
     for line in sys.stdin:
         run(int(line))
         print(f"\n{DONE}", flush=True)

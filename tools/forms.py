@@ -43,7 +43,8 @@ KINDS = {
     "MLP": ("mlp",),
 }
 
-# By class of the architectures in DECODERS and ENCODERS, the reason why the class has no known form.
+# REASONS maps the names of classes of the architectures in DECODERS and ENCODERS to the reason why the class has no
+# known form (row of forms.tsv).
 _HOLDS = "holds another attention, which has a known form"
 REASONS = {
     "BertAttention": _HOLDS,
@@ -303,8 +304,8 @@ def _architecture(cls: Any) -> str:
 
 
 def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict[str, list]]:
-    """Returns, for each architecture and each kind of KINDS, the number of classes with a known form and the names of
-    the classes without one."""
+    """Returns a dict from each architecture to a dict from each kind of KINDS to a list: the number of classes with a
+    known form, and the names of the classes without one."""
     found: dict[str, dict[str, list]] = {}
     for cls in classes():
         architecture, name = _architecture(cls), cls.__name__.lower()

@@ -161,7 +161,8 @@ class Outcome:
         return not wrong
 
     def see(self, line: str) -> None:
-        """Counts the result of a test if a line of pytest's output names one."""
+        """If ``line``, a line of pytest's output, has the result of a test, counts the test in ``rows``, and adds the
+        name of a failed test to ``failed``."""
         if found := TEST.match(line):
             self.rows += 1
             if (found["result"] or found["result_"]) in ("FAILED", "ERROR"):

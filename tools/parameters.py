@@ -66,8 +66,9 @@ def in_code(code: bytes, symbol: str) -> Layout:
 
 
 def on_host(kernels: Iterable[tuple[str, str]], compiler: str = "g++") -> dict[str, Layout]:
-    """Returns, for each kernel, the offsets and sizes that g++ gives its parameters. ``kernels``: for each kernel, the
-    C++ expression that names the kernel, which is the key of the result, and the kernel's source file."""
+    """Returns a dict from each kernel to the offsets and sizes that g++ gives the kernel's parameters. ``kernels``: for
+    each kernel, the C++ expression that names the kernel, which is the key of the result, and the kernel's source
+    file."""
     by_file: dict[str, list[str]] = {}
     for name, file in kernels:
         by_file.setdefault(file.rpartition("csrc/")[2], []).append(name)

@@ -125,7 +125,7 @@ class Loop:
         """
         ready: dict[int, int] = {}
         time = start = 0
-        for _ in range(2):  # the second iteration is counted, which waits for results of the first
+        for _ in range(2):  # the second iteration is counted, which waits for results of the first iteration
             start = time
             for instruction in self.instructions:
                 waits = [ready.get(register, 0) for register in instruction.reads]
