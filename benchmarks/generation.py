@@ -73,7 +73,8 @@ def _to_bitsandbytes(model: Any) -> None:
         for name, child in parent.named_children():
             if isinstance(child, peft_ext.nn.NF4Linear):
                 setattr(parent, name, bitsandbytes_linear(child.nf4, child.bias))
-    model.is_loaded_in_4bit = True  # PEFT then uses its class for Linear4bit
+    # PEFT uses its adapter class for Linear4bit only if is_loaded_in_4bit is set.
+    model.is_loaded_in_4bit = True
 
 
 def _with_adapter(model: Any) -> Any:

@@ -46,7 +46,8 @@ PROMPTS = (
     "An iterator is an object that implements", "Shakespeare wrote", "The global statement causes the listed",
     "Three primary colors are red,", "A class definition defines a class object", "If it rains tomorrow, we will",
 )  # fmt: skip
-# A file type is measured without an adapter, with the exported adapter in float16, and with that in float32.
+# A file type is measured without an adapter, with the exported adapter in float16, and with the exported adapter in
+# float32.
 KINDS = ("none", "f16", "f32")
 
 

@@ -4,7 +4,7 @@ A layer has ``x [T, K]`` and ``grad [T, N]`` in bfloat16, a frozen ``W [N, K]`` 
 format of :mod:`.packed_bases`), and float32 adapters, on the CPU or on a GPU. With "hot" weights each call of a layer
 uses the same weight. With "rotating" weights the calls use copies of one weight in turn, which together fill
 :data:`ROTATING_BYTES` bytes; the copies have equal values, so that one float64 result verifies every call. With
-"rotating" weights the calls also use copies of the adapters in turn.
+"rotating" weights, most comparisons also use copies of the adapters in turn.
 """
 
 from __future__ import annotations

@@ -164,7 +164,8 @@ sum of both terms once."""
 
 
 def methods_table(result: Result) -> str:
-    of_frozen = all("over_frozen" in row for row in result["rows"])  # older files have no runs of the frozen model
+    # Older result files have no runs of the frozen model.
+    of_frozen = all("over_frozen" in row for row in result["rows"])
     titles = "| method | tokens/s | peak memory |" + " time over the frozen step |" * of_frozen + " layers fused |"
     rows = [(row["method"], f"**{row['speedup']:.2f}x**", f"**{row['memory']:.2f}**",
              *([f"{row['over_frozen']:.2f}"] if of_frozen else []), f"{row['fused']} of {row['layers']}")

@@ -475,10 +475,9 @@ def card_of(name: str) -> Card | None:
 
 
 def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, float]]:
-    """Returns a dict from each part of a step of a layer of 4096 x 4096 to a regular expression, which the names of the
-    part's kernels match, and the computed seconds. Parts that run the same kernel are returned as one part with the sum
-    of their seconds. ``method``: a key of LAYERS, or "NF4, T <= 8" or "NF4, T <= 16" for a forward over NF4 without an
-    adapter.
+    """Returns a dict from each part of a step of a layer of 4096 x 4096 to a regular expression for the names of the
+    part's kernels, and the computed seconds. Parts that run the same kernel are one part, with the sum of their
+    seconds. ``method``: a key of LAYERS, or "NF4, T <= 8" or "NF4, T <= 16" for a forward over NF4 without an adapter.
     """
     if method.startswith("NF4"):
         return {method: (r"^nf4_few_tokens_kernel", decode(card, 4096, 4096, t))}

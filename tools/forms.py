@@ -199,9 +199,9 @@ def classes() -> Iterator[Any]:
 
 
 def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the rows of the table for the imported transformers, the coverage of each architecture, and the counts of
-    :func:`_battery`. ``known`` are rows from other releases, which are not proved again: a form with the same digest is
-    the same code in each release.
+    """Returns a dict with the rows of the table for the imported transformers, the coverage of each architecture, and,
+    if ``known`` is empty, the counts of :func:`_battery`. ``known`` are rows from other releases, which are not proved
+    again: a form with the same digest is the same code in each release.
     """
     sys.path.insert(0, str(ROOT / "tests/support"))
     import form_proofs

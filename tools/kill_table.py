@@ -94,7 +94,8 @@ def row_of(
     head: list[str], whole: Path, output: Path, codes: list[int], processes: int, wrong: str
 ) -> list[str]:  # fmt: skip
     """Returns a row of the table: ``head``, the differences of losses and weights between the runs in the folders
-    ``whole`` and ``output``, and the result. ``wrong``: an error that is already known, or ""."""
+    ``whole`` and ``output`` (empty texts if one of ``codes``, the exit codes of the run, is not 0), and the result.
+    ``wrong``: an error of the run that is already known, or ""."""
     if any(codes):
         return [*head, "", "", f"exit codes {codes}"]
     losses, weights = differences(whole, output)

@@ -198,7 +198,7 @@ def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False
     found = body(outer)
     for (first, last), times in sorted(inner):
         if first < at:
-            continue  # this loop is a part of the previous inner loop
+            continue  # this inner loop is a part of the previous inner loop
         order += [i for i in found if at <= i.address < first] + body((first, last)) * times
         at = last + 1
     return Loop(order + [i for i in found if i.address >= at])
