@@ -286,7 +286,8 @@ def check_kernels(ops: set[str], device: str = "cpu") -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Returns processor, threads, CPU paths, environment variables, date and versions of this run."""
+    """Returns a dict with the processor, the number of threads, the CPU paths, the environment variables, the date and
+    the versions of this run."""
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),

@@ -58,7 +58,8 @@ def sums(events: Iterable[FunctionEvent], vocabulary: int) -> dict[str, float]:
 
 
 def train(kind: str, shape: str, steps: int, batch: int, length: int) -> dict[str, Any]:
-    """Returns the median milliseconds of a training step of the contender ``kind``, and of each part of the step."""
+    """Returns a dict with the median milliseconds of a training step of the contender ``kind``, and of each part of the
+    step."""
     from . import e2e
 
     vocabulary = e2e.SHAPES[shape][0]["vocab_size"]

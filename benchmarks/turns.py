@@ -77,10 +77,10 @@ class _Contender:
 def in_turn(
     commands: dict[str, list[str]], turns: list[int], limit: Optional[float]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, subprocess.SubprocessError]]:
-    """Runs each command in a process, which takes ``turns[0]`` steps, then ``turns[1]`` steps, and so on, each time
-    after the others.
+    """Runs each of ``commands`` in a process of its own. One process after the other takes ``turns[0]`` steps, then one
+    after the other takes ``turns[1]`` steps, and so on.
 
-    Returns the figures of each contender, and the error of each contender that failed.
+    Returns a dict from each contender to its figures, and a dict from each contender that failed to its error.
     """
     contenders = {kind: _Contender(command, limit) for kind, command in commands.items()}
     for steps in turns:

@@ -88,7 +88,7 @@ CARDS = {
 
 
 def loops(card: Card) -> dict[str, dict[str, float]]:
-    """Returns the rows of docs/slots.tsv for a card's architecture, by the name of the loop, with numbers as floats."""
+    """Returns a dict from each loop's name to its numbers in docs/slots.tsv for a card's architecture, as floats."""
     found = {}
     for row in slots.read():
         if row["arch"] == card.arch:

@@ -269,8 +269,8 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
     """For each class with a known form in the architectures DECODERS and ENCODERS, replaces the values that the class's
-    forward finds by name and for which ``another`` has a replacement, one at a time. Returns, by kind, the numbers of
-    classes, of replacements, and of replacements after which the form was still known."""
+    forward finds by name and for which ``another`` has a replacement, one at a time. Returns a dict from each kind of
+    form to three numbers: of classes, of replacements, and of replacements after which the form was still known."""
     from unittest.mock import patch
 
     from reached import another, reached

@@ -266,9 +266,8 @@ def packages(here: Machine, outcome: Outcome) -> None:
 
     Nothing is installed into the running Python, unless the running Python is .venv's. If torch in the running Python
     is 2.11 or newer and sees the GPU, a new .venv also sees the packages of the running Python, and pip installs only
-    the missing packages. If torch sees the GPU in neither the running Python nor .venv, pip installs a torch into
-    .venv, if .venv is new or runs this program. If pip fails, parts run without the missing packages, but not without
-    torch.
+    the missing packages. If torch sees the GPU in neither Python, pip installs a torch into .venv, if .venv is new or
+    runs this program. If pip fails, parts run without the missing packages, but not without torch.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
     end = here.runner.clock() + outcome.limit

@@ -40,7 +40,7 @@ int main() {{
 
 
 def _sections(code: bytes) -> dict[str, bytes]:
-    """Returns the sections of a 64-bit ELF file by name."""
+    """Returns a dict from the name of each section of a 64-bit ELF file to the section."""
     (table,), (size, count, names) = struct.unpack_from("<Q", code, 0x28), struct.unpack_from("<HHH", code, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", code, table + at * size) for at in range(count)]
     text = headers[names][4]

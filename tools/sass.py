@@ -137,7 +137,7 @@ class Loop:
 
 
 def disassemble(cubin: Path, nvdisasm: str) -> dict[str, list[Instruction]]:
-    """Returns the instructions of each kernel of a cubin file, by the kernel's mangled name."""
+    """Returns a dict from the mangled name of each kernel of a cubin file to the kernel's instructions."""
     text = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     labels: dict[str, int] = {}
