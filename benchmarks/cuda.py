@@ -200,8 +200,8 @@ class Meter:
                         self._samples += filter(None, [sample_of(line)])
 
     def lap(self) -> dict[str, float]:
-        """Returns the median of each field over the samples since the last call of ``lap``. If no sample is new,
-        returns the last result again."""
+        """Returns a dict from each field to its median over the samples since the last call of ``lap``. If no sample is
+        new, returns the last result again."""
         with self._lock:
             samples, self._samples = self._samples, []
         medians = {}

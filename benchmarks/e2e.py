@@ -159,8 +159,8 @@ def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """A PEFT method. With ``quantized``, the base layers of "ours" and of "stock" are bitsandbytes' Linear4bit (nested
-    NF4), if bitsandbytes is installed."""
+    """A PEFT method. With ``quantized``, the base layers of the contenders "ours" (peft_ext) and "stock" (PEFT alone)
+    are bitsandbytes' Linear4bit (nested NF4), if bitsandbytes is installed."""
 
     peft_type: str
     quantized: bool = False

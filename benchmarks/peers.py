@@ -151,7 +151,7 @@ class Problem:
     """Inputs and weights of one layer at one number of tokens.
 
     :meth:`weights` returns Turns that give one frozen weight at a time. ``adapters`` are Turns that give one dictionary
-    of the adapters' leaf tensors at a time. ``captured`` says that the calls are captured in a CUDA graph, which cannot
+    of the adapters' leaf tensors at a time. ``captured``: whether the calls are captured in a CUDA graph, which cannot
     contain a copy from the host.
     """
 

@@ -29,7 +29,8 @@ LINE = 64  # bytes of a cache line
 
 @dataclass(frozen=True)
 class Machine:
-    """The constants of a machine, of which GROUP cores share an L3. Rates are in bytes/s, and times in seconds."""
+    """The constants of a machine in which each group of GROUP cores shares an L3 cache. Rates are in bytes/s, and times
+    in seconds."""
 
     sockets: int
     l3_rate: float  # rate at which one core reads from L3
