@@ -58,7 +58,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "peft_ext/_version.py").rea
 
 def find_torch():
     """Returns the torch that this process can import. In pip's isolated build, returns the torch of the environment
-    that peft_ext is installed into. Returns None if neither exists.
+    that peft_ext is installed into. Returns None if there is no torch in either place.
     """
     try:
         import torch
@@ -66,7 +66,8 @@ def find_torch():
         places = folders_of_packages()
         if not any(Path(place, "torch", "version.py").exists() for place in places):
             return None
-        sys.path += places  # all folders, because torch's requirements may be in another folder than torch
+        # All folders are added, because torch's requirements may be in another folder than torch.
+        sys.path += places
         import torch
     return torch
 
@@ -74,8 +75,9 @@ def find_torch():
 def folders_of_packages():
     """Returns the folders of packages of the environment that peft_ext is installed into, in the order of sys.path.
 
-    pip's isolated build hides these folders. In a virtual environment without ``--system-site-packages``, they are the
-    folders of the virtual environment. Otherwise the user's folder and the folders of the system follow.
+    pip's isolated build hides the folders of this environment from Python. In a virtual environment without
+    ``--system-site-packages``, the result has only the folders of the virtual environment. Otherwise the result also
+    has the user's folder and the folders of the system.
     """
     places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     settings = Path(sys.prefix, "pyvenv.cfg")
@@ -122,7 +124,8 @@ def compiler():
 
 
 def options_of(command):
-    """Returns the options of a command, without the words before the first option: ``ccache gcc -pthread``."""
+    """Returns the options of a command, without the words before the first option: ``["-pthread"]`` for ``ccache gcc
+    -pthread``."""
     first = next((at for at, word in enumerate(command) if word.startswith("-")), len(command))
     return command[first:]
 
@@ -208,7 +211,8 @@ def build_command(base):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(KERNELS, place)
 
-        def copy_extensions_to_source(self):  # setuptools calls this in a build in place, such as an editable install
+        # setuptools calls this method in a build in place, such as an editable install.
+        def copy_extensions_to_source(self):
             super().copy_extensions_to_source()
             if KERNELS and Path(KERNELS).resolve() != ROOT / "peft_ext/_kernels.so":
                 shutil.copy(KERNELS, ROOT / "peft_ext/_kernels.so")

@@ -29,8 +29,8 @@ EXPERTS, PARTS = 64, 8  # the weight [N, K] is cut into PARTS x PARTS weights, o
 
 @lru_cache(maxsize=1)
 def _routing(rows: int, device: str) -> Tensor:
-    """Returns the ``offsets`` of lora_experts for ``rows`` rows that go to experts at random: for each expert, the
-    index after the expert's last row."""
+    """Returns the argument ``offsets`` of the operator lora_experts, for ``rows`` rows of x that go to experts at
+    random: for each expert, the number of rows of this expert and of all experts before it."""
     draw = torch.Generator().manual_seed(0)
     chosen = torch.randint(0, EXPERTS, (rows,), generator=draw)
     return torch.bincount(chosen, minlength=EXPERTS).cumsum(0).to(torch.int32).to(device)

@@ -86,7 +86,7 @@ def _layers(dropout: float, problem: Problem, compile: bool) -> Comparison:
     makers["frozen"] = partial(frozen, problem)
     tokens, k = problem.tokens, problem.k
     # The products of S = dropout(x) Aᵀ, of dA and of the low-rank part of dX are counted for each of the three layers,
-    # because the layers have different dropout masks.
+    # because with dropout the layers have different masks.
     flops = 4 * tokens * problem.n * k + low_rank_flops(problem) + 2 * 6 * tokens * problem.rank * k
     return comparison_of(makers, layer_bytes(problem, "bf16") + low_rank_bytes(problem), flops)
 

@@ -1,10 +1,11 @@
 """Times what the call of a layer takes in addition to its arithmetic: Python, dispatch and autograd.
 
 ``python -m benchmarks.calls`` times a chain of 50 layers of 64 x 64 on one thread: frozen, with PEFT's layers, and with
-PEFT's layers after ``peft_ext.accelerate``. The chain gets two tokens, and a chain of 4-bit layers gets 40 tokens,
-because bitsandbytes dequantizes the weight only for an input of many tokens. The benchmark times a forward in training,
-a forward and backward in training ("step"), and a forward in evaluation, and runs the three models in turn. A result is
-the median, over the rounds, of the microseconds that one layer takes; a ratio is the median of the rounds' ratios.
+PEFT's layers after ``peft_ext.accelerate``. The chain gets two tokens, except that a chain of 4-bit layers gets 40
+tokens, because bitsandbytes dequantizes the weight only for an input of many tokens. The benchmark times a forward in
+training, a forward and backward in training ("step"), and a forward in evaluation, and runs the three models in turn. A
+result is the median, over the rounds, of the microseconds that one layer takes; a ratio is the median of the rounds'
+ratios.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _linear4bit() -> nn.Module:
 
 
 def _configs() -> dict[str, tuple[Callable[[], nn.Module], Tensor, Any]]:
-    """Returns, for each method, a function that makes a base layer, the chain's input, and PEFT's configuration."""
+    """Returns a dict from the name of each method to a function that makes a base layer, the chain's input, and PEFT's
+    configuration."""
     from peft import AdaLoraConfig, IA3Config, LoraConfig
 
     targets = [f"layers.{i}" for i in range(LAYERS)]

@@ -47,8 +47,8 @@ def _about(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of a result file that a chart shows. ``times``: each contender's time divided by the frozen bf16 layer's
-    time. ``base``: a key of BASES, "bf16" or "nf4"."""
+    """A row of a result file that a chart shows. ``times``: a dict from the name of a contender to its time divided by
+    the frozen bf16 layer's time. ``base``: the kind of the layer's weight, "bf16" or "nf4" (the keys of BASES)."""
 
     label: str
     base: str
@@ -60,8 +60,8 @@ def _tokens(result: Result) -> int:
 
 
 def _label(op: str, case: str) -> tuple[str, str]:
-    """Returns the label of a layer in a chart, and the layer's base (a key of BASES). ``case``: a row's case, such as
-    "T=512 4096->4096, bf16 base, dropout 0.05"."""
+    """Returns the label of a layer in a chart, and the kind of the layer's weight ("bf16" or "nf4"). ``case``: the
+    field "case" of a row of a result file, such as "T=512 4096->4096, bf16 base, dropout 0.05"."""
     _, *parts = case.split(", ")
     base = next(key for key, text in BASES.items() if text in parts)
     rest = [part for part in parts if part not in BASES.values()]
@@ -210,8 +210,8 @@ def parts(result: Result) -> Optional[Picture]:
 
 
 def losses(result: Result) -> Optional[Picture]:
-    """Draws a panel for each method, with the loss curves of the bfloat16 runs of peft_ext and of the twin, and the
-    largest difference of the two curves."""
+    """Draws a panel for each method, with the loss curves of two bfloat16 runs, the accelerated run and its twin (the
+    run without peft_ext's kernels, if there is one), and the largest difference of the two curves."""
     rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
     if not rows:
         return None

@@ -20,8 +20,8 @@ def command_parser(name: str, help_text: Optional[str]) -> argparse.ArgumentPars
 
 
 def run_alone(name: str, *arguments: object, timeout: Optional[float] = None) -> Any:
-    """Runs ``python -m benchmarks.<name>`` in a process of its own. Returns the value of the last line of its output,
-    which is JSON.
+    """Runs ``python -m benchmarks.<name>`` in a process of its own. Returns the value that the last line of the
+    process's output, a line of JSON, stands for.
     """
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=timeout)
@@ -29,7 +29,8 @@ def run_alone(name: str, *arguments: object, timeout: Optional[float] = None) ->
 
 
 def measured(asked: argparse.ArgumentParser, name: str, file: Optional[Path] = None) -> Result:
-    """Returns the result in ``file``, or the newest result called ``name``. Ends the program where there is none."""
+    """Returns the content of the result file ``file``, or of the newest result file called ``name`` if ``file`` is
+    None. Ends the program with an error if no such result file exists."""
     found = json.loads(file.read_text()) if file else newest(name)
     if not found:
         asked.error("nothing was measured yet: there is no result file")

@@ -39,7 +39,8 @@ def peak(method: str, kind: str, compiles: bool, layers: int, batch: int, length
 
 
 def times(method: str, layers: int, steps: int, batch: int, length: int) -> dict[str, list[float]]:
-    """Returns, for each contender, the seconds of its timed steps. The contenders run their steps in turn."""
+    """Returns a dict from each contender to the list of the seconds of its timed steps. The contenders run their steps
+    in turn."""
     from . import e2e
 
     sizes = sizes_of(layers)

@@ -1,4 +1,5 @@
-"""Records loss curves of methods on real data: of an accelerated run, and of a second run, its twin, without peft_ext.
+"""Records loss curves of methods on real data: of an accelerated run, and of the twin, which is a second run of the
+method without peft_ext's kernels.
 
 Both runs of a method begin with equal weights and train on the same batches. Diff Pruning has no twin; BitFit and
 partial fine-tuning have a twin only in float32.

@@ -18,14 +18,17 @@ MakeBase = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Method:
-    """The settings of a method's run, and the kind of the method's twin, a second run for comparison.
+    """The settings of a method's run, and how the method's twin computes. The twin is a second run, without peft_ext's
+    kernels, whose losses are compared with those of the accelerated run.
 
     Attributes:
-        config: a function that takes the numbers of steps and of layers and returns PEFT's configuration.
+        config: a function that takes the number of steps of the run and the number of layers of the model, and returns
+            the configuration of the adapter, of a class of PEFT or of peft_ext.
         twin: how the twin computes: "PEFT" by PEFT's own layers; "reference" by PyTorch's operators; "parameters"
             without an adapter, by training the model's own parameters, which is an equal function only in float32. ""
             if the method has no twin.
-        prune_at: fraction of the run's steps after which Diff Pruning keeps the fraction ``keep`` of its entries.
+        prune_at: fraction of the run's steps after which Diff Pruning keeps only the fraction ``keep`` of its entries;
+            None for every other method.
     """
 
     config: Callable[[int, int], Any]
@@ -84,7 +87,8 @@ TWINS = {"PEFT": "PEFT", "reference": "PyTorch", "parameters": "the model's own 
 
 
 def build(method: Method, make_base: MakeBase, steps: int, dtype: str) -> tuple[nn.Module, Optional[nn.Module]]:
-    """Returns the accelerated model, and a twin with equal weights, or None if the method has no twin in ``dtype``."""
+    """Returns the accelerated model and its twin: a model with equal weights and without peft_ext's kernels, or None if
+    the method has no twin in ``dtype``."""
     import peft_ext
     from peft_ext.nn import BottleneckAdapter
 

@@ -19,13 +19,13 @@ Row = dict[str, Any]
 
 
 def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """Returns the absolute difference of two curves at each step of the shorter curve."""
+    """Returns the absolute difference of the losses of two loss curves at each step of the shorter curve."""
     return [abs(a - b) for a, b in zip(one, other, strict=False)]
 
 
 def max_difference(row: Row) -> Optional[float]:
-    """Returns the largest difference, over the steps, between the losses of a method's two runs; None if the row has no
-    twin."""
+    """Returns the largest difference, over the steps, between the losses of a method's two runs; None if the method has
+    no twin (second run without peft_ext's kernels)."""
     return max(differences(row["losses"]["ours"], row["losses"]["twin"])) if row["twin"] else None
 
 

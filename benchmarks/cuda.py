@@ -121,8 +121,8 @@ def measured_ceilings(repeats: int = 7, size: int = 8192, copy_bytes: int = 2**3
 
 
 def about_gpu() -> dict[str, Any]:
-    """Returns the GPU's name, capability, number of multiprocessors and memory size, and the version of CUDA. If
-    nvidia-smi runs, also returns the driver's version and the GPU's clocks and power limit."""
+    """Returns a dict with the GPU's name, capability, number of multiprocessors and memory size, and the version of
+    CUDA. If nvidia-smi runs, also returns the driver's version and the GPU's clocks and power limit."""
     found = torch.cuda.get_device_properties(0)
     about = {
         "name": found.name,
@@ -146,8 +146,8 @@ def _smi(fields: dict[str, str], uuid: Any, *more: str) -> list[str]:
 
 
 def sample_of(line: str) -> dict[str, float]:
-    """Returns the numbers in a line of nvidia-smi's output, by the names in SAMPLED. Leaves out values that are no
-    numbers, such as "[N/A]"."""
+    """Returns a dict from names in SAMPLED to the numbers in a line of nvidia-smi's output. Leaves out values that are
+    no numbers, such as "[N/A]"."""
     found = {}
     for name, text in zip(SAMPLED, line.split(","), strict=False):
         try:
@@ -200,8 +200,8 @@ class Meter:
                         self._samples += filter(None, [sample_of(line)])
 
     def lap(self) -> dict[str, float]:
-        """Returns the median of each field over the samples since the last call of ``lap``. If no sample is new,
-        returns the last result again."""
+        """Returns a dict from each field to its median over the samples since the last call of ``lap``. If no sample is
+        new, returns the last result again."""
         with self._lock:
             samples, self._samples = self._samples, []
         medians = {}

@@ -159,8 +159,8 @@ def _accuracy(adapter: Path, questions: list[dict[str, str]]) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """A PEFT method. With ``quantized``, the base layers of "ours" and of "stock" are bitsandbytes' Linear4bit (nested
-    NF4), if bitsandbytes is installed."""
+    """A PEFT method. With ``quantized``, the base layers of the contenders "ours" (peft_ext) and "stock" (PEFT alone)
+    are bitsandbytes' Linear4bit (nested NF4), if bitsandbytes is installed."""
 
     peft_type: str
     quantized: bool = False
@@ -297,7 +297,8 @@ def stepper(
 
 
 class Training:
-    """Training steps of one contender; see :func:`stepper`. ``seconds`` and ``losses`` have an entry for each step.
+    """Runs training steps of one contender; see :func:`stepper`. ``seconds`` and ``losses`` have the time and the loss
+    of each step.
 
     On a GPU, the peak memory is the peak of PyTorch's allocations after the model was built.
     """
@@ -347,8 +348,8 @@ class Training:
             self.metered = meter.lap()
 
     def figures(self) -> dict[str, Any]:
-        """Returns the figures of all steps but the first step, which warms up and, if asked to, compiles the model.
-        ``step_ms`` has the time of each of these steps."""
+        """Returns a dict with the figures of the training. The times are those of all steps but the first step, which
+        warms up and, with ``compiles``, compiles the model. ``step_ms`` has the milliseconds of each timed step."""
         taken = self.seconds[1:]
         return {
             "tokens_per_s": round(math.prod(self.shape) / statistics.median(taken), 1),
@@ -419,8 +420,8 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def method_row(name: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Returns the row of a method. The row has no ratios if some contender has fewer finished runs than another, or if
-    no run finished."""
+    """Returns the row of the result file for a method. The row has no ratios if some contender has fewer finished runs
+    than another, or if no run finished."""
     ours, stock = runs["ours"], runs["stock"]
     first = (ours or stock or runs["frozen"])[0]
     row = {
@@ -485,8 +486,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, one_run_of: str = "", **numbers: int) -> argparse.ArgumentParser:
-        """Adds a command with an integer option for each of ``numbers``, its default. A command that is not one run of
-        another command writes a result file."""
+        """Adds a command to the program, with an integer option for each keyword argument in ``numbers``, whose value
+        is the option's default. A command with ``one_run_of`` does one run of the command ``one_run_of`` and prints the
+        figures of the run as JSON; any other command writes a result file."""
         about = {"help": f"one run of {one_run_of}: its figures as JSON"} if one_run_of else {}
         made = commands.add_parser(name, **about)
         for option, default in numbers.items():

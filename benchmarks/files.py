@@ -62,8 +62,8 @@ def newest(name: str) -> Optional[Result]:
 
 
 def newest_by_gpu() -> list[Result]:
-    """Returns, for each GPU, the content of the newest result file of ``python -m benchmarks --device cuda`` with all
-    benchmarks."""
+    """Returns a list with, for each GPU, the content of the newest result file of ``python -m benchmarks --device
+    cuda`` with all benchmarks."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("layer-all-*.json"))]
     return list({result["machine"]["gpu"]["name"]: result for result in found if is_of_a_gpu(result)}.values())
 

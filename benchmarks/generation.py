@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # without kernels the reference would be timed
+os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is timed
 
 import torch
 from torch import Tensor
@@ -74,7 +74,8 @@ def _to_bitsandbytes(model: Any) -> None:
         for name, child in parent.named_children():
             if isinstance(child, peft_ext.nn.NF4Linear):
                 setattr(parent, name, bitsandbytes_linear(child.nf4, child.bias))
-    model.is_loaded_in_4bit = True  # PEFT then uses its class for Linear4bit
+    # PEFT uses its adapter class for Linear4bit only if is_loaded_in_4bit is set.
+    model.is_loaded_in_4bit = True
 
 
 def _with_adapter(model: Any) -> Any:
@@ -122,7 +123,8 @@ def generated(model: Any, ids: Tensor, count: int) -> Tensor:
 
 
 class Generation:
-    """Generations of one contender. ``rates`` has the tokens per second of each."""
+    """Runs and times generations of text by one contender's model. ``rates``: the tokens per second of each timed
+    generation."""
 
     def __init__(self, model: Any, ids: Tensor, tokens: int) -> None:
         self.model, self.ids, self.tokens = model, ids, tokens
@@ -165,7 +167,9 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compared(load: Callable[[], Any], encode: Callable[[str], Tensor], count: int, tokens: int) -> dict[str, int]:
-    """Counts the prompts whose tokens are equal in both ways, and those that first differ at a tie or elsewhere."""
+    """Returns a dict with the number of prompts from which a model with fused decoder layers and a model without them
+    generate equal tokens ("equal"), and the numbers of prompts whose tokens first differ at a tie of two logits ("tie")
+    or elsewhere ("different")."""
     model = load()
     peft_ext.quantize_nf4(model, progress=False)
     model = _with_adapter(model).eval()

@@ -181,8 +181,9 @@ def compare(
 ) -> Row:
     """Verifies the contenders, and then times them in turn, in at least five rounds and for about ``budget_s`` seconds.
 
-    A peer that ``clock`` cannot time, such as a call that cannot be captured in a CUDA graph, is absent. A peer that
-    takes longer than ``timer.LONGEST_CALL_S``, such as bfloat16 on a CPU without bfloat16 instructions, is timed once.
+    If ``clock`` cannot time a peer, for example because the peer's call cannot be captured in a CUDA graph, the row
+    names the peer and the reason in ``absent``. A peer that takes longer than ``timer.LONGEST_CALL_S``, such as
+    bfloat16 on a CPU without bfloat16 instructions, is timed once.
     """
     errors, absent = verify(case.op, comparison)
     samples: dict[str, Callable[[], float]] = {}
@@ -285,7 +286,8 @@ def check_kernels(ops: set[str], device: str = "cpu") -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Returns processor, threads, CPU paths, environment variables, date and versions of this run."""
+    """Returns a dict with the processor, the number of threads, the CPU paths, the environment variables, the date and
+    the versions of this run."""
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),

@@ -46,7 +46,8 @@ PROMPTS = (
     "An iterator is an object that implements", "Shakespeare wrote", "The global statement causes the listed",
     "Three primary colors are red,", "A class definition defines a class object", "If it rains tomorrow, we will",
 )  # fmt: skip
-# A file type is measured without an adapter, with the exported adapter in float16, and with that in float32.
+# A file type is measured without an adapter, with the exported adapter in float16, and with the exported adapter in
+# float32.
 KINDS = ("none", "f16", "f32")
 
 
@@ -105,7 +106,8 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def compared(theirs: list[np.ndarray], ours: list[np.ndarray]) -> dict[str, float]:
-    """Compares two lists of logits, each with an array [tokens, vocabulary] for each prompt.
+    """Compares the logits of llama.cpp (``theirs``) and of peft_ext (``ours``): two lists with an array [tokens,
+    vocabulary] for each prompt.
 
     ``mean`` and ``max``: mean and largest absolute difference of a logit. ``kl`` and ``kl_max``: mean and largest
     value, over the tokens, of KL(ours ‖ theirs) in nats. ``top1``: fraction of the tokens with the same most probable
@@ -150,7 +152,7 @@ class Ours:
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> int:
-    """Returns the number of equal tokens before the first difference of two lists of tokens."""
+    """Returns the number of tokens that two lists of tokens have in common at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

@@ -114,8 +114,8 @@ def _step(kind: str, loader: str, model: Any) -> None:
 
 
 def measure(kind: str, loader: str, tiny: Path, path: Path) -> dict[str, float]:
-    """Returns the peak memory of loading, the memory after loading, and the peak memory of a step. The figures are in
-    MiB and leave out the memory before loading."""
+    """Returns a dict with the peak memory of loading, the memory after loading, and the peak memory of a step. The
+    figures are in MiB and leave out the memory before loading."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

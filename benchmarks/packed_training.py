@@ -70,8 +70,9 @@ def perplexity(model: nn.Module, blocks: Sequence[torch.Tensor]) -> float:
 def train(
     name: str, kind: str, steps: int, batch: int, length: int, held_out: int, checkpoint: Optional[Path] = None
 ) -> dict[str, Any]:
-    """Trains the run ``kind`` of the format ``name`` in this process. Returns the packed layers' formats and bits per
-    weight, the losses, the perplexities, the memory, and the numbers of fused adapter layers and of adapter layers.
+    """Trains the run ``kind`` of the format ``name`` in this process. Returns a dict with the packed layers' formats
+    and bits per weight, the losses, the perplexities, the memory, and the numbers of fused adapter layers and of
+    adapter layers.
 
     ``checkpoint``: the folder of a quantized checkpoint, which PackedConfig loads; if None, the bfloat16 model is
     packed.

@@ -48,8 +48,8 @@ def part_of(event: FunctionEvent, vocabulary: int) -> str:
 
 
 def sums(events: Iterable[FunctionEvent], vocabulary: int) -> dict[str, float]:
-    """Returns, for each part, the milliseconds that the part's operators take, each without the operators that it
-    calls."""
+    """Returns a dict from each part of a training step to the milliseconds that the part's operators take, each
+    operator without the operators that it calls."""
     found = dict.fromkeys(PARTS, 0.0)
     for event in events:
         if event.name.startswith(("aten::", "peft_ext::", "Optimizer.")):
@@ -58,7 +58,8 @@ def sums(events: Iterable[FunctionEvent], vocabulary: int) -> dict[str, float]:
 
 
 def train(kind: str, shape: str, steps: int, batch: int, length: int) -> dict[str, Any]:
-    """Returns the median milliseconds of a training step of the contender ``kind``, and of each part of the step."""
+    """Returns a dict with the median milliseconds of a training step of the contender ``kind``, and of each part of the
+    step."""
     from . import e2e
 
     vocabulary = e2e.SHAPES[shape][0]["vocab_size"]

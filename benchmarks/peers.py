@@ -3,8 +3,8 @@
 A layer has ``x [T, K]`` and ``grad [T, N]`` in bfloat16, a frozen ``W [N, K]`` that is dense or packed (NF4, or a
 format of :mod:`.packed_bases`), and float32 adapters, on the CPU or on a GPU. With "hot" weights each call of a layer
 uses the same weight. With "rotating" weights the calls use copies of one weight in turn, which together fill
-:data:`ROTATING_BYTES` bytes; the copies have equal values, so that one float64 result verifies every call. The copies
-of the adapters rotate in the same way.
+:data:`ROTATING_BYTES` bytes; the copies have equal values, so that one float64 result verifies every call. With
+"rotating" weights, most comparisons also use copies of the adapters in turn.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _first_nf4(k: int, n: int, double_quant: bool, device: str) -> NF4Weight:
     return ops.nf4_quantize(_first(k, n, device).cpu(), 64, double_quant).to(device)
 
 
-# Only the last pool of weights is kept, because the cases of one shape follow each other.
+# The cache keeps only the rotating copies of one weight, because the cases of one shape follow each other.
 @lru_cache(maxsize=1)
 def _dense_pool(k: int, n: int, least_bytes: int, device: str, base: str) -> list[Tensor]:
     first = _first(k, n, device).to(DTYPES[base])
@@ -151,7 +151,7 @@ class Problem:
     """Inputs and weights of one layer at one number of tokens.
 
     :meth:`weights` returns Turns that give one frozen weight at a time. ``adapters`` are Turns that give one dictionary
-    of the adapters' leaf tensors at a time. ``captured`` says that the calls are captured in a CUDA graph, which cannot
+    of the adapters' leaf tensors at a time. ``captured``: whether the calls are captured in a CUDA graph, which cannot
     contain a copy from the host.
     """
 
@@ -329,7 +329,8 @@ def comparison_of(
     makers: dict[str, Callable[[], Contender]], bytes_moved: int, flops: int = 0, **options: Any
 ) -> Comparison:
     """Returns the comparison of the contenders that ``makers`` make, with the reason for each peer that cannot be made.
-    An error of the first maker, which makes "ours", is raised."""
+    If the first of ``makers``, which makes the contender "ours" (peft_ext), raises an error, comparison_of raises this
+    error."""
     contenders: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name, make in makers.items():
@@ -350,7 +351,8 @@ def frozen(problem: Problem, *, training: bool = True) -> Contender:
 
 
 def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns ``forward`` under ``torch.compile`` for one shape. The first call compiles, and is not timed."""
+    """Returns ``forward`` under ``torch.compile`` for one shape. The first call of the returned function compiles
+    ``forward``; no benchmark times this call."""
     torch._dynamo.reset()
     return torch.compile(forward, fullgraph=True, dynamic=False)
 

@@ -164,7 +164,8 @@ sum of both terms once."""
 
 
 def methods_table(result: Result) -> str:
-    of_frozen = all("over_frozen" in row for row in result["rows"])  # older files have no runs of the frozen model
+    # Older result files have no runs of the frozen model.
+    of_frozen = all("over_frozen" in row for row in result["rows"])
     titles = "| method | tokens/s | peak memory |" + " time over the frozen step |" * of_frozen + " layers fused |"
     rows = [(row["method"], f"**{row['speedup']:.2f}x**", f"**{row['memory']:.2f}**",
              *([f"{row['over_frozen']:.2f}"] if of_frozen else []), f"{row['fused']} of {row['layers']}")
@@ -193,8 +194,8 @@ def experts_table(result: Result) -> str:
 
 
 def shown(*parts: tuple[str, Callable[[Result], str]]) -> str:
-    """Returns, for each pair of a result file's name and a function that makes a table, the table and a line about the
-    run. Leaves out pairs without a result file, and returns NOTHING if no pair has one."""
+    """Returns a text: for each pair of a result file's name and a function that makes a table, the table and a line
+    about the run.  Leaves out pairs without a result file, and returns NOTHING if no pair has one."""
     found = [(table, result) for name, table in parts if (result := newest(name)) is not None]
     return "\n\n".join(f"{table(result)}\n\n{about(result)}." for table, result in found) or NOTHING
 

@@ -179,7 +179,8 @@ def _load_cpu() -> None:
         module = importlib.import_module("._C", __package__)
         build = dict(module.build_info())
         module.register_operators("CPU", NAMESPACE)
-    except (ImportError, OSError, AttributeError) as error:  # AttributeError: _C was built from other sources
+    # An AttributeError says that the module _C was built from other sources than these Python files.
+    except (ImportError, OSError, AttributeError) as error:
         STATE.cpu_error = str(error).strip().splitlines()[0]
         missing = isinstance(error, ModuleNotFoundError)
         what = "was not built" if missing else f"does not load ({STATE.cpu_error})"

@@ -106,7 +106,7 @@ def missing() -> Optional[str]:
         return why
     try:
         version()
-    except Exception as error:  # the package raises errors of many types where NVRTC is missing or does not load
+    except Exception as error:  # cuda-bindings raises errors of many types if NVRTC is missing or does not load
         return f"NVRTC does not load ({type(error).__name__}: {error}): pip install --force-reinstall torch"
     return None
 
@@ -234,7 +234,8 @@ def _nvrtc() -> Any:
     """Returns the Python module of NVRTC. Loads torch's own NVRTC first, because another package may have installed an
     NVRTC of a newer release, whose machine code an older driver would refuse.
     """
-    # OSError is raised if torch is a CPU build, which has no such file, or if NVIDIA's driver is not installed.
+    # CDLL raises OSError if torch is a CPU build, which has no libcaffe2_nvrtc.so, or if NVIDIA's driver is not
+    # installed.
     with contextlib.suppress(OSError):
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libcaffe2_nvrtc.so"))
     return importlib.import_module("cuda.bindings.nvrtc")

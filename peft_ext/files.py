@@ -211,7 +211,8 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     if not kwargs.setdefault("safe_serialization", True):
         raise ValueError("save_adapter: safe_serialization is False, wanted True: a pickle runs code as it is read")
     if not kwargs.get("is_main_process", True):
-        with tempfile.TemporaryDirectory() as folder:  # save_pretrained makes a folder, also in this process
+        # PEFT's save_pretrained makes its folder also in a process that is not the main process.
+        with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, **kwargs)
         return
     target = Path(os.path.realpath(path))
@@ -384,7 +385,8 @@ def _put_new(part: Path, target: Path) -> None:
     except FileExistsError:
         text = "another process has written this file meanwhile"
         raise FileExistsError(errno.EEXIST, text, str(target)) from None
-    except OSError:  # the file system has no hard links: the empty file reserves the name
+    # The file system has no hard links: an empty file reserves the name until the written file replaces the empty file.
+    except OSError:
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         try:
             part.replace(target)

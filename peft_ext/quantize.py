@@ -428,8 +428,8 @@ def linear_groups(
             _check_forward(op, name, linear)
             groups.setdefault(id(linear.weight), []).append(place)
             layers.setdefault(id(linear.weight), set()).add(id(linear))
-    # A weight that a module outside of the group also holds stays dense, because this module would keep the dense
-    # weight.
+    # A weight stays dense if a module that is not in `layers[id(weight)]` holds the weight too, because this module
+    # would keep the dense weight.
     for module in model.modules():
         for parameter in module._parameters.values():
             if id(parameter) in groups and id(module) not in layers[id(parameter)]:

@@ -88,7 +88,7 @@ CARDS = {
 
 
 def loops(card: Card) -> dict[str, dict[str, float]]:
-    """Returns the rows of docs/slots.tsv for a card's architecture, by the name of the loop, with numbers as floats."""
+    """Returns a dict from each loop's name to its numbers in docs/slots.tsv for a card's architecture, as floats."""
     found = {}
     for row in slots.read():
         if row["arch"] == card.arch:
@@ -177,8 +177,8 @@ def partial_sums(t: int, columns: int, rank: int, work: str, card: Card | None =
 
 
 def parts(card: Card, t: int, n: int = 4096, k: int = 4096, rank: int = 16) -> dict[str, float]:
-    """Returns the computed seconds of each part of a training step of a bf16 layer [n, k] with ``t`` tokens and a
-    float32 adapter of rank ``rank``."""
+    """Returns a dict from each part of a training step to its computed seconds, for a step of a bf16 layer [n, k] with
+    ``t`` tokens and a float32 adapter of rank ``rank``."""
     x, y, w = 2.0 * t * k, 2.0 * t * n, 2.0 * n * k
     rows, both, columns = (
         partial_sums(t, *of, card) for of in ((k, rank, "rows"), (n, rank, "both"), (k, rank, "columns"))
@@ -475,9 +475,9 @@ def card_of(name: str) -> Card | None:
 
 
 def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, float]]:
-    """Returns, for each part of a step of a layer of 4096 x 4096, the regular expression of the part's kernels and the
-    computed seconds. Parts that run the same kernel are returned as one part with the sum of their seconds. ``method``:
-    a key of LAYERS, or "NF4, T <= 8" or "NF4, T <= 16" for a forward over NF4 without an adapter.
+    """Returns a dict from each part of a step of a layer of 4096 x 4096 to a regular expression for the names of the
+    part's kernels, and the computed seconds. Parts that run the same kernel are one part, with the sum of their
+    seconds. ``method``: a key of LAYERS, or "NF4, T <= 8" or "NF4, T <= 16" for a forward over NF4 without an adapter.
     """
     if method.startswith("NF4"):
         return {method: (r"^nf4_few_tokens_kernel", decode(card, 4096, 4096, t))}

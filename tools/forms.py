@@ -43,7 +43,8 @@ KINDS = {
     "MLP": ("mlp",),
 }
 
-# By class of the architectures in DECODERS and ENCODERS, the reason why the class has no known form.
+# REASONS maps the names of classes of the architectures in DECODERS and ENCODERS to the reason why the class has no
+# known form (row of forms.tsv).
 _HOLDS = "holds another attention, which has a known form"
 REASONS = {
     "BertAttention": _HOLDS,
@@ -198,9 +199,9 @@ def classes() -> Iterator[Any]:
 
 
 def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the rows of the table for the imported transformers, the coverage of each architecture, and the counts of
-    :func:`_battery`. ``known`` are rows from other releases, which are not proved again: a form with the same digest is
-    the same code in each release.
+    """Returns a dict with the rows of the table for the imported transformers, the coverage of each architecture, and,
+    if ``known`` is empty, the counts of :func:`_battery`. ``known`` are rows from other releases, which are not proved
+    again: a form with the same digest is the same code in each release.
     """
     sys.path.insert(0, str(ROOT / "tests/support"))
     import form_proofs
@@ -268,8 +269,8 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _battery(by_class: dict[Any, str], rows: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
     """For each class with a known form in the architectures DECODERS and ENCODERS, replaces the values that the class's
-    forward finds by name and for which ``another`` has a replacement, one at a time. Returns, by kind, the numbers of
-    classes, of replacements, and of replacements after which the form was still known."""
+    forward finds by name and for which ``another`` has a replacement, one at a time. Returns a dict from each kind of
+    form to three numbers: of classes, of replacements, and of replacements after which the form was still known."""
     from unittest.mock import patch
 
     from reached import another, reached
@@ -303,8 +304,8 @@ def _architecture(cls: Any) -> str:
 
 
 def _coverage(by_class: dict[Any, str], kinds: dict[Any, str]) -> dict[str, dict[str, list]]:
-    """Returns, for each architecture and each kind of KINDS, the number of classes with a known form and the names of
-    the classes without one."""
+    """Returns a dict from each architecture to a dict from each kind of KINDS to a list: the number of classes with a
+    known form, and the names of the classes without one."""
     found: dict[str, dict[str, list]] = {}
     for cls in classes():
         architecture, name = _architecture(cls), cls.__name__.lower()

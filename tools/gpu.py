@@ -161,7 +161,7 @@ class Outcome:
         return not wrong
 
     def see(self, line: str) -> None:
-        """Counts the result of a test if a line of pytest's output names one."""
+        """If ``line`` of pytest's output has a test's result, counts the test, and adds a failed test to ``failed``."""
         if found := TEST.match(line):
             self.rows += 1
             if (found["result"] or found["result_"]) in ("FAILED", "ERROR"):
@@ -266,8 +266,8 @@ def packages(here: Machine, outcome: Outcome) -> None:
 
     Nothing is installed into the running Python, unless the running Python is .venv's. If torch in the running Python
     is 2.11 or newer and sees the GPU, a new .venv also sees the packages of the running Python, and pip installs only
-    the missing packages. Otherwise pip installs a torch that the driver supports. If pip fails, for example without a
-    network, the parts run without the missing packages. On a machine with a GPU, no part runs without torch.
+    the missing packages. If torch sees the GPU in neither Python, pip installs a torch into .venv, if .venv is new or
+    runs this program. If pip fails, parts run without the missing packages, but not without torch.
     """
     venv, new = str(VENV / "bin" / "python"), not VENV.exists()
     end = here.runner.clock() + outcome.limit

@@ -235,7 +235,8 @@ def write_variant(folder: Path, backend: str, library: Path) -> str:
 
 
 def write_repository(output: Path, repo_id: str, libraries: Mapping[str, Path]) -> dict[str, str]:
-    """Writes the repository, which replaces the folder ``output``. Returns the id of each variant by its name.
+    """Writes the repository, which replaces the folder ``output``. Returns a dict from the name of each variant to the
+    variant's id.
 
     ``libraries``: the native library by architecture, such as ``{"x86_64": path}``.
     """

@@ -26,7 +26,7 @@ INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
 def includes(csrc: Path) -> dict[str, list[str]]:
-    """Returns, for each file of csrc/, the files that it includes in quotes."""
+    """Returns a dict from each file of csrc/ to the list of the files that it includes in quotes."""
     sources = [path for path in sorted(csrc.rglob("*")) if path.suffix in (".h", ".cpp", ".cuh", ".cu")]
     return {str(path.relative_to(csrc)): INCLUDE.findall(path.read_text()) for path in sources}
 

@@ -94,7 +94,8 @@ def row_of(
     head: list[str], whole: Path, output: Path, codes: list[int], processes: int, wrong: str
 ) -> list[str]:  # fmt: skip
     """Returns a row of the table: ``head``, the differences of losses and weights between the runs in the folders
-    ``whole`` and ``output``, and the result. ``wrong``: an error that is already known, or ""."""
+    ``whole`` and ``output`` (empty texts if one of ``codes``, the exit codes of the run, is not 0), and the result.
+    ``wrong``: an error of the run that is already known, or ""."""
     if any(codes):
         return [*head, "", "", f"exit codes {codes}"]
     losses, weights = differences(whole, output)
@@ -135,8 +136,8 @@ def failures(said: str) -> int:
 
 
 def killed(folder: Path, moment: float, rank: int, engine: str) -> list[str]:
-    """Returns the row of a run of one agent. The process of rank ``rank`` is killed ``moment`` seconds after the
-    start."""
+    """Returns the table's row for a run with one agent of torchrun. The process of rank ``rank`` is killed ``moment``
+    seconds after the start."""
     output, log = folder / f"{engine}{moment:.2f}", folder / f"{engine}{moment:.2f}.log"
     options = options_of(folder, output, 2, *OPTIONS, "--shard", engine)
     run = Run([*torchrun(2, "--max-restarts", "3"), *options], log)
@@ -158,7 +159,8 @@ def free_port() -> int:
 
 
 def stopped(folder: Path, case: Case, number: int) -> list[str]:
-    """Returns the row of a run of two agents, of which one process or one agent gets a signal."""
+    """Returns the table's row for a run with two agents of torchrun, in which one process or one agent gets a
+    signal."""
     output, port = folder / f"two{number}", free_port()
     options = options_of(folder, output, 1, *OPTIONS, "--lr", "1e-4")
 

@@ -46,8 +46,8 @@ def _pyproject() -> dict:
 
 
 def direct() -> dict[str, set[str]]:
-    """Returns, for each direct dependency, what peft_ext needs it for: "run", "build", "tools", or the name of an
-    extra."""
+    """Returns a dict from each direct dependency to a set that says what peft_ext needs it for: "run", "build",
+    "tools", or the name of an extra."""
     project = _pyproject()
     wanted = {"run": project["project"]["dependencies"], "build": project["build-system"]["requires"], "tools": TOOLS}
     wanted |= project["project"]["optional-dependencies"]

@@ -36,7 +36,8 @@ def run(command: Sequence[str], seconds: float, **how: Any) -> int:
         end(process)
         print(f"limit: ended after {seconds:g} s: {shown}", file=sys.stderr, flush=True)
         return ENDED
-    except KeyboardInterrupt:  # the terminal also sent the signal to the command, which ends in its own way
+    # After Ctrl-C, the terminal has sent SIGINT to the command as well, so that the command ends in its own way.
+    except KeyboardInterrupt:
         return process.wait()
 
 

@@ -29,7 +29,8 @@ LINE = 64  # bytes of a cache line
 
 @dataclass(frozen=True)
 class Machine:
-    """The constants of a machine, of which GROUP cores share an L3. Rates are in bytes/s, and times in seconds."""
+    """The constants of a machine in which each group of GROUP cores shares an L3 cache. Rates are in bytes/s, and times
+    in seconds."""
 
     sockets: int
     l3_rate: float  # rate at which one core reads from L3
@@ -66,14 +67,15 @@ TWO_SOCKETS = replace(ONE_SOCKET, sockets=2)
 
 
 def plan_of(row: dict[str, Any]) -> list[Any]:
-    """Returns, for each loop of a record, its name and the units of work that each thread computes, without counts and
-    times."""
+    """Returns a list with, for each loop of the record ``row``, the loop's name and the range of work that each thread
+    computes, without counts and times."""
     return [[loop["name"], [part[: TO + 1] for part in loop["parts"]]] for loop in row["loops"]]
 
 
 def summary(timed: dict[str, Any], traced: Optional[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the times and counts of an operator's loops. ``timed``: a record with CPU times. ``traced``: a record
-    with counts of cache lines, or None. Raises AssertionError if the two records divide the work differently."""
+    """Returns a dict with the times of an operator's parallel loops and, if ``traced`` is given, the counts of cache
+    lines. ``timed``: a record with CPU times. ``traced``: a record with counts of cache lines, or None. Raises
+    AssertionError if the two records divide the work differently."""
     where = {key: timed[key] for key in ("operator", "direction", "threads", "isa")}
     if traced is not None and plan_of(timed) != plan_of(traced):
         raise AssertionError(f"{where}: the two libraries divide the work differently")
@@ -129,8 +131,8 @@ class Cost:
 
 
 def cost(rows: list[dict[str, Any]], one: list[dict[str, Any]], machine: Machine) -> Cost:
-    """Returns the cost of ``rows`` together, such as the rows of a forward and a backward. ``one``: the rows of the
-    same operators on one thread."""
+    """Returns the :class:`Cost` of the calls recorded in ``rows`` together, such as the rows of a forward and a
+    backward. ``one``: the rows of the same operators and directions on one thread."""
     threads = rows[0]["threads"]
     ideal = sum(row["serial"] for row in one) / threads
     loops = [loop for row in rows for loop in row["loops"]]
@@ -142,9 +144,9 @@ def cost(rows: list[dict[str, Any]], one: list[dict[str, Any]], machine: Machine
 
 
 def busy(row: dict[str, Any]) -> float:
-    """Returns how evenly the loops of a row divide their work: the mean number of memory accesses of a thread divided
-    by the number of accesses of the busiest thread, summed over the loops. If the record of a loop has no counts of
-    accesses, CPU times take the place of the accesses."""
+    """Returns how evenly the loops of a row divide their work: the mean number of memory accesses of a thread, summed
+    over the loops, divided by the number of accesses of each loop's busiest thread, summed over the loops. If the
+    record of a loop has no counts of accesses, CPU times take the place of the accesses."""
     loops = row["loops"]
     most, total = ("most_accesses", "accesses") if all("dram" in loop for loop in loops) else ("most", "sum")
     slowest = sum(loop[most] for loop in loops)

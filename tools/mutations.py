@@ -283,7 +283,8 @@ def run(chosen: Sequence[Mutation], mutations: Sequence[Mutation], tier: str, li
         if row.get("digest") != each.digest:
             row.clear()
         row |= _facts(each) | {tier: found, f"{tier}_seconds": seconds}
-        if tier == "fast" and found not in ("", SURVIVED):  # a test of the tier "fast" is also in the tier "all"
+        # The result counts for the tier "all" too, because each test of the tier "fast" is also in the tier "all".
+        if tier == "fast" and found not in ("", SURVIVED):
             row |= {"all": row.get("all") or found, "all_seconds": row.get("all_seconds") or seconds}
         write_results(results, mutations)
         print(f"{each.name}: {found or 'its likely tests pass'} ({seconds} s)", flush=True)

@@ -71,8 +71,8 @@ def _numbers(version: str) -> tuple[int, ...] | None:
 
 
 def symbols(library: Path) -> dict[str, tuple[str, str, int]]:
-    """Returns, for each symbol that a shared library exports with a version that manylinux_2_28 has, the newest such
-    version, the type and the size."""
+    """Returns a dict from each symbol that a shared library exports with a version that manylinux_2_28 has to the
+    newest such version, the symbol's type and the symbol's size."""
     listing = subprocess.run(
         ["readelf", "-W", "--dyn-syms", library], check=True, capture_output=True, text=True
     ).stdout

@@ -40,7 +40,7 @@ int main() {{
 
 
 def _sections(code: bytes) -> dict[str, bytes]:
-    """Returns the sections of a 64-bit ELF file by name."""
+    """Returns a dict from the name of each section of a 64-bit ELF file to the section."""
     (table,), (size, count, names) = struct.unpack_from("<Q", code, 0x28), struct.unpack_from("<HHH", code, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", code, table + at * size) for at in range(count)]
     text = headers[names][4]
@@ -66,8 +66,9 @@ def in_code(code: bytes, symbol: str) -> Layout:
 
 
 def on_host(kernels: Iterable[tuple[str, str]], compiler: str = "g++") -> dict[str, Layout]:
-    """Returns, for each kernel, the offsets and sizes that g++ gives its parameters. ``kernels``: for each kernel, the
-    C++ expression that names the kernel, which is the key of the result, and the kernel's source file."""
+    """Returns a dict from each kernel to the offsets and sizes that g++ gives the kernel's parameters. ``kernels``: for
+    each kernel, the C++ expression that names the kernel, which is the key of the result, and the kernel's source
+    file."""
     by_file: dict[str, list[str]] = {}
     for name, file in kernels:
         by_file.setdefault(file.rpartition("csrc/")[2], []).append(name)

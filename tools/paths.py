@@ -50,8 +50,8 @@ COMMAND = "import sys; from peft_ext.cli.main import main; sys.exit(main())"
 
 @dataclass(frozen=True)
 class Result:
-    """The result of the run on one path. ``failed``: the reason why the run failed, or "". After a failed run, the
-    figures have no values."""
+    """The result of the run on one path. ``failed``: the reason why the run failed, or "". After a failed run, each
+    figure is NaN."""
 
     path: str
     dtype: str = ""

@@ -29,7 +29,8 @@ _OPTIONS = {
 
 
 def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the kinds and formulas of forms.tsv that may fit an attention class, the most specific first."""
+    """Yields pairs of the kind and the formula of a row of forms.tsv that may fit an attention class, the most specific
+    pair first."""
     groups, asks = groups_in(cls.forward), _asks_by_config(cls)
     inputs = ",".join("+".join(names) for names in groups)
     if asks and groups and len(groups[0]) == 3:

@@ -40,8 +40,8 @@ THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 
 
 def _steps() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[Any], Any]]]]:
-    """Returns, for each name of an operator and its sizes, a function that makes the operands and returns a function
-    for the forward and a function for the backward."""
+    """Returns a dict from the name of each operator, with its sizes, to a function that makes the operands and returns
+    two functions, which run the forward and the backward."""
     import torch
 
     from peft_ext import ops

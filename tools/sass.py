@@ -125,7 +125,7 @@ class Loop:
         """
         ready: dict[int, int] = {}
         time = start = 0
-        for _ in range(2):  # the second iteration is counted, which waits for results of the first
+        for _ in range(2):  # the second iteration is counted, which waits for results of the first iteration
             start = time
             for instruction in self.instructions:
                 waits = [ready.get(register, 0) for register in instruction.reads]
@@ -137,7 +137,7 @@ class Loop:
 
 
 def disassemble(cubin: Path, nvdisasm: str) -> dict[str, list[Instruction]]:
-    """Returns the instructions of each kernel of a cubin file, by the kernel's mangled name."""
+    """Returns a dict from the mangled name of each kernel of a cubin file to the kernel's instructions."""
     text = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     labels: dict[str, int] = {}
@@ -198,7 +198,7 @@ def hot_loop(instructions: list[Instruction], trips: int = 1, fmas: bool = False
     found = body(outer)
     for (first, last), times in sorted(inner):
         if first < at:
-            continue  # this loop is a part of the previous inner loop
+            continue  # this inner loop is a part of the previous inner loop
         order += [i for i in found if at <= i.address < first] + body((first, last)) * times
         at = last + 1
     return Loop(order + [i for i in found if i.address >= at])

@@ -165,8 +165,8 @@ def kernel_name(demangled: str) -> str:
 
 @functools.cache
 def enumerators() -> dict[str, list[str]]:
-    """Returns, for each enum class of csrc's .cuh files, the names of its values in order. Demangled names of kernels
-    contain the numbers of the values."""
+    """Returns a dict from each enum class of csrc's .cuh files to the list of the names of its values, in order.
+    Demangled names of kernels contain the numbers of the values."""
     found = {}
     for path in sorted((ROOT / "csrc").rglob("*.cuh")):
         for name, values in re.findall(r"enum class (\w+)(?: : \w+)? \{([^}]*)\}", path.read_text()):

@@ -27,8 +27,8 @@ def torch_include() -> Path | None:
 
 
 def declared_since(text: str) -> dict[str, tuple[int, int]]:
-    """Returns, for each function that the text of a shim header declares, the torch release that the ``#if`` around the
-    declaration names; (0, 0) for a declaration outside of such an ``#if``."""
+    """Returns a dict from each function that the text of a shim header declares to the torch release that the ``#if``
+    around the declaration names, or to (0, 0) for a declaration outside of such an ``#if``."""
     since: dict[str, tuple[int, int]] = {}
     guards: list[tuple[int, int]] = []
     for line in text.splitlines():

@@ -99,8 +99,8 @@ class _GptOss(legacy.TensorProcessor):
 
 
 _OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class in TENSOR_PROCESSORS
-# Source: transformers 5.23 and 5.24. If a class is not in _CHANGES, or its code has another digest, pack assumes that
-# the class changes every tensor.
+# For classes of transformers 5.23 and 5.24: the digest of the class's code, and the tensors that the class changes. If
+# a class is not in _CHANGES, or its code has another digest, pack assumes that the class changes every tensor.
 _CHANGES: dict[type, _Changes] = {
     legacy.TensorProcessor: _Changes("c80f42285de30047244c", r"(?!)"),
     legacy.T5TensorProcessor: _Changes("c1e2e6800447f3993446", r"(?!)"),

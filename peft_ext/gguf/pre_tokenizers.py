@@ -56,7 +56,8 @@ _DEEPSEEK_LETTERS = (
 )
 _CHINESE = "[一-龥ࠀ-一가-퟿]+"
 
-# Names of llama.cpp, and the expressions by which a text is split, the first expression first.
+# Names that llama.cpp gives to pre-tokenizers, and the expressions by which these pre-tokenizers split a text, in the
+# order in which the expressions are applied.
 _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert mpt olmo jais trillion "
@@ -86,11 +87,11 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("default", (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 )
 _EXPRESSIONS = {name: expressions for names, expressions in _NAMES for name in names.split()}
-# Names for which a text begins with BOS if the file has no tokenizer.ggml.add_bos_token.
+# Names of pre-tokenizers with which a text begins with BOS if the file has no tokenizer.ggml.add_bos_token.
 _ADD_BOS = {
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
 }  # fmt: skip
-# Names for which a word that is in the vocabulary becomes one token without merges.
+# Names of pre-tokenizers with which a word that is in the vocabulary becomes one token without merges.
 _IGNORE_MERGES = {*_ADD_BOS, "minicpm5", "glm4", "glm5"}
 
 

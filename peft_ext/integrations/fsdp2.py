@@ -234,7 +234,7 @@ def _keep_parameters(accelerator: Any) -> None:
         if len(args) == 1 and isinstance(args[0], FSDPModule):
             return args[0]
         models = [getattr(arg, "_orig_mod", arg) for arg in args if isinstance(arg, nn.Module)]
-        if not all(isinstance(model, FSDPModule) for model in models):  # `prepare` then shards the models itself
+        if not all(isinstance(model, FSDPModule) for model in models):  # `prepare` then shards the models
             return prepare(*args, **kwargs)
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
         kept = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
@@ -258,7 +258,8 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
     save_model, accelerator = trainer.save_model, trainer.accelerator
     if not hasattr(trainer.model, "peft_config") or hasattr(save_model, "saves_adapters"):
         return
-    plugin.state_dict_config = plugin.optim_state_dict_config = None  # set_state_dict_type sets both attributes again
+    # Both attributes are None here, so that set_state_dict_type sets them again.
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
 
     @functools.wraps(save_model)

@@ -129,7 +129,7 @@ class PeftExtCallback(TrainerCallback):
         self.restore, self.blocks = restore, blocks
         self.dora_dropout, self.experts_dropout = dora_dropout, experts_dropout
         self._seconds: list[float] = []
-        self._spans: list[tuple[Any, Any]] = []  # begin and end of the steps that are not in _seconds yet
+        self._spans: list[tuple[Any, Any]] = []  # begin and end of each step whose seconds are not in _seconds yet
         self.step_tokens: list[int] = []
         self.explanation: Optional[Explanation] = None
         self.peak_mib: Optional[float] = None

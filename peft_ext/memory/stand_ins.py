@@ -99,7 +99,8 @@ def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bo
 
 def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     """Replaces every parameter and buffer by ``make(tensor)``; modules that shared a tensor share the new tensor."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # the old tensor stays alive, so that no new tensor gets the same id
+    # `made` keeps each old tensor alive, so that no new tensor gets the id of an old tensor.
+    made: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, t in held.items():

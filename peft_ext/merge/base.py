@@ -118,7 +118,7 @@ def _from_memory(model: PreTrainedModel) -> Base:
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         fail(f"the {type(model).__name__} has weights on the meta device, wanted them loaded and not offloaded")
-    # A model of new modules with the same tensors.
+    # `shared` is a copy of the model with new modules, which hold the tensors of `model` itself.
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     where = Path(model.name_or_path) if model.name_or_path else None
     folder = where if where is not None and where.is_dir() else None

@@ -273,7 +273,8 @@ class _Merge:
         self.modules = len(plan.targets)
         self.errors: list[MergedTensor] = []
         self.norms, self._expected = _Norms(), 0.0
-        # A head that is tied in the base and not in the merged model becomes a tensor of its own.
+        # A head that is tied to the embedding in the base and not in the merged model becomes a tensor of its own in
+        # the merged file.
         self._places = {**base.tensors, **{name: _HEAD for name in plan.untied}}
         if plan.untied and self.header.architecture in _ALWAYS_TIED:
             fail(f"the adapter changes the head or the embedding, which are tied in {self.header.path}, and llama.cpp "

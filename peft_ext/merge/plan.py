@@ -184,7 +184,7 @@ class Plan:
         for name in wanted.keys() - self.meta.keys():
             if not added or not name.endswith(".bias"):
                 fail(f"a plain {type(fresh).__name__} has {name}, which the base does not have")
-            self.origin[name] = ("", "")  # the bias is written as zeros
+            self.origin[name] = ("", "")  # the bias that the adapter adds is written as zeros
             self.meta[name] = torch.empty_like(wanted[name], dtype=self.meta[added[0]].dtype)
         for name, tensor in wanted.items():
             if tensor.shape != self.meta[name].shape:
@@ -226,7 +226,7 @@ class Plan:
         for parts in ([[name] for name in meta], list(by_layer.values())):
             try:
                 groups = [(names, revert_weight_conversion(model, {n: meta[n] for n in names})) for names in parts]
-            except Exception:  # the conversion needs more tensors than the group has
+            except Exception:  # the conversion needs more tensors than a group in `parts` has
                 continue
             found = [(n, (t.shape, t.dtype)) for _, outputs in groups for n, t in outputs.items()]
             if len(found) == len(wanted) and dict(found) == wanted:

@@ -241,7 +241,7 @@ class FrozenExperts:
 
         def run(rows: Tensor, offsets: Tensor) -> Tensor:
             for name in (first, second):
-                # The name is missing where PEFT's forward has replaced the parameter by a parametrization.
+                # `_parameters` lacks the name of a weight that PEFT's forward has replaced by a parametrization.
                 if name not in self._parameters:
                     raise RuntimeError(f"{self.stock_class.__name__}: PEFT adds its adapter to the dense weight, and "
                                        f"{name} is packed, wanted peft_ext.accelerate(model)")  # fmt: skip

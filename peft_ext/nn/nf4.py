@@ -283,7 +283,7 @@ class NF4Linear(nn.Linear):
             # src_data_rank is None, because each process has loaded all codes, and no process has to send codes to
             # another.
             packed = distribute_tensor(packed, weight.device_mesh, weight.placements, src_data_rank=None)
-        weight.copy_(packed)  # in place, because fully_shard refers to this parameter object
+        weight.copy_(packed)  # the codes are written in place, because fully_shard refers to this parameter object
         self._set_scales(nf4)
 
     def _copied(self, nf4: NF4Weight) -> bool:

@@ -12,8 +12,9 @@ from .. import ops
 from ..weights.packed import Format, PackedWeight
 from .nf4 import is_zero3_shard, keeping_bits
 
-# Attributes that return the codes tensor, besides the attribute with the file's name. PEFT reads the device of a
-# layer's `weight`. For DoRA, PEFT reads the dense weight of a layer that has a `W_q` from the layer's `dequantize`.
+# Names of attributes of a packed layer that return the tensor of codes, as does the attribute with the tensor's name in
+# the file. PEFT reads the device of a layer's `weight`. For DoRA, PEFT reads the dense weight of a layer that has a
+# `W_q` from the layer's `dequantize`.
 _CODES = ("weight", "W_q")
 
 

@@ -88,7 +88,7 @@ PEERS_SECONDS = 600  # seconds after which a rank that waits for another rank's 
 _ops = getattr(torch.ops, NAMESPACE)
 # Maps a dispatch key, a model of CPU or GPU and a family to "", or to the reason why the family failed there.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
-# Maps a dispatch key and an unproved family to the family's gates, or to None for a packed format's family.
+# Maps a dispatch key and an unproved family to the object that registers the family's gates; None for packed formats.
 _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
 _kernels: dict[tuple[str, str], Any] = {}  # maps a dispatch key and an operator to the operator's native kernel
 _overriding: list[torch.library.Library] = []  # each object keeps alive a registration that replaces kernels
@@ -221,7 +221,7 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
     asked = _asked()
     with _lock:  # while one thread holds the lock, other threads that need the family wait for its proof
         gates = _gates[key]
-        every = gates if key == "CPU" else families(key)  # on a GPU, the kernels of all formats compile for minutes
+        every = gates if key == "CPU" else families(key)  # a GPU leaves out packed formats, which compile for minutes
         left = [family for family in (every if wanted is None else wanted) if family in gates]
         if not left:
             return
@@ -277,7 +277,7 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
     for count, family in enumerate(unknown):
         if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:
             _say(f"peft_ext: proving {family}'s kernels on {place.name}, once ({count + 1} of {len(unknown)})")
-        _wait(place.device)  # so that an earlier fault of other kernels does not count as this family's fault
+        _wait(place.device)  # waits, so that a fault of kernels that ran earlier does not count as this family's fault
         try:
             found[family] = prove(place.device, [family])[family]
         except KernelFault as fault:

@@ -75,7 +75,8 @@ def check_causal_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> No
         labels = torch.full((2, count), IGNORED, device=device)
         labels[0, 1:], labels[1, 1:] = change.argmin(-1), change.argmax(-1)
         if count > 3:
-            labels[:, count // 2] = IGNORED  # so that a loss that counts tokens without a label is noticed
+            # One token gets no label, so that a loss that counts tokens without a label is noticed.
+            labels[:, count // 2] = IGNORED
         with raised_as(RunError, f"{_name(model)}: its loss fails (", ValueError, TypeError, after=")"):
             losses = [forward(one[None]).loss.float() for one in labels]
     found = (losses[0] - losses[1]).item()

@@ -326,7 +326,9 @@ def sole_writer(folder: Path, seconds: float = 0.0) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # removed while locked: a waiting FileLock that then locks the removed file tries again
+            # The lock file is removed while this process holds the lock: a FileLock of another process that waits, and
+            # then locks the removed file, tries again.
+            path.unlink()
         lock.release()
 
 
@@ -355,7 +357,8 @@ def _set_aside(o: Options) -> None:
         found = read_record(o).get("tokenizer_files")
         found = found if isinstance(found, list) else []
         names += [name for name in found if isinstance(name, str) and Path(name).name == name]
-        names.append("run.json")  # removed last, because only run.json shows that the other files are those of a run
+        # run.json is removed last, because only run.json shows that the other files are those of a run.
+        names.append("run.json")
     there = [name for name in names if (o.output / name).is_file()]
     if whole:
         with atomic_folder(o.output / PREVIOUS, overwrite=True) as folder:

@@ -259,7 +259,7 @@ class Ranks:
         if lost:
             text = self._why_lost(error, hint)
         elif isinstance(error, Interrupted) and error.signal == signal.SIGTERM and (gone := self._gone()):
-            lost, text = True, self._without(gone, hint)  # if a rank ends, the launcher ends the others
+            lost, text = True, self._without(gone, hint)  # if a rank ends, the launcher ends the other ranks by SIGTERM
         else:
             text = str(error)
         if isinstance(error, RunError) and not getattr(error, "of_all_ranks", False):
@@ -476,7 +476,8 @@ def _start_group(launch: Launch) -> tuple[Any, str]:
     torch.distributed.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world, timeout=seconds
     )  # fmt: skip
-    _kept.append(store)  # kept, because the next process group of this process finds rank 0's store at the same port
+    # The store is kept, because the next process group of this process finds rank 0's store at the same port.
+    _kept.append(store)
     return store, name
 
 

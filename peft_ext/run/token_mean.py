@@ -58,7 +58,8 @@ class TokenMeanTrainer(Trainer):
         """
         if num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        count = self._count(inputs)  # counted first, because Trainer's compute_loss may remove the labels from inputs
+        # The labels are counted first, because Trainer's compute_loss may remove the labels from inputs.
+        count = self._count(inputs)
         found = super().compute_loss(model, inputs, return_outputs)
         loss = found[0] if return_outputs else found
         # clamp: in a step without labels, the weight of the loss is 0 and not NaN.

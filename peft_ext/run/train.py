@@ -206,7 +206,8 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         log.info(f"stopped after step {done}{goes_on}")
         record.log_report()
         return _result(record, done)
-    with run.phase("save"):  # saved before the evaluation, so that a later error does not lose the adapter
+    # The adapter is saved before the evaluation, so that an error in the evaluation does not lose the adapter.
+    with run.phase("save"):
         state = shard.adapter_state(model) if run.sharded else None
         if run.ranks.speaks:
             save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))

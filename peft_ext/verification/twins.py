@@ -108,7 +108,8 @@ def twin(model: nn.Module, wide: Optional[torch.dtype] = None, seen: Optional[to
             kind = type(module)
             own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind)(kind.__name__, kind.__bases__, own)
-        # Without this change, bitsandbytes would repack the shared weight in evaluation mode.
+        # If support_avx512bf16_for_cpu stayed True, bitsandbytes would repack the weight, which the copy shares with
+        # the model, in evaluation mode.
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
     return made

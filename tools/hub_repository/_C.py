@@ -100,7 +100,8 @@ def set_isa(name: str) -> None:
 
 
 def kernels() -> list[tuple[str, str]]:
-    """Returns, for each CUDA kernel, the C++ expression that names an instance, and the path of the kernel's source."""
+    """Returns a pair for each CUDA kernel: the C++ expression that names the kernel with its template arguments, and
+    the path of the kernel's source."""
     return [(_call("kernel_name", at), _call("kernel_file", at)) for at in range(_call("kernel_count"))]
 
 

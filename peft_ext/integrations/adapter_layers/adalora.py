@@ -63,8 +63,9 @@ class AdaLora(LowRank):
         return rank_scale if scaling == 1.0 else rank_scale * scaling
 
     def _scales(self, name: str) -> tuple[Tensor, float]:
-        # The operator takes E as the scale per rank, and a number as the scaling, so that autograd sees no division. A
-        # read of ranknum would wait for a GPU, and a trace has no numbers.
+        # The operator takes E as the scale per rank, and a number as the scaling, so that autograd sees no division.
+        # For a ranknum on a GPU, whose value the host would have to wait for, and in a trace, which has no values,
+        # ranknum stays a tensor.
         lora_E, ranknum = self._scale_tensors(name)
         if type(ranknum) not in plain_types() or ranknum.device.type != "cpu" or ranknum.requires_grad or _is_traced():
             return super()._scales(name)

@@ -160,7 +160,8 @@ def cached_norm(
     dimensions the norm is ``[experts, outputs]``, the norm of all experts of a mixture.
     """
     if not dora.ENABLE_DORA_CACHING or module.training:
-        if module._dora_cache:  # PEFT clears the cache too: a cached norm is stale once the adapter has changed
+        # Clears the cache of norms, as PEFT's own code does: a cached norm is stale once the adapter has changed.
+        if module._dora_cache:
             module._cache_clear()
         return None
     key = f"weight-norm-{name}"

@@ -175,7 +175,7 @@ def _holds(places: list, names: list, values: list, empty: list, modules: list, 
 class _Plan(NamedTuple):
     kind: type
     dtype: torch.dtype
-    trials: int  # number of plans made in a row for the block with this class and dtype
+    trials: int  # number of plans made so far, one after the other, for the block with this class and dtype
     facts: Facts
     made: Any
 

@@ -71,7 +71,7 @@ _plain: tuple[type, ...] = (nn.Parameter, Tensor)
 # Ids of the sharded parameters that fully_shard, or ZeRO-3 for a leaf module, gathers before a fused layer's forward.
 _gathered: frozenset[int] = frozenset()
 
-# Maps bitsandbytes' quant_types that the operators read to the check of a table of codes.
+# Maps each quant_type of bitsandbytes that the operators read to the function that checks a table of its codes' values.
 _IS_TABLE = {"nf4": is_nf4_table, "fp4": is_fp4_table}
 # Maps the id of a table of codes that passed the check to a weak reference to the table, and its quant_type.
 _TABLES: dict[int, tuple[weakref.ref[Tensor], str]] = {}

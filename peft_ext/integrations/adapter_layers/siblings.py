@@ -118,7 +118,8 @@ class _Group:
         if len(found) < 2:
             return None
         split = leader.joint_split()
-        given = x if split is None else sum_gradient(x, split)  # x's gradient is summed over the processes only once
+        # With sum_gradient, the gradient of x is summed over the processes once, and not once for each sibling layer.
+        given = x if split is None else sum_gradient(x, split)
         weights, biases, lora_As, lora_Bs, rank_scales, scalings, ps, dtypes = zip(
             *(call for *_, call in found), strict=True
         )

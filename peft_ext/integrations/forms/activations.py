@@ -22,8 +22,8 @@ __all__ = ["activation_name", "refresh"]
 # PyTorch is another object, and has no entry.
 _FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
-# Maps a class to its forward, its row, and the names of class attributes that no instance may override; maps a class
-# without a known form to None.
+# Maps a class of activation modules to its forward, the row of its known form, and the names of class attributes that
+# no instance may override; maps a class without a known form to None.
 _KNOWN: dict[type, Optional[tuple[Any, Row, tuple[str, ...]]]] = {}
 
 

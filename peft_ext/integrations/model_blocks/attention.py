@@ -40,7 +40,8 @@ from .cache import Room, appended, room_for
 from .config_view import OURS, View, view_of
 
 ALL_ATTENTION_FUNCTIONS: Any = None
-AttentionInterface: Any = None  # stays None if the import of one of the four names below fails
+# AttentionInterface stays None if transformers lacks one of the four names that are imported below.
+AttentionInterface: Any = None
 with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -268,8 +269,8 @@ class Attention(Block):
             others = {name: value for name, value in given.items() if name not in (known.cache_name, "attention_mask")}
             if _argument_reason(others) is not None:
                 return None
-            # No later argument has the address of an argument that is held. The cache, which may be large, is not held:
-            # it is checked in each call.
+            # _LAST holds the arguments, so that no later argument can have the address of one of these arguments. _LAST
+            # does not hold the key-value cache, which may be large: each call checks the cache.
             _LAST.held, _LAST.call = (mask, *others.values()), self._call(plan, x, given)
         room = room_for(cache, self.layer_idx, (x.shape[0], plan.kv_heads, tokens, plan.size), x.dtype)
         if room is None or not _sees(mask, x.shape[0], tokens, room.past + tokens):
@@ -295,7 +296,8 @@ class Attention(Block):
         return cache.update(k, v, self.layer_idx)
 
 
-_LAST = threading.local()  # the last call with room in the cache, see Attention.repeats
+# For each thread: the thread's last call of an attention for which the cache had room, see Attention.repeats.
+_LAST = threading.local()
 
 _ROTATES, _EAGER, _ROTARY = "apply_rotary_pos_emb", "eager_attention_forward", "rotary_embedding"
 _OTHER_CACHES = frozenset({"cache", "past_key_value", "past_key_values"})

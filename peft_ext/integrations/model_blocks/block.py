@@ -153,7 +153,8 @@ def class_of(mixin: type, stock: type, row: Row, form: Form) -> type:
     if (made := _CLASSES.get((mixin, stock, row))) is None:
         known = types.SimpleNamespace(**mixin.settled(stock, row))
         held = {"stock_class": stock, "peft_ext_known": known, "__doc__": stock.__doc__, "__module__": stock.__module__}
-        made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)  # skips the metaclass's __new__
+        # type.__new__ skips the __new__ of the stock class's metaclass.
+        made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)
         STOCK[made] = stock
         _CLASSES[mixin, stock, row] = made
     made.stock_forward, made.peft_ext_known.of_class = stock.forward, form.of_class

@@ -21,7 +21,7 @@ from ..forms import row_of
 
 __all__ = ["Room", "appended", "forget_caches", "room_for"]
 
-_LEAST_ROOM = 64  # least number of later tokens for which new memory has room
+_LEAST_ROOM = 64  # new memory of a cache's layer has room for at least this many later tokens
 
 
 class _Held:
@@ -39,7 +39,7 @@ class _Held:
 # Maps a layer of a cache to its memory. A cache has no attribute with the memory, so that a copied or saved cache has
 # only the attributes of a stock cache.
 _HELD: WeakKeyDictionary[Any, _Held] = WeakKeyDictionary()
-# Maps a class to its ``update``, and to whether this function is a known form.
+# Maps the class of a cache or of a cache's layer to its method ``update``, and to whether this method has a known form.
 _KNOWN: dict[type, tuple[Any, bool]] = {}
 
 

@@ -159,8 +159,8 @@ STOCK[LinearHead], STOCK[PackedHead] = nn.Linear, PackedLinear
 LINEAR.append(LinearHead)
 PACKED.append(PackedHead)
 
-# HEADS maps the class of a layer to the class that the layer gets as a head. LAYERS maps the class of a head to the
-# class that the layer gets when losses are not deferred any more.
+# HEADS maps the class of a layer to the class that the layer gets as the head of a model whose losses are deferred.
+# LAYERS maps the class of a head to the class that the layer gets when losses are not deferred any more.
 HEADS: dict[type, type] = {nn.Linear: LinearHead, FusedLinear: LinearHead, PackedLinear: PackedHead}
 LAYERS: dict[type, type] = {LinearHead: nn.Linear, PackedHead: PackedLinear}
 

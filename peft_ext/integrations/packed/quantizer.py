@@ -62,7 +62,9 @@ class PackedQuantizer(HfQuantizer):
         self._merged: dict[str, Scheme] = {}  # maps a layout to the scheme of experts that transformers merges
         self._apart = False  # whether some layers of the model have dense experts
         self._experts: list[str] = []  # names of the modules whose experts are packed
-        self._common: list[Common] = []  # the operations that keep one of several equal tensors of an expert
+        # The operations that keep the first of some tensors that should be equal, such as the g_idx of an expert's gate
+        # and up.
+        self._common: list[Common] = []
 
     @property
     def rules(self) -> Rules:
@@ -225,7 +227,9 @@ class PackedQuantizer(HfQuantizer):
         if any(tensor.is_meta for tensor in tensors.values()):
             return
         for key, tensor in tensors.items():
-            if hasattr(tensor, "to_local"):  # no layout depends on the values of the codes
+            # No layout depends on the values of the codes, so a tensor without values stands for the codes of a sharded
+            # layer.
+            if hasattr(tensor, "to_local"):
                 tensors[key] = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
         shape = (module.out_features, module.in_features) if isinstance(module, PackedLinear) else (
             module.num_embeddings, module.embedding_dim)  # fmt: skip
