@@ -176,7 +176,7 @@ def load_adapter(
 ) -> PeftModel:
     """Loads a saved adapter onto ``model``, makes the adapter active, then calls :func:`peft_ext.accelerate`.
 
-    This function checks the adapter's files before PEFT reads them, and differs from PEFT in these points, among
+    ``load_adapter`` checks the adapter's files before PEFT reads them, and differs from PEFT in these points, among
     others: An AdaLoRA adapter with pruned ranks over a base that is not float32 keeps the bits of the adapter's file
     (unless ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is set to ``requires_grad=False``. A model
     with tied embeddings and a second adapter of trainable tokens runs, although PEFT wraps the head of this model
@@ -339,8 +339,8 @@ def register_layers(config: PeftConfig, model: nn.Module) -> None:
 
 
 def freeze_ranknum(model: nn.Module) -> None:
-    """Sets ``requires_grad`` of AdaLoRA's divisor ``ranknum`` to False. PEFT sets it to False too, but later casts
-    ``ranknum``, and the cast sets ``requires_grad`` to True again."""
+    """Sets ``requires_grad`` of AdaLoRA's divisor ``ranknum`` to False. PEFT sets ``requires_grad`` of ``ranknum`` to
+    False too, but later casts ``ranknum``, and the cast sets ``requires_grad`` to True again."""
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             module.ranknum.requires_grad_(False)

@@ -286,9 +286,9 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
     """Replaces every :class:`peft_ext.nn.PackedLinear` of ``model`` by an ``nn.Linear`` with the decoded weight, in
     place.
 
-    A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding`` (with a scale, a subclass that multiplies by it),
-    and :class:`peft_ext.nn.PackedExperts` become dense experts. Adapters, merging, tied weights, hooks, memory and
-    errors are treated as in :func:`dequantize_nf4`.
+    A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding`` (if it has a scale, a subclass of
+    ``nn.Embedding`` that multiplies by the scale), and :class:`peft_ext.nn.PackedExperts` become dense experts.
+    Adapters, merging, tied weights, hooks, memory and errors are treated as in :func:`dequantize_nf4`.
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
@@ -413,7 +413,8 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int], op: str
 def linear_groups(
     model: nn.Module, skip: set[str], on_meta: bool = False, op: str = "quantize_nf4"
 ) -> list[list[Place]]:
-    """Checks the layers to quantize, and returns their places, in groups that share one weight.
+    """Checks the layers to quantize, and returns their Places as a list of groups; the layers of a group share one
+    weight.
 
     ``on_meta``: whether weights may be on the meta device. ``op``: the public function's name, for error texts.
     """
@@ -459,7 +460,8 @@ def _gates(model: nn.Module) -> set[str]:
 
 
 def _packed_places(op: str, kinds: tuple[type, ...], model: nn.Module) -> list[list[Place]]:
-    """Checks the layers to dequantize, and returns their places, in groups that share one layer or one weight."""
+    """Checks the layers to dequantize, and returns their Places as a list of groups; the Places of a group share one
+    layer or one weight."""
     groups: dict[Any, list[Place]] = {}
     for prefix, parent in model.named_modules():
         below = parent._modules.get("base_layer") if getattr(parent, "merged", False) else None

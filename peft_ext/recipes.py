@@ -69,7 +69,7 @@ def setup_qlora(
     """Returns a causal language model in NF4, double-quantized, with a LoRA adapter on all linear layers but the head
     and those of a vision or audio tower.
 
-    LoRA's scaling is 2: alpha is twice the rank. This function prints the number of trainable parameters.
+    LoRA's scaling is 2: alpha is twice the rank. ``setup_qlora`` prints the number of trainable parameters.
 
     Raises: OSError or ValueError where the model can't be read.
     """

@@ -120,8 +120,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run() -> NoReturn:
     """Runs the command line in ``sys.argv`` and ends the process with the exit code.
 
-    A process that was in a process group ends without Python's finalization. After DDP used the group, gloo's threads
-    outlive the group, and a thread that frees a tensor of Python during the finalization would abort the process.
+    A process that was in a process group ends without Python's finalization. After DDP used a process group of gloo,
+    gloo's threads outlive the group, and a thread that frees a tensor of Python during the finalization would abort the
+    process.
     """
     code = main()
     ranks = sys.modules.get("peft_ext.run.ranks")

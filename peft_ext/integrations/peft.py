@@ -214,19 +214,18 @@ def agree(model: nn.Module) -> None:
 
     Each rank proves its kernels by itself, that is compares them with the reference (see the section "The proof on the
     machine" in docs/reliability.md). If a family of kernels failed on one rank, the operators of this family compute
-    with the reference on that rank alone, and the gradients of the ranks differ by rounding. This function exchanges
-    the results of the proofs through the store of the default process group. If a family failed on any rank, its
-    operators compute with the reference on all ranks. In a training loop of your own, call this function on every rank,
-    after ``accelerate`` and before the first step. With transformers' Trainer, ``PeftExtCallback`` makes all ranks use
-    the same kernels when training begins.
+    with the reference on that rank alone, and the gradients of the ranks differ by rounding. ``agree`` exchanges the
+    results of the proofs through the store of the default process group. If a family failed on any rank, its operators
+    compute with the reference on all ranks. In a training loop of your own, call ``agree`` on every rank, after
+    ``accelerate`` and before the first step. With transformers' Trainer, ``PeftExtCallback`` makes all ranks use the
+    same kernels when training begins.
 
-    The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that
-    only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
+    ``agree`` proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that only
+    your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
 
     Nothing is exchanged without a process group of several ranks, or with ``PEFT_EXT_PROVE=0``.
 
-    Raises: TypeError if model is no nn.Module; RuntimeError if another rank does not call this function within 600
-    seconds.
+    Raises: TypeError if model is no nn.Module; RuntimeError if another rank does not call ``agree`` within 600 seconds.
     """
     check_module("agree", model)
     prove.agree(lambda: explain(model))
@@ -235,7 +234,7 @@ def agree(model: nn.Module) -> None:
 def restore(model: nn.Module) -> nn.Module:
     """Undoes :func:`accelerate` in place: sets the stock classes and removes what :func:`accelerate` stored.
 
-    Also releases the scratch memory that the threads of CPU operators keep from call to call.
+    ``restore`` also releases the scratch memory that the threads of CPU operators keep from call to call.
 
     Raises: TypeError if model is no nn.Module; RuntimeError, before anything is changed, if an adapter is merged into a
     packed weight (only the fused layer can unmerge the adapter), or if ``fully_shard`` was called on a fused layer

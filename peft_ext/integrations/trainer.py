@@ -42,8 +42,8 @@ def keep_freed_memory() -> bool:
     A training step on the CPU frees its activations, glibc returns the memory to the system, and the next step causes a
     page fault for each page that it uses again. In a measurement with a model of 135M parameters, these page faults
     took a fifth of the step's time. The setting applies to the whole process, so importing peft_ext does not change the
-    setting. Call this function once, early, in a program that trains. Returns False if the system is not Linux, or if
-    the C library has no ``mallopt`` or rejects a setting.
+    setting. Call ``keep_freed_memory`` once, early, in a program that trains. Returns False if the system is not Linux,
+    or if the C library has no ``mallopt`` or rejects a setting.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -222,8 +222,8 @@ class PeftExtCallback(TrainerCallback):
 
     @property
     def step_seconds(self) -> list[float]:
-        """Seconds of each step. On a GPU, the seconds are those between two CUDA events, and reading this property
-        waits for the events."""
+        """A list of the seconds of each training step. On a GPU, the seconds are those between two CUDA events, and
+        reading ``step_seconds`` waits for the events."""
         for start, end in self._spans:
             if isinstance(end, float):
                 self._seconds.append(end - start)

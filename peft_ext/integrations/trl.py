@@ -127,7 +127,7 @@ def _model_reason(model: nn.Module) -> Optional[str]:
 
 def _head_reason(model: nn.Module) -> Optional[str]:
     """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward with a fused
-    head calls this function, because the head may have changed."""
+    head calls ``_head_reason``, because the head may have changed."""
     head = model.get_output_embeddings()
     if type(head) not in (*PACKED, *LINEAR, *FOUR_BIT):
         return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear, PackedLinear or Linear4bit"
@@ -183,8 +183,8 @@ def _output(
     hidden: Tensor, head: nn.Module, labels: Tensor, items: Union[Tensor, int, None], scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> FusedCausalLMOutput:  # fmt: skip
-    """Returns a FusedCausalLMOutput with the values that TRL's forward computes. Tokens with the label -100 are not
-    computed, and their values are 0."""
+    """Returns a FusedCausalLMOutput with the values that TRL's forward computes. The values of tokens with the label
+    -100 are not computed and are 0."""
     weight, bias = weight_of(head), head._parameters["bias"]
     hidden, labels = (value.to(head._parameters["weight"].device) for value in (hidden, labels))
     mask, dtype = labels != -100, autocast_dtype(hidden) or hidden.dtype

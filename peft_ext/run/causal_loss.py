@@ -97,7 +97,8 @@ def _name(model: nn.Module) -> str:
 
 
 def _difference(logits: Tensor, labels: Tensor) -> float:
-    """Returns the mean cross-entropy of ``logits`` with the first row of ``labels``, minus that with the second row."""
+    """Returns the mean cross-entropy of ``logits`` with the first row of ``labels``, minus the mean cross-entropy with
+    the second row."""
     one, other = (cross_entropy(logits, row, ignore_index=IGNORED) for row in labels)
     return (one - other).item()
 

@@ -270,8 +270,9 @@ class LowRank(Fused):
         return result.to(dtype)
 
     def _side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor, None]:
-        """Returns the adapters' lora_A ``[R, K]``, multiplied by the scaling and the scale per rank, and their lora_B
-        ``[N, R]``, both concatenated along the rank R in float32; and None, because the merged rows have no scale."""
+        """Returns three values: the adapters' lora_A ``[R, K]``, multiplied by the scaling and the scale per rank, and
+        their lora_B ``[N, R]``, both concatenated along the rank R in float32; and None, because LoRA scales no output
+        row."""
         pairs, scaled = [self.pair(name) for name in names], []
         for name, (a, _) in zip(names, pairs, strict=True):
             scale = _times(self.scaling[name], self._rank_scale(name, 1.0), a.shape[0], a.device)
@@ -281,7 +282,8 @@ class LowRank(Fused):
     def _concatenated(self, names: list[str]) -> tuple[Tensor, Tensor, float, Optional[Tensor]]:
         """Returns lora_A, lora_B, the scaling and the scale per rank of several adapters concatenated along the rank.
 
-        Scales are filled in on the device, because a copy from the host would wait for the device.
+        A scaling that is a number becomes a tensor by ``torch.full`` on the device, because a copy from the host would
+        wait for the device.
         """
         pairs = [self.pair(name) for name in names]
         lora_A, lora_B = _cat([a for a, _ in pairs]), _cat([b for _, b in pairs], dim=1)

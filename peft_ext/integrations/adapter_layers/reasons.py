@@ -49,8 +49,8 @@ from .foreign import foreign_reason, is_foreign
 
 
 def native_kernels() -> dict[str, dict[str, bool]]:
-    """Returns for each public operator, and for each device ("cpu", "cuda"), whether the loaded library has kernels for
-    the main operators that the public operator calls (``library.PUBLIC``)."""
+    """Returns a dict that maps each public operator to a dict, which maps each device ("cpu", "cuda") to whether the
+    loaded library has kernels for the main operators that the public operator calls (``library.PUBLIC``)."""
     return {
         op: {key.lower(): all(has_kernel(name, key) for name in called) for key in ("CPU", "CUDA")}
         for op, called in PUBLIC.items()
@@ -371,7 +371,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
 def _table_reason(state: Any) -> Optional[str]:
     """Returns why the operators can't decode a weight with bitsandbytes' quant_state ``state``, or None. The operators
     decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to the operators' table.
-    The values of a table are read once."""
+    The values of a table that was found equal are not read again while the table lives."""
     code, kind = state.code, state.quant_type
     # torch.compile can't read the values of a table while it traces, so `accelerate` reads a model's tables earlier.
     if not torch.compiler.is_compiling():

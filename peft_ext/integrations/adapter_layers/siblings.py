@@ -132,7 +132,7 @@ class _Group:
 
 def joint_reason(layers: list[Any], states: list[Optional[tuple]], device: str) -> Optional[str]:
     """Returns why no two of the sibling layers ``layers`` on ``device`` can be computed together, or None. ``states``:
-    the layers' ``joint_state()``."""
+    for each layer, the return value of its ``joint_state()``."""
     joint = [layer for layer, state in zip(layers, states, strict=True) if state is not None]
     if len(joint) < 2:
         return "no two have adapters that can be computed together"

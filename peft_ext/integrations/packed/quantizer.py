@@ -141,7 +141,7 @@ class PackedQuantizer(HfQuantizer):
         return scheme
 
     def _places(self, model: Any, stored: dict[str, Stored]) -> list[Place]:
-        """Returns the dense parameters of ``model`` that are stored packed.
+        """Returns a Place for each dense parameter of ``model`` that the files store packed.
 
         A name in the files becomes a name in the model by transformers' own renamings. transformers' converters merge
         the linear layers of experts to one parameter.
@@ -218,8 +218,8 @@ class PackedQuantizer(HfQuantizer):
         tensors that were read.
 
         ``name``: the layer's name before an adapter was added. A layer with a tensor on the meta device, which is
-        offloaded to the disk, is left unchanged. The codes may be sharded. Raises ValueError if a tensor is missing or
-        does not fit.
+        offloaded to the disk, is left unchanged. The codes of the layer may be sharded between processes. Raises
+        ValueError if a tensor is missing or does not fit.
         """
         scheme, tensors = self._schemes[name], {key: module.tensor(key) for key in _held(module)}
         if any(tensor.is_meta for tensor in tensors.values()):
@@ -299,8 +299,9 @@ class Place:
         target: name of the parameter in the model.
         converter: transformers' converter that merges the tensors of the files to the parameter; None if nothing is
             merged.
-        bases: a dict from the converter's source pattern to the starts that the names in the files have in common, for
-            example "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight_packed".
+        bases: a dict from each source pattern of the converter to a list: for each tensor that the pattern merges, the
+            start of its names in the files, for example "model.layers.0.mlp.up_proj" for
+            "model.layers.0.mlp.up_proj.weight_packed".
     """
 
     target: str
