@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """Largest of the bytes for loading, for a training step and for the last check, plus ``held_bytes``."""
+        """The sum of ``held_bytes`` and of the largest of three: ``load_bytes``, ``step_bytes`` and ``check_bytes``."""
         return max(self.load_bytes, self.step_bytes, self.check_bytes) + self.held_bytes
 
     @property

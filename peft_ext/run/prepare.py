@@ -312,8 +312,9 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
 
 
 def facts_of(run: Run) -> dict[str, Any]:
-    """Returns what must be equal in all processes of a run: the options but output, threads, model, tokenizer and data;
-    versions; the data; the model's files; the dtype; and the checkpoint.
+    """Returns a dict, from descriptions to values, of what must be equal in all processes of a run: the options but
+    output, threads, model, tokenizer and data; the versions of Python and of packages; the data; the model's files; the
+    dtype; and the checkpoint.
 
     A file of weights is described by the file's size and the SHA-256 of the file's header, which has the tensors' names
     and shapes.

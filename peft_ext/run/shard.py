@@ -77,8 +77,8 @@ def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
 
 
 def without_adapter(run: Run, model: Any) -> Any:
-    """Returns a context in which the adapter of a sharded model is disabled. An unsharded model has no adapter before
-    the training."""
+    """Returns a context in which the adapter of a sharded model is disabled. In an unsharded run the context does
+    nothing, because the model has no adapter before the training."""
     return model.disable_adapter() if run.sharded else contextlib.nullcontext()
 
 

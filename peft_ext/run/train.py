@@ -375,8 +375,9 @@ def adapt(run: Run, model: Any) -> Any:
 
 
 def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
-    """Returns, of the rows of :func:`peft_ext.explain`, the number of layers and of fused layers, the reasons of layers
-    that are not fused, and groups of layers with equal kind and reason; zeros and no groups in a stock run."""
+    """Returns a dict made of the rows of :func:`peft_ext.explain`: "layers" and "fused", the numbers of all and of
+    fused layers; "reasons", why layers are not fused; "groups", a dict for each group of layers with equal kind and
+    reason. In a stock run the numbers are 0, and there are no "groups"."""
     if run.options.stock:
         return {"layers": 0, "fused": 0, "reasons": []}
     from ..integrations.peft import alike, explain
@@ -441,7 +442,8 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             """Returns the run's order of examples.
 
-            The accelerate library divides the batches of a step among the ranks: each rank gets every ``world``-th one.
+            The accelerate library divides the batches of a step among the ranks: each rank gets every ``world``-th
+            batch.
             """
             return Order(len(run.examples.train), run.steps * run.step_examples, o.seed)
 
