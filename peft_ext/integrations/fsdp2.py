@@ -55,8 +55,8 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
 
     Call ``prepare_fsdp2`` after the trainer is made, before ``trainer.train()`` and ``trainer.evaluate()``, in all
     processes. Modules to which ``fully_shard`` was applied before are left unchanged. For a PeftModel,
-    ``trainer.save_model`` writes PEFT's files after this call, with every state dict type, and checkpoints are sharded
-    (``SHARDED_STATE_DICT``) and have PEFT's files too.
+    ``trainer.save_model`` writes PEFT's files after a call of ``prepare_fsdp2``, with every state dict type, and
+    checkpoints are sharded (``SHARDED_STATE_DICT``) and have PEFT's files too.
 
     Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,
     context or sequence parallelism, offloaded activation checkpointing, mixed precision over a base in FP8,

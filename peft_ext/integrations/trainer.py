@@ -142,8 +142,8 @@ class PeftExtCallback(TrainerCallback):
         """Makes this callback the first callback of ``trainer``, and returns this callback.
 
         If the trainer has this callback already, the callback is moved. In a process group, if the accelerate library's
-        configuration or ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
-        (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call this method, before the
+        configuration or ``TrainingArguments(fsdp=...)`` asks for FSDP2, ``attach`` also shards the trainer's model
+        (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call ``attach``, before the
         training.
 
         Raises: TypeError if ``trainer`` is no transformers Trainer; the errors of ``prepare_fsdp2``.

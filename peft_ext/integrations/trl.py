@@ -92,8 +92,8 @@ def _form() -> str:
 
 
 def _trainer_reason(trainer: Any) -> Optional[str]:
-    """Returns why LinearLoss is not known to give TRL's own losses and metrics with this trainer and its options, or
-    None."""
+    """Returns why LinearLoss is not known to give TRL's own losses and metrics with this trainer and its options; None
+    if it is known."""
     if _form() not in _FORMS:
         return f"the head of {version('trl')} is none of the known forms"
     kind = next((kind for kind in _LOSSES if isinstance(trainer, kind)), None)
@@ -116,7 +116,7 @@ def _trainer_reason(trainer: Any) -> Optional[str]:
 
 
 def _model_reason(model: nn.Module) -> Optional[str]:
-    """Returns why the forward that TRL gave the model can't be replaced, or None."""
+    """Returns why the forward that TRL gave the model can't be replaced; None if it can."""
     function = getattr(model.forward, "__func__", None)
     if getattr(function, "__code__", None) not in add_fused_lm_head.__code__.co_consts:
         return "the model's forward is not the one that TRL gives it"
@@ -126,8 +126,8 @@ def _model_reason(model: nn.Module) -> Optional[str]:
 
 
 def _head_reason(model: nn.Module) -> Optional[str]:
-    """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward with a fused
-    head calls ``_head_reason``, because the head may have changed."""
+    """Returns why linear_cross_entropy can't compute the loss from the model's head; None if it can. Each forward with
+    a fused head calls ``_head_reason``, because the head may have changed."""
     head = model.get_output_embeddings()
     if type(head) not in (*PACKED, *LINEAR, *FOUR_BIT):
         return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear, PackedLinear or Linear4bit"

@@ -2,8 +2,8 @@
 
 Some classes of transformers that are made for other tasks, such as PegasusForCausalLM, XLNetLMHeadModel and
 WhisperForCausalLM, compare the logits at a position with the label at the same position, because they expect labels
-that the caller has shifted. The labels of a run are not shifted, so such a model would learn to repeat each token that
-it has just read.
+that the caller has shifted. The labels of a run are not shifted, so a model that compares labels and logits at one
+position would learn to repeat each token that it has just read.
 """
 
 from __future__ import annotations

@@ -454,7 +454,7 @@ def _start_group(launch: Launch) -> tuple[Any, str]:
     """Makes the default process group, and returns its store and the name of the launch.
 
     If torchrun restarts the processes, they get another store. The name of the launch is kept over restarts, in the
-    store of torchrun's agent; the name is "" without this agent.
+    store of torchrun's agent; the name is "" without an agent of torchrun.
     """
     if not torch.distributed.is_available():
         raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")

@@ -91,7 +91,7 @@ def trainer_options(run: Run) -> dict[str, Any]:
 
 
 def adapter_state(model: Any) -> dict[str, Any]:
-    """Gathers on rank 0 the tensors that PEFT saves. All ranks have to call the function."""
+    """Gathers on rank 0 the tensors that PEFT saves. All ranks have to call ``adapter_state``."""
     from ..integrations import fsdp2
 
     return fsdp2.adapter_state(model)

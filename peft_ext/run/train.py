@@ -48,7 +48,7 @@ from .runner import about_runner, export_adapter
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run. ``run.json`` in the output folder has most of these values, and more.
+    """The result of a run. ``run.json`` in the output folder has most of a Result's values, and more.
 
     Attributes:
         output: folder with the adapter, run.json and report.html.
@@ -111,8 +111,9 @@ def finetune(options: Options) -> Result:
     the same signal on. SIGUSR1, which batch systems send ahead of a time limit, writes a checkpoint after the current
     step, and training continues.
 
-    The progress is logged to the logger ``peft_ext.run``. In this process the function turns off transformers' progress
-    bars, and the warnings and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.
+    The progress is logged to the logger ``peft_ext.run``. ``finetune`` turns off, in this process, transformers'
+    progress bars, and the warnings and the log messages below level ERROR of transformers, PEFT, accelerate and
+    bitsandbytes.
 
     If a launcher has started several processes, all of them have to call the function, with equal options (paths and
     ``threads`` may differ). After an error, each process has to end, because the process group of the run is broken.

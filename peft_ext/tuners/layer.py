@@ -159,7 +159,7 @@ class ReplacingLayer(Wrapper):
     def running(self) -> Optional[str]:
         """Returns the adapter that the next forward uses, or None if the next forward runs the base module alone.
 
-        If adapters are disabled and one adapter is merged, this method unmerges the adapter.
+        If adapters are disabled and one adapter is merged, ``running`` unmerges the adapter.
         """
         if self._disable_adapters:
             if self.merged:
@@ -369,8 +369,8 @@ def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) ->
 
 def _checkpoints_of(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
     """Returns the modules among ``modules`` that checkpoint a forward, each with the name of the attribute that holds
-    the checkpointing function, and this function. The function knows transformers' layers with gradient checkpointing
-    and PyTorch's CheckpointWrapper."""
+    the checkpointing function, and this function. ``_checkpoints_of`` finds transformers' layers with gradient
+    checkpointing, and PyTorch's CheckpointWrapper."""
     found = []
     for module in modules:
         func = module.__dict__.get("_gradient_checkpointing_func")

@@ -80,7 +80,8 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
 
 
 def _unknown_argument(cls: Any, row: Row) -> Optional[str]:
-    """Returns the name of an argument of an attention's forward that the formula of ``row`` does not have, or None."""
+    """Returns the name of an argument of an attention's forward that the formula of ``row`` does not have; None if
+    there is none."""
     known = {"self", *_ARGUMENTS, row.get("cache").partition(":")[0]}
     parameters = inspect.signature(inspect.unwrap(cls.forward)).parameters.values()
     return next((p.name for p in parameters if p.name not in known and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)),
@@ -303,7 +304,7 @@ def told(value: Any) -> Any:
 
 
 def unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole: bool = False) -> Optional[str]:
-    """Returns how two tensors differ beyond rounding, or None.
+    """Returns in words how two tensors differ beyond rounding; None if they do not.
 
     Elements that are not finite must be at the same places in both tensors and, if ``strict``, be equal (NaN, or the
     same infinity). Finite elements may differ by ``tolerance`` times the largest finite value of the row, or of the

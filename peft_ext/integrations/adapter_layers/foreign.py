@@ -80,7 +80,7 @@ def foreign_weight(base: nn.Module) -> PackedWeight:
 
 
 def foreign_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the operators can't read the weight of the layer, or None."""
+    """Returns why the operators can't read the weight of the layer; None if they can."""
     if getattr(base, "adapter", None) is not None:
         return "its base layer has an adapter of its own"
     if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in _tensors(base)):

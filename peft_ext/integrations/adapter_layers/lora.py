@@ -116,7 +116,7 @@ class LowRank(Fused):
 
         Returns None if the base layer's own forward has to run (:func:`.base.operands` returns None, or
         :func:`.base.sums_wider` is true), if the base layer multiplies another tensor than x, for example a cast of x,
-        or if x does not fit this process's shard of a split base layer. Call this method only if :meth:`joint_state`
+        or if x does not fit this process's shard of a split base layer. Call ``joint_call`` only if :meth:`joint_state`
         returned a tuple.
         """
         (name,), base = self._names(), self._modules["base_layer"]
@@ -394,7 +394,7 @@ if LoraLinear is not None:
 
         def known_call(self, x: Tensor) -> Optional[tuple]:
             """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None. A block
-            that calls the layer's kernel directly (see :mod:`.few_tokens`) uses this method."""
+            that calls the layer's kernel directly (see :mod:`.few_tokens`) uses ``known_call``."""
             return self._common(x)
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:

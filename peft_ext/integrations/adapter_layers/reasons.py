@@ -199,8 +199,8 @@ def accepts_input(x: Any) -> bool:
 
 
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
-    """Returns why the operators can't read the parameter ``tensor``, or None. The returned text calls the parameter
-    ``name``."""
+    """Returns why the operators can't read the parameter ``tensor``; None if they can. The returned text calls the
+    parameter ``name``."""
     # A DTensor and a quantized subclass are not plain. FSDP leaves None in place of a parameter that it takes out.
     if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
@@ -215,8 +215,8 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 
 
 def kernel_reason(op: str, device: str) -> Optional[str]:
-    """Returns why layers on ``device`` must not run the public operator ``op``, or None. A reason is that native
-    kernels are not loaded, or that the kernels did not pass the comparison with the reference."""
+    """Returns why layers on ``device`` must not run the public operator ``op``; None if they may. A reason is that
+    native kernels are not loaded, or that the kernels did not pass the comparison with the reference."""
     if KERNELS[op].get(device):
         return proved(device, *PUBLIC[op])
     if device == "cuda" and not STATE.cuda_loaded:
@@ -287,7 +287,7 @@ def base_reason(layer: Any) -> Optional[str]:
 
 
 def alone_reason(layer: Any) -> Optional[str]:
-    """Returns why the adapter's part can't be fused if the base layer's own forward runs, or None."""
+    """Returns why the adapter's part can't be fused if the base layer's own forward runs; None if it can be fused."""
     base = layer._modules["base_layer"]
     for name, parameter in base._parameters.items():
         # A base layer on which fully_shard itself was called gathers its parameters when the base layer is called.
@@ -311,7 +311,7 @@ def _is_falcons(kind: type) -> bool:
 
 
 def weight_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the operators can't read the weight of the layer ``base``, or None.
+    """Returns why the operators can't read the weight of the layer ``base``; None if they can.
 
     The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear, PackedLinear and Linear4bit, and of the
     layers of other packages in :mod:`.foreign`.
@@ -387,14 +387,14 @@ def _table_reason(state: Any) -> Optional[str]:
 
 
 def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
-    """Returns why PyTorch's own product runs in a call of ``layer`` that computes in ``dtype``, or None."""
+    """Returns why PyTorch's own product runs in calls of ``layer`` that compute in ``dtype``; else None."""
     if dtype not in WIDENED:
         return f"PyTorch's product of {short(dtype)} is as fast here"
     return product_reason(layer)
 
 
 def product_reason(layer: nn.Linear) -> Optional[str]:
-    """Returns why frozen_linear can't compute a linear layer without an adapter, or None."""
+    """Returns why frozen_linear can't compute a linear layer without an adapter; None if it can."""
     if replaced_on_instance(layer):
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
     if reason := weight_reason(layer):
@@ -500,8 +500,8 @@ def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
 
 
 def scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
-    """Returns why the operators can't use an adapter's scaling, or None. ``like``: the adapter's lora_A, whose device a
-    scaling that is a tensor must have."""
+    """Returns why the operators can't use an adapter's scaling; None if they can. ``like``: the adapter's lora_A, whose
+    device a scaling that is a tensor must have."""
     # PEFT's hotswap makes the scaling a tensor of one element.
     if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
         return "scaling is a tensor that requires grad" if scaling.requires_grad else None
@@ -518,7 +518,7 @@ def _magnitude_reason(module: nn.Module) -> Optional[str]:
 
 
 def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
-    """Returns why a module with DoRA's magnitude can't be fused, or None.
+    """Returns why a module with DoRA's magnitude can't be fused; None if it can.
 
     ``dim``: the number of dimensions that the magnitude must have.
     """

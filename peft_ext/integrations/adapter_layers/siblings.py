@@ -131,8 +131,8 @@ class _Group:
 
 
 def joint_reason(layers: list[Any], states: list[Optional[tuple]], device: str) -> Optional[str]:
-    """Returns why no two of the sibling layers ``layers`` on ``device`` can be computed together, or None. ``states``:
-    for each layer, the return value of its ``joint_state()``."""
+    """Returns why no two of the sibling layers ``layers`` on ``device`` can be computed together; None if two can.
+    ``states``: for each layer, the return value of its ``joint_state()``."""
     joint = [layer for layer, state in zip(layers, states, strict=True) if state is not None]
     if len(joint) < 2:
         return "no two have adapters that can be computed together"

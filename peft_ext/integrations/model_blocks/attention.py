@@ -127,8 +127,8 @@ class Attention(Block):
         """Returns why transformers' function, and not the operator rotary_embedding, rotates the q and k of hidden
         states x; else None.
 
-        If q and k have norms, which may change the dtype of q and k, this method does not compare this dtype with the
-        dtype of the rotary positions; :func:`_fits_rotary` compares the two dtypes in each call.
+        If q and k have norms, which may change the dtype of q and k, ``_rotary_reason`` does not compare the dtype of q
+        and k with the dtype of the rotary positions; :func:`_fits_rotary` compares the two dtypes in each call.
         """
         if type(size := self.__dict__.get("head_dim")) is int and size % 2:
             return f"the size of its heads is {size}, wanted an even number"
@@ -366,7 +366,7 @@ def _knows_bias(function: Any) -> Optional[bool]:
 
 
 def _reason(module: Any) -> Optional[str]:
-    """Returns why the module's attention calls would not run peft_ext's operator, or None."""
+    """Returns why the module's attention calls would not run peft_ext's operator; None if they may run it."""
     config = module.__dict__.get("config")
     implementation = getattr(getattr(config, "original", config), "_attn_implementation", None)
     if implementation != "sdpa":

@@ -122,7 +122,7 @@ def _plain(module: nn.Module) -> None:
 
 def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
     """Yields, for each block of ``model``, the block's name, each part that can be fused, and the reason why the part
-    is not fused, or None."""
+    is not fused (None for a fused part)."""
     rows, skipped = functools.cache(row_of), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()

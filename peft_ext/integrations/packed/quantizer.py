@@ -122,8 +122,8 @@ class PackedQuantizer(HfQuantizer):
         """Raises ValueError if ``device_map`` offloads packed experts to the disk and other layers have dense experts.
 
         transformers finds offloaded experts by the name of the dense parameter, which the codes of packed experts don't
-        have if other layers have dense experts (see ``_suffix``). transformers calls this method before it makes the
-        model, and again with a device map that it computes.
+        have if other layers have dense experts (see ``_suffix``). transformers calls ``validate_environment`` before it
+        makes the model, and again with a device map that it computes.
         """
         if not self._apart or not isinstance(device_map, dict):
             return
@@ -334,9 +334,9 @@ class Place:
 def _suffix(layout: Layout, part: str, apart: bool) -> str:
     """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter.
 
-    By default, the codes have the name of the dense parameter, because offloading to the disk needs this name. If some
-    layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers looks
-    up, by a tensor's name in the model, the names under which ``save_pretrained`` writes the tensor.
+    By default, the codes have the name of the dense parameter, because offloading to the disk needs the dense name. If
+    some layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers
+    looks up, by a tensor's name in the model, the names under which ``save_pretrained`` writes the tensor.
     """
     return "" if part == layout.codes and (part == "weight" or not apart) else f"_{part}"
 
