@@ -187,9 +187,10 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     The function ``peft_ext.files.atomic_folder`` replaces the folder; the docstring of ``atomic_folder`` lists the
     cases in which a replacement is not atomic.
 
-    The function saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other files in
-    the folder (checkpoints, logs, adapters of other names) stay. The lists of names in the configuration are sorted,
-    because the order in which ``save_pretrained`` alone writes a list of names differs between processes.
+    ``save_adapter`` saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other
+    files in the folder ``path`` (checkpoints, logs, adapters of other names) stay. The lists of names in the
+    configuration are sorted, because the order in which ``save_pretrained`` alone writes a list of names differs
+    between processes.
 
     Args:
         model: a PeftModel.

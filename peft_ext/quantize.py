@@ -118,9 +118,9 @@ def quantize_packed(
 ) -> _Model:
     """Replaces the ``nn.Linear`` layers of ``model`` by frozen :class:`peft_ext.nn.PackedLinear` layers, in place.
 
-    The function quantizes the same layers and experts as :func:`quantize_nf4`, and treats hooks, tied weights, memory
-    and errors as :func:`quantize_nf4` does. The tensors of a layer have the names and the layout of transformers' files
-    for fp8, of ModelOpt's files for nvfp4, and of compressed-tensors' files for the other formats.
+    ``quantize_packed`` quantizes the same layers and experts as :func:`quantize_nf4`, and treats hooks, tied weights,
+    memory and errors as :func:`quantize_nf4` does. The tensors of a layer have the names and the layout of
+    transformers' files for fp8, of ModelOpt's files for nvfp4, and of compressed-tensors' files for the other formats.
 
     Args:
         model: any module, on any device except meta.

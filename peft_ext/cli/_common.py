@@ -72,7 +72,7 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
 def named_bases(adapter: Path) -> tuple[Optional[str], Optional[str]]:
     """Returns the base that the run.json of an adapter names, and the base that its adapter_config.json names.
 
-    None stands for a name that is missing or can't be read.
+    None stands for the name of a base that is missing or can't be read.
     """
     found: list[Optional[str]] = []
     for file, keys in (("run.json", ("options", "model")), ("adapter_config.json", ("base_model_name_or_path",))):

@@ -263,9 +263,9 @@ class LinearLoss:
     contains the entropy raises RuntimeError.
 
     ``loss_reason`` is the reason why TRL's own code computes the loss; None if linear_cross_entropy computes the loss.
-    If there is a reason, a warning states the reason when the trainer is made. TRL's code computes the loss for example
-    if the head is trained or computes in float16, if processes share the model (FSDP, DeepSpeed), or if an option is
-    not known to give TRL's numbers.
+    If TRL's own code computes the loss, a warning states the reason when the trainer is made. TRL's code computes the
+    loss for example if the head is trained or computes in float16, if processes share the model (FSDP, DeepSpeed), or
+    if an option is not known to give TRL's numbers.
     """
 
     loss_reason: Optional[str]

@@ -413,7 +413,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _bos(tokenizer: Any) -> list[int]:
     """Returns a list with the BOS token where the tokenizer puts BOS before a text by itself; else an empty list.
 
-    The function is not used for rendered chat templates, because a template itself writes the BOS that its model needs.
+    ``_bos`` is not used for rendered chat templates, because a template itself writes the BOS that its model needs.
     """
     first = list(tokenizer("", verbose=False)["input_ids"][:1])
     return first if first == [tokenizer.bos_token_id] else []

@@ -187,7 +187,7 @@ def continued(
 def greedy(model: Any, input_ids: Any, count: int, temperature: float = 0.0) -> Any:
     """Returns ``input_ids [1, T]`` followed by up to ``count`` generated tokens, computed without a cache.
 
-    Each token is the likeliest token, or is sampled where ``temperature`` is not 0. The function replaces ``generate``
+    Each token is the likeliest token, or is sampled where ``temperature`` is not 0. ``greedy`` replaces ``generate``
     for PEFT's prompt methods, because ``generate`` loses the virtual tokens with transformers 5.
     """
     stop = model.generation_config.eos_token_id

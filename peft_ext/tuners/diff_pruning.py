@@ -127,8 +127,8 @@ class DenseDiff(nn.Module):
         return sum(torch.sigmoid(alpha.to(wide) - math.log(-low / high)).sum() for alpha in self.alphas())
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """Returns the changed tensor, θ = θ₀ + difference with θ₀ in ``tensor``. The sum is computed in float32 or
-        wider and rounded once to θ₀'s dtype."""
+        """Returns the changed tensor, θ = θ₀ + difference with θ₀ in ``tensor``. The sum θ₀ + difference is computed in
+        float32 or wider and rounded once to θ₀'s dtype."""
         return (tensor + self.difference(sample)).to(tensor.dtype)
 
 

@@ -216,7 +216,7 @@ CALLS: list[Any] = []
 
 def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Optional[Tensor]]:
     """The attention function that instances of the proof use: a weighted sum of q, k and v, so that a difference of q,
-    k or v is not enlarged. The function records a summary of its arguments in ``CALLS``."""
+    k or v is not enlarged. ``_noted`` records a summary of its arguments in ``CALLS``."""
     CALLS.append((told(mask), told(given), q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape))
     k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
     out = (q * 0.5 + k * 0.25 - v * 0.125).transpose(1, 2).contiguous()

@@ -126,8 +126,9 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Optional[Tensor], Results]:
-    """Runs a forward, and returns the loss and the other outputs. The loss is None if the forward returns no loss. The
-    other outputs are the logits alone, or, if the forward returns no logits, all float outputs but the loss."""
+    """Runs a forward, and returns the loss and the other outputs. The loss that ``_call`` returns is None if the
+    forward returns no loss. The other outputs are the logits alone, or, if the forward returns no logits, all float
+    outputs but the loss."""
     seed(value)
     output = model(**_mapped(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     named: dict[str, Any] = {}

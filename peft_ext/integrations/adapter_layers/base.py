@@ -153,7 +153,7 @@ def class_name(kind: type) -> str:
 
 
 def is_fully_sharded(kind: type) -> bool:
-    """Returns whether ``kind`` is a class that ``fully_shard`` made for a module. The check does not import
+    """Returns whether ``kind`` is a class that ``fully_shard`` made for a module. ``is_fully_sharded`` does not import
     torch.distributed."""
     return hasattr(kind, "_get_fsdp_state")
 

@@ -249,7 +249,7 @@ def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns the function that computes the linear layer ``layer`` for inputs of x's dtype.
 
     If the layer's class and tensors are known and the kernels may run, the function calls a kernel, or F.linear for a
-    dense weight where :func:`.linear.is_ahead` is false. In all other cases, the function is the layer itself.
+    dense weight where :func:`.linear.is_ahead` is false. In all other cases, ``direct`` returns the layer itself.
     """
     found, own = None, Facts()
     if isinstance(layer, nn.Module):

@@ -69,9 +69,9 @@ def _tensors(base: nn.Module) -> list[Tensor]:
 
 
 def foreign_weight(base: nn.Module) -> PackedWeight:
-    """Returns the weight of the layer as a PackedWeight that shares the layer's memory. The function returns the same
-    PackedWeight object until the address of a tensor of the layer changes. Raises ValueError if the layer's layout is
-    not supported."""
+    """Returns the weight of the layer as a PackedWeight that shares the layer's memory. ``foreign_weight`` returns the
+    same PackedWeight object until the address of a tensor of the layer changes. Raises ValueError if the layer's layout
+    is not supported."""
     key = [tensor.data_ptr() for tensor in _tensors(base)]
     known = _HELD.get(base)
     if known is None or known[0] != key:
