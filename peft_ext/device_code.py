@@ -203,10 +203,10 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
 
 
 def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Image, str]:
-    """Compiles a kernel with NVRTC. Returns the machine code, and NVRTC's messages.
+    """Compiles a kernel with NVRTC. Returns an Image of the machine code, and NVRTC's messages as one text.
 
-    ``kernel`` and ``file`` are described in :func:`image`. ``arch`` is, for example, ``sm_90`` for a GPU's machine
-    code, or ``compute_90`` for PTX, which the driver translates. ``options`` are further options for NVRTC.
+    The docstring of :func:`image` describes ``kernel`` and ``file``. ``arch`` is, for example, ``sm_90`` for a GPU's
+    machine code, or ``compute_90`` for PTX, which the driver translates. ``options`` are further options for NVRTC.
     """
     nvrtc = _nvrtc()
     headers = HEADERS | _sources()

@@ -71,7 +71,8 @@ def get_peft_model(
         adapter_name: the new adapter's name.
         accelerate: whether to call :func:`peft_ext.accelerate`. Layers that can't be fused run PEFT's code.
         blocks, dora_dropout, experts_dropout: see :func:`peft_ext.accelerate`.
-        kwargs: further arguments of PEFT: ``mixed``, ``autocast_adapter_dtype``, ``revision``, ``low_cpu_mem_usage``.
+        kwargs: further arguments of ``peft.get_peft_model``: ``mixed``, ``autocast_adapter_dtype``, ``revision``,
+            ``low_cpu_mem_usage``.
 
     Returns: the PeftModel around the same model.
 
@@ -185,7 +186,7 @@ def load_adapter(
     Args:
         model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets another adapter.
         path: a folder that ``save_pretrained`` wrote, or the name of a repository on the Hugging Face Hub.
-        adapter_name: the adapter's name in the model. The adapter's files do not contain a name.
+        adapter_name: the adapter's name in the model. The adapter's files do not contain a name of the adapter.
         is_trainable: whether the adapter can be trained further. If False, the adapter is frozen and the model is in
             eval mode.
         accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. If dora_dropout or

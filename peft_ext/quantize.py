@@ -154,7 +154,7 @@ def pack_model(
     model: _Model, format: str, skip: set[str], progress: bool = False,
     pack: Callable[[torch.Tensor, str], PackedWeight] = quantized, without_values: bool = False,
 ) -> _Model:  # fmt: skip
-    """Replaces layers and experts as :func:`quantize_packed` does.
+    """Replaces layers and experts of ``model`` by packed ones, as :func:`quantize_packed` does.
 
     ``pack(weight, format)`` makes a packed weight of a dense weight. ``without_values``: whether the weights have no
     values, because they are on the meta device or are stand-ins; such weights are not checked for values that are not

@@ -275,7 +275,7 @@ def _check_room(model: nn.Module, examples: list[dict[str, Any]]) -> None:
 def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, list[int]]:
     """Returns a row that is tokenized already as lists of integers, with labels.
 
-    ``columns``: the names of all rows' columns. ``where`` begins the text of an error.
+    ``columns``: the names of the columns of numbers that any row has. ``where`` begins the text of an error.
     """
     if unknown := columns.difference(_COLUMNS):
         raise RunError(f"--data train_dataset: rows of input_ids have numbers in the column {min(unknown)!r}, wanted "

@@ -198,11 +198,11 @@ def new_table(
     """Returns an empty rich Table.
 
     Args:
-        columns: names of the columns.
+        columns: names of the table's columns, from left to right.
         right: names of the columns that are aligned to the right.
         unfolded: names of the columns whose cells stay on one line.
         expand: whether the columns share the console's whole width evenly.
-        kwargs: more arguments of rich's Table.
+        kwargs: more arguments for the constructor of rich's Table.
     """
     from rich.box import SIMPLE
     from rich.table import Table

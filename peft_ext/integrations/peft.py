@@ -13,8 +13,8 @@ earlier call with equal types, dtypes, shapes, devices and settings. If a check 
 or of the layer's base layer, runs. :func:`peft_ext.explain` runs the same checks and reports which check fails.
 
 The function ``peft_ext.accelerate`` recognizes PEFT's layers by exact type, because a subclass may have another
-forward. The fused layers are in ``adapter_layers``. Blocks of a model are recognized by the code of their forward, see
-``forms`` and ``model_blocks``.
+forward. The code of the fused layers is in the folder ``adapter_layers``. Blocks of a model are recognized by the code
+of their forward, see ``forms`` and ``model_blocks``.
 """
 
 from __future__ import annotations
@@ -264,8 +264,8 @@ class Row:
     """The state of one layer or block. ``kind``: the method and the base layer, for example "LoRA over Linear4bit", or
     the kind of block.
 
-    ``reason``: why the layer or block is not fused. The reason of a fused layer is "" or a remark, such as why only the
-    adapter's part is fused.
+    ``reason``: why the layer or block is not fused, as a text. The reason of a fused layer is "" or a remark, such as
+    why only the adapter's part is fused.
     """
 
     name: str

@@ -57,8 +57,8 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The options that a file sets. ``values`` maps the options' names to their values, and ``lines`` to the lines of
-    the file that set them."""
+    """The options that a YAML file of ``--config`` sets. ``values`` maps the options' names to their values, and
+    ``lines`` to the lines of the file that set them."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)

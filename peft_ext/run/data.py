@@ -506,7 +506,7 @@ def _labelled(
 
     Args:
         where: name of the data, for error messages.
-        answers: the positions in ``text`` where each answer begins and ends.
+        answers: for each answer, a pair of positions in ``text``: where the answer begins and where it ends.
         block_size: once there are more tokens than ``block_size``, no further answer is added.
 
     Raises RunError where the tokenizer gives no positions of its tokens and the positions are needed, and where the

@@ -53,7 +53,7 @@ class Launch:
 
     Attributes:
         launcher: name of the launcher; "" for a process that no launcher started.
-        rank, world: rank of the process, and number of processes.
+        rank, world: rank of this process, and number of processes of the launch.
         local_rank, local_world: rank among the processes of the machine, and their number; None where the launcher does
             not tell.
         identity: the launch's name, equal in all processes and after a restart by torchrun: the argument of --rdzv-id,

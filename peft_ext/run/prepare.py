@@ -59,9 +59,9 @@ class Run:
 
     Attributes:
         options: the options of the run, after :func:`_resolved`.
-        corpus, examples: the data as records, and the tokenized data.
+        corpus, examples: the data of the run as records, and the tokenized data.
         checkpoint: checkpoint to resume from; None for a new run.
-        device, dtype: device and dtype of the computation.
+        device, dtype: the device on which the run computes, and the dtype of activations and dense weights.
         why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
         folder: folder, GGUF file or hub name of the model; in a sharded run, the folder in the hub's cache for a model
             on the hub.
@@ -70,8 +70,8 @@ class Run:
         config, tokenizer: configuration and tokenizer of the model.
         parameters, trainable: number of the base's parameters, and of the adapter's trainable parameters.
         steps: number of steps of the whole run.
-        seconds: seconds that each phase took, by the phase's name.
-        stop: the requests that signals have made.
+        seconds: a dict from the name of each phase of the run to the seconds that the phase took.
+        stop: the requests that signals such as SIGTERM have made to the run.
         ranks: the place of this process among the processes of the run, with methods for exchanges between them.
     """
 
@@ -381,7 +381,7 @@ def _model_folder(run: Run, downloads: bool = True) -> str:
 
 
 def _packed_folder(run: Run) -> str:
-    """Returns the model's folder for a dry run.
+    """Returns the folder from which a dry run reads the model's configuration.
 
     If the model is the default model and is not unpacked, the function returns the folder of the default model's GGUF
     file, and sets ``run.packed``.

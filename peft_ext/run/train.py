@@ -67,7 +67,7 @@ class Result:
         can_merge: whether ``peft-ext merge`` and :func:`peft_ext.merge_to_dense` can merge the adapter.
         check: comparison of the trained model with the saved adapter on a fresh base; None where the run stopped early.
         stopped_by: number of the signal that ended training early, with a checkpoint; 0 where no signal did.
-        seconds: seconds that each phase of the run took, by the phase's name.
+        seconds: a dict from the name of each phase of the run to the seconds that the phase took.
     """
 
     output: Path
@@ -441,7 +441,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 
     class OrderedTrainer(TokenMeanTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            """Returns the run's order of examples.
+            """Returns an :class:`.data.Order`: the order in which the run takes its examples.
 
             The accelerate library divides the batches of a step among the ranks: each rank gets every ``world``-th
             batch.
@@ -510,9 +510,9 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 def _may_leave_unused(model: nn.Module) -> bool:
     """Returns whether a step may leave trainable parameters unused, so that DDP has to search for unused parameters.
 
-    Experts may get no token of a batch. A forward of text uses no vision tower, no audio tower, and no layer of cross
-    attention to images (Llama 3.2 Vision). :func:`beside_text` does not find a tower that is a part of the text decoder
-    (Phi-4-multimodal), and such a tower may have an adapter.
+    The experts of a mixture may get no token of a batch. A forward of text uses no vision tower, no audio tower, and no
+    layer of cross attention to images (Llama 3.2 Vision). :func:`beside_text` does not find a tower that is a part of
+    the text decoder (Phi-4-multimodal), and such a tower may have an adapter.
     """
     if any(isinstance(module, nn.ModuleList) and "experts" in name for name, module in model.named_modules()):
         return True

@@ -50,7 +50,7 @@ class DiffPruningConfig(TargetConfig):
     Args:
         structured: whether each tensor has one more gate z_g, which opens or closes the difference of the whole tensor.
         sparsity_penalty: λ, the weight of the expected number of open gates in the loss.
-        alpha_init: initial α of every gate.
+        alpha_init: initial value of the parameter α of every gate.
         stretch_low, stretch_high: l < 0 and r > 1; a gate is stretched to the interval [l, r] before it is clamped to
             [0, 1].
         kept: number of entries that pruning kept, by full name of the tensor ("model.layers.0.mlp.up_proj.weight").

@@ -46,8 +46,8 @@ def tree(items: dict[str, Union[Tensor, nn.Module]], base: Optional[nn.Module] =
     """Returns a module that holds ``items`` under their names. A name with a dot, such as "a.b", becomes the item b of
     a submodule a.
 
-    Parameters and modules are registered as parameters and modules, other tensors as buffers. ``base``: a module with
-    tensors of these names. Items of an ``nn.LayerNorm`` in ``base`` are held by an ``nn.LayerNorm``.
+    Parameters and modules are registered as parameters and modules, other tensors as buffers. ``base``: a module that
+    has tensors with the names in ``items``. Items of an ``nn.LayerNorm`` in ``base`` are held by an ``nn.LayerNorm``.
     """
 
     def holder(path: str) -> nn.Module:
@@ -124,7 +124,7 @@ class ReplacingLayer(Wrapper):
         of the base module.
 
         ``training``: whether to return the values for training; Diff Pruning then draws random gates. ``x``: the
-        layer's input, or None if unknown.
+        layer's input; None if the input is not known.
         """
         raise NotImplementedError
 
@@ -400,7 +400,7 @@ class ReplacingTuner(Tuner):
         """Returns a module with the tensors of a new adapter. ``names``: the names of the tensors of ``layer`` that the
         adapter replaces.
 
-        ``key``: the full name of ``layer`` in the model.
+        ``key``: the dotted name of ``layer`` in the model.
         """
         raise NotImplementedError
 

@@ -78,7 +78,8 @@ class TargetConfig(PeftConfig):
             self._fail("layers_pattern", self.layers_pattern, "None where layers_to_transform is None")
 
     def _names(self, field_name: str, value: Any) -> Any:
-        """Returns a list of names as a set, as PEFT's configurations do. ``to_dict`` turns the set into a list."""
+        """Returns a list of names as a set, as PEFT's configurations do. ``to_dict`` turns each set into a sorted
+        list."""
         if value is None or isinstance(value, str):
             return value
         if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
@@ -163,8 +164,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields each parameter with its full name, as if the model had no adapter. A shared parameter has several
-    names."""
+    """Yields each parameter with its full name, as if the model had no adapter. A parameter that several modules share
+    is yielded under each of its names."""
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holder = next((container for container in containers(name) if container in wrapped), None)

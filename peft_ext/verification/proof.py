@@ -193,8 +193,9 @@ _INDEX = _Index()
 
 
 def _fill_attention(made: Any, row: Row, training: bool) -> None:
-    """Gives an attention its layers and attributes. The attributes of the row's options are 7 in training and None in
-    evaluation, so that the proof finds a forward that computes something else if an option is set."""
+    """Gives an attention, which the proof has made, its layers and attributes. The attributes of the row's options are
+    7 in training and None in evaluation, so that the proof finds a forward that computes something else if an option is
+    set."""
     heads, kv_heads, size = 4, 2, 8
     made.config = _Config()
     ALL_ATTENTION_FUNCTIONS.register(_noted.__name__, _noted)
@@ -484,22 +485,20 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     Args:
         cls: the class whose form becomes known. :func:`peft_ext.accelerate` fuses all classes that have this form.
         kind: the kind of the form: "rms_norm", "float_layer_norm", "mlp" or "attention".
-        formula: the values of the formula, by name.
-            For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the
-            weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the multiplication by the weight;
-            ``mixed``, whether the formula also holds if x and the weight have different dtypes.
-            For float_layer_norm: ``weight`` and ``eps``, the names of the attributes; or, without a weight, ``eps``, a
-            number, and ``shape``, the name of the attribute that holds the normalized shape.
-            For mlp: ``inner``, the name of the first layer, or the names of gate and up; ``out``, the name of the last
-            layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
-            "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
-            the attribute is a probability.
-            For attention, with rotary positions and an attention function of transformers' registry: ``inputs``, the
-            names of the layers for q, k and v; ``o``, the name of the last layer; ``norms``, "head" or "flat" for
-            layers q_norm and k_norm, which are applied after ("head") or before ("flat") the heads are split;
-            ``cache``, the name of the cache's argument and how its ``update`` is called, "cache:kwargs", "cache:plain"
-            or "cache:positions"; ``options``, keyword arguments of the attention function with the names of their
-            attributes, as "sliding_window:window".
+        formula: the values that describe the forward, by name; the names depend on ``kind``. For rms_norm: ``weight``
+            and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the weight; ``rounds``,
+            whether x / rms(x) is rounded to x's dtype before the multiplication by the weight; ``mixed``, whether the
+            formula also holds if x and the weight have different dtypes. For float_layer_norm: ``weight`` and ``eps``,
+            the names of the attributes; or, without a weight, ``eps``, a number, and ``shape``, the name of the
+            attribute that holds the normalized shape. For mlp: ``inner``, the name of the first layer, or the names of
+            gate and up; ``out``, the name of the last layer; ``act``, the name of the activation; ``gated``, whether
+            the MLP is gated; ``drop``, "out:name" or "act:name" for a dropout behind the last layer or behind the
+            activation, "out:p:name" or "act:p:name" if the attribute is a probability. For attention, with rotary
+            positions and an attention function of transformers' registry: ``inputs``, the names of the layers for q, k
+            and v; ``o``, the name of the last layer; ``norms``, "head" or "flat" for layers q_norm and k_norm, which
+            are applied after ("head") or before ("flat") the heads are split; ``cache``, the name of the cache's
+            argument and how its ``update`` is called, "cache:kwargs", "cache:plain" or "cache:positions"; ``options``,
+            keyword arguments of the attention function with the names of their attributes, as "sliding_window:window".
             For rms_norm and mlp: ``needs``, attributes of the module that must have the given value, as
             "with_scale:True".
 

@@ -195,7 +195,7 @@ def blocks_alone(
     narrow: torch.dtype, seed: Seed,
 ) -> list[Compared]:  # fmt: skip
     """Compares each fused module and each packed linear layer with its stock module, if the stock module can be called
-    alone. Returns one comparison for each compared module.
+    alone. Returns a list with one :class:`Compared` for each compared module.
 
     The stock module, the fused module and the yardstick's module all run on the input that the stock module gets in a
     forward of ``stock``.
@@ -249,8 +249,8 @@ def blocks_alone(
 
 
 def _alone(module: nn.Module, args: Any, kwargs: Any) -> Results:
-    """Runs one module alone. Returns the module's outputs, and the gradients of its inputs and trained parameters, by
-    name."""
+    """Runs one module of a model alone, forward and backward. Returns the module's outputs, and the gradients of its
+    inputs and trained parameters, by name."""
     leaves: dict[str, Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ NOW = _Now()
 def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> AbstractContextManager[None]:
     """Returns a context in which sibling layers of ``module`` that get the same tensor are computed together.
 
-    ``groups``: names of children of ``module``, for example ("q_proj", "k_proj", "v_proj"). Under torch.compile each
-    layer is computed alone.
+    ``groups`` has, for each group of siblings, the names of these children of ``module``, for example ("q_proj",
+    "k_proj", "v_proj"). Under torch.compile each layer is computed alone.
     """
     return nullcontext() if torch.compiler.is_compiling() else _together(module, groups)
 

@@ -251,7 +251,7 @@ class Attention(Block):
 
     def room_of_few(self, plan: Any, x: Tensor, given: dict[str, Any], repeats: bool = False) -> Optional[Room]:
         """Returns room in the cache for the tokens of x if the operator decoder_layer can compute the attention of this
-        call as a part of the decoder layer; else None. ``repeats``: the result of :meth:`repeats`."""
+        call as a part of the decoder layer; else None. ``repeats``: the result of :meth:`repeats` for this call."""
         known, tokens = self.peft_ext_known, x.shape[1]
         cache, mask = given.get(known.cache_name), given.get("attention_mask")
         if cache is None:
