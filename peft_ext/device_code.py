@@ -145,7 +145,8 @@ def image(kernel: str, file: str, capability: int) -> Image:
 
 
 def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, count: items) -> int:
-    """Compiles all kernels for a compute capability into the cache, on all cores. Returns the number of kernels.
+    """Compiles all kernels for a compute capability into the cache, on all cores. Returns the number of all kernels,
+    also of those that the cache had before.
 
     ``progress(iterable, length)`` yields the items of ``iterable`` and may show how many of them are done. Raises
     OSError if the cache's folder can't be written, or if the folder does not hold all kernels at the end.

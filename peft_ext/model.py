@@ -187,8 +187,8 @@ def load_adapter(
         model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets another adapter.
         path: a folder that ``save_pretrained`` wrote, or the name of a repository on the Hugging Face Hub.
         adapter_name: the adapter's name in the model. The adapter's files do not contain a name of the adapter.
-        is_trainable: whether the adapter can be trained further. If False, the adapter is frozen and the model is in
-            eval mode.
+        is_trainable: whether the adapter can be trained further. If ``is_trainable`` is False, the adapter is frozen
+            and the model is in eval mode.
         accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. If dora_dropout or
             experts_dropout is None, the value that the layers of a PeftModel have is used, else the default of
             :func:`get_peft_model`.

@@ -10,9 +10,9 @@ TRL's trainers replace the model's forward. Called with ``fused_lm_head=True``, 
 head and returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other values that the
 trainer logs. TRL's trainers compute their losses and metrics from the ``FusedCausalLMOutput``. :class:`LinearLoss`
 replaces TRL's forward by a forward that computes the same output from the same hidden states and the same weight. In
-this forward, ``linear_cross_entropy`` computes the log probability of each label. The entropy and the other values that
-the trainer logs are computed for a chunk of tokens at a time, without gradients. On a CPU, TRL's own forward keeps
-several float32 tensors of 4,096 tokens by 32,768 vocabulary entries.
+the forward that replaces TRL's forward, ``linear_cross_entropy`` computes the log probability of each label. The
+entropy and the other values that the trainer logs are computed for a chunk of tokens at a time, without gradients. On a
+CPU, TRL's own forward keeps several float32 tensors of 4,096 tokens by 32,768 vocabulary entries.
 
 As with TRL's own forward, the trainer calls the model through its wrapper, so DDP sees an ordinary call.
 """

@@ -44,11 +44,12 @@ def check_causal_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> No
     mode. The first forward has no labels. The other two forwards have labels that are chosen from the logits of the
     first forward, so that a class that does not shift the labels gives a very different difference of the two losses.
     A term of the loss that does not depend on the labels, such as the load-balancing loss of a mixture of experts,
-    cancels in the difference. If no row has two tokens, nothing is checked.
+    cancels in the difference. No error is raised if no row has two tokens, or if the logits have NaNs or are nearly
+    equal at all positions.
 
     The check changes neither the modes of the modules nor the states of PyTorch's random generators. In a sharded
-    model, all processes have to call the function, with equal rows. In a model of a prompt method, the check calls the
-    base, without the virtual tokens.
+    model, all processes have to call ``check_causal_loss``, with equal rows. In a model of a prompt method, the check
+    calls the base, without the virtual tokens.
     """
     row = max(rows, key=lambda row: len(row["input_ids"]), default={"input_ids": ()})
     count = min(len(row["input_ids"]), _TOKENS)

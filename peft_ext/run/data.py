@@ -250,7 +250,7 @@ def read_records(
 ) -> tuple[str, list[Any]]:  # fmt: skip
     """Returns the kind ("text" or "chat") and the records of the rows, as :class:`Corpus` has them.
 
-    Detects the columns where neither ``text`` nor ``prompt`` names a column. Leaves out records whose text or
+    Detects the columns of the data if neither ``text`` nor ``prompt`` names a column. Leaves out records whose text or
     completion is empty or white space. Raises RunError for a missing column, for names of columns that exclude each
     other, and for a value of a wrong type.
     """

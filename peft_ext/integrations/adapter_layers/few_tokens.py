@@ -187,7 +187,7 @@ def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -
     final), each call makes a new plan, until ``_MOST_TRIALS`` plans were made.
 
     If the block can have no plan, ``make`` returns the reason, and ``plan_of`` returns None. Several threads may call
-    the block at the same time.
+    ``plan_of`` for one block at the same time.
     """
     plan, trials = _PLANS.get(block), 0
     if plan is not None and plan.dtype is x.dtype and plan.kind is type(block):
