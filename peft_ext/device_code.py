@@ -11,7 +11,7 @@ compiles the kernel, and the others wait for the kernel's file, at most two minu
 
 Environment:
     ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If
-        the folder can't be written, every process compiles the kernels that it needs.
+        the cache's folder can't be written, every process compiles the kernels that it needs.
     ``PEFT_EXT_NVRTC_FLAGS``: options that NVRTC gets in addition to peft_ext's own, such as ``-lineinfo``.
 """
 

@@ -197,7 +197,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
         path: folder of the saved adapter.
         overwrite: whether an adapter that is in the folder may be replaced.
         kwargs: further arguments of ``save_pretrained``: ``selected_adapters``, ``save_embedding_layers`` and the like.
-            With ``is_main_process=False`` the function takes part in the communication of ``save_pretrained`` and
+            With ``is_main_process=False``, ``save_adapter`` takes part in the communication of ``save_pretrained`` and
             writes nothing to ``path``.
 
     Raises: TypeError where ``model`` is no PeftModel; ValueError where ``safe_serialization`` is False; FileExistsError

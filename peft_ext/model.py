@@ -196,7 +196,7 @@ def load_adapter(
             ``key_mapping``, ``subfolder``, ``revision``, ``token`` and the like.
 
     Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. If the adapter can't be loaded,
-    the function restores the modules of ``model``. Warns if the adapter's file has a tensor that the model lacks,
+    ``load_adapter`` restores the modules of ``model``. Warns if the adapter's file has a tensor that the model lacks,
     except for prompt learning.
 
     Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as

@@ -76,7 +76,7 @@ def _common(
 def _register(name: str) -> None:
     """Makes a command of ``peft-ext`` from the function ``name`` in the module of ``peft_ext.cli`` with the same name.
 
-    The exit code of the command is the number that the function returns, or 0 for None.
+    The exit code of the command is the number that the function ``name`` returns, or 0 if this function returns None.
     """
 
     def declared() -> Callable[..., Optional[int]]:
@@ -97,7 +97,7 @@ for _name in ("doctor", "finetune", "report", "merge", "export", "recommend", "e
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs the command line ``argv`` (None: the arguments in ``sys.argv``) and returns the exit code.
 
-    After wrong usage, the function prints one line on standard error, unless typer has shown the help.
+    After wrong usage, ``main`` prints one line on standard error, unless typer has shown the help.
     """
     command = typer.main.get_command(app)
     try:

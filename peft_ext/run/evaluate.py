@@ -47,9 +47,9 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
     """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``.
 
-    Each rank computes the losses of a part of the examples. A signal during training ends the function early, with
-    fewer losses, unless the run is sharded. Each forward has one example, so an example's loss does not depend on the
-    number of ranks.
+    Each rank computes the losses of a part of the examples. A signal during training ends ``held_out_losses`` early,
+    with fewer losses, unless the run is sharded. Each forward has one example, so an example's loss does not depend on
+    the number of ranks.
     """
     model.eval()
     examples, ranks, found = run.examples.held_out, run.ranks, {}

@@ -217,8 +217,8 @@ def preview(
 def _saved_tensors(model: Any) -> list[Any]:
     """Returns the adapter's tensors that PEFT would save.
 
-    For a prompt method, the function returns the prompt encoder's embedding, because PEFT can't compute the prompt on
-    the meta device.
+    For a prompt method, ``_saved_tensors`` returns the prompt encoder's embedding, because PEFT can't compute the
+    prompt on the meta device.
     """
     from peft.utils import get_peft_model_state_dict
 

@@ -363,7 +363,8 @@ def _model_folder(run: Run, downloads: bool = True) -> str:
     """Returns the model's folder or GGUF file, or the model's name on the hub.
 
     For a name on the hub, a sharded run gets the folder in the hub's cache, because peft_ext itself, and not
-    transformers, reads the files of a sharded run. Without ``downloads``, the function returns the name on the hub.
+    transformers, reads the files of a sharded run. Without ``downloads``, ``_model_folder`` returns the name on the
+    hub.
     """
     if run.is_from_hub:
         if not (run.sharded and downloads):
@@ -383,8 +384,8 @@ def _model_folder(run: Run, downloads: bool = True) -> str:
 def _packed_folder(run: Run) -> str:
     """Returns the folder from which a dry run reads the model's configuration.
 
-    If the model is the default model and is not unpacked, the function returns the folder of the default model's GGUF
-    file, and sets ``run.packed``.
+    If the model is the default model and is not unpacked, ``_packed_folder`` returns the folder of the default model's
+    GGUF file, and sets ``run.packed``.
     """
     if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
         return _model_folder(run, downloads=False)

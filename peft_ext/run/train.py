@@ -115,7 +115,7 @@ def finetune(options: Options) -> Result:
     progress bars, and the warnings and the log messages below level ERROR of transformers, PEFT, accelerate and
     bitsandbytes.
 
-    If a launcher has started several processes, all of them have to call the function, with equal options (paths and
+    If a launcher has started several processes, all of them have to call ``finetune``, with equal options (paths and
     ``threads`` may differ). After an error, each process has to end, because the process group of the run is broken.
 
     Raises RunError for an error that the user can fix, such as a wrong option, a full disk or too little memory.

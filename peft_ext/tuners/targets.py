@@ -37,8 +37,8 @@ class TargetConfig(PeftConfig):
 
     Args:
         target_modules: full names ("model.layers.1.mlp") or last components of names ("mlp"); or a regular expression
-            that matches a full name; or "all-linear". A module is a target if it, or a module that contains it, is
-            named. None stands for the method's default targets.
+            that matches a full name; or "all-linear". A module is a target if ``target_modules`` names the module, or a
+            module that contains it. None stands for the method's default targets.
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: modules that are trained and saved whole, as in PEFT; these modules are not targets.
         layers_to_transform: index or indices of layers; None: all layers. Modules outside of the given layers are not
@@ -148,7 +148,7 @@ def targeted(config: TargetConfig, name: str) -> bool:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields the full name and the module for every module below ``model``, as if the model had no adapter.
 
-    In place of a tuner layer the function yields the module that the tuner layer wraps. Modules that adapters or
+    In place of a tuner layer ``base_modules`` yields the module that the tuner layer wraps. Modules that adapters or
     ``modules_to_save`` added are left out.
     """
     inside = None

@@ -415,7 +415,7 @@ def variant_name(variant: Any) -> str:
 def checked_adapters(
     layer: Any, names: list[str], several: bool, check: Optional[Callable[[Any, str, bool], Adapter]] = None
 ) -> tuple[Optional[str], Pairs]:
-    """Returns the reason not to fuse the adapters ``names`` (or None), and the pair (lora_A, lora_B) of each adapter.
+    """Returns the reason not to fuse the adapters ``names`` (None: they can be fused), and each pair (lora_A, lora_B).
 
     The checks do not look at the base layer. ``check`` checks one adapter; by default ``layer.checked_adapter``, which
     is :func:`lora_adapter` or :func:`adalora_adapter`, depending on the method.
@@ -456,7 +456,7 @@ def checked_adapters(
 
 
 def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
-    """Returns the reason not to fuse one adapter of LoRA or DoRA, the adapter's lora_A, and its lora_B."""
+    """Returns the reason not to fuse a LoRA or DoRA adapter (None: it can be fused), its lora_A and its lora_B."""
     modules = layer._modules
     if (variant := layer.lora_variant.get(name)) is not None:
         if not dora.VARIANTS and variant_name(variant) == "DoRA":
@@ -488,7 +488,7 @@ def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
 
 
 def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
-    """Returns the reason not to fuse one adapter of AdaLoRA, the adapter's lora_A, and its lora_B."""
+    """Returns the reason not to fuse an AdaLoRA adapter (None: it can be fused), its lora_A and its lora_B."""
     (lora_A, lora_B), modules = layer.pair(name), layer._modules
     lora_E, ranknum = modules["lora_E"]._parameters.get(name), modules["ranknum"]._parameters.get(name)
     reason = tensor_reason("lora_E", lora_E) or tensor_reason("ranknum", ranknum, dim=1)
@@ -536,7 +536,7 @@ def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
 
 
 def checked_vectors(layer: Any) -> tuple[Optional[str], list[Tensor]]:
-    """Returns the reason not to fuse the active (IA)³ adapters (or None), and the vector ia3_l of each adapter."""
+    """Returns the reason not to fuse the active (IA)³ adapters (None: they can be fused), and their ia3_l."""
     held, vectors = layer._modules["ia3_l"], []
     for name in active_in(layer, held):
         vector = held._parameters.get(name)

@@ -23,7 +23,7 @@ __all__ = ["Block", "Fused", "class_of", "input_reason"]
 
 
 def input_reason(x: Tensor) -> Optional[str]:
-    """Returns why the operators do not accept x, or None, see :func:`accepts_input`."""
+    """Returns why the operators do not accept x; None if they accept x, see :func:`accepts_input`."""
     if accepts_input(x):
         return None
     return f"its input is a {type(x).__name__} in {dtype_name(x.dtype)}, or the call is traced or transformed"

@@ -1,8 +1,8 @@
 """MLPs computed by fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
 
-The operator of the activation computes its result in one pass, and saves for the backward only its inputs, which are
-the outputs of the MLP's first layers. If ``down`` needs its input in the backward, the backward computes this input
-again, except, for example, if ``down`` has hooks.
+The operator of the activation computes its result in one pass, and saves for the backward only the operator's inputs,
+which are the outputs of the MLP's first layers. If ``down`` needs its input in the backward, the backward computes this
+input again, except, for example, if ``down`` has hooks.
 """
 
 from __future__ import annotations

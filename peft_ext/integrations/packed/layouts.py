@@ -44,7 +44,8 @@ class Layout:
         shared: names of tensors that must be equal in all layers that are merged to one weight, and of which the merged
             weight has one.
         halves: names of tensors of 4-bit codes whose first half of rows is in the high nibbles of the bytes.
-        alone: function that returns why the tensors of layers of one input can't be merged to one weight, or "".
+        alone: function that returns why the tensors of layers of one input can't be merged to one weight; "" if they
+            can.
     """
 
     parts: tuple[str, ...]
