@@ -189,9 +189,9 @@ def plain_types() -> tuple[type, ...]:
 def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the operators accept: plain, dense, and float32, bfloat16 or float16.
 
-    The operators work under torch.compile, so the function may return True during a trace. ``accepts_input`` returns
-    False under torch.func's transforms, forward-mode differentiation, torch.jit.trace and torch.export (where x is a
-    fake tensor), so that the call takes the stock path.
+    The operators work under torch.compile, so the result may be True while torch.compile traces. ``accepts_input``
+    returns False under torch.func's transforms, forward-mode differentiation, torch.jit.trace and torch.export (where x
+    is a fake tensor), so that the call takes the stock path.
     """
     if type(x) not in _plain or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
