@@ -92,9 +92,9 @@ class ReplacingLayer(Wrapper):
 
     A subclass defines ``adapter_layer_names``, the name of the attribute that holds the adapters, and :meth:`own`.
 
-    While ``base_layer`` runs, it holds the adapter's tensors, so only one thread at a time runs a layer. If
-    ``base_layer`` or a module in it checkpoints a forward, as a decoder layer of transformers and PyTorch's
-    CheckpointWrapper do, the recomputation in the backward uses the same tensors as the forward.
+    While ``base_layer`` runs, it holds the adapter's tensors, so only one thread at a time runs a layer, except under
+    torch.compile. If ``base_layer`` or a module in it checkpoints a forward, as a decoder layer of transformers and
+    PyTorch's CheckpointWrapper do, the recomputation in the backward uses the same tensors as the forward.
     """
 
     other_param_names = ("names", "tied")
@@ -137,8 +137,8 @@ class ReplacingLayer(Wrapper):
     def replacements(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
         """Returns the tensors that ``adapter`` puts in place of parameters of this layer, by the parameter's name.
 
-        The dictionary also has the replacement of each parameter that this layer shares with another layer and that
-        the other layer's adapter owns.
+        The returned dictionary also has the replacement of each parameter that this layer shares with another layer and
+        that the other layer's adapter owns.
         """
         with self._locked():  # while another thread runs the layer, base_layer does not hold its own tensors
             found = self.own(adapter, training, x)
@@ -159,7 +159,8 @@ class ReplacingLayer(Wrapper):
     def running(self) -> Optional[str]:
         """Returns the adapter that the next forward uses, or None if the next forward runs the base module alone.
 
-        If adapters are disabled and one adapter is merged, ``running`` unmerges the adapter.
+        If adapters are disabled and one adapter is merged, ``running`` unmerges the adapter. Raises ValueError if this
+        layer holds several of the active adapters.
         """
         if self._disable_adapters:
             if self.merged:
