@@ -65,7 +65,8 @@ class Layout:
     def built(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], scheme: Scheme
     ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
-        """Returns the packed weight, the name of each part's tensor, and the tensors of the file that are no part.
+        """Returns the packed weight, the name of each part's tensor (None for a part that is None), and a dict of the
+        tensors of the file that are no part.
 
         Raises ValueError if a tensor is missing or does not fit.
         """
