@@ -108,12 +108,13 @@ class PeftExtCallback(TrainerCallback):
       step; without such a call, at the end of the first step. ``fused_share`` is the ``fused_share`` of
       ``explanation``.
     * ``peak_mib`` is the result of :func:`peak_memory_mib` at the last log or at the end of training. ``peak_cuda_mib``
-      is the peak of the GPU memory that PyTorch allocated in the process, measured together with ``peak_mib``.
+      is the peak of the GPU memory that PyTorch allocated in the process, measured together with ``peak_mib``; None if
+      the training runs on no GPU.
 
-    ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` are added to each of Trainer's logs that has a
-    loss, and to the metrics that ``train()`` returns. Trainer calls its reporters (TensorBoard, W&B, ...) before the
-    callbacks that the user passes. :meth:`attach` moves this callback before the reporters, so that the reporters get
-    the callback's values too.
+    Those of ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` that are not None are added to each
+    of Trainer's logs that has a loss, and to the metrics that ``train()`` returns. Trainer calls its reporters
+    (TensorBoard, W&B, ...) before the callbacks that the user passes. :meth:`attach` moves this callback before the
+    reporters, so that the reporters get the callback's values too.
 
     Raises: ValueError if warmup_steps is negative. When training begins, the callback raises the errors of
     :func:`peft_ext.accelerate` and :func:`peft_ext.agree`.
@@ -239,13 +240,15 @@ class PeftExtCallback(TrainerCallback):
 
     @property
     def median_step_s(self) -> Optional[float]:
-        """The median of the seconds per step after the warm-up; None if there is no step."""
+        """The median of the seconds per step after the warm-up (of all steps, if there are no more than
+        ``warmup_steps``); None if there is no step."""
         seconds = self.step_seconds[self._measured]
         return statistics.median(seconds) if seconds else None
 
     @property
     def tokens_per_s(self) -> Optional[float]:
-        """Tokens per second of the steps after the warm-up; None if no tokens were counted."""
+        """Tokens per second of the steps after the warm-up (of all steps, if there are no more than ``warmup_steps``);
+        None if no tokens were counted."""
         tokens, seconds = sum(self.step_tokens[self._measured]), sum(self.step_seconds[self._measured])
         return tokens / seconds if tokens and seconds else None
 
