@@ -233,8 +233,8 @@ def needs_bitsandbytes(o: Options) -> bool:
 def _resolved(options: Options) -> Options:
     """Returns the resolved options; where the model's files are packed, ``quant`` is "checkpoint" by default.
 
-    Raises RunError where ``quant`` does not fit the model's files. A model without a readable configuration is refused
-    later, by :func:`_read_config`.
+    Raises RunError where ``quant`` or ``shard`` does not fit the model's files. A model without a readable
+    configuration is refused later, by :func:`_read_config`.
     """
     from transformers import PretrainedConfig
 
