@@ -139,8 +139,8 @@ def instruction_sets() -> list[str]:
 
 
 def model_facts() -> str:
-    """Returns the first processor's model name, stepping and part numbers from /proc/cpuinfo; if there are none, the
-    architecture."""
+    """Returns the first processor's model name, stepping and part numbers from /proc/cpuinfo; the architecture if the
+    file has none of them."""
     facts = []
     try:
         with open("/proc/cpuinfo") as file:

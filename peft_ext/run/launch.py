@@ -49,7 +49,8 @@ _KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among the processes of a run, as the launcher's environment variables describe it.
+    """What the launcher's environment variables say about this process of a run: its rank, the number of processes and
+    so on.
 
     Attributes:
         launcher: name of the launcher; "" for a process that no launcher started.

@@ -72,7 +72,7 @@ class Run:
         steps: number of steps of the whole run.
         seconds: a dict from the name of each phase of the run to the seconds that the phase took.
         stop: the requests that signals such as SIGTERM have made to the run.
-        ranks: the place of this process among the processes of the run, with methods for exchanges between them.
+        ranks: the rank of this process in the run, with methods for exchanges between the processes of the run.
     """
 
     options: Options

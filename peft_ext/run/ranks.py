@@ -47,7 +47,8 @@ _LATE = ("Timed out", "timed out", "wait timeout")
 
 
 class Ranks:
-    """The place of this process among the processes of a run, with methods for exchanges between the processes.
+    """The rank of this process in a run, the number of processes and so on, with methods for exchanges between the
+    processes.
 
     ``Ranks()`` is a run of one process.
 

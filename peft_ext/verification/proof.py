@@ -229,7 +229,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def _batches(width: int) -> dict[str, Tensor]:
-    """Returns a dict from a description to a tensor [batch, tokens, width]."""
+    """Returns a dict from the description of an input in words to the input, a tensor [batch, tokens, width]."""
     spikes = drawn(3, 5, width)
     spikes[..., 2] = 3e4
     special = {"zeros": torch.zeros(2, 3, width), "one huge column": spikes}

@@ -81,7 +81,8 @@ def few_reason(x: Any) -> Optional[str]:
 
 
 class Facts:
-    """The objects that the checks of a block and its layers read, with the places where the checks read the objects."""
+    """The objects that the checks of a block and its layers read, with the dicts and names by which the checks read
+    them."""
 
     def __init__(self) -> None:
         self._places: list[dict] = []
