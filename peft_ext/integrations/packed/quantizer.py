@@ -299,9 +299,9 @@ class Place:
         target: name of the parameter in the model.
         converter: transformers' converter that merges the tensors of the files to the parameter; None if nothing is
             merged.
-        bases: a dict from each source pattern of the converter to a list: for each tensor that the pattern merges, the
-            start of its names in the files, for example "model.layers.0.mlp.up_proj" for
-            "model.layers.0.mlp.up_proj.weight_packed".
+        bases: a dict from each source pattern of the converter (None without a converter) to a list: for each layer in
+            the files that the pattern matches, the start that the names of the layer's tensors have in common, for
+            example "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight_packed".
     """
 
     target: str
