@@ -37,7 +37,8 @@ _WIDENS = ("avx2", "avx512", "neon", "neon_bf16")
 
 
 def capabilities() -> Mapping[str, Any]:
-    """Returns PyTorch's facts about this CPU by name; only five facts if torch has no ``cpu.get_capabilities``."""
+    """Returns a mapping from PyTorch's names of facts about this CPU, such as ``avx512_bf16``, to their values. The
+    mapping has only five facts if torch has no ``cpu.get_capabilities``."""
     if (found := getattr(torch.cpu, "get_capabilities", None)) is not None:
         return found()
     asked = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported",
@@ -47,7 +48,8 @@ def capabilities() -> Mapping[str, Any]:
 
 
 def _limit() -> str:
-    """Returns the instruction set to which the environment limits oneDNN; "" if the environment sets no limit."""
+    """Returns the instruction set to which the environment limits oneDNN; "" if the environment names none of
+    ``_LIMITS``."""
     name = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return name.upper() if name.upper() in _LIMITS else ""
 
@@ -88,10 +90,10 @@ def multiplies(dtype: torch.dtype) -> bool:
 def widened_dtypes() -> frozenset[torch.dtype]:
     """Returns the 16-bit dtypes in which peft_ext's product with a frozen weight replaces PyTorch's product.
 
-    In the returned dtypes, this CPU has no instructions for PyTorch's product, PyTorch has no oneDNN, or the
-    environment forbids the instructions. peft_ext's product uses instructions for the dtype, or is PyTorch's float32
-    product over one panel of the weight at a time. On the scalar path, and without the native library, PyTorch's
-    product stays in use, so the result is empty.
+    A 16-bit dtype is returned if this CPU has no instructions for PyTorch's product in this dtype, if PyTorch has no
+    oneDNN, or if the environment forbids the instructions. peft_ext's product uses instructions for the dtype, or is
+    PyTorch's float32 product over one panel of the weight at a time. On the scalar path, and without the native
+    library, PyTorch's product stays in use, so the result is empty.
     """
     isa = _native.STATE.isa
     if isa not in (*_WIDENS, *_native.TILE_PATHS):
@@ -137,8 +139,8 @@ def instruction_sets() -> list[str]:
 
 
 def model_facts() -> str:
-    """Returns the first processor's model name, stepping and part numbers from /proc/cpuinfo; if there are none, the
-    architecture."""
+    """Returns the first processor's model name, stepping and part numbers from /proc/cpuinfo; the architecture if the
+    file has none of them."""
     facts = []
     try:
         with open("/proc/cpuinfo") as file:

@@ -22,7 +22,8 @@ MISSING: list[str] = []
 
 
 def version(package: str) -> str:
-    """Returns the package's name and installed version, or the name alone where the package is not installed."""
+    """Returns, as one text, the name and the installed version of ``package``; the name alone if it is not
+    installed."""
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:

@@ -54,7 +54,8 @@ class NativeState:
     """The native library found at import, and the reason why the library, or its CUDA part, is not in use.
 
     ``cpu_error`` is also set for a library that is in use although it does not match the package, ``_C`` or the
-    sources. ``changed``: the digest of the sources beside the package, if they are others than those of the library.
+    sources. ``changed``: the digest of the sources beside the package if the library was built from other sources, else
+    "".
     """
 
     module: Optional[ModuleType] = None
@@ -253,8 +254,8 @@ def _register_cuda(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> Non
 
 
 def release_scratch() -> int:
-    """Releases the scratch memory that threads keep between calls of CPU operators. Returns the number of released
-    bytes.
+    """Releases the scratch memory that threads keep between calls of CPU operators. The return value is the number of
+    released bytes.
 
     A thread keeps at most six blocks of up to 32 MiB each, one for each use of scratch memory; most threads of a
     parallel loop keep at most two blocks. The blocks of a thread that is inside an operator's call are not released.
@@ -266,7 +267,8 @@ def load(image: Callable[[str, str, int], tuple[bytes, bytes]]) -> NativeState:
     """Loads the native library, if its file exists, and registers the library's operators. The function ``load`` is
     called once, by ``import peft_ext``.
 
-    ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel, see ``device_code.image``.
+    The argument ``image`` is a function: ``image(kernel, file, capability)`` returns the machine code of a CUDA kernel,
+    see ``device_code.image``.
     """
     _load_cpu()
     _register_cuda(image)

@@ -26,8 +26,8 @@ def source_digest(folder: Path) -> str:
 def has_changed(folder: Path, digest: str, built: float) -> bool:
     """Returns whether the sources in ``folder`` are others than those with the digest ``digest``.
 
-    The function first compares the names and sizes of the sources. If the names and sizes are equal, the function reads
-    the sources only if a source is newer than ``built``, the time in seconds at which the library was built.
+    ``has_changed`` first compares the names and sizes of the sources. If the names and sizes are equal, the function
+    reads the sources only if a source is newer than ``built``, the time in seconds at which the library was built.
     """
     found = _files(str(folder))
     if _names(found) != digest.partition("-")[0]:

@@ -303,7 +303,8 @@ class Panel:
             groups: for each row, a dict from contenders to values.
             looks: dict from contenders to looks, in the order of a row's bars from top to bottom. The value of a bar
                 with the look "ours" is in bold.
-            names: name of each row. The id of a bar is made of the row's name and the contender's name.
+            names: name of each row, which becomes a part of the ids of the row's bars. The id of a bar is made of the
+                row's name and the contender's name.
         """
         middle, thick = (len(looks) - 1) / 2, 0.8 / max(3, len(looks))
         for place, (values, name) in enumerate(zip(groups, names, strict=True)):

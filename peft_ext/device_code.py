@@ -11,7 +11,7 @@ compiles the kernel, and the others wait for the kernel's file, at most two minu
 
 Environment:
     ``XDG_CACHE_HOME``: the cache is ``$XDG_CACHE_HOME/peft_ext/kernels`` (default: ``~/.cache/peft_ext/kernels``). If
-        the folder can't be written, every process compiles the kernels that it needs.
+        the cache's folder can't be written, every process compiles the kernels that it needs.
     ``PEFT_EXT_NVRTC_FLAGS``: options that NVRTC gets in addition to peft_ext's own, such as ``-lineinfo``.
 """
 
@@ -145,7 +145,8 @@ def image(kernel: str, file: str, capability: int) -> Image:
 
 
 def warm(capability: int, progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, count: items) -> int:
-    """Compiles all kernels for a compute capability into the cache, on all cores. Returns the number of kernels.
+    """Compiles all kernels for a compute capability into the cache, on all cores. Returns the number of all kernels,
+    also of those that the cache had before.
 
     ``progress(iterable, length)`` yields the items of ``iterable`` and may show how many of them are done. Raises
     OSError if the cache's folder can't be written, or if the folder does not hold all kernels at the end.
@@ -203,10 +204,10 @@ def prepare(capability: int, say: Callable[[str], None]) -> None:
 
 
 def compile_kernel(kernel: str, file: str, arch: str, *options: str) -> tuple[Image, str]:
-    """Compiles a kernel with NVRTC. Returns the machine code, and NVRTC's messages.
+    """Compiles a kernel with NVRTC. Returns an Image of the machine code, and NVRTC's messages as one text.
 
-    ``kernel`` and ``file`` are described in :func:`image`. ``arch`` is, for example, ``sm_90`` for a GPU's machine
-    code, or ``compute_90`` for PTX, which the driver translates. ``options`` are further options for NVRTC.
+    The docstring of :func:`image` describes ``kernel`` and ``file``. ``arch`` is, for example, ``sm_90`` for a GPU's
+    machine code, or ``compute_90`` for PTX, which the driver translates. ``options`` are further options for NVRTC.
     """
     nvrtc = _nvrtc()
     headers = HEADERS | _sources()

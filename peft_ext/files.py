@@ -187,16 +187,17 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     The function ``peft_ext.files.atomic_folder`` replaces the folder; the docstring of ``atomic_folder`` lists the
     cases in which a replacement is not atomic.
 
-    The function saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other files in
-    the folder (checkpoints, logs, adapters of other names) stay. The lists of names in the configuration are sorted,
-    because the order in which ``save_pretrained`` alone writes a list of names differs between processes.
+    ``save_adapter`` saves adapters of PEFT's methods and of peft_ext's methods, with weights in safetensors. Other
+    files in the folder ``path`` (checkpoints, logs, adapters of other names) stay. The lists of names in the
+    configuration are sorted, because the order in which ``save_pretrained`` alone writes a list of names differs
+    between processes.
 
     Args:
         model: a PeftModel.
         path: folder of the saved adapter.
         overwrite: whether an adapter that is in the folder may be replaced.
         kwargs: further arguments of ``save_pretrained``: ``selected_adapters``, ``save_embedding_layers`` and the like.
-            With ``is_main_process=False`` the function takes part in the communication of ``save_pretrained`` and
+            With ``is_main_process=False``, ``save_adapter`` takes part in the communication of ``save_pretrained`` and
             writes nothing to ``path``.
 
     Raises: TypeError where ``model`` is no PeftModel; ValueError where ``safe_serialization`` is False; FileExistsError

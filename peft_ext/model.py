@@ -71,7 +71,8 @@ def get_peft_model(
         adapter_name: the new adapter's name.
         accelerate: whether to call :func:`peft_ext.accelerate`. Layers that can't be fused run PEFT's code.
         blocks, dora_dropout, experts_dropout: see :func:`peft_ext.accelerate`.
-        kwargs: further arguments of PEFT: ``mixed``, ``autocast_adapter_dtype``, ``revision``, ``low_cpu_mem_usage``.
+        kwargs: further arguments of ``peft.get_peft_model``: ``mixed``, ``autocast_adapter_dtype``, ``revision``,
+            ``low_cpu_mem_usage``.
 
     Returns: the PeftModel around the same model.
 
@@ -176,7 +177,7 @@ def load_adapter(
 ) -> PeftModel:
     """Loads a saved adapter onto ``model``, makes the adapter active, then calls :func:`peft_ext.accelerate`.
 
-    This function checks the adapter's files before PEFT reads them, and differs from PEFT in these points, among
+    ``load_adapter`` checks the adapter's files before PEFT reads them, and differs from PEFT in these points, among
     others: An AdaLoRA adapter with pruned ranks over a base that is not float32 keeps the bits of the adapter's file
     (unless ``autocast_adapter_dtype=False``). AdaLoRA's divisor ``ranknum`` is set to ``requires_grad=False``. A model
     with tied embeddings and a second adapter of trainable tokens runs, although PEFT wraps the head of this model
@@ -185,9 +186,9 @@ def load_adapter(
     Args:
         model: a base model, which ``PeftModel.from_pretrained`` wraps, or a PeftModel, which gets another adapter.
         path: a folder that ``save_pretrained`` wrote, or the name of a repository on the Hugging Face Hub.
-        adapter_name: the adapter's name in the model. The adapter's files do not contain a name.
-        is_trainable: whether the adapter can be trained further. If False, the adapter is frozen and the model is in
-            eval mode.
+        adapter_name: the adapter's name in the model. The adapter's files do not contain a name of the adapter.
+        is_trainable: whether the adapter can be trained further. If ``is_trainable`` is False, the adapter is frozen
+            and the model is in eval mode.
         accelerate, blocks, dora_dropout, experts_dropout: see :func:`get_peft_model`. If dora_dropout or
             experts_dropout is None, the value that the layers of a PeftModel have is used, else the default of
             :func:`get_peft_model`.
@@ -195,7 +196,7 @@ def load_adapter(
             ``key_mapping``, ``subfolder``, ``revision``, ``token`` and the like.
 
     Returns: the PeftModel, which is ``model`` itself where ``model`` is a PeftModel. If the adapter can't be loaded,
-    the function restores the modules of ``model``. Warns if the adapter's file has a tensor that the model lacks,
+    ``load_adapter`` restores the modules of ``model``. Warns if the adapter's file has a tensor that the model lacks,
     except for prompt learning.
 
     Raises: TypeError where model is no module. ValueError where the weights are no safetensors (a pickle runs code as
@@ -339,8 +340,8 @@ def register_layers(config: PeftConfig, model: nn.Module) -> None:
 
 
 def freeze_ranknum(model: nn.Module) -> None:
-    """Sets ``requires_grad`` of AdaLoRA's divisor ``ranknum`` to False. PEFT sets it to False too, but later casts
-    ``ranknum``, and the cast sets ``requires_grad`` to True again."""
+    """Sets ``requires_grad`` of AdaLoRA's divisor ``ranknum`` to False. PEFT sets ``requires_grad`` of ``ranknum`` to
+    False too, but later casts ``ranknum``, and the cast sets ``requires_grad`` to True again."""
     for module in model.modules():
         if isinstance(module, AdaLoraLayer):
             module.ranknum.requires_grad_(False)

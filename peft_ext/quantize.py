@@ -118,9 +118,9 @@ def quantize_packed(
 ) -> _Model:
     """Replaces the ``nn.Linear`` layers of ``model`` by frozen :class:`peft_ext.nn.PackedLinear` layers, in place.
 
-    The function quantizes the same layers and experts as :func:`quantize_nf4`, and treats hooks, tied weights, memory
-    and errors as :func:`quantize_nf4` does. The tensors of a layer have the names and the layout of transformers' files
-    for fp8, of ModelOpt's files for nvfp4, and of compressed-tensors' files for the other formats.
+    ``quantize_packed`` quantizes the same layers and experts as :func:`quantize_nf4`, and treats hooks, tied weights,
+    memory and errors as :func:`quantize_nf4` does. The tensors of a layer have the names and the layout of
+    transformers' files for fp8, of ModelOpt's files for nvfp4, and of compressed-tensors' files for the other formats.
 
     Args:
         model: any module, on any device except meta.
@@ -154,7 +154,7 @@ def pack_model(
     model: _Model, format: str, skip: set[str], progress: bool = False,
     pack: Callable[[torch.Tensor, str], PackedWeight] = quantized, without_values: bool = False,
 ) -> _Model:  # fmt: skip
-    """Replaces layers and experts as :func:`quantize_packed` does.
+    """Replaces layers and experts of ``model`` by packed ones, as :func:`quantize_packed` does.
 
     ``pack(weight, format)`` makes a packed weight of a dense weight. ``without_values``: whether the weights have no
     values, because they are on the meta device or are stand-ins; such weights are not checked for values that are not
@@ -286,9 +286,9 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
     """Replaces every :class:`peft_ext.nn.PackedLinear` of ``model`` by an ``nn.Linear`` with the decoded weight, in
     place.
 
-    A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding`` (with a scale, a subclass that multiplies by it),
-    and :class:`peft_ext.nn.PackedExperts` become dense experts. Adapters, merging, tied weights, hooks, memory and
-    errors are treated as in :func:`dequantize_nf4`.
+    A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding`` (if it has a scale, a subclass of
+    ``nn.Embedding`` that multiplies by the scale), and :class:`peft_ext.nn.PackedExperts` become dense experts.
+    Adapters, merging, tied weights, hooks, memory and errors are treated as in :func:`dequantize_nf4`.
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its packed weights.
@@ -413,7 +413,8 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int], op: str
 def linear_groups(
     model: nn.Module, skip: set[str], on_meta: bool = False, op: str = "quantize_nf4"
 ) -> list[list[Place]]:
-    """Checks the layers to quantize, and returns their places, in groups that share one weight.
+    """Checks the layers to quantize, and returns their Places as a list of groups; the layers of a group share one
+    weight.
 
     ``on_meta``: whether weights may be on the meta device. ``op``: the public function's name, for error texts.
     """
@@ -459,7 +460,8 @@ def _gates(model: nn.Module) -> set[str]:
 
 
 def _packed_places(op: str, kinds: tuple[type, ...], model: nn.Module) -> list[list[Place]]:
-    """Checks the layers to dequantize, and returns their places, in groups that share one layer or one weight."""
+    """Checks the layers to dequantize, and returns their Places as a list of groups; the Places of a group share one
+    layer or one weight."""
     groups: dict[Any, list[Place]] = {}
     for prefix, parent in model.named_modules():
         below = parent._modules.get("base_layer") if getattr(parent, "merged", False) else None

@@ -69,7 +69,7 @@ def setup_qlora(
     """Returns a causal language model in NF4, double-quantized, with a LoRA adapter on all linear layers but the head
     and those of a vision or audio tower.
 
-    LoRA's scaling is 2: alpha is twice the rank. This function prints the number of trainable parameters.
+    LoRA's scaling is 2: alpha is twice the rank. ``setup_qlora`` prints the number of trainable parameters.
 
     Raises: OSError or ValueError where the model can't be read.
     """
@@ -275,7 +275,7 @@ def _check_room(model: nn.Module, examples: list[dict[str, Any]]) -> None:
 def _token_row(where: str, row: dict[str, Any], columns: set[str]) -> dict[str, list[int]]:
     """Returns a row that is tokenized already as lists of integers, with labels.
 
-    ``columns``: the names of all rows' columns. ``where`` begins the text of an error.
+    ``columns``: the names of the columns of numbers that any row has. ``where`` begins the text of an error.
     """
     if unknown := columns.difference(_COLUMNS):
         raise RunError(f"--data train_dataset: rows of input_ids have numbers in the column {min(unknown)!r}, wanted "

@@ -44,7 +44,7 @@ def weights_read_past(model: nn.Module) -> set[str]:
 
 @functools.cache
 def _reads(kind: type) -> frozenset[str]:
-    """Returns the dotted paths of submodules whose ``weight`` a method of the class reads.
+    """Returns the dotted paths of submodules whose ``weight`` a method of the class ``kind`` reads.
 
     These reads do not count: reads of ``weight.device``; reads of ``weight.dtype`` in a method that uses a name of
     ``_KNOWS_BYTES``, because such a method expects weights of dtype uint8; reads in a method of ``_SET_UP``, in a class
@@ -78,8 +78,8 @@ def _methods(owner: type) -> list[ast.AST]:
 
 @functools.cache
 def _classes(file: str) -> dict[str, list[ast.stmt]]:
-    """Returns the bodies of a source file's classes, by class name. If two classes have the same name, their bodies are
-    joined."""
+    """Returns a dict from the name of each class in a source file to the statements of the class's body. If two classes
+    have the same name, their bodies are joined."""
     found: dict[str, list[ast.stmt]] = defaultdict(list)
     with contextlib.suppress(SyntaxError):
         for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):

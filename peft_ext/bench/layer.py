@@ -33,25 +33,26 @@ _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
 
 
 class NotFused(Exception):
-    """Raised if peft_ext's layer would not run fused on this machine. The message has the reason."""
+    """Raised if peft_ext's layer would not run fused on this machine. The message of NotFused says why."""
 
 
 class NotRight(Exception):
     """Raised, before the layers of a case are timed, if peft_ext's layer differs too much from the float64 result.
 
-    The message has the relative error.
+    The message of NotRight has the relative error.
     """
 
 
 @dataclass(frozen=True)
 class Result:
-    """Times and errors of one layer's step. The keys of the mappings are the contenders' names.
+    """Times and errors of one layer's step. The keys of the mappings in a Result are the names of the contenders:
+    peft_ext and its peers.
 
     Attributes:
-        milliseconds: median time of a contender's step.
+        milliseconds: for each contender, the median time of its step.
         ratio: a contender's time divided by our layer's time, the median over rounds (above 1: our layer is faster).
         quartiles: first and third quartile over rounds of a contender's time divided by our layer's time.
-        error: largest relative error to float64 over y and all gradients (Frobenius norm).
+        error: for each contender, the largest relative error to float64 over y and all gradients (Frobenius norm).
         absent: for each contender that could not run, the reason.
     """
 
@@ -142,7 +143,8 @@ class _Problem:
     def layer(self, stock: bool) -> Any:
         """Returns PEFT's layer in training mode, fused unless ``stock``.
 
-        If bitsandbytes is installed, the base layer of an NF4 case is a Linear4bit.
+        The base layer of an NF4 case is a Linear4bit; without bitsandbytes it is an NF4Linear, and ``stock`` raises
+        ImportError.
         """
         from ..integrations.bitsandbytes import to_linear4bit
         from ..model import get_peft_model

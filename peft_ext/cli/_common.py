@@ -42,7 +42,7 @@ Threads = Annotated[Optional[int], typer.Option(help="CPU threads. Default: PyTo
 def model_config(model: str, revision: Optional[str] = None) -> tuple[Path, Any]:
     """Returns the folder and the transformers configuration of ``model``: a folder, a hub name, or "smollm2".
 
-    ``model`` may also be a GGUF file, which is then returned in place of the folder. From the hub, the function
+    ``model`` may also be a GGUF file, which is then returned in place of the folder. From the hub, ``model_config``
     downloads only the JSON files of ``revision`` (None: of the default branch). Raises
     :class:`peft_ext.sources.model.SourceError` where there is no such model, or where its configuration is damaged or
     not known to transformers.
@@ -56,7 +56,7 @@ def model_config(model: str, revision: Optional[str] = None) -> tuple[Path, Any]
 def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
     """Returns the folder or name of the adapter's base; None for the base that the adapter's configuration names.
 
-    ``model`` is the base that the user named; None if the user named no base. The function returns the folder of the
+    ``model`` is the base that the user named; None if the user named no base. ``base_of`` returns the folder of the
     default model if ``model`` is "smollm2", and also if ``model`` is None, the adapter was trained over the default
     model, and the folder that the adapter's configuration names does not exist.
     """
@@ -72,7 +72,7 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
 def named_bases(adapter: Path) -> tuple[Optional[str], Optional[str]]:
     """Returns the base that the run.json of an adapter names, and the base that its adapter_config.json names.
 
-    None stands for a name that is missing or can't be read.
+    None stands for the name of a base that is missing or can't be read.
     """
     found: list[Optional[str]] = []
     for file, keys in (("run.json", ("options", "model")), ("adapter_config.json", ("base_model_name_or_path",))):
@@ -198,11 +198,11 @@ def new_table(
     """Returns an empty rich Table.
 
     Args:
-        columns: names of the columns.
+        columns: names of the table's columns, from left to right.
         right: names of the columns that are aligned to the right.
         unfolded: names of the columns whose cells stay on one line.
         expand: whether the columns share the console's whole width evenly.
-        kwargs: more arguments of rich's Table.
+        kwargs: more arguments for the constructor of rich's Table.
     """
     from rich.box import SIMPLE
     from rich.table import Table

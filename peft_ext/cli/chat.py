@@ -218,9 +218,9 @@ def _base(
 ) -> tuple[Any, Path, str, Optional[str]]:
     """Returns the base, the base's folder, its quantization in words, and the kind of the adapter's training data.
 
-    The kind is "text" or "chat"; None without the run.json of the training. If ``quant`` or ``blocksize`` is None, the
-    value of the adapter's training is used, else "none" or 64. A base whose files store quantized weights keeps the
-    files' quantization.
+    The kind of the training data is "text" or "chat"; None without the run.json of the training. If ``quant`` or
+    ``blocksize`` is None, the value of the adapter's training is used; if this value is not known, "none" or 64. A base
+    whose files store quantized weights keeps the files' quantization.
     """
     from ..sources.adapter import training_options
 

@@ -152,8 +152,8 @@ def _settled(key: str) -> str:
     """Proves the kernels of a dispatch key ("CPU" or "CUDA"). Returns the message of the RuntimeError that the proof
     raises, or "" if the proof raises none.
 
-    The error is a kernel's fault that leaves the GPU unusable, a lack of memory, or, with PEFT_EXT_REQUIRE, a family of
-    kernels that failed its proof.
+    The cause of the RuntimeError is a kernel's fault that leaves the GPU unusable, a lack of memory, or, with
+    PEFT_EXT_REQUIRE, a family of kernels that failed its proof.
     """
     try:
         prove.settle(key)
@@ -163,7 +163,8 @@ def _settled(key: str) -> str:
 
 
 def _on_gpus(error: str) -> str:
-    """Returns in words which code computes the operators on GPUs. ``error`` is the error of the proof, or ""."""
+    """Returns in words which code computes the operators on GPUs. ``error`` is the text that :func:`_settled`
+    returned."""
     if error:
         return "no operator: the proof of the CUDA kernels raised an error, see below"
     dropped = {family: prove.proved("cuda", *names) for family, names in prove.families("CUDA").items()}
@@ -179,7 +180,8 @@ def _on_gpus(error: str) -> str:
 def _proofs(key: str, error: str, measure: bool) -> None:
     """Prints, for each family of a dispatch key's kernels, whether the family passed its proof.
 
-    ``error`` is the error of the proof, or "". With ``measure``, the median times of a family's kernels are printed.
+    ``error`` is the text that :func:`_settled` returned. With ``measure``, the median times of a family's kernels are
+    printed.
     """
     if error:
         _section(f"proof of the {key} kernels")

@@ -158,7 +158,8 @@ def _check(
     adapter: Optional[Path], model: Optional[str], method: Optional[Sequence[str]], rank: Optional[int],
     quant: Optional[str], blocksize: Optional[int], dtype: str,
 ) -> list[str]:  # fmt: skip
-    """Checks the options and returns the methods without repetition. Raises CliError for a wrong option."""
+    """Checks the options and returns the methods without repetition. Raises CliError for an option with a wrong
+    value."""
     from ..merge import DTYPES
 
     chosen = list(dict.fromkeys(method or ["lora"]))

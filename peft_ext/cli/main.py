@@ -76,7 +76,7 @@ def _common(
 def _register(name: str) -> None:
     """Makes a command of ``peft-ext`` from the function ``name`` in the module of ``peft_ext.cli`` with the same name.
 
-    The exit code of the command is the number that the function returns, or 0 for None.
+    The exit code of the command is the number that the function ``name`` returns, or 0 if this function returns None.
     """
 
     def declared() -> Callable[..., Optional[int]]:
@@ -97,7 +97,7 @@ for _name in ("doctor", "finetune", "report", "merge", "export", "recommend", "e
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs the command line ``argv`` (None: the arguments in ``sys.argv``) and returns the exit code.
 
-    After wrong usage, the function prints one line on standard error, unless typer has shown the help.
+    After wrong usage, ``main`` prints one line on standard error, unless typer has shown the help.
     """
     command = typer.main.get_command(app)
     try:
@@ -120,8 +120,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def run() -> NoReturn:
     """Runs the command line in ``sys.argv`` and ends the process with the exit code.
 
-    A process that was in a process group ends without Python's finalization. After DDP used the group, gloo's threads
-    outlive the group, and a thread that frees a tensor of Python during the finalization would abort the process.
+    A process that was in a process group ends without Python's finalization. After DDP used a process group of gloo,
+    gloo's threads outlive the group, and a thread that frees a tensor of Python during the finalization would abort the
+    process.
     """
     code = main()
     ranks = sys.modules.get("peft_ext.run.ranks")

@@ -50,13 +50,13 @@ def prepare_fsdp2(trainer: Trainer) -> bool:
     decoder layers are ``transformer_layer_cls_to_wrap`` of the configuration, by default ``model._no_split_modules``;
     the wrapping policy of the configuration is not used. The mesh, ``reshard_after_forward`` of the decoder layers,
     mixed precision, offloading and ignored modules are those of the accelerate library's FSDP plugin. For processes on
-    CPUs, the accelerate library ignores a configuration of FSDP, so this function makes the plugin itself and sets the
-    distributed type in accelerate's state to FSDP.
+    CPUs, the accelerate library ignores a configuration of FSDP, so ``prepare_fsdp2`` makes the plugin itself and sets
+    the distributed type in accelerate's state to FSDP.
 
-    Call this function after the trainer is made, before ``trainer.train()`` and ``trainer.evaluate()``, in all
+    Call ``prepare_fsdp2`` after the trainer is made, before ``trainer.train()`` and ``trainer.evaluate()``, in all
     processes. Modules to which ``fully_shard`` was applied before are left unchanged. For a PeftModel,
-    ``trainer.save_model`` writes PEFT's files after this call, with every state dict type, and checkpoints are sharded
-    (``SHARDED_STATE_DICT``) and have PEFT's files too.
+    ``trainer.save_model`` writes PEFT's files after a call of ``prepare_fsdp2``, with every state dict type, and
+    checkpoints are sharded (``SHARDED_STATE_DICT``) and have PEFT's files too.
 
     Raises: ValueError if a configuration cannot work with FSDP2: AdaLoRA, Diff Pruning, learned prompts, tensor,
     context or sequence parallelism, offloaded activation checkpointing, mixed precision over a base in FP8,
@@ -162,8 +162,8 @@ def _check(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def _units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.Module]:
-    """Returns the decoder layers; a layer inside of another decoder layer comes before the outer layer. A module with
-    the input embedding, whose weight a head may share, is no unit."""
+    """Returns the decoder layers; a layer inside of another decoder layer comes before the outer layer. A module that
+    contains the input embedding, whose weight a head may share, is not returned."""
     names = set(plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ())
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     units = [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}

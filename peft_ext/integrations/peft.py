@@ -13,8 +13,8 @@ earlier call with equal types, dtypes, shapes, devices and settings. If a check 
 or of the layer's base layer, runs. :func:`peft_ext.explain` runs the same checks and reports which check fails.
 
 The function ``peft_ext.accelerate`` recognizes PEFT's layers by exact type, because a subclass may have another
-forward. The fused layers are in ``adapter_layers``. Blocks of a model are recognized by the code of their forward, see
-``forms`` and ``model_blocks``.
+forward. The code of the fused layers is in the folder ``adapter_layers``. Blocks of a model are recognized by the code
+of their forward, see ``forms`` and ``model_blocks``.
 """
 
 from __future__ import annotations
@@ -214,19 +214,18 @@ def agree(model: nn.Module) -> None:
 
     Each rank proves its kernels by itself, that is compares them with the reference (see the section "The proof on the
     machine" in docs/reliability.md). If a family of kernels failed on one rank, the operators of this family compute
-    with the reference on that rank alone, and the gradients of the ranks differ by rounding. This function exchanges
-    the results of the proofs through the store of the default process group. If a family failed on any rank, its
-    operators compute with the reference on all ranks. In a training loop of your own, call this function on every rank,
-    after ``accelerate`` and before the first step. With transformers' Trainer, ``PeftExtCallback`` makes all ranks use
-    the same kernels when training begins.
+    with the reference on that rank alone, and the gradients of the ranks differ by rounding. ``agree`` exchanges the
+    results of the proofs through the store of the default process group. If a family failed on any rank, its operators
+    compute with the reference on all ranks. In a training loop of your own, call ``agree`` on every rank, after
+    ``accelerate`` and before the first step. With transformers' Trainer, ``PeftExtCallback`` makes all ranks use the
+    same kernels when training begins.
 
-    The function proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that
-    only your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
+    ``agree`` proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that only
+    your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
 
     Nothing is exchanged without a process group of several ranks, or with ``PEFT_EXT_PROVE=0``.
 
-    Raises: TypeError if model is no nn.Module; RuntimeError if another rank does not call this function within 600
-    seconds.
+    Raises: TypeError if model is no nn.Module; RuntimeError if another rank does not call ``agree`` within 600 seconds.
     """
     check_module("agree", model)
     prove.agree(lambda: explain(model))
@@ -235,7 +234,7 @@ def agree(model: nn.Module) -> None:
 def restore(model: nn.Module) -> nn.Module:
     """Undoes :func:`accelerate` in place: sets the stock classes and removes what :func:`accelerate` stored.
 
-    Also releases the scratch memory that the threads of CPU operators keep from call to call.
+    ``restore`` also releases the scratch memory that the threads of CPU operators keep from call to call.
 
     Raises: TypeError if model is no nn.Module; RuntimeError, before anything is changed, if an adapter is merged into a
     packed weight (only the fused layer can unmerge the adapter), or if ``fully_shard`` was called on a fused layer
@@ -265,8 +264,8 @@ class Row:
     """The state of one layer or block. ``kind``: the method and the base layer, for example "LoRA over Linear4bit", or
     the kind of block.
 
-    ``reason``: why the layer or block is not fused. The reason of a fused layer is "" or a remark, such as why only the
-    adapter's part is fused.
+    ``reason``: why the layer or block is not fused, as a text. The reason of a fused layer is "" or a remark, such as
+    why only the adapter's part is fused.
     """
 
     name: str

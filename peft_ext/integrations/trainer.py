@@ -42,8 +42,8 @@ def keep_freed_memory() -> bool:
     A training step on the CPU frees its activations, glibc returns the memory to the system, and the next step causes a
     page fault for each page that it uses again. In a measurement with a model of 135M parameters, these page faults
     took a fifth of the step's time. The setting applies to the whole process, so importing peft_ext does not change the
-    setting. Call this function once, early, in a program that trains. Returns False if the system is not Linux, or if
-    the C library has no ``mallopt`` or rejects a setting.
+    setting. Call ``keep_freed_memory`` once, early, in a program that trains. Returns False if the system is not Linux,
+    or if the C library has no ``mallopt`` or rejects a setting.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -108,12 +108,13 @@ class PeftExtCallback(TrainerCallback):
       step; without such a call, at the end of the first step. ``fused_share`` is the ``fused_share`` of
       ``explanation``.
     * ``peak_mib`` is the result of :func:`peak_memory_mib` at the last log or at the end of training. ``peak_cuda_mib``
-      is the peak of the GPU memory that PyTorch allocated in the process, measured together with ``peak_mib``.
+      is the peak of the GPU memory that PyTorch allocated in the process, measured together with ``peak_mib``; None if
+      the training runs on no GPU.
 
-    ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` are added to each of Trainer's logs that has a
-    loss, and to the metrics that ``train()`` returns. Trainer calls its reporters (TensorBoard, W&B, ...) before the
-    callbacks that the user passes. :meth:`attach` moves this callback before the reporters, so that the reporters get
-    the callback's values too.
+    Those of ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` that are not None are added to each
+    of Trainer's logs that has a loss, and to the metrics that ``train()`` returns. Trainer calls its reporters
+    (TensorBoard, W&B, ...) before the callbacks that the user passes. :meth:`attach` moves this callback before the
+    reporters, so that the reporters get the callback's values too.
 
     Raises: ValueError if warmup_steps is negative. When training begins, the callback raises the errors of
     :func:`peft_ext.accelerate` and :func:`peft_ext.agree`.
@@ -142,8 +143,8 @@ class PeftExtCallback(TrainerCallback):
         """Makes this callback the first callback of ``trainer``, and returns this callback.
 
         If the trainer has this callback already, the callback is moved. In a process group, if the accelerate library's
-        configuration or ``TrainingArguments(fsdp=...)`` asks for FSDP2, this method also shards the trainer's model
-        (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call this method, before the
+        configuration or ``TrainingArguments(fsdp=...)`` asks for FSDP2, ``attach`` also shards the trainer's model
+        (:func:`peft_ext.integrations.fsdp2.prepare_fsdp2`), so all processes have to call ``attach``, before the
         training.
 
         Raises: TypeError if ``trainer`` is no transformers Trainer; the errors of ``prepare_fsdp2``.
@@ -222,8 +223,8 @@ class PeftExtCallback(TrainerCallback):
 
     @property
     def step_seconds(self) -> list[float]:
-        """Seconds of each step. On a GPU, the seconds are those between two CUDA events, and reading this property
-        waits for the events."""
+        """A list of the seconds of each training step. On a GPU, the seconds are those between two CUDA events, and
+        reading ``step_seconds`` waits for the events."""
         for start, end in self._spans:
             if isinstance(end, float):
                 self._seconds.append(end - start)
@@ -239,13 +240,15 @@ class PeftExtCallback(TrainerCallback):
 
     @property
     def median_step_s(self) -> Optional[float]:
-        """The median of the seconds per step after the warm-up; None if there is no step."""
+        """The median of the seconds per step after the warm-up (of all steps, if there are no more than
+        ``warmup_steps``); None if there is no step."""
         seconds = self.step_seconds[self._measured]
         return statistics.median(seconds) if seconds else None
 
     @property
     def tokens_per_s(self) -> Optional[float]:
-        """Tokens per second of the steps after the warm-up; None if no tokens were counted."""
+        """Tokens per second of the steps after the warm-up (of all steps, if there are no more than ``warmup_steps``);
+        None if no tokens were counted."""
         tokens, seconds = sum(self.step_tokens[self._measured]), sum(self.step_seconds[self._measured])
         return tokens / seconds if tokens and seconds else None
 

@@ -10,9 +10,9 @@ TRL's trainers replace the model's forward. Called with ``fused_lm_head=True``, 
 head and returns a ``FusedCausalLMOutput``: the log probability of each label, and the entropy and other values that the
 trainer logs. TRL's trainers compute their losses and metrics from the ``FusedCausalLMOutput``. :class:`LinearLoss`
 replaces TRL's forward by a forward that computes the same output from the same hidden states and the same weight. In
-this forward, ``linear_cross_entropy`` computes the log probability of each label. The entropy and the other values that
-the trainer logs are computed for a chunk of tokens at a time, without gradients. On a CPU, TRL's own forward keeps
-several float32 tensors of 4,096 tokens by 32,768 vocabulary entries.
+the forward that replaces TRL's forward, ``linear_cross_entropy`` computes the log probability of each label. The
+entropy and the other values that the trainer logs are computed for a chunk of tokens at a time, without gradients. On a
+CPU, TRL's own forward keeps several float32 tensors of 4,096 tokens by 32,768 vocabulary entries.
 
 As with TRL's own forward, the trainer calls the model through its wrapper, so DDP sees an ordinary call.
 """
@@ -92,8 +92,8 @@ def _form() -> str:
 
 
 def _trainer_reason(trainer: Any) -> Optional[str]:
-    """Returns why LinearLoss is not known to give TRL's own losses and metrics with this trainer and its options, or
-    None."""
+    """Returns why LinearLoss is not known to give TRL's own losses and metrics with this trainer and its options; None
+    if it is known."""
     if _form() not in _FORMS:
         return f"the head of {version('trl')} is none of the known forms"
     kind = next((kind for kind in _LOSSES if isinstance(trainer, kind)), None)
@@ -116,7 +116,7 @@ def _trainer_reason(trainer: Any) -> Optional[str]:
 
 
 def _model_reason(model: nn.Module) -> Optional[str]:
-    """Returns why the forward that TRL gave the model can't be replaced, or None."""
+    """Returns why the forward that TRL gave the model can't be replaced; None if it can."""
     function = getattr(model.forward, "__func__", None)
     if getattr(function, "__code__", None) not in add_fused_lm_head.__code__.co_consts:
         return "the model's forward is not the one that TRL gives it"
@@ -126,8 +126,8 @@ def _model_reason(model: nn.Module) -> Optional[str]:
 
 
 def _head_reason(model: nn.Module) -> Optional[str]:
-    """Returns why linear_cross_entropy can't compute the loss from the model's head, or None. Each forward with a fused
-    head calls this function, because the head may have changed."""
+    """Returns why linear_cross_entropy can't compute the loss from the model's head; None if it can. Each forward with
+    a fused head calls ``_head_reason``, because the head may have changed."""
     head = model.get_output_embeddings()
     if type(head) not in (*PACKED, *LINEAR, *FOUR_BIT):
         return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear, PackedLinear or Linear4bit"
@@ -183,8 +183,8 @@ def _output(
     hidden: Tensor, head: nn.Module, labels: Tensor, items: Union[Tensor, int, None], scale: float,
     softcap: Optional[float], wanted: tuple[str, ...],
 ) -> FusedCausalLMOutput:  # fmt: skip
-    """Returns a FusedCausalLMOutput with the values that TRL's forward computes. Tokens with the label -100 are not
-    computed, and their values are 0."""
+    """Returns a FusedCausalLMOutput with the values that TRL's forward computes. The values of tokens with the label
+    -100 are not computed and are 0."""
     weight, bias = weight_of(head), head._parameters["bias"]
     hidden, labels = (value.to(head._parameters["weight"].device) for value in (hidden, labels))
     mask, dtype = labels != -100, autocast_dtype(hidden) or hidden.dtype
@@ -263,9 +263,9 @@ class LinearLoss:
     contains the entropy raises RuntimeError.
 
     ``loss_reason`` is the reason why TRL's own code computes the loss; None if linear_cross_entropy computes the loss.
-    If there is a reason, a warning states the reason when the trainer is made. TRL's code computes the loss for example
-    if the head is trained or computes in float16, if processes share the model (FSDP, DeepSpeed), or if an option is
-    not known to give TRL's numbers.
+    If TRL's own code computes the loss, a warning states the reason when the trainer is made. TRL's code computes the
+    loss for example if the head is trained or computes in float16, if processes share the model (FSDP, DeepSpeed), or
+    if an option is not known to give TRL's numbers.
     """
 
     loss_reason: Optional[str]

@@ -2,8 +2,8 @@
 
 Some classes of transformers that are made for other tasks, such as PegasusForCausalLM, XLNetLMHeadModel and
 WhisperForCausalLM, compare the logits at a position with the label at the same position, because they expect labels
-that the caller has shifted. The labels of a run are not shifted, so such a model would learn to repeat each token that
-it has just read.
+that the caller has shifted. The labels of a run are not shifted, so a model that compares labels and logits at one
+position would learn to repeat each token that it has just read.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def check_causal_loss(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> No
     mode. The first forward has no labels. The other two forwards have labels that are chosen from the logits of the
     first forward, so that a class that does not shift the labels gives a very different difference of the two losses.
     A term of the loss that does not depend on the labels, such as the load-balancing loss of a mixture of experts,
-    cancels in the difference. If no row has two tokens, nothing is checked.
+    cancels in the difference. No error is raised if no row has two tokens, or if the logits have NaNs or are nearly
+    equal at all positions.
 
     The check changes neither the modes of the modules nor the states of PyTorch's random generators. In a sharded
-    model, all processes have to call the function, with equal rows. In a model of a prompt method, the check calls the
-    base, without the virtual tokens.
+    model, all processes have to call ``check_causal_loss``, with equal rows. In a model of a prompt method, the check
+    calls the base, without the virtual tokens.
     """
     row = max(rows, key=lambda row: len(row["input_ids"]), default={"input_ids": ()})
     count = min(len(row["input_ids"]), _TOKENS)
@@ -98,7 +99,8 @@ def _name(model: nn.Module) -> str:
 
 
 def _difference(logits: Tensor, labels: Tensor) -> float:
-    """Returns the mean cross-entropy of ``logits`` with the first row of ``labels``, minus that with the second row."""
+    """Returns the mean cross-entropy of ``logits`` with the first row of ``labels``, minus the mean cross-entropy with
+    the second row."""
     one, other = (cross_entropy(logits, row, ignore_index=IGNORED) for row in labels)
     return (one - other).item()
 

@@ -57,8 +57,8 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The options that a file sets. ``values`` maps the options' names to their values, and ``lines`` to the lines of
-    the file that set them."""
+    """The options that a YAML file of ``--config`` sets. ``values`` maps the options' names to their values, and
+    ``lines`` to the lines of the file that set them."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -83,8 +83,8 @@ def read_config(path: Union[str, Path], options: type) -> Config:
 
     An empty file sets no option. Raises RunError, which names the file, for: a file that does not exist, has more than
     1,000,000 characters, or is not UTF-8 or not YAML; another content than a mapping; a name that is unknown, repeated,
-    ``resume`` or ``overwrite``; a value of another type; an alias, an anchor or a tag. In most cases, the message has
-    the number of the line with the error.
+    ``resume`` or ``overwrite``; a value of another type; an alias, an anchor or a tag; deep nesting. In most cases, the
+    message has the number of the line with the error.
     """
     path = Path(os.path.expanduser(path))  # Path.expanduser would raise for an unknown user
     need("--config", "yaml")
@@ -107,7 +107,8 @@ def read_config(path: Union[str, Path], options: type) -> Config:
 
 
 def merged(options: Any, config: Optional[Config], flags: dict[str, Any]) -> Any:
-    """Returns ``options`` with the values of ``config`` and of ``flags``; a flag overrules the value in the file."""
+    """Returns ``options`` with the values of ``config`` and of ``flags``; a flag overrules the value in the file. A
+    flag for ``max_steps`` or ``epochs`` overrules the file's values of both."""
     values = {} if config is None else dict(config.values)
     if flags.keys() & {"max_steps", "epochs"}:  # --max-steps or --epochs drops the file's values of both options
         values = {name: value for name, value in values.items() if name not in ("max_steps", "epochs")}

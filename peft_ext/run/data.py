@@ -250,7 +250,7 @@ def read_records(
 ) -> tuple[str, list[Any]]:  # fmt: skip
     """Returns the kind ("text" or "chat") and the records of the rows, as :class:`Corpus` has them.
 
-    Detects the columns where neither ``text`` nor ``prompt`` names a column. Leaves out records whose text or
+    Detects the columns of the data if neither ``text`` nor ``prompt`` names a column. Leaves out records whose text or
     completion is empty or white space. Raises RunError for a missing column, for names of columns that exclude each
     other, and for a value of a wrong type.
     """
@@ -413,7 +413,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _bos(tokenizer: Any) -> list[int]:
     """Returns a list with the BOS token where the tokenizer puts BOS before a text by itself; else an empty list.
 
-    The function is not used for rendered chat templates, because a template itself writes the BOS that its model needs.
+    ``_bos`` is not used for rendered chat templates, because a template itself writes the BOS that its model needs.
     """
     first = list(tokenizer("", verbose=False)["input_ids"][:1])
     return first if first == [tokenizer.bos_token_id] else []
@@ -506,7 +506,7 @@ def _labelled(
 
     Args:
         where: name of the data, for error messages.
-        answers: the positions in ``text`` where each answer begins and ends.
+        answers: for each answer, a pair of positions in ``text``: where the answer begins and where it ends.
         block_size: once there are more tokens than ``block_size``, no further answer is added.
 
     Raises RunError where the tokenizer gives no positions of its tokens and the positions are needed, and where the

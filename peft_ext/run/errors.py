@@ -142,10 +142,11 @@ class Stop:
 
 @contextlib.contextmanager
 def caught_signals(stop: Stop) -> Iterator[None]:
-    """Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1 inside the ``with`` block, as :func:`peft_ext.run.finetune` says.
+    """Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1 inside the ``with`` block, as the docstring of
+    :func:`peft_ext.run.finetune` describes.
 
-    Restores the former handlers at the end of the block. Outside of the main thread, the function handles no signal.
-    Raises Interrupted where a signal ends the block at once.
+    Restores the former handlers at the end of the block. Outside of the main thread, ``caught_signals`` handles no
+    signal. Raises Interrupted where a signal ends the block at once.
     """
 
     def end(number: int, frame: Any) -> None:

@@ -45,11 +45,12 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def held_out_losses(run: Run, model: Any, chosen: Optional[Iterable[int]] = None) -> Losses:
-    """Returns the losses of all held-out examples, or only of the held-out examples with the indices ``chosen``.
+    """Returns, for each held-out example (or only for those with the indices ``chosen``), a pair: the sum of its
+    tokens' losses, and the number of its labels.
 
-    Each rank computes the losses of a part of the examples. A signal during training ends the function early, with
-    fewer losses, unless the run is sharded. Each forward has one example, so an example's loss does not depend on the
-    number of ranks.
+    Each rank computes the losses of a part of the examples. A signal during training ends ``held_out_losses`` early,
+    with fewer losses, unless the run is sharded. Each forward has one example, so an example's loss does not depend on
+    the number of ranks.
     """
     model.eval()
     examples, ranks, found = run.examples.held_out, run.ranks, {}
@@ -82,9 +83,9 @@ def perplexity(losses: Losses) -> float:
 def curve_examples(run: Run) -> list[int]:
     """Returns the indices of the held-out examples on which each point of the held-out curve is computed.
 
-    The indices are evenly spread over the held-out examples. Their number is as large as possible while all evaluations
-    during training have at most HELD_OUT_SHARE times the number of training tokens, but at least 4 (or the number of
-    held-out examples). A resumed run uses the number of examples in its checkpoint's history.
+    The indices are evenly spread over the held-out examples. The number of indices is as large as possible while all
+    evaluations during training have at most HELD_OUT_SHARE times the number of training tokens, but at least 4 (or the
+    number of held-out examples). A resumed run uses the number of examples in its checkpoint's history.
     """
 
     def tokens(examples: list[Any]) -> float:
@@ -103,8 +104,8 @@ def curve_examples(run: Run) -> list[int]:
 
 
 def sample_prompts(run: Run) -> list[dict[str, Any]]:
-    """Returns the prompts to answer: the user's or a default prompt, then up to SAMPLES prompts of held-out
-    conversations."""
+    """Returns a list of dicts, one for each prompt to answer: the user's or a default prompt, then up to SAMPLES
+    prompts of held-out conversations."""
     prompt = run.options.prompt
     if prompt is None:
         prompt = DEMO_PROMPT if run.corpus.where == PYTHON_DOCS else run.corpus.sample_prompt()
@@ -187,7 +188,7 @@ def continued(
 def greedy(model: Any, input_ids: Any, count: int, temperature: float = 0.0) -> Any:
     """Returns ``input_ids [1, T]`` followed by up to ``count`` generated tokens, computed without a cache.
 
-    Each token is the likeliest token, or is sampled where ``temperature`` is not 0. The function replaces ``generate``
+    Each token is the likeliest token, or is sampled where ``temperature`` is not 0. ``greedy`` replaces ``generate``
     for PEFT's prompt methods, because ``generate`` loses the virtual tokens with transformers 5.
     """
     stop = model.generation_config.eos_token_id

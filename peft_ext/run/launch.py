@@ -49,11 +49,12 @@ _KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among the processes of a run, as the launcher's environment variables describe it.
+    """What the launcher's environment variables say about this process of a run: its rank, the number of processes and
+    so on.
 
     Attributes:
         launcher: name of the launcher; "" for a process that no launcher started.
-        rank, world: rank of the process, and number of processes.
+        rank, world: rank of this process, and number of processes of the launch.
         local_rank, local_world: rank among the processes of the machine, and their number; None where the launcher does
             not tell.
         identity: the launch's name, equal in all processes and after a restart by torchrun: the argument of --rdzv-id,

@@ -156,7 +156,8 @@ def _check_types(o: Options) -> None:
 
 
 def check_options(o: Options) -> None:
-    """Raises RunError for a value of a wrong type or out of its range, and for options that exclude each other."""
+    """Raises RunError for a value of a wrong type or out of its range, and for options that exclude each other or do
+    not fit the method."""
     _check_types(o)
     if o.prompt is not None and not o.prompt.strip():
         raise RunError("--prompt: it is empty")

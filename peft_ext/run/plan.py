@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """Largest of the bytes for loading, for a training step and for the last check, plus ``held_bytes``."""
+        """The sum of ``held_bytes`` and of the largest of three: ``load_bytes``, ``step_bytes`` and ``check_bytes``."""
         return max(self.load_bytes, self.step_bytes, self.check_bytes) + self.held_bytes
 
     @property
@@ -217,8 +217,8 @@ def preview(
 def _saved_tensors(model: Any) -> list[Any]:
     """Returns the adapter's tensors that PEFT would save.
 
-    For a prompt method, the function returns the prompt encoder's embedding, because PEFT can't compute the prompt on
-    the meta device.
+    For a prompt method, ``_saved_tensors`` returns the prompt encoder's embedding, because PEFT can't compute the
+    prompt on the meta device.
     """
     from peft.utils import get_peft_model_state_dict
 

@@ -59,9 +59,9 @@ class Run:
 
     Attributes:
         options: the options of the run, after :func:`_resolved`.
-        corpus, examples: the data as records, and the tokenized data.
+        corpus, examples: the data of the run as records, and the tokenized data.
         checkpoint: checkpoint to resume from; None for a new run.
-        device, dtype: device and dtype of the computation.
+        device, dtype: the device on which the run computes, and the dtype of activations and dense weights.
         why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
         folder: folder, GGUF file or hub name of the model; in a sharded run, the folder in the hub's cache for a model
             on the hub.
@@ -70,9 +70,9 @@ class Run:
         config, tokenizer: configuration and tokenizer of the model.
         parameters, trainable: number of the base's parameters, and of the adapter's trainable parameters.
         steps: number of steps of the whole run.
-        seconds: seconds that each phase took, by the phase's name.
-        stop: the requests that signals have made.
-        ranks: the place of this process among the processes of the run, with methods for exchanges between them.
+        seconds: a dict from the name of each phase of the run to the seconds that the phase took.
+        stop: the requests that signals such as SIGTERM have made to the run.
+        ranks: the rank of this process in the run, with methods for exchanges between the processes of the run.
     """
 
     options: Options
@@ -233,8 +233,8 @@ def needs_bitsandbytes(o: Options) -> bool:
 def _resolved(options: Options) -> Options:
     """Returns the resolved options; where the model's files are packed, ``quant`` is "checkpoint" by default.
 
-    Raises RunError where ``quant`` does not fit the model's files. A model without a readable configuration is refused
-    later, by :func:`_read_config`.
+    Raises RunError where ``quant`` or ``shard`` does not fit the model's files. A model without a readable
+    configuration is refused later, by :func:`_read_config`.
     """
     from transformers import PretrainedConfig
 
@@ -312,8 +312,9 @@ def _check_shard(o: Options, ranks: Ranks) -> None:
 
 
 def facts_of(run: Run) -> dict[str, Any]:
-    """Returns what must be equal in all processes of a run: the options but output, threads, model, tokenizer and data;
-    versions; the data; the model's files; the dtype; and the checkpoint.
+    """Returns a dict, from descriptions to values, of what must be equal in all processes of a run: the options but
+    output, threads, model, tokenizer and data; the versions of Python and of packages; the data; the model's files; the
+    dtype; and the checkpoint.
 
     A file of weights is described by the file's size and the SHA-256 of the file's header, which has the tensors' names
     and shapes.
@@ -362,7 +363,8 @@ def _model_folder(run: Run, downloads: bool = True) -> str:
     """Returns the model's folder or GGUF file, or the model's name on the hub.
 
     For a name on the hub, a sharded run gets the folder in the hub's cache, because peft_ext itself, and not
-    transformers, reads the files of a sharded run. Without ``downloads``, the function returns the name on the hub.
+    transformers, reads the files of a sharded run. Without ``downloads``, ``_model_folder`` returns the name on the
+    hub.
     """
     if run.is_from_hub:
         if not (run.sharded and downloads):
@@ -380,10 +382,10 @@ def _model_folder(run: Run, downloads: bool = True) -> str:
 
 
 def _packed_folder(run: Run) -> str:
-    """Returns the model's folder for a dry run.
+    """Returns the folder from which a dry run reads the model's configuration.
 
-    If the model is the default model and is not unpacked, the function returns the folder of the default model's GGUF
-    file, and sets ``run.packed``.
+    If the model is the default model and is not unpacked, ``_packed_folder`` returns the folder of the default model's
+    GGUF file, and sets ``run.packed``.
     """
     if run.options.model != DEMO_MODEL or cached_model() is not None or (gguf := packed_model()) is None:
         return _model_folder(run, downloads=False)

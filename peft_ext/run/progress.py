@@ -76,7 +76,7 @@ def bar(
 def progress_callback(steps: int) -> Any:
     """Returns a Trainer callback that shows a progress bar where :func:`shows_bars` returns True.
 
-    Elsewhere the callback writes at most 39 log lines, and about 20 in a long run.
+    Where :func:`shows_bars` returns False, the callback writes at most 39 log lines, and about 20 in a long run.
     """
     from transformers import ProgressCallback, TrainerCallback
 

@@ -47,7 +47,8 @@ _LATE = ("Timed out", "timed out", "wait timeout")
 
 
 class Ranks:
-    """The place of this process among the processes of a run, with methods for exchanges between the processes.
+    """The rank of this process in a run, the number of processes and so on, with methods for exchanges between the
+    processes.
 
     ``Ranks()`` is a run of one process.
 
@@ -93,7 +94,7 @@ class Ranks:
     # --- exchanges ----------------------------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks, in the order of the ranks. All ranks have to call the method."""
+        """Returns a list of the values of all ranks, in the order of the ranks. All ranks have to call ``gather``."""
         if self.world == 1:
             return [value]
         found = [None] * self.world
@@ -101,7 +102,7 @@ class Ranks:
         return found
 
     def wait(self) -> None:
-        """Returns when all ranks have called the method."""
+        """Returns when all ranks have called ``wait``."""
         self.gather(None)
 
     def largest(self, *values: int) -> list[int]:
@@ -316,8 +317,8 @@ class Ranks:
         """Returns the ranks for which this rank may have waited: ``gone``, or, if ``gone`` is empty, the ranks that did
         not fail in an exchange.
 
-        Of several such ranks, the method returns those whose last noted point of the program is the earliest. The
-        method never returns this rank, because this rank waited for others.
+        Of these ranks (of all other ranks, if there are none), ``_behind`` returns those whose last noted point of the
+        program is the earliest. ``_behind`` never returns this rank, because this rank waited for others.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
         with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
@@ -454,7 +455,7 @@ def _start_group(launch: Launch) -> tuple[Any, str]:
     """Makes the default process group, and returns its store and the name of the launch.
 
     If torchrun restarts the processes, they get another store. The name of the launch is kept over restarts, in the
-    store of torchrun's agent; the name is "" without this agent.
+    store of torchrun's agent; the name is "" without an agent of torchrun.
     """
     if not torch.distributed.is_available():
         raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")
@@ -484,9 +485,10 @@ def _start_group(launch: Launch) -> tuple[Any, str]:
 def _name_of_start(store: Any, launch: Launch) -> str:
     """Returns a new name for this start, or restart, of the processes; all ranks get an equal name.
 
-    When torchrun restarts the processes, its store still has the addresses of the ended processes (PyTorch 2.13). Each
-    rank except rank 0 therefore asks for the name by a request in the store. Rank 0 draws the name and answers each
-    request, also the requests of ended processes, until each other rank has confirmed that it has the name.
+    When torchrun restarts the processes, torchrun's store still has the addresses of the ended processes (PyTorch
+    2.13). Each rank except rank 0 therefore asks for the name by a request in the store. Rank 0 draws the name and
+    answers each request, also the requests of ended processes, until each other rank has confirmed that it has the
+    name.
     """
     calls, seconds = f"peft_ext/calls/{launch.identity}/{launch.world}", timedelta(seconds=wait_seconds())
     if launch.rank > 0:

@@ -87,7 +87,7 @@ class Record:
                 "launch": ranks.identity, "peak_mib": self.peaks, "load_growth_mib": self.load_growths}  # fmt: skip
 
     def _measured(self) -> dict[str, Any]:
-        """Returns the entries of run.json that come from the Trainer's history and from the meter."""
+        """Returns a dict of those entries of run.json that come from the Trainer's history and from ``meter``."""
         steps = [entry for entry in self.history if "loss" in entry]
         found: dict[str, Any] = {}
         if self.meter is not None:
@@ -178,10 +178,11 @@ def recording_callback(record: Record) -> Any:
 
 
 def _bytes_by_kind(model: Any, optimizer: Any) -> dict[str, int]:
-    """Returns the bytes of weights, adapter, gradients and optimizer states in memory after an optimizer step.
+    """Returns a dict from "frozen", "adapter", "gradients" and "optimizer" to the bytes in memory of the frozen
+    weights, of the adapter, of the gradients and of the optimizer states after an optimizer step.
 
-    The function is called before the gradients of the step are freed. A storage that several tensors share is counted
-    once. "optimizer" includes the scores that AdaLoRA keeps.
+    ``_bytes_by_kind`` is called before the gradients of the step are freed. A storage that several tensors share is
+    counted once. "optimizer" includes the scores that AdaLoRA keeps.
     """
     seen: set[int] = set()
 

@@ -77,8 +77,8 @@ def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
 
 
 def without_adapter(run: Run, model: Any) -> Any:
-    """Returns a context in which the adapter of a sharded model is disabled. An unsharded model has no adapter before
-    the training."""
+    """Returns a context in which the adapter of a sharded model is disabled. In an unsharded run the context does
+    nothing, because the model has no adapter before the training."""
     return model.disable_adapter() if run.sharded else contextlib.nullcontext()
 
 
@@ -91,7 +91,7 @@ def trainer_options(run: Run) -> dict[str, Any]:
 
 
 def adapter_state(model: Any) -> dict[str, Any]:
-    """Gathers on rank 0 the tensors that PEFT saves. All ranks have to call the function."""
+    """Gathers on rank 0 the tensors that PEFT saves. All ranks have to call ``adapter_state``."""
     from ..integrations import fsdp2
 
     return fsdp2.adapter_state(model)

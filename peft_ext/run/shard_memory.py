@@ -2,8 +2,8 @@
 
 FSDP2 splits each parameter by rows: with n shards, the first process holds ``ceil(rows / n)`` rows of each parameter,
 and no process holds more. Buffers, such as the scales of packed weights, are whole in each process. A unit of FSDP2 is
-a decoder layer, or the rest of the model. The parameters of the rest of the model stay gathered from the forward to the
-backward. In the backward, FSDP2 may gather a decoder layer while it computes with another decoder layer.
+a decoder layer, or the rest of the model. The parameters outside of the decoder layers stay gathered from the forward
+to the backward. In the backward, FSDP2 may gather a decoder layer while it computes with another decoder layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ShardedMemory:
         adapter, gradients, optimizer: the process's rows of the trained parameters, of their gradients, and of Adam's
             two states, with Adam's count of the steps.
         gathered: upper bound of the parameters that FSDP2 gathers in a step, in addition to the shards: the parameters
-            of the rest of the model and of the two largest decoder layers.
+            outside of the decoder layers, and those of the two largest decoder layers.
         other: bytes of activations, logits and temporary tensors at the peak of a step; 0 where the memory of a step
             could not be estimated.
         reading: upper bound of the tensors that exist in addition to the shards while the base loads.

@@ -41,7 +41,8 @@ class TokenMeanTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Returns the batches of a step, and the number of labels in the step's batches of all processes (of this
-        process without ``args.average_tokens_across_devices``)."""
+        process without ``args.average_tokens_across_devices``); for batches without labels, the number that Trainer
+        returns."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if not batches or "labels" not in batches[0]:
             return batches, items
@@ -53,8 +54,9 @@ class TokenMeanTrainer(Trainer):
     ) -> Union[Tensor, tuple[Tensor, Any]]:
         """Returns the loss of a batch, times the batch's share of the step's labels.
 
-        The loss is also multiplied by the number of the step's batches, by which Trainer divides, and by the number of
-        processes, by which DDP divides.
+        The loss is also multiplied by the number of the step's batches, by which Trainer divides, and with
+        ``args.average_tokens_across_devices`` by the number of processes, by which DDP divides. Without
+        ``num_items_in_batch``, as in evaluation, the loss is Trainer's.
         """
         if num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

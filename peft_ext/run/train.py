@@ -48,7 +48,7 @@ from .runner import about_runner, export_adapter
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run. ``run.json`` in the output folder has most of these values, and more.
+    """The result of a run. ``run.json`` in the output folder has most of a Result's values, and more.
 
     Attributes:
         output: folder with the adapter, run.json and report.html.
@@ -67,7 +67,7 @@ class Result:
         can_merge: whether ``peft-ext merge`` and :func:`peft_ext.merge_to_dense` can merge the adapter.
         check: comparison of the trained model with the saved adapter on a fresh base; None where the run stopped early.
         stopped_by: number of the signal that ended training early, with a checkpoint; 0 where no signal did.
-        seconds: seconds that each phase of the run took, by the phase's name.
+        seconds: a dict from the name of each phase of the run to the seconds that the phase took.
     """
 
     output: Path
@@ -111,10 +111,11 @@ def finetune(options: Options) -> Result:
     the same signal on. SIGUSR1, which batch systems send ahead of a time limit, writes a checkpoint after the current
     step, and training continues.
 
-    The progress is logged to the logger ``peft_ext.run``. In this process the function turns off transformers' progress
-    bars, and the warnings and the log messages below level ERROR of transformers, PEFT, accelerate and bitsandbytes.
+    The progress is logged to the logger ``peft_ext.run``. ``finetune`` turns off, in this process, transformers'
+    progress bars, and the warnings and the log messages below level ERROR of transformers, PEFT, accelerate and
+    bitsandbytes.
 
-    If a launcher has started several processes, all of them have to call the function, with equal options (paths and
+    If a launcher has started several processes, all of them have to call ``finetune``, with equal options (paths and
     ``threads`` may differ). After an error, each process has to end, because the process group of the run is broken.
 
     Raises RunError for an error that the user can fix, such as a wrong option, a full disk or too little memory.
@@ -376,8 +377,9 @@ def adapt(run: Run, model: Any) -> Any:
 
 
 def _fused_layers(run: Run, model: Any) -> dict[str, Any]:
-    """Returns, of the rows of :func:`peft_ext.explain`, the number of layers and of fused layers, the reasons of layers
-    that are not fused, and groups of layers with equal kind and reason; zeros and no groups in a stock run."""
+    """Returns a dict made of the rows of :func:`peft_ext.explain`: "layers" and "fused", the numbers of all and of
+    fused layers; "reasons", why layers are not fused; "groups", a dict for each group of layers with equal kind and
+    reason. In a stock run the numbers are 0, and there are no "groups"."""
     if run.options.stock:
         return {"layers": 0, "fused": 0, "reasons": []}
     from ..integrations.peft import alike, explain
@@ -440,9 +442,10 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 
     class OrderedTrainer(TokenMeanTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            """Returns the run's order of examples.
+            """Returns an :class:`.data.Order`: the order in which the run takes its examples.
 
-            The accelerate library divides the batches of a step among the ranks: each rank gets every ``world``-th one.
+            The accelerate library divides the batches of a step among the ranks: each rank gets every ``world``-th
+            batch.
             """
             return Order(len(run.examples.train), run.steps * run.step_examples, o.seed)
 
@@ -508,9 +511,9 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
 def _may_leave_unused(model: nn.Module) -> bool:
     """Returns whether a step may leave trainable parameters unused, so that DDP has to search for unused parameters.
 
-    Experts may get no token of a batch. A forward of text uses no vision tower, no audio tower, and no layer of cross
-    attention to images (Llama 3.2 Vision). :func:`beside_text` does not find a tower that is a part of the text decoder
-    (Phi-4-multimodal), and such a tower may have an adapter.
+    The experts of a mixture may get no token of a batch. A forward of text uses no vision tower, no audio tower, and no
+    layer of cross attention to images (Llama 3.2 Vision). :func:`beside_text` does not find a tower that is a part of
+    the text decoder (Phi-4-multimodal), and such a tower may have an adapter.
     """
     if any(isinstance(module, nn.ModuleList) and "experts" in name for name, module in model.named_modules()):
         return True

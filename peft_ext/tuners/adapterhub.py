@@ -67,7 +67,8 @@ _PLAIN = {"ln_before": False, "ln_after": False, "is_parallel": False, "use_gati
 
 
 def _places(caller: str, model_type: str, placement: str, layer: str) -> list[tuple[str, str]]:
-    """Returns pairs (AdapterHub's place, peft_ext's place) of the adapters in the layer with the name ``layer``."""
+    """Returns, for each adapter in the layer with the name ``layer``, a pair of names within the layer: of AdapterHub's
+    module that has the adapter, and of the module that peft_ext adapts ("" for the layer itself)."""
     if model_type not in _PLACES:
         raise ValueError(f"{caller}: model_type is {model_type!r}, wanted one of {tuple(sorted(_PLACES))}")
     if placement not in _PLACEMENTS:

@@ -44,8 +44,9 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|densereludense|intermediate|expert|^ou
 def bias_kinds_of(name: str, module: nn.Module) -> set[str]:
     """Returns the members of ``BIAS_KINDS`` that describe a module's bias.
 
-    A module whose class name contains "norm" has the kinds "all" and "norm", whatever the module's name is. For other
-    modules the full name decides; "mlp_up" also requires more output features than input features.
+    A module whose class name contains "norm" has the kinds "all" and "norm", whatever the module's name is. For a
+    module whose class name does not contain "norm", the module's full name decides the kinds; "mlp_up" also requires
+    more output features than input features.
     """
     parts = name.split(".")
     if "norm" in type(module).__name__.lower():

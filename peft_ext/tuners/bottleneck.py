@@ -38,9 +38,10 @@ _PLACEMENTS = ("houlsby", "pfeiffer", "after_ffn", "parallel")
 class _Places(NamedTuple):
     """Regular expressions for the full names of the modules on which a placement puts adapters.
 
-    The fields are: attention's output layer, the feed-forward's output layer, the feed-forward, and the place of
-    Pfeiffer's adapter. Pfeiffer's place is the LayerNorm after the feed-forward's residual sum or, if the block returns
-    that sum, the block; in Phi, it is the feed-forward's output layer.
+    The fields are the expressions for attention's output layer, for the feed-forward's output layer, for the
+    feed-forward (``feed_forward``), and for the module with Pfeiffer's adapter (``summed``). Pfeiffer's place is the
+    LayerNorm after the feed-forward's residual sum or, if the block returns that sum, the block; in Phi, it is the
+    feed-forward's output layer.
     """
 
     attention: str

@@ -50,7 +50,7 @@ class DiffPruningConfig(TargetConfig):
     Args:
         structured: whether each tensor has one more gate z_g, which opens or closes the difference of the whole tensor.
         sparsity_penalty: λ, the weight of the expected number of open gates in the loss.
-        alpha_init: initial α of every gate.
+        alpha_init: initial value of the parameter α of every gate.
         stretch_low, stretch_high: l < 0 and r > 1; a gate is stretched to the interval [l, r] before it is clamped to
             [0, 1].
         kept: number of entries that pruning kept, by full name of the tensor ("model.layers.0.mlp.up_proj.weight").
@@ -127,8 +127,8 @@ class DenseDiff(nn.Module):
         return sum(torch.sigmoid(alpha.to(wide) - math.log(-low / high)).sum() for alpha in self.alphas())
 
     def parameters_of(self, tensor: Tensor, sample: bool) -> Tensor:
-        """Returns the changed tensor, θ = θ₀ + difference with θ₀ in ``tensor``. The sum is computed in float32 or
-        wider and rounded once to θ₀'s dtype."""
+        """Returns the changed tensor, θ = θ₀ + difference with θ₀ in ``tensor``. The sum θ₀ + difference is computed in
+        float32 or wider and rounded once to θ₀'s dtype."""
         return (tensor + self.difference(sample)).to(tensor.dtype)
 
 

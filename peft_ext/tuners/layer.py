@@ -46,8 +46,8 @@ def tree(items: dict[str, Union[Tensor, nn.Module]], base: Optional[nn.Module] =
     """Returns a module that holds ``items`` under their names. A name with a dot, such as "a.b", becomes the item b of
     a submodule a.
 
-    Parameters and modules are registered as parameters and modules, other tensors as buffers. ``base``: a module with
-    tensors of these names. Items of an ``nn.LayerNorm`` in ``base`` are held by an ``nn.LayerNorm``.
+    Parameters and modules are registered as parameters and modules, other tensors as buffers. ``base``: a module that
+    has tensors with the names in ``items``. Items of an ``nn.LayerNorm`` in ``base`` are held by an ``nn.LayerNorm``.
     """
 
     def holder(path: str) -> nn.Module:
@@ -92,9 +92,9 @@ class ReplacingLayer(Wrapper):
 
     A subclass defines ``adapter_layer_names``, the name of the attribute that holds the adapters, and :meth:`own`.
 
-    While ``base_layer`` runs, it holds the adapter's tensors, so only one thread at a time runs a layer. If
-    ``base_layer`` or a module in it checkpoints a forward, as a decoder layer of transformers and PyTorch's
-    CheckpointWrapper do, the recomputation in the backward uses the same tensors as the forward.
+    While ``base_layer`` runs, it holds the adapter's tensors, so only one thread at a time runs a layer, except under
+    torch.compile. If ``base_layer`` or a module in it checkpoints a forward, as a decoder layer of transformers and
+    PyTorch's CheckpointWrapper do, the recomputation in the backward uses the same tensors as the forward.
     """
 
     other_param_names = ("names", "tied")
@@ -124,7 +124,7 @@ class ReplacingLayer(Wrapper):
         of the base module.
 
         ``training``: whether to return the values for training; Diff Pruning then draws random gates. ``x``: the
-        layer's input, or None if unknown.
+        layer's input; None if the input is not known.
         """
         raise NotImplementedError
 
@@ -137,8 +137,8 @@ class ReplacingLayer(Wrapper):
     def replacements(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
         """Returns the tensors that ``adapter`` puts in place of parameters of this layer, by the parameter's name.
 
-        The dictionary also has the replacement of each parameter that this layer shares with another layer and that
-        the other layer's adapter owns.
+        The returned dictionary also has the replacement of each parameter that this layer shares with another layer and
+        that the other layer's adapter owns.
         """
         with self._locked():  # while another thread runs the layer, base_layer does not hold its own tensors
             found = self.own(adapter, training, x)
@@ -159,7 +159,8 @@ class ReplacingLayer(Wrapper):
     def running(self) -> Optional[str]:
         """Returns the adapter that the next forward uses, or None if the next forward runs the base module alone.
 
-        If adapters are disabled and one adapter is merged, this method unmerges the adapter.
+        If adapters are disabled and one adapter is merged, ``running`` unmerges the adapter. Raises ValueError if this
+        layer holds several of the active adapters.
         """
         if self._disable_adapters:
             if self.merged:
@@ -369,8 +370,8 @@ def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) ->
 
 def _checkpoints_of(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
     """Returns the modules among ``modules`` that checkpoint a forward, each with the name of the attribute that holds
-    the checkpointing function, and this function. The function knows transformers' layers with gradient checkpointing
-    and PyTorch's CheckpointWrapper."""
+    the checkpointing function, and this function. ``_checkpoints_of`` finds transformers' layers with gradient
+    checkpointing, and PyTorch's CheckpointWrapper."""
     found = []
     for module in modules:
         func = module.__dict__.get("_gradient_checkpointing_func")
@@ -400,7 +401,7 @@ class ReplacingTuner(Tuner):
         """Returns a module with the tensors of a new adapter. ``names``: the names of the tensors of ``layer`` that the
         adapter replaces.
 
-        ``key``: the full name of ``layer`` in the model.
+        ``key``: the dotted name of ``layer`` in the model.
         """
         raise NotImplementedError
 

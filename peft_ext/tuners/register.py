@@ -71,7 +71,7 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     nothing.
 
     After the call ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and other
-    functions of PEFT accept the method. The modules of :mod:`peft_ext.tuners` call this function on import.
+    functions of PEFT accept the method. The modules of :mod:`peft_ext.tuners` call ``register`` on import.
 
     Raises: ImportError if PEFT is too old or lacks a name that the methods override; RuntimeError if PEFT, or another
     package, already has a method of this name.

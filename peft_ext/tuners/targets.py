@@ -37,8 +37,8 @@ class TargetConfig(PeftConfig):
 
     Args:
         target_modules: full names ("model.layers.1.mlp") or last components of names ("mlp"); or a regular expression
-            that matches a full name; or "all-linear". A module is a target if it, or a module that contains it, is
-            named. None stands for the method's default targets.
+            that matches a full name; or "all-linear". A module is a target if ``target_modules`` names the module, or a
+            module that contains it. None stands for the method's default targets.
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: modules that are trained and saved whole, as in PEFT; these modules are not targets.
         layers_to_transform: index or indices of layers; None: all layers. Modules outside of the given layers are not
@@ -78,7 +78,8 @@ class TargetConfig(PeftConfig):
             self._fail("layers_pattern", self.layers_pattern, "None where layers_to_transform is None")
 
     def _names(self, field_name: str, value: Any) -> Any:
-        """Returns a list of names as a set, as PEFT's configurations do. ``to_dict`` turns the set into a list."""
+        """Returns a list of names as a set, as PEFT's configurations do. ``to_dict`` turns each set into a sorted
+        list."""
         if value is None or isinstance(value, str):
             return value
         if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
@@ -147,7 +148,7 @@ def targeted(config: TargetConfig, name: str) -> bool:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields the full name and the module for every module below ``model``, as if the model had no adapter.
 
-    In place of a tuner layer the function yields the module that the tuner layer wraps. Modules that adapters or
+    In place of a tuner layer ``base_modules`` yields the module that the tuner layer wraps. Modules that adapters or
     ``modules_to_save`` added are left out.
     """
     inside = None
@@ -163,8 +164,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields each parameter with its full name, as if the model had no adapter. A shared parameter has several
-    names."""
+    """Yields each parameter with its full name, as if the model had no adapter. A parameter that several modules share
+    is yielded under each of its names."""
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holder = next((container for container in containers(name) if container in wrapped), None)

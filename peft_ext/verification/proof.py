@@ -80,7 +80,8 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
 
 
 def _unknown_argument(cls: Any, row: Row) -> Optional[str]:
-    """Returns the name of an argument of an attention's forward that the formula of ``row`` does not have, or None."""
+    """Returns the name of an argument of an attention's forward that the formula of ``row`` does not have; None if
+    there is none."""
     known = {"self", *_ARGUMENTS, row.get("cache").partition(":")[0]}
     parameters = inspect.signature(inspect.unwrap(cls.forward)).parameters.values()
     return next((p.name for p in parameters if p.name not in known and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)),
@@ -192,8 +193,9 @@ _INDEX = _Index()
 
 
 def _fill_attention(made: Any, row: Row, training: bool) -> None:
-    """Gives an attention its layers and attributes. The attributes of the row's options are 7 in training and None in
-    evaluation, so that the proof finds a forward that computes something else if an option is set."""
+    """Gives an attention, which the proof has made, its layers and attributes. The attributes of the row's options are
+    7 in training and None in evaluation, so that the proof finds a forward that computes something else if an option is
+    set."""
     heads, kv_heads, size = 4, 2, 8
     made.config = _Config()
     ALL_ATTENTION_FUNCTIONS.register(_noted.__name__, _noted)
@@ -215,7 +217,7 @@ CALLS: list[Any] = []
 
 def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Optional[Tensor]]:
     """The attention function that instances of the proof use: a weighted sum of q, k and v, so that a difference of q,
-    k or v is not enlarged. The function records a summary of its arguments in ``CALLS``."""
+    k or v is not enlarged. ``_noted`` records a summary of its arguments in ``CALLS``."""
     CALLS.append((told(mask), told(given), q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape))
     k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
     out = (q * 0.5 + k * 0.25 - v * 0.125).transpose(1, 2).contiguous()
@@ -227,7 +229,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def _batches(width: int) -> dict[str, Tensor]:
-    """Returns a dict from a description to a tensor [batch, tokens, width]."""
+    """Returns a dict from the description of an input in words to the input, a tensor [batch, tokens, width]."""
     spikes = drawn(3, 5, width)
     spikes[..., 2] = 3e4
     special = {"zeros": torch.zeros(2, 3, width), "one huge column": spikes}
@@ -303,7 +305,7 @@ def told(value: Any) -> Any:
 
 
 def unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole: bool = False) -> Optional[str]:
-    """Returns how two tensors differ beyond rounding, or None.
+    """Returns in words how two tensors differ beyond rounding; None if they do not.
 
     Elements that are not finite must be at the same places in both tensors and, if ``strict``, be equal (NaN, or the
     same infinity). Finite elements may differ by ``tolerance`` times the largest finite value of the row, or of the
@@ -483,22 +485,20 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
     Args:
         cls: the class whose form becomes known. :func:`peft_ext.accelerate` fuses all classes that have this form.
         kind: the kind of the form: "rms_norm", "float_layer_norm", "mlp" or "attention".
-        formula: the values of the formula, by name.
-            For rms_norm: ``weight`` and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the
-            weight; ``rounds``, whether x / rms(x) is rounded to x's dtype before the multiplication by the weight;
-            ``mixed``, whether the formula also holds if x and the weight have different dtypes.
-            For float_layer_norm: ``weight`` and ``eps``, the names of the attributes; or, without a weight, ``eps``, a
-            number, and ``shape``, the name of the attribute that holds the normalized shape.
-            For mlp: ``inner``, the name of the first layer, or the names of gate and up; ``out``, the name of the last
-            layer; ``act``, the name of the activation; ``gated``, whether the MLP is gated; ``drop``, "out:name" or
-            "act:name" for a dropout behind the last layer or behind the activation, "out:p:name" or "act:p:name" if
-            the attribute is a probability.
-            For attention, with rotary positions and an attention function of transformers' registry: ``inputs``, the
-            names of the layers for q, k and v; ``o``, the name of the last layer; ``norms``, "head" or "flat" for
-            layers q_norm and k_norm, which are applied after ("head") or before ("flat") the heads are split;
-            ``cache``, the name of the cache's argument and how its ``update`` is called, "cache:kwargs", "cache:plain"
-            or "cache:positions"; ``options``, keyword arguments of the attention function with the names of their
-            attributes, as "sliding_window:window".
+        formula: the values that describe the forward, by name; the names depend on ``kind``. For rms_norm: ``weight``
+            and ``eps``, the names of the attributes; ``offset``, 0 or 1, which is added to the weight; ``rounds``,
+            whether x / rms(x) is rounded to x's dtype before the multiplication by the weight; ``mixed``, whether the
+            formula also holds if x and the weight have different dtypes. For float_layer_norm: ``weight`` and ``eps``,
+            the names of the attributes; or, without a weight, ``eps``, a number, and ``shape``, the name of the
+            attribute that holds the normalized shape. For mlp: ``inner``, the name of the first layer, or the names of
+            gate and up; ``out``, the name of the last layer; ``act``, the name of the activation; ``gated``, whether
+            the MLP is gated; ``drop``, "out:name" or "act:name" for a dropout behind the last layer or behind the
+            activation, "out:p:name" or "act:p:name" if the attribute is a probability. For attention, with rotary
+            positions and an attention function of transformers' registry: ``inputs``, the names of the layers for q, k
+            and v; ``o``, the name of the last layer; ``norms``, "head" or "flat" for layers q_norm and k_norm, which
+            are applied after ("head") or before ("flat") the heads are split; ``cache``, the name of the cache's
+            argument and how its ``update`` is called, "cache:kwargs", "cache:plain" or "cache:positions"; ``options``,
+            keyword arguments of the attention function with the names of their attributes, as "sliding_window:window".
             For rms_norm and mlp: ``needs``, attributes of the module that must have the given value, as
             "with_scale:True".
 

@@ -34,8 +34,8 @@ class Compared:
 
     Attributes:
         name: "loss", "logits" or another output's name, or "gradient of" a parameter; for a block the module's name.
-        kind: for a block, its class and the name of the tensor whose error is the largest part of its limit; otherwise
-            "".
+        kind: for a block, its class and the name of the tensor whose error is the largest part of its limit, or of the
+            error that the fused block raised; otherwise "".
         error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. ``error``
             and ``stock_error`` are None if the stock model could not run in the wider dtype. An error is infinity if x
             is not finite where the yardstick is finite.
@@ -126,8 +126,9 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _call(model: nn.Module, batch: Any, seed: Seed, value: int = 0) -> tuple[Optional[Tensor], Results]:
-    """Runs a forward, and returns the loss and the other outputs. The loss is None if the forward returns no loss. The
-    other outputs are the logits alone, or, if the forward returns no logits, all float outputs but the loss."""
+    """Runs a forward, and returns the loss and the other outputs. The loss that ``_call`` returns is None if the
+    forward returns no loss. The other outputs are the logits alone, or, if the forward returns no logits, all float
+    outputs but the loss."""
     seed(value)
     output = model(**_mapped(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad)))
     named: dict[str, Any] = {}
@@ -158,7 +159,8 @@ def draws(model: nn.Module, batch: Any, seed: Seed) -> bool:
 
 
 def step(model: nn.Module, batch: Any, seed: Seed) -> Results:
-    """Runs one forward and backward of ``model``. Returns the loss, outputs and trained gradients, by name."""
+    """Runs one forward and backward of ``model``. Returns a dict, by name, of the loss, of the outputs, and of the
+    gradients of the trained parameters."""
     loss, outputs = _call(model, batch, seed)
     # The outputs are copied without their autograd graph, and are released before the backward.
     with torch.no_grad():
@@ -194,7 +196,7 @@ def blocks_alone(
     narrow: torch.dtype, seed: Seed,
 ) -> list[Compared]:  # fmt: skip
     """Compares each fused module and each packed linear layer with its stock module, if the stock module can be called
-    alone. Returns one comparison for each compared module.
+    alone. Returns a list with one :class:`Compared` for each compared module.
 
     The stock module, the fused module and the yardstick's module all run on the input that the stock module gets in a
     forward of ``stock``.
@@ -248,8 +250,8 @@ def blocks_alone(
 
 
 def _alone(module: nn.Module, args: Any, kwargs: Any) -> Results:
-    """Runs one module alone. Returns the module's outputs, and the gradients of its inputs and trained parameters, by
-    name."""
+    """Runs one module of a model alone, forward and backward. Returns a dict, by name, of the module's outputs that
+    have a gradient, and of the gradients of its inputs and trained parameters."""
     leaves: dict[str, Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:

@@ -160,8 +160,8 @@ def dequantizing(model: nn.Module) -> nn.Module:
 def without_dropout(model: nn.Module) -> nn.Module:
     """Sets the dropout and jitter probabilities in ``model`` to 0, and ``use_cache`` to False, in place.
 
-    Apart from the probabilities of PyTorch's dropout modules, the function finds these settings by name, among the
-    attributes of modules and of the modules' configurations. Returns ``model``.
+    Apart from the probabilities of PyTorch's dropout modules, the function finds the probabilities and ``use_cache`` by
+    name, among the attributes of modules and of the modules' configurations. Returns ``model``.
     """
     seen: set[int] = set()
     for module in model.modules():

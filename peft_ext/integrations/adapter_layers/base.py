@@ -153,7 +153,7 @@ def class_name(kind: type) -> str:
 
 
 def is_fully_sharded(kind: type) -> bool:
-    """Returns whether ``kind`` is a class that ``fully_shard`` made for a module. The check does not import
+    """Returns whether ``kind`` is a class that ``fully_shard`` made for a module. ``is_fully_sharded`` does not import
     torch.distributed."""
     return hasattr(kind, "_get_fsdp_state")
 
@@ -179,7 +179,7 @@ def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Itera
 
 def weight_of(base: nn.Module) -> Union[Tensor, PackedWeight]:
     """Returns the frozen weight of an adapter's base layer, ``[N, K]``: a dense tensor, or a PackedWeight that shares
-    the layer's memory. Call this function only for a layer for which :func:`.reasons.weight_reason` returns None."""
+    the layer's memory. Call ``weight_of`` only for a layer for which :func:`.reasons.weight_reason` returns None."""
     kind = type(base)
     if kind in PACKED:
         return base.nf4 if kind is NF4Linear else base.packed

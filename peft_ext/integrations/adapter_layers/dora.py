@@ -35,8 +35,8 @@ DoraNF4Variant = None
 if DoraLinearVariant is not None:
 
     class _Dequantized:
-        """A proxy of a LoRA layer. The method ``get_base_layer`` of the proxy returns a dequantized nn.Linear in place
-        of an NF4Linear."""
+        """A proxy of a LoRA layer over an NF4Linear. The method ``get_base_layer`` of the proxy returns a dequantized
+        nn.Linear in place of an NF4Linear."""
 
         def __init__(self, layer: Any) -> None:
             object.__setattr__(self, "_layer", layer)

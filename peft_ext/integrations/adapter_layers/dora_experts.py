@@ -75,7 +75,8 @@ def check_merged_together(wrapper: Any, names: list[str]) -> None:
 
 
 def register(config: Any, model: nn.Module) -> None:
-    """Registers DoraParamWrapper in a configuration with ``use_dora`` for the classes of experts in ``model``.
+    """Registers DoraParamWrapper, in a PEFT configuration with ``use_dora``, as the wrapper of ``model``'s classes of
+    experts.
 
     Wrappers of PEFT's own class that are already around experts of ``model`` become DoraParamWrapper, so that a DoRA
     adapter can be added to these wrappers.
@@ -94,7 +95,7 @@ def register(config: Any, model: nn.Module) -> None:
 
 def _made(target: Any, adapter_name: str, *, parameter_name: Optional[str] = None, **kwargs: Any) -> Any:
     """Returns a DoraParamWrapper of the parameter ``parameter_name`` of ``target``; None if ``parameter_name`` is None.
-    PEFT calls this function to make an adapter layer."""
+    PEFT calls ``_made`` to make an adapter layer."""
     if parameter_name is None:
         return None
     return DoraParamWrapper(target, adapter_name, parameter_name=parameter_name, **kwargs)

@@ -26,7 +26,7 @@ _HELPERS = {name: getattr(LoraEmbedding, name, None) for name in ("_embed", "_ge
 
 
 def _base_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the operator can't replace the forward of the embedding under the adapter, or None."""
+    """Returns why the operator can't replace the forward of the embedding under the adapter; None if it can."""
     packed = type(base) is PackedEmbedding
     if not packed and type(base) is not nn.Embedding:  # a subclass, such as Gemma's, may scale its output
         return f"its base layer is a {class_name(type(base))}, wanted nn.Embedding or PackedEmbedding"
@@ -51,7 +51,7 @@ def _base_reason(base: nn.Module) -> Optional[str]:
 
 
 def _packed_reason(base: PackedEmbedding) -> Optional[str]:
-    """Returns why the operator can't read the table of a PackedEmbedding, or None."""
+    """Returns why the operator can't read the table of a PackedEmbedding; None if the operator can."""
     codes = base.weight
     if codes.requires_grad:
         return "its base weight requires grad"

@@ -185,7 +185,8 @@ def _calls_hooks(experts: Any, *on_the_way: Any) -> bool:
 
 
 def _experts_reason(experts: Any, names: list[str]) -> Optional[str]:
-    """Returns why the experts' own forward has to run, or None. ``names``: the names of the adapted parameters."""
+    """Returns why the experts' own forward has to run; None if an operator can replace it. ``names``: the names of the
+    adapted parameters."""
     if not (held := expert_parameters(experts)):
         return f"it is over a {class_name(type(experts))}, wanted a mixture's experts, as transformers keeps them"
     if getattr(experts, "_is_expert_parallel", False):

@@ -81,7 +81,8 @@ def few_reason(x: Any) -> Optional[str]:
 
 
 class Facts:
-    """The objects that the checks of a block and its layers read, with the places where the checks read the objects."""
+    """The objects that the checks of a block and its layers read, with the dicts and names by which the checks read
+    them."""
 
     def __init__(self) -> None:
         self._places: list[dict] = []
@@ -166,8 +167,9 @@ class Facts:
 
 
 def _holds(places: list, names: list, values: list, empty: list, modules: list, kinds: list) -> bool:
-    """Returns whether each place, a dict, has the value under the name (None: or lacks the name), each container in
-    ``empty`` is empty, and each module has the class in ``kinds``. The module ``_C`` has a faster function."""
+    """Returns whether the noted facts still hold: each dict in ``places`` has, under its name in ``names``, its object
+    in ``values`` (None also stands for a missing name), each container in ``empty`` is empty, and each module has its
+    class in ``kinds``. The module ``_C`` has a faster function that does the work of ``_holds``."""
     same = all(map(operator.is_, map(dict.get, places, names), values))
     return same and not any(empty) and all(map(operator.is_, map(type, modules), kinds))
 
@@ -182,11 +184,11 @@ class _Plan(NamedTuple):
 
 def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -> Any:
     """Returns the plan that ``make(facts, x)`` made for this block and x's dtype, and calls ``make`` again once the
-    facts of that plan no longer hold. Also calls ``make`` again while the facts are not final, because the checks of a
-    layer have not accepted a call yet, until ``_MOST_TRIALS`` plans were made.
+    facts of that plan no longer hold. As long as the checks of some layer have accepted no call (the facts are then not
+    final), each call makes a new plan, until ``_MOST_TRIALS`` plans were made.
 
-    If the block has no plan, ``make`` returns the reason, and this function returns None. Several threads may call the
-    block at the same time.
+    If the block can have no plan, ``make`` returns the reason, and ``plan_of`` returns None. Several threads may call
+    ``plan_of`` for one block at the same time.
     """
     plan, trials = _PLANS.get(block), 0
     if plan is not None and plan.dtype is x.dtype and plan.kind is type(block):
@@ -248,7 +250,7 @@ def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns the function that computes the linear layer ``layer`` for inputs of x's dtype.
 
     If the layer's class and tensors are known and the kernels may run, the function calls a kernel, or F.linear for a
-    dense weight where :func:`.linear.is_ahead` is false. In all other cases, the function is the layer itself.
+    dense weight where :func:`.linear.is_ahead` is false. In all other cases, ``direct`` returns the layer itself.
     """
     found, own = None, Facts()
     if isinstance(layer, nn.Module):

@@ -58,7 +58,7 @@ class IA3Layer(Fused):
     def _dtypes(self, x: Tensor, vector: Tensor) -> tuple[torch.dtype, Optional[torch.dtype]]:
         """Returns the dtype in which PEFT passes x to the base layer, and the dtype of PEFT's result.
 
-        The second dtype is None if PEFT's result has the dtype of the base layer's result.
+        The second dtype that ``_dtypes`` returns is None if PEFT's result has the dtype of the base layer's result.
         """
         return x.dtype, None
 

@@ -116,7 +116,7 @@ class LowRank(Fused):
 
         Returns None if the base layer's own forward has to run (:func:`.base.operands` returns None, or
         :func:`.base.sums_wider` is true), if the base layer multiplies another tensor than x, for example a cast of x,
-        or if x does not fit this process's shard of a split base layer. Call this method only if :meth:`joint_state`
+        or if x does not fit this process's shard of a split base layer. Call ``joint_call`` only if :meth:`joint_state`
         returned a tuple.
         """
         (name,), base = self._names(), self._modules["base_layer"]
@@ -270,8 +270,9 @@ class LowRank(Fused):
         return result.to(dtype)
 
     def _side_by_side(self, names: list[str]) -> tuple[Tensor, Tensor, None]:
-        """Returns the adapters' lora_A ``[R, K]``, multiplied by the scaling and the scale per rank, and their lora_B
-        ``[N, R]``, both concatenated along the rank R in float32; and None, because the merged rows have no scale."""
+        """Returns three values: the adapters' lora_A ``[R, K]``, multiplied by the scaling and the scale per rank, and
+        their lora_B ``[N, R]``, both concatenated along the rank R in float32; and None, because LoRA scales no output
+        row."""
         pairs, scaled = [self.pair(name) for name in names], []
         for name, (a, _) in zip(names, pairs, strict=True):
             scale = _times(self.scaling[name], self._rank_scale(name, 1.0), a.shape[0], a.device)
@@ -281,7 +282,8 @@ class LowRank(Fused):
     def _concatenated(self, names: list[str]) -> tuple[Tensor, Tensor, float, Optional[Tensor]]:
         """Returns lora_A, lora_B, the scaling and the scale per rank of several adapters concatenated along the rank.
 
-        Scales are filled in on the device, because a copy from the host would wait for the device.
+        A scaling that is a number becomes a tensor by ``torch.full`` on the device, because a copy from the host would
+        wait for the device.
         """
         pairs = [self.pair(name) for name in names]
         lora_A, lora_B = _cat([a for a, _ in pairs]), _cat([b for _, b in pairs], dim=1)
@@ -392,7 +394,7 @@ if LoraLinear is not None:
 
         def known_call(self, x: Tensor) -> Optional[tuple]:
             """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None. A block
-            that calls the layer's kernel directly (see :mod:`.few_tokens`) uses this method."""
+            that calls the layer's kernel directly (see :mod:`.few_tokens`) uses ``known_call``."""
             return self._common(x)
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:

@@ -39,15 +39,16 @@ class MergesNF4:
 
     Each ``merge`` starts from the weight before the first merge, applies the adapters that are merged already and the
     new adapters, and quantizes the result once in the base weight's layout. ``base_layer.merge_error`` is the relative
-    error of that quantization. ``unmerge`` restores the weight before the first merge bit for bit. ``merge`` raises
-    RuntimeError, for example, if peft_ext has no quantizer for the layout of the base weight, and over any base layer
-    if ZeRO-3 has partitioned the weight.
+    error of the quantization of the merged weight. ``unmerge`` restores the weight before the first merge bit for bit.
+    ``merge`` raises RuntimeError, for example, if peft_ext has no quantizer for the layout of the base weight, and over
+    any base layer if ZeRO-3 has partitioned the weight.
 
     A subclass defines ``_merged``, which returns weight and bias with one more adapter merged, computed from the weight
     and bias before this adapter and from the weight without any adapter. A subclass of low-rank adapters also defines
-    ``_factors``, which returns the concatenated lora_A, the concatenated lora_B and a scale per output row (or None).
-    :func:`peft_ext.ops.nf4_merge` merges the factors that ``_factors`` returns in one pass over the NF4 codes. If
-    ``_factors`` returns None or the weight is not NF4, ``merge`` computes the merged weight with ``_merged``.
+    ``_factors``, which returns the concatenated lora_A, the concatenated lora_B and a scale per output row (None if the
+    method scales no output row). :func:`peft_ext.ops.nf4_merge` merges the factors that ``_factors`` returns in one
+    pass over the NF4 codes. If ``_factors`` returns None or the weight is not NF4, ``merge`` computes the merged weight
+    with ``_merged``.
     """
 
     def _factors(self, names: list[str], nf4: NF4Weight) -> Optional[tuple[Tensor, Tensor, Optional[Tensor]]]:

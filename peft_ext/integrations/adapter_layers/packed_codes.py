@@ -61,8 +61,8 @@ def code_reader(config: Any, layer: nn.Module, made: bool = False) -> str:
 
 
 def adapters_that_read_codes(model: nn.Module) -> dict[int, str]:
-    """Returns the ids of the adapter layers of ``model`` over a packed layer with an active adapter that reads the
-    codes of the packed layer, each with the method of the adapter."""
+    """Returns a dict that maps ``id(layer)`` of each adapter layer of ``model`` over a packed layer, if an active
+    adapter reads the codes of the packed layer, to the name of this adapter's method."""
     configs = next(filter(None, (module.__dict__.get("peft_config") for module in model.modules())), None)
     found: dict[int, str] = {}
     for module in model.modules() if isinstance(configs, dict) and BaseTunerLayer is not None else ():

@@ -49,8 +49,8 @@ from .foreign import foreign_reason, is_foreign
 
 
 def native_kernels() -> dict[str, dict[str, bool]]:
-    """Returns for each public operator, and for each device ("cpu", "cuda"), whether the loaded library has kernels for
-    the main operators that the public operator calls (``library.PUBLIC``)."""
+    """Returns a dict that maps each public operator to a dict, which maps each device ("cpu", "cuda") to whether the
+    loaded library has kernels for the main operators that the public operator calls (``library.PUBLIC``)."""
     return {
         op: {key.lower(): all(has_kernel(name, key) for name in called) for key in ("CPU", "CUDA")}
         for op, called in PUBLIC.items()
@@ -189,9 +189,9 @@ def plain_types() -> tuple[type, ...]:
 def accepts_input(x: Any) -> bool:
     """Returns whether x is a tensor that the operators accept: plain, dense, and float32, bfloat16 or float16.
 
-    The operators work under torch.compile, so the function may return True during a trace. It returns False under
-    torch.func's transforms, forward-mode differentiation, torch.jit.trace and torch.export (where x is a fake tensor),
-    so that the call takes the stock path.
+    The operators work under torch.compile, so the result may be True while torch.compile traces. ``accepts_input``
+    returns False under torch.func's transforms, forward-mode differentiation, torch.jit.trace and torch.export (where x
+    is a fake tensor), so that the call takes the stock path.
     """
     if type(x) not in _plain or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         return False
@@ -199,8 +199,8 @@ def accepts_input(x: Any) -> bool:
 
 
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
-    """Returns why the operators can't read the parameter ``tensor``, or None. The returned text calls the parameter
-    ``name``."""
+    """Returns why the operators can't read the parameter ``tensor``; None if they can. The returned text calls the
+    parameter ``name``."""
     # A DTensor and a quantized subclass are not plain. FSDP leaves None in place of a parameter that it takes out.
     if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
@@ -215,8 +215,8 @@ def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional
 
 
 def kernel_reason(op: str, device: str) -> Optional[str]:
-    """Returns why layers on ``device`` must not run the public operator ``op``, or None. A reason is that native
-    kernels are not loaded, or that the kernels did not pass the comparison with the reference."""
+    """Returns why layers on ``device`` must not run the public operator ``op``; None if they may. A reason is that
+    native kernels are not loaded, or that the kernels did not pass the comparison with the reference."""
     if KERNELS[op].get(device):
         return proved(device, *PUBLIC[op])
     if device == "cuda" and not STATE.cuda_loaded:
@@ -287,7 +287,7 @@ def base_reason(layer: Any) -> Optional[str]:
 
 
 def alone_reason(layer: Any) -> Optional[str]:
-    """Returns why the adapter's part can't be fused if the base layer's own forward runs, or None."""
+    """Returns why the adapter's part can't be fused if the base layer's own forward runs; None if it can be fused."""
     base = layer._modules["base_layer"]
     for name, parameter in base._parameters.items():
         # A base layer on which fully_shard itself was called gathers its parameters when the base layer is called.
@@ -311,7 +311,7 @@ def _is_falcons(kind: type) -> bool:
 
 
 def weight_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the operators can't read the weight of the layer ``base``, or None.
+    """Returns why the operators can't read the weight of the layer ``base``; None if they can.
 
     The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear, PackedLinear and Linear4bit, and of the
     layers of other packages in :mod:`.foreign`.
@@ -371,7 +371,7 @@ def weight_reason(base: nn.Module) -> Optional[str]:
 def _table_reason(state: Any) -> Optional[str]:
     """Returns why the operators can't decode a weight with bitsandbytes' quant_state ``state``, or None. The operators
     decode with their own tables of codes of NF4 and FP4, so the state's table has to be equal to the operators' table.
-    The values of a table are read once."""
+    The values of a table that was found equal are not read again while the table lives."""
     code, kind = state.code, state.quant_type
     # torch.compile can't read the values of a table while it traces, so `accelerate` reads a model's tables earlier.
     if not torch.compiler.is_compiling():
@@ -387,14 +387,14 @@ def _table_reason(state: Any) -> Optional[str]:
 
 
 def linear_reason(layer: nn.Linear, dtype: torch.dtype) -> Optional[str]:
-    """Returns why PyTorch's own product runs in a call of ``layer`` that computes in ``dtype``, or None."""
+    """Returns why PyTorch's own product runs in calls of ``layer`` that compute in ``dtype``; else None."""
     if dtype not in WIDENED:
         return f"PyTorch's product of {short(dtype)} is as fast here"
     return product_reason(layer)
 
 
 def product_reason(layer: nn.Linear) -> Optional[str]:
-    """Returns why frozen_linear can't compute a linear layer without an adapter, or None."""
+    """Returns why frozen_linear can't compute a linear layer without an adapter; None if it can."""
     if replaced_on_instance(layer):
         return "its forward was replaced on the instance (accelerate's device hooks do that)"
     if reason := weight_reason(layer):
@@ -415,7 +415,7 @@ def variant_name(variant: Any) -> str:
 def checked_adapters(
     layer: Any, names: list[str], several: bool, check: Optional[Callable[[Any, str, bool], Adapter]] = None
 ) -> tuple[Optional[str], Pairs]:
-    """Returns the reason not to fuse the adapters ``names`` (or None), and the pair (lora_A, lora_B) of each adapter.
+    """Returns the reason not to fuse the adapters ``names`` (None: they can be fused), and each pair (lora_A, lora_B).
 
     The checks do not look at the base layer. ``check`` checks one adapter; by default ``layer.checked_adapter``, which
     is :func:`lora_adapter` or :func:`adalora_adapter`, depending on the method.
@@ -456,7 +456,7 @@ def checked_adapters(
 
 
 def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
-    """Returns the reason not to fuse one adapter of LoRA or DoRA, the adapter's lora_A, and its lora_B."""
+    """Returns the reason not to fuse a LoRA or DoRA adapter (None: it can be fused), its lora_A and its lora_B."""
     modules = layer._modules
     if (variant := layer.lora_variant.get(name)) is not None:
         if not dora.VARIANTS and variant_name(variant) == "DoRA":
@@ -488,7 +488,7 @@ def lora_adapter(layer: Any, name: str, several: bool) -> Adapter:
 
 
 def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
-    """Returns the reason not to fuse one adapter of AdaLoRA, the adapter's lora_A, and its lora_B."""
+    """Returns the reason not to fuse an AdaLoRA adapter (None: it can be fused), its lora_A and its lora_B."""
     (lora_A, lora_B), modules = layer.pair(name), layer._modules
     lora_E, ranknum = modules["lora_E"]._parameters.get(name), modules["ranknum"]._parameters.get(name)
     reason = tensor_reason("lora_E", lora_E) or tensor_reason("ranknum", ranknum, dim=1)
@@ -500,8 +500,8 @@ def adalora_adapter(layer: Any, name: str, several: bool) -> Adapter:
 
 
 def scaling_reason(scaling: Any, like: Tensor) -> Optional[str]:
-    """Returns why the operators can't use an adapter's scaling, or None. ``like``: the adapter's lora_A, whose device a
-    scaling that is a tensor must have."""
+    """Returns why the operators can't use an adapter's scaling; None if they can. ``like``: the adapter's lora_A, whose
+    device a scaling that is a tensor must have."""
     # PEFT's hotswap makes the scaling a tensor of one element.
     if type(scaling) is Tensor and scaling.numel() == 1 and scaling.device == like.device:
         return "scaling is a tensor that requires grad" if scaling.requires_grad else None
@@ -518,7 +518,7 @@ def _magnitude_reason(module: nn.Module) -> Optional[str]:
 
 
 def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
-    """Returns why a module with DoRA's magnitude can't be fused, or None.
+    """Returns why a module with DoRA's magnitude can't be fused; None if it can.
 
     ``dim``: the number of dimensions that the magnitude must have.
     """
@@ -536,7 +536,7 @@ def magnitude_reason(module: Any, *, dim: int) -> Optional[str]:
 
 
 def checked_vectors(layer: Any) -> tuple[Optional[str], list[Tensor]]:
-    """Returns the reason not to fuse the active (IA)³ adapters (or None), and the vector ia3_l of each adapter."""
+    """Returns the reason not to fuse the active (IA)³ adapters (None: they can be fused), and their ia3_l."""
     held, vectors = layer._modules["ia3_l"], []
     for name in active_in(layer, held):
         vector = held._parameters.get(name)

@@ -43,8 +43,8 @@ NOW = _Now()
 def together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> AbstractContextManager[None]:
     """Returns a context in which sibling layers of ``module`` that get the same tensor are computed together.
 
-    ``groups``: names of children of ``module``, for example ("q_proj", "k_proj", "v_proj"). Under torch.compile each
-    layer is computed alone.
+    ``groups`` has, for each group of siblings, the names of these children of ``module``, for example ("q_proj",
+    "k_proj", "v_proj"). Under torch.compile each layer is computed alone.
     """
     return nullcontext() if torch.compiler.is_compiling() else _together(module, groups)
 
@@ -132,8 +132,8 @@ class _Group:
 
 
 def joint_reason(layers: list[Any], states: list[Optional[tuple]], device: str) -> Optional[str]:
-    """Returns why no two of the sibling layers ``layers`` on ``device`` can be computed together, or None. ``states``:
-    the layers' ``joint_state()``."""
+    """Returns why no two of the sibling layers ``layers`` on ``device`` can be computed together; None if two can.
+    ``states``: for each layer, the return value of its ``joint_state()``."""
     joint = [layer for layer, state in zip(layers, states, strict=True) if state is not None]
     if len(joint) < 2:
         return "no two have adapters that can be computed together"

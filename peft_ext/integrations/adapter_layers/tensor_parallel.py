@@ -59,7 +59,7 @@ class Split:
 
     @property
     def dim(self) -> int:
-        """The dimension of W, and of lora_A or lora_B, that is split."""
+        """The index of the split dimension of W, and of lora_B (if ``column``) or else of lora_A."""
         return 0 if self.column else 1
 
 

@@ -47,8 +47,9 @@ HEADER = ("digest", "kind", "formula", "example", "classes", "since")
 class Row:
     """One known form.
 
-    ``formula``: pairs of a name and a value; KINDS lists the names for each kind. ``classes``: number of classes with
-    this form in one release of transformers, the newest of those that the table was drawn from and that have the form.
+    ``formula``: pairs of a name and a value, which say what the code computes; KINDS lists the names for each ``kind``.
+    ``classes``: number of classes with this form in one release of transformers, the newest of those that the table was
+    drawn from and that have the form.
     ``since``: the oldest release of transformers, of those that the table was drawn from, that has the form.
     """
 

@@ -128,8 +128,8 @@ class Attention(Block):
         """Returns why transformers' function, and not the operator rotary_embedding, rotates the q and k of hidden
         states x; else None.
 
-        If q and k have norms, which may change the dtype of q and k, this method does not compare this dtype with the
-        dtype of the rotary positions; :func:`_fits_rotary` compares the two dtypes in each call.
+        If q and k have norms, which may change the dtype of q and k, ``_rotary_reason`` does not compare the dtype of q
+        and k with the dtype of the rotary positions; :func:`_fits_rotary` compares the two dtypes in each call.
         """
         if type(size := self.__dict__.get("head_dim")) is int and size % 2:
             return f"the size of its heads is {size}, wanted an even number"
@@ -140,7 +140,7 @@ class Attention(Block):
 
     def _option_reason(self) -> Optional[str]:
         """Returns why no attention call of the module can run the operator, because of the size of the module's heads
-        or because of the value of one of the row's ``options``; else None."""
+        or because of the value of one of the ``options`` in the row of the table of forms; else None."""
         if type(size := self.__dict__.get("head_dim")) is int and size > _LARGEST_HEAD:
             return f"the size of its heads is {size}, wanted at most {_LARGEST_HEAD}"
         given = {name: getattr(self, attribute, None) for name, attribute in self.peft_ext_known.options}
@@ -243,8 +243,8 @@ class Attention(Block):
 
     def repeats(self, plan: Any, x: Tensor, given: dict[str, Any]) -> bool:
         """Returns whether the arguments of a call are those of the thread's last call whose arguments ``_takes`` and
-        :meth:`room_of_few` accepted, and x has the shape and dtype of that call's x. The next layer of a model makes
-        such a call, for which the checks of the arguments do not run again."""
+        :meth:`room_of_few` accepted, and x has the shape and dtype of that call's x. When ``repeats`` returns True, as
+        in the next layer of a model, the checks of the arguments do not run again."""
         return _LAST.__dict__.get("call") == self._call(plan, x, given)
 
     def _call(self, plan: Any, x: Tensor, given: dict[str, Any]) -> tuple:
@@ -252,7 +252,7 @@ class Attention(Block):
 
     def room_of_few(self, plan: Any, x: Tensor, given: dict[str, Any], repeats: bool = False) -> Optional[Room]:
         """Returns room in the cache for the tokens of x if the operator decoder_layer can compute the attention of this
-        call as a part of the decoder layer; else None. ``repeats``: the result of :meth:`repeats`."""
+        call as a part of the decoder layer; else None. ``repeats``: the result of :meth:`repeats` for this call."""
         known, tokens = self.peft_ext_known, x.shape[1]
         cache, mask = given.get(known.cache_name), given.get("attention_mask")
         if cache is None:
@@ -280,8 +280,9 @@ class Attention(Block):
     def _appended(
         self, given: dict[str, Any], k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, few: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Takes the cache out of the arguments ``given``, appends k and v to the cache, and returns all keys and
-        values; without a cache, returns k and v. ``few``: whether k and v are of few tokens without a gradient."""
+        """Removes the cache from the arguments ``given``, appends k and v to the cache, and returns all keys and values
+        of the cache; without a cache, returns k and v. ``few``: whether k and v are of few tokens without a
+        gradient."""
         known = self.peft_ext_known
         cache = given.pop(known.cache_name, None)
         positions = given.pop("cache_position", None) if known.cache_style == "positions" else None
@@ -367,7 +368,7 @@ def _knows_bias(function: Any) -> Optional[bool]:
 
 
 def _reason(module: Any) -> Optional[str]:
-    """Returns why the module's attention calls would not run peft_ext's operator, or None."""
+    """Returns why the module's attention calls would not run peft_ext's operator; None if they may run it."""
     config = module.__dict__.get("config")
     implementation = getattr(getattr(config, "original", config), "_attn_implementation", None)
     if implementation != "sdpa":
@@ -381,8 +382,8 @@ def _reason(module: Any) -> Optional[str]:
 
 @torch.compiler.assume_constant_result
 def _isa() -> str:
-    """Returns the CPU path in use. torch.compile calls this function while it traces, and puts the result into the
-    graph as a constant."""
+    """Returns the CPU path in use. torch.compile calls ``_isa`` while it traces, and puts the result into the graph as
+    a constant."""
     return _native.STATE.isa
 
 
@@ -438,7 +439,7 @@ if AttentionInterface is not None:
 
 def _argument_reason(given: dict[str, Any], *read: str) -> Optional[str]:
     """Returns a reason if a keyword argument of an attention call may change the result of transformers' function for
-    sdpa, and is neither ignored by this function nor named in ``read``; else None."""
+    sdpa, and is neither ignored by transformers' function nor named in ``read``; else None."""
     for name, value in given.items():
         if value is not None and name not in _IGNORED and name not in read:
             if name != "output_attentions" or value:

@@ -23,7 +23,7 @@ __all__ = ["Block", "Fused", "class_of", "input_reason"]
 
 
 def input_reason(x: Tensor) -> Optional[str]:
-    """Returns why the operators do not accept x, or None, see :func:`accepts_input`."""
+    """Returns why the operators do not accept x; None if they accept x, see :func:`accepts_input`."""
     if accepts_input(x):
         return None
     return f"its input is a {type(x).__name__} in {dtype_name(x.dtype)}, or the call is traced or transformed"
@@ -43,19 +43,19 @@ class Block:
     block_kind = fused_remark = ""
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Does nothing: a model's class may register its subclasses in this method, and a fused class must not be
-        registered."""
+        """Does nothing: a model's class may register its subclasses in ``__init_subclass__``, and a fused class must
+        not be registered."""
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
         """Returns the facts that the fused class keeps about its form, taken from the row of the table of forms, as a
-        dict from name to value: the values of the formula, with a bool for yes and no. ``class_of`` calls this method
+        dict from name to value: the values of the formula, with a bool for yes and no. ``class_of`` calls ``settled``
         when it makes the fused class."""
         formula = {name: {"yes": True, "no": False}.get(row.get(name), row.get(name)) for name in KINDS[row.kind]}
         return {**formula, "row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
     def block_reason(self) -> Optional[str]:
-        """Returns why the module's own forward runs for every input, or None."""
+        """Returns why the module's own forward runs for every input; None if the fused forward may run."""
         raise NotImplementedError
 
     def replaced_reason(self) -> Optional[str]:
@@ -75,8 +75,9 @@ class Block:
         return None
 
     def call_reason(self, x: Tensor) -> Optional[str]:
-        """Returns why the module's own forward runs for inputs of x's dtype and device, or None. The forward alone
-        checks the conditions that depend on more of a call than the dtype and the device, such as on sizes."""
+        """Returns why the module's own forward runs for inputs of x's dtype and device; None if the fused one may run.
+        The forward alone checks the conditions that depend on more of a call than the dtype and the device, such as on
+        sizes."""
         return None
 
     def held_reason(self, facts: Facts) -> Optional[str]:
@@ -93,8 +94,8 @@ class Block:
         return self.replaced_reason() or (None if is_plain else "hooks on it would not run")
 
     def block_parts(self, like: Tensor) -> Iterator[tuple[str, Optional[str]]]:
-        """Yields the name of each part of the module that can be fused, with the reason why the part is not fused now,
-        or None. ``like`` has the dtype and the device that the module's input is expected to have."""
+        """Yields the name of each part of the module that can be fused, with the reason why the part is not fused now
+        (None for a fused part). ``like`` has the dtype and the device that the module's input is expected to have."""
         yield self.block_kind, self.block_reason() or input_reason(like) or self.call_reason(like)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:

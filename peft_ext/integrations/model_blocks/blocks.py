@@ -81,9 +81,9 @@ def _joins(module: nn.Module, row: Row) -> bool:
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Gives each block of ``model`` for which :func:`_found` returns a row of the table of forms its fused class. Other
-    blocks that have a fused class get their stock class back. A fused block that ``fully_shard`` has wrapped keeps its
-    class."""
+    """Gives its fused class to each block of ``model`` for which :func:`_found` returns a row of the table of forms,
+    but not to the dropouts of LoRA and AdaLoRA layers. Other blocks that have a fused class get their stock class back.
+    A fused block that ``fully_shard`` has wrapped keeps its class."""
     rows, skipped = functools.cache(row_of), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()
@@ -122,7 +122,7 @@ def _plain(module: nn.Module) -> None:
 
 def block_parts(model: nn.Module) -> Iterator[tuple[str, str, Optional[str]]]:
     """Yields, for each block of ``model``, the block's name, each part that can be fused, and the reason why the part
-    is not fused, or None."""
+    is not fused (None for a fused part)."""
     rows, skipped = functools.cache(row_of), dropouts_of_adapters(model)
     refresh()
     look_at_sdpa()

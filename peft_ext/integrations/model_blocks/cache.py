@@ -6,7 +6,7 @@ filled part. New tokens are written behind the filled part only while the layer 
 made, so a tensor that was taken from the layer before keeps its values.
 
 transformers' update runs for a cache or a layer whose ``update`` is no known form, for a cache that offloads, for a
-layer that holds no tokens yet, and for tensors that do not fit or are not on the CPU.
+layer that holds no tokens yet, and for tensors that do not fit, need a gradient or are not on the CPU.
 """
 
 from __future__ import annotations

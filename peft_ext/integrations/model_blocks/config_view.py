@@ -1,7 +1,7 @@
 """A view of a model's configuration, through which one attention asks for peft_ext's attention function.
 
 transformers' attentions read the name of their attention function from the model's configuration, which all modules of
-a model share. A fused attention therefore gets a view of the configuration in which the name is another one.
+a model share. A fused attention therefore gets a view of the configuration that names peft_ext's attention function.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ class DecoderLayer(Block):
         return {**super().settled(stock, row), **own}
 
     def block_reason(self) -> Optional[str]:
-        """Returns why a call of few tokens without a gradient runs the layer's own code, or None. The method finds the
-        reason by making the plan for a call of a single token."""
+        """Returns why a call of few tokens without a gradient runs the layer's own code; None if it runs a plan.
+        ``block_reason`` finds the reason by making the plan for a call of a single token."""
         if reason := self._blocks_reason() or self._modules[self.peft_ext_known.norms[0]].block_reason():
             return reason
         weight = next(self._modules[self.peft_ext_known.norms[0]].parameters())

@@ -15,7 +15,7 @@ __all__ = ["Dropout", "dropouts_of_adapters"]
 
 
 class Dropout(Fused):
-    """A fused nn.Dropout on a CPU. The dropouts of LoRA and AdaLoRA layers do not get this class."""
+    """A fused nn.Dropout on a CPU. The dropouts of LoRA and AdaLoRA layers do not get the class Dropout of peft_ext."""
 
     block_kind = "dropout"
 

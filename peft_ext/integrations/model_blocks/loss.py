@@ -92,7 +92,7 @@ def _is_traced() -> bool:
 
 
 class _Now(threading.local):
-    """``forward``: the Forward that runs on this thread, or None.
+    """``forward``: the Forward that runs on this thread; None if none runs.
 
     ``__init__`` runs on each thread that uses the object. If a thread had no attribute ``forward``, torch.compile would
     guard on the absence of the attribute, and the traced forward, which sets the attribute, would break this guard.
@@ -109,8 +109,8 @@ class DefersLoss:
     """The base class of fused heads: layers over a frozen weight whose outputs are a model's logits."""
 
     def _reason(self) -> Optional[str]:
-        """Returns why the layer's weight or its replaced forward requires that the logits are computed whole, or
-        None."""
+        """Returns why the layer's weight or its replaced forward requires that the logits are computed whole; None if
+        neither does."""
         if replaced_on_instance(self):
             return "its forward was replaced on the instance (accelerate's device hooks do that)"
         return weight_reason(self)
@@ -124,7 +124,7 @@ class DefersLoss:
         return Call(self, (x,), dtype, super().forward, {"weight": weight, "bias": bias})
 
     def head_reason(self) -> Optional[str]:
-        """Returns why the head's logits are computed whole in each training step, or None."""
+        """Returns why the head's logits are computed whole in each training step; None if they need not be."""
         reason = self._reason() or kernel_reason("linear_cross_entropy", next(self.parameters()).device.type)
         if not reason and (self._forward_hooks or self._backward_hooks or self._backward_pre_hooks):
             reason = "hooks on the head have to run"
@@ -466,8 +466,8 @@ def compute_losses(model: nn.Module) -> None:
 
 
 def loss_parts(model: nn.Module) -> Iterator[tuple[nn.Module, Optional[str]]]:
-    """Yields the heads of the language models in ``model``, each with the reason why its logits are computed whole, or
-    None."""
+    """Yields the heads of the language models in ``model``, each with the reason why its logits are computed whole
+    (None if they need not be)."""
     _LOSSES.clear()
     for owner, layer in _owners(model):
         yield layer, _reason(owner, layer)

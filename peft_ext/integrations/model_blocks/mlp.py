@@ -1,8 +1,8 @@
 """MLPs computed by fused operators: down(act(gate x) ∘ up x) and down(act(up x)).
 
-The operator of the activation computes its result in one pass, and saves for the backward only its inputs, which are
-the outputs of the MLP's first layers. If ``down`` needs its input in the backward, the backward computes this input
-again, except, for example, if ``down`` has hooks.
+The operator of the activation computes its result in one pass, and saves for the backward only the operator's inputs,
+which are the outputs of the MLP's first layers. If ``down`` needs its input in the backward, the backward computes this
+input again, except, for example, if ``down`` has hooks.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Mlp(Planned):
 
     Facts of an MLP's row in the table of forms: ``inner``, the names of the first layer, or of gate and up; ``out``,
     the name of the last layer or "" if the module ends behind the activation; ``act``, the name of the activation's
-    attribute; ``gated``, whether the MLP is gated; ``drops``, "out" for a dropout behind the last layer, "act" for one
-    behind the activation, "" for none; ``dropout``, the name of the attribute that holds the dropout module or the
-    dropout's probability.
+    attribute; ``gated``, whether the MLP is gated; ``drops``, "out" for a dropout behind the last layer, "act" for a
+    dropout behind the activation, "" for no dropout; ``dropout``, the name of the attribute that holds the dropout
+    module or the dropout's probability.
     """
 
     block_kind = "MLP"

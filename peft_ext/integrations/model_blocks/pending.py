@@ -1,10 +1,10 @@
 """The logits of a language model's head that are not computed before something uses them.
 
 In a training step a fused head (see :mod:`.loss`) returns a :class:`Pending`, a plain object, in place of logits. If a
-loss function gets a Pending that nothing has used, :meth:`Call.loss` computes the loss without whole logits. A scale, a
-soft cap and a cast to float32 are steps that the Pending records and that :meth:`Call.loss` applies. Reading the
-shape, dtype or device of a Pending computes nothing. Other uses of the Pending, such as indexing, compute the real
-logits; the real logits are computed once.
+loss function gets a Pending that nothing has used, :meth:`Call.loss` computes the loss without whole logits. If the
+model scales or soft-caps the logits or casts them to float32, the Pending records the step, and :meth:`Call.loss`
+applies the step. Reading the shape, dtype or device of a Pending computes nothing. Other uses of the Pending, such as
+indexing, compute the real logits; the real logits are computed once.
 
 torch.compile traces a Pending: a compiled forward has the operator of the loss in its graph, and no logits. The
 ``logits`` of a compiled forward's output is the Pending, which computes the logits outside of the graph when it is
@@ -213,8 +213,8 @@ class Pending:
         return getattr(self._call if name in ("device", "shape") else real(self), name)
 
     def _after(self, name: str, number: Any = None) -> Any:
-        """Returns a Pending with one more step, or the real result if this Pending was computed already, if gradients
-        are off, or if ``number`` is no finite number other than 0."""
+        """Returns a Pending with one more step, or the step's real result if the Pending was computed already, if
+        gradients are off, or if ``number`` is no finite number other than 0."""
         is_number = number is None or (type(number) in (float, int) and number != 0 and -math.inf < number < math.inf)
         if self._value is not None or not is_number or not torch.is_grad_enabled():
             return _APPLIED[name](real(self), number)

@@ -82,8 +82,8 @@ def _merge_quantization_configs(quantization_config: Any, quantization_config_fr
     quantization_config.
 
     transformers refuses a config of another class than the checkpoint's, and has no public way to register an
-    exception. This function therefore handles a PackedConfig itself, and passes every other config to transformers' own
-    function.
+    exception. ``_merge_quantization_configs`` therefore handles a PackedConfig itself, and passes every other config to
+    transformers' own function.
     """
     if isinstance(quantization_config_from_args, PackedConfig):
         if not _is_bitsandbytes(quantization_config):

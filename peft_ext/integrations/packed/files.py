@@ -32,15 +32,15 @@ class Stored:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def read(self) -> Tensor:
-        """Reads the values of the tensor from the file. Call this method only for small tensors that say how a weight
-        is stored."""
+        """Reads the values of the tensor from the file. Call ``read`` only for small tensors that say how a weight is
+        stored."""
         with safe_open(self.file, framework="pt") as file:
             return file.get_tensor(self.name)
 
 
 def stored_tensors(files: Optional[Sequence[str]]) -> dict[str, Stored]:
-    """Returns the tensors of a checkpoint by name. Raises ValueError if a file is no safetensors file, if a dtype is
-    not supported, or if there is no tensor."""
+    """Returns a dict from the name of each tensor of a checkpoint to its Stored. Raises ValueError if a file is no
+    safetensors file, if a dtype is not supported, or if there is no tensor."""
     found: dict[str, Stored] = {}
     for path in files or ():
         if not str(path).endswith(".safetensors"):

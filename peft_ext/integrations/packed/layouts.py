@@ -29,20 +29,23 @@ class Layout:
 
     Attributes:
         parts: names of the parts of the PackedWeight, in their order; the first part holds the codes.
-        make: the function that makes the weight from its tensors. The parts of the weight are the tensors in the order
-            of ``parts``; a part is None if its tensor is not needed, such as a g_idx whose groups are in order.
+        make: the function that makes the weight from its tensors. The parts of the PackedWeight are the layer's tensors
+            in the order of ``parts``; a part is None if its tensor is not needed, such as a g_idx whose groups are in
+            order.
         optional: the names in ``parts`` that a layer may lack.
         extra: names of tensors that a layer may have, and that are saved again with the weight, although decoding the
             weight does not need these tensors.
         joined: the text before a name of ``parts`` or ``extra`` in a name of the file: "." if the name takes the place
             of "weight", as in ``up_proj.weight_packed``; "" if the name is appended to the name of the dense parameter,
             as in ``gate_up_proj_blocks``.
-        rows: the dimension of the tensors that runs along the rows of the weight. Layers of one input, such as an
-            expert's gate and up, are merged to one weight by concatenating the tensors along this dimension.
+        rows: the index of that dimension of the layer's tensors that runs along the rows of the weight. Layers of one
+            input, such as an expert's gate and up, are merged to one weight by concatenating the tensors along this
+            dimension.
         shared: names of tensors that must be equal in all layers that are merged to one weight, and of which the merged
             weight has one.
         halves: names of tensors of 4-bit codes whose first half of rows is in the high nibbles of the bytes.
-        alone: function that returns why the tensors of layers of one input can't be merged to one weight, or "".
+        alone: function that returns why the tensors of layers of one input can't be merged to one weight; "" if they
+            can.
     """
 
     parts: tuple[str, ...]
@@ -62,7 +65,8 @@ class Layout:
     def built(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], scheme: Scheme
     ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
-        """Returns the packed weight, the name of each part's tensor, and the tensors of the file that are no part.
+        """Returns the packed weight, the name of each part's tensor (None for a part that is None), and a dict of the
+        tensors of the file that are no part.
 
         Raises ValueError if a tensor is missing or does not fit.
         """

@@ -124,8 +124,8 @@ class PackedQuantizer(HfQuantizer):
         """Raises ValueError if ``device_map`` offloads packed experts to the disk and other layers have dense experts.
 
         transformers finds offloaded experts by the name of the dense parameter, which the codes of packed experts don't
-        have if other layers have dense experts (see ``_suffix``). transformers calls this method before it makes the
-        model, and again with a device map that it computes.
+        have if other layers have dense experts (see ``_suffix``). transformers calls ``validate_environment`` before it
+        makes the model, and again with a device map that it computes.
         """
         if not self._apart or not isinstance(device_map, dict):
             return
@@ -143,7 +143,7 @@ class PackedQuantizer(HfQuantizer):
         return scheme
 
     def _places(self, model: Any, stored: dict[str, Stored]) -> list[Place]:
-        """Returns the dense parameters of ``model`` that are stored packed.
+        """Returns a Place for each dense parameter of ``model`` that the files store packed.
 
         A name in the files becomes a name in the model by transformers' own renamings. transformers' converters merge
         the linear layers of experts to one parameter.
@@ -220,8 +220,8 @@ class PackedQuantizer(HfQuantizer):
         tensors that were read.
 
         ``name``: the layer's name before an adapter was added. A layer with a tensor on the meta device, which is
-        offloaded to the disk, is left unchanged. The codes may be sharded. Raises ValueError if a tensor is missing or
-        does not fit.
+        offloaded to the disk, is left unchanged. The codes of the layer may be sharded between processes. Raises
+        ValueError if a tensor is missing or does not fit.
         """
         scheme, tensors = self._schemes[name], {key: module.tensor(key) for key in _held(module)}
         if any(tensor.is_meta for tensor in tensors.values()):
@@ -303,7 +303,8 @@ class Place:
         target: name of the parameter in the model.
         converter: transformers' converter that merges the tensors of the files to the parameter; None if nothing is
             merged.
-        bases: a dict from the converter's source pattern to the starts that the names in the files have in common, for
+        bases: a dict from each source pattern of the converter (None without a converter) to a list: for each layer in
+            the files that the pattern matches, the start that the names of the layer's tensors have in common, for
             example "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight_packed".
     """
 
@@ -337,9 +338,9 @@ class Place:
 def _suffix(layout: Layout, part: str, apart: bool) -> str:
     """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter.
 
-    By default, the codes have the name of the dense parameter, because offloading to the disk needs this name. If some
-    layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers looks
-    up, by a tensor's name in the model, the names under which ``save_pretrained`` writes the tensor.
+    By default, the codes have the name of the dense parameter, because offloading to the disk needs the dense name. If
+    some layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers
+    looks up, by a tensor's name in the model, the names under which ``save_pretrained`` writes the tensor.
     """
     return "" if part == layout.codes and (part == "weight" or not apart) else f"_{part}"
 

@@ -31,7 +31,8 @@ class Scheme:
         rows: number of rows that share a scale; 0 for all rows.
         symmetric: whether the codes have no zero points.
         version: version of the layout: GPTQ's ``checkpoint_format``, or the axis of HQQ's groups.
-        note: what the packed layer leaves out of the computation of the checkpoint's own layer, or "".
+        note: what the packed layer leaves out of the computation of the checkpoint's own layer; "" if it leaves out
+            nothing.
     """
 
     layout: str

@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 1000, 300  # size of a plot in SVG units; the page stretches the
 
 @dataclass(frozen=True)
 class Series:
-    """A curve. The numbers ``x`` are ascending; ``y`` has None where a point has no finite value.
+    """A curve. The numbers ``x`` of the points are ascending; ``y`` has None where a point has no finite value.
 
     Attributes:
         look: CSS class of the curve.

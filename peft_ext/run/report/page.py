@@ -101,9 +101,10 @@ def _files() -> tuple[Any, Any, Any, str]:
 
 
 def _history(document: Document) -> SimpleNamespace:
-    """Returns the columns of the history, each as long as ``step``, and the points of the held-out curve.
+    """Returns a namespace with the lists of the training curves, each as long as ``step``, and the points of the
+    held-out curve.
 
-    A column has None where a value is missing or not finite.
+    A list of a training curve has None where a value is missing or not finite.
     """
     history, losses = document["history"], document["losses"]
     step = [int(s) for s in history.get("step", [])] or list(range(1, len(losses) + 1))
@@ -149,9 +150,9 @@ def _charts(document: Document) -> list[dict[str, Any]]:
 
 
 def _memory(document: Document) -> Optional[dict[str, Any]]:
-    """Returns the parts of the memory bar, the peak in MiB and the rows of the memory table.
+    """Returns a dict with the parts of the memory bar, the peak in MiB and the rows of the memory table.
 
-    Returns None where no tensors were measured.
+    ``_memory`` returns None where no tensors were measured.
     """
     gpu, process = number(document.get("peak_cuda_mib")), number(document.get("peak_mib"))
     peak = process if gpu is None else gpu
