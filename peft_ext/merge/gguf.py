@@ -260,7 +260,7 @@ class _Merge:
 
     Attributes:
         header: header of the base's file.
-        planned: the new file's tensors, in order.
+        planned: a dict that maps the name of each tensor of the new file to its PlannedTensor, in the file's order.
         file_type: the new value of ``general.file_type``; None: unchanged.
         modules: number of modules that the adapter changes.
         errors: the errors of each tensor that was merged so far.

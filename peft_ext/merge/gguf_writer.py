@@ -75,7 +75,8 @@ def write_gguf(
     ``file_type``.
 
     Args:
-        tensors: the new file's tensors by name, in order.
+        tensors: a dict that maps the name of each tensor of the new file to its :class:`PlannedTensor`, in the file's
+            order.
         take: function that returns the data of the named tensor, ``nbytes`` bytes. ``take`` is called once for each
             tensor, in order.
         file_type: the new value of ``general.file_type``; None: the value does not change. With a new value,

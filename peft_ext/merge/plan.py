@@ -199,7 +199,8 @@ class Plan:
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
-        """The tensors of the output's files, on the meta device, by name."""
+        """A dict that maps the name of each tensor in the output's files to a tensor on the meta device of its shape
+        and dtype."""
         return {name: tensor for _, outputs in self.groups for name, tensor in outputs.items()}
 
     @cached_property
@@ -354,7 +355,8 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _without_packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns an adapter's tensors without the copies of packed base layers, of which only the biases stay.
+    """Returns the tensors of an adapter's file without the tensors of packed base layers, except the biases of these
+    layers.
 
     PEFT saves the base layer of an adapted embedding or head with the adapter. The merge reads a packed base layer from
     the base.

@@ -46,8 +46,8 @@ _ROUTER = "router"  # "router" is a linear layer in Llama 4 and Phi-MoE, and the
 
 
 def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
-    """Returns the fields that the PEFT configuration of ``method`` needs for a model with experts; {} for a model
-    without experts.
+    """Returns a dict of the fields that the PEFT configuration of ``method`` needs for a model with experts; {} for a
+    model without experts.
 
     ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. LoRA and DoRA
     adapt the experts. In a model with experts, each low-rank method adapts the linear layers too, except ``lm_head``, a
@@ -119,10 +119,11 @@ class _Order(torch.autograd.Function):
 
 
 def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
-    """Returns whether ``x`` and ``given`` are valid arguments of the forward of ``experts``.
+    """Returns whether ``x`` and ``given``, the tuple of the arguments after x, are valid arguments of the forward of
+    ``experts``.
 
-    The arguments are x ``[T, H]``, the experts ``[T, k]`` of each token and the routing weights ``[T, k]``. For
-    Llama 4's experts x is the only argument.
+    The arguments of the forward are x ``[T, H]``, the experts ``[T, k]`` of each token and the routing weights
+    ``[T, k]``. Llama 4's experts have x as the only argument, so that ``given`` must be empty.
     """
     if x.dim() != 2:
         return False
@@ -218,7 +219,7 @@ class FrozenExperts:
         raise NotImplementedError
 
     def frozen_shapes(self) -> dict[str, torch.Size]:
-        """Returns the dense shape ``(E, N, K)`` of each packed parameter, by name."""
+        """Returns a dict that maps the name of each packed parameter to its dense shape ``(E, N, K)``."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:

@@ -233,8 +233,8 @@ class PackedLinear(HoldsPacked, nn.Linear):
                 ``("weight_packed", "weight_scale")``. A part that is None has the name None; names of None at the end
                 may be left out.
             bias: ``[N]``; the layer shares a bias that is an nn.Parameter.
-            extra: tensors of the file that the weight's format does not need, by name. The state dict of the layer
-                contains the extra tensors.
+            extra: a dict that maps names in the file to the tensors of the layer that the weight's format does not
+                need. The layer's state dict contains these extra tensors.
             dtype: dtype of the dense layer that the packed layer replaces; default: ``weight.dtype``.
 
         Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, if no kernel decodes the

@@ -123,11 +123,11 @@ def hold_packed(
 
     Args:
         experts: the experts' module of a model of the transformers library.
-        weights: a dict from the name of the dense parameter to a stacked weight ``(E, N, K)`` and the names of the
-            weight's tensors in the state dict. The codes have the name of the parameter if the file has no other name
-            for the codes.
+        weights: a dict that maps the name of a dense parameter to a tuple: a stacked weight ``(E, N, K)``, and the
+            names of this weight's tensors in the state dict. The codes have the name of the parameter if the file has
+            no other name for the codes.
         dtype: dtype of the dense experts that the packed experts replace.
-        extra: tensors of the file that the weights' formats do not need, by their name in the state dict.
+        extra: a dict that maps names in the state dict to tensors of the file that the weights' formats do not need.
     """
     for name, (weight, _) in weights.items():
         if not weight.stacked:

@@ -261,8 +261,8 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _read(config: Any, *names: str) -> int:
-    """Returns the first attribute among ``names`` that is an integer in config. GPT-2's configuration gives its n_layer
-    also as num_hidden_layers."""
+    """Returns the value of the first attribute among ``names`` that is an integer in config; raises ValueError if there
+    is none. GPT-2's configuration gives its n_layer also as num_hidden_layers."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value

@@ -28,8 +28,8 @@ def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
 
     A common call is outside autocast, on plain tensors, or a packed weight, that fit one another and are not float64.
     Everything that this function accepts is also accepted by check_float, check_linear and check_bias, which take
-    several times as long. After False, the caller calls check_float, check_linear and check_bias, which accept the call
-    or raise an error.
+    several times as long. If this function returns False, the caller calls check_float, check_linear and check_bias,
+    which accept the call or raise an error.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():
@@ -461,8 +461,8 @@ def weight_args(weight: Union[Tensor, PackedWeight]) -> tuple:
 def unpack_weight(weight: Tensor, *args: Any) -> Union[Tensor, PackedWeight]:
     """Undoes :func:`weight_args` for the reference: returns a dense weight, or a PackedWeight.
 
-    The last argument becomes the dtype of the PackedWeight. A packed weight of three dimensions is a stack of experts'
-    weights.
+    The argument after the seven that :func:`weight_args` returns is a dtype, which becomes the dtype of the
+    PackedWeight. A packed weight of three dimensions is a stack of experts' weights.
     """
     *parts, layout, shape, dtype = args
     if layout == 0:

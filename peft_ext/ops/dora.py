@@ -331,7 +331,7 @@ def checked_dora_linear(
 ) -> Tensor:
     """Computes :func:`dora_linear` without checking the arguments, which :func:`dora_linear` must accept.
 
-    A dropout acts if ``dropout_p`` is above 0.
+    The function has no argument ``training``: a dropout acts if ``dropout_p`` is above 0.
     """
     seed = common.dropout_seed(seed, dropout_p, True, x.device)
     held = checks.weight_args(weight)

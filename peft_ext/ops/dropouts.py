@@ -1,4 +1,4 @@
-"""Dropout on a CPU. The mask is never stored: the forward and the backward each compute the mask.
+"""Dropout on a CPU. The dropout's mask is never stored: the forward and the backward each compute the mask.
 
     y = mask ∘ x / (1 - p)        dX = mask ∘ dY / (1 - p)
 

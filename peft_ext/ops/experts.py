@@ -252,7 +252,7 @@ def lora_experts(
         lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of any float dtype and of any strides.
         bias: ``[E, N]`` of x's dtype. scaling: the factor of the low-rank term, a finite number.
         dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
-        training: dropout acts only when True.
+        training: True: the dropout acts; False: no element of x is dropped.
         seed: int64 ``[2]`` on x's device for the masks; default: drawn from PyTorch's generator. The mask of expert e
             is drawn for the rows of expert e alone, with e added to the seed's second number.
 

@@ -41,7 +41,7 @@ def shard_and_load(
 
     All processes of the default process group must call the function together, after each process made ``base``. If one
     process can't read or make a tensor, all processes raise an error, at the latest at the end of the decoder layer.
-    After any other error of one process, for example if memory runs out while the process receives a tensor, this
+    If one process raises any other error, for example because its memory runs out while it receives a tensor, this
     process has to end, because the other processes wait for it.
 
     A process holds at most its shard, the tensors that FSDP2 does not shard, and one group of tensors: one weight in

@@ -183,8 +183,8 @@ def plan(
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Casts the model's tensors to the dtypes in which transformers would load them, and returns these dtypes by the
-    tensors' names."""
+    """Casts the model's tensors to the dtypes in which transformers would load them, and returns a dict that maps the
+    tensors' names to these dtypes."""
     kept, found = model._get_dtype_plan(dtype), {}
     pattern, by_group, _ = build_glob_alternation(list(kept)) if kept else (None, {}, {})
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -200,7 +200,8 @@ def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 def _groups(
     model: Any, files: TensorFiles, mapping: list[Any], wanted: dict[str, Tensor], dtypes: dict[str, torch.dtype]
 ) -> dict[str, Group]:
-    """Returns the groups by the name of their first tensor in the model, grouped as in transformers' loader."""
+    """Returns a dict that maps the name of a group's first tensor in the model to the group. The tensors are grouped as
+    in transformers' loader."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

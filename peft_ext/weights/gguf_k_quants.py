@@ -97,11 +97,11 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 
     Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
     error for these codes. The scale and the offset that give the smallest value the code 0 and the largest value the
-    code ``most`` are a trial, too. If the smallest value of a group is above 0, 0 takes its place. The result is the
-    trial with the least error.
+    code ``most`` are a trial, too. If the smallest value of a group is above 0, 0 takes its place. The function returns
+    the result of the trial with the least error.
 
     Args:
-        weights: weight of each column's error.
+        weights: ``[n, G]``, the factor of each number's error in the sum of a group's errors.
         start: the first trial scale is ``(largest − smallest) / (most + start)``; each next trial scale adds 0.1 to
             ``start``, and ``smallest`` is replaced by ``−offset`` of the best trial so far.
         count: number of trial scales after the first.

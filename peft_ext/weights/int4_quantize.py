@@ -24,7 +24,7 @@ def quantize_int4(weight: Tensor, group: int = 128, symmetric: bool = True,
     0 is replaced by the dtype's epsilon. The function quantizes the rows in chunks, to save memory.
 
     Args:
-        weight: float ``[N, K]``; K is a multiple of ``group``.
+        weight: float ``[N, K]``; K must be a multiple of ``group``.
         group: number of columns that share a scale; 0: all columns of a row.
         symmetric: whether all zero points are 0.
         scale_dtype: float32, bfloat16 or float16; default: the weight's dtype, or float32 for a float64 weight.

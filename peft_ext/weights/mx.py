@@ -207,7 +207,8 @@ def quantize_mxfp4(weight: Tensor) -> PackedWeight:
     rounds scales by another rule.
 
     Args:
-        weight: float ``[N, K]`` or ``[E, N, K]``; K is a multiple of 32. At most one chunk of rows is held in float32.
+        weight: float ``[N, K]`` or ``[E, N, K]``; K must be a multiple of 32. At most one chunk of rows is held in
+            float32.
 
     Raises: ValueError if a value is not finite, or if K is not a multiple of 32.
     """
@@ -235,7 +236,8 @@ def quantize_nvfp4(weight: Tensor) -> PackedWeight:
     ModelOpt returns NaN, and this function returns a weight with global 1.
 
     Args:
-        weight: float ``[N, K]`` or ``[E, N, K]``; K is a multiple of 16. At most one chunk of rows is held in float32.
+        weight: float ``[N, K]`` or ``[E, N, K]``; K must be a multiple of 16. At most one chunk of rows is held in
+            float32.
     """
     if weight.dim() == 3:
         each = [quantize_nvfp4(one) for one in weight]

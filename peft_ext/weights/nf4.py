@@ -82,9 +82,9 @@ class NestedAbsmax:
     """State that decodes a double-quantized absmax: ``absmax_i = code[absmax_u8[i]] * absmax[i // 256] + offset``.
 
     ``absmax`` is float32 ``[ceil(blocks/256)]``, one scale for each 256 scales of the weight. ``code`` is the table of
-    the values of the 8-bit codes, float32 ``[256]``, ascending. ``offset`` is float32, 0-d: the mean that was
-    subtracted from the scales before the scales were quantized. In a stacked weight ``absmax`` holds the values of all
-    E experts, one expert after the other, and ``offset`` is ``[E]``.
+    the values of the 8-bit codes, float32 ``[256]``, ascending. ``offset`` is a float32 tensor of no dimensions: the
+    mean that was subtracted from the scales before the scales were quantized. In a stacked weight ``absmax`` holds the
+    values of all E experts, one expert after the other, and ``offset`` is ``[E]``.
     """
 
     absmax: Tensor
