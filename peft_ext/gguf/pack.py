@@ -380,8 +380,8 @@ def _decode(
     header: GgufHeader, info: TensorInfo, target: str, names: dict[str, str], processor: Any, touched: bool,
     dtype: torch.dtype, tensors: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Puts the decoded values of a file's tensor into ``tensors``. With ``touched``, transformers' processor converts
-    the values."""
+    """Puts the decoded values of a file's tensor into ``tensors``. If ``touched`` is true, ``processor``, an object of
+    a class of TENSOR_PROCESSORS, converts the values first."""
     values = _values(header, info)
     if not touched:
         tensors[target] = values
@@ -449,8 +449,8 @@ def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str
 
 
 class _Source(NamedTuple):
-    """The file's tensors from which transformers' conversion makes one parameter, and the reason why the tensors have
-    to be decoded before; None if the conversion keeps packed bytes."""
+    """The file's tensors from which transformers' conversion makes one parameter, and the reason why these tensors have
+    to be decoded before the conversion; the reason is None if the conversion keeps packed bytes."""
 
     tensors: list[TensorInfo]
     reason: Optional[str]

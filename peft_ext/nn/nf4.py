@@ -152,7 +152,8 @@ class NF4Linear(nn.Linear):
         self.__dict__.pop("merge_error", None)
 
     def set_merged(self, nf4: NF4Weight, error: Union[Tensor, float]) -> None:
-        """Makes ``nf4`` the weight, and sets ``merge_error`` to ``error``, the relative error of requantizing."""
+        """Makes ``nf4``, the merged weight, the weight of this layer, and sets ``merge_error`` to ``error``, the
+        relative error of requantizing."""
         self.set_nf4(replace(nf4, dtype=self.quant_dtype))
         self.merge_error = float(error)
 

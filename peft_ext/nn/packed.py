@@ -297,8 +297,8 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
 
     @property
     def embed_scale(self) -> Optional[Tensor]:
-        """The scale as a tensor; None for 1. PEFT multiplies an adapter's output by the ``embed_scale`` of the base
-        layer."""
+        """The factor ``scale`` of the looked-up rows as a tensor of no dimensions; None if the factor is 1. PEFT
+        multiplies an adapter's output by the ``embed_scale`` of the base layer."""
         return None if self.scale == 1 else torch.tensor(self.scale, dtype=self.compute_dtype)
 
     @property
@@ -335,7 +335,7 @@ class ScaledEmbedding(nn.Embedding):
     """The dense equivalent of a :class:`PackedEmbedding` with a scale.
 
     Attributes:
-        scale: factor of the result.
+        scale: the factor by which the looked-up rows are multiplied.
     """
 
     scale: float = 1.0

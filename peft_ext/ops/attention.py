@@ -177,9 +177,9 @@ def scaled_dot_product_attention(
             contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel.
         mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: no mask hides a key. On a
             CPU, the result of a query that sees no key is zero.
-        is_causal: True: query i sees only the keys j <= i. A call with is_causal may not have a mask.
+        is_causal: True: query i sees only the keys j <= i. If is_causal is True, mask must be None.
         scale: a number above 0; None: 1 / √D.
-        dropout_p: probability that a query drops a key, ``0 <= p < 1``, in steps of 2^-16.
+        dropout_p: probability that a query drops a key, ``0 <= p < 1``, which the kernels round to a multiple of 2^-16.
         training: True: keys are dropped with ``dropout_p``; False: no key is dropped.
         seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.

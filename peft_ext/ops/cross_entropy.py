@@ -248,7 +248,7 @@ def linear_cross_entropy(
         labels: int64 ``[...]``, 0 to V - 1, or ``ignore_index``. The loss and the gradient of a token with the label
             ``ignore_index`` are 0. The function does not shift the labels: each label belongs to the row of hidden at
             the same position.
-        bias: ``[V]`` of hidden's dtype.
+        bias: the head's bias b ``[V]`` of hidden's dtype, or None.
         lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. A call has lora_A and lora_B, or neither.
         lora_input: ``[..., K]``, converted to hidden's dtype: the adapter's input instead of hidden, such as
             ``dropout(hidden)``.

@@ -272,8 +272,8 @@ def dora_linear(
 
     Args:
         x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`peft_ext.ops.lora_linear`.
-        magnitude: ``[N]``, of any float dtype. Where the norm is 0, the output scale g is 0, and the gradients through
-            g are 0.
+        magnitude: ``[N]``, of any float dtype: DoRA's learned magnitude of each output. Where the norm is 0, the output
+            scale g is 0, and the gradients through g are 0.
         dropout_mode: "lora": the dropout acts on the low-rank term alone; "peft": the dropout acts as in PEFT, ``Y = x
             Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which needs a second product with W, or on a CPU for a
             small dropout and enough tokens, a product of W with the dropped elements alone. Without dropout,

@@ -250,8 +250,10 @@ def lora_experts(
         offsets: int32 or int64 ``[E]`` on x's device: where each expert's rows end, ascending. Rows after the last
             expert's end belong to no expert: their outputs and their gradients are 0.
         lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of any float dtype and of any strides.
-        bias: ``[E, N]`` of x's dtype. scaling: the factor of the low-rank term, a finite number.
-        dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
+        bias: the experts' biases b ``[E, N]`` of x's dtype, or None. scaling: the factor of the low-rank term, a finite
+            number.
+        dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, rounded to a multiple of
+            2^-16.
         training: True: the dropout acts; False: no element of x is dropped.
         seed: int64 ``[2]`` on x's device for the masks; default: drawn from PyTorch's generator. The mask of expert e
             is drawn for the rows of expert e alone, with e added to the seed's second number.
@@ -291,8 +293,8 @@ def dora_experts(
     Args:
         x, weight, offsets, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`lora_experts`. The
             dropout acts on the low-rank term alone.
-        magnitude: ``[E, N]``, of any float dtype. Where the norm is 0, the output scale g is 0, and the gradients
-            through g are 0.
+        magnitude: ``[E, N]``, of any float dtype: DoRA's learned magnitude of each output of each expert. Where the
+            norm is 0, the output scale g is 0, and the gradients through g are 0.
         weight_norm: ``[E, N]``, of any float dtype: the norm, if the caller knows the norm already
             (:func:`dora_experts_weight_norm` in x's dtype); default: computed for the experts that have rows.
 

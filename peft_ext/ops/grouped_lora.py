@@ -166,7 +166,7 @@ def grouped_lora_linear(
         adapters: for each sample the index of its adapter, or -1 for a sample without an adapter. Neighbouring samples
             of one adapter are multiplied together; on a GPU, all samples of one adapter are multiplied together. For
             ``torch.compile`` the indices are constants: a call with other indices compiles another graph.
-        bias: ``[N]`` of x's dtype.
+        bias: the layer's bias b ``[N]`` of x's dtype, or None.
         scaling: for each adapter the factor of its low-rank term, a finite number; default: ones.
 
     Returns: ``[samples, ..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and

@@ -214,7 +214,7 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
     is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault if a kernel makes the GPU unusable;
-    torch.OutOfMemoryError if memory does not suffice for the proof. After an error of settle, ``wanted`` stays unproved.
+    torch.OutOfMemoryError if memory does not suffice for the proof. After an error of settle, ``wanted`` is unproved.
     """
     asked = _asked()
     with _lock:  # while one thread holds the lock, other threads that need the family wait for its proof

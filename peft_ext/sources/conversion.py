@@ -56,13 +56,13 @@ class Group:
 
     Attributes:
         name: name of the first tensor of the model that the group makes.
-        parts: for each source pattern of the conversion, the names of the tensors in the files, in the order in which
-            the conversion gets them. A group without a conversion, whose tensor is only renamed, has the one pattern
-            "".
+        parts: a dict that maps each source pattern of the conversion to the names of the tensors in the files that
+            match the pattern, in the order in which the conversion gets these tensors. A group without a conversion,
+            whose tensor is only renamed, has the one pattern "".
         dtype: the dtype to which each tensor of the files is cast before the conversion.
         converter: transformers' conversion; None if the group's tensor is only renamed.
         model: a stand-in for the dense model, which some conversions read.
-        shapes: for each tensor of the model that the group makes, the name and the shape.
+        shapes: a dict that maps the name of each tensor of the model that the group makes to the tensor's shape.
     """
 
     name: str

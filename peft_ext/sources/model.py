@@ -75,7 +75,8 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str], revision
     Args:
         what: the argument's name in an error's message.
         patterns: name patterns of the files of a repository that are downloaded.
-        revision: branch, tag or commit of a repository; None: the default branch. A folder has no revisions.
+        revision: branch, tag or commit of a repository; None: the default branch. The function ignores ``revision`` if
+            ``name`` is a folder.
 
     Raises: SourceError where ``name`` is neither a folder, nor a GGUF file, nor a repository that can be downloaded.
     """
@@ -115,7 +116,7 @@ def model_folder(name: Union[str, Path], patterns: list[str], revision: Optional
 def named_base(config: Any) -> tuple[Optional[str], Optional[str]]:
     """Returns the name of the base in an adapter's configuration, and the base's revision on the hub.
 
-    None stands for no name, and for the default branch.
+    The name is None if the configuration has no name, and the revision is None for the default branch.
     """
     return config.base_model_name_or_path or None, config.revision or None
 

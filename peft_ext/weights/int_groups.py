@@ -45,7 +45,8 @@ def _check_part(format: str, name: str, part: Optional[Tensor], dtypes: Sequence
 
 
 def _check_option(format: str, bits: Sequence[int], group: int, option: int, scales: Optional[Tensor]) -> int:
-    """Returns the bits of a code. Raises ValueError if ``group`` or ``option`` does not fit the format."""
+    """Returns the number of bits of a code, which ``option`` encodes. Raises ValueError if ``group`` or ``option`` does
+    not fit the format."""
     if (came := option >> 4 & 15) not in bits:
         _refuse(format, "bits", came, " or ".join(map(str, bits)))
     if group < 0:

@@ -67,9 +67,10 @@ def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -
     :func:`quantize_mxfp4` does not write this byte.
 
     Args:
-        blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. gpt-oss:
-            ``gate_up_proj_blocks`` ``[E, 2 I, K/32, 16]``. transformers' FP8 checkpoints with 4-bit experts declare the
-            bytes of the codes as int8 ``[N, K/2]``: ``blocks`` is then ``weight.view(torch.uint8)``.
+        blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. In gpt-oss's
+            checkpoints, for example, ``gate_up_proj_blocks`` has the shape ``[E, 2 I, K/32, 16]``. transformers' FP8
+            checkpoints with 4-bit experts declare the bytes of the codes as int8 ``[N, K/2]``: ``blocks`` is then
+            ``weight.view(torch.uint8)``.
         scales: uint8 or float8_e8m0fnu ``[..., K/32]``, one for each 32 columns of a row. With three dimensions ``[E,
             N, K/32]`` the weight is stacked.
         dtype: dtype that transformers decodes the weight to.

@@ -264,7 +264,7 @@ class NF4Weight(PackedWeight):
         return self.packed.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the weight's tensors by name, always in the same order."""
+        """Returns a dict that maps the names of the weight's tensors to the tensors, always in the same order."""
         held = {"packed": self.packed, "absmax": self.absmax}
         if self.nested is not None:
             held |= {

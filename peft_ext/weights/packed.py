@@ -214,7 +214,8 @@ class PackedWeight:
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the weight's tensors by name, in the order of ``format.parts``."""
+        """Returns a dict that maps the names of the tensors that the weight has to the tensors, in the order of
+        ``format.parts``."""
         return {name: part for name, part in zip(self.format.parts, self.parts, strict=True) if part is not None}
 
     def replaced(self, parts: Sequence[Optional[Tensor]]) -> PackedWeight:
