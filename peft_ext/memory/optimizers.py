@@ -52,7 +52,7 @@ def _adafactor_copies(p: Tensor) -> int:
 
 
 class Optimizer(NamedTuple):
-    """Computes the memory that an optimizer needs.
+    """Computes the bytes of an optimizer's states and of the temporary tensors in its step.
 
     Attributes:
         states: function of a parameter that returns a list with the bytes of each of the parameter's states.
@@ -63,7 +63,7 @@ class Optimizer(NamedTuple):
             tensors.
         left: function of a parameter that returns the bytes of the temporary tensor that is still alive when the next
             parameter is updated.
-        eight_bit: whether the states have 8 bits.
+        eight_bit: whether the elements of the optimizer's states have 8 bits.
     """
 
     states: Callable[[Tensor], list[int]]

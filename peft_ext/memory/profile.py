@@ -107,9 +107,9 @@ class Profile:
         """Returns ``self + steps · (other - self)``, the profile of a model with more layers than those of self and
         other.
 
-        The result leaves out a phase that ``self`` or ``other`` lacks. ``self`` and ``other`` may lack only the phase
-        of the layers between the last and the first layer, which a model of two layers does not have: the peak of this
-        phase is at most the larger of the peaks of the first and of the last layer.
+        The returned profile leaves out a phase of the step that ``self`` or ``other`` lacks. ``self`` and ``other`` may
+        lack only the phase of the layers between the last and the first layer, which a model of two layers does not
+        have: the peak of this phase is at most the larger of the peaks of the first and of the last layer.
         """
 
         shared = [name for name in self.peaks if name in other.peaks]

@@ -55,7 +55,7 @@ class MergeReport:
         base: the base's folder or name.
         model_class: name of the class of the model that was written.
         base_quant: quantization of the base's weights: one of ``QUANTIZATIONS`` of peft_ext.weights.quantizers.
-        base_quant_text: ``base_quant`` and the reason for it, in words.
+        base_quant_text: a text that names ``base_quant`` and says why the base has this quantization.
         method: PEFT's name of the adapter's method.
         dtype: dtype that the caller asked for; None if the caller asked for none.
         merged: number of modules that the adapter changed.

@@ -1,7 +1,7 @@
 """Writes a GGUF file with the metadata of another file and other tensors, one tensor at a time.
 
-``GGUFWriter`` of the package gguf writes metadata from Python values. This writer copies the bytes of the metadata, so
-that the order and the types of all keys stay, and the vocabulary is not decoded.
+``GGUFWriter`` of the package gguf writes metadata from Python values. The function :func:`write_gguf` copies the bytes
+of the metadata, so that the order and the types of all keys stay, and the vocabulary is not decoded.
 """
 
 from __future__ import annotations

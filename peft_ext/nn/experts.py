@@ -139,10 +139,11 @@ def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
 def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     """Returns the output ``[T, H]`` of the experts for tokens x ``[T, H]``.
 
-    The tokens are sorted by expert (for Llama 4, whose tokens are sorted and scaled already, the function only calls
-    ``run``). ``run(rows, offsets)`` computes the experts' outputs, which go through the module's ``post_expert_norm``
-    if it has one, are multiplied by the routing weights, put back in the order of the tokens, and summed over the
-    experts of each token. The expert index ``num_experts``, which expert parallelism uses, stands for no expert.
+    The function ``route`` sorts the tokens by expert. For Llama 4, whose tokens are sorted and scaled already,
+    ``route`` only calls ``run``. ``run(rows, offsets)`` computes the experts' outputs, which go through the module's
+    ``post_expert_norm`` if it has one, are multiplied by the routing weights, put back in the order of the tokens, and
+    summed over the experts of each token. The expert index ``num_experts``, which expert parallelism uses, stands for
+    no expert.
     """
     count = experts.num_experts
     if is_llama4(experts):
@@ -350,8 +351,8 @@ def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) ->
 
 
 def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
-    """Turns dense experts into :class:`NF4Experts`. ``weights`` maps the name of a parameter to an NF4 weight
-    ``(E, N, K)``."""
+    """Turns a module of dense experts into :class:`NF4Experts`, in place. ``weights`` maps the name of a parameter to
+    an NF4 weight ``(E, N, K)``."""
     first = next(iter(weights.values()))
     experts.__class__ = experts_class(NF4Experts, type(experts))
     experts.blocksize, experts.quant_dtype = first.blocksize, first.dtype

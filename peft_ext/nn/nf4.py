@@ -82,7 +82,8 @@ class NF4Linear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> NF4Linear:
         """Returns an NF4Linear with ``linear``'s weight quantized to NF4.
 
-        The new layer and ``linear`` share the bias parameter. The new layer has ``linear``'s training flag.
+        The new layer and ``linear`` share the bias parameter. The new layer is in training mode if ``linear`` is in
+        training mode.
 
         Raises: TypeError if ``linear`` is no nn.Linear or of a subclass with another ``forward``; ValueError if
         ``linear`` has a replaced ``forward`` or hooks.

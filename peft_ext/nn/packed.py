@@ -82,7 +82,7 @@ class HoldsPacked(nn.Module):
     def hold_parts(self, parts: Sequence[Optional[Tensor]]) -> None:
         """Makes ``parts`` the tensors of the weight, without a copy.
 
-        The codes become a new parameter, because a tied layer may hold the old parameter.
+        ``hold_parts`` makes a new parameter of the codes, because a tied layer may hold the module's old parameter.
         """
         for index, (name, part) in enumerate(zip(self.names, parts, strict=True)):
             if name is not None and index == 0:

@@ -35,8 +35,8 @@ class PackedExperts(FrozenExperts):
         return {name: weight.shape for name, weight in self.__dict__.get("_templates", {}).items()}
 
     def set_packed(self, name: str, weight: PackedWeight, names: Sequence[Optional[str]]) -> None:
-        """Sets the parameter ``name`` to a stacked packed weight, without a copy. ``names``: the names of the weight's
-        tensors."""
+        """Sets the parameter ``name`` to a stacked packed weight, without a copy. ``names`` holds the names of the
+        weight's tensors in the state dict, in the order of the weight's ``parts``."""
         names = (*names, *(None,) * (len(weight.parts) - len(names)))
         self.__dict__.setdefault("packed_names", {})[name] = names
         self.__dict__.setdefault("_templates", {})[name] = weight.map(lambda part: part.to("meta"))

@@ -99,12 +99,12 @@ class PrefixEncoder(VirtualTokens):
     ) -> PrefixEncoder:
         """Returns a prefix whose num_layers, num_kv_heads and head_dim come from a Transformers configuration.
 
-        The other arguments are arguments of PrefixEncoder. The sizes are the decoder's in an encoder-decoder model, and
-        the text model's in a multimodal model. If layers differ in head_dim (Gemma 4), the widest head_dim is used, and
-        a layer with a smaller head_dim reads the first numbers of each head. A layer with more key heads than
-        num_kv_heads gets no prefix, with a warning. Raises ValueError if the configuration lacks a size, if its
-        hidden_size gives no whole head_dim, or if keys and values have different widths (multi-head latent attention),
-        and the errors of PrefixEncoder.
+        All other arguments of ``from_config`` are passed to the constructor of PrefixEncoder. The sizes are the
+        decoder's in an encoder-decoder model, and the text model's in a multimodal model. If layers differ in head_dim
+        (Gemma 4), the widest head_dim is used, and a layer with a smaller head_dim reads the first numbers of each
+        head. A layer with more key heads than num_kv_heads gets no prefix, with a warning. Raises ValueError if the
+        configuration lacks a size, if its hidden_size gives no whole head_dim, or if keys and values have different
+        widths (multi-head latent attention), and the errors of PrefixEncoder.
         """
         layers = _layers(model_config)
         sizes = _widest(layers)

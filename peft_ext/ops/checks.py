@@ -493,8 +493,8 @@ def cast_for_autocast(
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Returns a tensor in autocast's dtype. A float64 tensor, which autocast does not cast, and an object that is not a
-    tensor are returned unchanged."""
+    """Returns the tensor, cast to autocast's dtype. A float64 tensor, which autocast does not cast, and an object that
+    is not a tensor are returned unchanged."""
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype is not torch.float64 else value
 
 

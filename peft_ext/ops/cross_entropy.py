@@ -249,7 +249,8 @@ def linear_cross_entropy(
             ``ignore_index`` are 0. The function does not shift the labels: each label belongs to the row of hidden at
             the same position.
         bias: the head's bias b ``[V]`` of hidden's dtype, or None.
-        lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. A call has lora_A and lora_B, or neither.
+        lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. Either both lora_A and lora_B are given, or neither
+            of them is.
         lora_input: ``[..., K]``, converted to hidden's dtype: the adapter's input instead of hidden, such as
             ``dropout(hidden)``.
         scaling: the adapter's factor, a finite number. logit_scale: the logits' factor, a finite number.

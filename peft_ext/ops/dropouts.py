@@ -2,8 +2,8 @@
 
     y = mask ∘ x / (1 - p)        dX = mask ∘ dY / (1 - p)
 
-The mask is a function of the seed and of an element's index (:mod:`peft_ext.reference.philox`). Saved for the backward:
-the seed.
+Whether an element of x is dropped depends only on p, on the seed and on the element's index
+(:mod:`peft_ext.reference.philox`). Saved for the backward: the seed.
 
 Source: Dropout (Srivastava et al., JMLR 2014).
 """

@@ -162,7 +162,7 @@ def grouped_lora_linear(
         x: ``[samples, ..., K]``, float32, bfloat16 or float16.
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
         lora_A: a list with ``[R_g, K]`` for each adapter g. lora_B: a list with ``[N, R_g]`` for each adapter g. The
-            factors may have any float dtypes, and the ranks may differ.
+            tensors of lora_A and lora_B may have any float dtypes, and the adapters' ranks may differ.
         adapters: for each sample the index of its adapter, or -1 for a sample without an adapter. Neighbouring samples
             of one adapter are multiplied together; on a GPU, all samples of one adapter are multiplied together. For
             ``torch.compile`` the indices are constants: a call with other indices compiles another graph.

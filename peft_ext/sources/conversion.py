@@ -200,8 +200,8 @@ def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 def _groups(
     model: Any, files: TensorFiles, mapping: list[Any], wanted: dict[str, Tensor], dtypes: dict[str, torch.dtype]
 ) -> dict[str, Group]:
-    """Returns a dict that maps the name of a group's first tensor in the model to the group. The tensors are grouped as
-    in transformers' loader."""
+    """Returns a dict that maps the name of a group's first tensor in the model to the group. A group has the tensors
+    that transformers' loader converts together."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -182,10 +182,10 @@ def check_index(file: Path) -> None:
 def stored_quant(folder: Union[str, Path], about: Any) -> str:
     """Returns how the weights in ``folder`` are stored.
 
-    The result is "none" for dense weights, "nf4" for bitsandbytes' NF4, and "checkpoint" for other packed weights that
-    :class:`peft_ext.PackedConfig` loads. ``about`` is the model's configuration. Raises SourceError where the weights
-    are quantized in a way that is not supported. For a GGUF file, the result is "checkpoint" if the file has quantized
-    weights, else "none".
+    The returned text is "none" for dense weights, "nf4" for bitsandbytes' NF4, and "checkpoint" for other packed
+    weights that :class:`peft_ext.PackedConfig` loads. ``about`` is the model's configuration. Raises SourceError where
+    the weights are quantized in a way that is not supported. For a GGUF file, the result is "checkpoint" if the file
+    has quantized weights, else "none".
     """
     if (file := gguf_path(folder)) is not None:
         return "checkpoint" if is_packed(read_gguf(file, SourceError)) else "none"

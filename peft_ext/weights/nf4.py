@@ -229,7 +229,7 @@ class NF4Weight(PackedWeight):
         """Raises ValueError if a scale is impossible, for example because of a wrong bit in a file.
 
         Scales must be finite and not negative. With double quantization the table of codes must be finite and ascend,
-        and the offset must be finite. The check reads the data of the scales.
+        and the offset must be finite. ``check_scales`` reads the scales' values, which on a GPU waits for the GPU.
         """
         held = self.tensors()
         for name in ("absmax", "nested_absmax", "nested_code", "nested_offset"):
@@ -427,7 +427,7 @@ def why_not_nf4(quant_state: Any, kinds: Sequence[str] = ("nf4",)) -> Optional[s
     """Returns the reason why the operators can't read a weight with the bitsandbytes ``QuantState``, or None if they
     can.
 
-    ``kinds``: the accepted values of quant_type, of "nf4" and "fp4". The table of codes is not checked.
+    ``kinds``: the accepted values of quant_type, of "nf4" and "fp4". ``why_not_nf4`` does not check the table of codes.
     """
     if quant_state is None:
         return "the weight is not quantized yet: no quant_state"
