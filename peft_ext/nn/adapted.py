@@ -79,7 +79,7 @@ class AdaptedLinear(nn.Module):
         return self.base_layer(x) if self.merged else self.adapted(x)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """Returns the layer's output while the adapter is not merged."""
+        """Returns the layer's output for x, computed from the base layer and the adapter, which must not be merged."""
         raise NotImplementedError
 
     def merged_weight(self, weight: Tensor) -> Tensor:

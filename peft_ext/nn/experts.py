@@ -49,11 +49,11 @@ def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
     """Returns a dict of the fields that the PEFT configuration of ``method`` needs for a model with experts; {} for a
     model without experts.
 
-    ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. LoRA and DoRA
-    adapt the experts. In a model with experts, each low-rank method adapts the linear layers too, except ``lm_head``, a
-    ``router`` with its parts, and the layers whose name is in ``_NAMES_OF_EXPERTS``. PEFT's "all-linear" would adapt
-    the router of some models. For LoRA and DoRA the fields set lora_dropout to 0, because PEFT has no dropout for
-    adapted parameters.
+    ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. The low-rank
+    methods except AdaLoRA adapt the experts' parameters. In a model with experts, each low-rank method adapts the
+    linear layers too, except ``lm_head``, a ``router`` with its parts, and the layers whose name is in
+    ``_NAMES_OF_EXPERTS``. PEFT's "all-linear" would adapt the router of some models. For the low-rank methods except
+    AdaLoRA, the fields set lora_dropout to 0, because PEFT has no dropout for adapted parameters.
     """
     held = [f"{name}.{parameter}" for name, module in model.named_modules() for parameter in expert_parameters(module)]
     if not held or method not in ("lora", "rslora", "qlora", "dora", "adalora"):

@@ -178,8 +178,8 @@ class PrefixEncoder(VirtualTokens):
         dtype: Optional[torch.dtype] = None,
         peft_order: bool = True,
     ) -> Any:
-        """Returns a cache that holds the prefix. Make a new cache for each forward, because a model appends to the
-        cache.
+        """Returns a cache that holds the prefix. Call ``past_key_values`` before each forward, because a model appends
+        the keys and values of the forward to the cache.
 
         Args:
             config: the model's configuration. With ``config``, a sliding-window layer drops positions outside of the

@@ -26,10 +26,10 @@ _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
     """Fast path of the checks of x, a frozen weight and a bias: returns True for the common eager call.
 
-    A common call is outside autocast, on plain tensors, or a packed weight, that fit one another and are not float64.
-    Everything that this function accepts is also accepted by check_float, check_linear and check_bias, which take
-    several times as long. If this function returns False, the caller calls check_float, check_linear and check_bias,
-    which accept the call or raise an error.
+    A common call runs eagerly, outside autocast, on a CPU or a GPU. Its tensors are plain (the weight may be packed),
+    fit one another and are not float64, and its weight gets no gradient. Everything that this function accepts is also
+    accepted by check_float, check_linear and check_bias, which take several times as long. If this function returns
+    False, the caller calls check_float, check_linear and check_bias, which accept the call or raise an error.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():

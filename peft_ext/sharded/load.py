@@ -172,7 +172,8 @@ class _Loader:
             raise SourceError(f"model {self.base.folder}: {empty} has no values after loading")
 
     def _agree(self) -> None:
-        """Raises an error in all processes if one process could not read or make a tensor."""
+        """Raises an error in all processes of the default process group if one of them could not read or make a
+        tensor."""
         failed = torch.tensor([self.error is not None], dtype=torch.int32, device=self.device)
         dist.all_reduce(failed, dist.ReduceOp.MAX)
         if failed.item():

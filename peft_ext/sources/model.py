@@ -162,8 +162,8 @@ def check_model_config(file: Path) -> None:
 
 
 def check_index(file: Path) -> None:
-    """Raises ValueError, one line, if an index of safetensors names a file of another kind, or a file in another
-    folder.
+    """Raises ValueError, one line, if an index of safetensors names a file that is not in the index's folder or whose
+    name does not end in .safetensors.
 
     If the name of the first file (in sorted order) in the index does not end in .safetensors, transformers reads this
     file with ``torch.load``, which unpickles the file.

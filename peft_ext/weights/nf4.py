@@ -324,8 +324,9 @@ class NF4Weight(PackedWeight):
 def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, int, Optional[float]]:
     """Returns ``(shape, dtype, blocksize, nested offset)`` from a layer's state dict in bitsandbytes' format.
 
-    The keys of ``found`` have no prefix. ``found[QUANT_STATE]`` holds JSON text, one byte per element. The function
-    checks the kind and the layout of the weight's tensors, and :class:`NF4Weight` checks the sizes.
+    The keys of ``found``, the layer's state dict, have no prefix: "weight", "weight.absmax" and so on.
+    ``found[QUANT_STATE]`` holds JSON text, one byte per element. The function checks the class and the layout of the
+    entries of ``found`` that the weight needs, and :class:`NF4Weight` checks their sizes.
 
     Raises: KeyError without ``QUANT_STATE``; ValueError, whose text says what came and what was wanted, if
     ``QUANT_STATE`` is no tensor of JSON bytes, or if a value or an entry does not fit; TypeError if another entry is
