@@ -212,7 +212,7 @@ class PackedLinear(HoldsPacked, nn.Linear):
     The layer replaces ``nn.Linear``, and PEFT adapts the layer like an ``nn.Linear``. The state dict has the file's
     names and bytes. A cast of the module to another float dtype casts the bias only.
 
-    Make a layer with :meth:`from_packed`, or load a model with :class:`peft_ext.PackedConfig`.
+    To get a PackedLinear, call :meth:`from_packed`, or load a packed checkpoint with :class:`peft_ext.PackedConfig`.
     """
 
     @classmethod

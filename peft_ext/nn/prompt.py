@@ -60,9 +60,9 @@ class VirtualTokens(nn.Module):
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         """Copies ``prompt_embeddings``, the tensor of this name in PEFT's adapter file, into ``embedding.weight``.
 
-        Raises TypeError if ``prompt_embeddings`` is no float tensor, and ValueError if the shapes differ. For prompt
-        tuning of an encoder-decoder model PEFT saves twice as many rows and uses the first half of the rows: pass only
-        the first half.
+        Raises TypeError if ``prompt_embeddings`` is no float tensor, and ValueError if its shape is not the shape of
+        ``embedding.weight``. For prompt tuning of an encoder-decoder model PEFT saves twice as many rows and uses the
+        first half of the rows: pass only the first half.
         """
         name, weight = type(self).__name__, self.embedding.weight
         check_float(name, "prompt_embeddings", prompt_embeddings)

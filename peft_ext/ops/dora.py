@@ -226,8 +226,8 @@ def dora_weight_norm(
     Args:
         weight: frozen ``[N, K]``: a dense tensor, or a PackedWeight. lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of
             any float dtype. scaling: the factor of B A, a finite number.
-        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only
-            its own dtype is accepted.
+        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight,
+            ``dtype`` must be the weight's own dtype.
 
     Returns: ``[N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. Gradients flow to lora_A and
     lora_B, in their own dtypes, and are 0 through a norm of 0; saved for backward, besides the weight, lora_A and

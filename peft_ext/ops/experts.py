@@ -11,10 +11,11 @@ besides the weights, the adapters, g and the offsets. The kernels of this module
 :func:`dora_experts` does not compute the norm of this weight.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
-On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
-the bias before rounding. A weight in another packed format is decoded to a dense weight before the kernel runs. For a
-dense bfloat16 weight and many rows, PyTorch's grouped product may multiply the rows with the weights, and a kernel adds
-the other terms. The CUDA kernels read the number of an expert's rows on the device, so the host does not wait.
+On a GPU one kernel multiplies the rows of all experts, except in some calls with a dense bfloat16 weight: the kernel
+decodes an NF4 weight, and adds the low-rank term and the bias before rounding. A weight in another packed format is
+decoded to a dense weight before the kernel runs. For a dense bfloat16 weight and many rows, PyTorch's grouped product
+may multiply the rows with the weights, and a kernel adds the other terms. The CUDA kernels read the number of an
+expert's rows on the device, so the host does not wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
@@ -330,8 +331,8 @@ def dora_experts_weight_norm(
             any float dtype and of any strides. scaling: the factor of B_e A_e, a finite number.
         offsets: int32 or int64 ``[E]``, as in :func:`lora_experts`: the norms of experts without rows are not computed
             and are 0; default: the norms of all experts are computed.
-        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only
-            its own dtype is accepted.
+        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight,
+            ``dtype`` must be the weight's own dtype.
 
     Returns: ``[E, N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. No gradient flows to lora_A and
     lora_B, because DoRA treats the norm as a constant.
