@@ -203,8 +203,8 @@ def _dropped(device: str, names: tuple[str, ...]) -> Optional[str]:
 
 
 def report(key: str) -> dict[str, dict[str, str]]:
-    """Returns a dict that maps each place to a dict that maps each proved family to "", or to the reason why it
-    failed. A place is the name of a model of GPU, or the name of a model of CPU with the CPU path in parentheses."""
+    """Returns a dict that maps each place to a dict that maps each proved family to "" if it passed, or to the
+    reason of its failure. A place is a model of GPU, or a model of CPU with the CPU path in parentheses."""
     return {place: dict(found) for place, found in _found[key].items()}
 
 
@@ -255,7 +255,7 @@ def _open(key: str, family: str) -> None:
 
 
 def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
-    """Returns a dict that maps the wanted families, and those with a saved result, to "" or the reason of a failure."""
+    """Returns a dict that maps the wanted families, and those with a saved result, to "" (passed) or the failure's reason."""
     if place.key == "CUDA" and (why := cards.too_old(place.device.index) or device_code.missing()):
         return dict.fromkeys(_gates[place.key], why)
     if asked == "0":
