@@ -255,7 +255,7 @@ def _open(key: str, family: str) -> None:
 
 
 def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
-    """Returns a dict that maps the wanted families, and those with a saved result, to "" (passed) or the failure's reason."""
+    """Returns a dict that maps wanted families, and those with a saved result, to "" (passed) or a failure's reason."""
     if place.key == "CUDA" and (why := cards.too_old(place.device.index) or device_code.missing()):
         return dict.fromkeys(_gates[place.key], why)
     if asked == "0":
