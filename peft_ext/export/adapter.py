@@ -65,7 +65,7 @@ class Pair:
 
     Attributes:
         module: name of the module in transformers' model.
-        a, b: names of the tensors in PEFT's file.
+        a, b: names of the tensors A and B in PEFT's file of the adapter.
         e: name of the tensor of AdaLoRA's singular values ``[rank, 1]``, which multiply the rows of A; None for LoRA.
         embedding: whether the module is an embedding, whose inputs are the tokens of the vocabulary.
         scale: factor of the product ``B @ A``.
@@ -139,8 +139,8 @@ def _check_config(config: PeftConfig) -> None:
 
 
 def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Returns, for each adapted module, the names of the tensors of its low-rank pair; and the names of the base's
-    frozen tensors in the adapter's file.
+    """Returns a dict that maps each adapted module to the names of the tensors of its low-rank pair, and a list with
+    the names of the base's frozen tensors in the adapter's file.
 
     PEFT also saves the frozen weight of an embedding or head that the adapter changes. The export leaves such a frozen
     weight out, because llama.cpp has the base's weights in the base's own file.

@@ -25,9 +25,9 @@ class Base:
     Attributes:
         name: the file, folder or hub name of the base.
         title: the model's name for people, which is written into the adapter file.
-        names: names of the modules' weights in llama.cpp's files.
-        shapes: shape of each weight. The keys are the weights' names in the file if the base is a GGUF file, else the
-            names of the modules that have the weights.
+        names: a GgufNames, which gives the name of a module's weight in llama.cpp's files.
+        shapes: a dict that maps the key of each weight to the weight's shape. The keys are the weights' names in the
+            file if the base is a GGUF file, else the names of the modules that have the weights.
         is_file: whether the base is a GGUF file.
         tied: whether the head and the embedding share one weight.
     """
@@ -100,7 +100,8 @@ def _of_transformers(name: Union[str, Path], revision: Optional[str], config: Pe
 
 
 def _shapes(name: str, about: Any, config: PeftConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each module's weight in a model of the configuration ``about``."""
+    """Returns a dict that maps the name of each module with a weight to the weight's shape, in a model of the
+    configuration ``about``."""
     kind = model_class(about, config)
     build = getattr(kind, "_from_config", None) or kind.from_config
     # An untrusted configuration can make transformers raise any error.

@@ -134,9 +134,9 @@ def _check_file(file: Path, overwrite: bool, base: Base) -> None:
 
 
 def _places(pairs: list[Pair], base: Base) -> list[str]:
-    """Returns llama.cpp's name of the weight of each pair. Raises ExportError where the base has no such weight, where
-    sizes do not fit, where the pair is of an embedding and the weight is not, or the reverse, and where two pairs are
-    for one weight."""
+    """Returns a list with llama.cpp's name of the weight that each pair of ``pairs`` adapts. Raises ExportError where
+    the base has no such weight, where sizes do not fit, where the pair is of an embedding and the weight is not, or the
+    reverse, and where two pairs are for one weight."""
     names: dict[str, str] = {}
     for pair in pairs:
         name = base.tensor_of(pair.module)

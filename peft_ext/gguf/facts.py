@@ -120,7 +120,7 @@ class _Facts:
     """Collects the changes of one configuration; each ``take_`` method reads a group of values from the file.
 
     Attributes:
-        changes: new values of fields of the configuration, by the name of the field.
+        changes: a dict that maps names of the configuration's fields to the new values of these fields.
         taken: the file's keys, without the architecture's prefix, whose values are in the configuration or in
             ``changes``.
         computed: names of fields that the configuration's class computes from other fields.

@@ -107,7 +107,7 @@ class GgufHeader:
     Attributes:
         path: path of the GGUF file.
         version: version of the format, 2 or 3.
-        tensors: the file's tensors by name, in the file's order.
+        tensors: a dict that maps the name of each tensor to its :class:`TensorInfo`, in the file's order.
         alignment: the offsets of the tensors are multiples of ``alignment`` bytes.
         values_end: position in the file of the first byte after the metadata.
         data_start: position in the file of the first byte of the tensors' data.
@@ -264,7 +264,8 @@ class _Reader:
         return name, end
 
     def metadata(self) -> tuple[int, dict[str, _Place], int]:
-        """Returns the version, the places of the values by key, and the offset of the first byte after the metadata."""
+        """Returns a tuple: the file's version, a dict that maps each key of the metadata to the place of its value, and
+        the offset of the first byte after the metadata."""
         version, offset = self.number("I", 4, "the version")
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
@@ -320,7 +321,8 @@ class _Reader:
         return values if place.type == _ARRAY else values[0]
 
     def tensors(self, offset: int, alignment: int) -> tuple[dict[str, TensorInfo], int]:
-        """Returns the tensors that the header lists from ``offset`` on, and the position of the tensors' data."""
+        """Returns a dict that maps names to the tensors that the header lists from ``offset`` on, and the position of
+        the tensors' data."""
         found: dict[str, TensorInfo] = {}
         for index in range(self.tensor_count):
             name, offset = self.name(offset, f"the name of tensor {index}")

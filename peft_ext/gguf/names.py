@@ -110,7 +110,8 @@ class GgufNames:
 
         Returns None if the file has the rows in the order of transformers' weight.
 
-        Raises ValueError if the number of rows does not fit the heads.
+        Raises ValueError if the rows of ``tensor`` are reordered and ``rows`` is not a multiple of twice the number of
+        the tensor's heads.
         """
         kind = tensor.rpartition(".")[2]
         if self.architecture not in _INTERLEAVED or kind not in ("attn_q", "attn_k"):

@@ -137,7 +137,7 @@ def _digest(kind: type) -> str:
 
 
 def _changes_of(kind: type) -> Optional[_Changes]:
-    """Returns the tensors that a class of TENSOR_PROCESSORS changes; None for a class whose code is not known."""
+    """Returns the :class:`_Changes` of a class of TENSOR_PROCESSORS; None for a class whose code is not known."""
     if (found := _CHANGES.get(kind)) is None or not found.digest:
         return found
     try:
@@ -152,7 +152,8 @@ class Packed(NamedTuple):
     Attributes:
         tensors: the model's state dict, or, where ``conversions`` is given, the file's tensors by their own names.
         conversions: transformers' conversions of the file's tensors; None where ``tensors`` is the state dict.
-        dense: for each of the model's parameters whose quantized weight was decoded: the name and the reason.
+        dense: a dict that maps the name of each of the model's parameters whose quantized weight was decoded to the
+            reason why the weight was decoded.
     """
 
     tensors: dict[str, Tensor]
@@ -213,8 +214,8 @@ def _is_unused(model: Any, name: str) -> bool:
 
 
 def _layers(model: Any) -> Callable[[str], Optional[str]]:
-    """Returns a function from a parameter's name to the reason why the parameter's layer can't hold a packed weight;
-    None if the layer can hold one."""
+    """Returns a function that gets a parameter's name and returns the reason why the parameter's layer can't hold a
+    packed weight, or None if the layer can hold a packed weight."""
     read = weights_read_past(model)
 
     def reason(parameter: str) -> Optional[str]:
@@ -379,8 +380,8 @@ def _decode(
     header: GgufHeader, info: TensorInfo, target: str, names: dict[str, str], processor: Any, touched: bool,
     dtype: torch.dtype, tensors: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """Puts the decoded values of a file's tensor into ``tensors``. With ``touched``, transformers' processor converts
-    the values."""
+    """Puts the decoded values of a file's tensor into ``tensors``. If ``touched`` is true, ``processor``, an object of
+    a class of TENSOR_PROCESSORS, converts the values first."""
     values = _values(header, info)
     if not touched:
         tensors[target] = values
@@ -394,7 +395,8 @@ def _decode(
 def _packed_experts(
     model: Any, header: GgufHeader, name: str, parts: list[TensorInfo], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Packs the experts of the module ``name``, and returns the tensors to load by the names of the parameters.
+    """Packs the experts of the module ``name``, and returns a dict that maps the names of the experts' parameters to
+    the tensors to load.
 
     ``parts`` are the file's tensors gate, up and down, for which :func:`_why_experts` is None. transformers' model has
     gate and up in one weight: first the rows of gate and then those of up, or, in gpt-oss, a row of gate and a row of
@@ -447,15 +449,16 @@ def _why_experts(module: Any, parts: list[Optional[TensorInfo]]) -> Optional[str
 
 
 class _Source(NamedTuple):
-    """The file's tensors from which transformers' conversion makes one parameter, and the reason why the tensors have
-    to be decoded before; None if the conversion keeps packed bytes."""
+    """The file's tensors from which transformers' conversion makes one parameter, and the reason why these tensors have
+    to be decoded before the conversion; the reason is None if the conversion keeps packed bytes."""
 
     tensors: list[TensorInfo]
     reason: Optional[str]
 
 
 def _plan(header: GgufHeader, mapping: list[Any]) -> dict[str, _Source]:
-    """Returns, by the name of the parameter, the file's tensors from which each parameter of the model is made.
+    """Returns a dict that maps the name of each parameter of the model to the file's tensors from which the parameter
+    is made.
 
     The tensors of a parameter are those that transformers' ``get_gguf_plan`` finds.
     """

@@ -52,16 +52,18 @@ def _adafactor_copies(p: Tensor) -> int:
 
 
 class Optimizer(NamedTuple):
-    """Computes the memory that an optimizer needs.
+    """Computes the bytes of an optimizer's states and of the temporary tensors in its step.
 
     Attributes:
-        states: returns the bytes of each state of one parameter.
+        states: function of a parameter that returns a list with the bytes of each of the parameter's states.
         all_at_once: number of temporary copies of all gradients in a step on CUDA, where torch.optim updates all
             parameters at once; 0 for an optimizer that updates one parameter after the other, or in one kernel.
-        one_by_one: returns the most bytes of the temporary tensors while one parameter is updated, in a step that
-            updates one parameter after the other; None if such a step makes no temporary tensors.
-        left: returns the bytes of the temporary tensor that is still alive when the next parameter is updated.
-        eight_bit: whether the states have 8 bits.
+        one_by_one: function of a parameter that returns the most bytes of the temporary tensors while this parameter is
+            updated, in a step that updates one parameter after the other; None if such a step makes no temporary
+            tensors.
+        left: function of a parameter that returns the bytes of the temporary tensor that is still alive when the next
+            parameter is updated.
+        eight_bit: whether the elements of the optimizer's states have 8 bits.
     """
 
     states: Callable[[Tensor], list[int]]

@@ -30,7 +30,7 @@ class MemoryEstimate:
         logits: logits, their float32 copies and their gradients, between the language model's head and the loss.
         temporary: tensors that exist only within a layer, an operator or the optimizer's step.
         total: sum of the bytes at the peak.
-        peak: bytes of each kind of memory at the moment of the peak.
+        peak: a dict that maps the name of each kind of memory to its bytes at the moment of the peak.
         parameters, trainable: numbers of all parameters and of the trainable ones.
         about: description of the traced step, in one line.
     """
@@ -80,8 +80,8 @@ class MemoryEstimate:
 class Profile:
     """Bytes by kind in each phase of a training step.
 
-    ``peaks`` has, for each phase, the bytes of each kind at the moment when their sum is largest. ``most`` has, for
-    each phase, the largest bytes of each kind at any moment.
+    ``peaks`` has, for each phase, the bytes of each kind of memory at the moment when the sum over all kinds is
+    largest. ``most`` has, for each phase and each kind of memory, the largest number of bytes at any moment.
 
     The phases are: the forward; the backward of the head and of the last layer of a stack; the backward of the layers
     between the last and the first layer; the backward of the first layer; the backward of the modules before the stack;
@@ -107,9 +107,9 @@ class Profile:
         """Returns ``self + steps · (other - self)``, the profile of a model with more layers than those of self and
         other.
 
-        The result leaves out a phase that ``self`` or ``other`` lacks. ``self`` and ``other`` may lack only the phase
-        of the layers between the last and the first layer, which a model of two layers does not have: the peak of this
-        phase is at most the larger of the peaks of the first and of the last layer.
+        The returned profile leaves out a phase of the step that ``self`` or ``other`` lacks. ``self`` and ``other`` may
+        lack only the phase of the layers between the last and the first layer, which a model of two layers does not
+        have: the peak of this phase is at most the larger of the peaks of the first and of the last layer.
         """
 
         shared = [name for name in self.peaks if name in other.peaks]

@@ -112,7 +112,8 @@ def _grouped_mm(
 
 
 def _timeline(storages: list[_Storage], end: int) -> Iterator[tuple[int, dict[str, int], int]]:
-    """Yields the moment, the bytes alive by kind, and their sum, each time a storage is made."""
+    """Yields a tuple each time a storage is made: the moment, a dict that maps each kind of memory to its bytes alive,
+    and the sum of these bytes."""
     events = [(s.born, True, s) for s in storages]
     events += [(end if s.died is None else s.died, False, s) for s in storages]
     alive, total = dict.fromkeys(KINDS, 0), 0

@@ -116,7 +116,7 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
 
 
 def _scales(given: dict[str, Any]) -> bool:
-    """Returns whether the call scales its input or its output by a vector."""
+    """Returns whether the operator's call scales its input or its output by a vector, as in IA3 and DoRA."""
     return given.get("ia3_l") is not None or given.get("out_scale") is not None
 
 
@@ -161,9 +161,9 @@ def _packs_weight(dtype: torch.dtype) -> bool:
 def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -> tuple[int, int, int]:
     """Returns three scratch sizes of a loss with an adapter on the head.
 
-    The first size is held during the whole call, for the adapter's gradients. Scratch memory of the second size is
-    needed while the low-rank term is added to a chunk's logits. Scratch memory of the third size is needed while the
-    adapter's gradients of one chunk are computed.
+    Scratch memory of the first size holds the adapter's gradients during the whole call of the loss. Scratch memory of
+    the second size is needed while the low-rank term is added to a chunk's logits. Scratch memory of the third size is
+    needed while the adapter's gradients of one chunk are computed.
     """
     lora_A, lora_B, hidden = given["lora_A"], given["lora_B"], given["hidden"]
     part = lora_A.numel() * lora_A.element_size() + lora_B.numel() * lora_B.element_size()

@@ -55,7 +55,7 @@ class MergeReport:
         base: the base's folder or name.
         model_class: name of the class of the model that was written.
         base_quant: quantization of the base's weights: one of ``QUANTIZATIONS`` of peft_ext.weights.quantizers.
-        base_quant_text: ``base_quant`` and the reason for it, in words.
+        base_quant_text: a text that names ``base_quant`` and says why the base has this quantization.
         method: PEFT's name of the adapter's method.
         dtype: dtype that the caller asked for; None if the caller asked for none.
         merged: number of modules that the adapter changed.
@@ -126,10 +126,10 @@ def merge_to_dense(
             of integers keep their dtypes.
         max_shard_size: largest number of bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
-            the adapter is added; "mxfp4", "nvfp4", "fp8", "int4": the same as quantize_packed does; "none": the weights
-            are taken as they are; "checkpoint": ``model`` has packed weights. base_quant None: the quantization of the
-            packed ``model``; for a dense ``model``, the quantization in the run.json that ``peft-ext finetune`` wrote
-            beside the adapter, or "none" without a run.json.
+            the adapter is added; "mxfp4", "nvfp4", "fp8", "int4": the weights are quantized as quantize_packed does,
+            then dequantized; "none": the weights are taken as they are; "checkpoint": ``model`` has packed weights.
+            base_quant None: the quantization of the packed ``model``; for a dense ``model``, the quantization in the
+            run.json that ``peft-ext finetune`` wrote beside the adapter, or "none" without a run.json.
         blocksize, double_quant: options of base_quant "nf4"; blocksize None: run.json's, or else 64.
         overwrite: True: the output may be an existing folder of a model, which is replaced.
         progress: whether to show a progress bar, on a terminal only.

@@ -17,5 +17,6 @@ def fail(text: str) -> NoReturn:
 
 
 def as_merge_error(*kinds: type[Exception], about: str = "") -> AbstractContextManager[None]:
-    """Raises errors of the classes ``kinds`` as MergeError, with ``about`` and the first line of the error."""
+    """Within the context, errors of the classes ``kinds`` are raised as MergeError, whose message has ``about`` and the
+    first line of the original error."""
     return raised_as(MergeError, f"merge_to_dense: {about}", *kinds)

@@ -260,11 +260,11 @@ class _Merge:
 
     Attributes:
         header: header of the base's file.
-        planned: the new file's tensors, in order.
+        planned: a dict that maps the name of each tensor of the new file to its PlannedTensor, in the file's order.
         file_type: the new value of ``general.file_type``; None: unchanged.
         modules: number of modules that the adapter changes.
-        errors: the errors of each tensor that was merged so far.
-        norms: sums over the elements of all tensors that were merged so far.
+        errors: a list with a :class:`MergedTensor` for each tensor that was merged so far.
+        norms: the :class:`_Norms` over the elements of all tensors that were merged so far.
     """
 
     def __init__(self, base: GgufBase, config: PeftConfig, weights: dict[str, Tensor], wanted: Optional[int]) -> None:

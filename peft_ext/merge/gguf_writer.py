@@ -1,7 +1,7 @@
 """Writes a GGUF file with the metadata of another file and other tensors, one tensor at a time.
 
-``GGUFWriter`` of the package gguf writes metadata from Python values. This writer copies the bytes of the metadata, so
-that the order and the types of all keys stay, and the vocabulary is not decoded.
+``GGUFWriter`` of the package gguf writes metadata from Python values. The function :func:`write_gguf` copies the bytes
+of the metadata, so that the order and the types of all keys stay, and the vocabulary is not decoded.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def write_gguf(
     ``file_type``.
 
     Args:
-        tensors: the new file's tensors by name, in order.
+        tensors: a dict that maps the name of each tensor of the new file to its :class:`PlannedTensor`, in the file's
+            order.
         take: function that returns the data of the named tensor, ``nbytes`` bytes. ``take`` is called once for each
             tensor, in order.
         file_type: the new value of ``general.file_type``; None: the value does not change. With a new value,

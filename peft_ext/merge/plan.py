@@ -199,7 +199,8 @@ class Plan:
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
-        """The tensors of the output's files, on the meta device, by name."""
+        """A dict that maps the name of each tensor in the output's files to a tensor on the meta device of its shape
+        and dtype."""
         return {name: tensor for _, outputs in self.groups for name, tensor in outputs.items()}
 
     @cached_property
@@ -210,7 +211,8 @@ class Plan:
     def groups(self) -> list[tuple[list[str], dict[str, Tensor]]]:
         """Returns groups of tensors that transformers converts together when it saves a model.
 
-        A group is a list of names in the model, and a dictionary of the group's tensors in the files.
+        A group is a tuple: a list of names of tensors in the model, and a dict that maps names in the files to the
+        tensors that transformers makes of these.
 
         The groups are the smallest that give the right result: each tensor by itself; or, if transformers' conversion
         joins tensors of a layer, the tensors of each layer together; or, if the conversion joins tensors of several
@@ -278,7 +280,7 @@ class Plan:
     def _widen(self, module: nn.Module) -> dict[str, Tensor]:
         """Replaces the module's parameters by parameters in float32 (float64 stays), and returns the new tensors.
 
-        The old parameters, which other modules may share, are not changed.
+        The module's old parameters, which other modules may share, are not changed.
         """
         wide = {}
         for prefix, below in list(module.named_modules()):
@@ -341,7 +343,8 @@ class Plan:
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``value`` in ``dtype``. Raises MergeError where a finite number is too large for ``dtype``."""
+    """Returns the tensor ``value``, cast to ``dtype``. Raises MergeError where a finite number is too large for
+    ``dtype``."""
     cast = value.to(dtype)
     narrowed = dtype != value.dtype and dtype.is_floating_point and dtype.itemsize > 1 and value.numel()
     if narrowed and not is_finite(cast) and (cast.isfinite() != value.isfinite()).any():
@@ -354,7 +357,8 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _without_packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns an adapter's tensors without the copies of packed base layers, of which only the biases stay.
+    """Returns the tensors of an adapter's file without the tensors of packed base layers, except the biases of these
+    layers.
 
     PEFT saves the base layer of an adapted embedding or head with the adapter. The merge reads a packed base layer from
     the base.

@@ -33,7 +33,8 @@ class AdaptedLinear(nn.Module):
 
     @classmethod
     def _over(cls, linear: nn.Linear, *args: Any, **kwargs: Any) -> Any:
-        """Returns an adapted layer whose base is ``linear`` itself. ``_setup`` receives ``args`` and ``kwargs``.
+        """Returns an adapted layer whose base is ``linear`` itself. ``_over`` passes ``args`` and ``kwargs`` to the
+        method ``_setup``.
 
         Raises: TypeError if ``linear`` is no nn.Linear, or of a subclass with another ``forward`` than nn.Linear,
         NF4Linear and PackedLinear have; ValueError if ``linear`` has a replaced ``forward`` or hooks, which the adapted
@@ -78,11 +79,12 @@ class AdaptedLinear(nn.Module):
         return self.base_layer(x) if self.merged else self.adapted(x)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """Returns the layer's output while the adapter is not merged."""
+        """Returns the layer's output for x, computed from the base layer and the adapter, which must not be merged."""
         raise NotImplementedError
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """Returns the weight with the adapter merged. ``weight`` is the dense base weight in float32 or float64."""
+        """Returns the base layer's weight with the adapter merged. ``weight`` is the dense base weight in float32 or
+        float64."""
         raise NotImplementedError
 
     def _merged_packed(self, weight: PackedWeight) -> tuple[PackedWeight, Tensor]:
@@ -90,7 +92,7 @@ class AdaptedLinear(nn.Module):
         return requantized(self.merged_weight(weight.dequantize(torch.float32)), weight)
 
     def merged_bias(self, bias: Tensor) -> Tensor:
-        """Returns the bias with the adapter merged."""
+        """Returns the base layer's bias with the adapter merged."""
         return bias
 
     @torch.no_grad()

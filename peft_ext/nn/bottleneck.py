@@ -27,9 +27,9 @@ class BottleneckAdapter(nn.Module):
             zero biases; "mam": D Kaiming-uniform (a = √5), V and both biases zero, exactly the identity.
         dtype: dtype of the parameters; default float32 for every dtype of x.
 
-    The caller decides where the adapter runs. ``adapter(sublayer_output)`` is an adapter after attention or after the
-    feed-forward (Houlsby). ``adapter(sum)`` is an adapter after the residual sum that follows the feed-forward
-    (Pfeiffer); if a LayerNorm follows the sum, call ``norm(adapter(norm(sum), sum))``.
+    The caller decides at which place of a model the adapter runs. ``adapter(sublayer_output)`` is an adapter after
+    attention or after the feed-forward (Houlsby). ``adapter(sum)`` is an adapter after the residual sum that follows
+    the feed-forward (Pfeiffer); if a LayerNorm follows the sum, call ``norm(adapter(norm(sum), sum))``.
     ``adapter(sublayer_input, sublayer_output)`` is an adapter parallel to a sublayer.
 
     Raises: ValueError for features or a bottleneck below 1, a reduction_factor that is not above 0, a scale that is not

@@ -46,14 +46,14 @@ _ROUTER = "router"  # "router" is a linear layer in Llama 4 and Phi-MoE, and the
 
 
 def adapter_fields(model: nn.Module, method: str) -> dict[str, Any]:
-    """Returns the fields that the PEFT configuration of ``method`` needs for a model with experts; {} for a model
-    without experts.
+    """Returns a dict of the fields that the PEFT configuration of ``method`` needs for a model with experts; {} for a
+    model without experts.
 
-    ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. LoRA and DoRA
-    adapt the experts. In a model with experts, each low-rank method adapts the linear layers too, except ``lm_head``, a
-    ``router`` with its parts, and the layers whose name is in ``_NAMES_OF_EXPERTS``. PEFT's "all-linear" would adapt
-    the router of some models. For LoRA and DoRA the fields set lora_dropout to 0, because PEFT has no dropout for
-    adapted parameters.
+    ``method`` is a name of :data:`peft_ext.methods.METHODS`; a method that is not low-rank gives {}. The low-rank
+    methods except AdaLoRA adapt the experts' parameters. In a model with experts, each low-rank method adapts the
+    linear layers too, except ``lm_head``, a ``router`` with its parts, and the layers whose name is in
+    ``_NAMES_OF_EXPERTS``. PEFT's "all-linear" would adapt the router of some models. For the low-rank methods except
+    AdaLoRA, the fields set lora_dropout to 0, because PEFT has no dropout for adapted parameters.
     """
     held = [f"{name}.{parameter}" for name, module in model.named_modules() for parameter in expert_parameters(module)]
     if not held or method not in ("lora", "rslora", "qlora", "dora", "adalora"):
@@ -119,10 +119,11 @@ class _Order(torch.autograd.Function):
 
 
 def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
-    """Returns whether ``x`` and ``given`` are valid arguments of the forward of ``experts``.
+    """Returns whether ``x`` and ``given``, the tuple of the arguments after x, are valid arguments of the forward of
+    ``experts``.
 
-    The arguments are x ``[T, H]``, the experts ``[T, k]`` of each token and the routing weights ``[T, k]``. For
-    Llama 4's experts x is the only argument.
+    The arguments of the forward are x ``[T, H]``, the experts ``[T, k]`` of each token and the routing weights
+    ``[T, k]``. Llama 4's experts have x as the only argument, so that ``given`` must be empty.
     """
     if x.dim() != 2:
         return False
@@ -138,10 +139,11 @@ def routes(experts: nn.Module, x: Tensor, given: tuple) -> bool:
 def route(experts: Any, x: Tensor, given: tuple, run: _Run) -> Tensor:
     """Returns the output ``[T, H]`` of the experts for tokens x ``[T, H]``.
 
-    The tokens are sorted by expert (for Llama 4, whose tokens are sorted and scaled already, the function only calls
-    ``run``). ``run(rows, offsets)`` computes the experts' outputs, which go through the module's ``post_expert_norm``
-    if it has one, are multiplied by the routing weights, put back in the order of the tokens, and summed over the
-    experts of each token. The expert index ``num_experts``, which expert parallelism uses, stands for no expert.
+    The function ``route`` sorts the tokens by expert. For Llama 4, whose tokens are sorted and scaled already,
+    ``route`` only calls ``run``. ``run(rows, offsets)`` computes the experts' outputs, which go through the module's
+    ``post_expert_norm`` if it has one, are multiplied by the routing weights, put back in the order of the tokens, and
+    summed over the experts of each token. The expert index ``num_experts``, which expert parallelism uses, stands for
+    no expert.
     """
     count = experts.num_experts
     if is_llama4(experts):
@@ -218,7 +220,7 @@ class FrozenExperts:
         raise NotImplementedError
 
     def frozen_shapes(self) -> dict[str, torch.Size]:
-        """Returns the dense shape ``(E, N, K)`` of each packed parameter, by name."""
+        """Returns a dict that maps the name of each packed parameter to its dense shape ``(E, N, K)``."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
@@ -349,8 +351,8 @@ def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) ->
 
 
 def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
-    """Turns dense experts into :class:`NF4Experts`. ``weights`` maps the name of a parameter to an NF4 weight
-    ``(E, N, K)``."""
+    """Turns a module of dense experts into :class:`NF4Experts`, in place. ``weights`` maps the name of a parameter to
+    an NF4 weight ``(E, N, K)``."""
     first = next(iter(weights.values()))
     experts.__class__ = experts_class(NF4Experts, type(experts))
     experts.blocksize, experts.quant_dtype = first.blocksize, first.dtype

@@ -82,7 +82,8 @@ class NF4Linear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> NF4Linear:
         """Returns an NF4Linear with ``linear``'s weight quantized to NF4.
 
-        The new layer and ``linear`` share the bias parameter. The new layer has ``linear``'s training flag.
+        The new layer and ``linear`` share the bias parameter. The new layer is in training mode if ``linear`` is in
+        training mode.
 
         Raises: TypeError if ``linear`` is no nn.Linear or of a subclass with another ``forward``; ValueError if
         ``linear`` has a replaced ``forward`` or hooks.
@@ -152,7 +153,8 @@ class NF4Linear(nn.Linear):
         self.__dict__.pop("merge_error", None)
 
     def set_merged(self, nf4: NF4Weight, error: Union[Tensor, float]) -> None:
-        """Makes ``nf4`` the weight, and sets ``merge_error`` to ``error``, the relative error of requantizing."""
+        """Makes ``nf4``, the merged weight, the weight of this layer, and sets ``merge_error`` to ``error``, the
+        relative error of requantizing."""
         self.set_nf4(replace(nf4, dtype=self.quant_dtype))
         self.merge_error = float(error)
 

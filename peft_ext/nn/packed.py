@@ -83,7 +83,7 @@ class HoldsPacked(nn.Module):
     def hold_parts(self, parts: Sequence[Optional[Tensor]]) -> None:
         """Makes ``parts`` the tensors of the weight, without a copy.
 
-        The codes become a new parameter, because a tied layer may hold the old parameter.
+        ``hold_parts`` makes a new parameter of the codes, because a tied layer may hold the module's old parameter.
         """
         for index, (name, part) in enumerate(zip(self.names, parts, strict=True)):
             if name is not None and index == 0:
@@ -213,7 +213,7 @@ class PackedLinear(HoldsPacked, nn.Linear):
     The layer replaces ``nn.Linear``, and PEFT adapts the layer like an ``nn.Linear``. The state dict has the file's
     names and bytes. A cast of the module to another float dtype casts the bias only.
 
-    Make a layer with :meth:`from_packed`, or load a model with :class:`peft_ext.PackedConfig`.
+    To get a PackedLinear, call :meth:`from_packed`, or load a packed checkpoint with :class:`peft_ext.PackedConfig`.
     """
 
     @classmethod
@@ -234,8 +234,8 @@ class PackedLinear(HoldsPacked, nn.Linear):
                 ``("weight_packed", "weight_scale")``. A part that is None has the name None; names of None at the end
                 may be left out.
             bias: ``[N]``; the layer shares a bias that is an nn.Parameter.
-            extra: tensors of the file that the weight's format does not need, by name. The state dict of the layer
-                contains the extra tensors.
+            extra: a dict that maps names in the file to the tensors of the layer that the weight's format does not
+                need. The layer's state dict contains these extra tensors.
             dtype: dtype of the dense layer that the packed layer replaces; default: ``weight.dtype``.
 
         Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, if no kernel decodes the
@@ -298,8 +298,8 @@ class PackedEmbedding(HoldsPacked, nn.Embedding):
 
     @property
     def embed_scale(self) -> Optional[Tensor]:
-        """The scale as a tensor; None for 1. PEFT multiplies an adapter's output by the ``embed_scale`` of the base
-        layer."""
+        """The factor ``scale`` of the looked-up rows as a tensor of no dimensions; None if the factor is 1. PEFT
+        multiplies an adapter's output by the ``embed_scale`` of the base layer."""
         return None if self.scale == 1 else torch.tensor(self.scale, dtype=self.compute_dtype)
 
     @property
@@ -336,7 +336,7 @@ class ScaledEmbedding(nn.Embedding):
     """The dense equivalent of a :class:`PackedEmbedding` with a scale.
 
     Attributes:
-        scale: factor of the result.
+        scale: the factor by which the looked-up rows are multiplied.
     """
 
     scale: float = 1.0

@@ -35,8 +35,8 @@ class PackedExperts(FrozenExperts):
         return {name: weight.shape for name, weight in self.__dict__.get("_templates", {}).items()}
 
     def set_packed(self, name: str, weight: PackedWeight, names: Sequence[Optional[str]]) -> None:
-        """Sets the parameter ``name`` to a stacked packed weight, without a copy. ``names``: the names of the weight's
-        tensors."""
+        """Sets the parameter ``name`` to a stacked packed weight, without a copy. ``names`` holds the names of the
+        weight's tensors in the state dict, in the order of the weight's ``parts``."""
         names = (*names, *(None,) * (len(weight.parts) - len(names)))
         self.__dict__.setdefault("packed_names", {})[name] = names
         self.__dict__.setdefault("_templates", {})[name] = weight.map(lambda part: part.to("meta"))
@@ -123,11 +123,11 @@ def hold_packed(
 
     Args:
         experts: the experts' module of a model of the transformers library.
-        weights: a dict from the name of the dense parameter to a stacked weight ``(E, N, K)`` and the names of the
-            weight's tensors in the state dict. The codes have the name of the parameter if the file has no other name
-            for the codes.
+        weights: a dict that maps the name of a dense parameter to a tuple: a stacked weight ``(E, N, K)``, and the
+            names of this weight's tensors in the state dict. The codes have the name of the parameter if the file has
+            no other name for the codes.
         dtype: dtype of the dense experts that the packed experts replace.
-        extra: tensors of the file that the weights' formats do not need, by their name in the state dict.
+        extra: a dict that maps names in the state dict to tensors of the file that the weights' formats do not need.
     """
     for name, (weight, _) in weights.items():
         if not weight.stacked:

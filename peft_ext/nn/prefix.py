@@ -99,12 +99,12 @@ class PrefixEncoder(VirtualTokens):
     ) -> PrefixEncoder:
         """Returns a prefix whose num_layers, num_kv_heads and head_dim come from a Transformers configuration.
 
-        The other arguments are arguments of PrefixEncoder. The sizes are the decoder's in an encoder-decoder model, and
-        the text model's in a multimodal model. If layers differ in head_dim (Gemma 4), the widest head_dim is used, and
-        a layer with a smaller head_dim reads the first numbers of each head. A layer with more key heads than
-        num_kv_heads gets no prefix, with a warning. Raises ValueError if the configuration lacks a size, if its
-        hidden_size gives no whole head_dim, or if keys and values have different widths (multi-head latent attention),
-        and the errors of PrefixEncoder.
+        All other arguments of ``from_config`` are passed to the constructor of PrefixEncoder. The sizes are the
+        decoder's in an encoder-decoder model, and the text model's in a multimodal model. If layers differ in head_dim
+        (Gemma 4), the widest head_dim is used, and a layer with a smaller head_dim reads the first numbers of each
+        head. A layer with more key heads than num_kv_heads gets no prefix, with a warning. Raises ValueError if the
+        configuration lacks a size, if its hidden_size gives no whole head_dim, or if keys and values have different
+        widths (multi-head latent attention), and the errors of PrefixEncoder.
         """
         layers = _layers(model_config)
         sizes = _widest(layers)
@@ -178,8 +178,8 @@ class PrefixEncoder(VirtualTokens):
         dtype: Optional[torch.dtype] = None,
         peft_order: bool = True,
     ) -> Any:
-        """Returns a cache that holds the prefix. Make a new cache for each forward, because a model appends to the
-        cache.
+        """Returns a cache that holds the prefix. Call ``past_key_values`` before each forward, because a model appends
+        the keys and values of the forward to the cache.
 
         Args:
             config: the model's configuration. With ``config``, a sliding-window layer drops positions outside of the
@@ -261,8 +261,8 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _read(config: Any, *names: str) -> int:
-    """Returns the first attribute among ``names`` that is an integer in config. GPT-2's configuration gives its n_layer
-    also as num_hidden_layers."""
+    """Returns the value of the first attribute among ``names`` that is an integer in config; raises ValueError if there
+    is none. GPT-2's configuration gives its n_layer also as num_hidden_layers."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int):
             return value

@@ -60,9 +60,9 @@ class VirtualTokens(nn.Module):
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         """Copies ``prompt_embeddings``, the tensor of this name in PEFT's adapter file, into ``embedding.weight``.
 
-        Raises TypeError if ``prompt_embeddings`` is no float tensor, and ValueError if the shapes differ. For prompt
-        tuning of an encoder-decoder model PEFT saves twice as many rows and uses the first half of the rows: pass only
-        the first half.
+        Raises TypeError if ``prompt_embeddings`` is no float tensor, and ValueError if its shape is not the shape of
+        ``embedding.weight``. For prompt tuning of an encoder-decoder model PEFT saves twice as many rows and uses the
+        first half of the rows: pass only the first half.
         """
         name, weight = type(self).__name__, self.embedding.weight
         check_float(name, "prompt_embeddings", prompt_embeddings)
@@ -136,11 +136,11 @@ class PromptEmbedding(VirtualTokens):
     ) -> PromptEmbedding:
         """Returns a prompt that starts as the embeddings of ``text``'s tokens, as PEFT's TEXT does.
 
-        The tokens are cut off or repeated to ``num_virtual_tokens``. ``tokenizer(text)["input_ids"]`` gives the tokens,
-        special tokens included, as with a Transformers tokenizer. :meth:`from_vocab` explains ``embedding``. Raises
-        ValueError for a text without tokens, for a text with a token for which ``embedding`` has no row, and for a size
-        below 1; TypeError for a text that is no str, an ``embedding`` without a weight, or a dtype that is no float
-        dtype.
+        The tokens of the text are cut off or repeated, so that the prompt has ``num_virtual_tokens`` tokens.
+        ``tokenizer(text)["input_ids"]`` gives the tokens, special tokens included, as with a Transformers tokenizer.
+        :meth:`from_vocab` explains ``embedding``. Raises ValueError for a text without tokens, for a text with a token
+        for which ``embedding`` has no row, and for a size below 1; TypeError for a text that is no str, an
+        ``embedding`` without a weight, or a dtype that is no float dtype.
         """
         cls._check_count("num_virtual_tokens", num_virtual_tokens)
         if not isinstance(text, str):

@@ -129,7 +129,8 @@ _activation = register_autograd("activation", _backward, setup_context=_setup_co
 
 
 def _number(op: str, activation: str) -> int:
-    """Returns an activation's number, which operators take because PyTorch's stable ABI leaks each string argument."""
+    """Returns the number of an activation in ``reference.ACTIVATIONS``. Operators take this number in place of the
+    name, because PyTorch's stable ABI leaks each string argument."""
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}, wanted one of {reference.ACTIVATIONS}")
     return reference.ACTIVATIONS.index(activation)

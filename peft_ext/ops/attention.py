@@ -119,12 +119,12 @@ _attention = register_autograd("scaled_dot_product_attention", _backward, setup_
 
 
 def _near_zero(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bias: Tensor) -> Tensor:
-    """Returns the bias; in each row whose largest entry over the keys that the query sees is beyond ±1,024, this entry
-    is subtracted from all entries of the row.
+    """Returns the bias, changed as follows: if the largest entry of a row, among the keys that the query sees, is
+    finite and beyond ±1,024, this entry is subtracted from all entries of the row.
 
     Softmax does not change if one number is added to all scores of a row. The backward computes ``P = exp(S - lse)``
     from S and lse in float32. If all entries of a row are about -1e9, as in a row in which a finite mask hides all
-    keys, lse has no bits left for the logarithm of the sum.
+    keys, lse, a float32 number near -1e9, is too coarse to also hold the logarithm of the sum of the exponentials.
     """
     # Eager code copies the bias only if the largest entry of some row is beyond ±1,024. Compiled code always copies the
     # bias, because a graph does not branch on the values of a tensor.
@@ -142,7 +142,7 @@ def _near_zero(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bi
 
 
 def _has_far(bias: Tensor) -> bool:
-    """Returns whether an entry of the bias is finite and beyond ±1,024."""
+    """Returns whether the bias has a finite entry whose absolute value is above 1,024."""
     return bool(((bias.abs() > 1024) & bias.isfinite()).any())
 
 
@@ -177,9 +177,9 @@ def scaled_dot_product_attention(
             contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel.
         mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: no mask hides a key. On a
             CPU, the result of a query that sees no key is zero.
-        is_causal: True: query i sees only the keys j <= i. A call with is_causal may not have a mask.
+        is_causal: True: query i sees only the keys j <= i. If is_causal is True, mask must be None.
         scale: a number above 0; None: 1 / √D.
-        dropout_p: probability that a query drops a key, ``0 <= p < 1``, in steps of 2^-16.
+        dropout_p: probability that a query drops a key, ``0 <= p < 1``, which the kernels round to a multiple of 2^-16.
         training: True: keys are dropped with ``dropout_p``; False: no key is dropped.
         seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.

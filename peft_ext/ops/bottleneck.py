@@ -145,9 +145,10 @@ def bottleneck_adapter(
             sublayer, x and residual are the sublayer's output. For a parallel adapter, x is the sublayer's input and
             residual is the sublayer's output.
 
-    Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once. For x on a CPU there is an
-    exception: if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two tokens,
-    then x Dᵀ (with b_d, if b_d has this dtype), s · act(x Dᵀ + b_d) and residual + s b_v are rounded to this dtype too.
+    Returns: ``[..., N]`` of x's dtype. Sums are in float32, and the result is rounded once, except in the following
+    calls on a CPU: if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two
+    tokens, then x Dᵀ (with b_d, if b_d has this dtype), s · act(x Dᵀ + b_d) and residual + s b_v are rounded to this
+    dtype too.
     Gradients flow to all tensors, in their own dtypes; saved for backward: x, x Dᵀ + b_d in float32, and the two
     weights. Under autocast x is cast to the autocast dtype, and ``s · (act(x Dᵀ + b_d) Vᵀ + b_v)`` is rounded to the
     autocast dtype. A float32 residual (x itself, if no residual is given) is not cast, and Y is float32 then, as in

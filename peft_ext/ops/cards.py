@@ -24,11 +24,11 @@ OLD: dict[int, str] = {}
 
 
 def models() -> dict[str, torch.device]:
-    """Returns one GPU of each model that this process sees, by the model's name: the current GPU, or else the model's
-    first GPU.
+    """Returns a dict that maps the name of each model of GPU that this process sees to one GPU of this model: the
+    current GPU if it is of this model, or else the first GPU of this model.
 
     GPUs older than ``CAPABILITY`` are left out and noted in ``OLD``, unless all GPUs are older. The function makes no
-    CUDA context. Without a usable GPU, the result is empty.
+    CUDA context. Without a usable GPU, the dict is empty.
     """
     if not torch.cuda.is_available():
         return {}

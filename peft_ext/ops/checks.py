@@ -26,10 +26,10 @@ _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
     """Fast path of the checks of x, a frozen weight and a bias: returns True for the common eager call.
 
-    A common call is outside autocast, on plain tensors, or a packed weight, that fit one another and are not float64.
-    Everything that this function accepts is also accepted by check_float, check_linear and check_bias, which take
-    several times as long. After False, the caller calls check_float, check_linear and check_bias, which accept the call
-    or raise an error.
+    A common call runs eagerly, outside autocast, on a CPU or a GPU. Its tensors are plain (the weight may be packed),
+    fit one another and are not float64, and its weight gets no gradient. Everything that this function accepts is also
+    accepted by check_float, check_linear and check_bias, which take several times as long. If this function returns
+    False, the caller calls check_float, check_linear and check_bias, which accept the call or raise an error.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():
@@ -461,8 +461,8 @@ def weight_args(weight: Union[Tensor, PackedWeight]) -> tuple:
 def unpack_weight(weight: Tensor, *args: Any) -> Union[Tensor, PackedWeight]:
     """Undoes :func:`weight_args` for the reference: returns a dense weight, or a PackedWeight.
 
-    The last argument becomes the dtype of the PackedWeight. A packed weight of three dimensions is a stack of experts'
-    weights.
+    The argument after the seven that :func:`weight_args` returns is a dtype, which becomes the dtype of the
+    PackedWeight. A packed weight of three dimensions is a stack of experts' weights.
     """
     *parts, layout, shape, dtype = args
     if layout == 0:
@@ -493,8 +493,8 @@ def cast_for_autocast(
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Returns a tensor in autocast's dtype. A float64 tensor, which autocast does not cast, and an object that is not a
-    tensor are returned unchanged."""
+    """Returns the tensor, cast to autocast's dtype. A float64 tensor, which autocast does not cast, and an object that
+    is not a tensor are returned unchanged."""
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype is not torch.float64 else value
 
 

@@ -248,8 +248,9 @@ def linear_cross_entropy(
         labels: int64 ``[...]``, 0 to V - 1, or ``ignore_index``. The loss and the gradient of a token with the label
             ``ignore_index`` are 0. The function does not shift the labels: each label belongs to the row of hidden at
             the same position.
-        bias: ``[V]`` of hidden's dtype.
-        lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. A call has lora_A and lora_B, or neither.
+        bias: the head's bias b ``[V]`` of hidden's dtype, or None.
+        lora_A: ``[R, K]``; lora_B: ``[V, R]``; of any float dtype. Either both lora_A and lora_B are given, or neither
+            of them is.
         lora_input: ``[..., K]``, converted to hidden's dtype: the adapter's input instead of hidden, such as
             ``dropout(hidden)``.
         scaling: the adapter's factor, a finite number. logit_scale: the logits' factor, a finite number.

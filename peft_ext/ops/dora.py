@@ -226,8 +226,8 @@ def dora_weight_norm(
     Args:
         weight: frozen ``[N, K]``: a dense tensor, or a PackedWeight. lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of
             any float dtype. scaling: the factor of B A, a finite number.
-        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only
-            its own dtype is accepted.
+        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight,
+            ``dtype`` must be the weight's own dtype.
 
     Returns: ``[N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. Gradients flow to lora_A and
     lora_B, in their own dtypes, and are 0 through a norm of 0; saved for backward, besides the weight, lora_A and
@@ -272,8 +272,8 @@ def dora_linear(
 
     Args:
         x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`peft_ext.ops.lora_linear`.
-        magnitude: ``[N]``, of any float dtype. Where the norm is 0, the output scale g is 0, and the gradients through
-            g are 0.
+        magnitude: ``[N]``, of any float dtype: DoRA's learned magnitude of each output. Where the norm is 0, the output
+            scale g is 0, and the gradients through g are 0.
         dropout_mode: "lora": the dropout acts on the low-rank term alone; "peft": the dropout acts as in PEFT, ``Y = x
             Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which needs a second product with W, or on a CPU for a
             small dropout and enough tokens, a product of W with the dropped elements alone. Without dropout,
@@ -331,7 +331,7 @@ def checked_dora_linear(
 ) -> Tensor:
     """Computes :func:`dora_linear` without checking the arguments, which :func:`dora_linear` must accept.
 
-    A dropout acts if ``dropout_p`` is above 0.
+    The function has no argument ``training``: a dropout acts if ``dropout_p`` is above 0.
     """
     seed = common.dropout_seed(seed, dropout_p, True, x.device)
     held = checks.weight_args(weight)

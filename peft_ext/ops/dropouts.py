@@ -1,9 +1,9 @@
-"""Dropout on a CPU. The mask is never stored: the forward and the backward each compute the mask.
+"""Dropout on a CPU. The dropout's mask is never stored: the forward and the backward each compute the mask.
 
     y = mask ∘ x / (1 - p)        dX = mask ∘ dY / (1 - p)
 
-The mask is a function of the seed and of an element's index (:mod:`peft_ext.reference.philox`). Saved for the backward:
-the seed.
+Whether an element of x is dropped depends only on p, on the seed and on the element's index
+(:mod:`peft_ext.reference.philox`). Saved for the backward: the seed.
 
 Source: Dropout (Srivastava et al., JMLR 2014).
 """
@@ -64,7 +64,7 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
 
     Args:
         x: of any shape, float32, bfloat16 or float16.
-        dropout_p: probability to drop an element, ``0 <= p < 1``, in steps of 2^-16.
+        dropout_p: probability to drop an element of x, ``0 <= p < 1``, which the kernels round to a multiple of 2^-16.
         training: False, or dropout_p 0: x itself is returned.
         seed: int64 ``[2]`` on x's device; default: drawn from PyTorch's generator, so that ``torch.manual_seed`` and
             the RNG state that checkpointing preserves give the same mask again.

@@ -11,10 +11,11 @@ besides the weights, the adapters, g and the offsets. The kernels of this module
 :func:`dora_experts` does not compute the norm of this weight.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
-On a GPU one kernel multiplies the rows of all experts: the kernel decodes an NF4 weight, and adds the low-rank term and
-the bias before rounding. A weight in another packed format is decoded to a dense weight before the kernel runs. For a
-dense bfloat16 weight and many rows, PyTorch's grouped product may multiply the rows with the weights, and a kernel adds
-the other terms. The CUDA kernels read the number of an expert's rows on the device, so the host does not wait.
+On a GPU one kernel multiplies the rows of all experts, except in some calls with a dense bfloat16 weight: the kernel
+decodes an NF4 weight, and adds the low-rank term and the bias before rounding. A weight in another packed format is
+decoded to a dense weight before the kernel runs. For a dense bfloat16 weight and many rows, PyTorch's grouped product
+may multiply the rows with the weights, and a kernel adds the other terms. The CUDA kernels read the number of an
+expert's rows on the device, so the host does not wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """
@@ -250,11 +251,13 @@ def lora_experts(
         offsets: int32 or int64 ``[E]`` on x's device: where each expert's rows end, ascending. Rows after the last
             expert's end belong to no expert: their outputs and their gradients are 0.
         lora_A: ``[E, R, K]``; lora_B: ``[E, N, R]``; each of any float dtype and of any strides.
-        bias: ``[E, N]`` of x's dtype. scaling: the factor of the low-rank term, a finite number.
-        dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
-        training: dropout acts only when True.
-        seed: int64 ``[2]`` on x's device for the masks; default: drawn from PyTorch's generator. The mask of expert e
-            is drawn for the rows of expert e alone, with e added to the seed's second number.
+        bias: the experts' biases b ``[E, N]`` of x's dtype, or None. scaling: the factor of the low-rank term, a finite
+            number.
+        dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, rounded to a multiple of
+            2^-16.
+        training: True: the dropout acts; False: no element of x is dropped.
+        seed: int64 ``[2]`` on x's device for the masks; default: drawn from PyTorch's generator. The dropout mask of
+            expert e is drawn for the rows of expert e alone, with e added to the seed's second number.
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and bias, in
     their own dtypes; the gradients of an expert without rows are 0. Saved for backward, besides the weight, the offsets
@@ -291,8 +294,8 @@ def dora_experts(
     Args:
         x, weight, offsets, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as :func:`lora_experts`. The
             dropout acts on the low-rank term alone.
-        magnitude: ``[E, N]``, of any float dtype. Where the norm is 0, the output scale g is 0, and the gradients
-            through g are 0.
+        magnitude: ``[E, N]``, of any float dtype: DoRA's learned magnitude of each output of each expert. Where the
+            norm is 0, the output scale g is 0, and the gradients through g are 0.
         weight_norm: ``[E, N]``, of any float dtype: the norm, if the caller knows the norm already
             (:func:`dora_experts_weight_norm` in x's dtype); default: computed for the experts that have rows.
 
@@ -328,8 +331,8 @@ def dora_experts_weight_norm(
             any float dtype and of any strides. scaling: the factor of B_e A_e, a finite number.
         offsets: int32 or int64 ``[E]``, as in :func:`lora_experts`: the norms of experts without rows are not computed
             and are 0; default: the norms of all experts are computed.
-        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight, only
-            its own dtype is accepted.
+        dtype: dtype to which a PackedWeight is dequantized; default: the weight's own dtype. For a dense weight,
+            ``dtype`` must be the weight's own dtype.
 
     Returns: ``[E, N]`` float32 (float64 of a float64 weight), 0 for an all-zero row. No gradient flows to lora_A and
     lora_B, because DoRA treats the norm as a constant.

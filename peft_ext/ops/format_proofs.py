@@ -215,7 +215,8 @@ def takes_weights(operator: str) -> bool:
 
 
 def families_in(args: tuple) -> set[str]:
-    """Returns the families of the formats of the packed weights among an operator's arguments."""
+    """Returns a set with the names of the families of those kernels that decode the packed weights among an operator's
+    arguments."""
     numbers = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,))
                if type(value) is int and value >> 32]  # fmt: skip
     return {family_of(name) for number in numbers if (name := format_of(number)) is not None}

@@ -124,14 +124,15 @@ def _backward(ctx, grad, _grad_s):
 
 
 def _index(samples: list[int], device: torch.device) -> Union[slice, Tensor]:
-    """Returns an index of ``samples``: for neighbouring samples a slice, which needs no copy to the device."""
+    """Returns an index that selects ``samples`` from a batch: for neighbouring samples a slice, which needs no copy to
+    the device; for other samples a tensor on ``device``."""
     if samples[-1] - samples[0] + 1 == len(samples):
         return slice(samples[0], samples[-1] + 1)
     return torch.tensor(samples, device=device)
 
 
 def _frozen_backward(grad: Tensor, weight: tuple) -> Tensor:
-    """Returns ``dX = dY W``."""
+    """Returns ``dX = dY W``, the gradient of x through the frozen weight W, for ``grad``, which is dY."""
     if weight[1] is not None:
         return _ops.nf4_linear_backward(grad, *weight)
     with torch.autocast(grad.device.type, enabled=False):
@@ -161,11 +162,11 @@ def grouped_lora_linear(
         x: ``[samples, ..., K]``, float32, bfloat16 or float16.
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
         lora_A: a list with ``[R_g, K]`` for each adapter g. lora_B: a list with ``[N, R_g]`` for each adapter g. The
-            factors may have any float dtypes, and the ranks may differ.
-        adapters: for each sample the index of its adapter, or -1 for none. Neighbouring samples of one adapter are
-            multiplied together; on a GPU, all samples of one adapter are multiplied together. For ``torch.compile`` the
-            indices are constants: a call with other indices compiles another graph.
-        bias: ``[N]`` of x's dtype.
+            tensors of lora_A and lora_B may have any float dtypes, and the adapters' ranks may differ.
+        adapters: for each sample the index of its adapter, or -1 for a sample without an adapter. Neighbouring samples
+            of one adapter are multiplied together; on a GPU, all samples of one adapter are multiplied together. For
+            ``torch.compile`` the indices are constants: a call with other indices compiles another graph.
+        bias: the layer's bias b ``[N]`` of x's dtype, or None.
         scaling: for each adapter the factor of its low-rank term, a finite number; default: ones.
 
     Returns: ``[samples, ..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and

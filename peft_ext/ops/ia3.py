@@ -177,8 +177,9 @@ def ia3_linear(
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
-        ia3_l: ``[N]`` or ``[N, 1]``; with ``feedforward`` ``[K]`` or ``[1, K]``; of any float dtype.
-        bias: ``[N]`` of x's dtype.
+        ia3_l: the learned factors l: ``[N]`` or ``[N, 1]``; with ``feedforward`` ``[K]`` or ``[1, K]``; of any float
+            dtype.
+        bias: the layer's bias b ``[N]`` of x's dtype, or None.
         save_output: True: the caller promises not to change the result in place. With save_output, the forward on a CPU
             saves Y instead of ``Z = x Wᵀ + b`` if ia3_l scales the output and needs a gradient, which saves T·N
             elements. If Y was saved, the backward computes Z again for outputs with ``|ia3_l| < 2^-60`` (in float16

@@ -29,7 +29,8 @@ _BIAS, _LORA_A = 5, 6
 
 
 def places(sizes: Sequence) -> list[list[Optional[int]]]:
-    """Returns for each layer the position in ``tensors`` of each of its ten tensors, or None for an absent tensor."""
+    """Returns a list with an entry for each layer: a list of the positions in ``tensors`` of the layer's ten tensors,
+    with None for an absent tensor."""
     found, at = [], 0
     for i in range(0, len(sizes), _SIZES):
         held: list[Optional[int]] = []
@@ -42,8 +43,8 @@ def places(sizes: Sequence) -> list[list[Optional[int]]]:
 
 
 def unpack_layers(tensors: Sequence, sizes: Sequence, numbers: Sequence) -> list[tuple]:
-    """Returns a tuple for each layer: the weight's arguments in a schema, bias, lora_A, lora_B, rank_scale, seed,
-    scaling and dropout_p."""
+    """Returns a list with a tuple for each layer: the weight's arguments in a schema, bias, lora_A, lora_B, rank_scale,
+    seed, scaling and dropout_p."""
     found = []
     for i, held in enumerate(places(sizes)):
         *weight, bias, lora_A, lora_B, rank_scale, seed = (None if at is None else tensors[at] for at in held)
@@ -82,8 +83,8 @@ def own_gradients(
 
 
 def adapters_need(needs: Sequence[bool], layers: Sequence[Sequence[Optional[int]]]) -> list[bool]:
-    """Returns for each layer whether its lora_A, lora_B or rank_scale needs a gradient. ``layers`` is the result of
-    :func:`places`."""
+    """Returns a list of bools: for each layer, whether its lora_A, lora_B or rank_scale needs a gradient. ``layers`` is
+    the result of :func:`places`."""
     return [any(at is not None and needs[at] for at in layer[_LORA_A : _LORA_A + 3]) for layer in layers]
 
 
@@ -163,5 +164,6 @@ def listed(
 
 
 def no_rank(x: Tensor) -> Tensor:
-    """Returns an empty tensor, which stands for S of a layer without an adapter, or for a gradient that is absent."""
+    """Returns an empty tensor, which stands for the product S = x̃ Aᵀ of a layer without an adapter, or for an absent
+    gradient."""
     return x.new_empty(0, dtype=common.sum_dtype(x.dtype))

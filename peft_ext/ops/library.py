@@ -259,7 +259,7 @@ def below_autograd(op: Callable) -> Callable[..., Any]:
 
 
 def is_eager(x: torch.Tensor) -> bool:
-    """Returns whether a call on x is an eager call on a plain tensor."""
+    """Returns whether a call with the argument x is an eager call on a plain tensor."""
     return type(x) in _PLAIN and not torch.compiler.is_compiling()
 
 

@@ -206,11 +206,12 @@ def lora_linear(
         x: ``[..., K]``, float32, bfloat16 or float16.
         weight: frozen ``[N, K]``: a dense tensor of x's dtype, or a PackedWeight.
         lora_A: ``[R, K]``; lora_B: ``[N, R]``; each of any float dtype, for example float32 with a bfloat16 weight.
-        bias: ``[N]`` of x's dtype.
+        bias: the layer's bias b ``[N]`` of x's dtype, or None.
         rank_scale: ``[R]`` or ``[R, 1]``, of any float dtype: one factor per rank (AdaLoRA); default: ones.
         scaling: the factor of the low-rank term, a finite number: ``alpha / R`` (rsLoRA: ``alpha / sqrt(R)``).
-        dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, in steps of 2^-16.
-        training: dropout acts only when True.
+        dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, rounded to a multiple of
+            2^-16.
+        training: True: the dropout acts; False: no element of x is dropped.
         seed: int64 ``[2]`` on x's device for the dropout mask; default: drawn from PyTorch's generator, so that
             ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
@@ -249,7 +250,7 @@ def checked_lora_linear(
 ) -> Tensor:
     """Computes :func:`lora_linear` without checking the arguments, which :func:`lora_linear` must accept.
 
-    A dropout acts if ``dropout_p`` is above 0.
+    The function has no argument ``training``: a dropout acts if ``dropout_p`` is above 0.
     """
     seed = common.dropout_seed(seed, dropout_p, True, x.device)
     args = (bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed)

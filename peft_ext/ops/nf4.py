@@ -300,8 +300,8 @@ def nf4_linear(x: Tensor, nf4: NF4Weight, bias: Optional[Tensor] = None) -> Tens
     in the last place of x's dtype.
 
     Args:
-        x: ``[..., K]``, float32, bfloat16 or float16. nf4: the frozen weight W, of shape ``(N, K)``. bias: ``[N]`` of
-            x's dtype.
+        x: ``[..., K]``, float32, bfloat16 or float16. nf4: the frozen weight W, of shape ``(N, K)``. bias: the layer's
+            bias b ``[N]`` of x's dtype, or None.
 
     Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the NF4 weight
     alone. Under autocast x and bias are cast to the autocast dtype.
@@ -329,7 +329,7 @@ def frozen_linear(x: Tensor, weight: Union[Tensor, PackedWeight], bias: Optional
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. weight: ``(N, K)``: a dense tensor of x's dtype, or a
-            PackedWeight. bias: ``[N]`` of x's dtype.
+            PackedWeight. bias: the layer's bias b ``[N]`` of x's dtype, or None.
 
     Returns: ``[..., N]`` of x's dtype. Gradients flow to x (``dX = dY W``) and bias; saved for backward: the weight
     alone. Under autocast x, a dense weight and bias are cast to the autocast dtype.

@@ -49,7 +49,7 @@ class ProofInputs:
         return values.to(self.device, self.dtype if of is None else of)
 
     def vector(self, *size: int) -> Tensor:
-        """Returns a vector of float32 factors near 1."""
+        """Returns a float32 vector of random factors near 1."""
         return 1 + self.draw(*size, of=torch.float32, scale=0.1)
 
     def integers(self, low: int, high: int, *size: int) -> Tensor:

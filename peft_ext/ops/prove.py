@@ -203,10 +203,8 @@ def _dropped(device: str, names: tuple[str, ...]) -> Optional[str]:
 
 
 def report(key: str) -> dict[str, dict[str, str]]:
-    """Returns, by place and family, "" if the family's kernels passed the proof, or why the family failed.
-
-    A place is a model of GPU, or a model of CPU with the CPU path in parentheses.
-    """
+    """Returns a dict that maps each place to a dict that maps each proved family to "" if it passed, or to the
+    reason of its failure. A place is a model of GPU, or a model of CPU with the CPU path in parentheses."""
     return {place: dict(found) for place, found in _found[key].items()}
 
 
@@ -216,7 +214,7 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
     is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault if a kernel makes the GPU unusable;
-    torch.OutOfMemoryError if memory does not suffice for the proof. After an error, the families are still unproved.
+    torch.OutOfMemoryError if memory does not suffice for the proof. After an error of settle, ``wanted`` is unproved.
     """
     asked = _asked()
     with _lock:  # while one thread holds the lock, other threads that need the family wait for its proof
@@ -257,7 +255,7 @@ def _open(key: str, family: str) -> None:
 
 
 def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
-    """Returns, by family, the results on a CPU or GPU of the wanted families and of those whose results are saved."""
+    """Returns a dict that maps wanted families, and those with a saved result, to "" (passed) or a failure's reason."""
     if place.key == "CUDA" and (why := cards.too_old(place.device.index) or device_code.missing()):
         return dict.fromkeys(_gates[place.key], why)
     if asked == "0":
@@ -300,7 +298,7 @@ def _asked() -> str:
 
 
 def _places(key: str) -> list[Place]:
-    """Returns the CPU with its path, or one GPU of each model that the process sees."""
+    """Returns a list: for "CPU" the CPU with its path, for "CUDA" one GPU of each model that the process sees."""
     if key == "CPU":
         return [Place(key, _cpu.model_facts(), torch.device("cpu"), _native.STATE.isa)]
     return [Place(key, card, device) for card, device in cards.models().items()]
@@ -448,7 +446,8 @@ def _key(place: Place) -> str:
 
 
 def _recall(place: Place) -> dict[str, str]:
-    """Returns the saved results of a CPU or GPU: "" for a family that passed, and the reason for one that faulted."""
+    """Returns a dict with the saved results of a CPU or GPU: "" for a family that passed, and the reason for a family
+    whose kernels made the GPU unusable."""
     held, key = _held(), _key(place)
     passed, faulted = held.get(key), held.get(key + _FAULTS)
     found = dict.fromkeys(map(str, passed), "") if isinstance(passed, list) else {}
@@ -456,7 +455,7 @@ def _recall(place: Place) -> dict[str, str]:
 
 
 def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, str]] = None) -> None:
-    """Adds results to the saved results of a CPU or GPU. A lock keeps the results that other processes add."""
+    """Adds results to the saved results of a CPU or GPU, under a file lock, so that other processes' results stay."""
     key, path = _key(place), _cache()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -493,7 +492,8 @@ def prove(
     reason why the family failed.
 
     The caller's default device, autograd mode, autocast and precision of products have no influence. The proof sets
-    thread-local state only, and restores it. Raises KernelFault, and torch.OutOfMemoryError for a lack of memory.
+    thread-local state only, and restores it. Raises KernelFault if a kernel makes the GPU unusable, and
+    torch.OutOfMemoryError if the memory does not suffice.
 
     Args:
         wanted: the families whose kernels are compared; default: all families that have kernels.

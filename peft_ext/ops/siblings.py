@@ -202,7 +202,7 @@ def lora_linears(
         biases: ``[N_i]`` of x's dtype each, or None.
         rank_scales: ``[R_i]`` of any float dtype each, or None: ones.
         scalings, dropout_ps: a number for each layer, or one number for all layers.
-        training: dropout acts only when True. Each layer has its own mask.
+        training: True: the dropouts act, each layer's with its own mask; False: no element of x is dropped.
         seeds: int64 ``[2]`` each, or None: drawn from PyTorch's generator, in the order of the layers.
 
     Returns: a tuple of ``[..., N_i]`` of x's dtype. Gradients flow to x, lora_As, lora_Bs, rank_scales and biases. The

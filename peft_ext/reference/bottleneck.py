@@ -2,7 +2,7 @@
 
     U = x Dᵀ + b_d  [T, M]        H = act(U)        Y = residual + s · (H Vᵀ + b_v)  [T, N]
 
-D is ``down_weight [M, K]`` and V is ``up_weight [N, M]``. If no residual is given, the residual is x and N is K.
+D is ``down_weight [M, K]`` and V is ``up_weight [N, M]``. If no residual is given, the residual is x, and N must be K.
 
 Sources: Houlsby and others (arXiv 1902.00751); Pfeiffer and others (arXiv 2005.00247); for the parallel adapter, He and
 others (arXiv 2110.04366).

@@ -5,7 +5,7 @@
 The functions of this module compute the norm without the sum ``W + s·B A``:
 ``n² = ‖W‖² + 2 Σ_r U∘sB + Σ_r (sB A Aᵀ)∘sB`` with ``U = W Aᵀ``.
 
-Source: DoRA (arXiv 2402.09353). Section 4.3 of the paper treats the norm as a constant in the backward.
+Source: DoRA (arXiv 2402.09353). Section 4.3 of DoRA's paper treats the norm as a constant in the backward.
 """
 
 from __future__ import annotations

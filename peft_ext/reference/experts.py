@@ -36,7 +36,8 @@ __all__ = [
 
 
 def runs(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields each expert that has rows, and the slice of these rows. Raises ValueError if offsets do not ascend."""
+    """Yields, for each expert that has rows, a tuple of the expert's number and the slice of the expert's rows. Raises
+    ValueError if offsets do not ascend."""
     begin = 0
     for expert, end in enumerate(offsets.tolist()):
         if end < begin:

@@ -93,7 +93,7 @@ def lora_residual_backward(
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Returns the gradients of :func:`lora_linear_backward`, without the term ``G W`` in dX.
+    """Returns the gradients that :func:`lora_linear_backward` returns, without the base layer's term ``G W`` in dX.
 
     The gradient of the residual is ``grad`` itself, and is not among the results.
     """

@@ -36,7 +36,8 @@ def _mul_hi_lo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Returns one block of Philox4x32 with ``ROUNDS`` (7) rounds. Each tensor is int64 and holds 32-bit values."""
+    """Returns one block of Philox4x32 with ``ROUNDS`` (7) rounds. Each tensor of ``counter``, ``key`` and the result is
+    int64 and holds 32-bit values."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):

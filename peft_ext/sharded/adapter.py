@@ -114,9 +114,9 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def check_adapter(model: nn.Module) -> None:
     """Raises SourceError where the model has an adapter that can't be sharded.
 
-    These can't be sharded: an adapter of a method outside of ``METHODS``, with initial values that need the base's
-    weights, of another LoRA variant than DoRA, with DoRA over an embedding, or with trained parameters on the meta
-    device other than DoRA's magnitudes.
+    The following adapters can't be sharded: an adapter of a method outside of ``METHODS``, with initial values that
+    need the base's weights, of another LoRA variant than DoRA, with DoRA over an embedding, or with trained parameters
+    on the meta device other than DoRA's magnitudes.
     """
     for config in getattr(model, "peft_config", {}).values():
         method = getattr(config.peft_type, "value", config.peft_type)

@@ -30,10 +30,10 @@ class MetaBase:
         model: the transformers model. Buffers that are in no file are on the CPU and have their values.
         folder: the folder of the model's files.
         layers: the decoder layers, which are the units of FSDP2.
-        groups: the plan, in the order of the decoder layers. Each item is a group of tensors and the index of the
-            group's decoder layer; the index is -1 for a group outside of the decoder layers.
-        places: for each name in the state dict of the dense model that a group makes, the module that holds the tensor
-            of this name, and the name of the module's attribute.
+        groups: the plan, a list in the order of the decoder layers. Each item is a tuple of a group of tensors and the
+            index of the group's decoder layer; the index is -1 for a group outside of the decoder layers.
+        places: a dict that maps each name in the dense model's state dict that a group makes to a tuple: the module
+            that holds the tensor of this name, and the name of the module's attribute.
         quant: the format to which dense weights are quantized when they are read: "nf4" or one of ``PACKED_FORMATS``;
             "none" where the tensors stay as the files have them.
         quantizer, packed: for a packed checkpoint, the quantizer of :class:`peft_ext.PackedConfig`, and each packed

@@ -41,7 +41,7 @@ def shard_and_load(
 
     All processes of the default process group must call the function together, after each process made ``base``. If one
     process can't read or make a tensor, all processes raise an error, at the latest at the end of the decoder layer.
-    After any other error of one process, for example if memory runs out while the process receives a tensor, this
+    If one process raises any other error, for example because its memory runs out while it receives a tensor, this
     process has to end, because the other processes wait for it.
 
     A process holds at most its shard, the tensors that FSDP2 does not shard, and one group of tensors: one weight in
@@ -172,7 +172,8 @@ class _Loader:
             raise SourceError(f"model {self.base.folder}: {empty} has no values after loading")
 
     def _agree(self) -> None:
-        """Raises an error in all processes if one process could not read or make a tensor."""
+        """Raises an error in all processes of the default process group if one of them could not read or make a
+        tensor."""
         failed = torch.tensor([self.error is not None], dtype=torch.int32, device=self.device)
         dist.all_reduce(failed, dist.ReduceOp.MAX)
         if failed.item():

@@ -160,8 +160,8 @@ def _sizes(config: PeftConfig, largest: int) -> Iterator[tuple[str, Any, int]]:
 
 
 def training_options(adapter: Path) -> dict[str, Any]:
-    """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``; the key "kind" has the kind of the
-    run's data.
+    """Returns the options of the ``peft-ext finetune`` run that wrote ``adapter``; the added key "kind" has the value
+    of "kind" in run.json's "examples", or None.
 
     Returns {} if ``adapter``, or the run of which ``adapter`` is a checkpoint, has no run.json of ``peft-ext
     finetune``.

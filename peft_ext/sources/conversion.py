@@ -56,13 +56,13 @@ class Group:
 
     Attributes:
         name: name of the first tensor of the model that the group makes.
-        parts: for each source pattern of the conversion, the names of the tensors in the files, in the order in which
-            the conversion gets them. A group without a conversion, whose tensor is only renamed, has the one pattern
-            "".
+        parts: a dict that maps each source pattern of the conversion to the names of the tensors in the files that
+            match the pattern, in the order in which the conversion gets these tensors. A group without a conversion,
+            whose tensor is only renamed, has the one pattern "".
         dtype: the dtype to which each tensor of the files is cast before the conversion.
         converter: transformers' conversion; None if the group's tensor is only renamed.
         model: a stand-in for the dense model, which some conversions read.
-        shapes: for each tensor of the model that the group makes, the name and the shape.
+        shapes: a dict that maps the name of each tensor of the model that the group makes to the tensor's shape.
     """
 
     name: str
@@ -183,8 +183,8 @@ def plan(
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Casts the model's tensors to the dtypes in which transformers would load them, and returns these dtypes by the
-    tensors' names."""
+    """Casts the model's tensors to the dtypes in which transformers would load them, and returns a dict that maps the
+    tensors' names to these dtypes."""
     kept, found = model._get_dtype_plan(dtype), {}
     pattern, by_group, _ = build_glob_alternation(list(kept)) if kept else (None, {}, {})
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -200,7 +200,8 @@ def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 def _groups(
     model: Any, files: TensorFiles, mapping: list[Any], wanted: dict[str, Tensor], dtypes: dict[str, torch.dtype]
 ) -> dict[str, Group]:
-    """Returns the groups by the name of their first tensor in the model, grouped as in transformers' loader."""
+    """Returns a dict that maps the name of a group's first tensor in the model to the group. A group has the tensors
+    that transformers' loader converts together."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -61,8 +61,8 @@ for number, pattern in enumerate(patterns):
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
     """Yields (field, pattern, expression) for each pattern that PEFT builds around an expression of the configuration.
 
-    An expression is a regular expression in a field of the configuration, such as ``target_modules``. A plain name
-    without special characters is left out.
+    An expression is a regular expression in a field of the configuration, such as ``target_modules``. The function
+    leaves out plain names, which have no special characters of regular expressions.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -85,7 +85,7 @@ def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[fl
     more than ``seconds`` (default: 10).
 
     One child process matches all expressions against the names of all modules of ``model``. If Python does not know its
-    own interpreter (``sys.executable`` is empty), nothing is checked.
+    own interpreter (``sys.executable`` is empty), ``check_expressions`` checks nothing.
     """
     asked = list(_expressions(config))
     if not asked or not sys.executable:

@@ -75,7 +75,8 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str], revision
     Args:
         what: the argument's name in an error's message.
         patterns: name patterns of the files of a repository that are downloaded.
-        revision: branch, tag or commit of a repository; None: the default branch. A folder has no revisions.
+        revision: branch, tag or commit of a repository; None: the default branch. The function ignores ``revision`` if
+            ``name`` is a folder.
 
     Raises: SourceError where ``name`` is neither a folder, nor a GGUF file, nor a repository that can be downloaded.
     """
@@ -115,7 +116,7 @@ def model_folder(name: Union[str, Path], patterns: list[str], revision: Optional
 def named_base(config: Any) -> tuple[Optional[str], Optional[str]]:
     """Returns the name of the base in an adapter's configuration, and the base's revision on the hub.
 
-    None stands for no name, and for the default branch.
+    The name is None if the configuration has no name, and the revision is None for the default branch.
     """
     return config.base_model_name_or_path or None, config.revision or None
 
@@ -161,8 +162,8 @@ def check_model_config(file: Path) -> None:
 
 
 def check_index(file: Path) -> None:
-    """Raises ValueError, one line, if an index of safetensors names a file of another kind, or a file in another
-    folder.
+    """Raises ValueError, one line, if an index of safetensors names a file that is not in the index's folder or whose
+    name does not end in .safetensors.
 
     If the name of the first file (in sorted order) in the index does not end in .safetensors, transformers reads this
     file with ``torch.load``, which unpickles the file.
@@ -181,10 +182,10 @@ def check_index(file: Path) -> None:
 def stored_quant(folder: Union[str, Path], about: Any) -> str:
     """Returns how the weights in ``folder`` are stored.
 
-    The result is "none" for dense weights, "nf4" for bitsandbytes' NF4, and "checkpoint" for other packed weights that
-    :class:`peft_ext.PackedConfig` loads. ``about`` is the model's configuration. Raises SourceError where the weights
-    are quantized in a way that is not supported. For a GGUF file, the result is "checkpoint" if the file has quantized
-    weights, else "none".
+    The returned text is "none" for dense weights, "nf4" for bitsandbytes' NF4, and "checkpoint" for other packed
+    weights that :class:`peft_ext.PackedConfig` loads. ``about`` is the model's configuration. Raises SourceError where
+    the weights are quantized in a way that is not supported. For a GGUF file, the result is "checkpoint" if the file
+    has quantized weights, else "none".
     """
     if (file := gguf_path(folder)) is not None:
         return "checkpoint" if is_packed(read_gguf(file, SourceError)) else "none"
@@ -232,8 +233,8 @@ def most_tokens(about: Any) -> float:
 
 
 def loading_arguments(quant: str) -> dict[str, Any]:
-    """Returns the arguments with which ``from_pretrained`` keeps a packed checkpoint packed; {} for any other
-    ``quant``."""
+    """Returns a dict of the arguments with which ``from_pretrained`` keeps a packed checkpoint packed, if ``quant`` is
+    "checkpoint"; {} for any other ``quant``."""
     if quant != "checkpoint":
         return {}
     from ..integrations.packed import PackedConfig
@@ -268,7 +269,8 @@ def model_class(about: Any, config: Any) -> Any:
     For an adapter without a task, returns the class that the adapter's auto_mapping names, if this class is made for
     the base's class of configurations, else the base's own class. For the tasks CAUSAL_LM and SEQ_2_SEQ_LM, returns the
     base's own class if the class can generate. Otherwise, a task in AUTO_CLASSES gives the class of the task, and
-    another task gives the base's own class. ``AutoModel`` replaces an own class that transformers does not have.
+    another task gives the base's own class. The base's own class is the first class that the base's configuration lists
+    in ``architectures``; if transformers does not have this class, ``AutoModel`` takes its place.
 
     Args: about: the base's configuration. config: the adapter's configuration.
     """
@@ -290,11 +292,11 @@ def model_class(about: Any, config: Any) -> Any:
 
 
 def head_labels(about: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Optional[int]:
-    """Returns the number of labels of an adapter's head, for the tasks SEQ_CLS and TOKEN_CLS, where the base's
-    configuration has another number; else None.
+    """Returns the number of labels of an adapter's head if the task is SEQ_CLS or TOKEN_CLS and the base's
+    configuration has another number of labels; else None.
 
-    Args: about: the base's configuration. config: the adapter's configuration. shapes: shapes of the adapter's tensors,
-    by name.
+    Args: about: the base's configuration. config: the adapter's configuration. shapes: a dict that maps the
+    names of the adapter's tensors to their shapes.
     """
     heads = [shape for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or not heads or heads[-1][0] == about.num_labels:
@@ -340,7 +342,7 @@ def load_model(
         name: a folder, a GGUF file or a hub name; None: the base that the adapter's configuration names.
         config: the adapter's configuration.
         adapter: the adapter's folder.
-        shapes: shapes of the adapter's tensors, by name.
+        shapes: a dict that maps the names of the adapter's tensors to their shapes.
         trained: options of the adapter's training, as :func:`peft_ext.sources.adapter.training_options` returns them.
         exact: whether the dense weights of a GGUF file are loaded in float32 if ``trained`` is empty.
     """
@@ -470,8 +472,9 @@ def beside_text(model: nn.Module) -> list[str]:
 
 
 def text_targets(model: nn.Module, method: str, excluded: Optional[str] = None) -> dict[str, Any]:
-    """Returns the fields of a PEFT configuration of ``method`` that exclude the modules of :func:`beside_text`, and the
-    modules whose names the regular expression ``excluded`` matches, from the adapted modules.
+    """Returns a dict of the fields of a PEFT configuration of ``method`` that exclude the modules of
+    :func:`beside_text`, and the modules whose names the regular expression ``excluded`` matches, from the adapted
+    modules.
 
     Returns {} where :func:`beside_text` finds no module, and for a prompt method, which adapts no module.
     """

@@ -111,8 +111,9 @@ class TensorFiles:
 
 
 def _entries(file: Path) -> dict[str, Entry]:
-    """Returns, by name, the entries of the tensors in one safetensors file. Raises ValueError, one line with the file's
-    path, for a damaged file or an unknown dtype, and OSError where the file can't be read."""
+    """Returns a dict that maps the name of each tensor in a safetensors file to the tensor's :class:`Entry`. Raises
+    ValueError, one line with the file's path, for a damaged file or an unknown dtype, and OSError where the file can't
+    be read."""
     shapes = weight_shapes(file)  # safetensors checks the header and the file's size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

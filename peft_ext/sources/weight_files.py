@@ -20,8 +20,9 @@ DTYPES = {
 
 
 def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors in a safetensors file, from its header. Raises ValueError, one line, where the
-    file is damaged or the weights are a pickle, and OSError where the file can't be read."""
+    """Returns a dict that maps the name of each tensor in a safetensors file to the tensor's shape, as the file's
+    header has it. Raises ValueError, one line, where the file is damaged or the weights are a pickle, and OSError where
+    the file can't be read."""
     if not file.is_file():
         if (pickle := file.with_suffix(".bin")).is_file():
             raise ValueError(f"{file.parent} has {pickle.name}, a pickle, and no {file.name}. A pickle runs code as it "

@@ -60,7 +60,7 @@ def fp4(
         packed: uint8, ``ceil(N·K/2)`` elements, two codes per byte, the high nibble first.
         absmax: float32, ``ceil(N·K/blocksize)`` elements; uint8 with ``nested``.
         shape: ``(N, K)``. With ``(E, N, K)`` the weight is stacked: each expert is packed separately, and the tensors
-            of all experts are concatenated. A stacked weight has no ``nested``.
+            of all experts are concatenated. For a stacked weight, ``nested`` must be None.
         dtype: dtype of the weight before it was quantized.
         blocksize: number of elements that share one absmax: a power of two from 32 to 4096.
         nested: state that decodes a double-quantized ``absmax``.

@@ -1,8 +1,8 @@
 """GGUF: packed weights that hold the quantized tensors of llama.cpp's files, with the bytes of the file.
 
-A row of a weight is a whole number of blocks. A block holds 32 to 256 columns: codes of 1 to 8 bits with scales. The
-decoded values equal those of the Python package gguf (``gguf/quants.py``), in float32. Kernels decode the types for
-which :func:`has_kernel` is True; for the other types, ``dequantize`` calls the package gguf.
+A row of a GGUF weight is a whole number of blocks. A block of GGUF holds 32 to 256 columns: codes of 1 to 8 bits with
+scales. The decoded values equal those of the Python package gguf (``gguf/quants.py``), in float32. Kernels decode the
+types for which :func:`has_kernel` is True; for the other types, ``dequantize`` calls the package gguf.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _check(number: int, parts: Sequence[Optional[Tensor]], shape: torch.Size, gr
 
 
 def decoded_by_gguf(number: int, parts: Sequence[Optional[Tensor]], shape: torch.Size) -> Tensor:
-    """Returns the float32 values of a weight, on the device of the weight. The package gguf decodes the weight on the
-    CPU.
+    """Returns the float32 values of a GGUF weight, on the device of the weight. The package gguf decodes the weight on
+    the CPU.
 
     Raises: ImportError if the package gguf is not installed.
     """
@@ -206,7 +206,7 @@ def llama_row_order(rows: int, heads: int) -> Tensor:
     models with the same layers). Row i of transformers' weight is row ``order[i]`` of the file's ``attn_q`` or
     ``attn_k``. ``heads``: attention heads for ``attn_q``, key-value heads for ``attn_k``.
 
-    Raises ValueError if the rows are not an even number for each head.
+    Raises ValueError if ``rows`` is not a multiple of ``2 * heads``, or if ``heads`` is below 1.
 
     Source: transformers ``LlamaTensorProcessor``, llama.cpp ``convert_hf_to_gguf.py`` (``permute``).
     """

@@ -1,9 +1,9 @@
 """Quantizes to GGUF's types with searched scales: Q2_K to Q6_K, IQ4_NL and IQ4_XS, in plain PyTorch.
 
 For a group of 16 or 32 columns, a few trial scales give codes, and a least-squares fit to these codes gives a scale, or
-a scale and an offset. The fit with the least weighted error is used. For Q3_K, single codes of one trial scale are
-changed while the error falls. In blocks of 256 columns, the scales of the groups are then rounded to 4 to 8 bits, and
-the codes are rounded again for the rounded scales.
+a scale and an offset. Of these fits, the one with the least weighted error gives the scale and the offset of the group.
+For Q3_K, single codes of one trial scale are changed while the error falls. In blocks of 256 columns, the scales of the
+groups are then rounded to 4 to 8 bits, and the codes are rounded again for the rounded scales.
 
 Layout: the float32 tensor ``x[n, G]`` has one group in each of its G columns, so that an operation handles all groups.
 All sums over the n elements of a group run in order, in float32, so that the bits are those of llama.cpp on a processor
@@ -32,8 +32,8 @@ _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 def _rounded(values: Tensor) -> Tensor:
     """Returns the nearest integers, int32, ties to even, for absolute values below 2²².
 
-    Adding 1.5 · 2²³ leaves the integer plus 2²² in the lowest 23 bits of the float32. Larger values wrap, as in
-    llama.cpp.
+    Adding 1.5 · 2²³ leaves the integer plus 2²² in the lowest 23 bits of the float32. The result for larger absolute
+    values is wrong in the same way as in llama.cpp: it wraps around.
     """
     return ((values + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000
 
@@ -97,11 +97,11 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 
     Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
     error for these codes. The scale and the offset that give the smallest value the code 0 and the largest value the
-    code ``most`` are a trial, too. If the smallest value of a group is above 0, 0 takes its place. The result is the
-    trial with the least error.
+    code ``most`` are a trial, too. If the smallest value of a group is above 0, 0 takes its place. The function returns
+    the result of the trial with the least error.
 
     Args:
-        weights: weight of each column's error.
+        weights: ``[n, G]``, the factor of each number's error in the sum of a group's errors.
         start: the first trial scale is ``(largest − smallest) / (most + start)``; each next trial scale adds 0.1 to
             ``start``, and ``smallest`` is replaced by ``−offset`` of the best trial so far.
         count: number of trial scales after the first.
@@ -207,8 +207,9 @@ def _nearest_iq4() -> tuple[Tensor, Tensor]:
     """Returns tables ``[512]`` of the nearest code and value of ``_IQ4``; the index for a number x is ``floor(2 · x) +
     256``.
 
-    The codes are uint8, the values float32. The borders between the codes are multiples of 1/2, so that all numbers of
-    one index have the same nearest code. If two values are equally near, the tables have the larger value.
+    The table of codes is uint8, the table of values float32. The borders between the codes are multiples of 1/2, so
+    that all numbers of one index have the same nearest code. If two values are equally near, the tables have the larger
+    value.
     """
     table = torch.tensor(_IQ4, dtype=torch.float32)
     codes = torch.bucketize(torch.arange(-256, 256) / 2, (table[1:] + table[:-1]) / 2, right=True)
@@ -282,9 +283,9 @@ def _bytes_of_scales(scales: Tensor, offsets: Tensor) -> Tensor:
     """Returns 6-bit scales and 6-bit offsets, each uint8 ``[B, 8]``, as the 12 bytes that each block of Q4_K and Q5_K
     has for them.
 
-    The first eight bytes have the first four scales and the first four offsets in their lower six bits, and the upper
-    two bits of the last four scales and offsets in their upper two bits. The last four bytes have the lower four bits
-    of the last four scales and offsets.
+    The first eight of a block's 12 bytes have the first four scales and the first four offsets in their lower six bits,
+    and the upper two bits of the last four scales and offsets in their upper two bits. The last four of the 12 bytes
+    have the lower four bits of the last four scales and offsets.
     """
     first, last, first_offset, last_offset = scales[:, :4], scales[:, 4:], offsets[:, :4], offsets[:, 4:]
     return torch.cat([first | last >> 4 << 6, first_offset | last_offset >> 4 << 6,

@@ -28,7 +28,8 @@ def quantize_gguf(values: Tensor, type: int | str) -> Tensor:
     """Returns a float weight ``[..., N, K]`` in a type of GGUF: the bytes of the file, uint8 ``[..., N, bytes]``.
 
     Args:
-        values: finite values, which are converted to float32. K is a multiple of the type's block.
+        values: finite values, which are converted to float32. K must be a multiple of the number of columns of a block
+            of the type.
         type: ggml's type, as a number or a name: a type for which :func:`can_quantize` is True. F32, F16, BF16 and F64
             round to the nearest value.
 

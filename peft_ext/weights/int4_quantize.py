@@ -20,11 +20,11 @@ def quantize_int4(weight: Tensor, group: int = 128, symmetric: bool = True,
     With the smallest value ``lo <= 0`` and the largest value ``hi >= 0`` of a group, the scale is
     ``max(-lo, hi) / 7.5`` (symmetric) or ``(hi - lo) / 15`` (not symmetric). The zero point ``zero`` is 0 (symmetric)
     or ``round(clamp(-8 - lo / scale, -8, 7))`` (not symmetric). The code is ``round(clamp(w / scale + zero, -8, 7))``.
-    The arithmetic is in float32. The scale is rounded to ``scale_dtype`` before the codes are computed, and a scale of
-    0 is replaced by the dtype's epsilon. The function quantizes the rows in chunks, to save memory.
+    The arithmetic is in float32. The scale of a group is rounded to ``scale_dtype`` before the codes are computed, and
+    a scale of 0 is replaced by the dtype's epsilon. The function quantizes the rows in chunks, to save memory.
 
     Args:
-        weight: float ``[N, K]``; K is a multiple of ``group``.
+        weight: float ``[N, K]``; K must be a multiple of ``group``.
         group: number of columns that share a scale; 0: all columns of a row.
         symmetric: whether all zero points are 0.
         scale_dtype: float32, bfloat16 or float16; default: the weight's dtype, or float32 for a float64 weight.

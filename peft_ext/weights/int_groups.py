@@ -45,7 +45,8 @@ def _check_part(format: str, name: str, part: Optional[Tensor], dtypes: Sequence
 
 
 def _check_option(format: str, bits: Sequence[int], group: int, option: int, scales: Optional[Tensor]) -> int:
-    """Returns the bits of a code. Raises ValueError if ``group`` or ``option`` does not fit the format."""
+    """Returns the number of bits of a code, which ``option`` encodes. Raises ValueError if ``group`` or ``option`` does
+    not fit the format."""
     if (came := option >> 4 & 15) not in bits:
         _refuse(format, "bits", came, " or ".join(map(str, bits)))
     if group < 0:
@@ -214,7 +215,7 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
             size.
         qzeros: int32 ``[G, ceil(N · bits / 32)]``. A word has the zeros of consecutive rows n.
         scales: float32, bfloat16 or float16 ``[G, N]``.
-        bits: 2, 4 or 8.
+        bits: number of bits of a code: 2, 4 or 8.
         group: number of columns of a group; -1 or 0: all columns.
         g_idx: int32 ``[K]``, the group of each column (``desc_act``); None: consecutive groups.
         v1: whether 1 was subtracted from each zero, as in files with ``checkpoint_format`` "gptq". As in GPTQModel, the
@@ -288,7 +289,7 @@ def hqq(W_q: Tensor, scale: Tensor, zero: Tensor, shape: Sequence[int], *, bits:
             nibbles, the second half is in the low nibbles. A float tensor (``view_as_float``) is read as bytes.
         scale, zero: float32, bfloat16 or float16 with G = N · K / group elements.
         shape: ``(N, K)``, or ``(E, N, K)`` of experts, whose tensors have E as their first size.
-        bits: 4 or 8.
+        bits: number of bits of a code: 4 or 8.
         group: number of elements that share a scale.
         axis: 0 or 1, the axis of hqq's groups.
         dtype: dtype of the weight; default: the scales' dtype.

@@ -67,11 +67,12 @@ def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -
     :func:`quantize_mxfp4` does not write this byte.
 
     Args:
-        blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. gpt-oss:
-            ``gate_up_proj_blocks`` ``[E, 2 I, K/32, 16]``. transformers' FP8 checkpoints with 4-bit experts declare the
-            bytes of the codes as int8 ``[N, K/2]``: ``blocks`` is then ``weight.view(torch.uint8)``.
-        scales: uint8 or float8_e8m0fnu ``[..., K/32]``, one for each 32 columns of a row. With three dimensions ``[E,
-            N, K/32]`` the weight is stacked.
+        blocks: uint8 ``[..., K/32, 16]`` or ``[..., K/2]``, two codes per byte, the low nibble first. In gpt-oss's
+            checkpoints, for example, ``gate_up_proj_blocks`` has the shape ``[E, 2 I, K/32, 16]``. transformers' FP8
+            checkpoints with 4-bit experts declare the bytes of the codes as int8 ``[N, K/2]``: ``blocks`` is then
+            ``weight.view(torch.uint8)``.
+        scales: uint8 or float8_e8m0fnu ``[..., K/32]``, one scale for each 32 columns of a row. With three dimensions
+            ``[E, N, K/32]`` the weight is stacked.
         dtype: dtype that transformers decodes the weight to.
 
     Raises:
@@ -115,8 +116,8 @@ def nvfp4(
 
     Args:
         packed: uint8 ``[N, K/2]``, two codes per byte, the low nibble first.
-        scales: float8_e4m3fn ``[N, K/16]``, one for each 16 columns of a row. With three dimensions ``[E, N, K/16]``
-            the weight is stacked.
+        scales: float8_e4m3fn ``[N, K/16]``, one scale for each 16 columns of a row. With three dimensions
+            ``[E, N, K/16]`` the weight is stacked.
         global_scale: float32, one element, or one for each expert of a stacked weight. With two elements for each
             weight, the first element is for the first half of the rows and the second for the second half, such as the
             gate and the up of an expert.
@@ -207,7 +208,8 @@ def quantize_mxfp4(weight: Tensor) -> PackedWeight:
     rounds scales by another rule.
 
     Args:
-        weight: float ``[N, K]`` or ``[E, N, K]``; K is a multiple of 32. At most one chunk of rows is held in float32.
+        weight: float ``[N, K]`` or ``[E, N, K]``; K must be a multiple of 32. At most one chunk of rows is held in
+            float32.
 
     Raises: ValueError if a value is not finite, or if K is not a multiple of 32.
     """
@@ -235,7 +237,8 @@ def quantize_nvfp4(weight: Tensor) -> PackedWeight:
     ModelOpt returns NaN, and this function returns a weight with global 1.
 
     Args:
-        weight: float ``[N, K]`` or ``[E, N, K]``; K is a multiple of 16. At most one chunk of rows is held in float32.
+        weight: float ``[N, K]`` or ``[E, N, K]``; K must be a multiple of 16. At most one chunk of rows is held in
+            float32.
     """
     if weight.dim() == 3:
         each = [quantize_nvfp4(one) for one in weight]

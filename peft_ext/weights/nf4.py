@@ -82,9 +82,9 @@ class NestedAbsmax:
     """State that decodes a double-quantized absmax: ``absmax_i = code[absmax_u8[i]] * absmax[i // 256] + offset``.
 
     ``absmax`` is float32 ``[ceil(blocks/256)]``, one scale for each 256 scales of the weight. ``code`` is the table of
-    the values of the 8-bit codes, float32 ``[256]``, ascending. ``offset`` is float32, 0-d: the mean that was
-    subtracted from the scales before the scales were quantized. In a stacked weight ``absmax`` holds the values of all
-    E experts, one expert after the other, and ``offset`` is ``[E]``.
+    the values of the 8-bit codes, float32 ``[256]``, ascending. ``offset`` is a float32 tensor of no dimensions: the
+    mean that was subtracted from the scales before the scales were quantized. In a stacked weight ``absmax`` holds the
+    values of all E experts, one expert after the other, and ``offset`` is ``[E]``.
     """
 
     absmax: Tensor
@@ -229,7 +229,7 @@ class NF4Weight(PackedWeight):
         """Raises ValueError if a scale is impossible, for example because of a wrong bit in a file.
 
         Scales must be finite and not negative. With double quantization the table of codes must be finite and ascend,
-        and the offset must be finite. The check reads the data of the scales.
+        and the offset must be finite. ``check_scales`` reads the scales' values, which on a GPU waits for the GPU.
         """
         held = self.tensors()
         for name in ("absmax", "nested_absmax", "nested_code", "nested_offset"):
@@ -264,7 +264,7 @@ class NF4Weight(PackedWeight):
         return self.packed.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the weight's tensors by name, always in the same order."""
+        """Returns a dict that maps the names of the weight's tensors to the tensors, always in the same order."""
         held = {"packed": self.packed, "absmax": self.absmax}
         if self.nested is not None:
             held |= {
@@ -324,8 +324,9 @@ class NF4Weight(PackedWeight):
 def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, int, Optional[float]]:
     """Returns ``(shape, dtype, blocksize, nested offset)`` from a layer's state dict in bitsandbytes' format.
 
-    The keys of ``found`` have no prefix. ``found[QUANT_STATE]`` holds JSON text, one byte per element. The function
-    checks the kind and the layout of the weight's tensors, and :class:`NF4Weight` checks the sizes.
+    The keys of ``found``, the layer's state dict, have no prefix: "weight", "weight.absmax" and so on.
+    ``found[QUANT_STATE]`` holds JSON text, one byte per element. The function checks the class and the layout of the
+    entries of ``found`` that the weight needs, and :class:`NF4Weight` checks their sizes.
 
     Raises: KeyError without ``QUANT_STATE``; ValueError, whose text says what came and what was wanted, if
     ``QUANT_STATE`` is no tensor of JSON bytes, or if a value or an entry does not fit; TypeError if another entry is
@@ -427,7 +428,7 @@ def why_not_nf4(quant_state: Any, kinds: Sequence[str] = ("nf4",)) -> Optional[s
     """Returns the reason why the operators can't read a weight with the bitsandbytes ``QuantState``, or None if they
     can.
 
-    ``kinds``: the accepted values of quant_type, of "nf4" and "fp4". The table of codes is not checked.
+    ``kinds``: the accepted values of quant_type, of "nf4" and "fp4". ``why_not_nf4`` does not check the table of codes.
     """
     if quant_state is None:
         return "the weight is not quantized yet: no quant_state"

@@ -205,7 +205,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes of all parts."""
+        """Number of bytes of all tensors of the weight."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     @property
@@ -214,7 +214,8 @@ class PackedWeight:
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the weight's tensors by name, in the order of ``format.parts``."""
+        """Returns a dict that maps the names of the tensors that the weight has to the tensors, in the order of
+        ``format.parts``."""
         return {name: part for name, part in zip(self.format.parts, self.parts, strict=True) if part is not None}
 
     def replaced(self, parts: Sequence[Optional[Tensor]]) -> PackedWeight:
@@ -227,7 +228,7 @@ class PackedWeight:
         return self.replaced([None if part is None else fn(part) for part in self.parts])
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """Returns this weight on another device. No tensor is cast."""
+        """Returns this weight on another device. The tensors of the weight keep their dtypes."""
         return self.map(lambda t: t.to(device))
 
     @classmethod
@@ -262,7 +263,8 @@ class PackedWeight:
         return getattr(torch.ops, NAMESPACE).nf4_dequantize(*self.op_args(), dtype)
 
     def check_kernel(self, holder: str) -> None:
-        """Raises ValueError if no kernel decodes the format. ``holder`` begins the error's text."""
+        """Raises ValueError if no kernel decodes the format. The error's text begins with ``holder``, the name of the
+        class or function that needs the kernel."""
         if self.format.decode is not None:
             raise ValueError(
                 f"{holder}: no kernel decodes the weight's format {self.format.name}: decode the weight, "

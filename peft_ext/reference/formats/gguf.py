@@ -42,7 +42,8 @@ def _scaled(scales: Tensor, codes: Tensor, offsets: Optional[Tensor] = None) -> 
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
-    """Returns the 32 bits of the four bytes at ``at``, the lowest bit first, each times 16."""
+    """Returns the fifth bits of each block's 32 codes, each times 16: the bits of the four bytes at ``at``, the lowest
+    bit first."""
     return _fields(blocks[:, at : at + 4], 1, 1) << 4
 
 

@@ -23,7 +23,7 @@ def _bits(option: int) -> int:
 
 
 def _groups(columns: int, group: int, g_idx: Optional[Tensor], device: torch.device) -> Tensor:
-    """Returns the number of the group of each column."""
+    """Returns an int64 tensor with an element for each column of a weight: the number of the column's group."""
     if g_idx is not None:
         return g_idx.reshape(-1).long()
     return torch.arange(columns, device=device) // (group or max(1, columns))
