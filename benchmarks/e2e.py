@@ -198,6 +198,7 @@ SHAPES = {
 # "frozen" is the dense bfloat16 model without an adapter and without peft_ext. A step of "frozen" computes the gradient
 # of the embeddings' output, so that the gradient passes through every layer, and updates nothing.
 KINDS = ("ours", "stock", "frozen")
+WARMING = 2  # steps of a contender before the timed steps
 
 
 def peft_config(method: Method, steps: int) -> Any:
@@ -217,7 +218,9 @@ def peft_config(method: Method, steps: int) -> Any:
         "task_type": "CAUSAL_LM",
     }
     if method.peft_type == "ADALORA":  # AdaLoRA prunes ranks in every timed step
-        return peft.AdaLoraConfig(init_r=16, target_r=8, tinit=0, tfinal=1, deltaT=1, total_step=steps + 2, **common)
+        return peft.AdaLoraConfig(
+            init_r=16, target_r=8, tinit=0, tfinal=1, deltaT=1, total_step=steps + WARMING + 1, **common
+        )
     return peft.LoraConfig(r=16, use_dora=method.use_dora, **common)
 
 
@@ -300,7 +303,8 @@ class Training:
     """Runs training steps of one contender; see :func:`stepper`. ``seconds`` and ``losses`` have the time and the loss
     of each step.
 
-    On a GPU, the peak memory is the peak of PyTorch's allocations after the model was built.
+    The peak memory is that of the steps of the first call of :meth:`run`: while a process waits for its next turn, the
+    system may take pages from it. On a GPU, it is the peak of PyTorch's allocations after the model was built.
     """
 
     def __init__(
@@ -316,7 +320,7 @@ class Training:
         self.device, self.shape, self.words = device, (batch, length), sizes["vocab_size"]
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.before = self._peak_mib()
+        self.before, self.peak = self._peak_mib(), 0.0
         torch.manual_seed(1)
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -346,17 +350,18 @@ class Training:
                 self.seconds.append(time.perf_counter() - start)
                 self.losses.append(loss.item())
             self.metered = meter.lap()
+        self.peak = self.peak or self._peak_mib()
 
     def figures(self) -> dict[str, Any]:
-        """Returns a dict with the figures of the training. The times are those of all steps but the first step, which
-        warms up and, with ``compiles``, compiles the model. ``step_ms`` has the milliseconds of each timed step."""
-        taken = self.seconds[1:]
+        """Returns the figures of all steps but the first :data:`WARMING` steps, which warm up and, if asked to, compile
+        the model. ``step_ms`` has the time of each of the other steps."""
+        taken = self.seconds[WARMING:]
         return {
             "tokens_per_s": round(math.prod(self.shape) / statistics.median(taken), 1),
             "milliseconds": round(1e3 * statistics.median(taken), 3),
             "step_ms": [round(1e3 * seconds, 3) for seconds in taken],
             "meter": self.metered,
-            "peak_mib": round(self._peak_mib()),
+            "peak_mib": round(self.peak),
             "peak_before_training_mib": round(self.before),
             "losses": [round(loss, 5) for loss in self.losses],
             "fused": sum(row.fused for row in self.explained),
@@ -365,9 +370,9 @@ class Training:
 
 
 def train(method: Method, kind: str, steps: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Returns the figures of ``steps`` steps, after one step that is not timed; see :class:`Training`."""
+    """Returns the figures of ``steps`` steps, after the steps that warm up; see :class:`Training`."""
     training = Training(method, kind, steps, *args, **kwargs)
-    training.run(1 + steps)
+    training.run(WARMING + steps)
     return training.figures()
 
 
@@ -399,7 +404,7 @@ def methods(args: argparse.Namespace) -> dict[str, Any]:
                    *["--checkpointing"] * args.checkpointing]
             for kind in KINDS
         }  # fmt: skip
-        steps = [1] * (1 + args.steps) if args.device == "cpu" else [1 + args.steps]
+        steps = [WARMING, *[1] * args.steps] if args.device == "cpu" else [WARMING + args.steps]
         for _ in range(args.repeats):
             found, errors = in_turn(commands, steps, args.limit)
             for kind, run in found.items():

@@ -78,17 +78,20 @@ def in_turn(
     commands: dict[str, list[str]], turns: list[int], limit: Optional[float]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, subprocess.SubprocessError]]:
     """Runs each command in a process, which takes ``turns[0]`` steps, then ``turns[1]`` steps, and so on, each time
-    after the others. With a single turn, a process starts after the process before it has ended.
+    after the others. Each process starts with its first turn, so that the first turns of all contenders do not overlap.
+    With a single turn, a process starts after the process before it has ended.
 
     Returns the figures of each contender, and the error of each contender that failed.
     """
     found: dict[str, dict[str, Any]] = {}
     failed: dict[str, subprocess.SubprocessError] = {}
     for group in [commands] if len(turns) > 1 else [{kind: command} for kind, command in commands.items()]:
-        contenders = {kind: _Contender(command, limit) for kind, command in group.items()}
+        contenders: dict[str, _Contender] = {}
         for steps in turns:
-            for contender in contenders.values():
-                contender.take(steps)
+            for kind, command in group.items():
+                if kind not in contenders:
+                    contenders[kind] = _Contender(command, limit)
+                contenders[kind].take(steps)
         for kind, contender in contenders.items():
             try:
                 found[kind] = contender.figures()
