@@ -11,7 +11,8 @@ SmolLM2-135M-Instruct learns BANKING77 as text: a customer's question, then the 
 intent's name, and the end token after them, have a loss. The two runs of a method record the loss on these tokens,
 without the terms that AdaLoRA and Diff Pruning add to the loss.
 
-A bfloat16 run has a bfloat16 base and a float32 adapter. A float32 run begins with the weights of the bfloat16 run,
+A bfloat16 run has a bfloat16 base (QLoRA: with the linear layers in NF4) and a float32 adapter. A float32 run begins
+with the weights of the bfloat16 run,
 converted to float32, and trains only the first steps.
 """
 

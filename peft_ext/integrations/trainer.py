@@ -108,7 +108,7 @@ class PeftExtCallback(TrainerCallback):
       step; without such a call, at the end of the first step. ``fused_share`` is the ``fused_share`` of
       ``explanation``.
     * ``peak_mib`` is the result of :func:`peak_memory_mib` at the last log or at the end of training. ``peak_cuda_mib``
-      is the peak of the GPU memory that PyTorch allocated in the process, measured together with ``peak_mib``; None if
+      is the peak of the GPU memory that PyTorch allocated in the process, read whenever ``peak_mib`` is read; None if
       the training runs on no GPU.
 
     Those of ``tokens_per_s``, ``fused_share``, ``peak_mib`` and ``peak_cuda_mib`` that are not None are added to each

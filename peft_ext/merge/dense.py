@@ -103,11 +103,10 @@ def merge_to_dense(
     Up to rounding, the written model computes the adapted model's results in evaluation. The folder has safetensors,
     config.json, generation_config.json if the base has this file or generates text, and tokenizer files: the adapter's
     if its folder has tokenizer_config.json, else the base's. ``from_pretrained`` loads the folder without PEFT and
-    peft_ext. The adapter
-    may be of a method whose layers can merge and share no tensors: LoRA (with rsLoRA, DoRA, patterns, Conv1D,
-    embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of PEFT, BitFit, partial fine-tuning, Diff
-    Pruning; each with ``modules_to_save``. Two tied weights of which the adapter changes one are written as two
-    separate weights; the config unties the two weights, except for T5.
+    peft_ext. The adapter may be of a method whose layers can merge and share no tensors: LoRA (with rsLoRA, DoRA,
+    patterns, Conv1D, embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of PEFT, BitFit, partial
+    fine-tuning, Diff Pruning; each with ``modules_to_save``. Two tied weights of which the adapter changes one are
+    written as two separate weights; the config unties the two weights, except for T5.
 
     Args:
         model: a folder or hub name of a dense model, of a model that bitsandbytes quantized to NF4, or of a packed

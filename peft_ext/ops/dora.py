@@ -275,8 +275,9 @@ def dora_linear(
         magnitude: ``[N]``, of any float dtype: DoRA's learned magnitude of each output. Where the norm is 0, the output
             scale g is 0, and the gradients through g are 0.
         dropout_mode: "lora": the dropout acts on the low-rank term alone; "peft": the dropout acts as in PEFT, ``Y = x
-            Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which needs a second product with W, or on a CPU for a
-            small dropout and enough tokens, a product of W with the dropped elements alone. Without dropout,
+            Wᵀ + b + (g - 1) ∘ x̃ Wᵀ + scaling · g ∘ x̃ Aᵀ Bᵀ``, which needs a second product with W. On a CPU (except
+            in bfloat16 on AMX), for a small dropout and enough tokens, a product of W with the dropped elements alone
+            mostly replaces the second product. Without dropout,
             dropout_mode "lora" and dropout_mode "peft" give the same result.
         norm_grad: True: the gradient flows through the norm too; False: the norm is constant, as in the paper and in
             PEFT.

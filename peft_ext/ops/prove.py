@@ -26,12 +26,12 @@ The proof changes neither the process's precision of products nor its random gen
 Environment:
     ``PEFT_EXT_PROVE``: ``1`` (the default) proves a family once for each CPU path on each model of CPU, and once on
         each model of GPU, and again for another build of peft_ext, of torch or of torch's CUDA. The families that
-        passed are
-        saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is proved again
-        by the next process, because an error may have a temporary cause. A family whose kernels ended a process by a
-        fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and reads no saved
-        result. With ``0``, no family is proved and no result exchanged; a GPU that is too old still runs the reference,
-        and without NVRTC all CUDA kernels are still dropped. Any other value of PEFT_EXT_PROVE raises ValueError.
+        passed are saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is
+        proved again by the next process, because an error may have a temporary cause. A family whose kernels ended a
+        process by a fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and
+        reads no saved result. With ``0``, no family is proved and no result exchanged; a GPU that is too old still runs
+        the reference, and without NVRTC all CUDA kernels are still dropped. Any other value of PEFT_EXT_PROVE raises
+        ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -183,7 +183,8 @@ def proved(device: str, *names: str) -> Optional[str]:
     """Returns why the kernels of one of the operators ``names`` were dropped on the device type ``device``; None if the
     kernels of all these operators are in use. ``names`` may also contain the family of a packed format, which
     :func:`.format_proofs.family_of` returns. Families of ``names`` that are not proved yet are proved first, except
-    under torch.compile and with fake tensors. In compiled code, the operators' gates prove the families.
+    under torch.compile and with fake tensors. In compiled code, the operators' gates prove the families, and a packed
+    format is proved when its first weight is made.
     """
     return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
 

@@ -500,9 +500,8 @@ def _labelled(
     put a space before each turn. For each answer, the text is tokenized from its beginning up to the next answer.
 
     The input of a model that generates an answer is the tokens of the text before the answer. Where the tokens of the
-    text with
-    the answer do not begin with these tokens (one token may hold the last characters of the prompt and the first of the
-    answer), the text is cut at the beginning of the answer, and both parts are tokenized separately.
+    text with the answer do not begin with these tokens (one token may hold the last characters of the prompt and the
+    first of the answer), the text is cut at the beginning of the answer, and both parts are tokenized separately.
 
     Args:
         where: name of the data, for error messages.

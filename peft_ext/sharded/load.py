@@ -40,7 +40,8 @@ def shard_and_load(
     rest of the model is another unit.
 
     All processes of the default process group must call the function together, after each process made ``base``. If one
-    process can't read or make a tensor, all processes raise an error, at the latest at the end of the decoder layer.
+    process can't read or make a tensor, all processes raise an error, at the latest after the last tensor of the same
+    unit; for DoRA's magnitudes over packed weights, after all magnitudes.
     If one process raises any other error, for example because its memory runs out while it receives a tensor, this
     process has to end, because the other processes wait for it.
 

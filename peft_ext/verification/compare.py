@@ -101,10 +101,10 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     floor, because in a correct model with about a hundred gradients, one gradient may have 2.5 times the stock model's
     error. The floor, which is added to each limit, is half of the dtype's eps (one eps for a tensor of 16 elements or
     fewer, such as the loss), and at least 4e-6. The yardstick is the stock model in float32, or in float64 if the model
-    computes in float32. The
-    yardstick multiplies by the same dequantized weights as the stock layers. If the stock model can't run in the wider
-    dtype (layers of bitsandbytes that are not NF4, code that refuses float64, too little memory), the difference
-    between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and ``notes`` has the reason.
+    computes in float32. The yardstick multiplies by the same dequantized weights as the stock layers. If the stock
+    model can't run in the wider dtype (layers of bitsandbytes that are not NF4, code that refuses float64, too little
+    memory), the difference between accelerated and stock must be at most 16 eps or 1e-4, whichever is larger, and
+    ``notes`` has the reason.
 
     Each fused layer, packed layer and block that can be called alone is also compared alone, with the same limits: the
     stock forward and the fused forward get the input that the layer has in the stock model. If a comparison is over its
