@@ -184,8 +184,7 @@ def proved(device: str, *names: str) -> Optional[str]:
     kernels of all these operators are in use. ``names`` may also contain the family of a packed format, which
     :func:`.format_proofs.family_of` returns. Families of ``names`` that are not proved yet are proved first, except
     under torch.compile and with fake tensors. In compiled code, the operators' gates prove the families, and a packed
-    format is proved when its first weight is made.
-    """
+    format is proved when its first weight is made."""
     return _dropped(device, names) if torch.compiler.is_compiling() else proved_eagerly(device, *names)
 
 
