@@ -147,10 +147,11 @@ PYBIND11_MODULE(_C, m) {
         "Forget the lists that the operator decoder_layer keeps under the number plan.");
   m.def("parallel_loops", &peft_ext_parallel_loops,
         "The number of parallel loops of CPU operators that woke other threads since the library was loaded.");
-  m.def("holds", &holds, py::arg("places"), py::arg("names"), py::arg("values"), py::arg("empty"), py::arg("modules"),
-        py::arg("kinds"),
-        "Whether each place, a dict, has the value under the name (None: or lacks the name), each container in empty is "
-        "empty, and each module has the class in kinds.");
+  m.def(
+      "holds", &holds, py::arg("places"), py::arg("names"), py::arg("values"), py::arg("empty"), py::arg("modules"),
+      py::arg("kinds"),
+      "Whether each place, a dict, has the value under the name (None: or lacks the name), each container in empty is "
+      "empty, and each module has the class in kinds.");
   m.def("kernels", &kernels, "The CUDA kernels: the C++ expression that names an instance, and the source it is in.");
   m.def("sources", &sources, "The texts of the CUDA kernels' sources, by path.");
   m.def("set_image_source", &set_image_source, py::arg("function"),

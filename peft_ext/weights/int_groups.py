@@ -294,8 +294,9 @@ def hqq(W_q: Tensor, scale: Tensor, zero: Tensor, shape: Sequence[int], *, bits:
         axis: 0 or 1, the axis of hqq's groups.
         dtype: dtype of the weight; default: the scales' dtype.
 
-    Raises: TypeError or ValueError if a tensor's dtype or number of elements does not fit, if bits, group or axis has
-    another value, or if the number of groups is odd with 4 bits (with axis 0: if group is odd).
+    Raises: TypeError or ValueError if a tensor's dtype or number of elements does not fit, if bits or axis has another
+    value, if group does not divide the number of elements, or if the number of groups is odd with 4 bits (with axis 0:
+    if group is odd).
     """
     kind = _scale_dtype("hqq", scale)
     if axis not in (0, 1):
