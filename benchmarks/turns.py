@@ -101,7 +101,7 @@ def in_turn(
 
 
 def serve(run: Callable[[int], None], figures: Callable[[], dict[str, Any]]) -> None:
-    """Takes the steps that :func:`in_turn` asks for by ``run``, and prints ``figures()`` when no more are asked for."""
+    """Calls ``run`` with each number of steps that :func:`in_turn` asks for, and prints ``figures()`` at the end."""
     for line in sys.stdin:
         run(int(line))
         print(f"\n{DONE}", flush=True)

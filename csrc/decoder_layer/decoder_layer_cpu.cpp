@@ -111,8 +111,7 @@ Tensor sum_of(const Tensor& a, const Tensor& b) {
 Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> mask, Tensor keys, Tensor values,
                          int64_t past, std::vector<Tensor> given_tensors, std::vector<int64_t> given_sizes,
                          std::vector<double> given_numbers, int64_t plan) {
-  const auto lists =
-      kept_lists(plan, {std::move(given_tensors), std::move(given_sizes), std::move(given_numbers)});
+  const auto lists = kept_lists(plan, {std::move(given_tensors), std::move(given_sizes), std::move(given_numbers)});
   const auto& [tensors, sizes, numbers] = *lists;
   STD_TORCH_CHECK(tensors.size() >= kNorms && sizes.size() == kOwnSizes + kLayers * kLayerSizes &&
                       numbers.size() == kOwnNumbers + kLayers * kLayerNumbers,
