@@ -28,9 +28,8 @@ if FOUR_BIT:
 
 
 def _is_traced() -> bool:
-    """Returns whether a call is compiled, traced or transformed, or a mode such as FakeTensorMode sees its tensors."""
-    is_seen = torch.compiler.is_compiling() or torch._C._is_tracing() or under_a_transform()
-    return is_seen or torch._C._len_torch_dispatch_stack() > 0
+    """Returns whether a call is compiled, traced or transformed."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or under_a_transform()
 
 
 class AdaLora(LowRank):
@@ -62,12 +61,15 @@ class AdaLora(LowRank):
         rank_scale = modules["lora_E"]._parameters[name].flatten() / (modules["ranknum"]._parameters[name] + 1e-5)
         return rank_scale if scaling == 1.0 else rank_scale * scaling
 
-    def _scales(self, name: str) -> tuple[Tensor, float]:
+    def _scales(self, name: str, is_common: bool = False) -> tuple[Tensor, float]:
         # The operator takes E as the scale per rank, and a number as the scaling, so that autograd sees no division.
         # For a ranknum on a GPU, whose value the host would have to wait for, and in a trace, which has no values,
         # ranknum stays a tensor.
-        lora_E, ranknum = self._scale_tensors(name)
-        if type(ranknum) not in plain_types() or ranknum.device.type != "cpu" or ranknum.requires_grad or _is_traced():
+        modules = self._modules
+        lora_E, ranknum = modules["lora_E"]._parameters[name], modules["ranknum"]._parameters[name]
+        if ranknum.device.type != "cpu" or ranknum.requires_grad or torch._C._len_torch_dispatch_stack() > 0:
+            return super()._scales(name)
+        if not is_common and (type(ranknum) not in plain_types() or _is_traced()):
             return super()._scales(name)
         return lora_E, self.scaling[name] / (ranknum.item() + 1e-5)
 

@@ -143,9 +143,9 @@ class LowRank(Fused):
         in LoRA."""
         return None
 
-    def _scales(self, name: str) -> tuple[Optional[Tensor], float]:
+    def _scales(self, name: str, is_common: bool = False) -> tuple[Optional[Tensor], float]:
         """Returns ``rank_scale`` and ``scaling`` for :func:`peft_ext.ops.lora_linear`, if the adapter's scaling is a
-        number."""
+        number. ``is_common``: whether :meth:`_common` has found the call to be eager, on plain tensors."""
         return self._rank_scale(name, 1.0), self.scaling[name]
 
     def _bias(self, name: str) -> Optional[Tensor]:
@@ -199,7 +199,7 @@ class LowRank(Fused):
             bias = base._parameters["bias"]
             if name in self.lora_variant:
                 return dora.forward(self, name, x, weight, bias, (lora_A, lora_B), x.dtype, True)
-            rank_scale, scaling = self._scales(name)
+            rank_scale, scaling = self._scales(name, True)
             return checked_lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, float(scaling), p)
         names, modules = self._names(), self._modules
         if tensor_parallel.is_split(modules["base_layer"]):
