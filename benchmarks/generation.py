@@ -211,7 +211,9 @@ def same_text(found: Result) -> str:
     return (
         f"Of {found['prompts']} prompts, the operator of a whole layer and the layers one by one generate the same "
         f"{found['tokens']} tokens for {found['equal']}, first differ at a tie for {found['tie']}, and differ "
-        f"elsewhere for {found['different']}."
+        f"elsewhere for {found['different']}. The logits of two tokens are a tie if their difference is at most twice "
+        "the largest rounding error of a logit of the same step in bfloat16. The adapter's values are random, so that "
+        "ties are frequent."
     )
 
 
