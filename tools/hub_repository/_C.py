@@ -47,6 +47,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "kept_scratch": (ctypes.c_uint64,),
     "release_scratch": (ctypes.c_uint64,),
     "parallel_loops": (ctypes.c_uint64,),
+    "forget_plan": (None, ctypes.c_int64),
 }
 
 # For each thread: the machine code of the kernel that the thread last asked for, or the text of the error. The library
@@ -145,3 +146,8 @@ def release_scratch() -> int:
 def parallel_loops() -> int:
     """Returns the number of parallel loops of CPU operators that woke other threads since the library was loaded."""
     return _call("parallel_loops")
+
+
+def forget_plan(plan: int) -> None:
+    """Forgets the lists that the operator decoder_layer keeps under the number ``plan``."""
+    _call("forget_plan", plan)
