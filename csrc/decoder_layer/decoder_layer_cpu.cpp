@@ -51,10 +51,13 @@ Plans& plans() {
 
 // Keeps the given lists under `plan`, if `plan` is not 0. Without given tensors, returns the lists kept under `plan`.
 std::shared_ptr<const Lists> kept_lists(int64_t plan, Lists given) {
+  // Lists that are replaced are released after the lock: the release of a tensor may wait for Python's lock, which a
+  // thread in peft_ext_forget_plan holds.
+  std::shared_ptr<const Lists> replaced;
   const std::lock_guard<std::mutex> lock(plans_mutex);
   if (!given.tensors.empty()) {
     auto held = std::make_shared<const Lists>(std::move(given));
-    if (plan != 0) plans()[plan] = held;
+    if (plan != 0) replaced = std::exchange(plans()[plan], held);
     return held;
   }
   const auto found = plans().find(plan);
@@ -165,13 +168,12 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
 }  // namespace peft_ext
 
 void peft_ext_forget_plan(int64_t plan) {
-  const std::shared_ptr<const peft_ext::Lists> held = [&] {
-    const std::lock_guard<std::mutex> lock(peft_ext::plans_mutex);
-    const auto found = peft_ext::plans().find(plan);
-    auto last = found == peft_ext::plans().end() ? nullptr : found->second;
-    peft_ext::plans().erase(plan);
-    return last;
-  }();  // The tensors are released after the lock.
+  std::shared_ptr<const peft_ext::Lists> forgotten;  // released after the lock
+  const std::lock_guard<std::mutex> lock(peft_ext::plans_mutex);
+  const auto found = peft_ext::plans().find(plan);
+  if (found == peft_ext::plans().end()) return;
+  forgotten = std::move(found->second);
+  peft_ext::plans().erase(found);
 }
 
 PEFT_EXT_OPERATORS(CPU, m) { m.impl("decoder_layer", PEFT_EXT_CPU_BOX(&peft_ext::decoder_layer_cpu)); }

@@ -50,13 +50,11 @@ def forget_caches() -> None:
 
 
 class Room(NamedTuple):
-    """Room in a layer of a cache: memory for keys and for values ``[batch, heads, tokens, size of a head]``, in which
-    the first ``past`` tokens are filled."""
+    """Room in a layer of a cache: ``held`` has memory for keys and for values ``[batch, heads, tokens, size of a
+    head]``, in which the first ``past`` tokens are filled."""
 
     held: _Held
     layer: Any
-    keys: Tensor
-    values: Tensor
     past: int
 
     def fill(self, count: int) -> tuple[Tensor, Tensor]:
@@ -65,8 +63,8 @@ class Room(NamedTuple):
         held, layer, tokens = self.held, self.layer, self.past + count
         if held.key_view is None:
             _HELD[layer] = held
-        held.key_view = layer.keys = self.keys.narrow(2, 0, tokens)
-        held.value_view = layer.values = self.values.narrow(2, 0, tokens)
+        held.key_view = layer.keys = held.keys.narrow(2, 0, tokens)
+        held.value_view = layer.values = held.values.narrow(2, 0, tokens)
         return layer.keys, layer.values
 
 
@@ -87,7 +85,7 @@ def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: to
         memory = held.keys
         past, fits = keys.shape[2], keys.dtype is dtype and keys.shape[1] == shape[1] and keys.shape[0] == shape[0]
         if fits and past + shape[2] <= memory.shape[2] and memory.is_inference() == torch.is_inference_mode_enabled():
-            return Room(held, layer, memory, held.values, past) if keys.shape[3] == shape[3] else None
+            return Room(held, layer, past) if keys.shape[3] == shape[3] else None
     if type(keys) is not Tensor or type(values) is not Tensor or keys.dim() != 4 or keys.shape != values.shape:
         return None
     batch, heads, past, size = keys.shape
@@ -100,7 +98,7 @@ def room_for(cache: Any, index: int, shape: tuple[int, int, int, int], dtype: to
     for tensor in (keys, values):
         memories.append(tensor.new_empty((batch, heads, capacity, size)))
         memories[-1].narrow(2, 0, past).copy_(tensor)
-    return Room(_Held(*memories), layer, *memories, past)
+    return Room(_Held(*memories), layer, past)
 
 
 def appended(cache: Any, index: int, k: Tensor, v: Tensor) -> Optional[tuple[Tensor, Tensor]]:
@@ -111,8 +109,8 @@ def appended(cache: Any, index: int, k: Tensor, v: Tensor) -> Optional[tuple[Ten
     if (room := room_for(cache, index, tuple(k.shape), k.dtype)) is None:
         return None
     count = k.shape[2]
-    room.keys.narrow(2, room.past, count).copy_(k)
-    room.values.narrow(2, room.past, count).copy_(v)
+    room.held.keys.narrow(2, room.past, count).copy_(k)
+    room.held.values.narrow(2, room.past, count).copy_(v)
     return room.fill(count)
 
 

@@ -71,8 +71,8 @@ class LayerPlan(NamedTuple):
         """Returns the layer's output. ``repeats``: the result of ``Attention.repeats`` for this call."""
         lists = self.lists
         if lists is not None and (room := self.module.room_of_few(self.attention, x, given, repeats)) is not None:
-            mask = given.get("attention_mask")
-            y = _decoder_layer(x, *given["position_embeddings"], mask, *room[2:], *lists.given, lists.plan)
+            mask, memory = given.get("attention_mask"), (room.held.keys, room.held.values, room.past)
+            y = _decoder_layer(x, *given["position_embeddings"], mask, *memory, *lists.given, lists.plan)
             lists.given = _EMPTY
             room.fill(x.shape[1])
             return y
