@@ -480,7 +480,7 @@ def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
 # --- compiled, fused --------------------------------------------------------------------------------------------------
 
 
-@column("compile", first=("LoRA", "IA3"))
+@column("compile", first=("LoRA", "IA3", "AdaLoRA"))
 def test_compile(name: str) -> Cell:
     """`torch.compile(fullgraph=True)` compiles the adapted MLP of the last layer, forward and backward. If the method
     adapts decoder layers as a whole, the last decoder layer is compiled. For prefix and prompt tuning, the whole
