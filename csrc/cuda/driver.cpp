@@ -22,6 +22,7 @@ namespace {
 
 using Result = int;  // CUresult
 constexpr Result kSuccess = 0;
+constexpr Result kOutOfMemory = 2;
 constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 constexpr int kMaxDynamicShared = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kRelaxedCapture = 2;       // CU_STREAM_CAPTURE_MODE_RELAXED
@@ -90,9 +91,10 @@ const char* described(Result result) {
   return text == nullptr ? "unknown error" : text;
 }
 
-// Raises an error unless the driver's call succeeded. The error starts with "CUDA error: ", like PyTorch's own errors,
-// by which trainers recognize a lost GPU or missing memory.
+// Raises an error unless the driver's call succeeded. The errors are worded like PyTorch's own: trainers search for
+// "CUDA error" if a GPU is lost, and for "out of memory." if memory is missing.
 void check(Result result, const char* what, const char* kernel) {
+  STD_TORCH_CHECK(result != kOutOfMemory, "CUDA out of memory. peft_ext: ", what, " of ", kernel);
   STD_TORCH_CHECK(result == kSuccess, "CUDA error: ", described(result), " (peft_ext: ", what, " of ", kernel, ")");
 }
 

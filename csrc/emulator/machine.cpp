@@ -195,7 +195,7 @@ void wait(Machine& machine, Fiber& fiber) {
     fault(machine.fibers[at_barrier].site, "sync_threads reached by %d threads of %d; thread %d has exited",
           machine.at_barrier, machine.threads, gone);
   }
-  if (++machine.epoch > kMaxEpoch) fault(fiber.site, "too many barriers in one launch");
+  if (++machine.epoch > kMaxEpoch) fault(fiber.site, "too many barriers in one block");
   machine.at_barrier = 0;
   for (int i = 0; i < machine.warps; ++i) {
     machine.warp[i].ready = machine.warp[i].lanes;
@@ -283,8 +283,8 @@ void fiber_main() {
 }
 
 void start_block(Machine& machine) {
-  if (machine.epoch + 2 > kMaxEpoch) {
-    // The block's epochs would overflow the bits of a stamp, so that all stamps are reset.
+  if (machine.epoch > kMaxEpoch / 2) {
+    // All stamps are reset, so that at least kMaxEpoch / 2 epochs (one for each sync_threads) are left for this block.
     memset(static_cast<void*>(machine.words), 0, kArenaBytes / 4 * sizeof(Stamps));
     memset(static_cast<void*>(machine.bytes), 0, kArenaBytes * sizeof(Stamps));
     machine.epoch = 0;
