@@ -12,8 +12,7 @@ intent's name, and the end token after them, have a loss. The two runs of a meth
 without the terms that AdaLoRA and Diff Pruning add to the loss.
 
 A bfloat16 run has a bfloat16 base (QLoRA: with the linear layers in NF4) and a float32 adapter. A float32 run begins
-with the weights of the bfloat16 run,
-converted to float32, and trains only the first steps.
+with the weights of the bfloat16 run, converted to float32, and trains only the first steps.
 """
 
 from __future__ import annotations

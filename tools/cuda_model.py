@@ -264,9 +264,9 @@ def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
 def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: bool, rank: int = 16) -> float:
     """Returns the seconds of the pass that computes S (with ``columns``: dA) of ``count`` layers with one input."""
     name = ("dA" if columns else "S") + " of siblings" + (", dropout" if dropout else "")
-    # The rows of docs/slots.tsv for siblings were measured with three layers. A block of rank_siblings_kernel has one
-    # warp for each layer, and with dropout 4 KiB of shared memory for each warp. The instructions that a tile takes for
-    # one layer hardly depend on the number of layers.
+    # The rows of docs/slots.tsv for siblings count the instructions for three layers. A block of rank_siblings_kernel
+    # has one warp for each layer, and with dropout 4 KiB of shared memory for each warp. The instructions that a tile
+    # takes for one layer hardly depend on the number of layers.
     found = loops(card)[name]
     shared = int(found["shared"]) - (4096 * (3 - count) if dropout else 0)
     blocks = slots.resident_blocks(card.arch, 32 * count, int(found["registers"]), shared)
