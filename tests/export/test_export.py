@@ -46,7 +46,7 @@ def deltas(file, model):
         heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
         for kind, count in heads.items():
             if kind in name:
-                order = interleaved(np.arange(delta.shape[0]), count)  # row i of the file is row order[i]
+                order = interleaved(np.arange(delta.shape[0]), count)  # the file's row i is the module's row order[i]
                 delta = np.empty_like(delta)
                 delta[order] = second @ first * scale
         found[module] = delta

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.llama_runner import Runner
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights.
 # llama.cpp rounds the inputs of a product with a quantized weight to 8 bits, which moves logits by up to 5%.
 ROUNDING = 0.06
 TOKENS = torch.randint(0, VOCABULARY, (24,), generator=torch.Generator().manual_seed(3)).tolist()
