@@ -46,8 +46,8 @@ from .harness import machine
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "banking77"
 DOCUMENT = ROOT / "docs" / "convergence.md"
-NAME = "run-convergence-avx512_bf16"  # without its date, the name of the result file from which --draw writes the page
-IGNORED = -100  # label of the tokens that the loss leaves out
+NAME = "run-convergence-avx512_bf16"  # Without its date, the name of the result file from which --draw writes the page.
+IGNORED = -100  # Label of the tokens that the loss leaves out.
 
 Batch = dict[str, Tensor]
 

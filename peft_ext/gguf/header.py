@@ -32,11 +32,11 @@ from ..weights.gguf import TYPES, dense_dtype, type_name
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_MOST_SIZES = 4  # GGML_MAX_DIMS
-_LONGEST_NAME = 65_535  # largest number of bytes in a key, by the specification, and in a tensor's name
+_MOST_SIZES = 4  # GGML_MAX_DIMS.
+_LONGEST_NAME = 65_535  # Largest number of bytes in a key, by the specification, and in a tensor's name.
 # Bounds of memory and time: the package gguf takes some 500 bytes of memory for each element of an array.
-_MOST_NAMES = 1 << 20  # largest number of keys, and largest number of tensors
-_MOST_ELEMENTS = 1 << 22  # largest number of elements in all arrays of the metadata together
+_MOST_NAMES = 1 << 20  # Largest number of keys, and largest number of tensors.
+_MOST_ELEMENTS = 1 << 22  # Largest number of elements in all arrays of the metadata together.
 
 # Types of values: number of the type in the file -> format character of Python's struct. A bool is one byte.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

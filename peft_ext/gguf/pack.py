@@ -36,7 +36,7 @@ with required("transformers", "a model in a GGUF file"):
     from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported, reader
     from transformers.integrations.gguf.utils import add_gguf_load_ops
 
-_LINEAR = ("FalconLinear",)  # names of transformers' classes that compute what nn.Linear computes
+_LINEAR = ("FalconLinear",)  # Names of transformers' classes that compute what nn.Linear computes.
 # Names of transformers' embeddings that multiply their outputs with a factor, the attribute scalar_embed_scale.
 _SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")
 _CHANGED = "transformers changes its values as it reads the file"
@@ -98,7 +98,7 @@ class _GptOss(legacy.TensorProcessor):
         return legacy.GGUFTensor(values, None, {})
 
 
-_OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class in TENSOR_PROCESSORS
+_OWN = {"gpt-oss": _GptOss}  # Architecture -> the class that replaces transformers' class in TENSOR_PROCESSORS.
 # For classes of transformers 5.23 and 5.24: the digest of the class's code, and the tensors that the class changes. If
 # a class is not in _CHANGES, or its code has another digest, pack assumes that the class changes every tensor.
 _CHANGES: dict[type, _Changes] = {

@@ -38,8 +38,8 @@ def deltas(file, model):
         if f"{name}.lora_a" not in tensors:
             continue
         first, second = (tensors.pop(f"{name}.lora_{part}").astype(np.float64) for part in "ab")
-        scale = fields["adapter.lora.alpha"] / second.shape[1]  # llama_adapter_lora_weight::get_scale
-        if name == "token_embd.weight":  # llm_graph_context::build_inp_embd
+        scale = fields["adapter.lora.alpha"] / second.shape[1]  # As llama_adapter_lora_weight::get_scale.
+        if name == "token_embd.weight":  # As llm_graph_context::build_inp_embd.
             found[module] = first @ second.T * scale
             continue
         delta = second @ first * scale
