@@ -21,7 +21,7 @@ compiled, e2e, mixture, parts = (
 def test_a_method_trains(name, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
-    # The real function would change malloc's settings in the process of the tests.
+    # The real keep_freed_memory would change malloc's settings in the process of the tests.
     monkeypatch.setattr("peft_ext.integrations.transformers.keep_freed_memory", lambda: True)
     sizes = {**e2e.SMOLLM2, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 96,
              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip

@@ -584,4 +584,4 @@ def test_answers_of_prompt_methods_are_of_the_adapted_model(kind):
         found = greedy(model, ids, 9)
         logits = model(input_ids=found[:, :-1]).logits[:, -9:]
     assert not torch.equal(found, plain)
-    assert torch.equal(found[:, -9:], logits.argmax(-1))  # each token is the likeliest of the forward
+    assert torch.equal(found[:, -9:], logits.argmax(-1))  # each new token has the largest logit of a forward

@@ -115,7 +115,8 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
             with counted_losses() as counted:
                 assert_losses(train(of(model)), wanted)
             assert tuple(counted.values()) == counts, counted
-            # The whole model is one unit of FSDP2: only its hooks gather the parameters and reduce the gradients.
+            # The whole model is one unit of FSDP2: only the hooks of this unit gather the parameters and reduce the
+            # gradients.
             assert_losses(train(of(fully_shard(build()))), wanted)
             model = build()
             for layer in model.get_base_model().model.layers:

@@ -224,7 +224,7 @@ def test_what_one_rank_sees_otherwise_is_named_by_that_rank(case, tiny, tmp_path
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     (tmp_path / "elsewhere").mkdir()
     swap_tokens(shutil.copytree(tiny / "model", tmp_path / "tokenizer"))
-    if case == "other package":  # importlib.metadata finds this version in front of the installed one
+    if case == "other package":  # importlib.metadata finds this version before the installed version
         (about := tmp_path / "packages1/bitsandbytes-0.0.1.dist-info").mkdir(parents=True)
         (about / "METADATA").write_text("Name: bitsandbytes\nVersion: 0.0.1\n")
     more, wanted = CASES[case]
@@ -433,9 +433,10 @@ def test_two_machines_and_a_killed_agent(tiny, folder, tmp_path):
               "--rdzv-id", "job", "--rdzv-conf", conf]  # fmt: skip
         return [*torchrun(2, *at), *options_of(tiny, tmp_path / "out", 1, *LONG, "--lr", "1e-4")]
 
-    # Without this variable, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that comes later.
+    # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent
+    # that joins later.
     environment = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    first = Run(command(1), tmp_path / "first.log", **environment)  # this run's agent has the store of the rendezvous
+    first = Run(command(1), tmp_path / "first.log", **environment)  # the agent of this run holds the rendezvous' store
     second = Run(command(0), tmp_path / "second.log", **environment)
     third = None
     try:

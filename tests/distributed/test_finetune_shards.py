@@ -66,7 +66,7 @@ def test_a_sharded_run_is_a_run_of_one_process(method, tiny, folder, alone):
     assert_the_plan_is(second["memory"], dry_run(planned), 2)
     if quant:
         return
-    for processes in (4, 1):  # the checkpoint of two processes goes on in four and in one
+    for processes in (4, 1):  # four processes, then one, resume the checkpoint of two processes
         again = folder / f"sharded-{processes}"
         (again / "checkpoints").mkdir(parents=True)
         shutil.copytree(output / "checkpoints/checkpoint-4", again / "checkpoints/checkpoint-4")
@@ -100,7 +100,7 @@ def test_packed_weights_are_sharded(weights, tiny, folder):
     assert second["memory"]["frozen"] < 0.75 * first["memory"]["frozen"]  # each process has all scales
     for name in ("before", "after"):
         assert second["perplexity"][name] == pytest.approx(first["perplexity"][name], rel=1e-5)
-    (again / "checkpoints").mkdir(parents=True)  # the checkpoint of two processes continues in one
+    (again / "checkpoints").mkdir(parents=True)  # one process resumes the checkpoint of two processes
     shutil.copytree(two / "checkpoints/checkpoint-4", again / "checkpoints/checkpoint-4")
     shutil.copy(two / "run.json", again / "run.json")
     options = [*options_of(tiny, again, 4, *more, *SHARDED), "--resume"]
@@ -176,11 +176,11 @@ def test_processes_draw_other_masks_over_equal_adapters(engine, tiny, tmp_path):
     run = Run([*torchrun(2)[:-2], tmp_path / "draws.py", tmp_path, *options], tmp_path / "log")
     assert run.end() == 0, run.out
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert len(first) == len(second) == 8 == len({step["adapter"] for step in first}) + 1  # the first rate is 0
+    assert len(first) == len(second) == 8 == len({step["adapter"] for step in first}) + 1  # the first learning rate
     for one, two in zip(first, second, strict=True):
         assert one["adapter"] == two["adapter"] and one["False"] == two["False"]
     same = [one["True"] == two["True"] for one, two in zip(first, second, strict=True)]
-    assert same == [True] * 2 + [False] * 6  # B is zero until the first rate that is not 0
+    assert same == [True] * 2 + [False] * 6  # B is zero until the first learning rate that is not 0
 
 
 def in_hub(cache: Path, model: Path, **changed) -> Path:

@@ -202,7 +202,7 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 def _run(block: Block, namespace: dict[str, Any]) -> None:
     if block.text.startswith(">>>"):
         test = doctest.DocTestParser().get_doctest(block.text, {}, block.where, str(block.page), block.line - 1)
-        test.globs = namespace  # the namespace is shared; get_doctest copies it
+        test.globs = namespace  # get_doctest copies the namespace, which the blocks of a page share
         said: list[str] = []
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
         runner.run(test, out=said.append, clear_globs=False)

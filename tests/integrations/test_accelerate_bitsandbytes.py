@@ -161,7 +161,7 @@ def test_a_4bit_weight_with_another_table_of_codes_stays_stock(quant_type, adapt
     first, second = fused.base_model.model if adapted else fused
     assert torch.equal(second(x), (stock.base_model.model if adapted else stock)[1](x)) or adapted
     assert first.stock_reason() is None
-    # A trace can't tell the tables apart.
+    # In a trace, a table of codes can't be compared, so that the layer with NF4's own table is refused too.
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert reasons.weight_reason(first.base_layer if adapted else first) == said
 

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = tiny_models.Sizes(layers=1, batch=2, length=20)
 # PyTorch's own classes are in most architectures. The battery changes them in one architecture.
 OF_PYTORCH = {"LayerNorm": "GPT-2", "Dropout": "ViT"}
-# An error of float32 rounding in two steps of one layer, and the least effect of a change that shows something.
+# The largest difference that float32 rounding makes in two steps of one layer, and the least difference that counts as
+# an effect of a change.
 ROUNDING, EFFECT = 1e-4, 1e-3
 Found = Union[dict[str, Tensor], type]
 
@@ -178,7 +179,7 @@ def tried(
     counts: Counter[str],
 ) -> str:  # fmt: skip
     """Returns what is wrong with the accelerated model after a change, or ""."""
-    # The digest of each class is computed once where the change is of one model, and not of code.
+    # If the change is made to one model and not to code, the digest of each class is computed only once.
     reader = nullcontext() if change.around else mock.patch.object(forms, "form_of", form_of_unchanged)
     with change.around() if change.around else nullcontext(), reader:
         stock = built(name) if change.rebuilt else stock if change.on is None else copy.deepcopy(stock)

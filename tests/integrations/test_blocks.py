@@ -156,7 +156,7 @@ def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> N
         "attention",
         "decoder layer",
     }
-    assert {row.kind for row in rows if not row.fused} == {"decoder layer"}, rows  # few tokens are for evaluation
+    assert {row.kind for row in rows if not row.fused} == {"decoder layer"}, rows  # fused only in evaluation
 
 
 class Odd(nn.Module):
@@ -325,7 +325,7 @@ ENCODERS = {
         lambda: hf.DistilBertForMaskedLM(hf.DistilBertConfig(
             vocab_size=99, dim=32, hidden_dim=48, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0)),
         "distilbert.transformer.layer.1.ffn",
-        4,  # the backward computes the input of the last layer again
+        4,  # the backward of each of the two MLPs computes the input of the MLP's last layer again
     ),
 }  # fmt: skip
 

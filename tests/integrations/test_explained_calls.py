@@ -152,7 +152,7 @@ def test_a_block_is_fused_if_its_operator_runs(name: str, monkeypatch: pytest.Mo
 
 def test_an_argument_that_only_transformers_function_reads() -> None:
     model = accelerated(hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)))
-    model.get_base_model().config._attn_implementation = "sdpa"  # older releases of transformers allow it
+    model.get_base_model().config._attn_implementation = "sdpa"  # older releases of transformers allow this value
     assert explained(model, "attention") == (False, "its call has a softcap, which only transformers' function reads")
     for layer in model.get_base_model().model.layers:
         layer.self_attn.attn_logit_softcapping = None

@@ -125,7 +125,7 @@ def adapted(
     torch.manual_seed(3)
     model = make(base, METHODS[name].config())
     for key, parameter in model.named_parameters():
-        if "ranknum" in key:  # over a base that is not float32, PEFT lets the optimizer train this count
+        if "ranknum" in key:  # over a base that is not float32, PEFT lets the optimizer train AdaLoRA's ranknum
             parameter.requires_grad_(False)
     return (moved_away(model) if moved else model).eval()
 

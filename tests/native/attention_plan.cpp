@@ -52,7 +52,7 @@ Share forward_share(const ForwardPlan& plan, int64_t key_blocks, bool causal, bo
     for (const ForwardUnit& unit : plan.units(part)) {
       *right = *right && unit.head >= 0 && unit.head < plan.heads && unit.block >= 0 && unit.block < plan.blocks;
       if (!*right) return share;
-      // Units run head after head, and the blocks of a head fall.
+      // The units of a part come head after head and, within a head, from the last block of queries to the first.
       *right = *right && (unit.head > before.head || (unit.head == before.head && unit.block < before.block));
       before = unit;
       ++found[static_cast<size_t>(unit.head * plan.blocks + unit.block)];
@@ -157,7 +157,8 @@ bool check_backward(const BackwardPlan& plan) {
     ++region_number;
   });
   for (const Row& row : rows) right = right && row.finished;
-  // Each column ends at the first query of the cell that sees its keys; columns that no query sees have no cell.
+  // The cells of a column (a block of keys) come in falling order of the queries. The last cell begins at the first
+  // block of queries that sees the column, rounded down to the side of a cell. A column that no query sees has no cell.
   for (size_t i = 0; i < columns.size(); ++i) {
     const int64_t key = static_cast<int64_t>(i) % keys;
     const int64_t first = plan.causal ? key / plan.step * plan.step : 0;

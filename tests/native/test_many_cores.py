@@ -88,7 +88,8 @@ def test_planted_accesses_are_counted(tmp_path: Path) -> None:
     assert page["shared"] == 0
     lines = 256 * 1024 // 64
     for part in twice["parts"]:
-        # Nearly all lines: the last lines of the first reading are in the L1 at the start of the second.
+        # Nearly all lines come from L2: only the last lines of the first reading are in the L1 at the start of the
+        # second reading.
         assert 2 * lines - 512 <= part[recorded_loops.FROM_L2] <= 2 * lines + 8
         assert lines - 64 <= part[recorded_loops.FROM_L3] <= lines + 8
     groups = [sum(part[dram] for part in twice["parts"][first : first + 8]) for first in (0, 8)]

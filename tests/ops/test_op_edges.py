@@ -23,7 +23,8 @@ from peft_ext.ops import library
 def test_every_op_has_a_kernel(device: torch.device, pytestconfig: pytest.Config) -> None:
     """Without kernels the battery would only compare the reference with itself."""
     assert _native.STATE.module is not None
-    # On a GPU nf4_merge calls nf4_dequantize_merged first. On the CPU nf4_merge is one pass and does not call it.
+    # On a GPU nf4_merge calls nf4_dequantize_merged first. On the CPU nf4_merge is one pass and does not call
+    # nf4_dequantize_merged.
     by_reference = {"nf4_dequantize_merged"} if pytestconfig.getoption("--device") == "cpu" else set()
     for op in library.OPERATORS.values():
         if not op.composed:  # a composition needs no kernel

@@ -100,7 +100,7 @@ def test_the_export_of_an_earlier_adapter_is_removed(gguf: Path, tmp_path: Path)
     exported.write_bytes(b"GGUF")
     assert finetune(gguf, output, "--overwrite", steps=1) == 0 and not exported.exists()
     shutil.copy(gguf / "model", exported)
-    # The file stays if the file is the run's model.
+    # The run does not remove adapter.gguf if adapter.gguf is the base model of the run.
     assert main(["finetune", "--model", str(exported), "--data", str(gguf / "pairs.jsonl"), "--output", str(output),
                  "--overwrite", "--max-steps", "1", "--block-size", "64"]) == 0  # fmt: skip
     assert exported.read_bytes() == (gguf / "model").read_bytes()

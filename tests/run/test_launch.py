@@ -290,8 +290,8 @@ def test_a_restart_goes_on_with_its_own_run_alone(tmp_path: Path):
         return found.resume, found.overwrite
 
     asked = {"overwrite": True}
-    assert chosen() == chosen(**asked) == (False, True)  # no checkpoint: the run begins anew
-    assert chosen(resume=True) == (True, False)  # an error follows, as without a restart
+    assert chosen() == chosen(**asked) == (False, True)  # Without a checkpoint, the run begins anew.
+    assert chosen(resume=True) == (True, False)  # An error follows, as without a restart.
     checkpoint = tmp_path / "checkpoints/checkpoint-4"
     checkpoint.mkdir(parents=True)
     assert chosen() == (False, True)  # the checkpoint is not whole

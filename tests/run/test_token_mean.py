@@ -87,7 +87,7 @@ def test_a_recipe_of_more_and_smaller_batches(
         if name == "prompt":  # the last virtual token predicts a text's first label, which counts
             config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
             model = peft_ext.get_peft_model(model, config)
-        elif name == "cpt":  # labels of two of the virtual tokens count too, and a weight for each type
+        elif name == "cpt":  # labels of two virtual tokens count too, and each type of token has a weight
             config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[9, 8, 7, 6, 5], cpt_mask=[1] * 5,
                                cpt_tokens_type_mask=[1, 2, 3, 4, 4], opt_weighted_loss_type="decay",
                                opt_loss_decay_factor=0.5)  # fmt: skip

@@ -73,7 +73,7 @@ def test_tokens_of_texts_that_fill_no_block(tiny: Path, tmp_path: Path) -> None:
     tokenizer = hf.AutoTokenizer.from_pretrained(tiny / "model")
     found = tokenize(Corpus("text", ["a" * 30, "b" * 30], ["c" * 12], "here"), tokenizer, 20)
     assert [len(row["input_ids"]) for row in found.train] == [20] * 3 and len(found.held_out[0]["input_ids"]) == 13
-    assert found.rest == 2  # an end token follows each text; the held-out text is the only block of its side
+    assert found.rest == 2  # an end token follows each text; the held-out text is the only held-out block
     tokenizer.eos_token = None
     with pytest.raises(RunError, match="--data here: the texts .* to hold out, have 1 token"):
         tokenize(Corpus("text", ["a" * 30], ["c"], "here"), tokenizer, 20)
@@ -523,7 +523,7 @@ def test_the_memory_of_a_process_with_a_share_of_the_base(quant, tiny: Path, tmp
     base, given = meta_base(plan.run), {"dtype": torch.float32, "device": torch.device("cpu"), "blocksize": 64}
     given |= {"batch_size": 2, "sequence_length": plan.longest, "shards": 3, "quant": quant}
     third = preview(base, adapter_config(plan.run, base), **given).sharded
-    assert alone.adapter / 3 <= third.adapter < alone.adapter / 2  # a rank of 4 is 2, 2 and 0 rows
+    assert alone.adapter / 3 <= third.adapter < alone.adapter / 2  # three processes hold 2, 2 and 0 of A's 4 rows
     scales = memory.quantization
     assert (alone.frozen - scales) / 3 < third.frozen - scales < 0.37 * (alone.frozen - scales)
     assert third.shards == 3 and third.gathered > 0 and third.other > 0
