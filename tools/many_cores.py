@@ -271,8 +271,9 @@ def table(records: Records) -> str:
         "**Computed parts of the cost** of a forward and a backward on one socket; the ideal is 1 for the work, and 0 "
         "for the other parts:",
         losses_table(records),
-        "**Counts** of a loop's work: the busy share for each number of threads, all other columns for 64 threads. Of "
-        "two counts of pages, the first has the pages that two sockets use, the second those that two sockets write:",
+        "**Counts** of the work of an operator's parallel loops: the busy share for each number of threads, all other "
+        "columns for 64 threads. Of the two counts in a column of pages, the first counts the pages that two sockets "
+        "use, the second the pages that two sockets write:",
         counts_table(records),
         "**Computed and measured milliseconds** on the two cores of the measured machine:",
         check_table(records),
