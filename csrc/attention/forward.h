@@ -30,9 +30,9 @@ struct ForwardParts {
         bias(parts->take<float>(work.bias ? kQueries * kForwardKeys : 0)) {}
 };
 
-// Updates the largest score of each query with the scores [count, 64] of a block of keys. The scores in memory are S /
-// scale, with S as in attention/kernels.h. Computes for each query the factor `change`, by which the sums over the
-// earlier blocks of keys must be multiplied.
+// Updates the largest score of each query with the scores [count, 64] of a block of keys, and sets the scores of
+// invisible keys to -inf. The scores in memory are S / scale, with S as in attention/kernels.h. Computes for each query
+// the factor `change`, by which the sums over the earlier blocks of keys must be multiplied.
 inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, float scale, const ForwardParts& own) {
   const Vec nothing = Vec::broadcast(-INFINITY);
   for (int64_t v = 0; v < vecs; ++v) {

@@ -27,7 +27,7 @@
 namespace peft_ext {
 
 constexpr int64_t kPlanBlock = 64;  // number of queries or keys in a block
-constexpr int64_t kLeastStep = 2;   // the side of a cell that is smaller than a head is a multiple of kLeastStep blocks
+constexpr int64_t kLeastStep = 2;   // each cell begins at a multiple of kLeastStep blocks of queries and of keys
 constexpr int64_t kMaskBits = 64;   // number of queries whose mask bits for one key are in one word
 
 // The unit of work of the forward that attention/plan.h divides among threads: a block of queries of one head.
@@ -44,8 +44,9 @@ struct BackwardCell {
   bool first, last;  // whether the cell is the first, and the last, that adds to dQ of its queries
 };
 
-// kFewRows: number of queries in a unit of the kernel for few queries. kFewQueries: the largest number of queries of a
-// head for which the kernel for few queries runs (only in a forward without dropout and bias).
+// kFewRows: largest number of rows in a unit of the kernel for few queries; a row is one query of one query head.
+// kFewQueries: the largest number of queries of a head for which the kernel for few queries runs (only in a forward
+// without dropout and bias).
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kFewQueries = 8;
 

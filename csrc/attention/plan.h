@@ -13,8 +13,8 @@
 // matrix [queries, keys] into cells of `step` by `step` blocks of 64. A cell adds to dQ of its queries (a row of the
 // matrix of cells), and to dK and dV of its keys (a column). A diagonal is the set of cells of one head with the same
 // difference of row and column: the cells of a diagonal share no row and no column, and can run at the same time. The
-// diagonals run in the order of a falling difference, so that each row adds up its columns from the first column to the
-// last, and each column adds up its rows from the last row to the first, for every `step`.
+// diagonals run in the order of a falling difference. Therefore, for every `step`, the cells of a row add to dQ from
+// the first column to the last, and the cells of a column add to dK and dV from the last row to the first.
 //
 // A group is a set of at_once streams, whose sums of dQ are in memory at the same time. A phase is the cells of one
 // diagonal of one head in all streams of a group. A region is a set of cells that the threads compute without a barrier

@@ -1,5 +1,6 @@
-// Functions that find which queries may see a key, and a product that leaves out invisible blocks of keys. Include this
-// file after the headers that attention/kernels_impl.h lists.
+// Functions that find which queries may see a key, that write the bias to the scores and that draw dropout, and a
+// product that leaves out invisible blocks of keys. Include this file after the headers that attention/kernels_impl.h
+// lists.
 #pragma once
 
 #include "attention/operands.h"

@@ -5,9 +5,10 @@
 // x is [T, K], the frozen weight W is [N, K], A and B are lora_A [R, K] and lora_B [N, R], ρ [R] is scaling times
 // rank_scale, and g [N] is the output scale of DoRA or IA3. `mask` is the dropout mask, which is 1 for a kept element.
 //
-// With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, the base
-// product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is left out: a missing g, l or rank_scale
-// counts as 1, a missing b₀ or b₁ counts as 0, and S is computed only if there is an adapter.
+// With drop_base (dropout acts on the base product too, as in PEFT's DoRA), Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z
+// - x̃ Wᵀ. With in_scale l, the base product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is
+// left out: a missing g, l or rank_scale counts as 1, a missing b₀ or b₁ counts as 0, and S is computed only if there
+// is an adapter.
 #pragma once
 
 #include <optional>

@@ -2,7 +2,7 @@
 // these kernels, a PassKernels.
 //
 // In RowPass and Expand, matrices with a dimension of the rank are float32. On one instruction set, the order of the
-// sums depends only on the sizes, and for Dropped also on the dropout mask.
+// sums depends only on the sizes, on whether dropout is active, and for Dropped also on the dropout mask.
 #pragma once
 
 #include <stdint.h>
@@ -70,8 +70,8 @@ struct Expand {
 
 constexpr int64_t kColumnStep = 32;
 
-// Multiplies few tokens with the rows [begin, end) of w: y[t, n] = or += sum_k x[t, k] w[n, k]. w is read once for each
-// group of tokens that for_token_groups makes.
+// Multiplies few tokens with the rows [begin, end) of w: y[t, n] = sum_k x[t, k] w[n, k], or += if `accumulate` is
+// true. w is read once for each group of tokens that for_token_groups makes.
 struct FewTokens {
   const void* w;  // [rows, columns]
   DType dtype;    // dtype of w

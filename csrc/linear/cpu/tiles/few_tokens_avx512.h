@@ -32,8 +32,8 @@ void few_tokens_pack(const float* x, int64_t tokens, int64_t columns, bf16* out)
 // rows are multiplied at a time.
 template <int kTokens, int kRows>
 inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
-  // Each addition to a sum must wait for the previous addition, so that several independent sums keep the multiplier
-  // busy.
+  // Each addition to a sum must wait for the previous addition to this sum. Several independent sums keep the
+  // multiplier busy.
   constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
   // Distance in bytes from the memory that is read to the memory that is prefetched. If kRows is more than 1, the rows

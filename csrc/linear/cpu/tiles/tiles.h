@@ -116,7 +116,7 @@ struct DroppedEntries {
 };
 constexpr int64_t kDroppedStep = 4;
 // Largest depth for which DroppedEntries are made, because an entry has 16 bits for the column. At a depth of
-// kDroppedDepth, a panel and the panel's transpose together take half of the scratch memory that a thread keeps.
+// kDroppedDepth, a panel and the panel's transpose together take half of kKeptScratchBytes (cpu/scratch.h).
 constexpr int64_t kDroppedDepth = 65536;
 
 // Arguments of the forward. If `dropped` is given, as in PEFT's DoRA with dropout on the base: Z = x̃ Wᵀ + S (ρB)ᵀ and
@@ -166,8 +166,8 @@ constexpr int kMostLayers = 8;  // largest number of layers of one input whose d
 
 constexpr int64_t kFewestTokens = 8;  // largest number of tokens in a group of TileFewTokens
 
-// Multiplies few tokens with the rows of a dense W in row-major order; W is read from memory once: y[t, row] = sum_k
-// x[t, k] w[row, k]. x is packed, because in x's own layout the elements of one column would all fall into one set of
+// Multiplies few tokens with the rows of a dense W in row-major order: y[t, row] = sum_k x[t, k] w[row, k]. W is read
+// from memory once. x is packed, because in x's own layout the elements of one column would all fall into one set of
 // the L1 cache if K is a multiple of 2,048.
 struct TileFewTokens {
   const bf16* w;  // [rows, columns]
@@ -206,7 +206,8 @@ inline int64_t strips_elements(int64_t count, int64_t depth) {
   return ceil_div(count, kStrip) * ceil_div(depth, kTileDepth) * kTile;
 }
 
-// Returns the number of float32 sums for `count` rows or columns of W and `strips` token strips, both in whole blocks.
+// Returns the number of float32 sums for `count` rows or columns of W and `strips` token strips, with `count` and
+// `strips` rounded up to whole blocks.
 inline int64_t carried_sums(int64_t strips, int64_t count) {
   return ceil_div(strips, 2) * 2 * kStrip * ceil_div(count, 2 * kStrip) * 2 * kStrip;
 }
