@@ -25,7 +25,7 @@ namespace {
 // (attention/plan.h), or each query head is a split of its own. kMostSums may lower the number of splits.
 constexpr int64_t kStreams = 32;
 // Largest number of floats (128 MiB) in the sums of dK and dV of all splits, and also in the sums of dQ of the streams
-// that run at the same time. The sums of a single split or of a single stream may exceed the limit.
+// that run at the same time. The sums of a single split or of a single stream may exceed kMostSums.
 constexpr int64_t kMostSums = int64_t{1} << 25;
 
 const AttentionKernels& attention_kernels(DType dtype) {
@@ -177,7 +177,7 @@ struct Call {
     return hold(empty({kv_units(), padded_rows, padded_depth}, type)).mutable_data_ptr();
   }
 
-  // Allocates the sums of dK and dV [splits, units, keys, columns padded to whole vectors] in the calling thread's
+  // Allocates the sums of dK and dV [splits, B · Hkv, keys, columns padded to whole vectors] in the calling thread's
   // scratch. After the call the thread keeps the scratch, unless the scratch is large, because new memory costs a page
   // fault per page.
   void take_sums() {

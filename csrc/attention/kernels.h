@@ -86,17 +86,17 @@ struct Attention {
   int64_t splits;
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
-  // Number of keys that are in at least one cell: a multiple of 64, or all keys. For each range of these keys, the
-  // first cell that a stream computes sets key_sums and value_sums to zero, because the memory is then in the cache of
-  // the thread that adds to the sums.
+  // Number of keys that are in at least one cell: a multiple of 64, or all keys. The first of the cells with the same
+  // keys that a stream computes sets key_sums and value_sums of these keys to zero, because the memory is then in the
+  // cache of the thread that adds to the sums.
   int64_t reached;
   // Sums of dQ, [slots, blocks of queries, size, 64], one slot for each of the streams that run at the same time; null
   // if each head is one cell (attention/plan.h).
   float* query_sums;
 
   // Scratch copies of k and v for each batch and key head, as left operands of products: key_rows and value_rows are as
-  // stored, key_columns and value_columns are transposed. A pointer is null if no product of the call reads the copy,
-  // or if the products read k or v in place.
+  // stored, key_columns and value_columns are transposed. Each of the four pointers is null if no product of the call
+  // reads the copy, or if the products read k or v in place.
   void *key_rows, *value_rows;        // copies of k and v, [keys, size or value_size]
   void *key_columns, *value_columns;  // transposed copies of k and v, [size or value_size, keys]
 };

@@ -162,7 +162,7 @@ struct PackParts {
 };
 
 // Copies the block of up to 64 keys of x (k or v) from key k0 on as left operands: to made_rows as stored, and to
-// made_columns transposed. A null pointer means that this copy is not made.
+// made_columns transposed. If made_rows or made_columns is null, the copy is not made.
 template <typename T>
 void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, int64_t keys, int64_t k0, int64_t depth,
                   void* made_rows, void* made_columns, Parts parts) {

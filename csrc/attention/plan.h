@@ -1,4 +1,4 @@
-// Divides the work of attention on the CPU among threads. The file does not depend on torch, so that
+// Divides the work of attention on the CPU among threads. This file does not depend on torch, so that
 // tests/native/attention_plan.cpp can test it alone. Every plan adds the terms of a sum in the same order, so that the
 // bits of the results are equal for every number of threads.
 //
@@ -216,8 +216,8 @@ inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t querie
   if (best.streams == 0 || best.threads == 1) return best;
   int64_t time = best.time();
   const int64_t of_stream = std::max<int64_t>(1, best.query_blocks * kPlanBlock * size);
-  // The values of `step` that are tried after the whole matrix are 2, 6, 4, 12, 8, 24, 16 and so on. A step is taken
-  // only if the estimated time is shorter than with all steps before.
+  // The values of `step` that are tried after the whole matrix are 2, 6, 4, 12, 8, 24, 16 and so on. A value of `step`
+  // is taken only if the estimated time of its plan is shorter than the time with each value that was tried before.
   const auto consider = [&](int64_t step) {
     if (step >= longest || ceil(longest, step) > kMostCells) return;
     BackwardPlan other = best;

@@ -79,8 +79,8 @@ struct AdaptedBackward {
 };
 
 // Returns dg [N] float32, the gradient of the output scale g: the sum of dY ∘ (Z + b₀) over the tokens. z [T, N] is Z +
-// b₀, or, if z_is_scaled is true, Y = g ∘ (Z + b₀). If z_is_scaled is true, Z is computed again for the outputs whose g
-// is too small to recover Z from Y.
+// b₀, or, if z_is_scaled is true, Y = g ∘ (Z + b₀). If z_is_scaled is true, Z + b₀ is computed again for the outputs
+// whose g is too small to recover Z + b₀ from Y.
 Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
                       const Adapter& adapter, const std::optional<Tensor>& s, const Tensor& z, bool z_is_scaled,
                       const std::optional<Tensor>& bias_before);

@@ -12,8 +12,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns whether dX of PEFT's DoRA is computed by one product for the elements that dropout kept, and by one dot
-// product for each dropped element.
+// Returns whether dX of PEFT's DoRA with dropout on the base is computed by one product for the elements that dropout
+// kept, and by one dot product for each dropped element.
 bool rest_apart(const BackwardCall& b) {
   return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.out);
 }

@@ -24,8 +24,8 @@ constexpr int64_t kDrawnColumns = 128;
 constexpr int64_t kMaskColumns = 512;
 // The cost of drawing an element's dropout, in multiplications.
 constexpr int64_t kDrawCost = 12;
-// The largest number of floats in the sums of the chunks that are kept at once (16 MiB). The sums take more if one
-// chunk alone (in sum_chunks: one chunk per thread) needs more.
+// The largest number of floats in the sums of the chunks that are kept at once (16 MiB). The sums take more memory if
+// one chunk alone (in sum_chunks: one chunk per thread) needs more.
 constexpr int64_t kMostSums = int64_t{1} << 22;
 // The smallest number of multiplications for which a thread is started: a few microseconds of work.
 constexpr int64_t kPassGrain = int64_t{1} << 17;

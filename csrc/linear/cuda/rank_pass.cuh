@@ -127,9 +127,9 @@ __device__ __forceinline__ void rank_fragment(const unsigned char* stage, Shared
   }
 }
 
-// Returns the offset of this lane's ldmatrix address in a stage. The A operand consists of four 8 x 8 matrices: from
-// one matrix to the next, the rows change first and then the columns, or, for the transpose, the columns change first
-// and then the rows.
+// Returns the offset of this lane's ldmatrix address in a stage. The A operand of mma.sync consists of four 8 x 8
+// matrices: from one matrix to the next, the rows change first and then the columns, or, for the transpose, the columns
+// change first and then the rows.
 template <bool kTransposed, int kRanks>
 __device__ __forceinline__ uint32_t ldmatrix_offset() {
   const int first = RankShare<kRanks>::first_row(), lane = threadIdx.x % kWarpSize;
@@ -237,7 +237,7 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
 }
 
 // Number of tiles of rows per thread block in passes that compute P and Q. The sums of P for the tiles of a thread
-// block stay in registers. The more tiles a thread block has, the fewer partial sums of Q are written.
+// block stay in registers. The more tiles of rows a thread block has, the fewer partial sums of Q are written.
 constexpr int kRankTilesOfBoth = 4;
 
 // Number of thread blocks of rank_pass_kernel that must fit on a multiprocessor; the compiler limits the registers of a

@@ -109,7 +109,8 @@ constexpr int64_t kDropTogether = 512;
 // Computes products with the elements that the dropout mask drops, for masks that drop few elements. W [N, K] is given
 // transposed, in groups of W's rows. For the tokens [begin, end):
 //   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over dropped k, for the strip of n that begins at `row`.
-//   dropped_dots      out[t, k] = or += sum_n m[t, n] W[n, k] for dropped k of the strip that begins at `column`.
+//   dropped_dots      out[t, k] = sum_n m[t, n] W[n, k], or += if `accumulate` is true, for dropped k of the strip that
+//                     begins at `column`.
 struct Dropped {
   const void* m;
   DType dtype;

@@ -49,7 +49,7 @@ struct DepthPiece {
   Ahead ahead{};
 };
 
-// Writes the pieces of which the part [begin, end) of the depth consists to `pieces`, and returns the number of pieces.
+// Writes to `pieces` the pieces of which the part [begin, end) of the depth consists, and returns the number of pieces.
 // The depth counts tiles, and consists of the depths of all layers, one after the other.
 inline int depth_pieces(const TileBackward* works, int count, int64_t begin, int64_t end, DepthPiece* pieces) {
   int found = 0;

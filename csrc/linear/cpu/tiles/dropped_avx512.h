@@ -5,7 +5,7 @@
 //             E is the product with the dropped elements of x:
 //             E[t] = sum over dropped k of x[t, k] W[:, k]. E is computed from the transpose of W. One dot product
 //             instruction multiplies elements of two columns of W with two elements of x.
-//   backward: One product computes dX for all kept elements, beside the low-rank part of dX:
+//   backward: One product computes dX, without the low-rank part of dX, for all kept elements:
 //             dX = (dY ∘ (1 + (g - 1) / (1 - p))) W.
 //             One dot product computes dX for each dropped element: dX[t, k] = dY[t] · W[:, k].
 //

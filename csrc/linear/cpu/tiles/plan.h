@@ -46,8 +46,8 @@ constexpr DepthCut kForwardCut{kPlanPanel, 1024, 4};
 // fewer pages.
 constexpr DepthCut kBackwardCut{kPlanPanel, 512, 8};
 // If there are several blocks, the largest block that is allowed has kPlanUnits units or more for each thread. Blocks
-// are equally large, so that a thread may have about half as many units in a block. With kPlanUnits units for each
-// thread, it costs little if a thread has one unit more than the other threads.
+// are equally large, so that a thread may have only about half of kPlanUnits units in a block. With kPlanUnits units
+// for each thread, it costs little if a thread has one unit more than the other threads.
 constexpr int64_t kPlanUnits = 32;
 
 // The rows [row, end) of W, which are multiplied with the token strips [first, last).

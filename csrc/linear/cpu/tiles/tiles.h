@@ -51,8 +51,9 @@ struct TileWeight {
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
                  DType dtype) = nullptr;
   PackedView view{};  // packed W, as an argument of `decode`
-  // For prefetches of a weight that `decode` decodes, for part 0 and for part 1 of the weight: the bytes of a row, and
-  // the bytes of kPanelStep columns of a row. row_bytes and step_bytes are 0 if the part is not stored row by row.
+  // Numbers of bytes of a row (row_bytes) and of kPanelStep columns of a row (step_bytes) in part 0 and in part 1 of a
+  // weight that `decode` decodes; prefetches use these numbers. row_bytes and step_bytes are 0 if the part is not
+  // stored row by row.
   int64_t row_bytes[2] = {}, step_bytes[2] = {};
 };
 
@@ -104,7 +105,7 @@ struct TileTerm {
   int64_t rank;
   const float* s;  // [rank, 16]
   const float* b;  // ρB [rows rounded up to 32, rank]
-  uint16_t lanes;  // bit j: token j has this adapter; other tokens do not change, even if B is not finite
+  uint16_t lanes;  // bit j: token j of the strip has this adapter; other tokens do not change, even if B is not finite
 };
 
 // DroppedEntries holds the elements of x that dropout drops. Token t has the entries [first[t], first[t + 1]). The
