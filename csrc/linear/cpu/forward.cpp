@@ -262,7 +262,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls) {
   std::vector<TileOperands> held(calls.size());
   const bf16* x = shrink_on_tiles(calls, apart, &held);
   std::vector<TileForward> works;
-  std::vector<int64_t> ends;  // end of each W's rows in the list of rows; every W but the last is padded to whole panels
+  std::vector<int64_t> ends;  // end of each W's rows in one list; every W but the last is padded to whole panels
   int64_t rows = 0;
   for (size_t i = 0; i < calls.size(); ++i) {
     works.push_back(tile_forward(calls[i], tiles[i], x, &held[i]));
