@@ -98,8 +98,8 @@ class Fused:
         return self._reasons()[0]
 
     def part_reason(self, like: Tensor) -> Optional[str]:
-        """Returns why only the adapter's part is fused and the base layer's own forward runs for inputs of the dtype
-        and on the device of ``like``; else None."""
+        """Returns why, for inputs with the dtype and the device of ``like``, only the adapter's part is fused and the
+        base layer's own forward runs; else None."""
         reason, alone = self._reasons()
         if reason is None and alone is None and sums_wider(self._modules["base_layer"], like):
             return "PEFT adds in float32, its base layer multiplies in 16 bits"
