@@ -64,7 +64,8 @@ class AdaLora(LowRank):
     def _scales(self, name: str, is_common: bool = False) -> tuple[Tensor, float]:
         # The operator takes E as the scale per rank, and a number as the scaling, so that autograd sees no division.
         # In a trace, which has no values, and for a ranknum on a GPU, whose value the host would have to wait for,
-        # ranknum stays a tensor. torch.compile can't trace what follows the first condition.
+        # ranknum stays a tensor. In a trace, the first condition returns before the second condition and `item()`,
+        # which torch.compile can't trace.
         modules = self._modules
         lora_E, ranknum = modules["lora_E"]._parameters[name], modules["ranknum"]._parameters[name]
         if not is_common and (_is_traced() or type(ranknum) not in plain_types()):
