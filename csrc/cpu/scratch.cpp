@@ -50,7 +50,7 @@ struct ThreadScratch {
 
 std::atomic<ThreadScratch*> all{nullptr};
 
-thread_local ThreadScratch* own = nullptr;  // the thread's entry, or null before the thread's first use
+thread_local ThreadScratch* own = nullptr;  // this thread's entry in the list, or null if the thread has none
 thread_local int depth = 0;                 // number of ScratchInUse objects that this thread has now
 thread_local bool in_use = false;           // whether this thread has claimed its own blocks
 

@@ -1,8 +1,9 @@
 // Scratch memory that a thread keeps from one call of an operator to the next call. A new block of megabytes costs a
-// page fault per 4 KiB, about a tenth of a small layer's time. Calls that may need a block above kKeptScratchBytes
-// release such a block at their end (ScratchOfCall): the page faults of a large block cost little compared with the
-// call's products, and otherwise a thread would keep memory for the longest batch that the thread has computed.
-// release_scratch() releases the blocks of all threads that are in no call. This file does not depend on torch.
+// page fault per 4 KiB, about a tenth of a small layer's time. Calls that may need a block larger than
+// kKeptScratchBytes release such a block at the end of the call (ScratchOfCall): the page faults of a large block cost
+// little compared with the call's products, and otherwise a thread would keep memory for the longest batch that the
+// thread has computed. release_scratch() releases the blocks of all threads that are in no call. This file does not
+// depend on torch.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +25,7 @@ constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 // operator (ScratchInUse). The block is valid until the call ends or the use gets a larger block.
 void* scratch(Scratch use, size_t bytes);
 
-// Releases the calling thread's block for the use if the block is above kKeptScratchBytes.
+// Releases the calling thread's block for the use if the block is larger than kKeptScratchBytes.
 void release_large_scratch(Scratch use);
 
 // A call that may need scratch of any size holds a ScratchOfCall object. The destructor of ScratchOfCall releases the

@@ -59,8 +59,8 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Allocates a tensor. If the allocation fails, the error contains the text of PyTorch's allocator error: the stable ABI
-// loses this text, by which trainers recognize that a smaller batch would fit.
+// Allocates a tensor. If memory is missing, the error contains the text of PyTorch's allocator error: trainers
+// recognize by this text that a smaller batch would fit, and the stable ABI loses the text.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   const int64_t bytes = checked_bytes(shape, type);
   const std::optional<Tensor> tensor = try_empty(aoti_torch_device_type_cpu(), 0, shape, type);

@@ -75,7 +75,8 @@ class Loops {
   void run(int64_t grain) const {
     parallel_for(0, total_, grain, [&](int64_t begin, int64_t end) {
       for (const Loop& loop : loops_) {
-        // An iteration belongs to the part in which its first unit of work lies.
+        // An iteration of a loop runs in the call of this function whose range [begin, end) contains the iteration's
+        // first unit of work.
         const int64_t first = loop.iteration(begin), last = loop.iteration(end);
         if (first < last) loop.f(first, last);
       }

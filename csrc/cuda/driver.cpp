@@ -80,7 +80,7 @@ Driver open_driver() {
 }
 
 const Driver& driver() {
-  static const Driver opened = open_driver();  // if open_driver raises an error, the next call opens the driver again
+  static const Driver opened = open_driver();  // if open_driver raises an error, the next call tries again
   return opened;
 }
 
@@ -90,8 +90,8 @@ const char* described(Result result) {
   return text == nullptr ? "unknown error" : text;
 }
 
-// Raises an error unless the driver's call succeeded. The error starts with "CUDA error: ", like PyTorch's own errors,
-// by which trainers recognize a lost GPU or missing memory.
+// Raises an error unless the driver's call succeeded. The error starts with "CUDA error: ", as PyTorch's own errors of
+// CUDA calls do.
 void check(Result result, const char* what, const char* kernel) {
   STD_TORCH_CHECK(result == kSuccess, "CUDA error: ", described(result), " (peft_ext: ", what, " of ", kernel, ")");
 }
@@ -255,11 +255,12 @@ int compute_capability(int device) {
 }
 
 const char* device_fault() {
-  // After error 214 (an uncorrectable memory error) and errors 700 to 799 (faults of kernels), every later call of the
-  // driver fails. Without the relaxed mode, stream_query would invalidate a CUDA graph that another thread or stream is
-  // capturing. Even in the relaxed mode, stream_query of the legacy default stream (null) would invalidate the capture
-  // of a blocking stream (PyTorch's own streams are non-blocking). If a blocking stream is being captured,
-  // stream_is_capturing(null) returns an error and leaves the capture valid, as NVIDIA documents.
+  // device_fault takes error 214 (an uncorrectable memory error) and the errors 700 to 799 (most are faults of kernels)
+  // for errors after which every later call of the driver fails. Without the relaxed capture mode, stream_query would
+  // invalidate a CUDA graph that another thread or stream is capturing. Even in the relaxed mode, stream_query of the
+  // legacy default stream (null) would invalidate the capture of a blocking stream (PyTorch's own streams are
+  // non-blocking). If a blocking stream is being captured, stream_is_capturing(null) returns an error and leaves the
+  // capture valid, as NVIDIA documents.
   const RelaxedCapture while_asking;
   int status = 0;
   Result result = driver().stream_is_capturing(nullptr, &status);

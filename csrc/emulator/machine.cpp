@@ -61,7 +61,7 @@ void* map(size_t bytes) {
   return memory;
 }
 
-// Owns the emulated machine of an OS thread, which is made at the thread's first launch.
+// Owns the emulated machine of an OS thread. The machine is made at the thread's first launch.
 struct Owner {
   Machine* machine = nullptr;
   ~Owner() {
@@ -284,7 +284,7 @@ void fiber_main() {
 
 void start_block(Machine& machine) {
   if (machine.epoch + 2 > kMaxEpoch) {
-    // The block's epochs would overflow the bits of a stamp, so that all stamps are reset.
+    // Fewer than two epochs are left in the bits of a stamp, so that all stamps are reset.
     memset(static_cast<void*>(machine.words), 0, kArenaBytes / 4 * sizeof(Stamps));
     memset(static_cast<void*>(machine.bytes), 0, kArenaBytes * sizeof(Stamps));
     machine.epoch = 0;
@@ -556,8 +556,8 @@ void cp_async(void* shared, const void* global, int bytes, bool take) {
   }
   shared_access(offset, size, Access::kWrite, SITE);
   if (take) check_access(global, size, Access::kRead, SITE);
-  // The destination is marked as in flight; the bytes are copied at the thread's cp_async_wait, and an access by any
-  // thread before is a fault.
+  // The destination is marked as in flight. The bytes are copied at the thread's cp_async_wait, and an access to the
+  // destination by any thread before that copy is a fault.
   for (size_t word = offset / 4; word < (offset + size) / 4; ++word) machine.words[word] = {current.now | kInFlight, 0};
   if (fiber.copy_count == fiber.copy_capacity) {
     fiber.copy_capacity = fiber.copy_capacity == 0 ? 16 : 2 * fiber.copy_capacity;

@@ -19,14 +19,14 @@
 // The thread blocks of one tile of rows are adjacent in the grid, so that L2 serves the repeated reads of D; the tiles
 // of one expert are adjacent, so that L2 serves the repeated reads of the expert's W. The loop over the summed
 // dimension goes through D and W in slabs. A slab is 128 bytes of each of the tile's rows of D, and the elements of W
-// that are multiplied with them. Slabs pass through two stages of shared memory: cp.async fills one stage while the
-// products read the other stage. The codes of an NF4 W are loaded into registers three slabs ahead and are decoded one
-// slab ahead, each code to round(code · scale) as in nf4_dequantize. In a stage, the 16 bytes with the number `group`
-// in a line are stored at place group ^ line % 8 of the line, so that ldmatrix has no bank conflicts. 16-bit dtypes use
-// mma.sync with float32 sums. float32 uses FMAs, where a thread computes 8 rows and 4 columns. At the end, each warp
-// reads the sums of the product from shared memory, adds the low-rank term, which is computed as in expand.cuh, rounds
-// once, and stores 8 elements per lane and row. Shared memory: 48 KiB. Bytes moved: D, W (of experts that have rows),
-// out, and z if given, once each. From L2, D is read C / 128 times, and W once per 64 rows.
+// that are multiplied with these bytes. Slabs pass through two stages of shared memory: cp.async fills one stage while
+// the products read the other stage. The codes of an NF4 W are loaded into registers three slabs ahead and are decoded
+// one slab ahead, each code to round(code · scale) as in nf4_dequantize. In a stage, the 16 bytes with the number
+// `group` in a line are stored at place group ^ line % 8 of the line, so that ldmatrix has no bank conflicts. 16-bit
+// dtypes use mma.sync with float32 sums. float32 uses FMAs, where a thread computes 8 rows and 4 columns. At the end,
+// each warp reads the sums of the product from shared memory, adds the low-rank term, which is computed as in
+// expand.cuh, rounds once, and stores 8 elements per lane and row. Shared memory: 48 KiB. Bytes moved: D, W (of experts
+// that have rows), out, and z if given, once each. From L2, D is read C / 128 times, and W once per 64 rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
@@ -430,8 +430,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
       load_codes(2, even);
     }
   }
-  // Multiplies slab `slab`. `next` holds the NF4 codes of slab `slab` + 1; the step decodes them, and then loads the
-  // codes of slab `slab` + 3 into `next`.
+  // Multiplies slab `slab`. `next` holds the NF4 codes of slab `slab` + 1; the step decodes these codes, and then loads
+  // the codes of slab `slab` + 3 into `next`.
   const auto step = [&](int slab, uint32_t stage, [[maybe_unused]] Codes& next) {
     const uint32_t other = kProductStage - stage;
     issue(slab + 1, other);

@@ -17,7 +17,7 @@ namespace {
 // The values that Fp4::code_value returns for the 16 codes.
 constexpr float kFp4Code[16] = {0.0f, 0.0625f / 12,  8.0f / 12,  1.0f,  4.0f / 12,  0.5f,  2.0f / 12,  0.25f,
                                 0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -0.5f, -2.0f / 12, -0.25f};
-// Three times the values of kFp4Code, which bfloat16 holds exactly.
+// Three times the values of kFp4Code. bfloat16 holds each of these products exactly.
 constexpr float kFp4Triple[16] = {0.0f, 1.0f / 64,  2.0f,  3.0f,  1.0f,  1.5f,  0.5f,  0.75f,
                                   0.0f, -1.0f / 64, -2.0f, -3.0f, -1.0f, -1.5f, -0.5f, -0.75f};
 #endif

@@ -75,7 +75,8 @@ int cuStreamQuery(void*) {
   }
   return failing == "stream" ? 719 : failing == "capture" ? 906 : 600;
 }
-// For the legacy default stream, while a blocking stream is being captured: an error that leaves the capture valid.
+// While a blocking stream is being captured, returns for the legacy default stream an error that leaves the capture
+// valid.
 int cuStreamIsCapturing(void* stream, int* status) {
   *status = 0;
   return stream == nullptr && blocking ? 906 : 0;
@@ -94,7 +95,7 @@ int cuModuleLoadData(void** module, const void* code) {
   return 0;
 }
 int cuModuleUnload(void*) { return call("unload", "", 0); }
-// Loads the machine code, as the driver does by default.
+// cuModuleGetFunction loads the machine code, as the driver does by default.
 int cuModuleGetFunction(void** function, void* module, const char* name) {
   *function = module;
   if (strcmp(static_cast<const char*>(module), name) != 0) return 500;
