@@ -23,7 +23,7 @@ struct WholeVec {
 };
 
 // Loads and stores only the first `count` lanes of a vector. `load` sets the remaining lanes to 0. `only` sets the
-// remaining lanes to 0, and `filled` sets them to the value of the first lane.
+// remaining lanes to 0, and `filled` sets the remaining lanes to the value of the first lane.
 struct PartVec {
   int64_t count;
   template <typename T>

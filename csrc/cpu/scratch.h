@@ -11,8 +11,8 @@
 namespace peft_ext {
 
 // On a thread, no two running functions use the block of the same Scratch value. The thread that calls an operator may
-// have a block for each use. The other threads of a parallel loop have blocks for the uses kPanel and kRows, and for
-// every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
+// have a block for each Scratch value. The other threads of a parallel loop have blocks for the uses kPanel and kRows,
+// and for every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and
@@ -21,11 +21,12 @@ enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWe
 // block exceeds kKeptScratchBytes only for layers of hundreds of thousands of features.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
-// Returns the calling thread's block for the use, of at least `bytes` bytes. The thread must be in a call of an
-// operator (ScratchInUse). The block is valid until the call ends or the use gets a larger block.
+// Returns the calling thread's scratch block for `use`, of at least `bytes` bytes. The thread must be in a call of an
+// operator (ScratchInUse). The block is valid until the call ends, or until the thread gets a larger block for the same
+// use.
 void* scratch(Scratch use, size_t bytes);
 
-// Releases the calling thread's block for the use if the block is larger than kKeptScratchBytes.
+// Releases the calling thread's scratch block for `use` if the block is larger than kKeptScratchBytes.
 void release_large_scratch(Scratch use);
 
 // A call that may need scratch of any size holds a ScratchOfCall object. The destructor of ScratchOfCall releases the

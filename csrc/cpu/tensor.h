@@ -44,8 +44,8 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor
 }
 
 // Asks Linux for huge pages for a large result or block of scratch, before the memory is touched for the first time. In
-// each call a large result is new memory, and page faults of 4 KiB would take a large part of the call's time. The
-// function does nothing for less than 4 MiB, or if the system has no MADV_HUGEPAGE.
+// each call a large result is new memory, and page faults of 4 KiB would take a large part of the call's time.
+// advise_huge_pages does nothing for less than 4 MiB, or if the system has no MADV_HUGEPAGE.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

@@ -22,7 +22,7 @@ inline bool& within_a_loop() {
 }
 
 // While a thread has a WithinALoop object, parallel_for on this thread uses only this thread. The body of a loop that
-// already uses all threads makes such an object.
+// already uses all threads makes a WithinALoop object.
 struct WithinALoop {
   const bool before = within_a_loop();
   WithinALoop() { within_a_loop() = true; }

@@ -125,7 +125,8 @@ struct RelaxedCapture {
   int mode = kRelaxedCapture;
 };
 
-// Returns the device's primary context, which PyTorch uses. The context is retained once and never released.
+// Returns the device's primary context, which PyTorch uses. The primary context is retained at the first call for a
+// device, and never released.
 void* primary_context(int device) {
   static std::atomic<void*> held[kMaxDevices];
   void* context = held[device].load(std::memory_order_acquire);

@@ -57,8 +57,7 @@ namespace peft_ext {
 namespace emulator {
 
 // The indices of the running emulated thread and block, and the sizes of the block and the grid. These values are
-// constant while a kernel's function runs, so that the compiler may merge calls of thread_index() or of one of the
-// other three functions.
+// constant while a kernel's function runs, so that the compiler may merge calls of one of these functions.
 __attribute__((const)) dim3 thread_index();
 __attribute__((const)) dim3 block_index();
 __attribute__((const)) dim3 block_size();

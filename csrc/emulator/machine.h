@@ -136,7 +136,7 @@ struct Machine {
   int threads, warps;
   const Memory::Range* last_range;
   // For each block of the launch: 1 if the block did an atomic after a threadfence, and thereby published its earlier
-  // accesses. The pointer is null until a block does such an atomic.
+  // accesses. `published` is null until a block does an atomic after a threadfence.
   uint8_t* published;
   bool fenced, acquired;  // whether the running block has called threadfence, and has done an atomic
   // The shared memory of the launch: dynamic memory first, then static declarations in the order of their first use.
@@ -160,7 +160,7 @@ struct Machine {
   uint8_t* owner;  // for each four bytes of `arena`: 1 + index of the declaration, or 0 outside of declarations
 };
 
-// The values that the hooks read at every access.
+// The state of the emulator that the hooks need at every access.
 struct Current {
   uintptr_t stack;  // address of the running fiber's stack
   uintptr_t arena;

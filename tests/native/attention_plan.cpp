@@ -190,7 +190,7 @@ int check(int64_t most) {
         const ForwardPlan forward = plan_forward(shape.streams * shape.heads, shape.queries, threads);
         forward_share(forward, ceil_div(shape.keys, kPlanBlock), causal, &right);
         right = right && forward.parts >= 1 && forward.parts <= threads;
-        // The second limit leaves memory for the dQ of four streams.
+        // The second limit on the number of floats leaves memory for the dQ of four streams at a time.
         for (const int64_t floats : {kMostFloats, 4 * ceil_div(shape.queries, kPlanBlock) * kPlanBlock * shape.size})
           right = check_backward(plan_backward(shape.streams, shape.heads, shape.queries, shape.keys, shape.size,
                                                causal, threads, floats)) &&

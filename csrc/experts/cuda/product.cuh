@@ -270,7 +270,8 @@ template <typename T, bool kNf4, StackOrder kOrder>
 constexpr int kProductBlocks =
     kOrder == StackOrder::kAny || (sizeof(T) == 4 && !kNf4 && kOrder == StackOrder::kAcross) ? 1 : 2;
 
-// Grid: x has a block for each tile of columns of each tile of rows. The blocks of one tile of rows are adjacent.
+// Grid: x has a block for each tile of columns of each tile of rows. The blocks of one tile of rows are adjacent in the
+// grid.
 template <typename T, bool kNf4, StackOrder kOrder>
 __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrder>))
     experts_product_kernel(ExpertsProduct work) {
@@ -311,7 +312,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   const SharedAt right_to = base + (kProductRight + group_at<kLine>(line, group));
   [[maybe_unused]] const Nf4View own = kNf4 ? nf4_of_expert(work.weight, expert) : Nf4View{};
 
-  // Starts loading slab `slab` of D, and of W unless kDecodes, into a stage. The calls must pass the slabs in order.
+  // Starts loading slab `slab` of D, and of W unless kDecodes, into a stage. Calls of `issue` must pass the slabs in
+  // order.
   const auto issue = [&](int slab, uint32_t stage) {
     const int first = slab * kSlab;
     if (slab < slabs) {
@@ -378,7 +380,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   const int half_to_block = own.log2_blocksize - (kHalf == 32 ? 5 : 4);
   const bool line_there = kAcross ? part * kHalf < columns : code_line < columns;
   const int code_left = kAcross ? inner - code_line : inner - part * kHalf;
-  // Loads the NF4 codes of slab `slab`. The calls must pass the slabs in order.
+  // Loads the NF4 codes of slab `slab`. Calls of load_codes must pass the slabs in order.
   const auto load_codes = [&](int slab, Codes& to) {
     if (!line_there || slab * kSlab >= code_left) {
       to = Codes{};

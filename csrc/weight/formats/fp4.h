@@ -47,8 +47,8 @@ struct Fp4 {
   }
 
   // Returns the value of a code: 2/3 * 2^-x for codes 1, 2, 4 and 6, 2^-x for codes 3, 5 and 7, +0 for codes 0 and 8,
-  // and for a code from 9 on the negative of the value of code - 8. An entry of the table holds x in its low three
-  // bits; the fourth bit is set for a power of two.
+  // and for a code from 9 on the negative of the value of code - 8. An entry of the table in code_value holds x in the
+  // low three bits; the fourth bit is set if the code's value is a power of two.
   static float code_value(uint32_t code) {
     const uint32_t entry = nibble_entry(0xa2918070u, code & 7);
     const uint32_t two_thirds = 0x3f2aaaabu, to_one = 0x3f800000u - two_thirds;

@@ -66,7 +66,8 @@ int cuDevicePrimaryCtxRetain(void** found, int device) {
   *found = reinterpret_cast<void*>(0x1000 + device);
   return call("context", " of " + std::to_string(device), 2);
 }
-// In another mode than the relaxed one (2), the driver ends a capture of a CUDA graph as invalid.
+// If cuStreamQuery is called in another capture mode than the relaxed one (2), NVIDIA's driver invalidates a CUDA graph
+// that is being captured.
 int cuStreamQuery(void*) {
   call("query", " in mode " + std::to_string(capture_mode), 0);
   if (blocking) {
