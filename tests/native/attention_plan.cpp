@@ -54,7 +54,7 @@ Share forward_share(const ForwardPlan& plan, int64_t key_blocks, bool causal, bo
     for (const ForwardUnit& unit : plan.units(part)) {
       *right = *right && unit.head >= 0 && unit.head < plan.heads && unit.block >= 0 && unit.block < plan.blocks;
       if (!*right) return share;
-      // The units of a part are in the order of the heads, and the blocks of queries of a head are in falling order.
+      // The units of a part come head after head and, within a head, from the last block of queries to the first.
       *right = *right && (unit.head > before.head || (unit.head == before.head && unit.block < before.block));
       before = unit;
       ++found[static_cast<size_t>(unit.head * plan.blocks + unit.block)];
@@ -159,8 +159,8 @@ bool check_backward(const BackwardPlan& plan) {
     ++region_number;
   });
   for (const Row& row : rows) right = right && row.finished;
-  // The cells of a column come in falling order of the queries. The last of these cells begins at the first block of
-  // queries that sees the column's keys, rounded down to a multiple of `step`. A column that no query sees has no cell.
+  // The cells of a column (a block of keys) come in falling order of the queries. The last cell begins at the first
+  // block of queries that sees the column, rounded down to the side of a cell. A column that no query sees has no cell.
   for (size_t i = 0; i < columns.size(); ++i) {
     const int64_t key = static_cast<int64_t>(i) % keys;
     const int64_t first = plan.causal ? key / plan.step * plan.step : 0;
