@@ -90,8 +90,8 @@ const char* described(Result result) {
   return text == nullptr ? "unknown error" : text;
 }
 
-// Raises an error unless the driver's call succeeded. The error starts with "CUDA error: ", as PyTorch's own errors of
-// CUDA calls do.
+// Raises an error unless the driver's call succeeded. The error starts with "CUDA error: ", like PyTorch's own errors,
+// by which trainers recognize a lost GPU or missing memory.
 void check(Result result, const char* what, const char* kernel) {
   STD_TORCH_CHECK(result == kSuccess, "CUDA error: ", described(result), " (peft_ext: ", what, " of ", kernel, ")");
 }

@@ -284,7 +284,7 @@ void fiber_main() {
 
 void start_block(Machine& machine) {
   if (machine.epoch + 2 > kMaxEpoch) {
-    // Fewer than two epochs are left in the bits of a stamp, so that all stamps are reset.
+    // The block's epochs would overflow the bits of a stamp, so that all stamps are reset.
     memset(static_cast<void*>(machine.words), 0, kArenaBytes / 4 * sizeof(Stamps));
     memset(static_cast<void*>(machine.bytes), 0, kArenaBytes * sizeof(Stamps));
     machine.epoch = 0;
