@@ -1,5 +1,5 @@
 // Loops whose memory accesses are known, for tests/native/test_many_cores.py. This file is compiled with
-// -fsanitize=thread, as the traced library.
+// -fsanitize=thread, like the traced library.
 #include <stdint.h>
 
 using ParallelFunc = void (*)(int64_t begin, int64_t end, void* context);
