@@ -6,8 +6,8 @@
 // the thread's number. Two accesses are ordered if they are by one thread, in different block epochs, or by one warp in
 // different warp epochs. Shuffles, votes and mma do not order accesses, because CUDA does not promise any order for
 // them. Epochs keep increasing from block to block and from launch to launch, so that a write stamp from before the
-// running block's start means that the block has not written the byte. Stamps are cleared before a block
-// if half of the epochs that a stamp can hold are used. Four bytes share one pair of stamps (write and read) until a
+// running block's start means that the block has not written the byte. Stamps are cleared before a block if
+// half of the epochs that a stamp can hold are used. Four bytes share one pair of stamps (write and read) until a
 // smaller access splits the pair.
 //
 // Global memory has two stamps for each element of a writable range: which block of the launch wrote the element, and
