@@ -1,4 +1,5 @@
-"""Modules over a frozen packed weight: a linear layer and an embedding, with the tensors and names of the file."""
+"""Modules over a frozen packed weight: a linear layer and an embedding, with the tensors and names of a checkpoint's
+file."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ class HoldsPacked(nn.Module):
 
     The first tensor of the weight, which holds the codes, is a frozen parameter; the weight's other tensors are
     buffers. Functions that cast all parameters of a model, such as PEFT's ``prepare_model_for_kbit_training``,
-    therefore leave the scales unchanged. If the file has no tensor called ``weight``, ``module.weight`` is the codes
-    tensor, and likewise ``module.W_q``.
+    therefore leave the scales unchanged. ``module.weight`` and ``module.W_q`` return the codes tensor, whatever the
+    file calls the codes.
 
     Attributes:
         names: the names of the weight's tensors in the file and in the state dict, in the order of ``format.parts``;
@@ -32,8 +33,8 @@ class HoldsPacked(nn.Module):
         extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
         compute_dtype: dtype of the dense layer that the packed layer replaces. PEFT takes ``compute_dtype`` for the
             dtype of the base layer.
-        note: says which step of the checkpoint's own layer this layer leaves out, such as the rounding of x to 8 bits;
-            "" if the layer leaves out nothing.
+        note: says which step of the checkpoint's own layer this layer skips, such as the rounding of x to 8 bits; "" if
+            the layer skips no step.
     """
 
     names: tuple[Optional[str], ...]
@@ -210,8 +211,8 @@ def _attribute(name: str) -> str:
 class PackedLinear(HoldsPacked, nn.Linear):
     """``Y = X Wᵀ + b`` with W frozen and packed, in the layout of a checkpoint's file.
 
-    The layer replaces ``nn.Linear``, and PEFT adapts the layer like an ``nn.Linear``. The state dict has the file's
-    names and bytes. A cast of the module to another float dtype casts the bias only.
+    The layer replaces ``nn.Linear``, and PEFT adapts the layer like an ``nn.Linear``. The state dict has the names and
+    the bytes of the tensors in the file. A cast of the module to another float dtype casts the bias only.
 
     To get a PackedLinear, call :meth:`from_packed`, or load a packed checkpoint with :class:`peft_ext.PackedConfig`.
     """

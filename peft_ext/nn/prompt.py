@@ -203,8 +203,8 @@ class PromptEmbedding(VirtualTokens):
         """Returns the keyword arguments for a model: every given argument extended by the prompt, under its own name.
 
         ``attention_mask``, ``labels`` and ``token_type_ids`` are ``[B, T]``; the prompt's token type is 0. An argument
-        that is None is left out. A model that gets no ``attention_mask`` attends to all positions, the prompt included.
-        Pass ``labels`` only if there is one label for each token.
+        that is None is not in the returned dict. A model that gets no ``attention_mask`` attends to all positions, the
+        prompt included. Pass ``labels`` only if there is one label for each token.
         """
         extended = {"inputs_embeds": self(inputs_embeds)}
         shape = tuple(inputs_embeds.shape[:2])

@@ -152,8 +152,8 @@ def register_autograd(
 
     torch.compile and tensor subclasses use the backward that torch.library registers. Eager calls on plain tensors
     bypass torch.library's autograd, which takes as long as the rest of the Python code before a kernel: an eager call
-    that may need gradients goes through an autograd Function that this function makes, and any other eager call goes to
-    the kernel directly. ``register_autograd`` does not support operators that take lists of tensors.
+    that may need gradients goes through an autograd Function that ``register_autograd`` makes, and any other eager call
+    goes to the kernel directly. ``register_autograd`` does not support operators that take lists of tensors.
 
     ``trained``: the positions of the arguments that can have a gradient, for an operator of which only the first output
     is differentiable. In an eager call autograd then sees only the arguments at ``trained``, because each argument

@@ -21,9 +21,9 @@ from torch import Tensor
 from .packed import Format, PackedWeight, option_of, register
 
 # Flags in the integer ``option`` of a PackedWeight, by format.
-INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": flag 1: each code is an int8 element; flag 2: the weight has only one scale
-V1 = 1  # "gptq": flag of a weight for which 1 was subtracted from each zero before the zeros were packed
-HQQ_AXIS0 = 1  # "hqq": flag of a weight of G groups in which code f of the flat weight is of group f % G
+INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": flag 1: each code is an int8 element; flag 2: the weight has only one scale.
+V1 = 1  # "gptq": flag of a weight for which 1 was subtracted from each zero before the zeros were packed.
+HQQ_AXIS0 = 1  # "hqq": flag of a weight of G groups in which code f of the flat weight is of group f % G.
 
 # A word of AWQ has the codes of eight rows. AWQ_SHIFTS[n % 8] is the number of bits by which the code of row n is
 # shifted in its word.
@@ -128,8 +128,8 @@ HQQ = register(Format("hqq", 8, ("W_q", "scale", "zero"), _check_hqq, "hqq"))
 
 
 def _checked_order(format: str, g_idx: Optional[Tensor], group: int, count: int, columns: int) -> Optional[Tensor]:
-    """Returns int32 ``g_idx``, or None if each group is of consecutive columns. Reads the data of ``g_idx``, except on
-    the meta device, where ``g_idx`` is returned unchecked.
+    """Returns int32 ``g_idx``, or None if ``g_idx`` is None or empty or if each group is of consecutive columns. Reads
+    the data of ``g_idx``, except on the meta device, where ``g_idx`` is returned unchecked.
 
     Raises ValueError if ``g_idx`` is not int32 with ``columns`` elements in its last dimension, or if a column's group
     is not from 0 to ``count - 1``.

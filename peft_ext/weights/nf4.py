@@ -152,7 +152,8 @@ class NF4Weight(PackedWeight):
         device = packed.device if isinstance(packed, Tensor) else None
         for name, tensor, dtype, count in held:
             if name == "nested.offset" and isinstance(tensor, Tensor) and tensor.device != device:
-                # As in PyTorch's operators, a 0-d tensor on the CPU may be combined with tensors on another device.
+                # The offset may be on another device, as PyTorch's operators accept a 0-d tensor on the CPU with
+                # tensors on a GPU.
                 tensor = tensor.to(device)
                 object.__setattr__(self, "nested", replace(nested, offset=tensor))
             if not (
