@@ -38,7 +38,7 @@ class Method:
         kind: the kind of the method, a key of :data:`KINDS`.
         config_class: full name of the class of the method's configuration.
         learning_rate: default learning rate of a run. Methods that train fewer parameters than LoRA, such as IA3 and
-        prompt tuning, have larger rates than LoRA.
+            prompt tuning, have larger default rates than LoRA.
         page: name of the page in docs/methods that has the method's formula.
         fields: values that peft_ext sets for fields of the configuration, besides ``task_type``.
         quant: default quantization of a run's frozen base: "nf4" or "none".

@@ -19,10 +19,11 @@ from typing import Optional
 
 from torch import nn
 
-# Reads in methods that initialize weights do not count, because these methods run before a model is quantized.
+# Names of methods that initialize weights. Reads of a weight in these methods do not count, because the methods run
+# before a model is quantized.
 _SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
-# _NEVER is an option of configurations, for tensor parallelism in pretraining. Reads in a branch for the option _NEVER
-# do not count.
+# _NEVER is an option of configurations, for tensor parallelism in pretraining. Reads of a weight in a branch for the
+# option _NEVER do not count.
 _NEVER = "pretraining_tp"
 # Packages whose layers accept 4-bit base weights: reads by the code of these packages do not count.
 _OF_ADAPTERS = ("peft", "peft_ext")

@@ -29,7 +29,8 @@ class HoldsPacked(nn.Module):
 
     Attributes:
         names: the names of the weight's tensors in the file and in the state dict, in the order of ``format.parts``;
-            None for a tensor that the weight does not have. A dot in a name is "_" in the attribute's name.
+            None for a tensor that the weight does not have. A module's attribute has the tensor's name, with "_" in
+            place of each dot.
         extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
         compute_dtype: dtype of the dense layer that the packed layer replaces. PEFT takes ``compute_dtype`` for the
             dtype of the base layer.
@@ -232,11 +233,11 @@ class PackedLinear(HoldsPacked, nn.Linear):
         Args:
             weight: the packed weight, of shape ``(N, K)``.
             names: the file's names of ``weight.parts``, in their order, for example
-                ``("weight_packed", "weight_scale")``. A part that is None has the name None; names of None at the end
-                may be left out.
+                ``("weight_packed", "weight_scale")``. The name of a part that is None is None; if the last names are
+                None, ``names`` may end before these names.
             bias: ``[N]``; the layer shares a bias that is an nn.Parameter.
             extra: a dict that maps names in the file to the tensors of the layer that the weight's format does not
-                need. The layer's state dict contains these extra tensors.
+                need. The layer's state dict contains the tensors of ``extra`` too.
             dtype: dtype of the dense layer that the packed layer replaces; default: ``weight.dtype``.
 
         Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, if no kernel decodes the

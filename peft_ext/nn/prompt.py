@@ -15,8 +15,8 @@ from ..ops.checks import check_dtype, check_float
 class VirtualTokens(nn.Module):
     """Base class of trained virtual tokens: ``embedding [num_virtual_tokens, width]``, put before each sequence.
 
-    A subclass defines ``reset_parameters`` and the meaning of the width. PEFT's modules of virtual tokens have the same
-    state dict key, ``embedding.weight``.
+    A subclass defines ``reset_parameters`` and the meaning of the embedding's width. PEFT's modules of virtual tokens
+    have the same state dict key, ``embedding.weight``.
     """
 
     def _hold(self, num_virtual_tokens: int, width: int, device: Any, dtype: torch.dtype) -> None:

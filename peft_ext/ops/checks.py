@@ -17,8 +17,8 @@ from ..weights.packed import PackedWeight, unpacked
 _LARGEST = sys.float_info.max
 
 
-# The fast paths (the functions fits_*) accept a tensor only if its type is exactly one of _PLAIN. For an operand of a
-# subclass, the functions check_* decide.
+# The fast paths (the functions fits_*) accept a tensor only if its type is exactly one of _PLAIN. An operand of a
+# subclass is checked by the slower functions check_*.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -26,11 +26,11 @@ _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
     """Fast path of the checks of x, a frozen weight and a bias: returns True for the common eager call.
 
-    A common call runs eagerly, outside autocast, on a CPU or a GPU. The tensors of a common call are plain (the weight
-    may be packed), fit one another and are not float64, and the weight gets no gradient. Everything that fits_linear
-    accepts is also accepted by check_float, check_linear and check_bias, which take several times as long. If
-    fits_linear returns False, the caller calls check_float, check_linear and check_bias, which accept the call or raise
-    an error.
+    fits_linear accepts only calls that run eagerly, outside autocast, on a CPU or a GPU, with plain tensors (the weight
+    may be packed) that fit one another and are not float64, and with a weight that gets no gradient. Everything that
+    fits_linear accepts is also accepted by check_float, check_linear and check_bias, which take several times as long.
+    If fits_linear returns False, the caller calls check_float, check_linear and check_bias, which accept the call or
+    raise an error.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():

@@ -285,9 +285,9 @@ def dora_linear(
             (:func:`dora_weight_norm` of the weight in x's dtype); default: computed.
         save_output: True: the caller promises not to change the result in place. With save_output, the forward saves
             the result Y instead of Z, the result before the scale g and the bias, if Z can be computed from Y (on a
-            CPU, without a bias and without dropout on the base). Saving Y instead of Z takes T·N elements less memory.
-            If Y was saved, the backward computes Z from x and the weights again for outputs with ``|g| < 2^-60`` (in
-            float16 ``|g| < 2^-6``).
+            CPU, without a bias and without dropout on the base). Because the caller holds the result Y anyway, saving Y
+            instead of Z takes T·N elements less memory. If Y was saved, the backward computes Z from x and the weights
+            again for outputs with ``|g| < 2^-60`` (in float16 ``|g| < 2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
     and bias, in their own dtypes. Saved for backward: x, ``S = dropout(x) Aᵀ`` ``[T, R]`` in float32, the seed and the

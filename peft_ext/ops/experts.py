@@ -12,11 +12,12 @@ decodes the packed weights of all experts (in every packed format but NF4). :fun
 norm of the weight of an expert without rows.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
-On a GPU one kernel multiplies the rows of all experts, except in some calls with a dense bfloat16 weight. This kernel
-decodes an NF4 weight itself, and adds the low-rank term and the bias before the result is rounded. On a GPU, a weight
-in a packed format other than NF4 is decoded to a dense weight before the kernel runs. For a dense bfloat16 weight and
-many rows, PyTorch's grouped product may multiply the rows with the weights, and a kernel adds the other terms. The CUDA
-kernels read the number of an expert's rows on the device, so the host does not wait.
+On a GPU one kernel multiplies the rows of all experts, except in some calls with a dense bfloat16 weight. The CUDA
+kernel that multiplies the rows decodes an NF4 weight itself, and adds the low-rank term and the bias before the result
+is rounded. On a GPU, a weight in a packed format other than NF4 is decoded to a dense weight before the kernel runs.
+For a dense bfloat16 weight and many rows, PyTorch's grouped product may multiply the rows with the weights, and a
+kernel adds the other terms. The CUDA kernels read the number of an expert's rows on the device, so the host does not
+wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """

@@ -181,9 +181,9 @@ def ia3_linear(
             dtype.
         bias: the layer's bias b ``[N]`` of x's dtype, or None.
         save_output: True: the caller promises not to change the result in place. With save_output, the forward on a CPU
-            saves Y instead of ``Z = x Wᵀ + b`` if ia3_l scales the output and needs a gradient. Saving Y instead of Z
-            takes T·N elements less memory. If Y was saved, the backward computes Z again for outputs with ``|ia3_l| <
-            2^-60`` (in float16 ``|ia3_l| < 2^-6``).
+            saves Y instead of ``Z = x Wᵀ + b`` if ia3_l scales the output and needs a gradient. Because the caller
+            holds the result Y anyway, saving Y instead of Z takes T·N elements less memory. If Y was saved, the
+            backward computes Z again for outputs with ``|ia3_l| < 2^-60`` (in float16 ``|ia3_l| < 2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, ia3_l and bias, in their
     own shapes and dtypes; saved for backward, besides the weight, the bias and ia3_l: x and, where ia3_l scales the

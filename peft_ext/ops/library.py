@@ -25,8 +25,8 @@ from .._ops import NAMESPACE
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # The part of a schema that declares a frozen weight: dense (the optionals are None, layout 0) or packed (see
-# PackedWeight.op_args). The schema has single tensors and the integer ``layout``, because a list of tensors and a
-# string would take more time in each call.
+# PackedWeight.op_args). The schema declares the tensors of a weight one by one and encodes the format in the integer
+# ``layout``, because a list of tensors and a string would take more time in each call.
 WEIGHT = "Tensor weight, Tensor? part1, Tensor? part2, Tensor? part3, Tensor? part4, int layout, SymInt[] shape"
 
 

@@ -26,12 +26,12 @@ The proof changes neither the process's precision of products nor its random gen
 Environment:
     ``PEFT_EXT_PROVE``: ``1`` (the default) proves a family once for each CPU path on each model of CPU, and once on
         each model of GPU, and again for another build of peft_ext, of torch or of torch's CUDA. The families that
-        passed are saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is
-        proved again by the next process, because an error may have a temporary cause. A family whose kernels ended a
-        process by a fault of the GPU is saved as failed, and stays dropped. ``always`` proves every family in every
-        process and reads no saved result. With ``PEFT_EXT_PROVE=0``, no family is proved and no result exchanged; a GPU
-        that is too old still runs the reference, and without NVRTC all CUDA kernels are still dropped. Any other value
-        of PEFT_EXT_PROVE raises ValueError.
+        passed are saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family whose kernels
+        ended a process by a fault of the GPU is saved as failed, and stays dropped; a family that failed otherwise is
+        proved again by the next process, because an error may have a temporary cause. ``always`` proves every family in
+        every process and reads no saved result. With ``PEFT_EXT_PROVE=0``, no family is proved and no result exchanged;
+        a GPU that is too old still runs the reference, and without NVRTC all CUDA kernels are still dropped. Any other
+        value of PEFT_EXT_PROVE raises ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -275,7 +275,7 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
     for count, family in enumerate(unknown):
         if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:
             _say(f"peft_ext: proving {family}'s kernels on {place.name}, once ({count + 1} of {len(unknown)})")
-        _wait(place.device)  # waits, so that a fault of kernels that ran earlier does not count as this family's fault
+        _wait(place.device)  # waits for the GPU, because a fault of kernels that ran earlier is no fault of this family
         try:
             found[family] = prove(place.device, [family])[family]
         except KernelFault as fault:
@@ -384,7 +384,7 @@ def agree(ask: Callable[[], object]) -> None:
     own = {key: {family: DROPPED[key, name] for family, names in held[key].items()
                  for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
     if cards.OLD and (why := cards.OLD.get(torch.cuda.current_device())):
-        own["CUDA"] = dict.fromkeys(held["CUDA"], why)  # the ranks must agree, and an old GPU runs the reference
+        own["CUDA"] = dict.fromkeys(held["CUDA"], why)  # this rank's old GPU runs the reference, and so must all ranks
     for rank, theirs in enumerate(_exchange(own)):
         for key, failed in theirs.items():
             has = held[key]

@@ -302,7 +302,7 @@ class DiffPruningModel(ReplacingTuner):
         these entries.
 
         Args:
-            target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.
+            target: fraction of the adapter's entries to keep. Entries of the difference that are 0 are not kept.
             adapter_name: name of the adapter; default the active adapter.
             optimizer: an optimizer that trains the adapter. In the optimizer's groups the kept values replace w, and
                 the gates are removed, as is the optimizer state of w and of the gates. The optimizer's other

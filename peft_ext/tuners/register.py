@@ -50,7 +50,7 @@ def _check_peft() -> None:
     if Version(peft.__version__).release < Version(_OLDEST).release:
         raise ImportError(f"peft_ext.tuners needs peft >= {_OLDEST}, found {peft.__version__}")
     with required("peft", "peft_ext.tuners"):
-        has(PeftModel, "_enable_peft_forward_hooks")  # calls the tuner's method of this name
+        has(PeftModel, "_enable_peft_forward_hooks")  # PeftModel's method calls the tuner's method of this name
         has(BaseTuner, *MODEL_HOOKS)
         has(BaseTunerLayer, *LAYER_HOOKS)
 

@@ -38,12 +38,12 @@ class TargetConfig(PeftConfig):
     Args:
         target_modules: full names ("model.layers.1.mlp") or last components of names ("mlp"); or a regular expression
             that matches a full name; or "all-linear". A module is a target if ``target_modules`` names the module, or a
-            module that contains it. None stands for the method's default targets.
+            module that contains it. If ``target_modules`` is None, the method's default targets are used.
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: modules that are trained and saved whole, as in PEFT; these modules are not targets.
-        layers_to_transform: index or indices of layers; None: all layers. Modules outside of the given layers are not
-            targets. A layer's index is the first number in the module's full name (after a name that matches
-            ``layers_pattern``).
+        layers_to_transform: index or indices of layers; None: all layers. Modules outside of the layers of
+            ``layers_to_transform`` are not targets. A layer's index is the first number in the module's full name
+            (after a name that matches ``layers_pattern``).
         layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 
     Raises: TypeError or ValueError if a field has a value of a wrong type, or a value that is not allowed.

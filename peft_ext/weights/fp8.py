@@ -99,7 +99,7 @@ def fp8(
 
 
 def from_transformers(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
-    """Returns the weight of transformers' ``FP8Linear``. No data is copied.
+    """Returns the weight of transformers' ``FP8Linear``, in the module's memory; no data is copied.
 
     Raises: TypeError if ``module`` is another module or holds packed 4-bit codes (int8).
     """

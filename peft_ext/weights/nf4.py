@@ -378,7 +378,7 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
 
 def read_nf4(found: Mapping[str, Any]) -> NF4Weight:
     """Returns the weight from a layer's state dict in bitsandbytes' format, whose keys are "weight", "weight.absmax"
-    and so on. No data is copied.
+    and so on, without a copy of the tensors.
 
     Raises: the errors of :func:`read_quant_state`; KeyError if "weight" or "weight.absmax" is missing; TypeError or
     ValueError if sizes or scales do not fit.
