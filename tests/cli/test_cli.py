@@ -553,6 +553,7 @@ def test_doctor_fails_without_the_native_library(capsys, monkeypatch):
     assert "no: No module named 'peft_ext._C'" in out and _native.mend() in out
 
 
+@pytest.mark.slow
 def test_doctor_and_version_need_no_hugging_face():
     code = (
         "import sys\n"

@@ -178,7 +178,8 @@ BEFORE = {
     "docs/formats.md": _packed_checkpoints,
 }
 WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
-OF_SECONDS = {DOCS / "lesson.md", DOCS / "cli.md"}  # pages that train and trace a training step of 7 billion parameters
+# Pages whose code takes seconds: the lesson trains, cli.md traces a training step of 7 billion parameters.
+OF_SECONDS = {DOCS / "lesson.md", DOCS / "cli.md", *(DOCS / "methods").glob("*.md")} - {DOCS / "methods/lora.md"}
 
 
 @pytest.mark.parametrize("page", first(WITH_PYTHON, {*WITH_PYTHON} - OF_SECONDS), ids=name)

@@ -380,6 +380,7 @@ TRAINABLE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"), [(name, method) for name, methods in TRAINABLE.items() for method in methods]
 )

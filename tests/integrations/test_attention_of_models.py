@@ -464,6 +464,7 @@ def test_a_call_with_an_argument_that_is_not_known_is_transformers(more: dict, m
     assert bool(taken) is ("heat" not in more)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(hf, "FlintConfig"), reason="this transformers has no Flint")
 def test_layers_of_flint_without_rotary_positions() -> None:
     """Only the layers with a sliding window rotate q and k. A fused forward would rotate in every layer."""

@@ -150,6 +150,7 @@ def spots(stock: nn.Module, name: str) -> tuple[nn.Module, list[Spot]]:
 FAMILIES = tuple(name for name in tiny_models.FAMILIES if name != "Mamba")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first(FAMILIES, ["BERT"]))
 def test_whatever_is_changed_has_the_results_of_stock(name: str, counts: Counter[str]) -> None:
     architecture = tiny_models.architecture(name, SIZES)

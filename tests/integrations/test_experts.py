@@ -145,6 +145,7 @@ def test_dropout_on_the_low_rank_path() -> None:
         peft_ext.accelerate(model, experts_dropout=1.0)
 
 
+@pytest.mark.slow
 def test_memory_is_estimated_with_experts() -> None:
     size = {"batch_size": 2, "sequence_length": 24}
     stock, fused = (peft_ext.estimate_memory(adapt(base(dtype=torch.bfloat16)), accelerated=accelerated, **size)
@@ -372,6 +373,7 @@ def test_adapters_that_nothing_can_add_to_nf4_experts_raise() -> None:
         hooked(**batch())
 
 
+@pytest.mark.slow
 def test_hooks_around_nf4_experts_run() -> None:
     """Hooks on the wrappers and on the inner experts run, and hooks on lora_A do not run: PEFT too reads only the
     weights of an adapter's modules."""

@@ -46,6 +46,7 @@ def test_the_tables_show_the_records(records: many_cores.Records) -> None:
     assert many_cores.drawn(many_cores.DOCUMENT.read_text()).strip() == many_cores.table(records)
 
 
+@pytest.mark.slow
 @needs_tools
 @pytest.mark.parametrize("operator", first([
     "LoRA, dropout 0.05, 576 x 576", "attention, causal, 1024 tokens, 32 heads", "RMS norm, 4096", "SiLU gate, 14336",

@@ -423,6 +423,7 @@ def test_a_stock_run_in_float32_is_the_same_run(tiny, tmp_path) -> None:
     assert ours["perplexity"]["after"] == pytest.approx(stock["perplexity"]["after"], rel=1e-5)
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_the_plan_says_what_a_dense_base_takes(tiny, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(_cpu, "why_float32", lambda: NO)

@@ -404,6 +404,7 @@ def test_weights_that_are_broken_or_not_there_are_one_line(capsys, tiny, weightl
     assert run() == f"error: --model {weightless}: the files lack model.norm.weight, which would be random\n"
 
 
+@pytest.mark.slow
 def test_the_plan_warns_where_memory_does_not_do(capsys, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "memory_of", lambda device: (2**20, 2**18, 0))
     out = dry(capsys, *small(tiny, tmp_path / "out", "--quant", "none"))

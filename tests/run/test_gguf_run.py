@@ -67,6 +67,7 @@ def test_a_gguf_file_is_trained_and_its_adapter_is_used(
     assert (exported - right).norm() < 0.02 * right.norm()  # the exported matrices are float16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", first([False, True], [True]))
 def test_a_failing_export_keeps_the_adapter_and_the_record(
     gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, refused: bool
@@ -106,6 +107,7 @@ def test_the_export_of_an_earlier_adapter_is_removed(gguf: Path, tmp_path: Path)
     assert exported.read_bytes() == (gguf / "model").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_file_of_dense_weights_is_quantized_as_a_folder_is(
     gguf: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

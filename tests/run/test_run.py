@@ -45,7 +45,7 @@ def options_of(tiny: Path, output: Path, **changes) -> Options:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", first(METHODS, ("lora", "dora")))
+@pytest.mark.parametrize("method", first(METHODS, ("lora",)))
 def test_every_method(tiny, tmp_path, method):
     if method == "dora":
         pytest.importorskip("bitsandbytes")
@@ -127,6 +127,7 @@ def test_the_table_has_a_configuration_and_a_page_for_every_method():
         assert config.is_prompt_learning == (method.kind == "prompt")
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_it_does_to_who_listens(tiny, tmp_path, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="peft_ext.run"):
         finetune(options_of(tiny, tmp_path / "run", max_steps=1, save_steps=0))

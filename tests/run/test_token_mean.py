@@ -40,6 +40,7 @@ def assert_same(folders: list[Path], losses: list[list[float]]) -> None:
         torch.testing.assert_close(parts[name], value, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", first(RUNS, FIRST), ids=str)
 def test_a_run_of_more_and_smaller_batches(
     case: tuple[str, bool, str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -72,6 +73,7 @@ KINDS = {"takes": hf.LlamaForCausalLM, "ignores": IgnoresItemsForCausalLM, "refu
          "prompt": hf.LlamaForCausalLM, "cpt": hf.LlamaForCausalLM}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first(KINDS, ["refuses"]))
 def test_a_recipe_of_more_and_smaller_batches(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -400,6 +400,7 @@ def test_modules_beside_text_get_no_adapter_by_default(tiny: Path, gemma3: str, 
     assert train._may_leave_unused(model) and any("vision_tower" in name for name in model.targeted_module_names)
 
 
+@pytest.mark.slow
 def test_estimates_and_recommendations_leave_out_the_modules_beside_text_too(gemma3: str) -> None:
     config = hf.AutoConfig.from_pretrained(gemma3)
     with torch.device("meta"):
@@ -511,6 +512,7 @@ def test_no_record_is_on_both_sides(tmp_path):
     assert sorted(corpus.train + corpus.held_out) == sorted(texts) and 4 <= len(corpus.held_out) <= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_the_memory_of_a_process_with_a_share_of_the_base(quant, tiny: Path, tmp_path: Path) -> None:
     """Tests the sums; tests/distributed/test_finetune_shards.py compares the numbers with those of a run."""

@@ -356,6 +356,7 @@ def test_layers_on_the_disk(tmp_path: Path) -> None:
     assert torch.equal(model(TOKENS).logits, load(path)(TOKENS).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", first(["int4", "fp8"], ["fp8"]))
 def test_compiled_models_compute_the_same(case: str, tmp_path: Path) -> None:
     model = load(pc.write(tmp_path, case))
@@ -529,6 +530,7 @@ def test_lora_on_packed_experts_is_fused(case: str, tmp_path: Path) -> None:
         models[0].merge_adapter()
 
 
+@pytest.mark.slow
 def test_trainer_trains_adapters_over_packed_weights(tmp_path: Path) -> None:
     path = pc.write(tmp_path / "model", "int4")
     model = get_peft_model(load(path), LoraConfig(r=8, target_modules="all-linear"))
