@@ -80,11 +80,12 @@ def estimate_memory(
         autocast: dtype of autocast around the forward, as in the Trainer with ``bf16=True``; None: no autocast.
         padding: True: the sequences have unequal lengths, so that attention gets a mask; False: attention gets no mask.
         device: device of the step, "cuda" or "cpu"; default: the model's device, "cuda" for a model on the meta device.
-        task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default: config's
-            task, or the task of the first class in the configuration's ``architectures``, or language modelling.
+        task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default:
+            ``config.task_type``, or the task of the first class in ``architectures`` of the transformers configuration,
+            or language modelling.
         inputs: keyword arguments of the model's forward, instead of batch_size and sequence_length; only shapes and
-            dtypes of the tensors are used. The loss is the output's ``loss``, or the sum of the output's first tensor
-            where the output has no ``loss``.
+            dtypes of the tensors are used. The loss is the ``loss`` in the forward's output, or the sum of the output's
+            first tensor where the output has no ``loss``.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 
