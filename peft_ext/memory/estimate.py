@@ -65,7 +65,7 @@ def estimate_memory(
             "diff-pruning" (all linear layers, before it prunes), "partial" (the last two layers); or "full".
         batch_size, sequence_length: size of the inputs, which have batch_size · sequence_length tokens.
         dtype: dtype of the base model's floating-point parameters; default: the model's own, or the configuration's.
-            An adapter that ``model`` has already keeps its dtype.
+            Trainable parameters of an adapter that ``model`` has already keep their dtype.
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
             "lion_8bit", "rmsprop", "sgd", or None, which counts as "sgd": an optimizer without states.
         gradient_checkpointing: True: each layer that transformers can checkpoint saves only its input, and the
