@@ -366,7 +366,7 @@ def shards_say_that_they_are_shards(folder: Path) -> None:
         with raises(RuntimeError, "NF4Linear: weight is a DTensor with placements (Shard(dim=0),)"):
             call()
     inner = model.get_submodule(name.removesuffix(".base_layer"))
-    # This call of explain gets a part of the model, without the module that gathers the part's parameters.
+    # assert_all_fused explains a submodule here, without the module whose hooks gather the submodule's parameters.
     with raises(AssertionError, "lora_A is a DTensor, wanted a plain parameter"):
         assert_all_fused(inner)
     with raises(TypeError, "weight is a DTensor, wanted a plain parameter"):

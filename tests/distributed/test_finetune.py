@@ -65,7 +65,7 @@ def test_losses_and_adapter_are_those_of_one_process(processes, tiny, folder, al
     assert several["held_out"]["last"][1] == pytest.approx(one["held_out"]["last"][1], rel=1e-5)
     curve = [entry for entry in several["history"]["held_out_loss"] if entry is not None]
     assert curve == pytest.approx([entry for entry in one["history"]["held_out_loss"] if entry is not None], rel=1e-5)
-    assert several["history"]["tokens"] == one["history"]["tokens"]  # of all processes together
+    assert several["history"]["tokens"] == one["history"]["tokens"]  # each number counts the tokens of all processes
     assert [sample["before"] for sample in several["samples"]] == [sample["before"] for sample in one["samples"]]
     assert several["check"]["ok"] and several["finished"] and several["step_examples"] == 4
     assert several["processes"]["count"] == len(several["processes"]["peak_mib"]) == processes

@@ -169,7 +169,8 @@ def test_projections_of_one_input_with_a_hook(monkeypatch: pytest.MonkeyPatch) -
     model.get_base_model().model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: None)
     fused, reason = explained(model, "projections of one input")
     model(IDS)
-    assert not fused and "a hook on one of them" in reason and len(called) == 1  # gate and up of the MLP
+    # The one call computes gate and up of the MLP.
+    assert not fused and "a hook on one of them" in reason and len(called) == 1
 
 
 @pytest.mark.parametrize("name", ["OLMo", "Cohere"])

@@ -189,7 +189,7 @@ def test_no_reference_multiplies_in_a_precision_that_the_process_sets(monkeypatc
 
     monkeypatch.setattr(prove, "_called", watched)
     prove.prove(CPU)
-    exact = {"nf4_merge", "nf4_dequantize_merged"}  # their factors are small integers: the products are exact
+    exact = {"nf4_merge", "nf4_dequantize_merged"}  # with factors that are small integers, these products are exact
     assert set().union(*(dtypes for name, dtypes in seen.items() if name not in exact)) == {torch.float64}
     assert torch.float32 in seen["nf4_merge"]
 

@@ -138,7 +138,7 @@ def test_machines_without_an_old_card_pay_nothing(two_cards, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    [  # of device_empty and of raise_reason in csrc/cuda
+    [  # messages of device_empty and of raise_reason in csrc/cuda
         "CUDA out of memory. peft_ext wanted 9 bytes more",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)` (in a call of peft_ext)",
         'CUDA out of memory. peft_ext: torch_call_dispatcher( "aten::contiguous", "") API call failed at ops.h',

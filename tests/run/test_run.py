@@ -190,7 +190,8 @@ def test_overwrite_removes_nothing_where_no_run_was(tmp_path):
     with own_output(options, None, Ranks()):  # the two files of the adapter are moved, all other files stay
         assert files_of(tmp_path) == (before - {*ADAPTER}) | {f".previous/{name}" for name in ("README.md", *ADAPTER)}
         assert not may_write_config(options)
-    (tmp_path / "adapter_config.json").write_text("")  # a part of an adapter, such as the configuration of a pickle
+    # This file alone may belong to an adapter whose weights are a pickle, so nothing is moved.
+    (tmp_path / "adapter_config.json").write_text("")
     before = files_of(tmp_path)
     with own_output(options, None, Ranks()):
         assert files_of(tmp_path) == before

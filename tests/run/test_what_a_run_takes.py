@@ -270,7 +270,7 @@ def test_bos_stands_before_a_text_where_the_tokenizer_puts_it_there() -> None:
         assert ids == first + plain("one\nhello two</s>")["input_ids"] and labels[: len(first) + 1][-1] == -100
         assert prompt_ids(made, TURNS[:1], "text") == first + one
         made.chat_template = SPECIAL
-        assert example_of(made, TURNS)[0].count(bos[0]) == 4  # only the template's own
+        assert example_of(made, TURNS)[0].count(bos[0]) == 4  # the template writes all four; the tokenizer adds none
         assert prompt_ids(made, TURNS[:1], "chat").count(bos[0]) == 2
 
 
