@@ -246,6 +246,12 @@ def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> li
         return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]
     kind, records = read_records("train_dataset", rows)
     examples = tokenize(Corpus(kind, records, [], "train_dataset"), tokenizer, block_size)
+    if len(records) < len(rows):
+        column = "text" if kind == "text" else "completion"
+        warnings.warn(
+            f"train_with_peft: {len(rows) - len(records)} of {len(rows)} records have an empty {column} and were left "
+            "out", stacklevel=3,
+        )  # fmt: skip
     if examples.rest > sum(len(row["input_ids"]) for row in examples.train) / 10:
         warnings.warn(
             f"train_with_peft: {examples.rest} tokens at the end of the texts, which do not fill a block of "

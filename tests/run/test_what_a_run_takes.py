@@ -18,7 +18,7 @@ pytest.importorskip("accelerate")
 
 import transformers as hf
 from safetensors.torch import load_file
-from tiny_run import write_gemma3
+from tiny_run import used, write_gemma3
 
 import peft_ext
 from peft_ext.cli.main import main
@@ -39,8 +39,8 @@ SIZES = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_la
 
 
 def options_of(tiny: Path, output: Path, **changes: Any) -> Options:
-    return Options(**{"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
-                      "batch_size": 2, "block_size": 64, "max_steps": 2, **changes})  # fmt: skip
+    return Options(**used({"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
+                           "batch_size": 2, "block_size": 64, "max_steps": 2, **changes}))  # fmt: skip
 
 
 def model_folder(tiny: Path, folder: Path, model: Any) -> str:
@@ -67,6 +67,14 @@ def test_csv_of_long_fields_and_lines_of_windows(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text\r\n" + b"x" * 200_000 + b'\r\n"y\r\nz"\r\n')
     corpus = read_corpus(str(tmp_path / "a.csv"))
     assert sorted(corpus.train + corpus.held_out, key=len) == ["y\nz", "x" * 200_000]
+
+
+@pytest.mark.parametrize("row", [{"text": "{}"}, {"prompt": "a", "completion": "{}"}], ids=["text", "chat"])
+def test_records_without_a_text_are_counted(row: dict[str, str], tmp_path: Path) -> None:
+    rows = [{name: value.format(text) for name, value in row.items()} for text in ("a", "", " \n", "b")]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    corpus = read_corpus(str(tmp_path / "a.jsonl"))
+    assert len(corpus.train) == len(corpus.held_out) == 1 and corpus.empty == 2
 
 
 def test_tokens_of_texts_that_fill_no_block(tiny: Path, tmp_path: Path) -> None:
