@@ -491,7 +491,7 @@ def _move_all(old: Path, new: Path) -> None:
 def _carry_over(old: Path, new: Path) -> list[Path]:
     """Makes hard links in ``new`` to the files of ``old`` that ``new`` lacks, or copies if links are impossible.
 
-    Returns the paths of the links and copies.
+    Returns the paths of the links and copies that it made in ``new``.
     """
     made = []
     for entry in old.iterdir():

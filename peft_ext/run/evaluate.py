@@ -235,7 +235,7 @@ def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
 
     Usually, both models run PEFT's own code in the comparison, and the trained model is not accelerated again
     afterwards. Models with packed experts are compared while they are accelerated, because PEFT itself can't adapt
-    these experts. Models with DoRA over NF4 in a sharded run are compared while they are accelerated, too.
+    these experts. Models with DoRA over NF4 in a sharded run stay accelerated during the comparison, too.
     """
     from ..nn import NF4Linear
     from ..nn.experts import FrozenExperts

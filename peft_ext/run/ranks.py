@@ -166,7 +166,7 @@ class Ranks:
         """Notes in the store that this rank has reached the point ``place`` of the program, so that an error message
         can name the last point that a rank has reached.
 
-        All ranks must reach the points in the same order.
+        All ranks must call ``at`` with the same places in the same order.
         """
         if self.world > 1:
             self._count += 1
@@ -225,7 +225,8 @@ class Ranks:
     @contextlib.contextmanager
     def reported(self, stop: Stop, hint: Callable[[], str]) -> Iterator[None]:
         """If several ranks raise errors in the block, the first of these ranks raises its error, and the others raise
-        Elsewhere. An Interrupted of another rank is raised as it is, with ``silent`` True.
+        Elsewhere. A rank that is not the first and whose own error is an Interrupted raises this Interrupted, with
+        ``silent`` True, unless its SIGTERM came because another rank had ended.
 
         The message of a RunError gets the number of the rank, unless the work of all ranks has failed. ``hint`` returns
         the end of a message, which says how to continue the run.

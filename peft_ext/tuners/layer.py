@@ -47,7 +47,8 @@ def tree(items: dict[str, Union[Tensor, nn.Module]], base: Optional[nn.Module] =
     a submodule a.
 
     Parameters and modules are registered as parameters and modules, other tensors as buffers. ``base``: a module that
-    has tensors with the names in ``items``. Items of an ``nn.LayerNorm`` in ``base`` are held by an ``nn.LayerNorm``.
+    has tensors with the names in ``items``. Items whose names belong to an ``nn.LayerNorm`` in ``base`` are held by an
+    ``nn.LayerNorm`` too.
     """
 
     def holder(path: str) -> nn.Module:
