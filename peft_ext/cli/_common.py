@@ -70,7 +70,8 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
 
 
 def named_bases(adapter: Path) -> tuple[Optional[str], Optional[str]]:
-    """Returns the base that the run.json of an adapter names, and the base that its adapter_config.json names.
+    """Returns the base that the run.json of an adapter names, and the base that the adapter's adapter_config.json
+    names.
 
     None stands for the name of a base that is missing or can't be read.
     """

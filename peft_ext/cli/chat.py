@@ -91,7 +91,7 @@ def _prompts() -> Iterator[str]:
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() its keys
+            import readline  # noqa: F401  the import gives input() line editing
     while True:
         try:
             line = input("> " if asks else "")
@@ -239,7 +239,7 @@ def _base(
 
 def _why_no_base(config: Any, base: Any) -> Optional[str]:
     """Returns why ``base`` with the adapter of ``config``, added and then disabled, will differ from ``base`` alone;
-    None where it will not differ."""
+    None where the two give equal answers."""
     from ..merge.dense import init_that_changes_base
 
     init, bias = init_that_changes_base(config), getattr(config, "bias", "none")

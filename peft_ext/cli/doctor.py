@@ -180,8 +180,8 @@ def _on_gpus(error: str) -> str:
 def _proofs(key: str, error: str, measure: bool) -> None:
     """Prints, for each family of a dispatch key's kernels, whether the family passed its proof.
 
-    ``error`` is the text that :func:`_settled` returned. With ``measure``, the median times of a family's kernels are
-    printed.
+    ``error`` is the text that :func:`_settled` returned. With ``measure``, the text of :func:`_times` is printed for
+    each family that passed.
     """
     if error:
         _section(f"proof of the {key} kernels")
@@ -196,7 +196,8 @@ def _proofs(key: str, error: str, measure: bool) -> None:
 def _times(family: str, key: str) -> str:
     """Returns the median times of the first operator in a family's proof and of this operator's reference, as text.
 
-    Calls of the operator and of its reference alternate, so that other programs slow down both alike.
+    Calls of the operator and of its reference alternate, so that other programs slow down the operator and the
+    reference alike.
     """
     device = torch.device(key.lower())
     dtype = torch.bfloat16 if key == "CUDA" else _cpu.compute_dtype()

@@ -65,7 +65,7 @@ def _signature() -> inspect.Signature:
     hints = get_type_hints(run.Options)
 
     def add(name: str, default: Any, kind: Any, **about: Any) -> None:
-        # A flag gets an explicit name, because typer adds a --no- form to a flag without one.
+        # A flag gets an explicit name, because typer adds a --no- form to a flag without an explicit name.
         flag = [f"--{name.replace('_', '-')}"] if kind is bool else []
         annotation = Annotated[kind, typer.Option(*flag, **about)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default,

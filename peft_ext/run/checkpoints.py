@@ -1,8 +1,8 @@
 """The output folder of a run: its lock, its checkpoints, and the checkpoint that a resumed run starts from.
 
 The Trainer writes a checkpoint, and :func:`peft_ext.files.seal` then adds a list of the checkpoint's files with their
-SHA-256. A run resumes neither from a checkpoint without a list, which a killed run left half written, nor from a
-checkpoint whose listed files have changed.
+SHA-256. A run does not resume from a checkpoint without this list, because a killed run may have left the checkpoint
+half written, and not from a checkpoint whose listed files have changed.
 """
 
 from __future__ import annotations
@@ -120,12 +120,12 @@ def _check_empty(o: Options) -> None:
 def after_restart(options: Options, ranks: Ranks) -> Options:
     """Returns the options of the run, with --resume or --overwrite where torchrun has restarted the run's processes.
 
-    The options are the resolved ``options``, except that ``quant`` is not resolved, because the default of ``quant``
-    depends on the model's files. If this launch has begun the run in the output folder before, the options get --resume
-    where the method can resume and the run has a whole checkpoint; otherwise the options get --overwrite, unless
-    ``options`` has --resume. This launch has begun the run before if run.json has the launch's name, and if also either
-    torchrun has restarted a process, or the run is not finished and no other launch can have the name. Raises RunError
-    for a wrong option.
+    The returned options are the resolved ``options``, except that ``quant`` is not resolved, because the default of
+    ``quant`` depends on the model's files. If this launch has begun the run in the output folder before, the options
+    get --resume where the method can resume and the run has a whole checkpoint; otherwise the options get --overwrite,
+    unless ``options`` has --resume. This launch has begun the run before if run.json has the launch's name, and if also
+    either torchrun has restarted a process, or the run is not finished and no other launch can have the name. Raises
+    RunError for a wrong option.
     """
 
     def chosen() -> Options:
@@ -272,9 +272,9 @@ def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator
     The other ranks wait until rank 0 has locked the folder.
 
     With --overwrite removes files of the earlier run, see :func:`_set_aside`; with --resume removes the checkpoints
-    that are later than ``checkpoint``. Raises RunError where another process holds the lock, where another run has
-    written into the folder since :func:`check_output`, and where a rank does not see the files that rank 0 writes into
-    the folder.
+    that are later than ``checkpoint``. Raises RunError where another process holds the lock, where the folder is no
+    longer empty (without --resume and --overwrite), where another run has changed which checkpoint is the last whole
+    one (with --resume), and where a rank does not see the files that rank 0 writes into the folder.
     """
     with contextlib.ExitStack() as stack:
         ranks.together(lambda: stack.enter_context(_owned(o, checkpoint, ranks)) if ranks.speaks else None)
@@ -342,9 +342,9 @@ def old_export(o: Options) -> Optional[Path]:
 def _set_aside(o: Options) -> None:
     """Removes the files and checkpoints of an earlier run from the output folder; other files stay.
 
-    Files count as those of an earlier run only if the folder has the run.json of a run; in a folder without it, only a
-    whole adapter is removed. README.md stays, because saving an adapter updates README.md; finetune.yaml stays where
-    the user has edited the file.
+    Files count as those of an earlier run only if the folder has the run.json of a run; in a folder without such a
+    run.json, only a whole adapter is removed. README.md stays, because saving an adapter updates README.md;
+    finetune.yaml stays where the user has edited the file.
 
     Where the folder has a whole adapter, README.md and the files to be removed (the adapter, run.json and others) are
     first copied to the folder PREVIOUS, which stays until this run has saved its own adapter.

@@ -61,7 +61,7 @@ class Corpus:
 
     def sample_prompt(self) -> str:
         """Returns a prompt from the first held-out record: the beginning of a text, or the last message of the user
-        before the first answer of a conversation."""
+        before the first answer of a conversation (the first message, if the user has none before the answer)."""
         record = self.held_out[0]
         if self.kind == "text":
             return record[:200].rstrip()
@@ -138,7 +138,8 @@ def read_corpus(
 def _python_docs(eval_fraction: float, seed: int) -> Corpus:
     """Returns the language reference that comes with Python, with a record for each topic.
 
-    A paragraph that a held-out topic contains is removed from the training topics.
+    A paragraph that a held-out topic contains is removed from the training topics, and a training topic without other
+    paragraphs is left out.
     """
     from pydoc_data.topics import topics
 
@@ -499,7 +500,8 @@ def _labelled(
     an answer; other tokens have the label IGNORED.
 
     Turns are not tokenized one by one, because a tokenizer such as Llama 2's puts a space before each text, and would
-    put a space before each turn. For each answer, the text is tokenized from its beginning up to the next answer.
+    put a space before each turn. For each answer, the text is tokenized from the text's beginning up to the next
+    answer.
 
     The input of a model that generates an answer is the tokens of the text before the answer. Where the tokens of the
     text with the answer do not begin with these tokens (one token may hold the last characters of the prompt and the

@@ -110,8 +110,8 @@ def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
         raise
 
 
-# In a run of several processes, a second SIGTERM or SIGHUP within this many seconds counts as the first one, passed on
-# by a launcher.
+# In a run of several processes, a SIGTERM or SIGHUP within this many seconds after another signal counts as the same
+# signal, passed on by a launcher.
 _PASSED_ON_SECONDS = 20.0
 
 

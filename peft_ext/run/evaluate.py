@@ -165,8 +165,8 @@ def continued(
     """Returns the text of up to ``count`` tokens that the model generates after the inputs.
 
     Each token is the likeliest token, or is sampled where ``temperature`` is not 0. With ``has_prompt``, the adapter is
-    of a prompt method, and :func:`greedy` replaces the model's ``generate``. With ``together``, all processes call the
-    function, because each forward needs all processes.
+    of a prompt method, and :func:`greedy` replaces the model's ``generate``. With ``together``, all processes call
+    ``continued``, because each forward needs all processes.
     """
     from peft.helpers import DoraCaching
 

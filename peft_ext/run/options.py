@@ -35,8 +35,8 @@ def _option(default: Any, text: str, panel: Optional[str] = None, least: Optiona
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, named as on the command line. ``Options()`` is the run of ``peft-ext finetune`` without
-    flags.
+    """The options of a run, named as on the command line. ``Options()`` has the options of ``peft-ext finetune``
+    without flags.
 
     The value None stands for the default that the option's description names. ``target_modules`` and
     ``target_parameters`` may be lists of names. If the run adapts ``target_parameters``, ``dropout`` acts on the

@@ -62,9 +62,9 @@ class Run:
         corpus, examples: the data of the run as records, and the tokenized data.
         checkpoint: checkpoint to resume from; None for a new run.
         device, dtype: the device on which the run computes, and the dtype of activations and dense weights.
-        why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
-        folder: folder, GGUF file or hub name of the model; in a sharded run, the folder in the hub's cache for a model
-            on the hub.
+        why_dtype: the reason for ``dtype``; "" where --dtype is auto and ``dtype`` is bfloat16.
+        folder: folder, GGUF file or hub name of the model; in a sharded run that is no dry run, the folder in the hub's
+            cache for a model on the hub.
         packed: in a dry run of the default model that is not unpacked yet, the keyword arguments with which
             transformers reads configuration and tokenizer from the GGUF file; else {}.
         config, tokenizer: configuration and tokenizer of the model.
@@ -351,8 +351,8 @@ def facts_of(run: Run) -> dict[str, Any]:
 
 
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
-    """Returns the dtype of activations and dense weights, and the reason for this dtype; the reason is "" where the
-    dtype is the default, bfloat16."""
+    """Returns the dtype of activations and dense weights, and the reason for this dtype; the reason is "" where --dtype
+    is auto and the dtype is bfloat16."""
     if o.dtype != "auto":
         return (torch.float32 if o.dtype == "fp32" else torch.bfloat16), "as asked for"
     why = _cpu.why_float32() if device.type == "cpu" else ""

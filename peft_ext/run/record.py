@@ -135,8 +135,9 @@ def machine() -> dict[str, Any]:
 def recording_callback(record: Record) -> Any:
     """Returns a Trainer callback that adds each step's seconds and tokens to the Trainer's history.
 
-    At up to HELD_OUT_POINTS steps the callback also adds the held-out loss, and writes run.json. A checkpoint stores
-    the history in trainer_state.json, so that a resumed run continues the history.
+    At the first step, the callback also records the bytes of weights, adapter, gradients and optimizer states. At up to
+    HELD_OUT_POINTS steps the callback also adds the held-out loss, and writes run.json. A checkpoint stores the history
+    in trainer_state.json, so that a resumed run continues the history.
     """
     from transformers import TrainerCallback
 

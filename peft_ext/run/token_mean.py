@@ -107,8 +107,8 @@ def _cpt_labels(config: Any, batch: dict[str, Any]) -> Tensor:
     """Returns the labels that PEFT's CPT makes for a batch: the labels of the virtual tokens, then those of the text.
 
     A token's label is kept if the token's type is a positive multiple of 4, else the label becomes IGNORED. The types
-    of the text are the batch's ``input_type_mask``, or 4 without one. The largest type of the virtual tokens is added
-    to the positive types of the text.
+    of the text are the batch's ``input_type_mask``, or all 4 if the batch has no ``input_type_mask``. The largest type
+    of the virtual tokens is added to the positive types of the text.
     """
     labels = batch["labels"]
     virtual, types = (torch.tensor(values, device=labels.device).expand(len(labels), -1)

@@ -1,10 +1,10 @@
 """A fine-tuning run: transformers' Trainer and PEFT, accelerated, measured and checked.
 
 Before training, a run checks options and data, loads the model (quantized where the options say so), measures the
-model's held-out loss, and lets the model answer prompts. To train, the run adds the adapter, accelerates the model
-unless the run is stock, trains, and saves the adapter. After training, the run measures the held-out loss and lets the
-model answer again. Finally, PEFT loads the saved adapter into a fresh base, and the run compares the logits of this
-model with those of the trained model.
+model's held-out loss, and lets the model answer prompts. To train, the run adds the adapter (a sharded run has added
+the adapter before loading the weights), accelerates the model unless the run is stock, trains, and saves the adapter.
+After training, the run measures the held-out loss and lets the model answer again. Finally, PEFT loads the saved
+adapter into a fresh base, and the run compares the logits of this model with those of the trained model.
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ def train(run: Run) -> Result:
 
 
 def _train(run: Run, record: Record, model: Any) -> Result:
-    """Adds an adapter to the frozen base, trains, saves and checks the adapter, and returns the result."""
+    """Adds an adapter to the frozen base (unless the run is sharded, whose model has its adapter already), trains,
+    saves and checks the adapter, and returns the result."""
     o, results = run.options, record.results
     with run.phase("adapt"):
         model = model if run.sharded else adapt(run, model)
@@ -267,9 +268,9 @@ def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
 def load_base(run: Run) -> Any:
     """Returns the frozen base, quantized where the options say so, or packed as the files of the model are.
 
-    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights (except those that transformers
-    keeps in float32) are rounded to bfloat16 for every computation dtype, so that each machine trains on equal bases.
-    Raises RunError where a weight can't be read or is missing.
+    If the base is NF4, a stock run and a run of DoRA get the NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights
+    (except those that transformers keeps in float32) are rounded to bfloat16 for every computation dtype, so that each
+    machine trains on equal bases. Raises RunError where a weight can't be read or is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
