@@ -235,7 +235,7 @@ def _of_adapter(
         with torch.device("meta"):
             built = kind.from_config(dense) if hasattr(kind, "from_config") else kind(dense)
     with raised_as(CliError, f"{folder / 'adapter_config.json'}: ", ValueError):
-        check_expressions(adapter, built)
+        check_expressions(adapter, dict(built.named_modules()))
     method = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     return _base(name, given, built, own, dtype, quant, blocksize, about, base_folder, config), [(method, adapter)]
 
