@@ -328,23 +328,17 @@ def facts_of(run: Run) -> dict[str, Any]:
     facts["the data of --data, as SHA-256 of the records,"] = run.corpus.digest[:16]
     facts["the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes,"] = run.examples.digest
     folder = Path(run.folder)
-    if folder.is_file():
-        with raised_as(RunError, "--model ", SourceError):
-            header = read_gguf(folder, SourceError)
-        with folder.open("rb") as opened:
-            digest = hashlib.sha256(opened.read(header.data_start)).hexdigest()[:16]
-        facts[f"{folder.name} of --model, as bytes and SHA-256 of the header,"] = (
-            f"{folder.stat().st_size} and {digest}"
-        )
-    for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"] if folder.is_dir() else []:
-        with file.open("rb") as opened:
-            size = file.stat().st_size
-            header = opened.read(size if file.suffix == ".json" else 8)
-            if file.suffix != ".json":
-                header += opened.read(min(int.from_bytes(header, "little"), size))
-        facts[f"{file.name} of --model, as bytes and SHA-256 of the header,"] = (
-            f"{size} and {hashlib.sha256(header).hexdigest()[:16]}"
-        )
+    files = sorted(folder.glob("*.safetensors")) + [folder / "config.json"] if folder.is_dir() else [folder]
+    for file in filter(Path.is_file, files):
+        length = size = file.stat().st_size
+        with file.open("rb") as opened, raised_as(RunError, "--model ", SourceError):
+            if file == folder:
+                length = read_gguf(file, SourceError).data_start
+            elif file.suffix != ".json":
+                length = 8 + int.from_bytes(opened.read(8), "little")
+            opened.seek(0)
+            digest = hashlib.sha256(opened.read(min(length, size))).hexdigest()[:16]
+        facts[f"{file.name} of --model, as bytes and SHA-256 of the header,"] = f"{size} and {digest}"
     facts["the computation's dtype"] = dtype_name(run.dtype)
     facts["the checkpoint to resume from"] = None if run.checkpoint is None else run.checkpoint.name
     return facts
