@@ -8,11 +8,10 @@ from typing import Any, Optional
 import torch
 
 from ..run.data import IGNORED, read_corpus, tokenize
-from ..run.errors import REFUSALS
+from ..run.errors import REFUSALS, RunError
 from ..run.progress import status
 from ..sources.json_file import first_line, raised_as
 from ..sources.model import hushed, load_model, load_tokenizer, tokenizer_folder
-from . import CliError
 from ._common import held_model
 
 
@@ -32,7 +31,7 @@ def verified(
         data: name of the training data, as the option ``--data`` of ``peft-ext finetune`` takes it.
         batch_size, length: number of examples of the batch, and most tokens of an example.
 
-    Raises CliError where a weight of the base is missing, where the packed format ``quant`` does not fit the model,
+    Raises RunError where a weight of the base is missing, where the packed format ``quant`` does not fit the model,
     where the adapter does not fit the model, where the model has no tokenizer, or where
     :func:`peft_ext.verification.verify` refuses the model. Errors of reading the model (SourceError) and the data
     (RunError) are raised unchanged.
@@ -44,7 +43,7 @@ def verified(
     with status("loading"), hushed():
         loaded = load_model(name, config, adapter or Path(name or ""), {}, {})
         base = held_model(loaded, config, device, quant, blocksize, dtype)
-        with raised_as(CliError, "--verify: the adapter does not fit: ", *REFUSALS):
+        with raised_as(RunError, "--verify: the adapter does not fit: ", *REFUSALS):
             if adapter is not None:
                 model = load_adapter(base, adapter, is_trainable=True, accelerate=False)
             else:
@@ -58,14 +57,14 @@ def verified(
         try:
             return verify(model.train(), {key: value.to(device) for key, value in batch.items()})
         except REFUSALS as error:
-            raise CliError(f"--verify: {first_line(error).removeprefix('verify: ')}") from error
+            raise RunError(f"--verify: {first_line(error).removeprefix('verify: ')}") from error
 
 
 def _batch(base: Any, folder: Path, data: str, batch_size: int, length: int) -> dict[str, torch.Tensor]:
     """Returns a batch of the first training examples. The labels are removed for a model that can't generate text."""
     from transformers import DataCollatorForSeq2Seq
 
-    with raised_as(CliError, f"--verify: {folder} has no tokenizer (", Exception, after=")"):
+    with raised_as(RunError, f"--verify: {folder} has no tokenizer (", Exception, after=")"):
         tokenizer = load_tokenizer(str(folder))
     examples = tokenize(read_corpus(data), tokenizer, length).train[:batch_size]
     batch = dict(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)([dict(one) for one in examples]))

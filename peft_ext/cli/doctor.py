@@ -19,8 +19,8 @@ from .. import __version__, _cpu, _native, device_code
 from .._torch_build import torch_build
 from ..machine import versions
 from ..ops import cards, library, prove
+from ..run.errors import RunError
 from ..text import dtype_name
-from . import CliError
 
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
 _ENVIRONMENT = (
@@ -119,21 +119,21 @@ def _warm(capabilities: list[str]) -> None:
     """Compiles all CUDA kernels into the cache, for the given compute capabilities, or for those of this machine's GPUs
     if none is given."""
     if _native.STATE.module is None:
-        raise CliError(f"--warm: the native library is not loaded: {_native.STATE.cpu_error}")
+        raise RunError(f"--warm: the native library is not loaded: {_native.STATE.cpu_error}")
     if why := device_code.missing():
-        raise CliError(f"--warm: {why}")
+        raise RunError(f"--warm: {why}")
     least = cards.CAPABILITY / 10
     for named in capabilities:
         if not re.fullmatch(r"\d+\.\d", named):
-            raise CliError(f"--capability is {named!r}, wanted a number such as 9.0")
+            raise RunError(f"--capability is {named!r}, wanted a number such as 9.0")
         if int(named.replace(".", "")) < cards.CAPABILITY:
-            raise CliError(f"--capability is {named}, wanted {least} or more, for which there are kernels")
+            raise RunError(f"--capability is {named}, wanted {least} or more, for which there are kernels")
     wanted = {int(named.replace(".", "")) for named in capabilities}
     if not capabilities and torch.cuda.is_available():
         found = {cards.capability(index) for index in range(torch.cuda.device_count())}
         wanted = {number for number in found if number >= cards.CAPABILITY}
     if not wanted:
-        raise CliError(
+        raise RunError(
             f"--warm: torch finds no GPU of compute capability {least} or more; --capability names one, such as "
             "--capability 9.0"
         )
@@ -145,7 +145,7 @@ def _warm(capabilities: list[str]) -> None:
         try:
             device_code.warm(number, progress)
         except OSError as error:
-            raise CliError(f"--warm: {error}") from error
+            raise RunError(f"--warm: {error}") from error
 
 
 def _settled(key: str) -> str:

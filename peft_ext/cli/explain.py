@@ -21,7 +21,7 @@ from .. import _cpu
 from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
 from ..run.data import PYTHON_DOCS
-from ..run.errors import REFUSALS, need
+from ..run.errors import REFUSALS, RunError, need
 from ..run.options import quant_name
 from ..run.plan import Preview, preview
 from ..run.progress import quiet, status
@@ -38,7 +38,6 @@ from ..sources.model import (
     text_targets,
 )
 from ..text import dtype_name, format_bytes
-from . import CliError
 from ._common import (
     QUANT_HELP,
     base_of,
@@ -98,7 +97,7 @@ def explain(
     check_range(1, rank=rank, batch_size=batch_size, sequence_length=sequence_length)
     chosen = _check(adapter, model, method, rank, quant, blocksize, dtype)
     if data is not None and not verify:
-        raise CliError("--data: wanted with --verify, which uses the data")
+        raise RunError("--data: wanted with --verify, which uses the data")
     if adapter is None:
         base, configs = _of_model(what, chosen, rank, quant, blocksize, dtype)
     else:
@@ -112,8 +111,8 @@ def explain(
             with status(name):
                 quant_of = _quant(name, base)
                 if quant_of != "none" and name in METHODS and not METHODS[name].can_quantize:
-                    raise CliError(f"{name}: it trains the weights themselves, which {quant_name(quant_of)} freezes")
-                with raised_as(CliError, f"{name}: ", *REFUSALS):
+                    raise RunError(f"{name}: it trains the weights themselves, which {quant_name(quant_of)} freezes")
+                with raised_as(RunError, f"{name}: ", *REFUSALS):
                     found[name] = preview(
                         base.model, config, dtype=base.dtype, device=device, quant=quant_of, blocksize=base.blocksize,
                         batch_size=batch_size, sequence_length=length,
@@ -121,7 +120,7 @@ def explain(
                 if adapter is not None:
                     size = (adapter / "adapter_model.safetensors").stat().st_size
                     found[name] = replace(found[name], adapter_bytes=size)
-        except CliError as error:
+        except RunError as error:
             if len(configs) == 1:
                 raise
             refused[name] = str(error).removeprefix(f"{name}: ")
@@ -158,31 +157,31 @@ def _check(
     adapter: Optional[Path], model: Optional[str], method: Optional[Sequence[str]], rank: Optional[int],
     quant: Optional[str], blocksize: Optional[int], dtype: str,
 ) -> list[str]:  # fmt: skip
-    """Checks the options and returns the methods without repetition. Raises CliError for an option with a wrong
+    """Checks the options and returns the methods without repetition. Raises RunError for an option with a wrong
     value."""
     from ..merge import DTYPES
 
     chosen = list(dict.fromkeys(method or ["lora"]))
     if wrong := [name for name in chosen if name not in METHODS]:
-        raise CliError(f"--method {wrong[0]}: wanted one of {', '.join(METHODS)}")
+        raise RunError(f"--method {wrong[0]}: wanted one of {', '.join(METHODS)}")
     if adapter is not None:
         for option, given in (("method", method), ("rank", rank)):
             if given:
-                raise CliError(f"--{option}: {adapter} is an adapter, which has its own {option}")
+                raise RunError(f"--{option}: {adapter} is an adapter, which has its own {option}")
     elif model is not None:
-        raise CliError("--model: wanted with an adapter alone, whose base it names")
+        raise RunError("--model: wanted with an adapter alone, whose base it names")
     if rank is not None and not set(chosen) & set(_LOW_RANK):
-        raise CliError(f"--rank {rank}: wanted with --method {', '.join(_LOW_RANK)}")
+        raise RunError(f"--rank {rank}: wanted with --method {', '.join(_LOW_RANK)}")
     check_base("--quant", quant, blocksize)
     if dtype not in DTYPES:
-        raise CliError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
+        raise RunError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
     return chosen
 
 
 def _length(config: Any, asked: Optional[int], most: int) -> int:
     room = most_tokens(config)
     if asked is not None and asked > room:
-        raise CliError(f"--sequence-length {asked}: the model takes at most {room} tokens")
+        raise RunError(f"--sequence-length {asked}: the model takes at most {room} tokens")
     return asked or int(min(room, most))
 
 
@@ -198,7 +197,7 @@ def _of_model(
 
     folder, config = model_config(what)
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
-    with raised_as(CliError, f"{what}: ", *REFUSALS):
+    with raised_as(RunError, f"{what}: ", *REFUSALS):
         model, own = build_model(dense_config(copy.copy(config)))
     configs = []
     for method in chosen:
@@ -217,24 +216,24 @@ def _of_adapter(
     from ..sources.expressions import check_expressions
     from ..sources.weight_files import weight_shapes
 
-    with raised_as(CliError, "", OSError, ValueError):
+    with raised_as(RunError, "", OSError, ValueError):
         adapter = checked_config(folder)
     given = base_of(folder, model) or None
     name, revision = (given, None) if given is not None else named_base(adapter)
     if name is None:
-        raise CliError(f"{folder / 'adapter_config.json'} names no base model: give --model")
+        raise RunError(f"{folder / 'adapter_config.json'} names no base model: give --model")
     base_folder, config = model_config(name, revision)
     trained = training_options(folder)
     quant, blocksize, about = _quantization(base_folder, config, quant, blocksize, trained)
     if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
         config.num_labels = labels
     own = torch.bfloat16 if trained else config.dtype or torch.float32
-    with raised_as(CliError, f"{name}: ", *REFUSALS):
+    with raised_as(RunError, f"{name}: ", *REFUSALS):
         kind = model_class(config, adapter)
         dense = dense_config(copy.copy(config))
         with torch.device("meta"):
             built = kind.from_config(dense) if hasattr(kind, "from_config") else kind(dense)
-    with raised_as(CliError, f"{folder / 'adapter_config.json'}: ", ValueError):
+    with raised_as(RunError, f"{folder / 'adapter_config.json'}: ", ValueError):
         check_expressions(adapter, dict(built.named_modules()))
     method = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     return _base(name, given, built, own, dtype, quant, blocksize, about, base_folder, config), [(method, adapter)]
@@ -264,9 +263,9 @@ def _base(
 
     wanted = DTYPES[dtype] or own
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise CliError(f"{name}: its config has the dtype {wanted!s:.60}, wanted a floating-point dtype: give --dtype")
+        raise RunError(f"{name}: its config has the dtype {wanted!s:.60}, wanted a floating-point dtype: give --dtype")
     if not (parameters := sum(parameter.numel() for parameter in model.parameters())):
-        raise CliError(f"{name}: a {type(model).__name__} without parameters")
+        raise RunError(f"{name}: a {type(model).__name__} without parameters")
     model = model.to(wanted)
     if quant == "checkpoint":
         pack_as_stored(model, folder, config, wanted)

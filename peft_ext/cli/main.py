@@ -19,7 +19,6 @@ import typer
 from ..run.errors import Elsewhere, RunError, out_of_memory
 from ..sources.json_file import first_line
 from ..sources.model import SourceError
-from . import CliError
 from ._common import drop_output
 
 app = typer.Typer(
@@ -39,7 +38,7 @@ def _errors() -> Iterator[None]:
         yield
     except Elsewhere:  # another process of the run failed and prints the error
         raise typer.Exit(2) from None
-    except (CliError, RunError, SourceError) as error:
+    except (RunError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
