@@ -414,8 +414,7 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         time.sleep(_SETTLE)  # waits, so that the rank with the error prints the error first
         raise
     except (RuntimeError, ValueError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"rank {launch.rank}: no connection to the other ranks ({line})") from None
+        raise RunError(f"rank {launch.rank}: no connection to the other ranks ({first_line(error)})") from None
     if ranks.world > 1:
         ranks.start_beats()
     try:
