@@ -9,6 +9,7 @@ command also reads the weights, and compares a fused training step with a stock 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,11 +147,8 @@ def explain(
 
 
 def _adapter_folder(what: str) -> Optional[Path]:
-    try:
-        folder = Path(what).expanduser()
-        return folder if (folder / "adapter_config.json").is_file() else None
-    except (OSError, RuntimeError):  # the name is too long, or begins with "~" and the name of an unknown user
-        return None
+    folder = Path(os.path.expanduser(what))  # Path.expanduser would raise for an unknown user
+    return folder if os.path.isfile(folder / "adapter_config.json") else None
 
 
 def _check(

@@ -137,13 +137,9 @@ class Run:
 
     @property
     def room_of_prompts(self) -> float:
-        """Most tokens of a prompt with its answer: ``room``, minus the virtual tokens of a prompt method."""
-        return self.room - (self.options.virtual_tokens if self.is_prompt_method else 0)
-
-    @property
-    def room(self) -> float:
-        """Largest number of tokens that the model accepts; infinity where the configuration has no limit."""
-        return most_tokens(self.config)
+        """Most tokens of a prompt with its answer: the model's limit, minus the virtual tokens of a prompt method;
+        infinity where the configuration has no limit."""
+        return most_tokens(self.config) - (self.options.virtual_tokens if self.is_prompt_method else 0)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -197,7 +193,8 @@ def prepare(
     if options.block_size > run.room_of_prompts:
         virtual = options.virtual_tokens if run.is_prompt_method else 0
         more = f", and {virtual} virtual tokens (--virtual-tokens)" if virtual else ""
-        raise RunError(f"--block-size {options.block_size}{more}: the model takes at most {run.room} tokens")
+        most = most_tokens(run.config)
+        raise RunError(f"--block-size {options.block_size}{more}: the model takes at most {most} tokens")
     with status("tokenizing"):
         run.examples = tokenize(corpus, run.tokenizer, options.block_size)
     check_vocabulary(options, run.config, run.tokenizer, run.examples)

@@ -13,12 +13,7 @@ from .json_file import raised_as
 
 def gguf_path(name: Union[str, Path, None]) -> Optional[Path]:
     """Returns the path of the GGUF file ``name``; returns None if ``name`` is None or names no GGUF file."""
-    try:
-        path = Path(name or "").expanduser()
-        return path.resolve() if is_gguf(path) else None
-    except (OSError, RuntimeError, ValueError):
-        # The path is too long, is a loop of links, or begins with ~ and the name of an unknown user.
-        return None
+    return Path(name).expanduser().resolve() if name is not None and is_gguf(name) else None
 
 
 def read_gguf(path: Path, error: type[Exception]) -> GgufHeader:
