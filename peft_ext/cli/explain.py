@@ -21,14 +21,17 @@ import typer
 from .. import _cpu
 from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
-from ..run.data import PYTHON_DOCS
+from ..run.data import IGNORED, PYTHON_DOCS, read_corpus, tokenize
 from ..run.errors import REFUSALS, RunError, need
 from ..run.options import quant_name
 from ..run.plan import Preview, preview
 from ..run.progress import quiet, status
-from ..sources.json_file import raised_as
+from ..sources.json_file import first_line, raised_as
 from ..sources.model import (
     head_labels,
+    hushed,
+    load_model,
+    load_tokenizer,
     model_class,
     most_tokens,
     named_base,
@@ -37,6 +40,7 @@ from ..sources.model import (
     stored_quant,
     task_of,
     text_targets,
+    tokenizer_folder,
 )
 from ..text import dtype_name, format_bytes
 from ._common import (
@@ -47,6 +51,7 @@ from ._common import (
     chosen_quant,
     console,
     dense_config,
+    held_model,
     layers_table,
     mib,
     model_config,
@@ -54,7 +59,6 @@ from ._common import (
     print_json,
     quant_text,
 )
-from ._verify import verified
 
 _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "low-rank")
 
@@ -129,10 +133,7 @@ def explain(
     checks = {}
     for name, config in configs if verify else ():
         if name in found:
-            checks[name] = verified(
-                base.given, config, adapter, base.dtype, _quant(name, base), base.blocksize, data or PYTHON_DOCS,
-                batch_size, length,
-            )  # fmt: skip
+            checks[name] = _verified(base, config, adapter, _quant(name, base), data or PYTHON_DOCS, batch_size, length)
     if as_json:
         verifications = {name: {**vars(one), "ok": one.ok} for name, one in checks.items()}
         print_json(_document(base, step, found, refused) | ({"verified": verifications} if verify else {}))
@@ -272,6 +273,65 @@ def _base(
 
 def _quant(name: str, base: _Base) -> str:
     return "nf4" if name == "qlora" and base.quant == "none" else base.quant
+
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+
+def _verified(
+    base: _Base, config: Any, adapter: Optional[Path], quant: str, data: str, batch_size: int, length: int
+) -> Any:
+    """Returns the :class:`peft_ext.verification.Verification` of a training step of an adapter on a model.
+
+    Args:
+        base: the model, whose weights are loaded. The loaded model is cast to the dtype of ``base``, except if the
+            weights are in bitsandbytes' 4 bits.
+        config: PEFT configuration of the adapter.
+        adapter: folder of a saved adapter; None: a new adapter. Tensors of a new adapter that are zero get small random
+            numbers, because a gradient through a zero tensor is zero.
+        quant: quantization of the base.
+        data: name of the training data, as the option ``--data`` of ``peft-ext finetune`` takes it.
+        batch_size, length: number of examples of the batch, and most tokens of an example.
+
+    Raises RunError where a weight of the base is missing, where the packed format ``quant`` does not fit the model,
+    where the adapter does not fit the model, where the model has no tokenizer, where the data can't be read, or where
+    :func:`peft_ext.verification.verify` refuses the model; SourceError where the model can't be read.
+    """
+    from ..model import get_peft_model, load_adapter
+    from ..verification import verify
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with status("loading"), hushed():
+        loaded = load_model(base.given, config, adapter or Path(base.name), {}, {})
+        made = held_model(loaded, config, device, quant, base.blocksize, base.dtype)
+        with raised_as(RunError, "--verify: the adapter does not fit: ", *REFUSALS):
+            if adapter is not None:
+                model = load_adapter(made, adapter, is_trainable=True, accelerate=False)
+            else:
+                torch.manual_seed(0)
+                model = get_peft_model(made, config, accelerate=False)
+                for parameter in model.parameters():
+                    if parameter.requires_grad and not parameter.any():
+                        torch.nn.init.normal_(parameter, std=0.02)
+    with status("verifying"):
+        batch = _batch(made, tokenizer_folder(adapter, loaded.folder), data, batch_size, length)
+        try:
+            return verify(model.train(), {key: value.to(device) for key, value in batch.items()})
+        except REFUSALS as error:
+            raise RunError(f"--verify: {first_line(error).removeprefix('verify: ')}") from error
+
+
+def _batch(base: Any, folder: Path, data: str, batch_size: int, length: int) -> dict[str, torch.Tensor]:
+    """Returns a batch of the first training examples. The labels are removed for a model that can't generate text."""
+    from transformers import DataCollatorForSeq2Seq
+
+    with raised_as(RunError, f"--verify: {folder} has no tokenizer (", Exception, after=")"):
+        tokenizer = load_tokenizer(str(folder))
+    examples = tokenize(read_corpus(data), tokenizer, length).train[:batch_size]
+    batch = dict(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)([dict(one) for one in examples]))
+    if not base.can_generate():
+        del batch["labels"]
+    return batch
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------
