@@ -8,8 +8,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Optional
+from collections.abc import Callable
+from typing import Annotated, Optional
 
 import torch
 import typer
@@ -138,12 +138,9 @@ def _warm(capabilities: list[str]) -> None:
             "--capability 9.0"
         )
     for number in sorted(wanted):
-
-        def progress(items: Iterable[Any], length: int, arch: str = device_code.architecture(number)) -> Iterable[Any]:
-            return track(items, f"kernels for {arch}", total=length)
-
+        title = f"kernels for {device_code.architecture(number)}"
         try:
-            device_code.warm(number, progress)
+            device_code.warm(number, lambda items, length, title=title: track(items, title, total=length))
         except OSError as error:
             raise RunError(f"--warm: {error}") from error
 

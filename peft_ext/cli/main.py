@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
+from .._version import __version__
 from ..run.errors import Elsewhere, RunError, out_of_memory
 from ..sources.json_file import first_line
 from ..sources.model import SourceError
@@ -56,9 +57,6 @@ def _errors() -> Iterator[None]:
 
 def _version(asked: bool) -> None:
     if asked:
-        with _errors():
-            from .._version import __version__
-
         print(f"peft_ext {__version__}")
         raise typer.Exit
 

@@ -418,7 +418,7 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
     if ranks.world > 1:
         ranks.start_beats()
     try:
-        with _silent(not ranks.speaks):
+        with contextlib.nullcontext() if ranks.speaks else _silent():
             yield ranks
         ranks.wait()  # waits for all ranks, because the store ends with the rank that holds it
         ended_well = True
@@ -564,10 +564,7 @@ def _gpu_of(ranks: Ranks, node: str) -> int:
 
 
 @contextlib.contextmanager
-def _silent(silent: bool) -> Iterator[None]:
-    if not silent:
-        yield
-        return
+def _silent() -> Iterator[None]:
     before, log.disabled = log.disabled, True
     try:
         with warnings.catch_warnings():
