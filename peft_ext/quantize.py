@@ -354,11 +354,6 @@ class Place:
         return self.parent._modules[self.attribute]
 
 
-def _is_adapter(module: nn.Module) -> bool:
-    """Returns whether ``module`` is a tuner layer or wrapper of PEFT or peft_ext, without importing PEFT."""
-    return hasattr(type(module), "adapter_layer_names") or "base_layer" in module._modules
-
-
 def _replaces_weights(module: nn.Module) -> bool:
     """Returns whether an adapter replaces the base layer's weight, so that the base layer must stay dense."""
     names = getattr(module, "names", {}) if hasattr(type(module), "replacements") else {}
@@ -378,7 +373,8 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int], op: str
         return
     seen.add(id(module))
     children = module._modules
-    if _is_adapter(module):
+    # The test finds tuner layers and wrappers of PEFT and of peft_ext without importing PEFT.
+    if hasattr(type(module), "adapter_layer_names") or "base_layer" in children:
         if getattr(module, "merged", False):
             raise ValueError(f"{op}: {prefix} has a merged adapter, unmerge it first")
         if _replaces_weights(module):

@@ -202,7 +202,9 @@ def prepare(
         checkpoints.check_same_tokens(options, run.examples)
     if options.prompt is not None:
         _check_prompt(run)
-    run.steps = _count_steps(run)
+    run.steps = options.max_steps or DEFAULT_STEPS
+    if options.epochs is not None:
+        run.steps = max(1, math.ceil(options.epochs * len(run.examples.train) / run.step_examples))
     if checkpoint is not None and (done := checkpoints.step_of(checkpoint)) > run.steps:
         raise RunError(f"--resume: {checkpoint.name} has {done} steps, more than the {run.steps} steps of this run; "
                        f"wanted at least {done} steps, or the folder of that checkpoint removed")  # fmt: skip
@@ -430,13 +432,6 @@ def _check_prompt(run: Run) -> None:
 
 
 # --- steps and parameters ---------------------------------------------------------------------------------------------
-
-
-def _count_steps(run: Run) -> int:
-    o = run.options
-    if o.epochs is None:
-        return o.max_steps or DEFAULT_STEPS
-    return max(1, math.ceil(o.epochs * len(run.examples.train) / run.step_examples))
 
 
 def pruning_step(run: Run) -> int:
