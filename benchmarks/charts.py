@@ -33,8 +33,8 @@ from .parts import PARTS
 from .tables import DORA, LABELS, LORA, METHODS, ROOT, about, about_gpu
 
 IMAGES = ROOT / "docs" / "images"
-TOKENS = {"cpu": 512, "cuda": 2048}  # a chart shows the rows with this number of tokens, which have torch.compile
-ADAPTED = ("lora_linear", "dora_linear", "ia3_linear")  # operators of layers with an adapter
+TOKENS = {"cpu": 512, "cuda": 2048}  # Charts show rows with this number of tokens, at which torch.compile is measured.
+ADAPTED = ("lora_linear", "dora_linear", "ia3_linear")  # Operators of layers with an adapter.
 BASES = {"bf16": "bf16 base", "nf4": "NF4 base"}
 
 

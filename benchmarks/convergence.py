@@ -12,8 +12,7 @@ intent's name, and the end token after them, have a loss. The two runs of a meth
 without the terms that AdaLoRA and Diff Pruning add to the loss.
 
 A bfloat16 run has a bfloat16 base (QLoRA: with the linear layers in NF4) and a float32 adapter. A float32 run begins
-with the weights of the bfloat16 run,
-converted to float32, and trains only the first steps.
+with the weights of the bfloat16 run, converted to float32, and trains only the first steps.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ from .harness import machine
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "banking77"
 DOCUMENT = ROOT / "docs" / "convergence.md"
-NAME = "run-convergence-avx512_bf16"  # without its date, the name of the result file from which --draw writes the page
-IGNORED = -100  # label of the tokens that the loss leaves out
+NAME = "run-convergence-avx512_bf16"  # Without its date, the name of the result file from which --draw writes the page.
+IGNORED = -100  # Label of the tokens that the loss leaves out.
 
 Batch = dict[str, Tensor]
 

@@ -80,7 +80,7 @@ METHODS = {
     "Diff Pruning": Method(_DIFF_PRUNING, 2e-3, "", prune_at=0.5),
     "partial": Method(_PARTIAL, 2e-4, "parameters"),
 }
-# FLOAT32 lists the methods that also run in float32. It leaves out LoRA with dropout, whose masks differ from the
+# FLOAT32 lists the methods that also run in float32. FLOAT32 leaves out LoRA with dropout, whose masks differ from the
 # twin's masks, prefix and prompt tuning, which have no layer that peft_ext fuses, and Diff Pruning, which has no twin.
 FLOAT32 = ("LoRA", "QLoRA", "DoRA", "AdaLoRA", "IA3", "bottleneck", "BitFit", "partial")
 TWINS = {"PEFT": "PEFT", "reference": "PyTorch", "parameters": "the model's own parameters", "": "–"}

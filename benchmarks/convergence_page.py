@@ -12,8 +12,8 @@ from .convergence_methods import METHODS, TWINS
 from .e2e import PROMPT
 
 DTYPES = ("bfloat16", "float32")
-LONGEST = 80  # largest number of characters of the questions on which the runs train
-ENDS = 5  # the tables show the mean loss of a run's first ENDS steps and of its last ENDS steps
+LONGEST = 80  # Largest number of characters of the questions on which the runs train.
+ENDS = 5  # The tables show the mean loss of a run's first ENDS steps and of its last ENDS steps.
 
 Row = dict[str, Any]
 

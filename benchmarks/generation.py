@@ -209,11 +209,11 @@ def table(result: Result) -> str:
 def same_text(found: Result) -> str:
     """Returns the result of the comparison of tokens as a sentence."""
     return (
-        f"Of {found['prompts']} prompts, the operator of a whole layer and the layers one by one generate the same "
-        f"{found['tokens']} tokens for {found['equal']}, first differ at a tie for {found['tie']}, and differ "
-        f"elsewhere for {found['different']}. The logits of two tokens are a tie if their difference is at most twice "
-        "the largest rounding error of a logit of the same step in bfloat16. The adapter's values are random, so that "
-        "ties are frequent."
+        f"Of {found['prompts']} prompts, the model with one operator for each decoder layer and the model without this "
+        f"operator generate the same {found['tokens']} tokens for {found['equal']}, first differ at a tie for "
+        f"{found['tie']}, and differ elsewhere for {found['different']}. Two tokens tie if the difference of their "
+        "logits is at most twice the largest error of a logit of the same step, where the error of a logit is the "
+        "difference from the logit of the model in float32. The adapter's values are random, so that ties are frequent."
     )
 
 

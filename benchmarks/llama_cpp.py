@@ -35,8 +35,8 @@ from .files import result_path, write
 from .harness import machine
 from .llama_runner import FILE_TYPES, Runner, quantize_file
 
-NAME = "run-llama_cpp-avx512_bf16"  # without its date, the name of the result file that the documents show
-ANSWERS, LENGTH = 5, 24  # number of prompts for which an answer is generated, and largest number of its tokens
+NAME = "run-llama_cpp-avx512_bf16"  # Without its date, the name of the result file that the documents show.
+ANSWERS, LENGTH = 5, 24  # Number of prompts for which an answer is generated, and largest number of its tokens.
 PROMPTS = (
     "The capital of France is", "Water boils at a temperature of", "In Python, a list comprehension is",
     "The with statement is used to", "Once upon a time, in a small village,", "The derivative of x squared is",

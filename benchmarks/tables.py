@@ -195,7 +195,7 @@ def experts_table(result: Result) -> str:
 
 def shown(*parts: tuple[str, Callable[[Result], str]]) -> str:
     """Returns a text: for each pair of a result file's name and a function that makes a table, the table and a line
-    about the run.  Leaves out pairs without a result file, and returns NOTHING if no pair has one."""
+    about the run. Leaves out pairs without a result file, and returns NOTHING if no pair has one."""
     found = [(table, result) for name, table in parts if (result := newest(name)) is not None]
     return "\n\n".join(f"{table(result)}\n\n{about(result)}." for table, result in found) or NOTHING
 

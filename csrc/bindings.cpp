@@ -1,6 +1,7 @@
-// Defines the pybind11 module _C: the functions of common/api.h for Python, and a comparison of Python objects. The
-// module includes no torch headers, and the native library must be loaded before the module. The module declares that
-// its functions may run on several threads at a time, so that a free-threaded Python keeps its global lock off.
+// Defines the pybind11 module _C: the functions of common/api.h for Python, and a comparison of Python objects. This
+// file includes no torch headers, and the native library must be loaded before the module. With pybind11 2.13 or later,
+// the module declares that its functions may run on several threads at a time, so that a free-threaded Python does not
+// turn its global lock on.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -70,7 +71,8 @@ void image_of(const char* name, const char* file, int capability, PeftExtImage* 
     image->symbol = symbol.c_str();
     image->data = data.data();
   } catch (py::error_already_set& caught) {
-    // PyErr_SetInterrupt makes Python raise KeyboardInterrupt again after the call of the operator.
+    // The KeyboardInterrupt caught here becomes an error text. PyErr_SetInterrupt makes Python raise a new
+    // KeyboardInterrupt after the call of the operator.
     if (caught.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();
     error = caught.what();
     image->error = error.c_str();
@@ -85,8 +87,8 @@ void set_image_source(py::object function) {
   peft_ext_set_image_source(image_of);
 }
 
-// How many items before its comparison an object, or a dictionary's table, is loaded into the cache. In generation the
-// weights of the other layers have replaced most of these objects in the cache.
+// `holds` prefetches the object that is kAhead items, and the table of the dictionary that is kTablesAhead items, after
+// the compared item. In generation, reading the model's weights has displaced most of these objects from the cache.
 constexpr Py_ssize_t kAhead = 16, kTablesAhead = 8;
 
 PyObject* item_of(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }

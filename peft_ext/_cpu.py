@@ -7,7 +7,7 @@ FEAT_FP16 for float16.
 On x86-64 CPUs without instructions for a 16-bit dtype, PyTorch's product of that dtype is oneDNN's emulation (with
 AVX-512) or a plain loop (AVX2 and less), tens of times slower than the product of float32. This module asks PyTorch
 which instructions the CPU has. Instructions that an environment variable forbids count as missing:
-``ONEDNN_MAX_CPU_ISA`` limits PyTorch's oneDNN, ``PEFT_EXT_CPU_ISA`` limits peft_ext's kernels.
+``ONEDNN_MAX_CPU_ISA`` and ``DNNL_MAX_CPU_ISA`` limit PyTorch's oneDNN, ``PEFT_EXT_CPU_ISA`` limits peft_ext's kernels.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def instruction_sets() -> list[str]:
 
 
 def model_facts() -> str:
-    """Returns the first processor's model name, stepping and part numbers from /proc/cpuinfo; the architecture if the
-    file has none of them."""
+    """Returns the first processor's model name and stepping, or on Arm its implementer, part and variant, from
+    /proc/cpuinfo; the architecture if the file has none of them."""
     facts = []
     try:
         with open("/proc/cpuinfo") as file:

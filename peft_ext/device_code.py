@@ -38,7 +38,8 @@ from .files import atomic_file, cache_folder
 # Seconds that a process waits for a kernel that another process compiles, before it compiles the kernel itself.
 LOCK_SECONDS = 120
 
-# Least number of cores with which ``prepare`` compiles the kernels that the cache lacks; with fewer, it does nothing.
+# Least number of cores with which ``prepare`` compiles the kernels that the cache lacks; with fewer cores, ``prepare``
+# does nothing.
 WARM_CORES = 8
 
 # NVRTC has no standard headers. The texts below replace the standard headers, and declare only the names that the
@@ -176,7 +177,7 @@ def _compile(wanted: list[tuple[str, str]], capability: int, progress: Callable[
 
 @functools.cache
 def prepare(capability: int, say: Callable[[str], None]) -> None:
-    """Compiles the kernels that the cache lacks for a compute capability, on all cores, before they are needed.
+    """Compiles the kernels that the cache lacks for a compute capability, on all cores, before the kernels are needed.
 
     Does nothing if the machine has fewer than ``WARM_CORES`` cores, if the cache's folder can't be written, or if the
     native library or NVRTC is missing. A first training step needs about a hundred kernels, which one core compiles in
@@ -259,8 +260,8 @@ def _log(program: Any) -> str:
 
 def _options() -> list[bytes]:
     asked = os.environ.get("PEFT_EXT_NVRTC_FLAGS", "").split()
-    # -default-device compiles functions without a mark for the device. Functions of headers that g++ compiles for the
-    # host too have no mark.
+    # -default-device compiles functions that are marked neither __host__ nor __device__ as device functions. Functions
+    # of headers that g++ compiles for the host too have no such mark.
     return [option.encode() for option in ("-std=c++17", "-default-device", *asked)]
 
 

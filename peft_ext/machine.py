@@ -35,7 +35,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def memory_of(device: Any) -> tuple[Optional[int], Optional[int], int]:
     """Returns three numbers of bytes: the device's memory, its free memory, and the memory that this process uses (0 on
-    a GPU). On a CPU, the limit of a container bounds the first two numbers."""
+    a GPU). On a CPU, the memory limit of a container bounds the device's memory and the free memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return total, free, 0

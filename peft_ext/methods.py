@@ -37,7 +37,8 @@ class Method:
         title, quantized_title: the method's usual name over dense weights, and over NF4.
         kind: the kind of the method, a key of :data:`KINDS`.
         config_class: full name of the class of the method's configuration.
-        learning_rate: default learning rate of a run. Most methods that train few parameters have a larger rate.
+        learning_rate: default learning rate of a run. Methods that train fewer parameters than LoRA, such as IA3 and
+            prompt tuning, have larger default rates than LoRA.
         page: name of the page in docs/methods that has the method's formula.
         fields: values that peft_ext sets for fields of the configuration, besides ``task_type``.
         quant: default quantization of a run's frozen base: "nf4" or "none".

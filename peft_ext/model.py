@@ -62,7 +62,7 @@ def get_peft_model(
     """Adds a new adapter to ``model`` in place by ``peft.get_peft_model``, then calls :func:`peft_ext.accelerate`.
 
     AdaLoRA divides by the parameter ``ranknum``, which ``get_peft_model`` sets to ``requires_grad=False``. Over a base
-    that is not float32, PEFT alone trains ``ranknum`` and does not save it.
+    that is not float32, PEFT without peft_ext trains ``ranknum`` and does not save ``ranknum``.
 
     Args:
         model: a transformers model, or any module.
@@ -113,7 +113,7 @@ def _check_packed(op: str, config: PeftConfig, model: nn.Module) -> None:
     saved = tuple(getattr(config, "modules_to_save", None) or ())
     tokens = getattr(config, "trainable_token_indices", None) or ()
     tables = tuple(tokens) if isinstance(tokens, dict) else ()
-    # PEFT applies a list of tokens to the model's input embedding, whatever the embedding's name.
+    # If trainable_token_indices is a list, PEFT trains these tokens of the model's input embedding, whatever its name.
     inputs = model.get_input_embeddings() if tokens and not tables and hasattr(model, "get_input_embeddings") else None
     targets = getattr(config, "target_modules", None) or ()
     for name, module in model.named_modules():
@@ -307,7 +307,8 @@ def _as_it_was_on_failure(model: nn.Module, file: Path) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Returns the dicts, lists and sets that are attributes of ``module``, each with a copy of its entries."""
+    """Returns a tuple for each attribute of ``module`` that is a dict, list or set: the attribute's value, and a copy
+    of it."""
     return [(held, held.copy()) for held in module.__dict__.values() if type(held) in (dict, OrderedDict, list, set)]
 
 

@@ -248,7 +248,7 @@ def dequantize_nf4(model: _Model, *, dtype: Optional[torch.dtype] = None, progre
 
     A layer's NF4 weight is freed before the next layer is dequantized. Adapters stay, and fused layers stay fused;
     layers that shared one weight share the dense weight; hooks are kept. The dense weights stay frozen. The biases get
-    the weight's dtype and keep ``requires_grad``. Subclasses of NF4Linear and bitsandbytes' layers are not changed.
+    the weight's dtype and keep ``requires_grad``. bitsandbytes' layers and subclasses of NF4Linear are not changed.
 
     Args:
         model: any module, on any device except meta; also a PeftModel, if no adapter is merged into its NF4 weights.

@@ -144,11 +144,13 @@ def train_with_peft(
         output_dir: folder of the Trainer's checkpoints.
         adapter_dir: the folder into which the trained adapter is saved.
         block_size: most tokens of a training example, at least 2. Texts are joined and divided into blocks of
-            ``block_size`` tokens. A longer conversation, or prompt and completion, is cut, and is left out if its
-            completion begins after the cut; a warning says how many were cut or left out. The tokens after the last
-            whole block of texts are left out, with a warning where they are many. Rows with ``input_ids`` are not cut.
+            ``block_size`` tokens. A conversation, or a prompt with its completion, that has more tokens is cut, and is
+            left out if its completion begins after the cut; a warning says how many were cut or left out. The tokens
+            after the last whole block of texts are left out, with a warning where they are many. Rows with
+            ``input_ids`` are not cut.
         arguments: further TrainingArguments. The defaults are 3 epochs, batches of 4 examples, 4 batches for each
-            optimizer step, and a learning rate of 2e-4 after 100 steps of warm-up.
+            optimizer step, a learning rate of 2e-4 after 100 steps of warm-up, a log line every 10 steps, a checkpoint
+            after each epoch, and ``report_to="none"``.
 
     The loss of an optimizer step is the mean over the labels of all batches of the step, so that half of the batch size
     with twice the number of batches makes the same step up to rounding.
@@ -233,8 +235,8 @@ def _load(name: Union[str, Path]) -> nn.Module:
 def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> list[dict[str, Any]]:
     """Returns rows as examples with ``input_ids`` and labels.
 
-    Warns if a record has more than ``block_size`` tokens, and if the tokens of texts that fill no block are more than a
-    tenth of the other tokens.
+    Warns if a record has more than ``block_size`` tokens, and if the tokens at the end of the texts that fill no block
+    are more than a tenth of the other tokens.
     """
     rows = [dict(row) for row in rows]
     if not rows or any("input_ids" in row for row in rows):
@@ -245,6 +247,12 @@ def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> li
         return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]
     kind, records = read_records("train_dataset", rows)
     examples = tokenize(Corpus(kind, records, [], "train_dataset"), tokenizer, block_size)
+    if len(records) < len(rows):
+        column = "text" if kind == "text" else "completion"
+        warnings.warn(
+            f"train_with_peft: {len(rows) - len(records)} of {len(rows)} records have an empty {column} and were left "
+            "out", stacklevel=3,
+        )  # fmt: skip
     if examples.rest > sum(len(row["input_ids"]) for row in examples.train) / 10:
         warnings.warn(
             f"train_with_peft: {examples.rest} tokens at the end of the texts, which do not fill a block of "

@@ -1,4 +1,4 @@
-"""Finds linear layers whose weight another module's code reads directly: quantization must leave these layers dense.
+"""Finds linear layers whose weight another module's code reads directly: quantization must keep these layers dense.
 
 :func:`weights_read_past` searches the source code of the modules' classes for reads such as T5's
 ``self.wo.weight.dtype``, Mamba's ``self.dt_proj.weight @ dt``, and a concatenation of two weights in a head of
@@ -19,10 +19,11 @@ from typing import Optional
 
 from torch import nn
 
-# Reads in methods that initialize weights do not count, because these methods run before a model is quantized.
+# Names of methods that initialize weights. Reads of a weight in these methods do not count, because the methods run
+# before a model is quantized.
 _SET_UP = ("__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights")
-# _NEVER is an option of configurations, for tensor parallelism in pretraining. Reads in a branch for the option _NEVER
-# do not count.
+# _NEVER is an option of configurations, for tensor parallelism in pretraining. Reads of a weight in a branch for the
+# option _NEVER do not count.
 _NEVER = "pretraining_tp"
 # Packages whose layers accept 4-bit base weights: reads by the code of these packages do not count.
 _OF_ADAPTERS = ("peft", "peft_ext")
@@ -68,7 +69,7 @@ def _methods(owner: type) -> list[ast.AST]:
         files = {inspect.getsourcefile(owner)}
     except (TypeError, OSError):
         # The class is from a compiled module, has no module, or was typed into a notebook or an interpreter. The module
-        # linecache keeps the text of a notebook's cell under the name that the code of the cell's functions has.
+        # linecache keeps the text of a notebook's cell under the file name in the code objects of the cell's functions.
         files = {getattr(getattr(value, "__code__", None), "co_filename", None) for value in vars(owner).values()}
     # For a class without a source text, no read is found.
     body = [node for file in files if file is not None for node in _classes(file).get(owner.__name__, [])]
@@ -90,7 +91,7 @@ def _classes(file: str) -> dict[str, list[ast.stmt]]:
 
 def _weights(node: ast.AST, of: str = "") -> Iterator[tuple[str, str]]:
     """Yields the path of each expression ``self.path.weight``, and the attribute of the weight that the code reads; ""
-    if the code reads the weight itself. Leaves out calls of ``isinstance`` and branches for the option ``_NEVER``."""
+    if the code reads the weight itself. Skips calls of ``isinstance`` and branches for the option ``_NEVER``."""
     if isinstance(node, ast.Attribute):
         path = _path(node.value) if node.attr == "weight" else None
         if path:

@@ -38,7 +38,7 @@ from tiny_run import tiny  # noqa: F401  a fixture of many folders' tests
 from peft_ext import _native
 
 DEVICES = ("cpu", "cuda", "emulated")
-FEW_CASES = 20  # --products runs all cases of a test that has at most this number of cases
+FEW_CASES = 20  # --products runs all cases of a test that has at most this number of cases.
 # Folders and files that take longest. Several processes of pytest-xdist get these files first, so that no process is
 # left with a long file at the end.
 LONGEST = (
@@ -108,7 +108,7 @@ def _emulated_kernels() -> torch.library.Library:
         if declared.cuda:
             op = getattr(getattr(torch.ops, emulated_cuda.NAMESPACE), name).default
             kernels.impl(name, op, "CPU", allow_override=True)
-        elif declared.composed:  # a composed operator: on a GPU, its own CPU kernel does not run
+        elif declared.composed:  # on a GPU, the CPU kernel of a composed operator does not run
             kernels.impl(name, declared.reference, "CPU", allow_override=True)
     return kernels
 
@@ -206,7 +206,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Any:
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Yields the device of the operators' tensors."""
     name = request.config.getoption("--device")
-    if name == "cuda":  # PyTorch's products on the GPU must sum in float32, as those on the CPU, which set the bounds
+    if name == "cuda":  # the bounds of the tests are for products that sum in float32, as on the CPU
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     yield torch.device("cpu" if name == "emulated" else name)

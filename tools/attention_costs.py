@@ -26,10 +26,10 @@ from pathlib import Path
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/performance.md"
 BEGIN, END = "<!-- computed: python tools/attention_costs.py -->", "<!-- /computed -->"
 BLOCK, FORWARD_KEYS, BACKWARD_KEYS, ROWS, LANES = 64, 192, 128, {"avx512_bf16": 6, "amx": 32}, 16
-PRODUCT, LOAD, STORE = 16, 8, 16  # cycles of an AMX instruction that multiplies, loads or stores a tile
-FORWARD_SCORES, BACKWARD_SCORES = 15, 17  # numbers of arithmetic instructions for a vector of 16 scores
-RATE = 2.0  # number of arithmetic instructions of 512 bits that a core runs in a cycle
-TRANSPOSED = 64.0  # cycles of a transposition of 16 x 16 words
+PRODUCT, LOAD, STORE = 16, 8, 16  # Cycles of an AMX instruction that multiplies, loads or stores a tile.
+FORWARD_SCORES, BACKWARD_SCORES = 15, 17  # Numbers of arithmetic instructions for a vector of 16 scores.
+RATE = 2.0  # Number of arithmetic instructions of 512 bits that a core runs in a cycle.
+TRANSPOSED = 64.0  # Cycles of a transposition of 16 x 16 words.
 SIZES, TOKENS, GROUP = (64, 128), (1024, 4096), 4
 
 

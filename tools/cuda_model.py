@@ -31,11 +31,11 @@ import slots
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/kernels.md"
-LAUNCH = 2.5e-6  # seconds that the model counts for a small kernel, nearly all of them for the launch
-PASS = 1e-6  # seconds that the model adds to each pass for the launch, the first wave and the last blocks of the pass
-REACHED = 0.92  # fraction of the memory bandwidth that a kernel reaches
-BLOCK_CYCLES = 1000  # assumed number of cycles in which a block waits for its first tile and writes its sums
-BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # bytes of one weight in each packed format, scales included
+LAUNCH = 2.5e-6  # Seconds that the model counts for a small kernel, nearly all of them for the launch.
+PASS = 1e-6  # Seconds that the model adds to each pass for the launch, the first wave and the last blocks of the pass.
+REACHED = 0.92  # Fraction of the memory bandwidth that a kernel reaches.
+BLOCK_CYCLES = 1000  # Assumed number of cycles in which a block waits for its first tile and writes its sums.
+BYTES = {"NF4": 0.516, "MXFP4": 0.531}  # Bytes of one weight in each packed format, scales included.
 SIZES = (512, 2048, 4096, 8192)
 MIXED_SIZES = (8, 512, 2048, 8192)  # numbers of tokens, of all adapters together, of a batch for several adapters
 
@@ -264,9 +264,9 @@ def decode(card: Card, n: int, k: int, tokens: int, base: str = "NF4") -> float:
 def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: bool, rank: int = 16) -> float:
     """Returns the seconds of the pass that computes S (with ``columns``: dA) of ``count`` layers with one input."""
     name = ("dA" if columns else "S") + " of siblings" + (", dropout" if dropout else "")
-    # The rows of docs/slots.tsv for siblings were measured with three layers. A block of rank_siblings_kernel has one
-    # warp for each layer, and with dropout 4 KiB of shared memory for each warp. The instructions that a tile takes for
-    # one layer hardly depend on the number of layers.
+    # The rows of docs/slots.tsv for siblings count the instructions for three layers. A block of rank_siblings_kernel
+    # has one warp for each layer, and with dropout 4 KiB of shared memory for each warp. The instructions that a tile
+    # takes for one layer hardly depend on the number of layers.
     found = loops(card)[name]
     shared = int(found["shared"]) - (4096 * (3 - count) if dropout else 0)
     blocks = slots.resident_blocks(card.arch, 32 * count, int(found["registers"]), shared)

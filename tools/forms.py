@@ -126,19 +126,20 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]], battery: dict[s
     lines = [
         "# Known forms", "",
         "<!-- drawn by tools/forms.py -->", "",
-        "`accelerate` fuses a norm, an MLP, an attention or a decoder layer where the code of its forward is one of "
-        "the forms in the table `peft_ext/integrations/forms/forms.tsv`, whatever the class is called, or has been "
-        "registered with `register_form`. Any other forward runs as its author wrote it, and `explain` says so. "
-        "[What a known form is](faq.md#what-is-a-known-form) tells how forms are compared, and how to add one.", "",
+        "`accelerate` fuses a norm, an MLP, an attention or a decoder layer if the code of its forward is one of the "
+        "forms in the table `peft_ext/integrations/forms/forms.tsv`, or a form that was registered with "
+        "`register_form`; the name of the class does not matter. Any other forward runs unchanged, and `explain` says "
+        "so. [What a known form is](faq.md#what-is-a-known-form) tells how forms are compared, and how to add a form.",
+        "",
         "The forms in `forms.tsv` were read from the classes and functions of PyTorch and of transformers "
         f"{', '.join(RELEASES)}. `forms.tsv` has these numbers of forms:", "",
         "| kind | forms |", "|---|---|",
         *(f"| {kind} | {count} |" for kind, count in sorted(kinds.items())), "",
         f"## Classes of transformers {RELEASES[-1]}, by architecture", "",
         "The columns norms, attentions and MLPs show how many of an architecture's classes of norms, attentions and "
-        "MLPs have a known form. The column stock names the classes without a known form. For an attention with a "
-        "known form, `accelerate` computes the layers of one input together, or replaces the function that computes "
-        "softmax(q kᵀ) v and comes from transformers' registry, or does both.", "",
+        "MLPs have a known form. The column stock names the classes without a known form. In an attention with a known "
+        "form, peft_ext computes the linear layers of one input (such as q, k and v) together, or computes "
+        "softmax(q kᵀ) v in place of the function from transformers' registry, or does both.", "",
         "| architecture | norms | attentions | MLPs | stock |", "|---|---|---|---|---|",
     ]  # fmt: skip
     totals: Counter[tuple[str, bool]] = Counter()
@@ -159,17 +160,18 @@ def _page(rows: list[Any], coverage: dict[str, dict[str, list]], battery: dict[s
     lines += [*(f"| {name} | {REASONS[name]} |" for name in unknown), ""]
     lines += [
         "## Replaced code", "",
-        "For each class of these architectures with a known form, everything that its forward finds by name was "
-        "replaced, one thing after the other: functions of its Python module, attributes of its class, functions of "
-        "PyTorch, numbers, and transformers' attention functions. The column known is the number of replacements that "
-        "changed no digest, so that `accelerate` would still have fused the class, which would be an error. "
-        "The forward of a decoder layer finds nothing by name, and calls its norms, its attention and its MLP, which "
-        "are blocks of their own. A call of few tokens computes a decoder layer as a whole only if each of these "
-        "blocks is fused, and neither the decoder layer nor one of these blocks has a forward of its own or a hook on "
-        "its forward. Otherwise the forward of the decoder layer's class runs. Hooks, forwards, attributes, "
-        "parameters, activations and registry entries, replaced before `accelerate`, are tested for some of these "
-        "classes in `tests/integrations/test_battery.py`, which compares the results with those of the changed "
-        "stock model.", "",
+        "For each class with a known form of the architectures above, the values that the class's forward looks up by "
+        "name were replaced, one after the other: functions of the Python module, attributes of the class, functions "
+        "of PyTorch, numbers, and transformers' attention functions. A value for which the tool has no replacement was "
+        "not replaced. The column known is the number of replacements after which the class still had a known form: "
+        "`accelerate` would have fused the changed class, "
+        "which would be an error. The forward of a decoder layer looks up nothing by name; it only calls its norms, "
+        "its attention and its MLP, which are blocks of their own. A call of few tokens computes a decoder layer as a "
+        "whole only if each of these blocks is fused, and neither the decoder layer nor one of these blocks has a "
+        "forward of its own or a hook on its forward. Otherwise the forward of the decoder layer's class runs. For "
+        "some of these classes, `tests/integrations/test_battery.py` replaces hooks, forwards, attributes, parameters, "
+        "activations and registry entries before `accelerate`, and compares the accelerated model with the stock "
+        "model that was changed alike.", "",
         "| kind | classes | replacements | known |", "|---|---|---|---|",
         *(f"| {kind} | {' | '.join(map(str, counts))} |" for kind, counts in sorted(battery.items())), "",
     ]  # fmt: skip

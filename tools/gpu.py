@@ -105,9 +105,9 @@ for family in [name for name in prove.families(device.type.upper()) if name not 
 """
 CORE = "tests/ops/test_covering.py"
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
-METHODS = "LoRA; QLoRA; DoRA"  # methods of the part "training", as benchmarks.e2e names them
-FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # the first benchmarks of "table"
-WORKERS = 8  # largest number of processes that run the tests of one part; all of them use one GPU
+METHODS = "LoRA; QLoRA; DoRA"  # Methods of the part "training", as benchmarks.e2e names them.
+FIRST = ("lora", "nf4", "dora", "siblings", "ia3", "experts", "grouped_lora")  # The first benchmarks of "table".
+WORKERS = 8  # Largest number of processes that run the tests of one part; all of them use one GPU.
 # The tests of the part "sanitizer": linear layers in bfloat16 with dropout or over NF4, with sizes that no tile
 # divides.
 SANITIZED = "test_values_and_gradients and -bfloat16] and 515 and linear and (dropout or nf4_linear)"
@@ -119,7 +119,7 @@ ENVIRONMENT = {
     "PEFT_EXT_PROVE": "0",
     "PEFT_EXT_REQUIRE": "1",
 }
-GRACE = 5.0  # seconds between the interrupt of a command at its limit and its end by SIGKILL
+GRACE = 5.0  # Seconds between the interrupt of a command at its limit and its end by SIGKILL.
 # TEST matches a line of pytest's output with the result of a test. The first alternative of TEST is the line that
 # pytest-xdist prints, and the second is the line that pytest prints without it.
 TEST = re.compile(

@@ -30,8 +30,8 @@ import torch
 from benchmarks import cuda, files, harness
 from benchmarks.peers import Problem
 
-CALLS = 10  # number of profiled steps of each layer
-FEW_TOKENS = (1, 16)  # numbers of tokens of a forward over NF4
+CALLS = 10  # Number of profiled steps of each layer.
+FEW_TOKENS = (1, 16)  # Numbers of tokens of a forward over NF4.
 SIZE = 4096
 Times = dict[str, tuple[int, float]]  # for each kernel: number of launches, and microseconds of all launches together
 

@@ -50,7 +50,7 @@ COLUMNS = (
     "losses differ by", "weights differ by", "result",
 )  # fmt: skip
 OPTIONS = ("--dropout", "0.1", "--max-steps", "60")
-LOSS = 4e-5  # largest allowed difference of the losses of runs with four processes; the losses are near 5
+LOSS = 4e-5  # Largest allowed difference of the losses of runs with four processes; the losses are near 5.
 # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that
 # joins later.
 ENVIRONMENT = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-ENDED = 124  # the exit status if the command was ended at the limit, as timeout(1) has it
-GRACE = 10.0  # largest number of seconds from the first signals until SIGKILL
+ENDED = 124  # The exit status if the command was ended at the limit, as timeout(1) has it.
+GRACE = 10.0  # Largest number of seconds from the first signals until SIGKILL.
 
 
 def run(command: Sequence[str], seconds: float, **how: Any) -> int:

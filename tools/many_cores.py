@@ -33,11 +33,11 @@ class Machine:
     in seconds."""
 
     sockets: int
-    l3_rate: float  # rate at which one core reads from L3
-    group_rate: float  # rate at which the cores that share an L3 together read from DRAM
-    socket_rate: float  # rate at which the cores of one socket together read from the socket's DRAM
-    link_rate: float  # rate at which one socket reads from the other socket
-    empty: float  # time of an empty loop on two threads
+    l3_rate: float  # Rate at which one core reads from L3.
+    group_rate: float  # Rate at which the cores that share an L3 together read from DRAM.
+    socket_rate: float  # Rate at which the cores of one socket together read from the socket's DRAM.
+    link_rate: float  # Rate at which one socket reads from the other socket.
+    empty: float  # Time of an empty loop on two threads.
     # Time to get a cache line that another core of the same socket wrote. A line from the other socket takes twice as
     # long.
     transfer: float
@@ -119,11 +119,11 @@ def loop_seconds(loop: dict[str, Any], machine: Machine) -> float:
 class Cost:
     """The time of an operator on many threads, divided by the ideal: the time on one thread / the number of threads."""
 
-    work: float  # time of the loops if the work of each loop were divided equally among all threads
-    uneven: float  # time that the loops take longer because their busiest threads have more work than the mean
-    memory: float  # time in which threads wait for L3, for DRAM and for cache lines that another thread wrote
-    starts: float  # time in which loops start and end
-    serial: float  # time of the code between the loops
+    work: float  # Time of the loops if the work of each loop were divided equally among all threads.
+    uneven: float  # Time that the loops take longer because their busiest threads have more work than the mean.
+    memory: float  # Time in which threads wait for L3, for DRAM and for cache lines that another thread wrote.
+    starts: float  # Time in which loops start and end.
+    serial: float  # Time of the code between the loops.
 
     @property
     def total(self) -> float:
@@ -271,8 +271,9 @@ def table(records: Records) -> str:
         "**Computed parts of the cost** of a forward and a backward on one socket; the ideal is 1 for the work, and 0 "
         "for the other parts:",
         losses_table(records),
-        "**Counts** of a loop's work: the busy share for each number of threads, all other columns for 64 threads. Of "
-        "two counts of pages, the first has the pages that two sockets use, the second those that two sockets write:",
+        "**Counts** of the work of an operator's parallel loops: the busy share for each number of threads, all other "
+        "columns for 64 threads. Of the two counts in a column of pages, the first counts the pages that two sockets "
+        "use, the second the pages that two sockets write:",
         counts_table(records),
         "**Computed and measured milliseconds** on the two cores of the measured machine:",
         check_table(records),

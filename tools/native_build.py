@@ -71,7 +71,8 @@ def torch_flags() -> tuple[str, str]:
     return (
         shlex.join(["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include"),
                     f"-DTORCH_TARGET_VERSION=0x{target:016x}", f"-ffile-prefix-map={ROOT}/="]),
-        # -Xlinker, because the compiler would divide an argument of -Wl at each comma of the path.
+        # The path is passed by -Xlinker, because the compiler would divide an argument of -Wl at each comma of the
+        # path.
         shlex.join([f"-L{library}", "-Xlinker", "-rpath", "-Xlinker", str(library), "-ltorch_cpu"]),
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ LIMITS = {
     "neon": {},
     "neon_bf16": {},
 }  # fmt: skip
-AT_MOST = 4.0  # largest allowed time of the path avx2 divided by the time of avx512_bf16
+AT_MOST = 4.0  # Largest allowed time of the path avx2 divided by the time of avx512_bf16.
 # Largest allowed relative difference of the held-out losses of two paths. bfloat16's rounding changes a loss by about
 # 1e-3 in a few steps.
 APART = 0.01

@@ -24,8 +24,9 @@ const ActivationKernels& activation_kernels() {
 #endif
 }
 
-// Returns the operands gate and up as RowsApart. If `halves`, the argument `gate` is a tensor [..., 2F] whose first
-// half is gate and whose second half is up. Otherwise gate is [..., F], and up is [..., F] or has no value.
+// Returns the operands gate and up as RowsApart objects, and the sizes of the result. If `halves`, the argument `gate`
+// is a tensor [..., 2F] whose first half is gate and whose second half is up. Otherwise gate is [..., F], and up is
+// [..., F] or has no value.
 Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(gate.dim() >= 1, op, ": gate has no dimension, wanted [..., F]");
   const int64_t last = gate.dim() - 1, columns = halves ? gate.size(last) / 2 : gate.size(last);

@@ -9,8 +9,9 @@
 namespace peft_ext {
 namespace {
 
-// Returns the operands gate and up as RowsApart. If `halves`, the argument `gate` is a tensor [..., 2F] whose first
-// half is gate and whose second half is up. Otherwise gate is [..., F], and up is [..., F] or has no value.
+// Returns the operands gate and up as RowsApart objects, and the sizes of the result. If `halves`, the argument `gate`
+// is a tensor [..., 2F] whose first half is gate and whose second half is up. Otherwise gate is [..., F], and up is
+// [..., F] or has no value.
 Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(on_device(gate) && gate.dim() >= 1, op, ": gate is not [..., F] on a CUDA device");
   check_kernel_dtype(op, "gate", gate.scalar_type());

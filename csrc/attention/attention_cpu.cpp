@@ -1,8 +1,7 @@
 // The CPU operators of scaled dot-product attention: checks, allocation and threads; attention/kernels_impl.h has the
 // kernels. The threads divide the blocks of queries in the forward (for few queries, groups of up to kFewRows rows as
 // in few.h), and cells of queries and keys in the backward (attention/plan.h). How a sum is divided into partial sums
-// depends only on the shapes and on the CPU path, so that the bits of the results are equal for every number of
-// threads.
+// does not depend on the number of threads, so that the bits of the results are equal for every number of threads.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -25,8 +24,8 @@ namespace {
 // The backward divides the query heads of each key head into splits, until there are at least kStreams streams
 // (attention/plan.h), or each query head is a split of its own. kMostSums may lower the number of splits.
 constexpr int64_t kStreams = 32;
-// Limit of the number of floats (128 MiB) in the sums of dK and dV of all splits, and of those in the sums of dQ. One
-// split, and dQ of one stream, may exceed the limit.
+// Largest number of floats (128 MiB) in the sums of dK and dV of all splits, and also in the sums of dQ of the streams
+// that run at the same time. The sums of a single split or of a single stream may exceed kMostSums.
 constexpr int64_t kMostSums = int64_t{1} << 25;
 
 const AttentionKernels& attention_kernels(DType dtype) {
@@ -84,8 +83,8 @@ Tensor empty_heads(int64_t batches, int64_t heads, int64_t tokens, int64_t size,
   return Tensor(out);
 }
 
-// Packs the bool mask into 64-bit words; a word has one bit for each of 64 queries. The shape of the packed mask is [B
-// or 1, H or 1, ceil(queries / 64), keys].
+// Packs the bool mask into 64-bit words; a word has one bit for each of 64 queries and one key. The shape of the packed
+// mask is [B or 1, H or 1, ceil(queries / 64), keys].
 Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   const int64_t batches = mask.size(0), heads = mask.size(1), blocks = ceil_div(queries, kMaskBits);
   const Tensor words = empty({batches, heads, blocks, keys, 8}, ScalarType::Byte);
@@ -178,7 +177,7 @@ struct Call {
     return hold(empty({kv_units(), padded_rows, padded_depth}, type)).mutable_data_ptr();
   }
 
-  // Allocates the sums of dK and dV [splits, units, keys, columns padded to whole vectors] in the calling thread's
+  // Allocates the sums of dK and dV [splits, B · Hkv, keys, columns padded to whole vectors] in the calling thread's
   // scratch. After the call the thread keeps the scratch, unless the scratch is large, because new memory costs a page
   // fault per page.
   void take_sums() {

@@ -42,8 +42,8 @@ inline float dot(const T* a, const T* b, int64_t columns) {
   return total[0];
 }
 
-// Computes P and dS for a block of keys from S and dP = dO Vᵀ. Where no query of a vector of queries may see a key,
-// ds_joined is set to zero.
+// Computes dS, and P with zeros where dropout drops a key, for a block of keys from S and dP = dO Vᵀ. Where no query of
+// a vector of queries may see a key, ds_joined is set to zero.
 inline void take_gradients(const Attention& work, const uint64_t* bits, const uint64_t* keeps, const int64_t* first,
                            int64_t count, int64_t vecs, const float* lse, const BackwardParts& own) {
   const Vec factor = Vec::broadcast(work.scale * kLog2E), zero = Vec::zero();
@@ -107,7 +107,7 @@ void backward_block(const Attention& work, int64_t batch, int64_t head, int64_t 
   }
 
   const int64_t until = min_i64(key_end, keys_until(work, query, count)), steps = words_of_depth(count);
-  // The key of every cell is a multiple of kBackwardKeys, so that every plan has the same blocks of keys.
+  // The first key of every cell is a multiple of kBackwardKeys, so that every plan has the same blocks of keys.
   for (int64_t k0 = key; k0 < until; k0 += kBackwardKeys) {
     const int64_t here = min_i64(kBackwardKeys, until - k0);
     uint64_t bits[kBackwardKeys], keeps[kBackwardKeys], any = 0;

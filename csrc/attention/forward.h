@@ -30,9 +30,9 @@ struct ForwardParts {
         bias(parts->take<float>(work.bias ? kQueries * kForwardKeys : 0)) {}
 };
 
-// Updates the largest score of each query with the scores [count, 64] of a block of keys. The scores in memory are S /
-// scale, with S as in attention/kernels.h. Computes for each query the factor `change`, by which the sums over the
-// earlier blocks of keys must be multiplied.
+// Updates the largest score of each query with the scores [count, 64] of a block of keys, and sets the scores of
+// invisible keys to -inf. The scores in memory are S / scale, with S as in attention/kernels.h. Computes for each query
+// the factor `change`, by which the sums over the earlier blocks of keys must be multiplied.
 inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, float scale, const ForwardParts& own) {
   const Vec nothing = Vec::broadcast(-INFINITY);
   for (int64_t v = 0; v < vecs; ++v) {
@@ -48,7 +48,8 @@ inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, floa
       most = Vec::max(most, s);
     }
     most.store(own.largest + v * kWidth);
-    // If no key of the earlier blocks was visible, the sums of these blocks are zeros, and any factor is right.
+    // If no key of the earlier blocks was visible, the sums of these blocks are zeros, and any value of `change` is
+    // right.
     const Vec far = Vec::broadcast(-3e38f);
     const Vec fell = Vec::sub(Vec::max(before, far), Vec::max(most, far));
     vec_exp2(Vec::mul(fell, Vec::broadcast(scale * kLog2E))).store(own.change + v * kWidth);
@@ -56,8 +57,8 @@ inline void take_largest(const uint64_t* bits, int64_t count, int64_t vecs, floa
 }
 
 // Writes P = exp(S - largest S) of a block of keys, with dropout, as a right operand, and adds the sums of P without
-// dropout to the sums over the earlier blocks of keys. The terms of a block are added to each other first, because a
-// single term that is added to the sum of a hundred thousand keys would lose almost all of its bits.
+// dropout to the sums over the earlier blocks of keys. The terms P of a block of keys are added to each other first,
+// because a single term that is added to the sum of a hundred thousand keys would lose almost all of its bits.
 inline void take_exponentials(const uint64_t* bits, const uint64_t* keeps, int64_t count, int64_t vecs, float scale,
                               bool first, const ForwardParts& own) {
   for (int64_t v = 0; v < vecs; ++v) {

@@ -27,7 +27,7 @@
 namespace peft_ext {
 
 constexpr int64_t kPlanBlock = 64;  // number of queries or keys in a block
-constexpr int64_t kLeastStep = 2;   // the side of a cell that is smaller than a head is a multiple of kLeastStep blocks
+constexpr int64_t kLeastStep = 2;   // each cell begins at a multiple of kLeastStep blocks of queries and of keys
 constexpr int64_t kMaskBits = 64;   // number of queries whose mask bits for one key are in one word
 
 // The unit of work of the forward that attention/plan.h divides among threads: a block of queries of one head.
@@ -44,8 +44,9 @@ struct BackwardCell {
   bool first, last;  // whether the cell is the first, and the last, that adds to dQ of its queries
 };
 
-// kFewRows: number of queries in a unit of the kernel for few queries. kFewQueries: the largest number of queries of a
-// head for which the kernel for few queries runs (only in a forward without dropout and bias).
+// kFewRows: largest number of rows in a unit of the kernel for few queries; a row is one query of one query head.
+// kFewQueries: the largest number of queries of a head for which the kernel for few queries runs (only in a forward
+// without dropout and bias).
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kFewQueries = 8;
 
@@ -85,17 +86,17 @@ struct Attention {
   int64_t splits;
   // sums of dK and dV: [splits, B, Hkv, keys, size or value_size padded to whole vectors]
   float *key_sums, *value_sums;
-  // Number of keys that are in at least one cell: a multiple of 64, or all keys. For each range of these keys, the
-  // first cell that a stream computes sets key_sums and value_sums to zero, because the memory is then in the cache of
-  // the thread that adds to the sums.
+  // Number of keys that are in at least one cell: a multiple of 64, or all keys. The first of the cells with the same
+  // keys that a stream computes sets key_sums and value_sums of these keys to zero, because the memory is then in the
+  // cache of the thread that adds to the sums.
   int64_t reached;
   // Sums of dQ, [slots, blocks of queries, size, 64], one slot for each of the streams that run at the same time; null
   // if each head is one cell (attention/plan.h).
   float* query_sums;
 
   // Scratch copies of k and v for each batch and key head, as left operands of products: key_rows and value_rows are as
-  // stored, key_columns and value_columns are transposed. A pointer is null if no product of the call reads the copy,
-  // or if the products read k or v in place.
+  // stored, key_columns and value_columns are transposed. Each of the four pointers is null if no product of the call
+  // reads the copy, or if the products read k or v in place.
   void *key_rows, *value_rows;        // copies of k and v, [keys, size or value_size]
   void *key_columns, *value_columns;  // transposed copies of k and v, [size or value_size, keys]
 };

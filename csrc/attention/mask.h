@@ -1,4 +1,4 @@
-// Packs a bool mask into 64-bit words with one bit for each of 64 queries (attention/kernels.h).
+// Packs a bool mask into 64-bit words; a word has one bit for each of 64 queries and one key (attention/kernels.h).
 #pragma once
 
 #include <stdint.h>

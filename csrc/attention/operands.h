@@ -75,8 +75,8 @@ inline void turn_rows(const Rows& rows, int64_t count, int64_t depth, int64_t la
       memset(right + (w * lanes + count) * kWord, 0, static_cast<size_t>((lanes - count) * kWord) * sizeof(Element));
 }
 
-// Writes rows of a head as a right operand whose depth is the rows, padded with zeros to the padded depth. The columns
-// become the lanes, padded to whole vectors.
+// Writes rows of a head as a right operand whose depth is the rows; rows of zeros pad the depth to a multiple of
+// kDepth. The columns become the lanes, padded to whole vectors.
 inline void join_all(const Rows& rows, int64_t count, int64_t columns, Element* right) {
   const int64_t lanes = padded_lanes(columns);
   for (int64_t i = 0; i < count; i += kWord) {
@@ -112,7 +112,7 @@ inline void store_turned(const float* sums, int64_t size, int64_t count, float* 
 struct Left {
   const Element* data;
   int64_t stride;
-  // Returns the operand from row `row` and depth `depth` on; both must be the start of a tile.
+  // Returns the operand from row `row` and depth `depth` on; a tile must begin at (row, depth).
   Left part(int64_t row, int64_t depth) const { return {data + row / kLeftRows * stride + depth * kLeftRows, stride}; }
 };
 
@@ -162,7 +162,7 @@ struct PackParts {
 };
 
 // Copies the block of up to 64 keys of x (k or v) from key k0 on as left operands: to made_rows as stored, and to
-// made_columns transposed. A null pointer means that this copy is not made.
+// made_columns transposed. If made_rows or made_columns is null, the copy is not made.
 template <typename T>
 void pack_operand(const HeadsOf& x, int64_t batch, int64_t head, int64_t unit, int64_t keys, int64_t k0, int64_t depth,
                   void* made_rows, void* made_columns, Parts parts) {

@@ -1,4 +1,4 @@
-// Divides the work of attention on the CPU among threads. The file does not depend on torch, so that
+// Divides the work of attention on the CPU among threads. This file does not depend on torch, so that
 // tests/native/attention_plan.cpp can test it alone. Every plan adds the terms of a sum in the same order, so that the
 // bits of the results are equal for every number of threads.
 //
@@ -13,8 +13,8 @@
 // matrix [queries, keys] into cells of `step` by `step` blocks of 64. A cell adds to dQ of its queries (a row of the
 // matrix of cells), and to dK and dV of its keys (a column). A diagonal is the set of cells of one head with the same
 // difference of row and column: the cells of a diagonal share no row and no column, and can run at the same time. The
-// diagonals run in the order of a falling difference, so that each row adds up its columns from the first column to the
-// last, and each column adds up its rows from the last row to the first, for every `step`.
+// diagonals run in the order of a falling difference. Therefore, for every `step`, the cells of a row add to dQ from
+// the first column to the last, and the cells of a column add to dK and dV from the last row to the first.
 //
 // A group is a set of at_once streams, whose sums of dQ are in memory at the same time. A phase is the cells of one
 // diagonal of one head in all streams of a group. A region is a set of cells that the threads compute without a barrier
@@ -216,8 +216,8 @@ inline BackwardPlan plan_backward(int64_t streams, int64_t heads, int64_t querie
   if (best.streams == 0 || best.threads == 1) return best;
   int64_t time = best.time();
   const int64_t of_stream = std::max<int64_t>(1, best.query_blocks * kPlanBlock * size);
-  // The values of `step` that are tried after the whole matrix are 2, 6, 4, 12, 8, 24, 16 and so on. A step is taken
-  // only if the estimated time is shorter than with all steps before.
+  // The values of `step` that are tried after the whole matrix are 2, 6, 4, 12, 8, 24, 16 and so on. A value of `step`
+  // is taken only if the estimated time of its plan is shorter than the time with each value that was tried before.
   const auto consider = [&](int64_t step) {
     if (step >= longest || ceil(longest, step) > kMostCells) return;
     BackwardPlan other = best;

@@ -1,5 +1,6 @@
-// Functions that find which queries may see a key, and a product that leaves out invisible blocks of keys. Include this
-// file after the headers that attention/kernels_impl.h lists.
+// Functions that find which queries may see a key, that write the bias to the scores and that draw dropout, and a
+// product that leaves out invisible blocks of keys. Include this file after the headers that attention/kernels_impl.h
+// lists.
 #pragma once
 
 #include "attention/operands.h"
@@ -28,8 +29,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
                          int64_t keys, float* rows, float* s) {
   if (work.bias == nullptr) return false;
   const int64_t at = batch * work.bias_batch + head * work.bias_head + query * work.bias_query + key * work.bias_key;
-  // A finite bias must stay finite after the division: some masks are a large negative bias. Divided by a small scale,
-  // a large negative bias would become -inf, which hides the key.
+  // A finite bias must stay finite after the division: some callers give a mask as a large negative bias. Divided by a
+  // small scale, a large negative bias would become -inf, which hides the key.
   constexpr float kLeast = -2.5e38f;
   const float factor = 1.0f / work.scale;
   with_dtype(work.bias_dtype, [&](auto zero) {
@@ -55,8 +56,8 @@ inline bool begin_scores(const Attention& work, int64_t batch, int64_t head, int
   return true;
 }
 
-// Computes `keeps` like kept() for active dropout. The function is not inlined, because its loops would take registers
-// from its callers.
+// Computes `keeps` as kept() describes, if dropout is active. The function is not inlined, because its loops would take
+// registers from its callers.
 [[gnu::noinline]] inline void draw_kept(const Attention& work, int64_t batch, int64_t head, int64_t key, int64_t keys,
                                         int64_t query, int64_t count, const uint64_t* bits, uint64_t* keeps) {
   // The draws of a key for 64 queries are in at most kBlocks counter blocks of Philox, which have eight draws each. The
@@ -104,20 +105,20 @@ inline bool any_sees(const uint64_t* bits, int64_t rows) {
 }
 inline uint32_t bits_at(uint64_t bits, int64_t vec) { return static_cast<uint32_t>(bits >> (vec * kWidth)); }
 
-// Returns the number of keys that the queries [query, query + count) may see by `causal`; the mask may hide more keys.
+// Returns the number of keys that `causal` lets the queries [query, query + count) see; the mask may hide some of these
+// keys.
 inline int64_t keys_until(const Attention& work, int64_t query, int64_t count) {
   return work.causal ? min_i64(work.keys, query + count) : work.keys;
 }
 
-// Returns the index of the first vector of queries in which a query may see the key by `causal`; the mask is not
-// tested.
+// Returns the index of the first vector of queries in which `causal` lets a query see the key; the mask is not tested.
 inline int64_t first_vec(const Attention& work, int64_t key, int64_t query) {
   return work.causal && key > query ? (key - query) / kWidth : 0;
 }
 
 // Computes c [rows, vecs vectors of queries] = left [rows, keys] right [keys, vecs vectors], or c += left right if
-// `add`. With `causal`, if some keys come after the first 32 queries of the block, each group of 32 queries is
-// multiplied alone, without the keys that none of its queries may see.
+// `add`. With `causal`, if some keys come after the first 32 queries of the block, the product of each group of 32
+// queries is computed separately, without the keys that no query of the group may see.
 inline void multiply_seen(const Attention& work, int64_t key, int64_t count, int64_t query, int64_t rows, int64_t vecs,
                           const Left& left, const Element* right, float* c, bool add) {
   constexpr int64_t kTogether = kQueries / 2 / kWidth;

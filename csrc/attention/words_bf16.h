@@ -1,5 +1,5 @@
-// Words of bfloat16 operands for the dot product of AVX512-BF16: a word holds two values (see attention/kernels.h).
-// Include this file after the target pragma (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
+// Words of bfloat16 operands for the products of AVX512-BF16 and AMX: a word holds two values (see
+// attention/kernels.h). Include this file after the target pragma (cpu/target_<isa>.h) and Vec (cpu/simd_<isa>.h).
 #pragma once
 
 #include <immintrin.h>
@@ -36,7 +36,7 @@ inline void join_rows(const bf16* first, const bf16* second, int64_t columns, bf
   }
 }
 
-// Rounds float32 values to bfloat16. Subnormal values become zero, which is accurate enough for probabilities.
+// Rounds float32 values to bfloat16. Subnormal values become zero, which is accurate enough for P and dS.
 inline __m256i narrow_bf16(Vec value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value.v)); }
 
 inline void store_left(Vec value, bf16* left) {

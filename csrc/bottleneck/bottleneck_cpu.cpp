@@ -61,7 +61,8 @@ Tensor elementwise(const Tensor& u, const F& f) {
 }
 
 // Returns the curve c of GELU(u) = u/2 (1 + c): erf(u / √2), or, for the tanh form of GELU, tanh(√(2/π) (u + 0.044715
-// u³)). PyTorch's own GELU is not called, because its argument `approximate` is a string (see common/activation.h).
+// u³)). PyTorch's own GELU is not called, because the stable ABI would leak its string argument `approximate` (see
+// common/activation.h).
 Tensor gelu_curve(const Tensor& u, Activation activation) {
   const float* at = u.const_data_ptr<float>();
   if (activation == Activation::kGelu)
@@ -144,7 +145,8 @@ void add_rows(const Tensor& u, const Tensor& bias) {
   });
 }
 
-// Returns the sums [M] of m [T, M] over the rows. The sums are in double, because T may be large.
+// Returns the sums [M] of m [T, M] over the rows. The sums are computed in double, because T may be large, and are then
+// rounded to float32.
 Tensor sum_of_rows(const Tensor& m) {
   constexpr int64_t kColumns = 16;
   const int64_t tokens = m.size(0), size = m.size(1);

@@ -35,7 +35,7 @@ PEFT_EXT_API uint64_t peft_ext_kept_scratch();
 // bytes.
 PEFT_EXT_API uint64_t peft_ext_release_scratch();
 
-// Forgets the lists that the operator decoder_layer keeps under `plan`.
+// Forgets the lists that the operator decoder_layer keeps under the number `plan`.
 PEFT_EXT_API void peft_ext_forget_plan(int64_t plan);
 
 // The number of parallel loops of CPU operators that woke other threads since the library was loaded.
@@ -52,7 +52,8 @@ PEFT_EXT_API int peft_ext_source_count();
 PEFT_EXT_API const char* peft_ext_source_path(int source);
 PEFT_EXT_API const char* peft_ext_source_text(int source);
 
-// The machine code of a kernel, or an error. The pointers must stay valid until the same thread asks for another image.
+// The machine code of a kernel, or an error. The pointers of an image must stay valid until the thread that asked for
+// the image asks for another image.
 struct PeftExtImage {
   const char* symbol;  // the kernel's name in the machine code
   const void* data;    // the machine code: a cubin, or PTX

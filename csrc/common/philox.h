@@ -10,7 +10,7 @@
 namespace peft_ext {
 
 // Parameters of dropout. An element is kept if the element's draw is at least `threshold`. Kept elements are multiplied
-// by 1 / (1 - p).
+// by `scale`, which is 1 / (1 - p) for the dropout rate p.
 struct Dropout {
   bool active = false;
   uint64_t seed = 0, offset = 0;

@@ -1,6 +1,6 @@
-// Functions on tensors that are cheap in calls with few tokens. Many functions of torch::stable look an operator up by
-// name and box the arguments, which takes about a microsecond even if nothing has to be done. Most functions of this
-// file therefore call torch::stable only if there is work to do, or call PyTorch's C shim directly.
+// Functions on tensors that take little time in calls with few tokens. Many functions of torch::stable look an operator
+// up by name and box the arguments, which takes about a microsecond even if nothing has to be done. Most functions of
+// this file therefore call torch::stable only if there is work to do, or call PyTorch's C shim directly.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -68,7 +68,7 @@ inline torch::stable::Tensor with_whole_rows(const torch::stable::Tensor& x) {
 }
 
 // Returns an empty tensor of x's shape and dtype whose last dimension is contiguous. The strides are those of
-// torch.empty_like(x) if its last dimension is contiguous, otherwise row-major strides.
+// torch.empty_like(x) if the last dimension of empty_like(x) is contiguous, otherwise row-major strides.
 inline torch::stable::Tensor like_with_whole_rows(const torch::stable::Tensor& x) {
   const torch::stable::Tensor y = torch::stable::empty_like(x);
   if (y.stride(x.dim() - 1) == 1) return y;
@@ -103,8 +103,8 @@ inline std::optional<torch::stable::Tensor> try_empty(int32_t device_type, int32
   return torch::stable::Tensor(out);
 }
 
-// Returns the message of the calling thread's last error in PyTorch's C shim. Returns "" on torch before 2.13, which
-// has no function for the message.
+// Returns the message of the calling thread's last error in PyTorch's C shim. Returns "" on Windows, and on torch
+// before 2.13, which has no function for the message.
 inline std::string shim_message() {
 #if defined(_WIN32)
   return "";
@@ -116,8 +116,8 @@ inline std::string shim_message() {
 #endif
 }
 
-// Returns whether the message of a failed allocation means a lack of memory. An empty message (torch before 2.13)
-// counts as a lack of memory, because the tensor's sizes were checked before.
+// Returns whether the message of a failed allocation means a lack of memory. An empty message (on torch before 2.13, or
+// on Windows) counts as a lack of memory, because the tensor's sizes were checked before.
 inline bool tells_no_memory(const std::string& message) {
   if (message.empty()) return true;
   for (const char* words : {"out of memory", "can't allocate memory", "not enough memory", "bad_alloc"})

@@ -58,7 +58,7 @@ inline void philox_listed_blocks(const Dropout& dropout, const uint64_t* blocks,
 }
 
 // Returns the number of draws for which philox_draws needs memory: philox_draws computes whole groups of kPhiloxBlocks
-// counter blocks, and `first` may lie within a block.
+// counter blocks, and the first element may lie within a counter block.
 constexpr int64_t draws_room(int64_t count) { return count + (kPhiloxBlocks + 1) * kDrawsPerBlock; }
 
 // Computes the dropout draws of the flat elements [first, first + count) in `buffer`, which has the size

@@ -23,7 +23,7 @@ struct WholeVec {
 };
 
 // Loads and stores only the first `count` lanes of a vector. `load` sets the remaining lanes to 0. `only` sets the
-// remaining lanes to 0, and `filled` sets them to the value of the first lane.
+// remaining lanes to 0, and `filled` sets the remaining lanes to the value of the first lane.
 struct PartVec {
   int64_t count;
   template <typename T>
@@ -53,8 +53,8 @@ inline void for_vectors(int64_t columns, const F& f) {
 }
 
 // Computes sums over [0, columns) in float32. f(lanes, first column, sums) adds the terms of `lanes` to `sums`, and 0
-// in missing lanes. kTurns vectors of sums are used in turn, so that an addition need not wait for the one before. The
-// order of the additions depends only on the number of columns and on Vec::kWidth.
+// in missing lanes. kTurns vectors of sums are used in turn, so that an addition need not wait for the previous
+// addition. The order of the additions depends only on the number of columns and on Vec::kWidth.
 template <int kSums, typename F>
 inline void sum_vectors(int64_t columns, float (&total)[kSums], const F& f) {
   constexpr int kTurns = 4;

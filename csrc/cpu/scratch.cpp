@@ -1,7 +1,8 @@
-// The scratch blocks of all threads, in a list without locks. A thread claims its own blocks at the first use in a
-// call; release_scratch() claims the blocks of one thread after another. An entry of the list is never removed: a new
-// thread takes over the entry of an ended thread. Therefore the list is also complete in a forked process. A claim that
-// another thread held at the time of the fork is never given back in the forked process, see after_fork.
+// The scratch blocks of all threads, in a list without locks. A thread claims its own blocks at the first use of a
+// block in a call; release_scratch() claims the blocks of one thread after another. An entry of the list is never
+// removed, and a new thread takes over the entry of an ended thread. Therefore a forked process also finds every
+// scratch block in the list. A claim that another thread held at the time of the fork is never given back in the forked
+// process, see after_fork.
 #include "cpu/scratch.h"
 
 #include <stdlib.h>
@@ -50,7 +51,7 @@ struct ThreadScratch {
 
 std::atomic<ThreadScratch*> all{nullptr};
 
-thread_local ThreadScratch* own = nullptr;  // the thread's entry, or null before the thread's first use
+thread_local ThreadScratch* own = nullptr;  // this thread's entry in the list, or null if the thread has none
 thread_local int depth = 0;                 // number of ScratchInUse objects that this thread has now
 thread_local bool in_use = false;           // whether this thread has claimed its own blocks
 

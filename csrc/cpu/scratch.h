@@ -1,8 +1,9 @@
 // Scratch memory that a thread keeps from one call of an operator to the next call. A new block of megabytes costs a
-// page fault per 4 KiB, about a tenth of a small layer's time. Calls that may need a block above kKeptScratchBytes
-// release such a block at their end (ScratchOfCall): the page faults of a large block cost little compared with the
-// call's products, and otherwise a thread would keep memory for the longest batch that the thread has computed.
-// release_scratch() releases the blocks of all threads that are in no call. This file does not depend on torch.
+// page fault per 4 KiB, about a tenth of a small layer's time. Calls that may need a block larger than
+// kKeptScratchBytes release such a block at the end of the call (ScratchOfCall): the page faults of a large block cost
+// little compared with the call's products, and otherwise a thread would keep memory for the longest batch that the
+// thread has computed. release_scratch() releases the blocks of all threads that are in no call. This file does not
+// depend on torch.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +11,8 @@
 namespace peft_ext {
 
 // On a thread, no two running functions use the block of the same Scratch value. The thread that calls an operator may
-// have a block for each use. The other threads of a parallel loop have blocks for the uses kPanel and kRows, and for
-// every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
+// have a block for each Scratch value. The other threads of a parallel loop have blocks for the uses kPanel and kRows,
+// and for every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
 enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and
@@ -20,11 +21,12 @@ enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWe
 // block exceeds kKeptScratchBytes only for layers of hundreds of thousands of features.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
-// Returns the calling thread's block for the use, of at least `bytes` bytes. The thread must be in a call of an
-// operator (ScratchInUse). The block is valid until the call ends or the use gets a larger block.
+// Returns the calling thread's scratch block for `use`, of at least `bytes` bytes. The thread must be in a call of an
+// operator (ScratchInUse). The block is valid until the call ends, or until the thread gets a larger block for the same
+// use.
 void* scratch(Scratch use, size_t bytes);
 
-// Releases the calling thread's block for the use if the block is above kKeptScratchBytes.
+// Releases the calling thread's scratch block for `use` if the block is larger than kKeptScratchBytes.
 void release_large_scratch(Scratch use);
 
 // A call that may need scratch of any size holds a ScratchOfCall object. The destructor of ScratchOfCall releases the

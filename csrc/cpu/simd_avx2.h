@@ -70,7 +70,7 @@ struct Vec {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-  // Returns a vector whose lane i is the sum of all lanes of of[i].
+  // Returns a vector whose lane i is the sum of all lanes of the vector `of[i]`.
   static Vec sums_of(const Vec (&of)[kWidth]) {
     __m256 four[2];
     for (int i = 0; i < 2; ++i)

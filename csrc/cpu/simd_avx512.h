@@ -68,15 +68,16 @@ struct Vec {
   // Returns a * 2^whole for integers `whole` from -126 to 127.
   static Vec times_exp2(Vec a, Vec whole) { return {_mm512_scalef_ps(a.v, whole.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
-  // Returns a vector whose lane i is the sum of all lanes of of[i].
+  // Returns a vector whose lane i is the sum of all lanes of the vector `of[i]`.
   static Vec sums_of(const Vec (&of)[kWidth]) {
     __m512 two[8], four[4];
-    // In each 128-bit part of two[i], lanes 0 and 2 are sums of two lanes of of[2 i], and lanes 1 and 3 of of[2 i + 1].
+    // In each 128-bit part of two[i], lanes 0 and 2 are sums of two lanes of `of[2 i]`, and lanes 1 and 3 are sums of
+    // two lanes of `of[2 i + 1]`.
     for (int i = 0; i < 8; ++i) {
       const __m512 a = of[2 * i].v, b = of[2 * i + 1].v;
       two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
-    // In each 128-bit part of four[i], lane j is the sum of four lanes of of[4 i + j].
+    // In each 128-bit part of four[i], lane j is the sum of four lanes of `of[4 i + j]`.
     for (int i = 0; i < 4; ++i) {
       const __m512 a = two[2 * i], b = two[2 * i + 1];
       four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));

@@ -66,7 +66,7 @@ struct Vec {
     return mul(a, {vreinterpretq_f32_s32(vshlq_n_s32(biased, 23))});
   }
   float sum() const { return vaddvq_f32(v); }
-  // Returns a vector whose lane i is the sum of all lanes of of[i].
+  // Returns a vector whose lane i is the sum of all lanes of the vector `of[i]`.
   static Vec sums_of(const Vec (&of)[kWidth]) {
     return {vpaddq_f32(vpaddq_f32(of[0].v, of[1].v), vpaddq_f32(of[2].v, of[3].v))};
   }

@@ -26,11 +26,11 @@ struct Vec {
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   // Returns b if a is greater than 0, otherwise c (also if a is NaN).
   static Vec positive(Vec a, Vec b, Vec c) { return a.v > 0.0f ? b : c; }
-  // Returns a if the lowest of `bits` is set, otherwise b.
+  // Returns a if the lowest bit of `bits` is set, otherwise b.
   static Vec where(uint32_t bits, Vec a, Vec b) { return bits & 1 ? a : b; }
   Vec abs() const { return {bits_to_float(float_to_bits(v) & 0x7fffffff)}; }
   // Rounds a value of magnitude below 2^22 to an integer: 1.5 · 2^23 is added, which leaves no mantissa bits for a
-  // fraction, and subtracted.
+  // fraction, and is then subtracted.
   Vec round() const { return {(v + 12582912.0f) - 12582912.0f}; }
   // Returns a * 2^whole for integers `whole` from -126 to 127. If `whole` is NaN, the result is a.
   static Vec times_exp2(Vec a, Vec whole) {

@@ -44,8 +44,8 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor
 }
 
 // Asks Linux for huge pages for a large result or block of scratch, before the memory is touched for the first time. In
-// each call a large result is new memory, and page faults of 4 KiB would take a large part of the call's time. The
-// function does nothing for less than 4 MiB, or if the system has no MADV_HUGEPAGE.
+// each call a large result is new memory, and page faults of 4 KiB would take a large part of the call's time.
+// advise_huge_pages does nothing for less than 4 MiB, or if the system has no MADV_HUGEPAGE.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
@@ -59,8 +59,8 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Allocates a tensor. If the allocation fails, the error contains the text of PyTorch's allocator error: the stable ABI
-// loses this text, by which trainers recognize that a smaller batch would fit.
+// Allocates a tensor. If memory is missing, the error contains the text of PyTorch's allocator error: trainers
+// recognize by this text that a smaller batch would fit, and the stable ABI loses the text.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   const int64_t bytes = checked_bytes(shape, type);
   const std::optional<Tensor> tensor = try_empty(aoti_torch_device_type_cpu(), 0, shape, type);

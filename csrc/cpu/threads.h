@@ -22,7 +22,7 @@ inline bool& within_a_loop() {
 }
 
 // While a thread has a WithinALoop object, parallel_for on this thread uses only this thread. The body of a loop that
-// already uses all threads makes such an object.
+// already uses all threads makes a WithinALoop object.
 struct WithinALoop {
   const bool before = within_a_loop();
   WithinALoop() { within_a_loop() = true; }
@@ -75,7 +75,8 @@ class Loops {
   void run(int64_t grain) const {
     parallel_for(0, total_, grain, [&](int64_t begin, int64_t end) {
       for (const Loop& loop : loops_) {
-        // An iteration belongs to the part in which its first unit of work lies.
+        // An iteration of a loop runs in the call of this function whose range [begin, end) contains the iteration's
+        // first unit of work.
         const int64_t first = loop.iteration(begin), last = loop.iteration(end);
         if (first < last) loop.f(first, last);
       }

@@ -5,7 +5,7 @@
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
 // In these formulas, a is the scale of the logits, c is the softcap, w is the weight of the row, and V is the number of
-// columns.
+// columns. If c = 0, the factor 1 - (z/c)² is left out.
 //
 // A block of kThreads threads computes a row, and a thread reads every kThreads-th group of eight columns. In the first
 // reading of the row, each thread computes its largest z, its sum of exp(z - largest) and its sum of z; these values
@@ -17,8 +17,8 @@
 // L2 cache of an H100 has 50 MB. If the parts outside of shared memory do not fit in L2, L2 holds the ends of the rows,
 // which the second reading needs first. Loads of columns that stay in shared memory and stores of the gradient are
 // streaming (ld.cs, st.cs), so that L2 drops the data of these loads and stores first. Arithmetic is in float32, and
-// each result is rounded once. With the gradient, the kernel reads each row from DRAM once (columns that neither shared
-// memory nor L2 holds twice), and writes the row once.
+// each result is rounded once. With the gradient, the kernel writes each row once, and reads each row from DRAM once,
+// except that it reads columns twice that neither shared memory nor L2 holds.
 #pragma once
 
 #include <math.h>

@@ -5,12 +5,12 @@
 //   x <- w dloss/dx = w a (1 - (z/c)²) (exp(z - lse) - (1 - ε) [v = label] - ε / V)
 //
 // In these formulas, a is the scale of the logits, c is the softcap, w is the weight of the row, and V is the number of
-// columns.
+// columns. If c = 0, the factor 1 - (z/c)² is left out.
 //
-// A kernel reads a row once for the largest z and once for the sum of exp(z - largest). If needs_grad, the kernel reads
-// the row a third time and overwrites the row with the gradient. Between the readings, a row of a 16-bit dtype usually
-// stays in the CPU's L2 cache. Arithmetic is float32. The order in which a row's terms are added depends only on V and
-// on the CPU path.
+// A kernel reads a row once for the largest z, and once for the sums of exp(z - largest) and of z. If needs_grad, the
+// kernel reads the row a third time and overwrites the row with the gradient. Between the readings, a row of a 16-bit
+// dtype usually stays in the CPU's L2 cache. Arithmetic is float32. The order in which a row's terms are added depends
+// only on V and on the CPU path.
 #pragma once
 
 #include <stdint.h>

@@ -22,6 +22,7 @@ namespace {
 
 using Result = int;  // CUresult
 constexpr Result kSuccess = 0;
+constexpr Result kOutOfMemory = 2;
 constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 constexpr int kMaxDynamicShared = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kRelaxedCapture = 2;       // CU_STREAM_CAPTURE_MODE_RELAXED
@@ -80,7 +81,7 @@ Driver open_driver() {
 }
 
 const Driver& driver() {
-  static const Driver opened = open_driver();  // if open_driver raises an error, the next call opens the driver again
+  static const Driver opened = open_driver();  // if open_driver raises an error, the next call tries again
   return opened;
 }
 
@@ -90,9 +91,10 @@ const char* described(Result result) {
   return text == nullptr ? "unknown error" : text;
 }
 
-// Raises an error unless the driver's call succeeded. The error starts with "CUDA error: ", like PyTorch's own errors,
-// by which trainers recognize a lost GPU or missing memory.
+// Raises an error unless the driver's call succeeded. The errors are worded like PyTorch's own: trainers search for
+// "CUDA error" if a GPU is lost, and for "out of memory." if memory is missing.
 void check(Result result, const char* what, const char* kernel) {
+  STD_TORCH_CHECK(result != kOutOfMemory, "CUDA out of memory. peft_ext: ", what, " of ", kernel);
   STD_TORCH_CHECK(result == kSuccess, "CUDA error: ", described(result), " (peft_ext: ", what, " of ", kernel, ")");
 }
 
@@ -125,7 +127,8 @@ struct RelaxedCapture {
   int mode = kRelaxedCapture;
 };
 
-// Returns the device's primary context, which PyTorch uses. The context is retained once and never released.
+// Returns the device's primary context, which PyTorch uses. The primary context is retained at the first call for a
+// device, and never released.
 void* primary_context(int device) {
   static std::atomic<void*> held[kMaxDevices];
   void* context = held[device].load(std::memory_order_acquire);
@@ -255,11 +258,12 @@ int compute_capability(int device) {
 }
 
 const char* device_fault() {
-  // After error 214 (an uncorrectable memory error) and errors 700 to 799 (faults of kernels), every later call of the
-  // driver fails. Without the relaxed mode, stream_query would invalidate a CUDA graph that another thread or stream is
-  // capturing. Even in the relaxed mode, stream_query of the legacy default stream (null) would invalidate the capture
-  // of a blocking stream (PyTorch's own streams are non-blocking). If a blocking stream is being captured,
-  // stream_is_capturing(null) returns an error and leaves the capture valid, as NVIDIA documents.
+  // device_fault takes error 214 (an uncorrectable memory error) and the errors 700 to 799 (most are faults of kernels)
+  // for errors after which every later call of the driver fails. Without the relaxed capture mode, stream_query would
+  // invalidate a CUDA graph that another thread or stream is capturing. Even in the relaxed mode, stream_query of the
+  // legacy default stream (null) would invalidate the capture of a blocking stream (PyTorch's own streams are
+  // non-blocking). If a blocking stream is being captured, stream_is_capturing(null) returns an error and leaves the
+  // capture valid, as NVIDIA documents.
   const RelaxedCapture while_asking;
   int status = 0;
   Result result = driver().stream_is_capturing(nullptr, &status);

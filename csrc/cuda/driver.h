@@ -1,6 +1,6 @@
 // Access to NVIDIA's driver, to functions of PyTorch's CUDA library, and to the machine code of the kernels, from the
 // first call of a CUDA operator on. The host library does not link with NVIDIA's driver or PyTorch's CUDA library, and
-// so can be loaded on a machine without both.
+// so can be loaded on a machine that has neither.
 #pragma once
 
 #include <stdint.h>

@@ -151,8 +151,8 @@ class Launcher {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
 
-  // Returns the data of a scratch tensor. A kernel may read only those bytes of the tensor that a kernel of this
-  // Launcher has written before.
+  // Returns the data of a scratch tensor. A kernel may read only those bytes of the tensor that an earlier kernel of
+  // the same Launcher has written.
   template <typename T>
   T* scratch(const torch::stable::Tensor& tensor) const {
     check_type<T>(tensor);

@@ -23,7 +23,7 @@
 #else
 #include "cuda/kernel_name.h"
 // g++ parses the code of kernels, although the host library drops this code; the pragmas switch off two warnings about
-// it.
+// the code of kernels.
 #pragma GCC diagnostic ignored "-Wshift-count-negative"
 #pragma GCC diagnostic ignored "-Wstrict-aliasing"
 #define PEFT_EXT_KERNEL                                   \
@@ -134,7 +134,8 @@ __device__ __forceinline__ uint32_t spread_sign(uint32_t word) {
 #endif
 }
 
-// cvt.rn.{bf16x2,f16x2}.f32: rounds two floats to nearest even and packs them, the first in the low half.
+// cvt.rn.{bf16x2,f16x2}.f32: rounds two floats to T (to nearest, ties to even), and returns both values in one word,
+// `low` in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 
@@ -258,7 +259,7 @@ __device__ __forceinline__ int atomic_add(int* to, int value) {
 #endif
 }
 
-// Orders memory: other blocks see this thread's earlier writes before they see its later writes.
+// Orders memory: other blocks see this thread's earlier writes before they see this thread's later writes.
 __device__ __forceinline__ void threadfence() {
 #ifdef __CUDACC__
   __threadfence();

@@ -34,8 +34,8 @@ void check_matrix(const char* op, const char* argument, const Tensor& matrix, co
 // Checks that a vector has `size` elements and is on `like`'s device. Returns the vector as contiguous float32.
 Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like);
 
-// Returns the checked seed of dropout as a contiguous tensor, or nullopt if `seed` has no value. Raises an error if
-// dropout_p is outside of 0 <= p < 1.
+// Returns the checked seed of dropout as a contiguous tensor, or nullopt if `seed` has no value. If `seed` has a value,
+// device_seed raises an error for a dropout_p outside of 0 <= p < 1.
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like);
 
@@ -51,8 +51,8 @@ inline const char* lost_device() {
 // Raises an error if the device no longer works.
 void check_device();
 
-// Allocates a tensor on `like`'s device. If the allocation fails, the error contains the text of PyTorch's allocator
-// error: the stable ABI loses this text, by which trainers recognize that a smaller batch would fit.
+// Allocates a tensor on `like`'s device. If memory is missing, the error contains the text of PyTorch's allocator
+// error: trainers recognize by this text that a smaller batch would fit, and the stable ABI loses the text.
 inline Tensor device_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   const int64_t bytes = checked_bytes(shape, type);
   int32_t device_type = 0;
@@ -84,7 +84,8 @@ inline int64_t device_rows(const Tensor& tensor) {
 
 inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
-// Calls f with a zero of the C++ type of the element type. Raises an error if the type is not Float, BFloat16 or Half.
+// Calls f with a zero whose C++ type is the element type that `type` names. Raises an error if the type is not Float,
+// BFloat16 or Half.
 template <typename F>
 void with_type(ScalarType type, F f) {
   if (type == ScalarType::BFloat16) {

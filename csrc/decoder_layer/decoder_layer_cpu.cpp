@@ -27,12 +27,15 @@ namespace {
 constexpr const char* kOp = "decoder_layer";
 constexpr size_t kLayers = 7;  // number of linear layers: q, k, v, o, gate, up, down
 constexpr size_t kNorms = 2, kLayerSizes = 4, kLayerNumbers = 2;
-// First entries of `sizes`: the activation, and whether the norms round before they multiply by the weight.
+// Number of entries at the start of the list `sizes`: the activation, and whether the norms round before they multiply
+// by the weight.
 constexpr size_t kOwnSizes = 2;
-// First entries of `numbers`: eps of each norm, the offset of the norms' weights, and the scale of attention.
+// Number of entries at the start of the list `numbers`: eps of each norm, the offset of the norms' weights, and the
+// scale of attention.
 constexpr size_t kOwnNumbers = 4;
 
-// The lists of a decoder layer. The conversion of these lists from Python takes as long as a small layer.
+// The list arguments of decoder_layer for one decoder layer. To convert these lists from Python takes as long as to
+// compute a small decoder layer.
 struct Lists {
   std::vector<Tensor> tensors;
   std::vector<int64_t> sizes;
@@ -43,16 +46,18 @@ using Plans = std::unordered_map<int64_t, std::shared_ptr<const Lists>>;
 
 std::mutex plans_mutex;
 
-// The lists that are kept. They are never destroyed, because Python's objects are gone when the process ends.
+// The lists that kept_lists keeps, by their plan number. The map is never destroyed, because when the process ends, the
+// Python objects that belong to the tensors are already gone.
 Plans& plans() {
   static Plans& held = *new Plans;
   return held;
 }
 
-// Keeps the given lists under `plan`, if `plan` is not 0. Without given tensors, returns the lists kept under `plan`.
+// Returns the given lists, and keeps them under the number `plan` if `plan` is not 0. If no tensors are given, returns
+// the lists that are kept under `plan`.
 std::shared_ptr<const Lists> kept_lists(int64_t plan, Lists given) {
-  // Lists that are replaced are released after the lock: the release of a tensor may wait for Python's lock, which a
-  // thread in peft_ext_forget_plan holds.
+  // Replaced lists are destroyed after plans_mutex is unlocked: to release a tensor may take Python's global lock,
+  // which another thread holds while it waits for plans_mutex in peft_ext_forget_plan.
   std::shared_ptr<const Lists> replaced;
   const std::lock_guard<std::mutex> lock(plans_mutex);
   if (!given.tensors.empty()) {
@@ -141,8 +146,8 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
                   kOp, ": the layers do not give the heads of the keys, or the columns of x");
   const bool rounds = sizes[1] != 0;
   const Tensor residual = as_contiguous(x);
-  // If rms_norm_cpu rounds before a weight of another dtype, the result is float32, which decoder_layer does not
-  // support.
+  // If rms_norm_cpu rounds before it multiplies by a weight of another dtype than x, its result is float32, which
+  // decoder_layer does not support.
   for (size_t i = 0; i < kNorms; ++i)
     STD_TORCH_CHECK(!rounds || tensors[i].scalar_type() == x.scalar_type(), kOp,
                     ": a norm's weight is not of x's type");
@@ -168,7 +173,7 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
 }  // namespace peft_ext
 
 void peft_ext_forget_plan(int64_t plan) {
-  std::shared_ptr<const peft_ext::Lists> forgotten;  // released after the lock
+  std::shared_ptr<const peft_ext::Lists> forgotten;  // destroyed after plans_mutex is unlocked
   const std::lock_guard<std::mutex> lock(peft_ext::plans_mutex);
   const auto found = peft_ext::plans().find(plan);
   if (found == peft_ext::plans().end()) return;

@@ -52,7 +52,7 @@ LowRank checked(const char* op, const Tensor& indices, const Tensor& lora_A, con
   return of;
 }
 
-// Computes S for the tokens [begin, end): copies the column of lora_A of each token's index.
+// Computes S for the tokens [begin, end): the row of S of a token is the column of lora_A at the token's index.
 void gather_shrunk(const LowRank& of, int64_t begin, int64_t end, float* s) {
   const int64_t* index = of.index();
   const int64_t by_rank = of.lora_A.stride(0), by_entry = of.lora_A.stride(1);

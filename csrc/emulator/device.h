@@ -56,8 +56,8 @@ PEFT_EXT_VECTOR4(uchar4, unsigned char)
 namespace peft_ext {
 namespace emulator {
 
-// The indices of the running emulated thread and block. These indices are constant while a kernel's function runs, so
-// that the compiler may merge calls of thread_index() and so on.
+// The indices of the running emulated thread and block, and the sizes of the block and the grid. These values are
+// constant while a kernel's function runs, so that the compiler may merge calls of one of these functions.
 __attribute__((const)) dim3 thread_index();
 __attribute__((const)) dim3 block_index();
 __attribute__((const)) dim3 block_size();

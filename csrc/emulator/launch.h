@@ -26,9 +26,10 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  // Adds memory. `element` is the size of an element in bytes. It is a fault if a block of the launch accesses an
-  // element that another block wrote, or writes an element that another block read, unless both accesses are atomics,
-  // or the earlier block has published its accesses (Machine::published) and the later block has done an atomic.
+  // Adds a range of memory that kernels may access. `element` is the size of an element in bytes. It is a fault if a
+  // block of the launch accesses an element that another block wrote, or writes an element that another block read,
+  // unless both accesses are atomics, or the earlier block has published its accesses (Machine::published) and the
+  // later block has done an atomic.
   void add(const void* data, size_t bytes, size_t element, Use use);
 
   struct Range {

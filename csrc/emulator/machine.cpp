@@ -61,7 +61,7 @@ void* map(size_t bytes) {
   return memory;
 }
 
-// Owns the emulated machine of an OS thread, which is made at the thread's first launch.
+// Owns the emulated machine of an OS thread. The machine is made at the thread's first launch.
 struct Owner {
   Machine* machine = nullptr;
   ~Owner() {
@@ -195,7 +195,7 @@ void wait(Machine& machine, Fiber& fiber) {
     fault(machine.fibers[at_barrier].site, "sync_threads reached by %d threads of %d; thread %d has exited",
           machine.at_barrier, machine.threads, gone);
   }
-  if (++machine.epoch > kMaxEpoch) fault(fiber.site, "too many barriers in one launch");
+  if (++machine.epoch > kMaxEpoch) fault(fiber.site, "too many barriers in one block");
   machine.at_barrier = 0;
   for (int i = 0; i < machine.warps; ++i) {
     machine.warp[i].ready = machine.warp[i].lanes;
@@ -239,8 +239,8 @@ void collect(Machine& machine, Warp& warp, Wait kind, Fiber* lanes, const void* 
   }
 }
 
-// Lets the running fiber take part in a collective of its warp. The fiber's fields hold the operands and afterwards the
-// result.
+// Lets the running fiber take part in a collective of its warp. The running fiber's fields hold the operands of the
+// collective, and afterwards the result.
 void arrive(Wait kind, const void* site) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
@@ -283,8 +283,8 @@ void fiber_main() {
 }
 
 void start_block(Machine& machine) {
-  if (machine.epoch + 2 > kMaxEpoch) {
-    // The block's epochs would overflow the bits of a stamp, so that all stamps are reset.
+  if (machine.epoch > kMaxEpoch / 2) {
+    // All stamps are reset, so that at least kMaxEpoch / 2 epochs (one for each sync_threads) are left for this block.
     memset(static_cast<void*>(machine.words), 0, kArenaBytes / 4 * sizeof(Stamps));
     memset(static_cast<void*>(machine.bytes), 0, kArenaBytes * sizeof(Stamps));
     machine.epoch = 0;
@@ -556,8 +556,8 @@ void cp_async(void* shared, const void* global, int bytes, bool take) {
   }
   shared_access(offset, size, Access::kWrite, SITE);
   if (take) check_access(global, size, Access::kRead, SITE);
-  // The destination is marked as in flight; the bytes are copied at the thread's cp_async_wait, and an access by any
-  // thread before is a fault.
+  // The destination of the cp.async is marked as in flight. The bytes are copied at the thread's cp_async_wait, and an
+  // access to the destination by any thread before that copy is a fault.
   for (size_t word = offset / 4; word < (offset + size) / 4; ++word) machine.words[word] = {current.now | kInFlight, 0};
   if (fiber.copy_count == fiber.copy_capacity) {
     fiber.copy_capacity = fiber.copy_capacity == 0 ? 16 : 2 * fiber.copy_capacity;
@@ -572,7 +572,7 @@ void cp_async_commit() { ++current.fiber->group; }
 void cp_async_wait(int pending) {
   Machine& machine = *current.machine;
   Fiber& fiber = *current.fiber;
-  // The wait completes the copies of all groups with a number below `done`.
+  // cp_async_wait completes the copies of all groups with a number below `done`.
   const int64_t done = static_cast<int64_t>(fiber.group) - pending;
   while (fiber.first_copy < fiber.copy_count && fiber.copies[fiber.first_copy].group < done) {
     complete(machine, fiber.copies[fiber.first_copy++]);

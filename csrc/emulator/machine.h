@@ -6,8 +6,9 @@
 // the thread's number. Two accesses are ordered if they are by one thread, in different block epochs, or by one warp in
 // different warp epochs. Shuffles, votes and mma do not order accesses, because CUDA does not promise any order for
 // them. Epochs keep increasing from block to block and from launch to launch, so that a write stamp from before the
-// running block's start means that the block has not written the byte. Stamps are cleared only before the epochs
-// overflow. Four bytes share one pair of stamps (write and read) until a smaller access splits the pair.
+// running block's start means that the block has not written the byte. Stamps are cleared before a block if
+// half of the epochs that a stamp can hold are used. Four bytes share one pair of stamps (write and read) until a
+// smaller access splits the pair.
 //
 // Global memory has two stamps for each element of a writable range: which block of the launch wrote the element, and
 // which block read the element.
@@ -135,7 +136,7 @@ struct Machine {
   int threads, warps;
   const Memory::Range* last_range;
   // For each block of the launch: 1 if the block did an atomic after a threadfence, and thereby published its earlier
-  // accesses. The pointer is null until a block does such an atomic.
+  // accesses. `published` is null until a block does an atomic after a threadfence.
   uint8_t* published;
   bool fenced, acquired;  // whether the running block has called threadfence, and has done an atomic
   // The shared memory of the launch: dynamic memory first, then static declarations in the order of their first use.
@@ -159,7 +160,7 @@ struct Machine {
   uint8_t* owner;  // for each four bytes of `arena`: 1 + index of the declaration, or 0 outside of declarations
 };
 
-// The values that the hooks read at every access.
+// The state of the emulator that the hooks need at every access.
 struct Current {
   uintptr_t stack;  // address of the running fiber's stack
   uintptr_t arena;
@@ -194,8 +195,8 @@ void multiply_bf16(Fiber* lanes);
 void multiply_f16(Fiber* lanes);
 void load_matrices(Fiber* lanes, bool transposed);
 
-// Functions in report.cpp. describe_function writes a function's name without namespaces and arguments. describe_site
-// writes "file:line" of a code address, or an empty text.
+// Functions in report.cpp. describe_function writes a function's name without the namespace peft_ext and without the
+// list of parameters. describe_site writes "file:line" of a code address, or an empty text.
 void describe_function(const void* function, char* text, size_t bytes);
 void describe_site(const void* site, char* text, size_t bytes);
 bool in_read_only_data(uintptr_t address, size_t bytes);

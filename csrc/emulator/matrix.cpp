@@ -2,8 +2,9 @@
 // adds the products in one of two modes, which the environment variable PEFT_EXT_EMULATED_SUMS chooses for the process.
 //
 // In the mode "rounded", the default, a sum runs in float32 from C over k = 0..15 and is rounded at each step. The
-// product of two 16-bit values is exact in float32, except for tiny bfloat16 products. For an exact product an FMA
-// gives the same bits as a product and a sum, so that the bits are equal on every host.
+// product of two 16-bit values is exact in float32, except for bfloat16 products that are too small or too large for
+// float32. For an exact product an FMA gives the same bits as a product and a sum, so that the bits are equal on every
+// host.
 //
 // In the mode "truncated", the functions add as the tensor cores of an A100 were observed to add (Fasi, Higham,
 // Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021). The A100 has

@@ -157,8 +157,8 @@ void Memory::add(const void* data, size_t bytes, size_t element, Use use) {
   if (bytes == 0) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   for (Range& range : ranges) {
-    // Memory that was added before is not added again, so that its stamps are kept: a later kernel may read what an
-    // earlier kernel has written.
+    // Memory that was added before is not added again, so that the memory keeps its stamps: a later kernel may read
+    // what an earlier kernel has written.
     const bool within = begin >= range.begin && begin + bytes <= range.begin + range.bytes;
     if (within && (use == Use::kRead || range.use != Use::kRead)) return;
   }
@@ -292,8 +292,8 @@ bool is_elsewhere(const void* data) { return data != nullptr && data == elsewher
 }  // namespace emulator
 }  // namespace peft_ext
 
-// Makes is_elsewhere return true for this address and false for all others; a null pointer makes it return false for
-// all.
+// Makes is_elsewhere return true for this address and false for all others; a null pointer makes is_elsewhere return
+// false for every address.
 extern "C" __attribute__((visibility("default"))) void peft_ext_emulated_elsewhere(const void* data) {
   peft_ext::emulator::elsewhere = data;
 }

@@ -19,8 +19,8 @@ namespace peft_ext {
 namespace emulator {
 namespace {
 
-// Returns the name of the function at an offset of the library's file, from the section .symtab: kernels are not
-// exported, so that .dynsym does not have their names.
+// Returns the name of the function at an offset from the library's load address. The name is read from the section
+// .symtab of the library's file: kernels are not exported, so that .dynsym does not have their names.
 std::string symbol_at(const char* path, uintptr_t offset) {
   std::ifstream file(path, std::ios::binary);
   const std::string data((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
@@ -76,7 +76,8 @@ void describe_site(const void* site, char* text, size_t bytes) {
   text[0] = '\0';
   Dl_info info;
   if (site == nullptr || dladdr(site, &info) == 0 || strchr(info.dli_fname, '\'') != nullptr) return;
-  // `site` is a return address, which may belong to the line after the call; the address before it is within the call.
+  // `site` is a return address, which may belong to the line after the call; the address before `site` is within the
+  // call.
   const uintptr_t offset = reinterpret_cast<uintptr_t>(site) - 1 - reinterpret_cast<uintptr_t>(info.dli_fbase);
   char command[1024];
   snprintf(command, sizeof(command), "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);

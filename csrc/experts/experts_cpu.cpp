@@ -1,7 +1,7 @@
 // The CPU operators for the linear layers of a mixture of experts: Y_t = g_e ∘ (x_t W_eᵀ + s (x̃_t A_eᵀ) B_eᵀ) + b_e
 // for the rows t of expert e, with x̃ = dropout(x); without DoRA g is 1. The rows of x are sorted by expert. For each
-// expert that has rows, the operators call the adapted layer (linear/cpu/adapted_linear.h) once, with the expert's
-// rows, weight and adapter.
+// expert that has rows, lora_experts and lora_experts_backward call the functions of the adapted layer
+// (linear/cpu/adapted_linear.h) with the expert's rows, weight and adapter.
 #include <string.h>
 
 #include <numeric>
@@ -333,7 +333,8 @@ Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> part1, 
                                     Tensor lora_B, double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_experts_weight_norm";
   const Weights weights = checked_weights(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
-  // A run of the norm covers all rows of the W of an expert; experts without rows of x get no run.
+  // A run of the norm covers all rows of the W of an expert. If `offsets` has a value, experts without rows of x get no
+  // run.
   std::vector<Run> runs;
   if (offsets.has_value()) {
     runs = make_runs(kOp, *offsets, weights.experts, INT64_MAX);

@@ -11,7 +11,7 @@
 
 namespace peft_ext {
 
-// One layer of an operator that has lists of layers. A layer whose lora_A is missing has no adapter.
+// One of the layers that the list arguments of an operator describe. A layer whose lora_A is missing has no adapter.
 struct ListedLayer {
   torch::stable::Tensor weight;
   std::optional<torch::stable::Tensor> part1, part2, part3, part4, bias, lora_A, lora_B, rank_scale, seed;

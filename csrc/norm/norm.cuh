@@ -43,8 +43,8 @@ struct NormWork {
 
 using NormSums = float[kNormWarps];
 
-// Returns the sum of `value` over the threads of a row to each of these threads. Each call in a kernel needs its own
-// `shared`.
+// Returns the sum of `value` over the threads of a row to each of these threads. Each call of row_sum in a kernel needs
+// its own `shared`.
 __device__ __forceinline__ float row_sum(float value, int row_threads, NormSums& shared) {
 #pragma unroll
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);

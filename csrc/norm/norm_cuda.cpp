@@ -31,8 +31,8 @@ std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
 }
 
-// Sets the arguments that norm_kernel and norm_gradient_kernel share. The caller must keep the weight alive until the
-// launch.
+// Returns a NormWork with the arguments that norm_kernel and norm_gradient_kernel share. The caller must keep the
+// weight alive until the launch.
 NormWork norm_work(const Launcher& launcher, const std::optional<Tensor>& weight, double offset, int64_t rows,
                    int64_t columns) {
   NormWork work{};

@@ -36,9 +36,10 @@ DeviceWeight device_weight(const char* op, const Tensor& weight, const DevicePar
 DeviceWeight nf4_weight(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout, int64_t outputs,
                         int64_t inputs);
 
-// nf4_weights and packed_weights check `count` stacked weights of one shape, whose tensors are concatenated: NF4
-// weights, and weights in a format of weight/formats/list.h. In the result, `outputs` and `inputs` are the sizes of one
-// weight, and the tensors hold all weights.
+// nf4_weights checks `count` stacked NF4 weights of one shape, and packed_weights checks `count` stacked weights of one
+// shape in a format of weight/formats/list.h. Each tensor is the concatenation of the weights' tensors, except
+// nested_code, which all NF4 weights share. In the result, `outputs` and `inputs` are the sizes of one weight, and the
+// tensors hold all weights.
 DeviceWeight nf4_weights(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout, int64_t count,
                          int64_t outputs, int64_t inputs);
 DeviceWeight packed_weights(const char* op, const Tensor& weight, const DeviceParts& parts, int64_t layout,

@@ -34,9 +34,9 @@ inline FormatSizes format_sizes(int64_t number) {
   }
 }
 
-// Checks the parts of `count` weights [rows, columns]; each part holds the weights' parts, one after the other. Each
-// error message names the operator op. part_of(part) returns std::optional<Tensor>, and fits(tensor) returns whether
-// the tensor is on the device that the operator wants, which the text `device` names.
+// Checks the parts of `count` weights [rows, columns]; a tensor holds one part of every weight, one weight after the
+// other. Each error message names the operator op. part_of(part) returns std::optional<Tensor>, and fits(tensor)
+// returns whether the tensor is on the device that the operator wants, which the text `device` names.
 template <typename PartOf, typename Fits>
 inline void check_format(const char* op, int64_t layout, int64_t count, int64_t rows, int64_t columns,
                          const char* device, PartOf part_of, Fits fits) {

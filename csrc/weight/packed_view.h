@@ -29,8 +29,8 @@ enum class Nibbles : int { kLowFirst, kHighFirst, kHalves };
 
 namespace {
 
-// Returns the address of a part that the weight has. An empty tensor may have a null address; the returned address is
-// not null, and is never read.
+// Returns the address of a part that the weight has. An empty tensor may have a null address; part_address then returns
+// another address, which is never read.
 inline const void* part_address(const void* data) { return data != nullptr ? data : &kWeightParts; }
 
 // format_number, format_group and format_option return the fields of `layout`. The number of the format is 0 for NF4

@@ -132,8 +132,8 @@ class _Problem:
     def layer(self, stock: bool) -> Any:
         """Returns PEFT's layer in training mode, fused unless ``stock``.
 
-        The base layer of an NF4 case is a Linear4bit; without bitsandbytes it is an NF4Linear, and ``stock`` raises
-        ImportError.
+        The base layer of an NF4 case is a Linear4bit or, without bitsandbytes, an NF4Linear. Raises ImportError for the
+        stock layer of an NF4 case without bitsandbytes.
         """
         from ..integrations.bitsandbytes import to_linear4bit
         from ..model import get_peft_model

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from ..sources.json_file import first_line
 
-SEED = 0  # seed of each call in ``verify``, and of the dropout mask in the call's float64 result
-LONGEST_CALL_S = 5.0  # a peer whose call takes more than LONGEST_CALL_S seconds is timed only once
-SHORT_CALL_S = 5e-3  # a call that takes fewer than SHORT_CALL_S seconds is repeated
+SEED = 0  # Seed of each call in ``verify``, and of the dropout mask in the call's float64 result.
+LONGEST_CALL_S = 5.0  # A peer whose call takes more than LONGEST_CALL_S seconds is timed only once.
+SHORT_CALL_S = 5e-3  # A call that takes fewer than SHORT_CALL_S seconds is repeated.
 # A short call is repeated until the repetitions take SHORT_CALLS_S seconds together, but at most SHORT_CALLS times.
 SHORT_CALLS_S, SHORT_CALLS = 20e-3, 200
 

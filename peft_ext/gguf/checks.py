@@ -2,7 +2,7 @@
 
 transformers makes objects for each layer, each token and each merge that the metadata announces, and does not check the
 sizes in the metadata. The function :func:`check_model` compares sizes in the metadata with the tensors of the file, and
-the function :func:`check_tokenizer` checks the lists of the tokenizer.
+the function :func:`check_tokenizer` checks the tokenizer's part of the metadata.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _MOST = (1 << 31) - 1
 # ** 2 bytes in each layer.
 _MOST_MASKS = 1 << 28
 
-# For each key of the metadata, without the architecture's prefix, whose value must be an integer: the smallest and the
-# largest accepted value.
+# For each key of the metadata, without the architecture's prefix, whose value must be an integer or, for the keys in
+# _PER_LAYER, may be an array of integers: the smallest and the largest accepted integer.
 _SIZES: dict[str, tuple[int, int]] = {
     "block_count": (1, MOST_LAYERS),
     "nextn_predict_layers": (0, MOST_LAYERS),
@@ -83,8 +83,9 @@ _WITH_MERGES = ("gemma4", "gpt2", "llama")
 def check_model(header: GgufHeader) -> None:
     """Checks that a header is of a model in one file, whose metadata transformers and the package gguf can read.
 
-    The sizes in the metadata must be in fixed ranges, and the number of layers, the width and the size of the
-    vocabulary must be those of the tensors. The tokenizer is checked by :func:`check_tokenizer`.
+    The sizes in the metadata must be in fixed ranges. The number of layers, the width, the sizes of the MLPs and of the
+    experts, and the size of the vocabulary must fit the tensors' names and shapes. The tokenizer is checked by
+    :func:`check_tokenizer`.
 
     Raises GgufError, with a message of one line, where a check fails.
     """
@@ -147,8 +148,9 @@ def _check_sizes(header: GgufHeader) -> None:
 
 
 def _check_heads(header: GgufHeader, architecture: str) -> None:
-    """Raises GgufError where a layer's number of attention heads is no multiple of its number of key-value heads, or
-    where no layer has heads.
+    """Raises GgufError where a layer's number of attention heads is no multiple of the layer's number of key-value
+    heads, where no layer has heads, where the width of the embedding is no multiple of the number of heads (for the
+    architectures in ``_WHOLE_HEADS``), or where LFM2's numbers of heads have other types than transformers expects.
 
     A layer without attention has 0 heads.
     """
@@ -188,7 +190,9 @@ def _check_size(header: GgufHeader, key: str, value: Any, least: int, most: int)
 
 
 def _check_shapes(header: GgufHeader) -> None:
-    """Raises GgufError where sizes in the metadata differ from the shapes of the tensors, or layers have no tensors."""
+    """Raises GgufError where sizes in the metadata differ from the shapes of the tensors, where a layer or the
+    embedding has no tensor, where a quantized tensor has neither 2 nor 3 sizes, or where GPT-2's masks would be too
+    large."""
     architecture = header.architecture
     layers, width = (header.get(f"{architecture}.{field}") for field in ("block_count", "embedding_length"))
     # The names of T5's tensors begin with enc.blk.N in the encoder and with dec.blk.N in the decoder.
@@ -230,8 +234,8 @@ def _check_shapes(header: GgufHeader) -> None:
 
 
 def _check_decoder(header: GgufHeader) -> None:
-    """Raises GgufError where the metadata has ``decoder_block_count``, and the file has tensors of other decoder layers
-    than 0 to ``decoder_block_count`` - 1."""
+    """Raises GgufError where the metadata has ``decoder_block_count``, and the decoder layers that have tensors in the
+    file are not exactly the layers 0 to ``decoder_block_count`` - 1."""
     architecture = header.architecture
     if (count := header.get(f"{architecture}.decoder_block_count")) is None:
         return
@@ -243,8 +247,9 @@ def _check_decoder(header: GgufHeader) -> None:
 
 
 def check_tokenizer(header: GgufHeader) -> None:
-    """Raises GgufError, with a message of one line, where a list of the tokenizer in the file has another type or
-    length than transformers expects.
+    """Raises GgufError, with a message of one line, where a value of the tokenizer in the metadata (a list, a text, a
+    bool or the number of a special token) has another type, length or range than transformers expects, or where a token
+    is too long.
 
     The header must have passed :func:`check_model`.
     """

@@ -33,8 +33,8 @@ _SIZE_FIELDS = {
 }
 # Names that configurations give to the eps of the norms. A configuration's class has at most one field of this list.
 _EPSILON_FIELDS = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
-_GEMMAS = {"gemma2": 46, "gemma3": 62}  # number of layers of Gemma 2, and of Gemma 3, with 27 billion parameters
-_PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate only a part of each head
+_GEMMAS = {"gemma2": 46, "gemma3": 62}  # Number of layers of Gemma 2, and of Gemma 3, with 27 billion parameters.
+_PARTIAL = ("phi3", "stablelm", "nemotron")  # Architectures that may rotate only a part of a head's features.
 # Keys of the metadata, without the architecture's prefix, that transformers' module integrations.gguf reads for the
 # architectures Qwen 3.5 and LFM2.
 _READ_BY_FUNCTIONS = {
@@ -99,7 +99,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def take_facts(header: GgufHeader, config: Any) -> Any:
-    """Returns a copy of ``config`` with the values that transformers does not read from the file.
+    """Returns a copy of ``config``, to which the values of the file are added that transformers does not read.
 
     Raises GgufError where a value that changes the model's function can't be put into the configuration.
     """

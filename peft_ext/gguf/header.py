@@ -32,11 +32,11 @@ from ..weights.gguf import TYPES, dense_dtype, type_name
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_MOST_SIZES = 4  # GGML_MAX_DIMS
-_LONGEST_NAME = 65_535  # largest number of bytes in a key, by the specification
+_MOST_SIZES = 4  # GGML_MAX_DIMS.
+_LONGEST_NAME = 65_535  # Largest number of bytes in a key, by the specification, and in a tensor's name.
 # Bounds of memory and time: the package gguf takes some 500 bytes of memory for each element of an array.
-_MOST_NAMES = 1 << 20  # largest number of keys, and largest number of tensors
-_MOST_ELEMENTS = 1 << 22  # largest number of elements in all arrays of the metadata together
+_MOST_NAMES = 1 << 20  # Largest number of keys, and largest number of tensors.
+_MOST_ELEMENTS = 1 << 22  # Largest number of elements in all arrays of the metadata together.
 
 # Types of values: number of the type in the file -> format character of Python's struct. A bool is one byte.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -63,8 +63,9 @@ class Value(NamedTuple):
 class _Place(NamedTuple):
     """The place of a value of the metadata in the file.
 
-    ``type`` is GGUF's type of the value. ``element`` and ``count`` are the type and the number of an array's elements;
-    for another value, ``type`` and 1. ``offset`` is the position of the data in bytes.
+    ``type`` is GGUF's type of the value. For an array, ``element`` is the type of the elements and ``count`` is their
+    number. For a value that is no array, ``element`` equals ``type`` and ``count`` is 1. ``offset`` is the position of
+    the data in bytes.
     """
 
     type: int
@@ -80,7 +81,7 @@ class TensorInfo:
     Attributes:
         name: name of the tensor in the file.
         shape: sizes in PyTorch's order, rows before columns.
-        type: ggml's number of the type of the tensor's elements, such as Q4_K.
+        type: ggml's number of the type of the tensor's elements, such as 12 for Q4_K.
         offset: position of the tensor's first byte in the file.
         nbytes: number of bytes that the tensor takes in the file.
     """

@@ -41,12 +41,12 @@ def load_gguf(
 
     With quantized weights, linear layers are :class:`peft_ext.nn.PackedLinear`, the embedding is a
     :class:`peft_ext.nn.PackedEmbedding`, and the experts of a layer are a :class:`peft_ext.nn.PackedExperts`. Most of
-    PEFT's adapters can be trained over the packed layers. A tied head
-    shares the embedding's packed weight. A weight whose rows the file stores in another order (``attn_q`` and
-    ``attn_k`` of Llama and Mistral, ``attn_qkv`` of Bloom) and the joined weights of experts are copied, without being
-    decoded. Norms and biases, and weights that the file stores in F32, F16 or BF16, are dense. A quantized weight that
-    no packed layer can hold is decoded: ``model.peft_ext_dense`` maps the name of the parameter to the reason, and
-    :func:`peft_ext.explain` shows the reason.
+    PEFT's adapters can be trained over the packed layers. A tied head shares the embedding's packed weight. A weight
+    whose rows the file stores in another order (``attn_q`` and ``attn_k`` of Llama and Mistral, ``attn_qkv`` of Bloom)
+    and the joined weights of experts are copied, without being decoded. Norms and biases, and weights that the file
+    stores in F32, F16 or BF16, are dense. A quantized weight that no packed layer can hold is decoded:
+    ``model.peft_ext_dense`` maps the name of the parameter to the reason, and :func:`peft_ext.explain` shows the
+    reason.
 
     The model's configuration has the values of the metadata that change the model's function. If transformers'
     configuration has no field for a value that changes the model's function, load_gguf raises ValueError.
@@ -85,8 +85,8 @@ def load_gguf(
 
 
 def _class_of(model_class: Optional[Any], config: Any, header: GgufHeader) -> Any:
-    """Returns the class of the model: ``model_class``, or if this is an Auto class, the class that it has for the
-    configuration."""
+    """Returns the class of the model: ``model_class`` or, if ``model_class`` is an Auto class or None, the class that
+    the Auto class has for the configuration."""
     if model_class is None and header.architecture == "t5encoder":
         return getattr(transformers, config.architectures[0])
     if model_class is None:

@@ -117,7 +117,8 @@ def _read_by_function(header: GgufHeader) -> Any:
 def _read_without_vocabulary(header: GgufHeader) -> Any:
     """Returns the configuration that transformers reads from a small temporary file.
 
-    The temporary file has the metadata without the vocabulary, and the names of the tensors.
+    The temporary file has the names of the tensors, and the metadata without the vocabulary, the name of the model and
+    the scaling of rotary positions.
     """
     with required("gguf", "a model in a GGUF file"):
         from gguf import GGUFValueType, GGUFWriter

@@ -36,7 +36,7 @@ with required("transformers", "a model in a GGUF file"):
     from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported, reader
     from transformers.integrations.gguf.utils import add_gguf_load_ops
 
-_LINEAR = ("FalconLinear",)  # names of transformers' classes that compute what nn.Linear computes
+_LINEAR = ("FalconLinear",)  # Names of transformers' classes that compute what nn.Linear computes.
 # Names of transformers' embeddings that multiply their outputs with a factor, the attribute scalar_embed_scale.
 _SCALED = re.compile(r"^Gemma[23]\w*ScaledWordEmbedding$")
 _CHANGED = "transformers changes its values as it reads the file"
@@ -98,7 +98,7 @@ class _GptOss(legacy.TensorProcessor):
         return legacy.GGUFTensor(values, None, {})
 
 
-_OWN = {"gpt-oss": _GptOss}  # architecture -> the class that replaces transformers' class in TENSOR_PROCESSORS
+_OWN = {"gpt-oss": _GptOss}  # Architecture -> the class that replaces transformers' class in TENSOR_PROCESSORS.
 # For classes of transformers 5.23 and 5.24: the digest of the class's code, and the tensors that the class changes. If
 # a class is not in _CHANGES, or its code has another digest, pack assumes that the class changes every tensor.
 _CHANGES: dict[type, _Changes] = {
@@ -347,7 +347,8 @@ def _pack_legacy(model: Any, header: GgufHeader, dtype: torch.dtype) -> Packed:
                 name = target.rpartition(".")[0]
                 parts = [header.tensors.get(f"{expert['block']}.ffn_{part}_exps.weight") for part in _PARTS]
                 reason = _why_experts(model.get_submodule(name), parts)
-                # A layer's gate, up and down are packed together, when the loop comes to the first of the three.
+                # The experts' three weights gate, up and down of a layer are put into the module together, when the
+                # loop comes to the first of the three.
                 if reason is None and target not in found.tensors:
                     found.tensors.update(_packed_experts(model, header, name, parts, dtype))
             else:
@@ -395,8 +396,8 @@ def _decode(
 def _packed_experts(
     model: Any, header: GgufHeader, name: str, parts: list[TensorInfo], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Packs the experts of the module ``name``, and returns a dict that maps the names of the experts' parameters to
-    the tensors to load.
+    """Gives the experts' module ``name`` the packed weights that the file has for gate, up and down, and returns a dict
+    that maps the names of the experts' parameters to the tensors to load.
 
     ``parts`` are the file's tensors gate, up and down, for which :func:`_why_experts` is None. transformers' model has
     gate and up in one weight: first the rows of gate and then those of up, or, in gpt-oss, a row of gate and a row of

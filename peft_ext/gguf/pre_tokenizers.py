@@ -1,13 +1,15 @@
 """How llama.cpp splits a text into words, before the merges of a byte-level BPE tokenizer in a GGUF file.
 
-The value of a file's key ``tokenizer.ggml.pre`` is a name. For each name, llama.cpp has a list of regular expressions,
-and two flags: whether a word that is in the vocabulary becomes one token without merges, and whether a text begins with
-the token BOS if the file has no ``tokenizer.ggml.add_bos_token``. transformers knows some of the names, and splits by
-GPT-2's expression for all other names. The function :func:`fit_tokenizer` gives a tokenizer the expressions and the
-first flag of llama.cpp; the function :func:`adds_bos` returns the second flag.
+The value of a file's key ``tokenizer.ggml.pre`` is the name of a pre-tokenizer. For each name of a pre-tokenizer,
+llama.cpp has a list of regular expressions, and two flags: whether a word that is in the vocabulary becomes one token
+without merges, and whether a text begins with the token BOS if the file has no ``tokenizer.ggml.add_bos_token``.
+transformers knows some of the names, and splits by GPT-2's expression for all other names. The function
+:func:`fit_tokenizer` gives a tokenizer llama.cpp's expressions and the flag for words in the vocabulary; the function
+:func:`adds_bos` returns whether llama.cpp begins a text with BOS although the file has no
+``tokenizer.ggml.add_bos_token``.
 
-The expressions are applied one after the other. Each expression splits each piece of the text, so far, into the matches
-of the expression and the parts between the matches.
+The expressions of a pre-tokenizer are applied one after the other. Each expression splits each piece of the text that
+the expressions before it have made into the matches of the expression and the parts between the matches.
 
 Source: llama.cpp, src/llama-vocab.cpp. For a few names, llama.cpp's expressions are an approximation of those in the
 model's tokenizer.json, and this module has the expressions of the tokenizer.json.
@@ -162,7 +164,8 @@ def fit_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
 
 def _add_tokens(header: GgufHeader, tokenizer: Any) -> None:
     """Adds the control tokens and the user-defined tokens that are no text in the byte alphabet, such as
-    "<｜begin▁of▁sentence｜>" of DeepSeek, and removes tokens beyond the file's vocabulary.
+    "<｜begin▁of▁sentence｜>" of DeepSeek, and removes the tokens whose number is beyond the file's vocabulary, except
+    special tokens that the file lacks.
 
     transformers spells such a control token in the byte alphabet, so that the token's own text is not found in the
     vocabulary. A special token that is not found gets a new number beyond the vocabulary, for which the model's

@@ -1,1 +1,1 @@
-"""Integrations of peft_ext with PEFT, bitsandbytes, transformers and TRL."""
+"""Integrations of peft_ext with PEFT, bitsandbytes, transformers, TRL and FSDP2."""

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["adapter_state", "prepare_fsdp2"]
 
-# Methods whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are shards,
-# each with the reason for the error.
+# Maps each method whose code computes with the adapter's tensors outside of the layers' forward, where the tensors are
+# shards, to the reason that the error gives.
 _UNSHARDED = {
     "ADALORA": "PEFT's orthogonal regularization computes with whole lora_A and lora_B; use DDP",
     "DIFF_PRUNING": "the penalty and the pruning compute with whole differences; train in one process",
@@ -191,8 +191,8 @@ def _send(tensor: Tensor, device: torch.device) -> None:
 
 
 def _send_trained(model: nn.Module, device: torch.device) -> None:
-    """Sends the trained parameters of process 0 to all processes, as DDP does, because ``fully_shard`` sends nothing:
-    each process makes its shard from its own copy of the parameters."""
+    """Sends the trained parameters of process 0 to all processes, because ``fully_shard`` sends nothing: each process
+    makes its shard from its own copy of the parameters."""
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.is_meta:
             _send(parameter, device)
@@ -222,7 +222,8 @@ def _keep_parameters(accelerator: Any) -> None:
     optimizer.
 
     The accelerate library replaces an optimizer's parameters by the model's parameters at the same addresses. Empty
-    shards all have the address 0, so an optimizer would get one empty shard several times, and lose its other shards.
+    shards all have the address 0, so an optimizer would get one empty shard several times, and lose the other empty
+    shards.
     """
     prepare = accelerator.prepare
     if hasattr(prepare, "keeps_parameters"):
@@ -249,7 +250,8 @@ def _keep_parameters(accelerator: Any) -> None:
 
 
 def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Makes ``trainer.save_model`` write the adapter without gathering the base, and checkpoints sharded.
+    """Makes ``trainer.save_model`` write the adapter without gathering the decoder layers' frozen base layers, and
+    makes Trainer's checkpoints sharded.
 
     Trainer writes no model with SHARDED_STATE_DICT, and with FULL_STATE_DICT gathers the whole base in process 0.
     PyTorch can't load a checkpoint of FULL_STATE_DICT over NF4 weights, because the checkpoint has the scales of the
@@ -258,7 +260,8 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
     save_model, accelerator = trainer.save_model, trainer.accelerator
     if not hasattr(trainer.model, "peft_config") or hasattr(save_model, "saves_adapters"):
         return
-    # Both attributes are None here, so that set_state_dict_type sets them again.
+    # The attributes state_dict_config and optim_state_dict_config are set to None, so that set_state_dict_type sets
+    # them anew.
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("SHARDED_STATE_DICT")
 
@@ -276,8 +279,8 @@ def _save_adapters(trainer: Trainer, plugin: FullyShardedDataParallelPlugin) -> 
 
 
 def adapter_state(model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
-    """Gathers the state dict of a PeftModel without the decoder layers' frozen base layers. Process 0 gets the tensors,
-    and every other process gets an empty dict."""
+    """Gathers the state dict of a PeftModel without the frozen base layers of the decoder layers. Process 0 gets the
+    tensors, and every other process gets an empty dict."""
     model = getattr(model, "_orig_mod", model)  # torch.compile keeps the module of a compiled model in `_orig_mod`
     adapters = set(getattr(model, "peft_config", ()))
     units = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, FSDPModule))

@@ -8,9 +8,9 @@ things, which ``restore`` removes: a chosen ``dora_dropout`` or ``experts_dropou
 over an NF4Linear gets a LoRA variant that can dequantize the weight, and the ``config`` of a fused attention becomes a
 view of the model's configuration that names peft_ext's attention function in place of ``sdpa``.
 
-A call of a fused layer first runs the checks in ``adapter_layers/reasons.py``, unless the checks have accepted an
-earlier call with equal types, dtypes, shapes, devices and settings. If a check fails, the stock forward of the layer,
-or of the layer's base layer, runs. :func:`peft_ext.explain` runs the same checks and reports which check fails.
+A call of a fused adapter layer first runs the checks in ``adapter_layers/reasons.py``, unless the checks have accepted
+an earlier call with equal types, dtypes, shapes, devices and settings. If a check fails, the stock forward of the
+layer, or of the layer's base layer, runs. :func:`peft_ext.explain` runs the same checks and reports which check fails.
 
 The function ``peft_ext.accelerate`` recognizes PEFT's layers by exact type, because a subclass may have another
 forward. The code of the fused layers is in the folder ``adapter_layers``. Blocks of a model are recognized by the code
@@ -91,44 +91,44 @@ def accelerate(
 
     If the CPU has no instructions for products in a 16-bit dtype, or the environment forbids these instructions, the
     frozen ``nn.Linear`` layers of a CPU model that compute in this dtype, for example the head of a language model, run
-    :func:`peft_ext.ops.frozen_linear`.
-    :func:`peft_ext.explain` lists the frozen ``nn.Linear`` layers that compute in such a dtype, except the base layers
-    of adapters. On the CPU path ``avx512_bf16``, large frozen bfloat16 layers run ``frozen_linear`` too, in calls of
-    few tokens without a gradient.
+    :func:`peft_ext.ops.frozen_linear`. The function :func:`peft_ext.explain` lists the frozen ``nn.Linear`` layers that
+    compute in such a dtype, except the base layers of adapters. On the CPU path ``avx512_bf16``, large frozen bfloat16
+    layers run ``frozen_linear`` too, in calls of few tokens without a gradient.
 
     Args:
         model: a Hugging Face PeftModel, or any module tree with PEFT's layers or with bitsandbytes ``Linear4bit``
             layers. LoRA (also with several active adapters, and mixed batches by ``adapter_names``), DoRA, AdaLoRA and
-            (IA)³ are fused over nn.Linear, Conv1D, NF4Linear, PackedLinear and ``Linear4bit``. LoRA is also fused over
-            nn.Embedding, PackedEmbedding and the quantized layers of other packages that ``adapter_layers/foreign.py``
-            reads, and LoRA and DoRA on the experts of a mixture (``target_parameters``). If the operators can't compute
-            the base layer (for example bitsandbytes ``Linear8bitLt`` or a layer with hooks), the base layer's own
-            forward runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused; (IA)³ over ``Linear8bitLt`` is
-            not fused. A layer that can't be fused runs its stock forward, and :func:`peft_ext.explain` tells why.
-            Layers that are added after a call of ``accelerate`` are not fused until ``accelerate`` is called again.
+            (IA)³ are fused over nn.Linear, Conv1D, FalconLinear, NF4Linear, PackedLinear and ``Linear4bit``. LoRA is
+            also fused over nn.Embedding, PackedEmbedding and the quantized layers of other packages that
+            ``adapter_layers/foreign.py`` reads, and LoRA and DoRA on the experts of a mixture (``target_parameters``).
+            If the operators can't compute the base layer (for example bitsandbytes ``Linear8bitLt`` or a layer with
+            hooks), the base layer's own forward runs and only the adapter's part of LoRA, AdaLoRA or (IA)³ is fused;
+            (IA)³ over ``Linear8bitLt`` is not fused. A layer that can't be fused runs its stock forward, and
+            :func:`peft_ext.explain` tells why. Layers that are added after a call of ``accelerate`` are not fused until
+            ``accelerate`` is called again.
         blocks: whether to fuse norms, MLPs, attentions, decoder layers, dropouts and the loss, and not only layers.
             Norms, MLPs, attentions and decoder layers are fused if the code of their forward is a known form
-            (docs/known-forms.md) at the time of the call. A fused norm saves x and one or two numbers per row for the
-            backward. An MLP computes the input of its last layer again in the backward, unless, for example, the last
-            layer has hooks. An attention computes the adapted layers that get one input together, and on an x86 CPU
-            with AVX2 runs softmax(q kᵀ) v on an operator where the operator was measured to be faster than PyTorch. A
-            decoder layer on a CPU checks a call of few tokens without a gradient once for all its blocks. Dropouts are
-            fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on the head may train) and
-            the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in a training step with
-            labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden states, and the output
-            computes its logits at the first read. With blocks False, only adapter layers, 4-bit layers and frozen
-            linear layers are fused.
+            (docs/known-forms.md) at the time of the call. A fused norm saves x, its weight and one or two numbers per
+            row of x for the backward. An MLP computes the input of its last layer again in the backward, unless, for
+            example, the last layer has hooks. An attention computes the adapted layers that get one input together, and
+            on an x86 CPU with AVX2 runs softmax(q kᵀ) v on an operator where the operator was measured to be faster
+            than PyTorch. A decoder layer on a CPU checks a call of few tokens without a gradient once for all its
+            blocks. Dropouts are fused on a CPU. The loss of a language model is fused if the head is frozen (LoRA on
+            the head may train) and the model's ``loss_function`` has the form of transformers' ``ForCausalLMLoss``: in
+            a training step with labels, :func:`peft_ext.ops.linear_cross_entropy` computes the loss from the hidden
+            states, and the output computes its logits at the first read. With blocks False, only adapter layers, 4-bit
+            layers and frozen linear layers are fused.
         dora_dropout: "peft" or "lora": where DoRA's dropout acts in training. With "peft", the dropout acts on x in the
             low-rank term and in the base layer's term, as in PEFT; the dropout in the base layer's term needs a second
             product with the base weight, or on a CPU, for a small dropout and enough tokens, a product with the dropped
             elements alone. With "lora", the dropout acts on x in the low-rank term only, as in LoRA, which needs one
             product with the base weight and gives other values than PEFT. Layers and their copies keep dora_dropout
-            until the next call of ``accelerate``, or until ``restore``.
+            until a call of ``accelerate`` that does not pass None for dora_dropout, or until ``restore``.
         experts_dropout: the probability with which, in training, an element of the input of a mixture's experts is
             dropped on the low-rank path of LoRA or DoRA (``target_parameters``). Each row of an expert's input gets its
             own mask. PEFT itself has no dropout on experts and rejects a ``lora_dropout`` on experts, and PEFT's
-            adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until the next call
-            of ``accelerate``, or until ``restore``.
+            adapter files do not store experts_dropout. Layers and their copies keep experts_dropout until a call of
+            ``accelerate`` that does not pass None for experts_dropout, or until ``restore``.
 
     With ``blocks=None``, ``dora_dropout=None`` or ``experts_dropout=None``, the model keeps what an earlier call of
     ``accelerate`` chose; a layer for which no call has chosen gets the default.
@@ -145,7 +145,8 @@ def accelerate(
     Raises: TypeError if model is no nn.Module; ValueError if dora_dropout is none of "peft", "lora" and None, or
     experts_dropout is neither None nor a number p with 0 <= p < 1. Warns if ``accelerate`` finds no layer to fuse (no
     adapter, no 4-bit layer), if bitsandbytes has repacked a 4-bit weight, because no gradient then flows through the
-    layer to x, and if a method's code in PEFT computes with the codes of a packed weight.
+    layer to x, if a layer lacks an attribute that the fused class reads, and if a method's code in PEFT computes with
+    the codes of a packed weight.
     """
     if dora_dropout is not None and dora_dropout not in _DORA_DROPOUTS:
         raise ValueError(f"accelerate: dora_dropout is {dora_dropout!r}, wanted one of {_DORA_DROPOUTS}")
@@ -158,7 +159,7 @@ def accelerate(
     if blocks is None:
         kinds = {type(module) for module in model.modules()}
         blocks = kinds.isdisjoint(STOCK) or any(issubclass(kind, (Block, LanguageModel)) for kind in kinds)
-    compute_losses(model)  # a layer that was a head at the last call may now be the base layer of an adapter
+    compute_losses(model)  # a head of an earlier call of accelerate may now be a base layer
     if not blocks:
         plain_blocks(model)
     for module in without_adapters(model):
@@ -202,9 +203,9 @@ def accelerate(
             "it after peft.get_peft_model",
             stacklevel=2,
         )
-    # ``explain`` runs the checks of the layers, and the checks prove the kernels that the model needs. Layers that
-    # tensor parallelism splits make other sums over the processes on the operators than on PEFT's code, so all
-    # processes have to choose alike.
+    # ``explain`` runs the checks of the layers, and the checks prove the kernels that the model needs. For a layer that
+    # tensor parallelism splits, the operators sum other tensors over the processes than PEFT's code sums, so all
+    # processes have to choose the operators or all have to choose PEFT's code.
     (prove.agree if any(map(is_split, model.modules())) else prove.settle_by)(lambda: explain(model))
     return model
 
@@ -213,12 +214,12 @@ def agree(model: nn.Module) -> None:
     """Makes all ranks of a distributed training run use the same kernels.
 
     Each rank proves its kernels by itself, that is compares them with the reference (see the section "The proof on the
-    machine" in docs/reliability.md). If a family of kernels failed on one rank, the operators of this family compute
-    with the reference on that rank alone, and the gradients of the ranks differ by rounding. ``agree`` exchanges the
-    results of the proofs through the store of the default process group. If a family failed on any rank, its operators
-    compute with the reference on all ranks. In a training loop of your own, call ``agree`` on every rank, after
-    ``accelerate`` and before the first step. With transformers' Trainer, ``PeftExtCallback`` makes all ranks use the
-    same kernels when training begins.
+    machine" in docs/reliability.md). Without ``agree``, if a family of kernels failed on one rank, the operators of
+    this family compute with the reference on that rank alone, and the gradients of the ranks differ by rounding.
+    ``agree`` exchanges the results of the proofs through the store of the default process group. If a family failed on
+    any rank, its operators compute with the reference on all ranks. In a training loop of your own, call ``agree`` on
+    every rank, after ``accelerate`` and before the first step. With transformers' Trainer, ``PeftExtCallback`` makes
+    all ranks use the same kernels when training begins.
 
     ``agree`` proves the kernels of the layers and blocks of ``model`` that :func:`explain` lists. Operators that only
     your own code calls are proved at their first call, and the ranks do not exchange the results of these proofs.
@@ -237,8 +238,8 @@ def restore(model: nn.Module) -> nn.Module:
     ``restore`` also releases the scratch memory that the threads of CPU operators keep from call to call.
 
     Raises: TypeError if model is no nn.Module; RuntimeError, before anything is changed, if an adapter is merged into a
-    packed weight (only the fused layer can unmerge the adapter), or if ``fully_shard`` was called on a fused layer
-    itself.
+    packed weight (only the fused layer can unmerge the adapter), or if ``fully_shard`` was called on a fused module
+    itself, other than a decoder layer.
     """
     check_module("restore", model)
     for name, module in model.named_modules():
@@ -264,8 +265,8 @@ class Row:
     """The state of one layer or block. ``kind``: the method and the base layer, for example "LoRA over Linear4bit", or
     the kind of block.
 
-    ``reason``: why the layer or block is not fused, as a text. The reason of a fused layer is "" or a remark, such as
-    why only the adapter's part is fused.
+    ``reason``: why the layer or block is not fused, as a text. The reason of a fused layer or block is "" or a remark,
+    such as why only the adapter's part is fused.
     """
 
     name: str
@@ -292,7 +293,7 @@ class Explanation:
     blocks: list[Row] = field(default_factory=list)
 
     # ``str`` of an Explanation with more rows than LONGEST shows one line for all layers with equal kind and reason,
-    # with the number of these layers and the name of the first.
+    # with the number of these layers and the name of the first of them.
     LONGEST = 20
 
     @property
@@ -419,8 +420,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def _old_card(module: nn.Module) -> Optional[str]:
-    """Returns why the reference, in place of the kernels, computes a module on an old GPU beside a newer GPU; else
-    None. See cards.why_old."""
+    """Returns why the reference, and not a kernel, computes a module that is on an old GPU beside a newer GPU; None for
+    other modules. See cards.why_old."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return None if tensor is None else cards.why_old(tensor.device)
 
@@ -439,8 +440,8 @@ def _note(module: Any) -> str:
 
 
 def _lacking(module: nn.Module, fused: type) -> Optional[str]:
-    """Returns a text that names an attribute that the fused class reads and ``module`` lacks; None if none is
-    lacking."""
+    """Returns a text that names an attribute that the fused class reads and ``module`` lacks; None if ``module`` lacks
+    no such attribute."""
     for path in fused.reads:
         found: Any = module
         for name in path.split("."):
@@ -453,7 +454,7 @@ def _lacking(module: nn.Module, fused: type) -> Optional[str]:
 
 def _package(module: nn.Module) -> tuple[str, type]:
     """Returns the name of the layer's tuner, ``x`` of ``peft.tuners.x`` or ``peft_ext.tuners.x``, and the layer's stock
-    class in this tuner."""
+    class in this tuner; for a layer of neither package, the name of its class and its class."""
     for kind in type(module).__mro__:
         kind = STOCK.get(kind, kind)
         path = kind.__module__.split(".")

@@ -99,11 +99,11 @@ class PeftExtCallback(TrainerCallback):
     Attributes that describe the latest run:
 
     * ``step_seconds`` is the list of the seconds of each step, and ``median_step_s`` is the median without the warm-up.
-    * ``tokens_per_s`` is tokens per second of the steps, without evaluation, logging, saving and waiting for data. With
-      ``TrainingArguments(include_num_input_tokens_seen=...)`` the tokens are Trainer's count over all processes.
-      Without ``include_num_input_tokens_seen`` the tokens are those that the model's input embedding looks up in this
-      process, including padding and the tokens of a decoder. ``tokens_per_s`` is None if no tokens were counted (for
-      example for images, or for a compiled model without Trainer's count).
+    * ``tokens_per_s`` is tokens per second of the steps after the warm-up, without evaluation, logging, saving and
+      waiting for data. With ``TrainingArguments(include_num_input_tokens_seen=...)`` the tokens are Trainer's count
+      over all processes. Without ``include_num_input_tokens_seen`` the tokens are those that the model's input
+      embedding looks up in this process, including padding and the tokens of a decoder. ``tokens_per_s`` is None if no
+      tokens were counted (for example for images, or for a compiled model without Trainer's count).
     * ``explanation`` is the result of :func:`peft_ext.explain` when the input embedding is first called in a training
       step; without such a call, at the end of the first step. ``fused_share`` is the ``fused_share`` of
       ``explanation``.
@@ -297,9 +297,9 @@ class PeftExtCallback(TrainerCallback):
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Calls AdaLoRA's ``update_and_allocate`` after each optimizer step, before the gradients are cleared. Leaves out a
-    step whose gradients are not finite, such as a step that a scaler for float16 skips, except among the last
-    ``tfinal`` steps, in which AdaLoRA uses no gradients.
+    """Calls AdaLoRA's ``update_and_allocate`` after an optimizer step, before the gradients are cleared. The callback
+    leaves out a step whose gradients are not finite, such as a step that a scaler for float16 skips, unless the step is
+    one of the last ``tfinal`` steps, in which AdaLoRA uses no gradients.
 
     AdaLoRA's paper and PEFT's documentation update the ranks between the optimizer step and the clearing of the
     gradients. Trainer does not call ``update_and_allocate``, and without the call AdaLoRA prunes no ranks.
@@ -318,8 +318,8 @@ class AdaLoraCallback(TrainerCallback):
             raise TypeError(f"AdaLoraCallback: model is {type(model).__name__}, wanted a PeftModel with AdaLoRA")
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.isfinite(nn.utils.get_total_norm(gradients)):
-            # A gradient that is NaN would make AdaLoRA's running means of importance NaN for the rest of the run. The
-            # last pruning, and all updates after it, use no gradients.
+            # A gradient that is NaN would make AdaLoRA's running means of importance NaN for the rest of the run.
+            # AdaLoRA's last pruning, and all updates after the last pruning, use no gradients.
             config = tuner.peft_config[tuner.trainable_adapter_name]
             if state.global_step < config.total_step - config.tfinal:
                 return

@@ -1,4 +1,4 @@
-"""TRL's trainers with the loss of the head computed by :func:`peft_ext.ops.linear_cross_entropy`.
+"""TRL's trainers, with the labels' log probabilities computed by :func:`peft_ext.ops.linear_cross_entropy`.
 
 ::
 
@@ -14,7 +14,7 @@ the forward that replaces TRL's forward, ``linear_cross_entropy`` computes the l
 entropy and the other values that the trainer logs are computed for a chunk of tokens at a time, without gradients. On a
 CPU, TRL's own forward keeps several float32 tensors of 4,096 tokens by 32,768 vocabulary entries.
 
-As with TRL's own forward, the trainer calls the model through its wrapper, so DDP sees an ordinary call.
+As with TRL's own forward, the trainer calls the wrapper around the model, so DDP sees an ordinary call.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ with required("trl", "peft_ext.integrations.trl"):
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "LinearLoss", "RLOOTrainer", "SFTTrainer"]
 
-# Bytes of the float32 logits of one chunk of tokens. The computation of the metrics holds up to four tensors of
-# CHUNK_BYTES at a time.
+# Maps a device type to the bytes that the float32 logits of one chunk of tokens take. The computation of the metrics
+# holds up to four tensors of this size at a time.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 
 # Maps a trainer to the values of `loss_type` with which LinearLoss is known to give TRL's own losses, gradients and
@@ -92,8 +92,8 @@ def _form() -> str:
 
 
 def _trainer_reason(trainer: Any) -> Optional[str]:
-    """Returns why LinearLoss is not known to give TRL's own losses and metrics with this trainer and its options; None
-    if it is known."""
+    """Returns why LinearLoss is not known to give TRL's own losses and metrics with this trainer and its options; else
+    None."""
     if _form() not in _FORMS:
         return f"the head of {version('trl')} is none of the known forms"
     kind = next((kind for kind in _LOSSES if isinstance(trainer, kind)), None)
@@ -127,7 +127,7 @@ def _model_reason(model: nn.Module) -> Optional[str]:
 
 def _head_reason(model: nn.Module) -> Optional[str]:
     """Returns why linear_cross_entropy can't compute the loss from the model's head; None if it can. Each forward with
-    a fused head calls ``_head_reason``, because the head may have changed."""
+    a fused head calls ``_head_reason`` anew, because the head may have changed since the last forward."""
     head = model.get_output_embeddings()
     if type(head) not in (*PACKED, *LINEAR, *FOUR_BIT):
         return f"the head is a {class_name(type(head))}, wanted a Linear, NF4Linear, PackedLinear or Linear4bit"
@@ -151,8 +151,8 @@ def _linear(forward: types.MethodType) -> Callable[..., Any]:
     temperature, the logit scale and the soft cap of ``forward``."""
     function = forward.__func__
     given = inspect.getclosurevars(function).nonlocals
-    # TRL divides logits z with the scale a and the soft cap c by the temperature T. The operator computes the quotient
-    # with the scale a / T and the cap c / T: c tanh(a z / c) / T = (c / T) tanh((a / T) z / (c / T)).
+    # From logits z, with the scale a, the soft cap c and the temperature T, TRL computes c tanh(a z / c) / T. The
+    # operator computes the same value with the scale a / T and the cap c / T: (c / T) tanh((a / T) z / (c / T)).
     temperature, softcap = given["temperature"], given["final_logit_softcapping"]
     scale, softcap = given["logit_scale"] / temperature, None if softcap is None else softcap / temperature
 

@@ -1,4 +1,5 @@
-"""Prepares a model for a trace: adds an adapter on the meta device, turns on checkpointing, and fuses layers."""
+"""Prepares a model for the trace of :func:`peft_ext.estimate_memory`: adds an adapter on the meta device, turns on
+gradient checkpointing, and fuses layers or restores the stock layers."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def estimate_memory(
             "diff-pruning" (all linear layers, before it prunes), "partial" (the last two layers); or "full".
         batch_size, sequence_length: size of the inputs, which have batch_size · sequence_length tokens.
         dtype: dtype of the base model's floating-point parameters; default: the model's own, or the configuration's.
-            An adapter that ``model`` has already keeps its dtype.
+            Trainable parameters of an adapter that ``model`` has already keep their dtype.
         optimizer: "adamw", "adam", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "lion_32bit",
             "lion_8bit", "rmsprop", "sgd", or None, which counts as "sgd": an optimizer without states.
         gradient_checkpointing: True: each layer that transformers can checkpoint saves only its input, and the
@@ -80,11 +80,12 @@ def estimate_memory(
         autocast: dtype of autocast around the forward, as in the Trainer with ``bf16=True``; None: no autocast.
         padding: True: the sequences have unequal lengths, so that attention gets a mask; False: attention gets no mask.
         device: device of the step, "cuda" or "cpu"; default: the model's device, "cuda" for a model on the meta device.
-        task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default: config's
-            task, or the task of the first class in the configuration's ``architectures``, or language modelling.
+        task_type: PEFT's task, for the head of a model built from a configuration and for ``method``; default:
+            ``config.task_type``, or the task of the first class in ``architectures`` of the transformers configuration,
+            or language modelling.
         inputs: keyword arguments of the model's forward, instead of batch_size and sequence_length; only shapes and
-            dtypes of the tensors are used. The loss is the output's ``loss``, or the sum of the output's first tensor
-            where the output has no ``loss``.
+            dtypes of the tensors are used. The loss is the ``loss`` in the forward's output, or the sum of the output's
+            first tensor where the output has no ``loss``.
 
     Raises: TypeError or ValueError that names the argument, what came and what was wanted.
 

@@ -1,4 +1,5 @@
-"""The result of a trace: bytes by kind in each phase of a step, and the estimate made of these phases."""
+"""The result of the trace of a training step: bytes by kind of memory in each phase of the step, and the estimate made
+of these phases."""
 
 from __future__ import annotations
 
@@ -27,10 +28,11 @@ class MemoryEstimate:
         gradients: gradients of all trainable parameters.
         optimizer: the optimizer's states, and AdaLoRA's importance scores.
         activations: the inputs, and the tensors other than logits that the forward saves for the backward.
-        logits: logits, their float32 copies and their gradients, between the language model's head and the loss.
+        logits: logits, their float32 copies and their gradients, between the language model's head and the loss, and
+            the scratch memory of peft_ext's operator ``linear_cross_entropy``.
         temporary: tensors that exist only within a layer, an operator or the optimizer's step.
         total: sum of the bytes at the peak.
-        peak: a dict that maps the name of each kind of memory to its bytes at the moment of the peak.
+        peak: a mapping from the name of each kind of memory to the bytes of this kind at the moment of the peak.
         parameters, trainable: numbers of all parameters and of the trainable ones.
         about: description of the traced step, in one line.
     """

@@ -72,15 +72,16 @@ def _like(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
 def copy_to_meta(model: nn.Module, dtype: Optional[torch.dtype], accelerated: bool) -> nn.Module:
     """Returns a copy of the model on the meta device.
 
-    The copy has an NF4Linear or a Dequantized, with tensors of the same sizes, for each linear layer of bitsandbytes.
+    In the copy, an NF4Linear or a Dequantized, with tensors of the same sizes, replaces each linear layer of
+    bitsandbytes.
     """
     partly = any(not p.requires_grad for p in model.parameters())
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
         memo[id(t)] = _like(t, _meta)
-        # A cast leaves packed codes, of which some are 8-bit floats, as they are.
+        # The cast to dtype does not change packed codes, of which some are 8-bit floats.
         if dtype is not None and isinstance(t, nn.Parameter) and t.is_floating_point() and t.element_size() > 1:
-            if not (partly and t.requires_grad):  # a cast to dtype does not change the parameters of an adapter
+            if not (partly and t.requires_grad):  # the cast to dtype does not change an adapter's trainable parameters
                 memo[id(t)].data = memo[id(t)].data.to(dtype)
     for module in model.modules():
         if (other := _of_bitsandbytes(module, accelerated)) is not None:
@@ -151,7 +152,8 @@ class _DequantizedLinear(torch.autograd.Function):
 def _quantized(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, bias: Any, blocksize: int, double_quant: bool, fused: bool
 ) -> nn.Module:
-    """Returns a quantized linear layer of stand-ins: an NF4Linear for NF4 if ``fused``, otherwise a Dequantized."""
+    """Returns a quantized linear layer whose tensors have no data: an NF4Linear for NF4 if ``fused``, otherwise a
+    Dequantized."""
     if kind == "int8":
         held = {"CB": torch.empty((), dtype=torch.int8).expand(shape), "SCB": torch.empty(()).expand(shape[0])}
         return Dequantized(held, shape, dtype, bias)

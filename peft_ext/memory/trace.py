@@ -99,7 +99,8 @@ class _Storages(TorchDispatchMode):
 def _grouped_mm(
     a: Tensor, b: Tensor, offs: Optional[Tensor] = None, bias: Any = None, out_dtype: Optional[torch.dtype] = None
 ) -> Tensor:
-    """Returns an empty result of ``aten._grouped_mm``, whose own fake kernel accepts bfloat16 only.
+    """Returns an uninitialized tensor of the shape and dtype of the result of ``aten._grouped_mm``, whose own fake
+    kernel accepts bfloat16 only.
 
     [T, K] [E, K, N] -> [T, N]; [M, T] [T, N] -> [E, M, N], the weight's gradient; [E, M, K] [K, T] -> [M, T];
     [E, M, K] [E, K, N] -> [E, M, N]. ``offs`` [E] has the end of each group along T.
@@ -250,7 +251,7 @@ class Step:
             if total > totals.get(phase, -1):
                 totals[phase], peaks[phase] = total, dict(alive)
         parameters = list(self.model.parameters())
-        # A packed weight has several elements in a byte or word, so the sizes of its layer give the number of elements.
+        # A packed weight may store several elements in a byte, so the sizes of its layer give the number of elements.
         count = sum(p.numel() for p in parameters)
         for m in self.model.modules():
             if isinstance(m, HoldsPacked):
@@ -305,8 +306,10 @@ def _loss(out: Any) -> Tensor:
 
 
 def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bool) -> dict[str, Any]:
-    """Returns arguments of the model's forward: token ids, with ``padding`` a mask, and labels that fit the model's
-    head.
+    """Returns arguments of the model's forward: token ids, with ``padding`` a mask, labels that fit the model's head
+    (or the decoder's token ids if the forward takes no labels), and ``use_cache=False`` if the forward takes it.
+
+    Sets ``pad_token_id`` and ``decoder_start_token_id`` in the model's config to 0 if the forward needs a missing one.
     """
     base = base_model(model)
     accepted = inspect.signature(base.forward).parameters
@@ -327,8 +330,7 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int, padding: bo
         if "SequenceClassification" in type(base).__name__:
             labels = numbers(batch_size)
             inputs["labels"] = labels.float() if base.config.num_labels == 1 else labels
-            # A trace accepts any pad_token_id. The caller's config does not change, because base.config is a copy of
-            # it.
+            # The trace accepts any pad_token_id. The caller's config does not change, because base.config is a copy.
             if base.config.pad_token_id is None:
                 base.config.pad_token_id = 0
     elif "decoder_input_ids" in accepted:

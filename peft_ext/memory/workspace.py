@@ -38,7 +38,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     The scratch of a linear layer is the scratch of its product, see :func:`_of_product`. In the backward of a layer
     that scales its output or its input, and on CUDA in the forward of a layer that scales its input, the scratch also
     has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings` and :func:`_of_experts` compute the scratch of a loss,
-    of siblings and of experts. Any other operator that has no argument ``shape`` counts as 0 bytes.
+    of siblings and of experts. Any other operator that has no argument ``shape``, or neither ``x`` nor ``grad``, counts
+    as 0 bytes.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     if func is LOSS:
@@ -123,9 +124,10 @@ def _scales(given: dict[str, Any]) -> bool:
 def _of_loss(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of a loss: the logits of a chunk of tokens, and the scratch of the head's two products.
 
-    With an adapter on the head there are two copies of the logits, the float32 sums of the adapter's gradients over all
-    chunks, the gradients of one chunk, and on the CPU lora_B in float32 and the partial sums of one chunk's gradients.
-    A product by peft_ext's kernel allocates its result while the logits of the chunk before are still alive.
+    With an adapter on the head, the scratch also has a second copy of the logits, the float32 sums of the adapter's
+    gradients over all chunks, and the gradients of one chunk; on the CPU also S, lora_A or lora_B in float32, and the
+    partial sums of one chunk's gradients. A product by peft_ext's kernel allocates its result while the logits of the
+    chunk before are still alive.
     """
     hidden, (vocab, features) = given["hidden"], given["shape"]
     dtype, tokens = hidden.dtype, given["labels"].numel()
@@ -148,23 +150,20 @@ def _of_loss(given: dict[str, Any], device: str) -> int:
 
 
 def _packs_weight(dtype: torch.dtype) -> bool:
-    """Returns whether PyTorch's product with Wᵀ packs the whole weight.
+    """Returns whether PyTorch's product with Wᵀ copies the whole weight into another layout.
 
     Measured on 512 x 1024 @ 1024 x 50000: on a CPU with AVX-512 and without bfloat16 instructions, oneDNN's bfloat16
-    product (``gemm:jit``) packs the weight, in the forward only. oneDNN's kernel with bfloat16 instructions packs one
-    block of the weight on each thread. On a CPU without AVX-512, PyTorch multiplies bfloat16 in a plain loop. No
-    measured float16 product packed the whole weight.
+    product (``gemm:jit``) copies the whole weight into another layout, in the forward only. oneDNN's kernel with
+    bfloat16 instructions copies one block of the weight on each thread. On a CPU without AVX-512, PyTorch multiplies
+    bfloat16 in a plain loop. No measured float16 product copied the whole weight.
     """
     return dtype is torch.bfloat16 and not _cpu.multiplies(dtype) and bool(_cpu.capabilities().get("avx512_f"))
 
 
 def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -> tuple[int, int, int]:
-    """Returns three scratch sizes of a loss with an adapter on the head.
-
-    Scratch memory of the first size holds the adapter's gradients during the whole call of the loss. Scratch memory of
-    the second size is needed while the low-rank term is added to a chunk's logits. Scratch memory of the third size is
-    needed while the adapter's gradients of one chunk are computed.
-    """
+    """Returns three numbers of scratch bytes of a loss with an adapter on the head: the bytes of gradients that are
+    held from chunk to chunk; the bytes that are needed while the low-rank term is added to a chunk's logits; and the
+    bytes that are needed while the adapter's gradients of one chunk are computed."""
     lora_A, lora_B, hidden = given["lora_A"], given["lora_B"], given["hidden"]
     part = lora_A.numel() * lora_A.element_size() + lora_B.numel() * lora_B.element_size()
     low = rows * hidden.shape[-1] * hidden.element_size() if given["needs_grad_hidden"] else 0
@@ -182,7 +181,7 @@ def _of_low_rank(given: dict[str, Any], rows: int, several: bool, device: str) -
     parts = -(-rows // max(_SUMMED_TOKENS, -(-rows // _MOST_PARTS)))
 
     def sums(size: int) -> int:
-        """Returns the bytes of all partial sums of a gradient and of their total, which takes ``size`` bytes."""
+        """Returns the bytes of a gradient of ``size`` bytes and of its partial sums that exist at once."""
         return size * (1 if parts == 1 else 1 + min(parts, max(1, _MOST_SUMS * 4 // max(4, size))))
 
     return held, wide + s, 2 * s + max(wide + sums(wide) + sums(narrow) + part, part + low + narrow)
@@ -211,8 +210,9 @@ def _of_experts(given: dict[str, Any], device: str) -> int:
 def _of_siblings(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of siblings, which are layers of one input.
 
-    On a CPU path with tiles, in bfloat16, the scratch is x packed once in the forward, and the packed gradients of all
-    layers in the backward. In all other cases the scratch is that of the layer with the most outputs.
+    On a CPU path with tiles, in bfloat16, the scratch of the forward is one copy of x in strips, and the scratch of the
+    backward is a copy in strips of the output gradient of each layer. In all other cases the scratch is that of the
+    layer with the most outputs.
     """
     x, sizes = given["x"], given["sizes"]
     packed = [grad for grad in given.get("grads", [x]) if grad is not None]

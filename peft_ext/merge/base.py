@@ -1,4 +1,4 @@
-"""Reads the base of a merge, from a folder or from memory, dense or packed, as a model of dense modules."""
+"""Reads the base of a merge, from a folder, a GGUF file or memory, dense or packed, as a model of dense modules."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Base:
     kept: Optional[torch.dtype] = None
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor on the CPU, or the float32 weight of the function that ``dense`` has for the tensor."""
+        """Returns ``tensor`` on the CPU, or the float32 weight that the function of ``tensor`` in ``dense`` returns."""
         made = self.dense.get(id(tensor))
         if made is not None:
             return made()
@@ -140,10 +140,11 @@ def _packed_of(module: nn.Module, name: str) -> Optional[PackedWeight]:
 
 
 def _stand_in(base: Base) -> tuple[int, set[str]]:
-    """Replaces each packed layer by a dense layer without data; returns the number of replaced layers, and the names
-    of their formats."""
+    """Replaces each packed layer, and each module of packed experts, by a dense one without data, and removes the
+    model's marks of a quantized model. Returns the number of replaced modules, and the names of their formats."""
     count, formats = 0, set()
-    # Maps the address and the shape of codes to the new parameter, so that tied layers stay tied.
+    # Maps the address of a packed weight's codes, with the weight's shape, to the new parameter, so that tied layers
+    # stay tied.
     made: dict[tuple[int, torch.Size], nn.Parameter] = {}
     for parent_name, parent in list(base.model.named_modules()):
         for attribute, child in list(parent.named_children()):
@@ -241,7 +242,8 @@ def _quantize(base: Base, quantize: Callable[[Tensor], PackedWeight]) -> None:
 
             def read(parameter: Tensor = parameter, transposed: bool = transposed) -> Tensor:
                 dense = torch.empty(parameter.shape, dtype=torch.float32)
-                # The blocks of a packed format run along the input features, so transposed experts are turned.
+                # The blocks of a packed format run along the input features, so an expert that is stored transposed is
+                # transposed before it is quantized.
                 for expert, into in zip(parameter.detach().cpu(), dense, strict=True):
                     if transposed:
                         expert, into = expert.T, into.T

@@ -101,28 +101,28 @@ def merge_to_dense(
     """Merges a saved adapter into its base and writes a dense transformers model: ``W' = merge(W, adapter)``.
 
     Up to rounding, the written model computes the adapted model's results in evaluation. The folder has safetensors,
-    config.json, generation_config.json if the base has this file or generates text, and tokenizer files: the adapter's
-    if its folder has tokenizer_config.json, else the base's. ``from_pretrained`` loads the folder without PEFT and
-    peft_ext. The adapter may be of a method whose layers can merge and share no tensors: LoRA (with rsLoRA, DoRA,
-    patterns, Conv1D, embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others of PEFT, BitFit, partial
-    fine-tuning, Diff Pruning; each with ``modules_to_save``. Two tied weights of which the adapter changes one are
-    written as two separate weights; the config unties the two weights, except for T5.
+    config.json, generation_config.json if the base has this file or generates text, the base's processor files, and
+    tokenizer files: the adapter's if its folder has tokenizer_config.json, else the base's. ``from_pretrained`` loads
+    the folder without PEFT and peft_ext. The adapter may be of a method whose layers can merge and share no tensors:
+    LoRA (with rsLoRA, DoRA, patterns, Conv1D, embeddings, target_parameters, trainable tokens), AdaLoRA, IA3 and others
+    of PEFT, BitFit, partial fine-tuning, Diff Pruning; each with ``modules_to_save``. Two tied weights of which the
+    adapter changes one are written as two separate weights; the config unties the two weights, except for T5.
 
     Args:
         model: a folder or hub name of a dense model, of a model that bitsandbytes quantized to NF4, or of a packed
-            checkpoint that :class:`peft_ext.PackedConfig` supports; or a model in memory: dense, or quantized by
-            :func:`peft_ext.quantize_nf4`, by :func:`peft_ext.quantize_packed` or by bitsandbytes, or loaded packed. A
-            model in memory is not changed. With ``model`` None, the base is the model that the adapter's configuration
-            names.
+            checkpoint that :class:`peft_ext.PackedConfig` supports; a GGUF file; or a model in memory: dense, or
+            quantized by :func:`peft_ext.quantize_nf4`, by :func:`peft_ext.quantize_packed` or by bitsandbytes, or
+            loaded packed. A model in memory is not changed. With ``model`` None, the base is the model that the
+            adapter's configuration names.
         adapter: a folder that ``save_pretrained`` wrote, or a hub name. The adapter's tensors must be in safetensors.
         output: a folder, new or empty, or with ``overwrite`` an existing folder of a model. The finished folder appears
             in one step, see :func:`peft_ext.files.atomic_folder`. If the merge fails, ``output`` holds no part of the
             merged model.
         dtype: dtype of the output: torch.bfloat16, float16 or float32 ("bf16", "fp16", "fp32"); None ("keep"): the
-            base's; for a GGUF file the dtype of most of its matrices, of which the quantized ones count as bfloat16.
-            For an adapter of ``peft-ext finetune``, None means bfloat16, unless the base's files are in NF4. Tensors
-            that the model's class keeps in float32 if the model has the output's dtype are written in float32. Tensors
-            of integers keep their dtypes.
+            base's; for a GGUF file the dtype of most elements of its matrices, of which the quantized ones count as
+            bfloat16. For an adapter of ``peft-ext finetune`` over a base in files, None means bfloat16, unless the
+            files are in NF4. Tensors that the model's class keeps in float32 if the model has the output's dtype are
+            written in float32. Tensors of integers keep their dtypes.
         max_shard_size: largest number of bytes of a weight file, as a number or as "5GB".
         base_quant: "nf4": the weights of a dense ``model`` are quantized as quantize_nf4 does, then dequantized, before
             the adapter is added; "mxfp4", "nvfp4", "fp8", "int4": the weights are quantized as quantize_packed does,

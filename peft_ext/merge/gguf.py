@@ -4,7 +4,8 @@
     Q  = quantize(W')               in the base tensor's own type, or in another type
 
 One tensor at a time is decoded, merged, quantized and written. A tensor that the adapter does not change is copied byte
-for byte, and so are the tokenizer and the metadata, except ``general.file_type`` if most matrices get another type.
+for byte, and so are the tokenizer and the metadata, except ``general.file_type`` if most elements of the matrices get
+another type.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ with required("peft", "peft_ext.merge_to_gguf"):
     from peft import PeftConfig
     from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 
-# Maps the type of most tensors of a GGUF file to the value of the file's general.file_type (enum llama_ftype in
-# llama.h).
+# Maps the type of most elements of a GGUF file's matrices to the value of the file's general.file_type (enum
+# llama_ftype in llama.h).
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
     "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38,
@@ -151,12 +152,13 @@ def merge_to_gguf(
 ) -> GgufMergeReport:
     """Merges a saved adapter into a GGUF file and writes a GGUF file: ``Q = quantize(merge(W, adapter))``.
 
-    The written file has the base's metadata and tokenizer, and the base's bytes of each tensor that the adapter does
-    not change. A merged tensor is computed in float32 by the method's own merge, as in
-    :func:`peft_ext.merge_to_dense`, and rounded once. The report says how large the rounding error is, and which part
-    of the adapter's change is left after rounding. Adapters of the methods that :func:`peft_ext.merge_to_dense` merges
-    can be merged, except changes of norms that the file stores with 1 added (Gemma 2, Gemma 3, Nemotron), and changes
-    of the embedding or the head of Gemma 2, whose files can't hold the two as different weights.
+    The written file has the base's metadata (of which ``type`` may change one value) and tokenizer, and the base's
+    bytes of each tensor that the adapter does not change. A merged tensor is computed in float32 by the method's own
+    merge, as in :func:`peft_ext.merge_to_dense`, and rounded once. The report says how large the rounding error is, and
+    which part of the adapter's change is left after rounding. Adapters of the methods that
+    :func:`peft_ext.merge_to_dense` merges can be merged, except changes of norms that the file stores with 1 added
+    (Gemma 2, Gemma 3, Nemotron), and changes that make the embedding and the head of Gemma 2 differ: a file of Gemma 2
+    has one tensor for the two.
 
     Args:
         base: a GGUF file in one part, of an architecture in ``peft_ext.gguf.names.ARCHITECTURES``.
@@ -226,7 +228,8 @@ def _merge(
 
 
 def _wanted_type(type: str) -> Optional[int]:
-    """Returns ggml's number of the type that the option names; None for "same", which keeps each tensor's type."""
+    """Returns the number that ggml gives the type with the name ``type``; None for "same", which keeps each tensor's
+    type."""
     if type == "same":
         return None
     with as_merge_error(ValueError, AttributeError, TypeError):
@@ -318,7 +321,8 @@ class _Merge:
         return (self._expected / self.norms.merged) ** 0.5 if self.norms.merged else 0.0
 
     def data(self, tensor: str) -> Tensor:
-        """Returns the data of a tensor of the new file, and adds the errors of a merged tensor to ``errors``.
+        """Returns the data of a tensor of the new file, and adds the errors of a tensor whose values or type the merge
+        changed to ``errors``.
 
         ``data`` can be called once for each merged tensor, because the plan frees the memory of a merged module.
         """

@@ -38,7 +38,7 @@ class GgufBase:
     def __init__(self, path: Union[str, Path]) -> None:
         with as_merge_error(GgufError):
             self.header = header = read_header(path)
-            # This function imports gguf.metadata, because gguf.metadata needs a version of transformers that reads
+            # gguf.metadata is imported here and not at the top, because it needs a version of transformers that reads
             # GGUF.
             from ..gguf.metadata import read_config
 
@@ -61,7 +61,8 @@ class GgufBase:
         self.base = Base(model, dense, str(header.path), None, absent=tuple(absent))
 
     def _stand_in(self, model: PreTrainedModel) -> dict[int, Any]:
-        """Replaces the model's parameters by parameters without memory; tied parameters stay tied."""
+        """Replaces the model's parameters by parameters without memory; tied parameters stay tied. Returns a dict that
+        maps the id of a new parameter to a function that reads the parameter's values from the file."""
         made: dict[int, nn.Parameter] = {}
         dense: dict[int, Any] = {}
         for prefix, module in model.named_modules():
@@ -78,8 +79,8 @@ class GgufBase:
         return dense
 
     def _check_shape(self, name: str, shape: torch.Size) -> None:
-        """Checks the sizes of a parameter's tensor, and stores the order of the tensor's rows if it differs from
-        transformers'."""
+        """Checks the sizes of the file's tensor of a parameter, and stores the order of the tensor's rows if
+        transformers has the rows in another order."""
         tensor = self.tensors[name]
         came = self.header.tensors[tensor].shape
         if [size for size in came if size != 1] != [size for size in shape if size != 1]:

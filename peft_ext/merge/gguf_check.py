@@ -20,7 +20,7 @@ TEXT = (
     "boats. In March the ice breaks in one night, with a noise like thunder. How many boats can leave the harbour on "
     "the next morning? Seven large boats and twelve small ones lie at the pier; two of the large boats are too heavy."
 )
-_TOKENS = 256  # largest number of tokens of the text whose logits are compared
+_TOKENS = 256  # the logits of at most this many tokens are compared, the first of the text
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class LogitsError:
     """Differences of the merged model's logits from the logits of the base with the unmerged adapter.
 
     Attributes:
-        tokens: number of tokens of the text.
+        tokens: number of tokens whose logits were compared.
         error: ‖L' − L‖ / ‖L‖ of the merged model's logits L' and the logits L of the base with the unmerged adapter.
             The mean over the vocabulary is subtracted from the logits of each token.
         change: ‖L' − L‖ / ‖L‖ where L' are the logits of the base without the adapter, for comparison.
-        divergence: mean Kullback-Leibler divergence of the merged model's next token from the unmerged model's next
-            token, in nats.
+        divergence: mean over the tokens of the Kullback-Leibler divergence KL(P ‖ P') in nats, where P and P' are the
+            distributions of the next token in the unmerged and in the merged model.
         same_token: part of the tokens after which both models have the same most probable next token.
     """
 
@@ -69,7 +69,7 @@ def compare_logits(
 
 
 def _load(file: Union[str, Path]) -> Any:
-    # This function imports gguf.load, because gguf.load needs a version of transformers that reads GGUF.
+    # gguf.load is imported here and not at the top, because it needs a version of transformers that reads GGUF.
     from ..gguf.load import load_gguf
 
     return load_gguf(file, dtype=torch.float32)

@@ -170,8 +170,11 @@ class Plan:
         return torch.float32 if wide.intersection(name.split(".")) else self.dtype
 
     def _check_against_config(self) -> None:
-        """Checks that a model that is made from the config has the planned tensors; sets the config's flags for added
-        biases."""
+        """Checks that a model that is made from the config has the planned tensors.
+
+        If the adapter adds biases, sets the config's flags for biases, and plans zeros for the other biases that the
+        flags add to the model. Removes the second name of two weights that stay tied from the plan.
+        """
         fresh = _fresh(type(self.base.model), self.config)
         if added := sorted(self.meta.keys() - fresh.state_dict().keys()):
             for flag in ("attention_bias", "mlp_bias", "qkv_bias", "use_bias"):
@@ -184,7 +187,7 @@ class Plan:
         for name in wanted.keys() - self.meta.keys():
             if not added or not name.endswith(".bias"):
                 fail(f"a plain {type(fresh).__name__} has {name}, which the base does not have")
-            self.origin[name] = ("", "")  # the bias that the adapter adds is written as zeros
+            self.origin[name] = ("", "")  # the flag adds this bias, for which the adapter has no tensor: zeros
             self.meta[name] = torch.empty_like(wanted[name], dtype=self.meta[added[0]].dtype)
         for name, tensor in wanted.items():
             if tensor.shape != self.meta[name].shape:
@@ -212,7 +215,7 @@ class Plan:
         """Returns groups of tensors that transformers converts together when it saves a model.
 
         A group is a tuple: a list of names of tensors in the model, and a dict that maps names in the files to the
-        tensors that transformers makes of these.
+        tensors that transformers makes of the tensors in the list.
 
         The groups are the smallest that give the right result: each tensor by itself; or, if transformers' conversion
         joins tensors of a layer, the tensors of each layer together; or, if the conversion joins tensors of several
@@ -389,7 +392,7 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
 
     def assign(state: dict[str, Tensor], strict: bool = False, **kwargs: Any) -> Any:
         # Copying the adapter's tensors into the model would round to the base's dtype, and would overwrite weights that
-        # the caller's model shares.
+        # the caller's model shares with this model.
         return type(model).load_state_dict(model, state, strict=strict, assign=True)
 
     model.__dict__["load_state_dict"] = assign

@@ -43,7 +43,7 @@ def write_safetensors(
     """Writes a safetensors file one tensor at a time; safetensors' own writer needs all tensors in memory.
 
     Tensors of wide dtypes come first, so that each tensor is aligned. ``take(name)`` returns the tensor ``name``;
-    ``advance(n)`` is called after each tensor, with the tensor's n bytes.
+    ``advance(n)`` is called after each tensor, with the number n of the tensor's bytes.
     """
     names = sorted(planned, key=lambda name: -planned[name].element_size())
     with as_merge_error(ValueError):
@@ -62,7 +62,7 @@ def write_safetensors(
 def gguf_tokenizer(base: Base, adapter: Path) -> Any:
     """Returns the tokenizer of a base in a GGUF file, if this tokenizer is to be written.
 
-    Returns None if the base is no GGUF file, if the file has no tokenizer, and if the adapter's folder has a tokenizer.
+    Returns None if the base is no GGUF file, if the file has no tokenizer, or if the adapter's folder has a tokenizer.
 
     Raises MergeError for a tokenizer that can't be read.
     """
@@ -74,8 +74,9 @@ def gguf_tokenizer(base: Base, adapter: Path) -> Any:
 
 
 def write_beside(base: Base, config: PretrainedConfig, adapter: Path, folder: Path, words: Any) -> Optional[Path]:
-    """Copies tokenizer files and the base's processor files, writes generation_config.json, if the base has this file
-    or generates text, and then writes config.json. ``words``: the result of :func:`gguf_tokenizer`.
+    """Copies tokenizer files (or writes those of the tokenizer ``words``) and the base's processor files, writes
+    generation_config.json, if the base has this file or generates text, and then writes config.json. ``words``: the
+    result of :func:`gguf_tokenizer`.
 
     config.json is written last, because a folder without config.json can't be loaded as a model.
 

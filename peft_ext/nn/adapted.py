@@ -200,8 +200,8 @@ class LowRankLinear(AdaptedLinear):
         raise NotImplementedError
 
     def _scaled_A(self) -> Tensor:
-        """Returns ``lora_A``. A subclass whose method scales ranks, such as AdaLoRA's, returns ``lora_A`` with scaled
-        rows."""
+        """Returns ``lora_A``. A subclass for a method that scales ranks, such as AdaLoRA, returns ``lora_A`` with
+        scaled rows."""
         return self.lora_A
 
     def _row_scale(self) -> Optional[Tensor]:

@@ -93,7 +93,7 @@ class DoRALinear(LoRALinear):
     def weight_norm(self) -> Tensor:
         """Returns ``‖W + s·B A‖`` of each row, ``[out_features]``; see :func:`peft_ext.ops.dora_weight_norm`.
 
-        The dtype is float32, or float64 for a float64 base weight.
+        The norms are float32, or float64 for a float64 base weight.
         """
         return ops.dora_weight_norm(self._weight(), self.lora_A, self.lora_B, self.scaling)
 

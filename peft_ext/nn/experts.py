@@ -1,10 +1,10 @@
 """Packed weights for the experts of a mixture-of-experts model, and the routing of tokens to the experts.
 
-In the mixtures of experts of the transformers library that peft_ext supports, all experts of one mixture are one module
-with two 3-dimensional parameters. :class:`NF4Experts` is a mixin that gives the class of an experts' module NF4
-weights, and :class:`peft_ext.nn.packed_experts.PackedExperts` is a mixin for weights in the layout of a checkpoint.
-:func:`nf4_experts` replaces the class of the experts' module and quantizes the parameters; :func:`dense_experts`
-restores the class and dequantizes the parameters.
+In those mixture-of-experts models of transformers that peft_ext supports, all experts of one mixture are one module,
+whose weights are two 3-dimensional parameters. :class:`NF4Experts` is a mixin that gives the class of an experts'
+module NF4 weights, and :class:`peft_ext.nn.packed_experts.PackedExperts` is a mixin for weights in the layout of a
+checkpoint. :func:`nf4_experts` replaces the class of the experts' module and quantizes the parameters;
+:func:`dense_experts` restores the class and dequantizes the parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..weights.nf4 import NestedAbsmax, NF4Weight
 from ..weights.packed import PackedWeight
 from .nf4 import keeping_bits
 
-# Names of the attributes that the decorator for experts of the transformers library sets on an experts' module.
+# Names of attributes that transformers' class decorator ``use_experts_implementation`` sets on an experts' module.
 _DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
 _Run = Callable[[Tensor, Tensor], Tensor]
@@ -216,7 +216,7 @@ class FrozenExperts:
     stock_class: type
 
     def frozen(self, name: str) -> PackedWeight:
-        """Returns the weight ``(E, N, K)`` of the parameter ``name``, which shares the parameter's memory."""
+        """Returns the parameter ``name`` as a packed weight ``(E, N, K)`` that shares the parameter's memory."""
         raise NotImplementedError
 
     def frozen_shapes(self) -> dict[str, torch.Size]:
@@ -271,7 +271,8 @@ class NF4Experts(FrozenExperts):
     ``<name>_nested_code`` and ``<name>_nested_offset``. Each expert has the layout that bitsandbytes uses for one
     weight, see :meth:`peft_ext.NF4Weight.stack`. A cast of the module to another float dtype does not change codes and
     scales.
-    PEFT's ``target_parameters`` adds adapters to the parameters. :func:`peft_ext.accelerate` fuses these adapters.
+    PEFT's ``target_parameters`` adds adapters to the experts' parameters, and :func:`peft_ext.accelerate` fuses these
+    adapters.
     """
 
     blocksize: int
@@ -337,7 +338,7 @@ def experts_class(mixin: type, stock: type) -> type:
 
 
 def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) -> None:
-    """Quantizes the experts of a mixture in place, one expert at a time.
+    """Quantizes the experts of a mixture to NF4 in place, one expert at a time.
 
     The peak memory is about the memory of the dense module and of the NF4 weights together.
     """

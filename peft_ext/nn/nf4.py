@@ -31,7 +31,7 @@ class NF4Linear(nn.Linear):
     not change.
 
     Under FSDP2 (``fully_shard``) the codes are a uint8 parameter ``[bytes, 1]``, which is sharded along dimension 0 and
-    gathered as bytes. The scales are buffers; every process holds all scales.
+    gathered as bytes. The scales are buffers, of which each process has all elements.
 
     Args:
         in_features, out_features, bias, device: the arguments of ``nn.Linear``.
@@ -207,7 +207,8 @@ class NF4Linear(nn.Linear):
         destination[prefix + "weight.quant_map"] = reference.nf4_code(self.weight.device)
         if self.nested_absmax is not None:
             destination[prefix + "weight.nested_absmax"] = self.nested_absmax
-            # Save a copy, because safetensors refuses tensors that share memory.
+            # The table nested_code is copied, because layers may share one table, and safetensors refuses tensors that
+            # share memory.
             destination[prefix + "weight.nested_quant_map"] = self.nested_code.clone()
             about |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
             about["nested_offset"] = 0.0 if self.nested_offset.is_meta else self.nested_offset.item()
@@ -343,7 +344,8 @@ def check_plain_forward(kind: str, linear: nn.Linear, forwards: Iterable[Callabl
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Returns whether ``tensor`` is a DTensor, by the class's name: importing the class loads torch.distributed."""
+    """Returns whether ``tensor`` is a DTensor. Compares the class's name, because importing the class would load
+    torch.distributed."""
     return type(tensor).__name__ == "DTensor"
 
 

@@ -1,4 +1,5 @@
-"""Modules over a frozen packed weight: a linear layer and an embedding, with the tensors and names of the file."""
+"""Modules over a frozen packed weight: a linear layer and an embedding, with the tensors and names of a checkpoint's
+file."""
 
 from __future__ import annotations
 
@@ -23,17 +24,18 @@ class HoldsPacked(nn.Module):
 
     The first tensor of the weight, which holds the codes, is a frozen parameter; the weight's other tensors are
     buffers. Functions that cast all parameters of a model, such as PEFT's ``prepare_model_for_kbit_training``,
-    therefore leave the scales unchanged. If the file has no tensor called ``weight``, ``module.weight`` is the codes
-    tensor, and likewise ``module.W_q``.
+    therefore leave the scales unchanged. ``module.weight`` and ``module.W_q`` return the codes tensor, whatever the
+    file calls the codes.
 
     Attributes:
         names: the names of the weight's tensors in the file and in the state dict, in the order of ``format.parts``;
-            None for a tensor that the weight does not have. A dot in a name is "_" in the attribute's name.
+            None for a tensor that the weight does not have. A module's attribute has the tensor's name, with "_" in
+            place of each dot.
         extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
         compute_dtype: dtype of the dense layer that the packed layer replaces. PEFT takes ``compute_dtype`` for the
             dtype of the base layer.
-        note: says which step of the checkpoint's own layer this layer leaves out, such as the rounding of x to 8 bits;
-            "" if the layer leaves out nothing.
+        note: says which step of the checkpoint's own layer this layer skips, such as the rounding of x to 8 bits; "" if
+            the layer skips no step.
     """
 
     names: tuple[Optional[str], ...]
@@ -210,8 +212,8 @@ def _attribute(name: str) -> str:
 class PackedLinear(HoldsPacked, nn.Linear):
     """``Y = X Wᵀ + b`` with W frozen and packed, in the layout of a checkpoint's file.
 
-    The layer replaces ``nn.Linear``, and PEFT adapts the layer like an ``nn.Linear``. The state dict has the file's
-    names and bytes. A cast of the module to another float dtype casts the bias only.
+    The layer replaces ``nn.Linear``, and PEFT adapts the layer like an ``nn.Linear``. The state dict has the names and
+    the bytes of the tensors in the file. A cast of the module to another float dtype casts the bias only.
 
     To get a PackedLinear, call :meth:`from_packed`, or load a packed checkpoint with :class:`peft_ext.PackedConfig`.
     """
@@ -231,11 +233,11 @@ class PackedLinear(HoldsPacked, nn.Linear):
         Args:
             weight: the packed weight, of shape ``(N, K)``.
             names: the file's names of ``weight.parts``, in their order, for example
-                ``("weight_packed", "weight_scale")``. A part that is None has the name None; names of None at the end
-                may be left out.
+                ``("weight_packed", "weight_scale")``. The name of a part that is None is None; if the last names are
+                None, ``names`` may end before these names.
             bias: ``[N]``; the layer shares a bias that is an nn.Parameter.
             extra: a dict that maps names in the file to the tensors of the layer that the weight's format does not
-                need. The layer's state dict contains these extra tensors.
+                need. The layer's state dict contains the tensors of ``extra`` too.
             dtype: dtype of the dense layer that the packed layer replaces; default: ``weight.dtype``.
 
         Raises: TypeError or ValueError if ``weight`` is no packed weight of two dimensions, if no kernel decodes the

@@ -19,13 +19,13 @@ class PackedExperts(FrozenExperts):
     For each dense weight, a parameter of the same name holds the codes of all experts, and buffers hold the weight's
     other tensors. The state dict has the file's names, for example ``gate_up_proj_blocks`` and ``gate_up_proj_scales``.
     A cast of the module to another float dtype does not change codes and scales. PEFT's ``target_parameters`` adds
-    adapters to the parameters; :func:`peft_ext.accelerate` fuses these adapters.
+    adapters to the experts' parameters, and :func:`peft_ext.accelerate` fuses these adapters.
     """
 
-    packed_names: dict[str, tuple[Optional[str], ...]]  # maps a parameter's name to the names of its weight's tensors
-    extra: tuple[str, ...]  # names of buffers with tensors of the file that no weight needs
+    packed_names: dict[str, tuple[Optional[str], ...]]  # Maps a parameter's name to the names of its weight's tensors.
+    extra: tuple[str, ...]  # Names of buffers with tensors of the file that no weight needs.
     compute_dtype: torch.dtype
-    note = ""  # says what the experts leave out, as HoldsPacked.note says it for a layer
+    note = ""  # Says which step of the checkpoint's own experts is skipped, like HoldsPacked.note.
     _templates: dict[str, PackedWeight]
 
     def frozen(self, name: str) -> PackedWeight:

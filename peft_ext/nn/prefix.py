@@ -24,8 +24,8 @@ class PrefixEncoder(VirtualTokens):
         model(input_ids, attention_mask=prefix.extend_mask(attention_mask),
               past_key_values=prefix.past_key_values(batch_size, model.config))
 
-    Transformers 5.24 calls the argument ``past_key_values`` ``cache``, and accepts both names. The prefix does not
-    change the length of logits and labels.
+    In Transformers 5.24 the new name of the argument ``past_key_values`` is ``cache``, and both names are accepted. The
+    prefix does not change the length of logits and labels.
 
     Args:
         num_layers, num_kv_heads, head_dim: sizes of the model's attention; num_kv_heads counts the heads of the keys.
@@ -99,12 +99,13 @@ class PrefixEncoder(VirtualTokens):
     ) -> PrefixEncoder:
         """Returns a prefix whose num_layers, num_kv_heads and head_dim come from a Transformers configuration.
 
-        All other arguments of ``from_config`` are passed to the constructor of PrefixEncoder. The sizes are the
-        decoder's in an encoder-decoder model, and the text model's in a multimodal model. If layers differ in head_dim
-        (Gemma 4), the widest head_dim is used, and a layer with a smaller head_dim reads the first numbers of each
-        head. A layer with more key heads than num_kv_heads gets no prefix, with a warning. Raises ValueError if the
-        configuration lacks a size, if its hidden_size gives no whole head_dim, or if keys and values have different
-        widths (multi-head latent attention), and the errors of PrefixEncoder.
+        All other arguments of ``from_config`` are passed to the constructor of PrefixEncoder. The sizes num_layers,
+        num_kv_heads and head_dim are those of the decoder in an encoder-decoder model, and those of the text model in a
+        multimodal model. If layers differ in head_dim (Gemma 4), the widest head_dim is used, and a layer with a
+        smaller head_dim reads the first numbers of each head. A layer with more key heads than num_kv_heads gets no
+        prefix, with a warning. Raises ValueError if the configuration lacks a size, if its hidden_size gives no whole
+        head_dim, or if keys and values have different widths (multi-head latent attention), and the errors of
+        PrefixEncoder.
         """
         layers = _layers(model_config)
         sizes = _widest(layers)
@@ -186,8 +187,8 @@ class PrefixEncoder(VirtualTokens):
                 window, a layer that stores no keys or has more key heads than the prefix gets no prefix, and an
                 encoder-decoder model gets an EncoderDecoderCache with the prefix in the decoder's self-attention.
                 Without ``config``, the cache is a plain DynamicCache.
-            dtype: dtype that the model computes in; default config's dtype, or else the parameters' dtype. Give
-                ``model.dtype`` for a model that was cast after it was made.
+            dtype: dtype that the model computes in; default config's dtype, or else the parameters' dtype. If the model
+                was cast to another dtype after it was made, pass ``dtype=model.dtype``.
             peft_order: in an encoder-decoder model, whether layer i gets the prefix ``2i mod num_layers``, as in PEFT,
                 so that an adapter from PEFT gives the same results as in PEFT. With an even number of layers PEFT's
                 order uses half of the prefixes twice and the other half never. With peft_order False, layer i gets the
@@ -246,7 +247,8 @@ def _heads(config: Any) -> tuple[int, int]:
             "one width"
         )
     queries = _read(config, "num_attention_heads")
-    # Falcon's multi_query means one key head, except in its newer architecture, which repeats keys for every query.
+    # Falcon's multi_query means one key head, except in Falcon's newer architecture, which repeats the keys for every
+    # query head.
     multi_query = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     heads = getattr(config, "num_key_value_heads", None) or (1 if multi_query else queries)
     head_dim = getattr(config, "head_dim", None)

@@ -15,8 +15,8 @@ from ..ops.checks import check_dtype, check_float
 class VirtualTokens(nn.Module):
     """Base class of trained virtual tokens: ``embedding [num_virtual_tokens, width]``, put before each sequence.
 
-    A subclass defines ``reset_parameters`` and the meaning of the width. PEFT's modules of virtual tokens have the same
-    state dict key, ``embedding.weight``.
+    A subclass defines ``reset_parameters`` and the meaning of the embedding's width. PEFT's modules of virtual tokens
+    have the same state dict key, ``embedding.weight``.
     """
 
     def _hold(self, num_virtual_tokens: int, width: int, device: Any, dtype: torch.dtype) -> None:
@@ -203,8 +203,8 @@ class PromptEmbedding(VirtualTokens):
         """Returns the keyword arguments for a model: every given argument extended by the prompt, under its own name.
 
         ``attention_mask``, ``labels`` and ``token_type_ids`` are ``[B, T]``; the prompt's token type is 0. An argument
-        that is None is left out. A model that gets no ``attention_mask`` attends to all positions, the prompt included.
-        Pass ``labels`` only if there is one label for each token.
+        that is None is not in the returned dict. A model that gets no ``attention_mask`` attends to all positions, the
+        prompt included. Pass ``labels`` only if there is one label for each token.
         """
         extended = {"inputs_embeds": self(inputs_embeds)}
         shape = tuple(inputs_embeds.shape[:2])

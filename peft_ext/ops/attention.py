@@ -1,6 +1,6 @@
 """Scaled dot-product attention on a CPU, forward and backward. Each thread of the CPU kernels holds the scores of one
-block of queries and keys at a time. In a forward of at most 8 queries a head, without dropout and bias, a thread holds
-the scores of up to four queries and all keys.
+block of queries and keys at a time. In a forward of at most 8 queries per head, without dropout and bias, a thread
+holds the scores of up to four queries and all keys.
 
     S = scale q kᵀ + bias      P = softmax(S) over the keys that a query may see      out = (D ∘ P) v
     lse = ln Σ exp(S)      D = 1, or with dropout 1 / (1 - p) for the keys that a query keeps, else 0
@@ -39,8 +39,8 @@ _HOW = "Tensor? mask, bool is_causal, float scale, float dropout_p, Tensor? seed
 
 
 def _out_like(q: Tensor, v: Tensor) -> Tensor:
-    """Returns an empty result ``[B, H, T, Dv]``, stored as ``[B, T, H, Dv]``, so that the output projection reads the
-    result without a copy."""
+    """Returns an uninitialized tensor for the result ``[B, H, T, Dv]``, stored as ``[B, T, H, Dv]``, so that the output
+    projection reads the result without a copy."""
     batch, heads, queries, _ = q.shape
     size = v.shape[3]
     strides = (queries * heads * size, size, heads * size, 1)
@@ -126,8 +126,8 @@ def _near_zero(q: Tensor, k: Tensor, mask: Optional[Tensor], is_causal: bool, bi
     from S and lse in float32. If all entries of a row are about -1e9, as in a row in which a finite mask hides all
     keys, lse, a float32 number near -1e9, is too coarse to also hold the logarithm of the sum of the exponentials.
     """
-    # Eager code copies the bias only if the largest entry of some row is beyond ±1,024. Compiled code always copies the
-    # bias, because a graph does not branch on the values of a tensor.
+    # Eager code returns a changed copy of the bias only if the largest entry of some row is beyond ±1,024. Compiled
+    # code always makes the copy, because a graph does not branch on the values of a tensor.
     may_ask = not torch.compiler.is_compiling()
     if bias.shape[-1] == 0 or (may_ask and not (is_eager(bias) and _has_far(bias))):
         return bias
@@ -173,8 +173,8 @@ def scaled_dot_product_attention(
 
     Args:
         q: ``[B, H, T, D]``, float32, bfloat16 or float16. k: ``[B, Hkv, S, D]``, v: ``[B, Hkv, S, Dv]``, of q's dtype.
-            H is a multiple of Hkv: each head of k and v serves H / Hkv heads of q. A tensor whose last dimension is
-            contiguous, as in ``[B, T, H, D].transpose(1, 2)``, needs no contiguous copy before the kernel.
+            H is a multiple of Hkv: each head of k and v serves H / Hkv heads of q. The kernel reads q, k and v without
+            a contiguous copy if their last dimension is contiguous, as in ``[B, T, H, D].transpose(1, 2)``.
         mask: bools ``[B or 1, H or 1, T or 1, S or 1]``, True where a query sees a key; None: no mask hides a key. On a
             CPU, the result of a query that sees no key is zero.
         is_causal: True: query i sees only the keys j <= i. If is_causal is True, mask must be None.
@@ -189,7 +189,7 @@ def scaled_dot_product_attention(
 
     Returns: ``[B, H, T, Dv]`` of q's dtype. The CPU kernel stores the result as ``[B, T, H, Dv]``. On an x86-64 CPU
     with AVX512-BF16, most calls multiply bfloat16 operands in bfloat16, after the probabilities are rounded to
-    bfloat16; a forward of at most 8 queries a head, without dropout and bias, and other dtypes and CPUs multiply in
+    bfloat16; a forward of at most 8 queries per head, without dropout and bias, and other dtypes and CPUs multiply in
     float32. Sums are in float32. Gradients flow to q, k and v. On a GPU PyTorch's ``scaled_dot_product_attention``
     computes the result, with PyTorch's dropout mask; with a dropout and a ``seed``, the reference computes the result
     on a GPU.

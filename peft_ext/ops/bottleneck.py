@@ -149,10 +149,10 @@ def bottleneck_adapter(
     calls on a CPU: if x, D and V have one 16-bit dtype in which the CPU path multiplies, and x has more than two
     tokens, then x Dᵀ (with b_d, if b_d has this dtype), s · act(x Dᵀ + b_d) and residual + s b_v are rounded to this
     dtype too.
-    Gradients flow to all tensors, in their own dtypes; saved for backward: x, x Dᵀ + b_d in float32, and the two
-    weights. Under autocast x is cast to the autocast dtype, and ``s · (act(x Dᵀ + b_d) Vᵀ + b_v)`` is rounded to the
-    autocast dtype. A float32 residual (x itself, if no residual is given) is not cast, and Y is float32 then, as in
-    plain PyTorch.
+    Gradients flow to x, the weights, the biases and residual, in their own dtypes; saved for backward: x, x Dᵀ + b_d in
+    float32, and the two weights. Under autocast x is cast to the autocast dtype, and ``s · (act(x Dᵀ + b_d) Vᵀ + b_v)``
+    is rounded to the autocast dtype. A float32 residual (x itself, if no residual is given) is not cast, and Y is
+    float32 then, as in plain PyTorch.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 
@@ -166,7 +166,8 @@ def bottleneck_adapter(
     if (dtype := checks.autocast_dtype(x)) is not None:
         is_wide = isinstance(kept, Tensor) and kept.is_floating_point() and kept.dtype.itemsize > dtype.itemsize
         x = x.to(dtype)
-        # Zeros replace a residual that is wider than x, because the operator's residual has x's dtype.
+        # Zeros of x's dtype replace a residual that is wider than x: the operator takes no wider residual, and the sum
+        # with the wide residual is computed after the operator.
         if residual is not None:
             residual = torch.zeros_like(residual, dtype=dtype) if is_wide else checks.cast(residual, dtype)
     checks.check_bottleneck(op, x, down_weight, down_bias, up_weight, up_bias, residual)

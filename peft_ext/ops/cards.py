@@ -1,9 +1,9 @@
 """Finds the GPUs of the process, and which of them are too old for the kernels.
 
 The library has no kernels for a GPU whose compute capability is less than ``CAPABILITY``. If all GPUs that the process
-sees are older, all operators run the reference on GPUs. If the process also sees a newer GPU, the families are proved
-on the newer GPU only, and a Python function in PyTorch's dispatcher, in front of each CUDA kernel, runs the reference
-for tensors on an old GPU.
+sees are too old, all operators run the reference on GPUs. If the process sees old and newer GPUs, the families of
+kernels are proved on the newer GPUs only, and a Python function in PyTorch's dispatcher, in front of each CUDA kernel,
+runs the reference for tensors on an old GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["CAPABILITY", "OLD", "capability", "models", "on_old", "too_old", "wh
 
 CAPABILITY = 80  # 10 · major + minor of the compute capability of the oldest GPUs for which the library has kernels
 
-# Maps the index of each GPU that is too old, if the process also sees a newer GPU, to the reason why the kernels can't
-# run on the old GPU. The function models fills this dict.
+# If the process sees old and newer GPUs, OLD maps the index of each old GPU to the reason why the kernels can't run on
+# this GPU; else OLD is empty. The function ``models`` fills OLD.
 OLD: dict[int, str] = {}
 
 
@@ -27,8 +27,8 @@ def models() -> dict[str, torch.device]:
     """Returns a dict that maps the name of each model of GPU that this process sees to one GPU of this model: the
     current GPU if it is of this model, or else the first GPU of this model.
 
-    GPUs older than ``CAPABILITY`` are left out and noted in ``OLD``, unless all GPUs are older. The function makes no
-    CUDA context. Without a usable GPU, the dict is empty.
+    GPUs with a compute capability below ``CAPABILITY`` are not in the dict and are noted in ``OLD``, unless all GPUs
+    have such a compute capability. The function makes no CUDA context. Without a usable GPU, the dict is empty.
     """
     if not torch.cuda.is_available():
         return {}

@@ -17,8 +17,8 @@ from ..weights.packed import PackedWeight, unpacked
 _LARGEST = sys.float_info.max
 
 
-# The fast paths (the functions fits_*) accept a tensor only if its type is exactly one of _PLAIN. For an operand of a
-# subclass, the functions check_* decide.
+# The fast paths (the functions fits_*) accept a tensor only if its type is exactly one of _PLAIN. An operand of a
+# subclass is checked by the slower functions check_*.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -26,10 +26,11 @@ _OF_KERNELS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 def fits_linear(x: Any, weight: Any, bias: Any) -> bool:
     """Fast path of the checks of x, a frozen weight and a bias: returns True for the common eager call.
 
-    A common call runs eagerly, outside autocast, on a CPU or a GPU. Its tensors are plain (the weight may be packed),
-    fit one another and are not float64, and its weight gets no gradient. Everything that this function accepts is also
-    accepted by check_float, check_linear and check_bias, which take several times as long. If this function returns
-    False, the caller calls check_float, check_linear and check_bias, which accept the call or raise an error.
+    fits_linear accepts only calls that run eagerly, outside autocast, on a CPU or a GPU, with plain tensors (the weight
+    may be packed) that fit one another and are not float64, and with a weight that gets no gradient. Everything that
+    fits_linear accepts is also accepted by check_float, check_linear and check_bias, which take several times as long.
+    If fits_linear returns False, the caller calls check_float, check_linear and check_bias, which accept the call or
+    raise an error.
     """
     kinds = _PLAIN
     if type(x) not in kinds or torch.compiler.is_compiling():
@@ -62,7 +63,7 @@ def fits_vector(value: Any, x: Tensor) -> bool:
     """Fast path of the checks of a float tensor, such as lora_A, that an operator takes beside x: returns True for a
     plain tensor on x's device.
 
-    The function checks type, dtype, layout and device, and does not check the shape.
+    fits_vector checks type, dtype, layout and device, and does not check the shape.
     """
     return (
         type(value) in _PLAIN and value.dtype in _OF_KERNELS and value.layout is torch.strided and not value.is_nested
@@ -235,7 +236,8 @@ def check_low_rank(op: str, shape: tuple[int, int], beside: Tensor, name: str, l
 def check_experts(
     op: str, x: Tensor, weight: Union[Tensor, PackedWeight], offsets: Tensor, bias: Optional[Tensor]
 ) -> None:
-    """Checks x ``[S, K]`` and offsets ``[E]`` against frozen weights ``[E, N, K]``, dense of x's dtype or packed."""
+    """Checks x ``[S, K]``, offsets ``[E]`` and an optional bias ``[E, N]`` against frozen weights ``[E, N, K]``, dense
+    of x's dtype or packed."""
     check_experts_weight(op, weight, x.dtype)
     _check_device(op, "weight", weight.parts[0] if isinstance(weight, PackedWeight) else weight, x)
     experts, out_features, in_features = weight.shape
@@ -493,8 +495,8 @@ def cast_for_autocast(
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Returns the tensor, cast to autocast's dtype. A float64 tensor, which autocast does not cast, and an object that
-    is not a tensor are returned unchanged."""
+    """Returns the tensor ``value``, cast to autocast's dtype, which is ``dtype``. A float64 tensor, which autocast does
+    not cast, and an object that is not a tensor are returned unchanged."""
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype is not torch.float64 else value
 
 
@@ -507,7 +509,7 @@ def wants_reference(*values: Optional[Tensor]) -> bool:
     """Returns whether the reference must compute a call, because no kernel supports the call.
 
     Kernels support neither float64 nor forward-mode differentiation nor transforms of torch.func. While torch.compile
-    traces, the function returns True only for float64.
+    traces, wants_reference returns True only for float64.
     """
     if not torch.compiler.is_compiling() and under_a_transform():
         return True

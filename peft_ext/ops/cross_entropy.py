@@ -3,10 +3,11 @@
     z = softcap(a · (h Wᵀ + s · h̃ Aᵀ Bᵀ + b))  [T, V]        softcap(z) = c tanh(z / c)
     loss_t = (1 - ε)(lse_t - z_t[label]) + ε (lse_t - mean z_t)        lse_t = log Σ_v exp z_t[v]
 
-The adapter's input h̃ is h, the hidden states, or another tensor such as h after a dropout. The forward also computes
-the gradients, chunk by chunk: it overwrites a chunk's logits with their gradient and multiplies this gradient by W. Of
-the gradients of h, h̃, the bias, lora_A and lora_B, the forward keeps those that the backward needs. For the reduction
-"none", the forward keeps the inputs, and the backward computes the logits again.
+The adapter's input h̃ is h, the hidden states, or another tensor such as h after a dropout. For the reductions "mean"
+and "sum", the forward also computes the gradients, chunk by chunk: the forward overwrites the logits of a chunk with
+their gradient, and multiplies this gradient by W. Of the gradients of h, h̃, the bias, lora_A and lora_B, the forward
+keeps those that the backward needs. For the reduction "none", the forward keeps the inputs, and the backward computes
+the logits again.
 
 Sources: transformers' causal loss, which converts the logits to float32 first; cut cross entropy (arXiv 2411.09009) and
 Liger (arXiv 2410.10989) for the loss without the logits; Gemma 2 (arXiv 2408.00118) for the cap.
@@ -32,15 +33,15 @@ __all__ = ["linear_cross_entropy"]
 _ops = getattr(torch.ops, NAMESPACE)
 _REDUCTIONS = ("mean", "sum", "none")
 # Maps a device type to the most bytes that the logits of one chunk take by default, apart from rounding up to whole
-# tokens. Chunks of this many bytes have enough tokens for an efficient product, and take little of a training step's
+# tokens. Chunks of CHUNK_BYTES have enough tokens for an efficient product, and take little of a training step's
 # memory.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
 def default_chunk(count: int, row: int, device: str) -> int:
-    """Returns the number of tokens of a chunk by default, for ``count`` tokens whose logits take ``row`` bytes each.
+    """Returns the default number of tokens in a chunk, for ``count`` tokens whose logits take ``row`` bytes each.
 
-    The tokens are divided into the fewest equal chunks of at most ``CHUNK_BYTES`` of the device type.
+    The tokens are divided into the fewest equal chunks whose logits take at most ``CHUNK_BYTES`` of the device type.
     """
     chunks = -(-count * row // CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]))
     return max(1, -(-count // max(1, chunks)))
@@ -112,8 +113,9 @@ def _empty_grads(hidden, bias, lora_input, lora_A, lora_B, needs_hidden, needs_a
     """Returns uninitialized tensors for the gradients, in the order of the operator's results. The tensor of a gradient
     that is not needed has no elements.
 
-    The gradient of the bias is float32 (float64 for float64). For float16 inputs the forward sums this gradient over
-    all tokens, and only the backward divides the sum by the number of tokens, so the sum may exceed float16's range.
+    The gradient of the bias is float32 (float64 for float64). For float16 inputs the forward sums the bias's gradient
+    over all tokens, and only the backward divides the sum by the number of items, so the sum may exceed float16's
+    range.
     """
     wanted = ((hidden, needs_hidden), (lora_input, needs_hidden), (lora_A, needs_adapter), (lora_B, needs_adapter))
     grads = [value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)
@@ -132,8 +134,8 @@ def _rows_fake(logits, *_args):
     return logits.new_empty(logits.shape[0], dtype=common.sum_dtype(logits.dtype))
 
 
-# cross_entropy_rows returns the loss of each row of a chunk of logits. With needs_grad, the operator also overwrites
-# the logits with row_weight ∘ d loss/d logits.
+# cross_entropy_rows returns the loss of each row of a chunk of logits. With needs_grad, cross_entropy_rows also
+# overwrites the logits with row_weight ∘ d loss/d logits.
 define(
     "cross_entropy_rows",
     "(Tensor(a!) logits, Tensor labels, Tensor? row_weight, float logit_scale, float softcap, float label_smoothing, "
@@ -142,10 +144,10 @@ define(
     fake=_rows_fake,
     family="cross_entropy",
 )
-# linear_cross_entropy returns the losses [T] or, with summed, Σ row_weight · loss, and the gradients of this sum. On
-# every device, linear_cross_entropy calls other operators and has no kernel of its own. With chunk 0, the operator
-# chooses the size of a chunk as it runs: if torch.compile traced this choice, each number of tokens would need a graph
-# of its own.
+# linear_cross_entropy returns the losses [T] or, with summed, Σ row_weight · loss, and those gradients of Σ row_weight
+# · loss that are needed. On every device, linear_cross_entropy calls other operators and has no kernel of its own. With
+# chunk 0, linear_cross_entropy chooses the size of a chunk at run time: if torch.compile traced this choice, each
+# number of tokens would need a graph of its own.
 define(
     "linear_cross_entropy",
     f"(Tensor hidden, {WEIGHT}, Tensor? bias, Tensor? lora_input, Tensor? lora_A, Tensor? lora_B, float scaling, "
@@ -202,11 +204,11 @@ def _backward(ctx, grad, *_):
 
 
 def _scaled(value: Tensor, grad: Tensor) -> Tensor:
-    """Returns ``value`` times ``grad``, the gradient of the loss, which is one number.
+    """Returns ``value`` times ``grad``; ``grad`` is one number, the gradient of the loss.
 
-    A zero in ``value`` stays a zero, also if ``grad`` is infinite. A loss that is divided by a count of 0 has an
-    infinite gradient, and zero times infinity would be NaN. PyTorch's cross entropy also gives an ignored token the
-    gradient 0 if the count is 0.
+    A zero in ``value`` stays a zero, also if ``grad`` is infinite. If the loss is divided by 0 items, ``grad`` is
+    infinite, and zero times infinity would be NaN. If all tokens are ignored, PyTorch's cross entropy, too, gives each
+    token the gradient 0.
     """
     scaled = value.to(grad.dtype) * grad
     return scaled.masked_fill_(value == 0, 0.0).to(value.dtype)

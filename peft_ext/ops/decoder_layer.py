@@ -12,8 +12,8 @@ without a mask each query sees all keys. tensors: the weights of the two norms, 
 o, gate, up and down, see :mod:`.layer_lists`. sizes: the number of the activation, whether the norms round before they
 multiply by the weight, and the list ``sizes`` of the seven layers. numbers: eps of the two norms, the offset of the
 weights of the norms, the scale of attention, and the list ``numbers`` of the seven layers. plan: 0, or a number under
-which the kernel keeps the three lists. A later call of the kernel with this number as ``plan`` passes empty lists,
-whose conversion takes no time. The reference ignores ``plan`` and needs the full lists in each call.
+which the kernel keeps the lists tensors, sizes and numbers. A later call of the kernel with the same ``plan`` passes
+empty lists, whose conversion takes no time. The reference ignores ``plan`` and needs the full lists in each call.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ Backward: ``G = g∘dY``; ``P = s·G B``; ``dB = s·Gᵀ S``; ``dA = Pᵀ x̃``;
 on the base: ``dY W + mask/(1-p) ∘ ((G - dY) W + P A)``); ``dg = Σ_t dY∘Z``; ``db = Σ dY``. Backward of the norm, with
 ``c = dn / n``: ``dB = c∘(s U + s² B A Aᵀ)``, ``dA = s (c∘B)ᵀ W + s² (c∘B)ᵀ B A``.
 For the backward, the forward saves x, S = x̃ Aᵀ, the dropout's seed, W, A, B and the output scale g. If the gradient of
-g is needed, the forward also saves Z, the result before g and the bias, or, on a CPU for a caller that promises not to
-change the result Y, it saves Y instead of Z (``Z = Y/g``). ``dora_weight_norm`` saves its result and U = W Aᵀ for the
-norm's gradient.
+g is needed, the forward also saves Z, the result before g and the bias. On a CPU, without a bias and without dropout on
+the base, the forward saves the result Y instead of Z (``Z = Y/g``) for a caller that promises not to change Y.
+``dora_weight_norm`` saves W, A, B, its result and U = W Aᵀ for the norm's gradient.
 
 Source: DoRA (arXiv 2402.09353), whose section 4.3 treats the norm as a constant in the backward.
 """
@@ -285,8 +285,9 @@ def dora_linear(
             (:func:`dora_weight_norm` of the weight in x's dtype); default: computed.
         save_output: True: the caller promises not to change the result in place. With save_output, the forward saves
             the result Y instead of Z, the result before the scale g and the bias, if Z can be computed from Y (on a
-            CPU, without a bias and without dropout on the base), which saves T·N elements. If Y was saved, the backward
-            computes Z from x and the weights again for outputs with ``|g| < 2^-60`` (in float16 ``|g| < 2^-6``).
+            CPU, without a bias and without dropout on the base). Because the caller holds the result Y anyway, saving Y
+            instead of Z takes T·N elements less memory. If Y was saved, the backward computes Z from x and the weights
+            again for outputs with ``|g| < 2^-60`` (in float16 ``|g| < 2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B, magnitude
     and bias, in their own dtypes. Saved for backward: x, ``S = dropout(x) Aᵀ`` ``[T, R]`` in float32, the seed and the
@@ -330,7 +331,7 @@ def checked_dora_linear(
     seed: Optional[Tensor] = None,
     saves_y: bool = False,
 ) -> Tensor:
-    """Computes :func:`dora_linear` without checking the arguments, which :func:`dora_linear` must accept.
+    """Computes :func:`dora_linear` for arguments that are known to pass its checks, without checking the arguments.
 
     The function has no argument ``training``: a dropout acts if ``dropout_p`` is above 0.
     """

@@ -1,4 +1,4 @@
-"""Dropout on a CPU. The dropout's mask is never stored: the forward and the backward each compute the mask.
+"""Dropout on a CPU. The kernel does not store the dropout's mask: the forward and the backward each compute the mask.
 
     y = mask ∘ x / (1 - p)        dX = mask ∘ dY / (1 - p)
 
@@ -70,9 +70,9 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
             the RNG state that checkpointing preserves give the same mask again.
 
     Returns: a tensor of x's shape and dtype; x itself if training is False or dropout_p is 0. Each element is rounded
-    once. On a CPU, or with a seed, a result of a dropout is contiguous. The gradient flows to x, and the gradient can
-    be differentiated again. Saved for backward: the seed. Autocast changes nothing. On a GPU without a seed, PyTorch's
-    dropout runs, with PyTorch's mask.
+    once. On a CPU, or with a seed, a result other than x itself is contiguous. The gradient flows to x, and the
+    gradient can be differentiated again. Saved for backward: the seed. Autocast changes nothing. On a GPU without a
+    seed, PyTorch's dropout runs, with PyTorch's mask.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 

@@ -150,11 +150,11 @@ def lora_embedding(
         padding_idx: an index, from -V to V - 1, whose column of lora_A gets no gradient, as in
             :func:`torch.nn.functional.embedding`. padding_idx does not change Y.
 
-    Returns: ``[..., N]`` of the weight's dtype, contiguous. Sums are in float32 and rounded once. Gradients flow to
-    lora_A and lora_B; the gradients are dense tensors of the dtypes of lora_A and lora_B. The CPU kernel sums the
-    gradients of repeated indices in order, so that the bits are the same for any number of threads. Saved for backward:
-    indices, lora_A and lora_B. Autocast changes nothing. peft_ext has no kernel of lora_embedding for a GPU: PyTorch's
-    operators run, which sum the gradient of lora_A in no fixed order.
+    Returns: ``[..., N]`` of the weight's dtype, contiguous. Sums are computed in float32, and the result is rounded
+    once. Gradients flow to lora_A and lora_B; the gradients are dense tensors of the dtypes of lora_A and lora_B. The
+    CPU kernel sums the gradients of repeated indices in order, so that the bits are the same for any number of threads.
+    Saved for backward: indices, lora_A and lora_B. Autocast changes nothing. peft_ext has no kernel of lora_embedding
+    for a GPU: PyTorch's operators run, which sum the gradient of lora_A in no fixed order.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected. On a CPU, an
     index out of range raises IndexError, or RuntimeError in a compiled call.

@@ -7,15 +7,17 @@ Backward, over the rows of each expert, with ``G = dY`` or with DoRA ``G = g_e �
 ``dX = G W_e + mask/(1-p) ∘ (P A_e)``; ``dA_e = Pᵀ x̃``; ``dB_e = s · Gᵀ S``; ``dg_e = Σ dY ∘ Z``; ``db_e = Σ dY``.
 Saved for the backward: x, S, the dropout's seed and, for the gradient of the output scale g, the unscaled result Z,
 besides the weights, the adapters, g and the offsets. The kernels of this module's operators store no merged weight
-``W_e + s · B_e A_e``. The operators that multiply rows do not read the weight of an expert without rows, and
-:func:`dora_experts` does not compute the norm of this weight.
+``W_e + s · B_e A_e``. The operators that multiply rows do not read the weight of an expert without rows, unless a GPU
+decodes the packed weights of all experts (in every packed format but NF4). :func:`dora_experts` does not compute the
+norm of the weight of an expert without rows.
 
 On the CPU, all threads together compute an expert with many rows, and one thread computes each expert with few rows.
-On a GPU one kernel multiplies the rows of all experts, except in some calls with a dense bfloat16 weight: the kernel
-decodes an NF4 weight, and adds the low-rank term and the bias before rounding. A weight in another packed format is
-decoded to a dense weight before the kernel runs. For a dense bfloat16 weight and many rows, PyTorch's grouped product
-may multiply the rows with the weights, and a kernel adds the other terms. The CUDA kernels read the number of an
-expert's rows on the device, so the host does not wait.
+On a GPU one kernel multiplies the rows of all experts, except in some calls with a dense bfloat16 weight. The CUDA
+kernel that multiplies the rows decodes an NF4 weight itself, and adds the low-rank term and the bias before the result
+is rounded. On a GPU, a weight in a packed format other than NF4 is decoded to a dense weight before the kernel runs.
+For a dense bfloat16 weight and many rows, PyTorch's grouped product may multiply the rows with the weights, and a
+kernel adds the other terms. The CUDA kernels read the number of an expert's rows on the device, so the host does not
+wait.
 
 Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353); mixtures of experts (arXiv 1701.06538).
 """

@@ -28,8 +28,8 @@ CALLED = ["nf4_dequantize", "nf4_linear", "nf4_linear_backward"]  # the operator
 # Least numbers of rows and columns of a weight in a proof: more rows than the 64 that a CPU kernel for GPTQ and AWQ
 # computes together, and as many columns as two of the largest blocks of a format.
 ROWS, COLUMNS = 72, 512
-# Columns beyond a multiple of 32 in one more weight of a proof, for formats that allow widths that are no multiple of
-# 32.
+# Number of columns beyond a multiple of 32 that one weight of a proof has, for formats that allow numbers of columns
+# that are no multiple of 32.
 RAGGED = 6
 
 Make = Callable[[ProofInputs, int, int], PackedWeight]
@@ -215,8 +215,8 @@ def takes_weights(operator: str) -> bool:
 
 
 def families_in(args: tuple) -> set[str]:
-    """Returns a set with the names of the families of those kernels that decode the packed weights among an operator's
-    arguments."""
+    """Returns a set with the names of the families of those kernels that decode the packed weights, other than NF4,
+    among an operator's arguments."""
     numbers = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,))
                if type(value) is int and value >> 32]  # fmt: skip
     return {family_of(name) for number in numbers if (name := format_of(number)) is not None}

@@ -170,8 +170,9 @@ def grouped_lora_linear(
         scaling: for each adapter the factor of its low-rank term, a finite number; default: ones.
 
     Returns: ``[samples, ..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and
-    bias, in their own dtypes; saved for backward, besides the weight and the factors: x and ``S = x Aᵀ`` ``[T, max R]``
-    in float32. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the adapters are not cast.
+    bias, in their own dtypes; saved for backward, besides the weight and the adapters' A and B: x and ``S = x Aᵀ``
+    ``[T, max R]`` in float32. Under autocast x, bias and a dense weight are cast to the autocast dtype, and the
+    adapters are not cast.
 
     An infinity or a NaN in an adapter changes only the results of the samples with this adapter.
 
@@ -214,7 +215,8 @@ def _checked_adapters(op: str, adapters: Sequence[int], x: Tensor, count: int) -
     for group in adapters:
         try:
             found.append(operator.index(group))
-        # For a tensor that is no integer, some versions of torch raise TypeError and others RuntimeError.
+        # operator.index of a tensor that is no integer raises TypeError in some versions of torch and RuntimeError in
+        # others.
         except (TypeError, RuntimeError):
             raise ValueError(f"{op}: adapters has {group!r}, wanted -1 to {count - 1}") from None
         if not -1 <= found[-1] < count:

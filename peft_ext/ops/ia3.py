@@ -5,8 +5,8 @@
 Backward: output: ``dX = (l∘dY) W``, ``dl = Σ_t dY∘Z``, ``db = l∘Σ dY``; feedforward: ``U = dY W``, ``dX = l∘U``,
 ``dl = Σ_t x∘U``, ``db = Σ dY``; scale: ``dX = l∘dY``, ``dl = Σ_t x∘dY``.
 The forward saves x, the weight W, the bias b and the factors l for the backward. If l scales the output and needs a
-gradient, the forward also saves Z = x Wᵀ + b, or, on a CPU for a caller that promises not to change the result Y, it
-saves Y instead of Z (``Z = Y/l``).
+gradient, the forward also saves Z = x Wᵀ + b. On a CPU, the forward saves the result Y instead of Z (``Z = Y/l``) for a
+caller that promises not to change Y.
 
 Source: IA3 (arXiv 2205.05638).
 """
@@ -181,9 +181,9 @@ def ia3_linear(
             dtype.
         bias: the layer's bias b ``[N]`` of x's dtype, or None.
         save_output: True: the caller promises not to change the result in place. With save_output, the forward on a CPU
-            saves Y instead of ``Z = x Wᵀ + b`` if ia3_l scales the output and needs a gradient, which saves T·N
-            elements. If Y was saved, the backward computes Z again for outputs with ``|ia3_l| < 2^-60`` (in float16
-            ``|ia3_l| < 2^-6``).
+            saves Y instead of ``Z = x Wᵀ + b`` if ia3_l scales the output and needs a gradient. Because the caller
+            holds the result Y anyway, saving Y instead of Z takes T·N elements less memory. If Y was saved, the
+            backward computes Z again for outputs with ``|ia3_l| < 2^-60`` (in float16 ``|ia3_l| < 2^-6``).
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, ia3_l and bias, in their
     own shapes and dtypes; saved for backward, besides the weight, the bias and ia3_l: x and, where ia3_l scales the
@@ -216,7 +216,7 @@ def checked_ia3_linear(
     feedforward: bool,
     saves_y: bool = False,
 ) -> Tensor:
-    """Computes :func:`ia3_linear` without checking the arguments, which :func:`ia3_linear` must accept."""
+    """Computes :func:`ia3_linear` for arguments that are known to pass its checks, without checking the arguments."""
     want_z = not feedforward and not saves_y and ia3_l.requires_grad and torch.is_grad_enabled()
     return _ia3_linear(x, *checks.weight_args(weight), bias, ia3_l, feedforward, want_z)
 

@@ -107,7 +107,7 @@ def listed(
     op: str, x: Any, weights: Sequence, lora_As: Sequence, lora_Bs: Sequence, biases: Optional[Sequence],
     rank_scales: Optional[Sequence], scalings: Any, dropout_ps: Any, training: bool, seeds: Optional[Sequence],
 ) -> Listed:  # fmt: skip
-    """Checks the arguments of :func:`peft_ext.ops.lora_linears` and returns them as flat lists."""
+    """Checks the arguments of :func:`peft_ext.ops.lora_linears`, and returns the arguments as a :class:`Listed`."""
     count = len(weights)
     if count == 0:
         raise ValueError(f"{op}: weights is empty, wanted a weight for each layer")

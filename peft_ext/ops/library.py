@@ -25,8 +25,8 @@ from .._ops import NAMESPACE
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # The part of a schema that declares a frozen weight: dense (the optionals are None, layout 0) or packed (see
-# PackedWeight.op_args). The schema has single tensors and the integer ``layout``, because a list of tensors and a
-# string would take more time in each call.
+# PackedWeight.op_args). The schema declares the tensors of a weight one by one and encodes the format in the integer
+# ``layout``, because a list of tensors and a string would take more time in each call.
 WEIGHT = "Tensor weight, Tensor? part1, Tensor? part2, Tensor? part3, Tensor? part4, int layout, SymInt[] shape"
 
 
@@ -152,8 +152,8 @@ def register_autograd(
 
     torch.compile and tensor subclasses use the backward that torch.library registers. Eager calls on plain tensors
     bypass torch.library's autograd, which takes as long as the rest of the Python code before a kernel: an eager call
-    that may need gradients goes through an autograd Function that this function makes, and any other eager call goes to
-    the kernel directly. ``register_autograd`` does not support operators that take lists of tensors.
+    that may need gradients goes through an autograd Function that ``register_autograd`` makes, and any other eager call
+    goes to the kernel directly. ``register_autograd`` does not support operators that take lists of tensors.
 
     ``trained``: the positions of the arguments that can have a gradient, for an operator of which only the first output
     is differentiable. In an eager call autograd then sees only the arguments at ``trained``, because each argument

@@ -1,4 +1,4 @@
-"""LoRA over a frozen weight, dense or packed. The operator also computes the adapter's dropout.
+"""LoRA over a frozen weight, dense or packed. The operators of this module also compute the adapter's dropout.
 
     x̃ = dropout(x)      S = x̃ Aᵀ  [T, R]      Y = x Wᵀ + (S∘ρ) Bᵀ + b  [T, N]      ρ = s · rank_scale  [R]
 
@@ -248,7 +248,7 @@ def checked_lora_linear(
     dropout_p: float,
     seed: Optional[Tensor] = None,
 ) -> Tensor:
-    """Computes :func:`lora_linear` without checking the arguments, which :func:`lora_linear` must accept.
+    """Computes :func:`lora_linear` for arguments that are known to pass its checks, without checking the arguments.
 
     The function has no argument ``training``: a dropout acts if ``dropout_p`` is above 0.
     """
@@ -277,10 +277,10 @@ def lora_residual(
         residual: ``[..., N]`` of x's dtype: the base layer's result.
         lora_A, lora_B, rank_scale, scaling, dropout_p, training, seed: as in :func:`lora_linear`.
 
-    Returns: ``[..., N]`` of x's dtype, a new tensor. Sums are in float32 and rounded once. Gradients flow to x,
-    residual, lora_A, lora_B and rank_scale; saved for backward, besides the adapter: x, ``S = dropout(x) Aᵀ`` ``[T,
-    R]`` in float32 and the seed. Under autocast x and residual are cast to the autocast dtype, and the adapter is not
-    cast.
+    Returns: ``[..., N]`` of x's dtype, a new tensor. Sums are computed in float32, and the result is rounded once.
+    Gradients flow to x, residual, lora_A, lora_B and rank_scale; saved for backward, besides the adapter: x, ``S =
+    dropout(x) Aᵀ`` ``[T, R]`` in float32 and the seed. Under autocast x and residual are cast to the autocast dtype,
+    and the adapter is not cast.
 
     Raises: TypeError or ValueError, whose text names the argument, what was passed and what was expected.
 

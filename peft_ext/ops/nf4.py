@@ -2,8 +2,8 @@
 
     w_i = code[q_i] · absmax[i // blocksize]          Y = X Wᵀ + b          dX = dY W
 
-:class:`peft_ext.NF4Weight` describes the layout, and ``nf4_quantize`` the rounding. Sources: QLoRA (arXiv
-2305.14314), bitsandbytes' format.
+The docstring of :class:`peft_ext.NF4Weight` describes the layout, and the docstring of ``nf4_quantize`` describes the
+rounding. Sources: QLoRA (arXiv 2305.14314), bitsandbytes' format.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ _CODES = (torch.uint8, torch.int8, torch.int32)  # dtypes of the codes of packed
 
 
 class ProofInputs:
-    """Random operands of one dtype on one device. The same constructor arguments give the same values.
+    """Random operands of one dtype on one device. The same constructor arguments and the same order of draws give the
+    same values; ``nf4`` is drawn when it is first read.
 
     Attributes:
         t, k, n: the numbers of tokens, input features and output features. dtype, device: dtype and device of x, grad,

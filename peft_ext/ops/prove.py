@@ -1,37 +1,37 @@
 """Proves kernels on the hardware on which the kernels first run, and drops the families of kernels that fail.
 
-The proof of a family calls its operators with small inputs, forward and backward, and compares the results with the
-reference in float64. A family fails if its kernels differ from the reference by more than rounding, or raise an error
-while memory suffices. A failed family's operators run the reference (for a packed format: only for weights of the
-format). A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
+The proof of a family calls the family's operators with small inputs (on a GPU also with large ones) and compares the
+results with the reference in float64. A family fails if its kernels differ from the reference by more than rounding, or
+raise an error while memory suffices. A failed family's operators run the reference (for a packed format: only for
+weights of the format). A warning, ``peft-ext explain`` and ``peft-ext doctor`` name failed families.
 
 When a family is proved:
     Until a family is proved, a gate (a Python function) replaces each of its kernels in PyTorch's dispatcher, so that
     no call reaches an unproved kernel, neither from compiled code nor from ``torch.ops``. A packed format has no gate:
     the first weight of the format on a device starts the proof. A family is proved, and its gates are removed, by the
-    first call of one of its operators, by the first check of an accelerated layer that needs it, or by
-    :func:`peft_ext.accelerate` of a model that needs it. A family's proof takes milliseconds on a CPU. On a GPU, a
-    family's first proof takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`); a line on stderr
-    names each family. While a CUDA graph is captured, a call of an unproved operator raises RuntimeError.
+    first call of one of its operators, by the first check of an accelerated layer that needs the family, or by
+    :func:`peft_ext.accelerate` of a model that needs the family. A family's proof takes milliseconds on a CPU. On a
+    GPU, a family's first proof takes seconds, because the kernels are compiled (:mod:`peft_ext.device_code`); a line on
+    stderr names each family. While a CUDA graph is captured, a call of an unproved operator raises RuntimeError.
 
 In several processes:
     When training begins, ``PeftExtCallback`` or the user's own loop (:func:`peft_ext.agree`) calls :func:`agree`, which
     makes all ranks of the default process group drop the families that failed on any rank. :func:`peft_ext.accelerate`
     calls :func:`agree` for a model whose layers transformers' tensor parallelism splits; otherwise one rank alone may
-    call ``peft_ext.accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on its rank,
-    and the warning says that the other ranks may use the family's kernels, which round in another way.
+    call ``peft_ext.accelerate`` or an operator. A family that fails outside of :func:`agree` is dropped on the rank on
+    which it failed, and the warning says that the other ranks may use the family's kernels, which round in another way.
 
 The proof changes neither the process's precision of products nor its random generators, warnings filter or environment.
 
 Environment:
     ``PEFT_EXT_PROVE``: ``1`` (the default) proves a family once for each CPU path on each model of CPU, and once on
         each model of GPU, and again for another build of peft_ext, of torch or of torch's CUDA. The families that
-        passed are saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family that failed is
-        proved again by the next process, because an error may have a temporary cause. A family whose kernels ended a
-        process by a fault of the GPU is saved as failed, and stays dropped. ``always`` proves in every process and
-        reads no saved result. With ``0``, no family is proved and no result exchanged; a GPU that is too old still runs
-        the reference, and without NVRTC all CUDA kernels are still dropped. Any other value of PEFT_EXT_PROVE raises
-        ValueError.
+        passed are saved in ``$XDG_CACHE_HOME/peft_ext/proved.json`` (default: ``~/.cache``). A family whose kernels
+        ended a process by a fault of the GPU is saved as failed, and stays dropped; a family that failed otherwise is
+        proved again by the next process, because an error may have a temporary cause. ``always`` proves every family in
+        every process and reads no saved result. With ``PEFT_EXT_PROVE=0``, no family is proved and no result exchanged;
+        a GPU that is too old still runs the reference, and without NVRTC all CUDA kernels are still dropped. Any other
+        value of PEFT_EXT_PROVE raises ValueError.
     ``PEFT_EXT_REQUIRE=1``: a family that fails raises RuntimeError instead of a warning.
 """
 
@@ -70,7 +70,7 @@ KEYS = ("CPU", "CUDA")  # dispatch keys for which the native library has kernels
 # Maps a dispatch key with an operator, or with a packed format's family, to the reason why its kernels were dropped in
 # this process. A dropped operator runs the reference.
 DROPPED: dict[tuple[str, str], str] = {}
-_FAULTS = " | faults"  # suffix of the key in proved.json of the families whose kernels ended a process
+_FAULTS = " | faults"  # suffix of those keys in proved.json that list families whose kernels ended a process
 
 # Numbers of tokens, input features and output features of a proof's inputs, by dispatch key. On a GPU a family's first
 # call is repeated with inputs of the size LARGE, for which other kernels and more blocks run.
@@ -82,18 +82,18 @@ WITHIN = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 6e-3}
 # Texts in the errors of PyTorch, of peft_ext and of cuBLAS (which needs a workspace) that say that memory is lacking.
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 
-QUIET_SECONDS = 1.0  # seconds after which proofs on a CPU print a line before each further family
-PEERS_SECONDS = 600  # seconds after which a rank that waits for another rank's result raises RuntimeError
+QUIET_SECONDS = 1.0  # Seconds after which proofs on a CPU print a line before each further family.
+PEERS_SECONDS = 600  # Seconds after which a rank that waits for another rank's result raises RuntimeError.
 
 _ops = getattr(torch.ops, NAMESPACE)
 # Maps a dispatch key, a model of CPU or GPU and a family to "", or to the reason why the family failed there.
 _found: dict[str, dict[str, dict[str, str]]] = {key: {} for key in KEYS}
 # Maps a dispatch key and an unproved family to the object that registers the family's gates; None for packed formats.
 _gates: dict[str, dict[str, Optional[torch.library.Library]]] = {key: {} for key in KEYS}
-_kernels: dict[tuple[str, str], Any] = {}  # maps a dispatch key and an operator to the operator's native kernel
-_overriding: list[torch.library.Library] = []  # each object keeps alive a registration that replaces kernels
+_kernels: dict[tuple[str, str], Any] = {}  # Maps a dispatch key and an operator to the operator's native kernel.
+_overriding: list[torch.library.Library] = []  # Each object keeps alive the registrations that replace kernels.
 _lock = threading.RLock()
-_proving = threading.local()  # .depth: number of proofs that run in this thread; during one, a new weight starts none
+_proving = threading.local()  # .depth: running proofs of this thread; during a proof, a new weight starts no other
 
 
 class Place(NamedTuple):
@@ -214,12 +214,12 @@ def settle(key: str, wanted: Optional[Iterable[str]] = None) -> None:
 
     Raises: RuntimeError if a family is unproved and a CUDA graph is captured, or if a family fails and PEFT_EXT_REQUIRE
     is set; ValueError for a wrong value of PEFT_EXT_PROVE; KernelFault if a kernel makes the GPU unusable;
-    torch.OutOfMemoryError if memory does not suffice for the proof. After an error of settle, ``wanted`` is unproved.
+    torch.OutOfMemoryError if memory does not suffice. After an error, the families ``wanted`` are still unproved.
     """
     asked = _asked()
     with _lock:  # while one thread holds the lock, other threads that need the family wait for its proof
         gates = _gates[key]
-        every = gates if key == "CPU" else families(key)  # a GPU leaves out packed formats, which compile for minutes
+        every = gates if key == "CPU" else families(key)  # not the packed formats, whose kernels compile for minutes
         left = [family for family in (every if wanted is None else wanted) if family in gates]
         if not left:
             return
@@ -275,7 +275,7 @@ def _of_place(place: Place, wanted: list[str], asked: str) -> dict[str, str]:
     for count, family in enumerate(unknown):
         if place.key == "CUDA" or time.perf_counter() - start > QUIET_SECONDS:
             _say(f"peft_ext: proving {family}'s kernels on {place.name}, once ({count + 1} of {len(unknown)})")
-        _wait(place.device)  # waits, so that a fault of kernels that ran earlier does not count as this family's fault
+        _wait(place.device)  # waits for the GPU, because a fault of kernels that ran earlier is no fault of this family
         try:
             found[family] = prove(place.device, [family])[family]
         except KernelFault as fault:
@@ -314,7 +314,7 @@ def _reroute(settled: Iterable[str]) -> None:
 
 
 def _drop_all(key: str, settled: dict[str, dict[str, str]]) -> None:
-    """Drops the families that failed, with one warning for each model of CPU or GPU and reason."""
+    """Drops the families that failed, with one warning for each combination of a place and a reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for family, by_place in settled.items():
         for place, why in by_place.items():
@@ -370,11 +370,11 @@ def _by_arguments(key: str, family: str, name: str) -> Callable[..., Any]:
 def agree(ask: Callable[[], object]) -> None:
     """Calls ``ask`` if a family is not proved yet, and makes all ranks drop the families that failed on any rank.
 
-    All ranks of the default process group have to call this function, each for its device. The ranks exchange their
-    results through the group's store, so that the exchange needs no device. Without a process group of several ranks,
-    and with ``PEFT_EXT_PROVE=0``, nothing is exchanged.
+    All ranks of the default process group have to call ``agree``, each rank for its own device. The ranks exchange
+    their results through the group's store, so that the exchange needs no device. Nothing is exchanged without a
+    process group of several ranks, or with ``PEFT_EXT_PROVE=0``.
 
-    Raises: RuntimeError if another rank does not call this function within ``PEERS_SECONDS``; the errors of ``ask``.
+    Raises: RuntimeError if another rank does not call ``agree`` within ``PEERS_SECONDS``; the errors of ``ask``.
     """
     settle_by(ask)
     if _world() == 1 or _asked() == "0":
@@ -384,7 +384,7 @@ def agree(ask: Callable[[], object]) -> None:
     own = {key: {family: DROPPED[key, name] for family, names in held[key].items()
                  for name in names if (key, name) in DROPPED} for key in KEYS}  # fmt: skip
     if cards.OLD and (why := cards.OLD.get(torch.cuda.current_device())):
-        own["CUDA"] = dict.fromkeys(held["CUDA"], why)  # an old GPU runs the reference, so all ranks have to run it
+        own["CUDA"] = dict.fromkeys(held["CUDA"], why)  # this rank's old GPU runs the reference, and so must all ranks
     for rank, theirs in enumerate(_exchange(own)):
         for key, failed in theirs.items():
             has = held[key]
@@ -455,7 +455,7 @@ def _recall(place: Place) -> dict[str, str]:
 
 
 def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, str]] = None) -> None:
-    """Adds results to the saved results of a CPU or GPU, under a file lock, so that other processes' results stay."""
+    """Adds results to the saved results of a CPU or GPU, under a file lock: no process overwrites another's results."""
     key, path = _key(place), _cache()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -467,8 +467,8 @@ def _save(place: Place, passed: Iterable[str] = (), faulted: Optional[dict[str, 
                 held[key + _FAULTS] = {**(faults if isinstance(faults, dict) else {}), **faulted}
             with atomic_file(path) as file:
                 json.dump(held, file, indent=1)
-    except (OSError, RuntimeError):  # filelock raises NotImplementedError on a file system without locks
-        pass  # the folder can't be written: the next process proves again
+    except (OSError, RuntimeError):  # On a file system without locks, filelock raises NotImplementedError.
+        pass  # The results are not saved, and the next process proves the kernels again.
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
@@ -491,8 +491,8 @@ def prove(
     """Compares families' kernels with the reference on a device. Returns a dict that maps each family to "", or to the
     reason why the family failed.
 
-    The caller's default device, autograd mode, autocast and precision of products have no influence. The proof sets
-    thread-local state only, and restores it. Raises KernelFault if a kernel makes the GPU unusable, and
+    The caller's default device, autograd mode, autocast and precision of products do not influence the proof. The proof
+    sets thread-local state only, and restores it. Raises KernelFault if a kernel makes the GPU unusable, and
     torch.OutOfMemoryError if the memory does not suffice.
 
     Args:
@@ -516,8 +516,8 @@ def prove(
 def calls(
     family: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], key: str
 ) -> Iterator[tuple[str, tuple]]:
-    """Yields the calls that prove a family's kernels; leaves out operators without a kernel for the dispatch key. The
-    inputs have ``shape``: the numbers of tokens, input features and output features."""
+    """Yields the calls that prove a family's kernels, except calls of operators without a kernel for the dispatch key.
+    The inputs have ``shape``: the numbers of tokens, input features and output features."""
     names = families(key).get(family, format_proofs.CALLED)
     for name, arguments in (PROOFS | format_proofs.FAMILIES)[family](ProofInputs(device, dtype, shape)):
         if name in names:
@@ -536,8 +536,8 @@ def _prove_family(family: str, device: torch.device, key: str, large: bool) -> s
             if why := _disagrees(name, arguments, dtype, key):
                 return f"{why}, of {' x '.join(map(str, LARGE))}"
     except torch.OutOfMemoryError:
-        raise  # a lack of memory is no fault of the kernels
-    except Exception as error:  # a kernel that fails may raise an error of any type
+        raise  # A lack of memory is no fault of the kernels.
+    except Exception as error:  # A kernel that fails may raise an error of any type.
         if any(text in str(error) for text in _NO_MEMORY):
             raise torch.OutOfMemoryError(str(error)) from error
         said = str(error).strip().splitlines()

@@ -7,13 +7,14 @@ Backward: ``dX = Σ_i (dY_i W_i + mask_i/(1-p_i) ∘ (P_i A_i))``, and each laye
 Saved for the backward: x, the product S_i = x̃_i A_iᵀ of each layer, and the seeds, besides the weights and the
 adapters.
 
-On the CPU paths whose kernels multiply tiles of bfloat16 (``avx512_bf16``, ``amx``), x is packed once for all weights
-that the tile kernels multiply. The layers' terms of dX are summed in float32 and rounded once if the tile kernels
-multiply all weights, the call has at most 8 layers, and the panels of the weights fit into a core's cache together;
-otherwise the dX of some layers is added to the rounded sum of the layers before. On a GPU, layers with equal ranks of
-at most 32 can share their passes over a 16-bit x (see csrc/linear/cuda/siblings_pass_cuda.cpp): one pass computes the
-products S_i = x̃_i A_iᵀ of these layers, and one pass the gradients of their A_i. The backward on a GPU writes the
-low-rank terms of dX first, and adds the products with the weights to these terms.
+On the CPU paths whose kernels multiply tiles of bfloat16 (``avx512_bf16``, ``amx``), x is rearranged into tiles once
+for all weights that the tile kernels multiply. The layers' terms of dX are summed in float32 and rounded once if the
+tile kernels multiply all weights, the call has at most 8 layers, and the panels of the weights fit into a core's cache
+together; otherwise the dX of some layers is added to the sum of the dX of preceding layers, which is rounded already.
+On a GPU, layers with equal ranks of at most 32 can share their passes over a 16-bit x (see
+csrc/linear/cuda/siblings_pass_cuda.cpp): one pass computes the products S_i = x̃_i A_iᵀ of these layers, and one pass
+the gradients of their A_i. The backward on a GPU writes the low-rank terms of dX first, and adds the products with the
+weights to these terms.
 
 Source: LoRA (arXiv 2106.09685); the projections of one input in a transformer (arXiv 1706.03762).
 """

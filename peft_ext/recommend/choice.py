@@ -44,9 +44,10 @@ def recommend_peft_method(
     headroom: float = 0.1,
     quantization: str = "nf4",
 ) -> Recommendation:
-    """Recommends the best-ranked method for the task and the data that fits the card, in the first setting that fits.
+    """Recommends the first method that fits the card, of the methods ranked for the task and the data.
 
-    The number of examples and the kind of model decide the method:
+    The recommended setting (quantization, gradient checkpointing and batch size) is the first in which the method fits.
+    The number of examples, the task and the kind of model decide the method, unless ``prefer`` is "quality":
 
     - For fewer than 100 examples: IA3, which was designed for few examples and does better than in-context learning
       (arXiv 2205.05638).
@@ -64,10 +65,10 @@ def recommend_peft_method(
     on (arXiv 2104.08691). Prefix tuning suits generation (arXiv 2101.00190), AdaLoRA a tight budget of parameters
     (arXiv 2303.10512). Bottleneck adapters (arXiv 1902.00751) can't be merged.
 
-    The memory of a training step decides the setting. The order of the settings is: dense weights; dense weights with
-    gradient checkpointing (arXiv 1604.06174); NF4 weights with double quantization, with which QLoRA matched 16-bit
-    fine-tuning (arXiv 2305.14314); NF4 weights with gradient checkpointing; and at last NF4 weights, gradient
-    checkpointing and one sequence at a time.
+    The memory of a training step decides the setting. With the default ``quantization``, the order of the settings is:
+    dense weights; dense weights with gradient checkpointing (arXiv 1604.06174); NF4 weights with double quantization,
+    with which QLoRA matched 16-bit fine-tuning (arXiv 2305.14314); NF4 weights with gradient checkpointing; and at last
+    NF4 weights, gradient checkpointing and one sequence at a time.
 
     Args:
         model_size_b: billions of parameters; or a transformers configuration or model, whose training step is traced.

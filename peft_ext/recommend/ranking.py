@@ -13,12 +13,13 @@ _BITFIT_EXAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method in the ranking of methods for a task, which :func:`ranked` returns best first.
+    """One method of a ranking. :func:`ranked` returns the methods of the ranking for a task, best first.
 
     Attributes:
-        why_not: the reason against the method, which is shown where another method is chosen.
-        changes: the fields of the method's configuration that differ from the method's defaults.
-        why: the reason for the method, which is shown where the method is the first of the ranking.
+        why_not: the reason against the method. The reason is shown where another method is chosen, and where the
+            method is chosen although it is not the first of the ranking.
+        changes: values for fields of the method's configuration, in place of the values in the table ``METHODS``.
+        why: the reason for the method. The reason is shown where the method is chosen and is the first of the ranking.
     """
 
     method: str

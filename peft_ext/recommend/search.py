@@ -17,7 +17,7 @@ from .ranking import Candidate
 from .report import Alternative, Recommendation
 from .subjects import Given, parameters_text
 
-# Maps a method to its common name over dense weights and its common name over NF4 weights.
+# Maps a method to a pair: the method's common name over dense weights, and its common name over NF4 weights.
 NAMES = {name: (method.title, method.quantized_title) for name, method in METHODS.items()}
 NAMES["full"] = ("full fine-tuning", "full fine-tuning")
 
@@ -34,7 +34,7 @@ _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 
 # Pairs (whether the weights are quantized, whether gradient checkpointing is on), in the order of the search.
 # Checkpointing adds a second forward, about a third of the step's time, and costs no accuracy. Quantized weights cost
-# time to dequantize and sometimes accuracy.
+# the time to dequantize them, and sometimes accuracy.
 _SETTINGS = ((False, False), (False, True), (True, False), (True, True))
 
 
@@ -134,8 +134,8 @@ class Search:
         )  # fmt: skip
 
     def _outcome(self, candidate: Candidate, settings: Sequence[_Setting]) -> tuple[Optional[str], bool]:
-        """Returns the first error among the tried settings, or None; and whether the method works in any of these
-        settings."""
+        """Returns a pair: the first line of the first error that the method raised in one of ``settings`` (None: no
+        error), and whether the method works in one of ``settings``. Settings that were not tried do not count."""
         found = [self._known.get((candidate.method, setting)) for setting in settings]
         error = next((first_line(one) for one in found if isinstance(one, Exception)), None)
         return error, any(isinstance(one, MemoryEstimate) for one in found)

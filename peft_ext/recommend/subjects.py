@@ -74,10 +74,10 @@ class Synthetic:
     Models of less than a billion parameters for classification, question answering or features are like BERT, models
     for "SEQ_2_SEQ_LM" are like T5, and all other models are like Llama. A model's width h is proportional to its number
     of layers L. In models like Llama, h = 128 L from a billion parameters on (in Llama 7B to 405B, h is 102 L to 130
-    L), and h = 64 L below a billion parameters (as in GPT-2). In models like BERT h = 64 L, in models like T5 h = 85 L.
-    L and h are rounded; the width of the feed-forward layers is then chosen so that the model has the given size. For
-    more than three layers, the steps of models of equal width with two and with three layers are traced, and the memory
-    is extrapolated (see :meth:`peft_ext.memory.Profile.extrapolate`).
+    L), and h = 64 L below a billion parameters (as in the smallest GPT-2). In models like BERT h = 64 L, in models like
+    T5 h = 85 L. L and h are rounded; the width of the feed-forward layers is then chosen so that the model has about
+    the given size. For a model with more than three layers, the steps of models of equal width with two and with three
+    layers are traced, and the memory is extrapolated (see :meth:`peft_ext.memory.Profile.extrapolate`).
     """
 
     def __init__(self, size_b: float, task: str, sequence_length: Optional[int]) -> None:

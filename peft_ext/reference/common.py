@@ -53,6 +53,6 @@ def dropout_seed(
 
 def drawn_seeds(count: int, device: torch.device | str) -> tuple[Tensor, ...]:
     """Returns ``count`` seeds that PyTorch's generator of the device draws, with one kernel launch on a GPU. On a CPU
-    the seeds equal those that ``count`` calls would draw one after another.
+    the seeds equal those that ``count`` calls of :func:`dropout_seed` would draw one after another.
     """
     return torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=device).unbind(0)

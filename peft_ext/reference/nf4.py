@@ -72,8 +72,8 @@ def quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
     An element that is equally near to two codes gets the lower code. All elements of a block with a NaN get code 15.
 
-    A full block is multiplied by ``1 / max(absmax, 1e-38)``. A tail block is divided by ``max(absmax, 1e-38)``, which
-    is also its stored absmax.
+    A full block is multiplied by ``1 / max(absmax, 1e-38)``. An incomplete last block is divided by ``max(absmax,
+    1e-38)``, and this number is stored as the absmax of the block.
     """
     flat = weight.detach().reshape(-1).float()
     full = flat.numel() // blocksize * blocksize

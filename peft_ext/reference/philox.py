@@ -4,7 +4,7 @@ Element ``i`` (flat, row-major) uses draw ``i % 8`` of the block with counter
 ``(g mod 2^32, g div 2^32, offset mod 2^32, offset div 2^32)``, ``g = i // 8``, and key
 ``(seed mod 2^32, seed div 2^32)``. Draw ``j`` is the low half (``j`` even) or the high half (``j`` odd) of 32-bit word
 ``j // 2`` of the block. Dropout keeps the element if ``draw >= round(p * 65536)``. The mask is a function of (seed,
-offset, p, i), so that the backward can compute the mask again, and the mask is not stored.
+offset, p, i), so that the backward can compute the mask again, and the forward need not save the mask.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): seven rounds are the fewest of
 Philox4x32 that pass BigCrush.

@@ -45,12 +45,14 @@ class Corpus:
     Attributes:
         kind: "text", where records are strings, or "chat", where records are lists of messages.
         where: the name of the data that the user gave, such as a path.
+        empty: number of records that were left out, because their text or completion is empty or white space.
     """
 
     kind: str
     train: list[Any]
     held_out: list[Any]
     where: str
+    empty: int = 0
 
     @functools.cached_property
     def digest(self) -> str:
@@ -127,7 +129,7 @@ def read_corpus(
     if len(records) < 2:
         raise RunError(f"--data {spec}: {len(records)} usable record(s), wanted at least 2 (one is held out)")
     train, held_out = _split(records, eval_fraction, seed, by_length=kind == "text")
-    return Corpus(kind, train, held_out, spec)
+    return Corpus(kind, train, held_out, spec, len(rows) - len(records))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

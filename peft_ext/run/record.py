@@ -65,6 +65,7 @@ class Record:
             },
             "examples": {
                 "train": len(run.examples.train), "held_out": len(run.examples.held_out), "kind": run.corpus.kind,
+                "empty": run.corpus.empty,
                 "digest": run.corpus.digest, "tokens": run.examples.digest, "cut": run.examples.truncated,
                 "left_out": run.examples.left_out, "rest_tokens": run.examples.rest,
             },

@@ -544,6 +544,9 @@ def _describe(run: Run) -> None:
     unit = f"blocks of {o.block_size} tokens" if run.corpus.kind == "text" else "examples"
     train, held_out = len(examples.train), len(examples.held_out)
     log.info(f"data: {run.corpus.where}, {train} {unit} to train on, {held_out} held out")
+    if run.corpus.empty:
+        column = "text" if run.corpus.kind == "text" else "completion"
+        log.info(f"data: {run.corpus.empty} records with an empty {column} were left out")
     if examples.truncated:
         log.info(f"data: {examples.truncated} examples longer than --block-size {o.block_size} were cut")
     if examples.left_out:

@@ -28,8 +28,8 @@ with required("peft", "peft_ext.sharded"):
 
 Adapted = tuple[Any, str]  # a LoRA layer of PEFT, and the name of one of its adapters
 
-METHODS = ("LORA", "IA3")  # PEFT's names of the methods whose adapters can be sharded
-_INITS = (True, False, "gaussian")  # values of init_lora_weights for which PEFT reads no base weight
+METHODS = ("LORA", "IA3")  # PEFT's names of the methods whose adapters can be sharded.
+_INITS = (True, False, "gaussian")  # Values of init_lora_weights for which PEFT reads no base weight.
 
 
 @contextlib.contextmanager

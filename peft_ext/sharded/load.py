@@ -26,7 +26,7 @@ from ..weights.quantizers import quantized
 from .adapter import Adapted, base_of, check_adapter, magnitude, magnitudes_to_compute, tensors_of, whole_factors
 from .base import MetaBase
 
-PIECE = 4 << 20  # number of bytes of a dense weight that a process reads at once
+PIECE = 4 << 20  # number of bytes of a weight's rows that a process reads at once
 
 # Whether FSDP2 can shard uint8 parameters. Before 2.13, PyTorch makes each shard a parameter that requires gradients,
 # which uint8 does not allow: pytorch/pytorch#177844.
@@ -41,17 +41,17 @@ def shard_and_load(
 
     All processes of the default process group must call the function together, after each process made ``base``. If one
     process can't read or make a tensor, all processes raise an error, at the latest after the last tensor of the same
-    unit; for DoRA's magnitudes over packed weights, after all magnitudes.
-    If one process raises any other error, for example because its memory runs out while it receives a tensor, this
-    process has to end, because the other processes wait for it.
+    unit; for DoRA's magnitudes over packed weights, after all magnitudes. If one process raises any other error, for
+    example because its memory runs out while it receives a tensor, this process has to end, because the other processes
+    wait for it.
 
     A process holds at most its shard, the tensors that FSDP2 does not shard, and one group of tensors: one weight in
     the files' dtype together with its packed form, or the weights that transformers makes of one tensor. To compute
     DoRA's magnitude, a process also holds the dequantized weight and one copy of this weight in the adapter's dtype, or
     three copies if B is not zero.
 
-    With HSDP inside of one node, the processes of each replica of the model read the weights that need no conversion
-    from the files: each such weight is read once for each replica.
+    With HSDP inside of one node, a weight of which each process reads its own rows is read from the files once for each
+    replica of the model.
 
     Args:
         model: ``base.model``, or a PeftModel around ``base.model``.

@@ -3,8 +3,8 @@
 transformers renames the tensors of many checkpoints while it loads them, and joins or splits some tensors: Mixtral's
 files have each expert's w1, w2 and w3, and the model has gate_up_proj and down_proj of all experts. :func:`plan`
 applies transformers' renamings to the names only, and checks names, shapes and dtypes, before any weight is read.
-A :class:`Group` has the tensors of the files that become one tensor of the model, or several tensors by one conversion;
-it reads and converts these tensors, or only the rows that a process needs.
+A :class:`Group` has the tensors of the files that become one tensor of the model, or several tensors by one conversion.
+The methods of a group read and convert these tensors, or only the rows that a process needs.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _SECONDS = 10.0  # time limit, in seconds, of the child process that matches the expressions
 _BYTES = 1 << 30  # memory limit, in bytes, of the child process that matches the expressions
 
-# For each field of a PEFT configuration: the patterns with which PEFT and peft_ext.tuners match module names. "{}" is
-# the place of the expression in the field.
+# For each field of a PEFT configuration that may have a regular expression: the patterns with which PEFT and
+# peft_ext.tuners match module names. "{}" in a pattern stands for the expression.
 _WHOLE = "(?:{})\\Z"
 _FORMS = {
     "target_modules": (_WHOLE,),
@@ -57,10 +57,11 @@ for number, pattern in enumerate(patterns):
 
 
 def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
-    """Yields (field, pattern, expression) for each pattern that PEFT builds around an expression of the configuration.
+    """Yields (field, pattern, expression) for each pattern that PEFT or peft_ext.tuners builds around an expression of
+    the configuration.
 
     An expression is a regular expression in a field of the configuration, such as ``target_modules``. The function
-    leaves out plain names, which have no special characters of regular expressions.
+    leaves out plain names, which consist of letters, digits, "_", "-" and ".", because their matching is fast.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -68,7 +68,7 @@ def find_folder(what: str, name: Union[str, Path], patterns: list[str], revision
         what: the argument's name in an error's message.
         patterns: name patterns of the files of a repository that are downloaded.
         revision: branch, tag or commit of a repository; None: the default branch. The function ignores ``revision`` if
-            ``name`` is a folder.
+            ``name`` is a folder or a GGUF file.
 
     Raises: SourceError where ``name`` is neither a folder, nor a GGUF file, nor a repository that can be downloaded.
     """
@@ -414,8 +414,8 @@ def load_tokenizer(folder: str, **kwargs: Any) -> Any:
 
 
 def tokenizer_folder(adapter: Optional[Path], base: Path) -> Path:
-    """Returns the folder or GGUF file from which the tokenizer of an adapted model is read: the adapter's folder if it
-    has a tokenizer, else ``base``."""
+    """Returns the folder or GGUF file from which the tokenizer of an adapted model is read: the adapter's folder if the
+    folder has tokenizer_config.json, else ``base``."""
     return adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else base
 
 

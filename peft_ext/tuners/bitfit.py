@@ -75,8 +75,8 @@ class BitFitConfig(TargetConfig):
             ``add_bias`` may name quantized layers (NF4Linear, bitsandbytes' 4 and 8 bits). If a layer that ``add_bias``
             names already has a bias, that bias is trained, whether or not ``target_modules`` names the layer. The other
             fields that choose biases (``bias_kinds``, ``exclude_modules`` and so on) apply to the layers of
-            ``add_bias`` too. Merging leaves the new biases in the model; to reload the merged model, its config may
-            need a field such as ``attention_bias``.
+            ``add_bias`` too. Merging keeps the new biases in the model; to reload the merged model, its config may need
+            a field such as ``attention_bias``.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: see
             :class:`~peft_ext.tuners.targets.TargetConfig`. By default every module with a parameter ``bias`` is a
             target. A classification head belongs in modules_to_save, where task_type="SEQ_CLS" puts the head.
@@ -133,8 +133,8 @@ class BitFitModel(ReplacingTuner):
     with parameters, the module's own bias stays frozen, with a warning, unless a trained module shares that bias.
 
     Raises: ValueError if no bias is found, if ``add_bias`` names no linear layer among the targets, if a bias is a
-    shard, if a target is transformers' FP8Linear, or if a shared bias belongs both to a target and to a module that is
-    not a target.
+    shard, if a target is transformers' FP8Linear over an FP8 weight, or if a shared bias belongs both to a target and
+    to a module that is not a target.
     """
 
     prefix = "bitfit_"

@@ -6,7 +6,7 @@
     loss + λ·Σ σ(α − log(−l/r))                         the sum is over the gates z and z_g of every tensor
 
 Pruning keeps a given fraction of the entries of the difference z_g·z∘w: the entries with the largest magnitude.
-Training continues with the kept entries; all other entries stay zero.
+Training continues with the kept entries; all other entries of the difference stay zero.
 
 Source: Diff Pruning, arXiv 2012.07463, and the code of its authors. The penalty is the sum of σ(α − log(−l/r)) over all
 gates, as in the authors' code; the paper's penalty is a sum of products σ(α − …)·σ(α_g − …). The gates are the hard
@@ -193,7 +193,8 @@ class DiffPruningModel(ReplacingTuner):
     Trainer passes the number of labels in an optimizer step of several batches, each batch adds the penalty in
     proportion to its labels. If the loss is computed outside of the model, as under label smoothing, add
     :meth:`penalty` to that loss. Until pruning, w and α each have the size of the tensor that they change; gradients
-    and optimizer state of w and α need memory too. The gates need a larger learning rate, see :meth:`parameter_groups`.
+    and optimizer state of w and α need memory too. The gates need a larger learning rate than w, see
+    :meth:`parameter_groups`.
 
     Raises: ValueError if no parameter is a target, if ``kept`` names a tensor that is no target, if a target is
     quantized or a shard, or if a shared tensor belongs both to a target and to a module that is not a target.
@@ -227,7 +228,7 @@ class DiffPruningModel(ReplacingTuner):
     # --- the penalty --------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor:
-        """Returns the penalty ``λ·Σ σ(α − log(−l/r))`` over the gates of the running adapter, 0-d. The penalty is 0 if
+        """Returns the penalty ``λ·Σ σ(α − log(−l/r))`` over the gates of the adapter in use, 0-d. The penalty is 0 if
         the adapter is pruned, merged or disabled."""
         total = torch.zeros((), device=next(self.model.parameters()).device)
         for _, layer in self.layers():
@@ -283,7 +284,8 @@ class DiffPruningModel(ReplacingTuner):
         ]
 
     def _diffs(self, adapter: Optional[str] = None) -> Iterator[tuple[str, Union[DenseDiff, SparseDiff]]]:
-        """Yields each tensor's full name and its difference, for ``adapter``, or for all adapters if None."""
+        """Yields the full name and the difference of each tensor of ``adapter``, or of all adapters if ``adapter`` is
+        None."""
         for key, layer in self.layers():
             for held in layer.adapters if adapter is None else layer.held([adapter]):
                 for name, diff in layer.diffs(held):
@@ -300,7 +302,7 @@ class DiffPruningModel(ReplacingTuner):
         these entries.
 
         Args:
-            target: fraction of the adapter's entries to keep. Entries that are 0 are not kept.
+            target: fraction of the adapter's entries to keep. Entries of the difference that are 0 are not kept.
             adapter_name: name of the adapter; default the active adapter.
             optimizer: an optimizer that trains the adapter. In the optimizer's groups the kept values replace w, and
                 the gates are removed, as is the optimizer state of w and of the gates. The optimizer's other
@@ -447,7 +449,7 @@ def _share(module: nn.Module, kwargs: dict[str, Any]) -> Union[Tensor, float]:
         return 1.0
     decoder = not getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     if decoder and "CausalLM" in str(getattr(module, "loss_type", "")):
-        labels = labels[..., 1:]  # Trainer does not count the first label, which a causal LM does not predict
+        labels = labels[..., 1:]  # Trainer does not count a row's first label, which a causal LM does not predict
     counted = kwargs.get("shift_labels")
     counted = labels if counted is None else counted
     return counted.ne(-100).sum() / torch.as_tensor(total, device=counted.device).reshape(-1)[0]

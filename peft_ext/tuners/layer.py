@@ -104,7 +104,8 @@ class ReplacingLayer(Wrapper):
         self.base_layer = base_layer
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         # `names` maps an adapter to the names of the tensors that the adapter owns in this layer. `tied` maps an
-        # adapter to a dict from the name of a shared tensor to the layer that owns the tensor and its name there.
+        # adapter to a dict from the name of a shared tensor to the layer that owns the tensor and the tensor's name in
+        # the owner.
         self.names: dict[str, list[str]] = {}
         self.tied: dict[str, dict[str, tuple[ReplacingLayer, str]]] = {}
         self.merged_adapters: list[str] = []
@@ -213,8 +214,8 @@ class ReplacingLayer(Wrapper):
         self, checkpoint: Callable[..., Any], tensors: dict[str, Tensor], function: Callable[..., Any], /, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """Checkpoints ``function``, whose recomputation in the backward runs after :meth:`forward` has restored the
-        tensors of ``base_layer``."""
+        """Checkpoints ``function`` so that its recomputation in the backward uses ``tensors`` too, although
+        :meth:`forward` has restored the tensors of ``base_layer`` by then."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self._locked():
@@ -223,7 +224,8 @@ class ReplacingLayer(Wrapper):
         return checkpoint(run, *args, **kwargs)
 
     def _place(self, name: str) -> tuple[dict[str, Optional[Tensor]], str]:
-        """Returns the dictionary of parameters or buffers that holds the base module's tensor ``name``, and its key."""
+        """Returns the dictionary of parameters or buffers that holds the base module's tensor ``name``, and the
+        tensor's key."""
         path, _, leaf = name.rpartition(".")
         module = self.base_layer.get_submodule(path)
         return module._buffers if leaf in module._buffers else module._parameters, leaf
@@ -233,8 +235,8 @@ class ReplacingLayer(Wrapper):
         return held[leaf]
 
     def _read(self, name: str) -> Any:
-        """Returns base_layer's attribute with the adapter's tensors in place of the layer's own, because some models
-        read a layer's weight without calling the layer."""
+        """Returns base_layer's attribute ``name`` with the adapter's tensors in place of the layer's own, because some
+        models read a layer's weight without calling the layer."""
         adapter = self.running()
         replaced = () if adapter is None else (*self.names[adapter], *self.tied[adapter])
         if not any(one == name or one.startswith(f"{name}.") for one in replaced):
@@ -365,8 +367,8 @@ def _of_copy(forward: Callable[..., Any], module: nn.Module, view: nn.Module) ->
 
 
 def _checkpoints_of(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
-    """Returns the modules among ``modules`` that checkpoint a forward, each with the name of the attribute that holds
-    the checkpointing function, and this function. ``_checkpoints_of`` finds transformers' layers with gradient
+    """Returns a tuple for each of ``modules`` that checkpoints a forward: the module, the name of the attribute that
+    holds the checkpointing function, and this function. ``_checkpoints_of`` finds transformers' layers with gradient
     checkpointing, and PyTorch's CheckpointWrapper."""
     found = []
     for module in modules:
@@ -429,7 +431,8 @@ class ReplacingTuner(Tuner):
         target.add(adapter_name, names, self.make(target, current_key, names, peft_config), owners)
 
     def layers(self) -> Iterator[tuple[str, Any]]:
-        """Yields each wrapping layer of this tuner with its full name in the base model."""
+        """Yields a tuple for each wrapping layer of this tuner: the layer's full name in the base model, and the
+        layer."""
         for name, module in self.model.named_modules():
             if isinstance(module, self.tuner_layer_cls):
                 yield name, module

@@ -71,10 +71,10 @@ class PartialModel(ReplacingTuner):
     """A model of which chosen modules are trained, made by ``peft.get_peft_model``; see
     :class:`peft_ext.PartialConfig`.
 
-    Each adapter has its own copy of the trained tensors, so that several adapters can be held, switched and disabled.
-    If modules share a tensor, such as an embedding and the output head, and all these modules are targets, the tensor
-    is copied once and stays shared. If ``target_modules`` names "embed_tokens" or "lm_head", PEFT also saves the
-    frozen weight of the named layer; ``save_pretrained(..., save_embedding_layers=False)`` prevents this.
+    Each adapter has its own copy of the trained tensors, so that one model can hold, switch and disable several
+    adapters. If modules share a tensor, such as an embedding and the output head, and all these modules are targets,
+    the tensor is copied once and stays shared. If ``target_modules`` names "embed_tokens" or "lm_head", PEFT also saves
+    the frozen weight of the named layer; ``save_pretrained(..., save_embedding_layers=False)`` prevents this.
 
     Raises: ValueError if the configuration names no modules or layers to train, if nothing is left to train, if a
     target is quantized or a shard, or if a shared tensor belongs both to a target and to a module that is not a target.

@@ -50,7 +50,7 @@ def _check_peft() -> None:
     if Version(peft.__version__).release < Version(_OLDEST).release:
         raise ImportError(f"peft_ext.tuners needs peft >= {_OLDEST}, found {peft.__version__}")
     with required("peft", "peft_ext.tuners"):
-        has(PeftModel, "_enable_peft_forward_hooks")  # PeftModel's method calls the tuner's _enable_peft_forward_hooks
+        has(PeftModel, "_enable_peft_forward_hooks")  # PeftModel's method calls the tuner's method of this name
         has(BaseTuner, *MODEL_HOOKS)
         has(BaseTunerLayer, *LAYER_HOOKS)
 
@@ -67,11 +67,12 @@ def peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Adds a method to PEFT's mappings under ``name``, which must be in lower case. A second call for one method does
-    nothing.
+    """Adds a method to PEFT's mappings under ``name``, which must be in lower case. A second call with the same method
+    does nothing.
 
-    After the call ``peft.get_peft_model``, ``PeftModel.from_pretrained``, ``PeftConfig.from_pretrained`` and other
-    functions of PEFT accept the method. The modules of :mod:`peft_ext.tuners` call ``register`` on import.
+    After ``register`` has returned, ``peft.get_peft_model``, ``PeftModel.from_pretrained``,
+    ``PeftConfig.from_pretrained`` and other functions of PEFT accept the method. The modules of :mod:`peft_ext.tuners`
+    call ``register`` on import.
 
     Raises: ImportError if PEFT is too old or lacks a name that the methods override; RuntimeError if PEFT, or another
     package, already has a method of this name.

@@ -38,12 +38,12 @@ class TargetConfig(PeftConfig):
     Args:
         target_modules: full names ("model.layers.1.mlp") or last components of names ("mlp"); or a regular expression
             that matches a full name; or "all-linear". A module is a target if ``target_modules`` names the module, or a
-            module that contains it. None stands for the method's default targets.
+            module that contains it. If ``target_modules`` is None, the method's default targets are used.
         exclude_modules: names or a regular expression, read like target_modules; these modules are not targets.
         modules_to_save: modules that are trained and saved whole, as in PEFT; these modules are not targets.
-        layers_to_transform: index or indices of layers; None: all layers. Modules outside of the given layers are not
-            targets. A layer's index is the first number in the module's full name (after a name that matches
-            ``layers_pattern``).
+        layers_to_transform: index or indices of layers; None: all layers. Modules outside of the layers of
+            ``layers_to_transform`` are not targets. A layer's index is the first number in the module's full name
+            (after a name that matches ``layers_pattern``).
         layers_pattern: name or names of the list of layers ("layers", "h"), as regular expressions; default any name.
 
     Raises: TypeError or ValueError if a field has a value of a wrong type, or a value that is not allowed.
@@ -78,8 +78,8 @@ class TargetConfig(PeftConfig):
             self._fail("layers_pattern", self.layers_pattern, "None where layers_to_transform is None")
 
     def _names(self, field_name: str, value: Any) -> Any:
-        """Returns a list of names as a set, as PEFT's configurations do. ``to_dict`` turns each set into a sorted
-        list."""
+        """Returns a list of names as a set, as PEFT's configurations do, and a regular expression or None unchanged.
+        ``to_dict`` turns each set into a sorted list."""
         if value is None or isinstance(value, str):
             return value
         if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
@@ -89,7 +89,8 @@ class TargetConfig(PeftConfig):
         return set(value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns PEFT's dictionary, with every set sorted, so that equal configurations are saved as equal files."""
+        """Returns PEFT's dictionary, with a sorted list for each set, so that equal configurations are saved as equal
+        files."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     def _fail(self, field_name: str, value: Any, wanted: str) -> None:
@@ -130,7 +131,7 @@ def _layer_index(config: TargetConfig, name: str) -> Optional[int]:
 
 
 def in_layers(config: TargetConfig, name: str) -> bool:
-    """Returns whether the module ``name`` lies in one of the layers of ``layers_to_transform``."""
+    """Returns whether ``layers_to_transform`` is None or the module ``name`` lies in one of its layers."""
     wanted = config.layers_to_transform
     return wanted is None or _layer_index(config, name) in ([wanted] if isinstance(wanted, int) else wanted)
 
@@ -251,7 +252,7 @@ class Plan:
 def own_units(
     model: nn.Module, config: TargetConfig, *, within: Optional[Collection[str]] = None, buffers: bool = False
 ) -> dict[str, list[str]]:
-    """Returns the units, which are modules to wrap, and the names of the target tensors in each unit.
+    """Returns a dict from the full name of each unit, a module to wrap, to the names of the target tensors in the unit.
 
     A target module becomes a unit, which the adapter's layer wraps with all modules below it, if the module itself owns
     parameters: a linear layer, a norm, or a mixer that has a state matrix besides its projections. A module that

@@ -41,7 +41,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 class Verification:
     """Result of :func:`peft_ext.verify`.
 
-    ``str()`` gives a table of the loss, the outputs, the five worst gradients and the worst block.
+    ``str()`` gives ``about``, a table of the loss, the outputs, the five worst gradients and the worst block, a
+    verdict, and ``notes``.
 
     Attributes:
         rows: comparisons of the loss, of the outputs, and of the gradient of each trained parameter.
@@ -123,8 +124,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     The comparison needs the memory of a stock training step in the wider dtype, of the weights in the wider dtype, and
     of three copies of the logits and of the trained gradients. Packed layers are dequantized one at a time. Packed
     experts of a mixture are dequantized whole, and held in two copies: in the model's dtype and in the wider dtype. The
-    comparison takes the time of about ten stock training steps,
-    or of fifteen if the base is packed.
+    comparison takes the time of about ten stock training steps, or of fifteen steps if the base is packed.
 
     Args:
         model: a PeftModel, or any module that :func:`peft_ext.accelerate` takes. An accelerated model is compared in
@@ -202,8 +202,8 @@ def _check(model: nn.Module, batch: Any) -> list[torch.device]:
 
 @contextmanager
 def _as_it_was(devices: list[torch.device]) -> Iterator[Seed]:
-    """Yields a function that seeds PyTorch's, Python's and NumPy's random generators. The end of the context restores
-    the generators' states."""
+    """Yields a function that seeds PyTorch's, Python's and NumPy's random generators. Within the context, autograd
+    records gradients. The end of the context restores the generators' states."""
     cuda = [device for device in devices if device.type == "cuda"]
     numpy = sys.modules.get("numpy")
     python, numbers = random.getstate(), numpy.random.get_state() if numpy else None
@@ -229,7 +229,8 @@ def _as_it_was(devices: list[torch.device]) -> Iterator[Seed]:
 def _watched(model: nn.Module) -> Iterator[set[torch.dtype]]:
     """Yields a set, which collects the autocast dtypes under which modules are called within the context.
 
-    A call raises ValueError if a closure in a copy of ``model`` calls a module of ``model`` itself instead of the copy.
+    Within the context, a call of a copy of ``model`` raises ValueError if a closure in the copy calls a module of
+    ``model`` itself.
     """
     names, casts = {module: name for name, module in model.named_modules()}, set()
     device = next(model.parameters()).device.type

@@ -39,13 +39,14 @@ _ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "positio
 class Proof:
     """How the formulas of one kind of form are proved.
 
-    ``fill(module, row, training)`` gives an instance of the class the attributes and layers that the formula uses.
-    ``ulps``: the tolerance for the values and for the gradients, in units of the dtype's eps times the largest value of
-    a row (values) or of the tensor (gradients). ``inputs(row)`` yields a description of each input, and a function from
-    a dtype to the input's positional and keyword arguments. ``fused(cls, row, form, module)`` returns the fused forward
-    of ``module``; the fused forward replaces the method ``method`` of the class. ``strict``: whether elements that are
-    not finite must be equal (NaN, or the same infinity) in both results. ``strides``: whether the two results must have
-    the same strides. ``autocast``: whether float32 inputs are also tried under autocast to bfloat16.
+    ``fill(module, row, training)`` gives ``module``, an instance of the class whose code is tested, the attributes and
+    layers that the formula uses. ``ulps``: the tolerance for the values and for the gradients, in units of the dtype's
+    eps times the largest value in the same row of the tensor (for values) or in the whole tensor (for gradients).
+    ``inputs(row)`` yields a pair for each input: a description in words, and a function from a dtype to the positional
+    and keyword arguments of the forward. ``fused(cls, row, form, module)`` returns the fused forward of ``module``; the
+    fused forward replaces the method ``method`` of the class. ``strict``: whether elements that are not finite must be
+    equal (NaN, or the same infinity) in both results. ``strides``: whether the two results must have the same strides.
+    ``autocast``: whether float32 inputs are also tried under autocast to bfloat16.
     """
 
     fill: Callable[[Any, Row, bool], None]
@@ -81,7 +82,7 @@ def disproof(cls: Any, row: Row, form: Form) -> Optional[str]:
 
 def _unknown_argument(cls: Any, row: Row) -> Optional[str]:
     """Returns the name of an argument of an attention's forward that the formula of ``row`` does not have; None if
-    there is none."""
+    there is no such argument."""
     known = {"self", *_ARGUMENTS, row.get("cache").partition(":")[0]}
     parameters = inspect.signature(inspect.unwrap(cls.forward)).parameters.values()
     return next((p.name for p in parameters if p.name not in known and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)),
@@ -89,7 +90,8 @@ def _unknown_argument(cls: Any, row: Row) -> Optional[str]:
 
 
 def _dtypes(row: Row) -> list[tuple[torch.dtype, torch.dtype, bool]]:
-    """Returns the cases to try: the dtype of x, the dtype of the weights, and whether bfloat16 autocast is on."""
+    """Returns the cases that the proof tries, each as a tuple: the dtype of x, the dtype of the weights, and whether
+    bfloat16 autocast is on."""
     mixed = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
     held = [dtype for dtype in DTYPES if holds_for(row, dtype)]
     pairs = [(dtype, dtype) for dtype in held] + (mixed if row.get("mixed") == "yes" else [])
@@ -124,9 +126,10 @@ def _reads_of(row: Row) -> set[str]:
 
 def _instance(cls: type, row: Row, dtype: torch.dtype, training: bool) -> Any:
     """Returns an instance of ``cls`` that has only the attributes and layers that the row's formula uses."""
-    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the generators of the GPUs too
-    # An attention passes itself to other functions, so that its own code or these functions may read any attribute of
-    # the attention.
+    # torch.manual_seed would seed the generators of the GPUs too.
+    torch.default_generator.manual_seed(0)
+    # An attention passes itself to other functions, which may read any attribute of the attention. `_attribute` raises
+    # an error if code reads an attribute that the formula does not use.
     held = {"__getattr__": _attribute, "__module__": cls.__module__}
     made = object.__new__(type(cls.__name__, (cls,), held) if row.kind == "attention" else cls)
     nn.Module.__init__(made)
@@ -176,8 +179,9 @@ class _Config:
 
 
 class _Index:
-    """The ``layer_idx`` of an attention of the proof. A forward may hand the index on to a cache, and may compare it
-    with None; if the forward computes with the index, the forward raises RuntimeError."""
+    """The ``layer_idx`` of an attention of the proof. A forward may hand the index on to a cache, and may test whether
+    the index ``is None``; if the forward computes with the index or compares it by ``==``, the forward raises
+    RuntimeError."""
 
     def _refuse(self, *_: Any) -> Any:
         raise RuntimeError("it computes with its layer_idx, which is not in the formula")
@@ -216,8 +220,8 @@ CALLS: list[Any] = []
 
 
 def _noted(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Optional[Tensor]]:
-    """The attention function that instances of the proof use: a weighted sum of q, k and v, so that a difference of q,
-    k or v is not enlarged. ``_noted`` records a summary of its arguments in ``CALLS``."""
+    """The attention function that instances of the proof use: a weighted sum of q, k and v, which does not enlarge
+    rounding differences in q, k and v. ``_noted`` records a summary of its arguments in ``CALLS``."""
     CALLS.append((told(mask), told(given), q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape))
     k, v = (value.repeat_interleave(q.shape[1] // value.shape[1], 1) for value in (k, v))
     out = (q * 0.5 + k * 0.25 - v * 0.125).transpose(1, 2).contiguous()
@@ -245,7 +249,8 @@ def _batches(width: int) -> dict[str, Tensor]:
 
 
 def tensors(_: Row, width: int = _K) -> Iterator[tuple[str, Callable[[torch.dtype], tuple[tuple, dict]]]]:
-    """Yields the inputs of a forward that gets one tensor, whose last dimension is ``width``: see :class:`Proof`."""
+    """Yields the inputs of a forward that gets one tensor, whose last dimension is ``width``, in the form that
+    ``inputs`` of :class:`Proof` describes."""
     special = {"two dimensions": drawn(7, width), "four dimensions": drawn(2, 1, 3, width), "no row": drawn(0, width),
                "permuted": drawn(4, 2, 3, width).permute(1, 2, 0, 3)}  # fmt: skip
     for what, x in (_batches(width) | special).items():
@@ -308,9 +313,10 @@ def unlike(found: Tensor, wanted: Tensor, tolerance: float, strict: bool, whole:
     """Returns in words how two tensors differ beyond rounding; None if they do not.
 
     Elements that are not finite must be at the same places in both tensors and, if ``strict``, be equal (NaN, or the
-    same infinity). Finite elements may differ by ``tolerance`` times the largest finite value of the row, or of the
-    whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and both infinities count as
-    equal: for an infinite input, PyTorch's activations give NaN or infinity, depending on the instruction set.
+    same infinity). Finite elements may differ by a little more than ``tolerance`` times the largest finite value of
+    their row, or of the whole tensor if ``whole``, because terms of sums may cancel. Unless ``strict``, NaN and both
+    infinities count as equal: for an infinite input, PyTorch's activations give NaN or infinity, depending on the
+    instruction set.
     """
     if found.shape != wanted.shape or found.dtype is not wanted.dtype:
         return f"{found.dtype} {tuple(found.shape)}, wanted {wanted.dtype} {tuple(wanted.shape)}"
@@ -410,8 +416,8 @@ PROOFS = {
 
 
 def proposals(form: Form) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the kinds and formulas of norms and MLPs that fit the attributes that a class's forward reads. The proof
-    then decides which of the proposed formulas is right."""
+    """Yields pairs (kind, formula) for the formulas of norms and MLPs that fit the attributes that a class's forward
+    reads. The proof then decides which of the proposed formulas is right."""
     reads = set(form.reads)
     for eps, weight in itertools.product(("variance_epsilon", "eps", "epsilon"), ("weight", "scale")):
         if {eps, weight} <= reads <= {eps, weight, "with_scale", "normalized_shape", "hidden_size", "dim"}:
@@ -434,7 +440,8 @@ _CHUNKS = {"chunk_size_feed_forward": "0", "seq_len_dim": "1"}
 
 
 def _mlps(reads: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the possible formulas of an MLP whose forward reads an activation and one to three layers."""
+    """Yields a pair ("mlp", formula) for each possible formula of an MLP whose forward reads an activation, one to
+    three layers and at most one dropout."""
     needs = {}
     if reads >= _CHUNKS.keys():
         reads, needs = reads - _CHUNKS.keys(), {"needs": ",".join(f"{name}:{value}" for name, value in _CHUNKS.items())}
@@ -460,7 +467,7 @@ def proposed(cls: type) -> tuple[Optional[Row], str]:
     """Returns the row of the first proposed formula that passes the proof for ``cls``, and "".
 
     If no formula passes, returns None, and the reason why the last formula failed or why no formula was proposed.
-    Raises Unknown if the code of ``cls`` has no form.
+    Raises Unknown if no form can be made of the code of ``cls`` (see ``form_of``).
     """
     form, why = form_of(cls), "no kind's formula fits what its forward reads"
     for kind, formula in proposals(form):
@@ -506,9 +513,10 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
 
     Raises: ValueError if the kind or the name of a value is unknown, if the formula of an attention lacks ``inputs`` or
     ``o``, or has a ``forward`` other than "rotary" or an ``interface`` other than True, if the formula of a
-    float_layer_norm has a ``mixed`` other than True, if the class's code has no form, or if the proof fails. The proof
-    fails, for example, if the forward reads an attribute that the formula does not have, or if the formula and the
-    class give different values or gradients. If values or gradients differ, the error's message says for which input.
+    float_layer_norm has a ``mixed`` other than True, if no form can be made of the class's code, or if the proof fails.
+    The proof fails, for example, if the forward reads an attribute that the formula does not have, or if the formula
+    and the class give different values or gradients. If values or gradients differ, the error's message says for which
+    input.
     """
     if kind not in _REGISTRABLE:
         # register_form refuses all other kinds, because this module has no proof that tests a caller's formula of

@@ -30,12 +30,13 @@ Seed = Callable[[int], None]
 class Compared:
     """Comparison of one tensor of a training step, or of the worst tensor of one block.
 
-    The yardstick is the stock model in a wider dtype; :func:`peft_ext.verify` describes it.
+    The yardstick is the stock model in a wider dtype, see :func:`peft_ext.verify`.
 
     Attributes:
-        name: "loss", "logits" or another output's name, or "gradient of" a parameter; for a block the module's name.
-        kind: for a block, its class and the name of the tensor whose error is the largest part of its limit, or of the
-            error that the fused block raised; otherwise "".
+        name: "loss", "logits" or another output's name, or "gradient of " with the name of a parameter; for a block the
+            module's name.
+        kind: for a block, the block's class and the name of the tensor with the largest ``share``, or, if the fused
+            block raised an error, the block's class and the error's class; otherwise "".
         error, stock_error: ``‖x - yardstick‖ / ‖yardstick‖`` with x from the accelerated or the stock model. ``error``
             and ``stock_error`` are None if the stock model could not run in the wider dtype. An error is infinity if x
             is not finite where the yardstick is finite.
@@ -52,8 +53,8 @@ class Compared:
 
     @property
     def share(self) -> float:
-        """Returns ``error``, or without a yardstick ``difference``, divided by ``limit``. Returns 0 if the dividend is
-        0 or equals ``stock_error``."""
+        """Returns ``error``, or without a yardstick ``difference``, divided by ``limit``. Returns 0 if the dividend
+        (``error`` or ``difference``) is 0 or equals ``stock_error``."""
         error = self.difference if self.error is None else self.error
         return 0.0 if error in (0, self.stock_error) else error / self.limit
 
@@ -67,8 +68,8 @@ def compared(
     dtype: torch.dtype, what: str = "",
 ) -> Compared:  # fmt: skip
     """Compares ``found``, a tensor of the accelerated model, with ``right``, the same tensor of the stock model, and
-    both with the tensor ``what`` (by default ``name``) of ``exact``. None for ``found`` or ``right`` stands for
-    zeros."""
+    both with the tensor ``what`` (by default ``name``) of ``exact``, the results of the yardstick. None for ``found``
+    or ``right`` stands for zeros."""
     what, eps, difference = what or name, torch.finfo(dtype).eps, _error(found, right)
     if exact is None:
         return Compared(name, kind, None, None, difference, max(16 * eps, 1e-4))
@@ -251,7 +252,7 @@ def blocks_alone(
 
 def _alone(module: nn.Module, args: Any, kwargs: Any) -> Results:
     """Runs one module of a model alone, forward and backward. Returns a dict, by name, of the module's outputs that
-    have a gradient, and of the gradients of its inputs and trained parameters."""
+    require a gradient, and of the gradients of the module's inputs and trained parameters."""
     leaves: dict[str, Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Makes copies of a model's modules that share the model's weights. :mod:`.compare` runs the copies, not the model.
 
-In a copy, a parameter of the model becomes a Parameter on the same storage, with its own .grad and .data and without
-hooks. A buffer of the model becomes a copy, because a forward may write to a buffer; uint8 buffers (4-bit codes) are
-shared.
+In a copy, a parameter of the model becomes, except in the cases of the next paragraph, a Parameter on the same storage,
+with its own .grad and .data and without hooks. A buffer of the model becomes a copy, because a forward may write to a
+buffer; uint8 buffers (4-bit codes) are shared.
 
 A parameter gets a storage of its own if it is the weight of an nn.Embedding with ``max_norm``, whose forward writes to
 the weight, if it is cast to a wider dtype, or if its class is neither nn.Parameter nor a 4-bit class of bitsandbytes.
@@ -125,7 +125,7 @@ def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.d
         return copy.copy(parameter)
     if type(parameter) is not nn.Parameter:
         return copy.deepcopy(parameter, memo)
-    value = parameter.data.clone() if writes else parameter.data  # .data has its own version counter
+    value = parameter.data.clone() if writes else parameter.data  # parameter.data has its own version counter
     if wide is not None and value.dtype in _FLOATS:
         value = value.to(wide)
     made = nn.Parameter(value, requires_grad=parameter.requires_grad)

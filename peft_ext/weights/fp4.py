@@ -1,4 +1,4 @@
-"""bitsandbytes' FP4: the layout of NF4, with the 16 values of a 4-bit float as codes.
+"""bitsandbytes' FP4: the layout of NF4 with another table of codes, the 16 values of a 4-bit float.
 
 Source: bitsandbytes' ``get_4bit_type("fp4")`` and ``dequantize_4bit``.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from .nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NestedAbsmax, why_not_nf4
 from .packed import Format, PackedWeight, option_of, register
 
-# The 16 values in the order of the codes. Code 8 decodes to +0.
+# The 16 values of FP4, in the order of their codes. Code 8 decodes to +0.
 FP4_CODE = tuple(sign * code / 12 + 0.0 for sign in (1, -1) for code in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 
 

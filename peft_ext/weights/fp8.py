@@ -99,7 +99,7 @@ def fp8(
 
 
 def from_transformers(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
-    """Returns the weight of transformers' ``FP8Linear``. No data is copied.
+    """Returns the weight of transformers' ``FP8Linear``, in the module's memory; no data is copied.
 
     Raises: TypeError if ``module`` is another module or holds packed 4-bit codes (int8).
     """
@@ -141,9 +141,9 @@ def quantize_fp8(weight: Tensor, rows: int = 128, columns: int = 128) -> PackedW
 
     ``scale = 1 / (448 / max |block|)`` and ``code = e4m3(clamp(w · (448 / max |block|), -448, 448))`` in float32, to
     nearest, ties to even. The scale of a block of zeros is 1. The factor ``448 / max |block|`` is at most the largest
-    float32. For a block of the smallest numbers, transformers' factor is infinity, and the decoded values are NaN.
-    transformers does not quantize a weight that has an incomplete block; this function computes the scale of an
-    incomplete block from the elements that the block has.
+    float32. If the numbers of a block are so small that ``448 / max |block|`` overflows, transformers' factor is
+    infinity, and the values that transformers decodes are NaN. transformers does not quantize a weight that has an
+    incomplete block; this function computes the scale of an incomplete block from the elements that the block has.
 
     Args:
         weight: float ``[N, K]`` or ``[E, N, K]``.

@@ -151,7 +151,8 @@ def gguf_weight(
         data: uint8, the bytes of the tensor in the file: ``[N, bytes of a row]``, ``[E, N, bytes of a row]`` for the
             weights of experts, or flat with ``shape``.
         type: ggml's type, as a number or a name, for example 12 or ``"Q4_K"``.
-        shape: ``(N, K)`` or ``(E, N, K)``. The file lists the sizes in the opposite order. Default: from ``data``.
+        shape: ``(N, K)`` or ``(E, N, K)``. A GGUF file lists the sizes in the opposite order. Default: computed from
+            the shape of ``data``.
         dtype: default dtype of :meth:`~peft_ext.weights.packed.PackedWeight.dequantize`. The package gguf decodes to
             float32.
 

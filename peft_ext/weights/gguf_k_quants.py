@@ -1,13 +1,14 @@
 """Quantizes to GGUF's types with searched scales: Q2_K to Q6_K, IQ4_NL and IQ4_XS, in plain PyTorch.
 
 For a group of 16 or 32 columns, a few trial scales give codes, and a least-squares fit to these codes gives a scale, or
-a scale and an offset. Of these fits, the one with the least weighted error gives the scale and the offset of the group.
-For Q3_K, single codes of one trial scale are changed while the error falls. In blocks of 256 columns, the scales of the
-groups are then rounded to 4 to 8 bits, and the codes are rounded again for the rounded scales.
+a scale and an offset. Of the fits of all trial scales, the fit with the least weighted error gives the scale and the
+offset of the group. For Q3_K, single codes of one trial scale are changed while the error falls. In blocks of 256
+columns, the scales of the groups are then rounded to 4 to 8 bits, and the codes are rounded again for the rounded
+scales.
 
-Layout: the float32 tensor ``x[n, G]`` has one group in each of its G columns, so that an operation handles all groups.
-All sums over the n elements of a group run in order, in float32, so that the bits are those of llama.cpp on a processor
-without fused multiply-add.
+Layout: the float32 tensor ``x[n, G]`` has one group in each of its G columns, so that one PyTorch operation handles all
+groups. All sums over the n elements of a group run in order, in float32, so that the bits are those of llama.cpp on a
+processor without fused multiply-add.
 
 Source: llama.cpp ggml-quants.c (``quantize_row_*_ref``, ``quantize_iq4_nl``, ``quantize_iq4_xs``), without importance
 weights.
@@ -32,7 +33,7 @@ _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 def _rounded(values: Tensor) -> Tensor:
     """Returns the nearest integers, int32, ties to even, for absolute values below 2²².
 
-    Adding 1.5 · 2²³ leaves the integer plus 2²² in the lowest 23 bits of the float32. The result for larger absolute
+    Adding 1.5 · 2²³ puts the integer plus 2²² into the lowest 23 bits of the float32. The result for larger absolute
     values is wrong in the same way as in llama.cpp: it wraps around.
     """
     return ((values + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000
@@ -66,7 +67,7 @@ def _steps(start: float, step: float, count: int, add: int) -> list[float]:
 
 
 def _first_largest(values: Tensor) -> Tensor:
-    """Returns, over dimension 0, the value with the largest absolute value, and the first one if several are equal."""
+    """Returns, over dimension 0, the value with the largest absolute value; if several are equal, the first one."""
     return values.gather(0, values.abs().argmax(0, keepdim=True))[0]
 
 
@@ -93,12 +94,13 @@ class _Searched(NamedTuple):
 
 
 def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: int, absolute: bool) -> _Searched:
-    """Searches ``x ≈ scale · code − offset`` with codes from 0 to ``most`` and ``offset >= 0``.
+    """Searches for each group the scale and the ``offset >= 0`` of ``x ≈ scale · code − offset`` with codes 0 to
+    ``most``.
 
     Each trial scale gives codes, and linear regression gives the scale and the offset with the least weighted square
     error for these codes. The scale and the offset that give the smallest value the code 0 and the largest value the
-    code ``most`` are a trial, too. If the smallest value of a group is above 0, 0 takes its place. The function returns
-    the result of the trial with the least error.
+    code ``most`` are a trial, too. If the smallest value of a group is above 0, the search uses 0 in place of the
+    smallest value. The function returns the result of the trial with the least error.
 
     Args:
         weights: ``[n, G]``, the factor of each number's error in the sum of a group's errors.
@@ -142,7 +144,8 @@ def _search_offset(x: Tensor, weights: Tensor, most: int, start: float, count: i
 
 
 def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Searches ``x ≈ scale · (code − most)`` with codes from 0 to ``2 · most − 1`` and errors weighted by x².
+    """Searches for each group the scale of ``x ≈ scale · (code − most)`` with codes from 0 to ``2 · most − 1`` and
+    errors weighted by x².
 
     The trial scales are near the scale with which the value with the largest absolute value has the code 0. Returns
     scales ``[G]`` and codes ``[n, G]``, as floats, of G groups of n values.
@@ -174,7 +177,8 @@ def _search_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _descend_scale(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Searches ``x ≈ scale · (code − most)``, like :func:`_search_scale`, in at most 5 rounds over the codes.
+    """Searches the scale of ``x ≈ scale · (code − most)``, like :func:`_search_scale`, in at most 5 rounds over the
+    codes.
 
     A round tries a new value for one code after another, and keeps the value if the error with the best scale for all
     codes is then lower.
@@ -280,8 +284,8 @@ def _four_bits(codes: Tensor, apart: int) -> Tensor:
 
 
 def _bytes_of_scales(scales: Tensor, offsets: Tensor) -> Tensor:
-    """Returns 6-bit scales and 6-bit offsets, each uint8 ``[B, 8]``, as the 12 bytes that each block of Q4_K and Q5_K
-    has for them.
+    """Returns 6-bit scales and 6-bit offsets, each uint8 ``[B, 8]``, as the 12 bytes in which a block of Q4_K or Q5_K
+    stores its scales and offsets.
 
     The first eight of a block's 12 bytes have the first four scales and the first four offsets in their lower six bits,
     and the upper two bits of the last four scales and offsets in their upper two bits. The last four of the 12 bytes
@@ -320,8 +324,8 @@ def _q3_k(rows: Tensor) -> Tensor:
     d = torch.where(largest != 0, _over(1, inverse), 0.0)
     scale = (_rounded_to_half(d)[:, None] * six).view(-1)
     codes = torch.where(scale != 0, _codes(x / scale, -4, 3) + 4, codes)
-    # A 6-bit scale from -32 to 31 is stored plus 32. If all scales of a block are 0, the stored numbers are 0 instead
-    # of 32.
+    # A 6-bit scale s from -32 to 31 is stored as s + 32. If all scales of a block are 0, each is stored as 0 instead of
+    # 32.
     six = (six + 32).to(torch.uint8)
     packed = _blocks(codes)
     bits = (packed > 3).to(torch.uint8).view(-1, 8, 32)

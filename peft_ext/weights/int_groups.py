@@ -21,9 +21,9 @@ from torch import Tensor
 from .packed import Format, PackedWeight, option_of, register
 
 # Flags in the integer ``option`` of a PackedWeight, by format.
-INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": flag 1: each code is an int8 element; flag 2: the weight has only one scale
-V1 = 1  # "gptq": flag of a weight for which 1 was subtracted from each zero before the zeros were packed
-HQQ_AXIS0 = 1  # "hqq": flag of a weight of G groups in which code f of the flat weight is of group f % G
+INT_PLAIN, INT_ONE_SCALE = 1, 2  # "int": flag 1: each code is an int8 element; flag 2: the weight has only one scale.
+V1 = 1  # "gptq": flag of a weight for which 1 was subtracted from each zero before the zeros were packed.
+HQQ_AXIS0 = 1  # "hqq": flag of a weight of G groups in which code f of the flat weight is of group f % G.
 
 # A word of AWQ has the codes of eight rows. AWQ_SHIFTS[n % 8] is the number of bits by which the code of row n is
 # shifted in its word.
@@ -128,8 +128,8 @@ HQQ = register(Format("hqq", 8, ("W_q", "scale", "zero"), _check_hqq, "hqq"))
 
 
 def _checked_order(format: str, g_idx: Optional[Tensor], group: int, count: int, columns: int) -> Optional[Tensor]:
-    """Returns int32 ``g_idx``, or None if each group is of consecutive columns. Reads the data of ``g_idx``, except on
-    the meta device, where ``g_idx`` is returned unchecked.
+    """Returns int32 ``g_idx``, or None if ``g_idx`` is None or empty or if each group is of consecutive columns. Reads
+    the data of ``g_idx``, except on the meta device, where ``g_idx`` is returned unchecked.
 
     Raises ValueError if ``g_idx`` is not int32 with ``columns`` elements in its last dimension, or if a column's group
     is not from 0 to ``count - 1``.
@@ -210,10 +210,10 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, grou
     difference is exact, and the product is rounded once.
 
     Args:
-        qweight: int32 ``[ceil(K · bits / 32), N]``. A word has the codes of consecutive columns k of one row, the
-            lowest bits first. For experts, qweight, qzeros, scales and g_idx have the number of experts as their first
-            size.
-        qzeros: int32 ``[G, ceil(N · bits / 32)]``. A word has the zeros of consecutive rows n.
+        qweight: int32 ``[ceil(K · bits / 32), N]``. A word of qweight has the codes of consecutive columns k of one row
+            n of W, the lowest bits first. For experts, qweight, qzeros, scales and g_idx have the number of experts as
+            their first size.
+        qzeros: int32 ``[G, ceil(N · bits / 32)]``. A word of qzeros has the zeros of consecutive rows n of W.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         bits: number of bits of a code: 2, 4 or 8.
         group: number of columns of a group; -1 or 0: all columns.
@@ -255,8 +255,9 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, dtype: Optional[torc
     the scales' dtype: the difference is exact, and the product is rounded once.
 
     Args:
-        qweight: int32 ``[K, N / 8]``. From the lowest bits on, a word has the codes of the rows 0, 2, 4, 6, 1, 3, 5 and
-            7 of eight rows. For experts, qweight, qzeros and scales have the number of experts as their first size.
+        qweight: int32 ``[K, N / 8]``. From the lowest bits on, a word of qweight has the codes of the rows 0, 2, 4, 6,
+            1, 3, 5 and 7 of eight rows of W. For experts, qweight, qzeros and scales have the number of experts as
+            their first size.
         qzeros: int32 ``[G, N / 8]``, with the rows of a word in the order of qweight.
         scales: float32, bfloat16 or float16 ``[G, N]``.
         dtype: dtype of the weight; default: the scales' dtype.
@@ -315,7 +316,7 @@ def from_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: 
     """Returns the weight of a layer of a checkpoint of compressed-tensors, GPTQ, AWQ or HQQ.
 
     Args:
-        config: the checkpoint's ``quantization_config``. The weight's own settings are needed: if a
+        config: the checkpoint's ``quantization_config``. ``config`` must have the settings of this one weight: if a
             configuration of compressed-tensors has several ``config_groups``, pass the group of the layer; if a
             configuration of hqq has several settings, pass the setting of the layer, as ``{"quant_method": ...,
             **setting}``.

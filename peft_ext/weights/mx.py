@@ -17,9 +17,9 @@ from torch import Tensor
 from .packed import Format, PackedWeight, option_of, register
 
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
-_RECIPROCAL, _TWO_GLOBALS = 1, 2  # flags of NVFP4, as kReciprocal and kTwoGlobals in csrc/weight/formats/nvfp4.h
-_CHUNK = 1 << 22  # number of elements of a weight that a quantizer holds in float32 at a time
-_LARGEST = 6.0  # largest value of an e2m1 float
+_RECIPROCAL, _TWO_GLOBALS = 1, 2  # Flags of NVFP4, as kReciprocal and kTwoGlobals in csrc/weight/formats/nvfp4.h.
+_CHUNK = 1 << 22  # Number of elements of a weight that a quantizer holds in float32 at a time.
+_LARGEST = 6.0  # Largest value of an e2m1 float.
 
 
 def _check_parts(

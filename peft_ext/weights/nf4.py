@@ -152,7 +152,8 @@ class NF4Weight(PackedWeight):
         device = packed.device if isinstance(packed, Tensor) else None
         for name, tensor, dtype, count in held:
             if name == "nested.offset" and isinstance(tensor, Tensor) and tensor.device != device:
-                # As in PyTorch's operators, a 0-d tensor on the CPU may be combined with tensors on another device.
+                # The offset may be on another device, as PyTorch's operators accept a 0-d tensor on the CPU with
+                # tensors on a GPU.
                 tensor = tensor.to(device)
                 object.__setattr__(self, "nested", replace(nested, offset=tensor))
             if not (
@@ -377,7 +378,7 @@ def read_quant_state(found: Mapping[str, Any]) -> tuple[list[int], torch.dtype, 
 
 def read_nf4(found: Mapping[str, Any]) -> NF4Weight:
     """Returns the weight from a layer's state dict in bitsandbytes' format, whose keys are "weight", "weight.absmax"
-    and so on. No data is copied.
+    and so on, without a copy of the tensors.
 
     Raises: the errors of :func:`read_quant_state`; KeyError if "weight" or "weight.absmax" is missing; TypeError or
     ValueError if sizes or scales do not fit.

@@ -1,4 +1,5 @@
-"""Quantizes dense weights to the packed formats that have a quantizer, by the format's name or like a packed weight."""
+"""Quantizes dense weights to packed formats, chosen by the format's name or by a packed weight whose layout is
+wanted."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ QUANTIZATIONS = ("nf4", *PACKED_FORMATS, "checkpoint", "none")
 
 
 def quantized(weight: Tensor, format: str) -> PackedWeight:
-    """Returns a weight ``[N, K]``, or the weights ``[E, N, K]`` of experts, in one of ``PACKED_FORMATS``.
+    """Quantizes a weight ``[N, K]``, or the weights ``[E, N, K]`` of experts, to ``format``, one of ``PACKED_FORMATS``.
 
     For a weight on the meta device, the packed weight is on the meta device, too.
     """
@@ -42,7 +43,8 @@ def int4_group(columns: int) -> int:
 
 
 def quantized_like(weight: Tensor, like: PackedWeight) -> Optional[PackedWeight]:
-    """Returns a float weight ``[N, K]`` in the layout of ``like``: format, groups, and dtypes of the tensors.
+    """Quantizes a float weight ``[N, K]`` to the layout of ``like``: its format, its groups, and the dtypes of its
+    tensors.
 
     Returns None if no quantizer makes this layout.
     """

@@ -119,8 +119,8 @@ def test_a_short_call_is_timed_as_one_of_several(monkeypatch):
     monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
     taken = []
     sample = timer.host_clock(timer.Contender(runs, lambda y: {}, "no reason", lambda: taken.append(0)))
-    assert sample() == pytest.approx(33e-3 / 3) and len(taken) == 4  # the first call is not counted
-    assert sample() == pytest.approx(6e-3) and len(taken) == 5  # a longer call is timed by itself
+    assert sample() == pytest.approx(33e-3 / 3) and len(taken) == 4  # The first call is not counted.
+    assert sample() == pytest.approx(6e-3) and len(taken) == 5  # A longer call is timed by itself.
 
 
 def test_quartiles_are_of_the_rounds_ratios():
@@ -520,7 +520,7 @@ def test_every_result_file_is_read_by_a_program_that_draws_it():
     programs = "".join(path.read_text() for path in Path(files.__file__).parent.glob("*.py"))
     names = {path.stem[: -len("-2026-01-02")] for path in files.RESULTS.glob("*.json")}
     unread = {name for name in names if f'"{name}"' not in programs}
-    assert not {name for name in unread if not name.startswith("layer-all-")}  # files.newest_by_gpu reads layer-all-
+    assert not {name for name in unread if not name.startswith("layer-all-")}  # newest_by_gpu reads these files
 
 
 def test_ratios_stand_by_case_peer_and_tokens():

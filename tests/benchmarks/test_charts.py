@@ -364,7 +364,7 @@ def test_bench_refuses_a_folder_that_is_none(tmp_path):
 def test_a_chart_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "chart.svg"
     path.write_text("old")
-    monkeypatch.setattr(command, "_drawn", lambda *rest: None)  # the write then raises, as on a disk error
+    monkeypatch.setattr(command, "_drawn", lambda *rest: None)  # the write of the chart then raises, as on a disk error
     with pytest.raises(TypeError):
         bench(method=["ia3"], chart=path)
     assert path.read_text() == "old" and [found.name for found in tmp_path.iterdir()] == ["chart.svg"]

@@ -80,6 +80,7 @@ def test_every_method_learns_and_is_read_again(name):
         assert c.max_difference(row) <= 0.05  # the losses are about 5, from bfloat16 logits
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", first(c.FLOAT32, ("LoRA", "QLoRA", "bottleneck")))
 def test_float32_curves_are_those_of_the_twin(name):

@@ -53,7 +53,7 @@ def test_contenders_generate_in_turn(monkeypatch):
 def test_prompts_are_counted_by_where_their_tokens_differ(monkeypatch):
     found = generation.compared(tiny, lambda text: torch.arange(len(text) % 5 + 3)[None], 4, 6)
     assert found["equal"] + found["tie"] == found["prompts"] == 4 and found["different"] == 0
-    # Tokens of which the second way's logits are far apart are no tie.
+    # Two tokens are no tie if their logits, computed layer by layer, are far apart.
     stock = generation.generated
     calls = iter(range(8))
     monkeypatch.setattr(generation, "generated", lambda *args: stock(*args).add(next(calls) < 4).remainder(96))

@@ -22,7 +22,7 @@ def test_the_base_of_a_gguf_run_is_the_file_that_was_trained_over(tmp_path, monk
     (adapter / "run.json").write_text(json.dumps({"options": {"model": "model.gguf"}}))
     configured = {"base_model_name_or_path": str(tmp_path / "a/model.gguf")}
     (adapter / "adapter_config.json").write_text(json.dumps(configured))
-    monkeypatch.chdir(tmp_path)  # where another file has the name that the run was given
+    monkeypatch.chdir(tmp_path)  # this folder has another file with the name in run.json
     assert _gguf_base(adapter, None) == tmp_path / "a/model.gguf"
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "a")}))
     assert _gguf_base(adapter, None).read_text() == tmp_path.name  # an adapter whose configuration names no file

@@ -536,8 +536,8 @@ def test_bench_times_nothing_that_is_wrong_or_not_fused(capsys, monkeypatch):
 
     asked = [str(part) for part in (*SMALL, "--method", "lora", "--base", "bf16", "--json")]
     right = lora.checked_lora_linear
-    assert main(asked) == 0  # a layer's calls after the first one call checked_lora_linear
-    with monkeypatch.context() as patch:  # a wrong value with right gradients: y is off by 2%
+    assert main(asked) == 0  # From its second call on, a layer calls checked_lora_linear.
+    with monkeypatch.context() as patch:  # The value y is wrong by 2%, and the gradients are right.
         patch.setattr(lora, "checked_lora_linear", lambda *args: 1.02 * right(*args))
         assert main(asked) == 2
         assert "bench: lora over bf16 is off from float64 by 0.02" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from peft_ext.run import RunError  # noqa: E402
         (lambda: hf.LlamaConfig(max_position_embeddings=64), 64),
         (lambda: hf.MptConfig(max_seq_len=64), 64),
         (lambda: hf.Gemma3Config(text_config={"max_position_embeddings": 64}), 64),
-        (lambda: hf.XLNetConfig(), None),  # its max_position_embeddings is -1, which stands for no limit
+        (lambda: hf.XLNetConfig(), None),  # XLNet's max_position_embeddings is -1, which stands for no limit
     ],
 )
 def test_the_limit_of_the_text_decoder_is_read(config, most) -> None:

@@ -51,8 +51,8 @@ def prepare(stage: int, model: nn.Module, leaf: bool = False) -> tuple[Any, Any,
 
     config = {
         "train_micro_batch_size_per_gpu": len(mine()["input_ids"]), "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,  # for SGD
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0.
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,  # SGD needs these two options.
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0,
                               "stage3_gather_16bit_weights_on_model_save": True},
     }  # fmt: skip

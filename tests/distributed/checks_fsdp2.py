@@ -115,7 +115,8 @@ def fsdp2_leaves_the_logits_to_the_loss(folder: Path) -> None:
             with counted_losses() as counted:
                 assert_losses(train(of(model)), wanted)
             assert tuple(counted.values()) == counts, counted
-            # The whole model is one unit of FSDP2: only its hooks gather the parameters and reduce the gradients.
+            # The whole model is one unit of FSDP2: only the hooks of this unit gather the parameters and reduce the
+            # gradients.
             assert_losses(train(of(fully_shard(build()))), wanted)
             model = build()
             for layer in model.get_base_model().model.layers:
@@ -365,7 +366,7 @@ def shards_say_that_they_are_shards(folder: Path) -> None:
         with raises(RuntimeError, "NF4Linear: weight is a DTensor with placements (Shard(dim=0),)"):
             call()
     inner = model.get_submodule(name.removesuffix(".base_layer"))
-    # This call of explain gets a part of the model, without the module that gathers the part's parameters.
+    # assert_all_fused explains a submodule here, without the module whose hooks gather the submodule's parameters.
     with raises(AssertionError, "lora_A is a DTensor, wanted a plain parameter"):
         assert_all_fused(inner)
     with raises(TypeError, "weight is a DTensor, wanted a plain parameter"):

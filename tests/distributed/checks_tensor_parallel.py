@@ -197,7 +197,7 @@ def tensor_parallel_with_checkpointing_and_dropout(folder: Path) -> None:
 
     _, model = pair(path, lora_dropout=0.5)
     assert_all_fused(model)
-    torch.manual_seed(7)  # all processes draw the same masks of the columns' input
+    torch.manual_seed(7)  # all processes draw equal dropout masks for the input of column-parallel layers
     first = step(model, batch()).item()
     assert_same_everywhere(gradients(model))
     torch.manual_seed(7)

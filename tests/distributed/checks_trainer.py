@@ -286,7 +286,7 @@ def trainer_fsdp2_keeps_tied_weights_of_one_process(folder: Path) -> None:
     with configured():
         config = options(folder, {"cpu_ram_efficient_loading": True})
         trainer = InOrder(model, hf.TrainingArguments(**config), train_dataset=rows())
-        if dist.get_rank() != 0:  # after Trainer's constructor, which moves the model to the CPU
+        if dist.get_rank() != 0:  # this follows Trainer's constructor, which moves the model to the CPU
             frozen = {p: nn.Parameter(p.to("meta"), False) for p in model.parameters() if not p.requires_grad}
             for module in model.modules():
                 module._parameters.update({name: frozen.get(p, p) for name, p in module._parameters.items()})

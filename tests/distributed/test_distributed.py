@@ -50,7 +50,7 @@ ALSO_OF_FOUR = (
     "trainer_fsdp2_takes_a_sharded_model",
     *OF_FOUR,
 )
-# PyTorch 2.11 makes each shard a parameter that requires gradients, which uint8 cannot: pytorch/pytorch#177844.
+# Before 2.13, PyTorch makes each shard a parameter that requires gradients, which uint8 can't: pytorch/pytorch#177844.
 SHARDS_BYTES = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 13)
 NEEDS_BYTES = re.compile("fsdp2(?!_with_whole)|hybrid|shards|checkpointing|dropout|wrapping|tensor|accelerate_library")
 

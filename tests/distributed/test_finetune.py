@@ -65,7 +65,7 @@ def test_losses_and_adapter_are_those_of_one_process(processes, tiny, folder, al
     assert several["held_out"]["last"][1] == pytest.approx(one["held_out"]["last"][1], rel=1e-5)
     curve = [entry for entry in several["history"]["held_out_loss"] if entry is not None]
     assert curve == pytest.approx([entry for entry in one["history"]["held_out_loss"] if entry is not None], rel=1e-5)
-    assert several["history"]["tokens"] == one["history"]["tokens"]  # of all processes together
+    assert several["history"]["tokens"] == one["history"]["tokens"]  # each number counts the tokens of all processes
     assert [sample["before"] for sample in several["samples"]] == [sample["before"] for sample in one["samples"]]
     assert several["check"]["ok"] and several["finished"] and several["step_examples"] == 4
     assert several["processes"]["count"] == len(several["processes"]["peak_mib"]) == processes
@@ -224,7 +224,7 @@ def test_what_one_rank_sees_otherwise_is_named_by_that_rank(case, tiny, tmp_path
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     (tmp_path / "elsewhere").mkdir()
     swap_tokens(shutil.copytree(tiny / "model", tmp_path / "tokenizer"))
-    if case == "other package":  # importlib.metadata finds this version in front of the installed one
+    if case == "other package":  # importlib.metadata finds this version before the installed version
         (about := tmp_path / "packages1/bitsandbytes-0.0.1.dist-info").mkdir(parents=True)
         (about / "METADATA").write_text("Name: bitsandbytes\nVersion: 0.0.1\n")
     more, wanted = CASES[case]
@@ -433,9 +433,10 @@ def test_two_machines_and_a_killed_agent(tiny, folder, tmp_path):
               "--rdzv-id", "job", "--rdzv-conf", conf]  # fmt: skip
         return [*torchrun(2, *at), *options_of(tiny, tmp_path / "out", 1, *LONG, "--lr", "1e-4")]
 
-    # Without this variable, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent that comes later.
+    # Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, agents of PyTorch 2.13 do not tell the address of rank 0 to an agent
+    # that joins later.
     environment = {"PEFT_EXT_RANK_SECONDS": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    first = Run(command(1), tmp_path / "first.log", **environment)  # this run's agent has the store of the rendezvous
+    first = Run(command(1), tmp_path / "first.log", **environment)  # the agent of this run holds the rendezvous' store
     second = Run(command(0), tmp_path / "second.log", **environment)
     third = None
     try:

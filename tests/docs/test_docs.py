@@ -178,7 +178,8 @@ BEFORE = {
     "docs/formats.md": _packed_checkpoints,
 }
 WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
-OF_SECONDS = {DOCS / "lesson.md", DOCS / "cli.md"}  # pages that train and trace a training step of 7 billion parameters
+# Pages whose code takes seconds: the lesson trains, cli.md traces a training step of 7 billion parameters.
+OF_SECONDS = {DOCS / "lesson.md", DOCS / "cli.md", *(DOCS / "methods").glob("*.md")} - {DOCS / "methods/lora.md"}
 
 
 @pytest.mark.parametrize("page", first(WITH_PYTHON, {*WITH_PYTHON} - OF_SECONDS), ids=name)
@@ -202,7 +203,7 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 def _run(block: Block, namespace: dict[str, Any]) -> None:
     if block.text.startswith(">>>"):
         test = doctest.DocTestParser().get_doctest(block.text, {}, block.where, str(block.page), block.line - 1)
-        test.globs = namespace  # the namespace is shared; get_doctest copies it
+        test.globs = namespace  # get_doctest copies the namespace, which the blocks of a page share
         said: list[str] = []
         runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
         runner.run(test, out=said.append, clear_globs=False)

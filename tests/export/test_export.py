@@ -38,15 +38,15 @@ def deltas(file, model):
         if f"{name}.lora_a" not in tensors:
             continue
         first, second = (tensors.pop(f"{name}.lora_{part}").astype(np.float64) for part in "ab")
-        scale = fields["adapter.lora.alpha"] / second.shape[1]  # llama_adapter_lora_weight::get_scale
-        if name == "token_embd.weight":  # llm_graph_context::build_inp_embd
+        scale = fields["adapter.lora.alpha"] / second.shape[1]  # As llama_adapter_lora_weight::get_scale.
+        if name == "token_embd.weight":  # As llm_graph_context::build_inp_embd.
             found[module] = first @ second.T * scale
             continue
         delta = second @ first * scale
         heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
         for kind, count in heads.items():
             if kind in name:
-                order = interleaved(np.arange(delta.shape[0]), count)  # row i of the file is row order[i]
+                order = interleaved(np.arange(delta.shape[0]), count)  # the file's row i is the module's row order[i]
                 delta = np.empty_like(delta)
                 delta[order] = second @ first * scale
         found[module] = delta

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-SECONDS = 600  # a forked test process is killed after this time
-NOBODY = 65534  # the number of a user who owns no files
+SECONDS = 600  # A forked test process is killed after this time.
+NOBODY = 65534  # The number of a user who owns no files.
 
 
 def forked(work: Callable[[], int], stdout: int = -1) -> tuple[int, str]:

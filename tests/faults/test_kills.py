@@ -29,8 +29,8 @@ from peft_ext.run import Options, RunError, checkpoints
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
-]  # Python warns that forking a process with threads may hang
-# "N:FIRST": kill at every N-th moment of a run, from FIRST on. "1:0" kills at every moment and takes an hour.
+]  # Python warns that forking a process with threads may hang.
+# The value "N:FIRST" kills a run at every N-th moment, from FIRST on. "1:0" kills at every moment and takes an hour.
 EVERY, FIRST = map(int, os.environ.get("PEFT_EXT_TEST_KILLS", "149:63").split(":"))
 
 

@@ -185,7 +185,7 @@ def test_a_folder_of_another_user(finetune, tiny, dense, tmp_path):
         line = refused(forked(merged))
         assert line.startswith(f"error: {closed}/out/.out.") and line.endswith(": Permission denied")
         assert content(closed) == before and not hidden(closed)
-        # The folder that can be written gets the model, although the folder beside it can't be made.
+        # The merge writes into the folder "out", which can be written, although no folder can be made beside "out".
         for path in (closed / "out", *(closed / "out").rglob("*")):
             os.chown(path, 65534, -1)
         assert forked(merged) == (0, "")

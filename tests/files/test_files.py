@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_written_is_left_alone():
             write(path, 1)
             path.parent.chmod(0o500)
             try:
-                # The parent can't hold the new folder, but the folder can hold the new files.
+                # No new folder can be made in the parent, but new files can be made in the folder itself.
                 write(path, 2, overwrite=True)
                 path.chmod(0o500)
                 with pytest.raises(PermissionError):

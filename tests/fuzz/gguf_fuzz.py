@@ -12,7 +12,7 @@ import gguf_files as gf
 from peft_ext.gguf import GgufError, check_model, check_tokenizer, read_header
 from peft_ext.weights.gguf import TYPES
 
-DENSE = {0: 4, 1: 2, 28: 8, 30: 2, **gf.INTEGERS}  # bytes of an element of ggml's dense types
+DENSE = {0: 4, 1: 2, 28: 8, 30: 2, **gf.INTEGERS}  # type number of ggml's dense types -> bytes of an element
 
 _NUMBERS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 14, 31, 32, 33, 64, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 32, 2**32 - 1)
 _LONG = (*_NUMBERS, 2**32, 2**33, 2**40, 2**58, 2**59, 2**60, 2**62, 2**63 - 32, 2**63 - 1, 2**63, 2**63 + 32,

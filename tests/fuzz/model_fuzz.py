@@ -52,8 +52,8 @@ from tiny_models import FAMILIES
 warnings.simplefilter("ignore")
 transformers.logging.set_verbosity_error()
 
-LIMIT = 60.0  # time limit of a case in seconds; a case takes about 0.3 s, or longer where it imports an architecture
-WARM_UP = -1  # seed of a case before the first, which imports the libraries
+LIMIT = 60.0  # Time limit of a case in seconds. A case takes about 0.3 s, and longer if it imports an architecture.
+WARM_UP = -1  # Seed of the case that runs before the first case and imports the libraries.
 
 
 def reproducer(seed: int) -> str:

@@ -59,7 +59,7 @@ class Case(Pair):
             "disabled": self.maybe(0.1), "inference": self.maybe(0.3), "seed": self.new_seed(),
         }  # fmt: skip
         drawn |= fixed
-        # Without adapters nothing trains, unless the base does.
+        # While the adapters are disabled, nothing trains unless the base trains.
         drawn["backward"] &= not drawn["disabled"] or self.base_trains
         return Probe(**drawn)
 
@@ -160,7 +160,7 @@ class Case(Pair):
         self.tell(f"  safe_merge={safe}, {some or 'the active ones'}")
         was, self.merged = self.merged, True
         if not self.both("merge_adapter", lambda model: model.merge_adapter(some, safe_merge=safe)):
-            if self.nf4:  # PEFT has changed a weight that it does not count as merged; the accelerated model has not
+            if self.nf4:  # PEFT changed a weight that it does not count as merged; the accelerated model changed none
                 self.ended = True
                 return
             self.merged = was or any(layer.merged for layer in tuners(self.stock).values())
@@ -386,7 +386,7 @@ class Case(Pair):
         for name, wanted in (found := self.call(probe) or [{}, {}])[0].items():
             # Some values have only float32 precision in a float64 model, because a model computes them in float32 in
             # every dtype, for example rotary positions.
-            if wanted is not None and not wanted.isfinite().all():  # a mask of the model does not work in float64
+            if wanted is not None and not wanted.isfinite().all():  # A mask of the model does not work in float64.
                 self.seen.counts["not finite in PEFT"] += 1
             elif wanted is not None and not distance(found[1][name], wanted) <= TIGHT * wanted.norm().item() + 1e-9:
                 raise Failed(f"{probe} in float64: {name} is {distance(found[1][name], wanted):.1e} off PEFT's")

@@ -39,7 +39,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Bound in float32, for sums of at most about 200 terms in another order, through two layers and back. Most differences
 # are 1e-7 to 1e-6 of a tensor's norm.
 TIGHT = 2e-5
-NO_FLOAT64 = ("XGLM",)  # architectures whose mask raises an error in float64
+NO_FLOAT64 = ("XGLM",)  # Architectures whose mask raises an error in float64.
 # Where float32 results differ by more than TIGHT, both models are compared with float64: a gradient that is zero except
 # for rounding (a key's bias has no effect on the softmax) has no correct digits in either model. Our error may be
 # AGAINST_FLOAT64 times PEFT's error, plus OF_TENSOR of the tensor's norm and OF_LARGEST of the largest gradient.
@@ -47,15 +47,16 @@ AGAINST_FLOAT64, OF_TENSOR, OF_LARGEST = 4.0, 2e-5, 1e-6
 
 # Bounds in 16 bits: the errors of both models are measured against an equal model in float32, and our errors are
 # compared with PEFT's. The rounding errors of the two models are two random draws. The quotient of the errors varies
-# more where values go through few numbers: gradients of a query and a key, which go through the softmax of a few keys,
-# have 0.1 to 6 times PEFT's error, depending on the weights, the logits 0.7 to 1.2 times. Cases in 16 bits therefore
-# have several tokens, and PEFT's error counts at least as the median over the call's tensors. Among about 5,000 tensors
-# of more than FEW elements, our error was at most 1.9 times the larger of PEFT's error and the median. The error of a
-# tensor of few elements depends much on chance: a router's bias over two experts is one number, and the quotient of two
-# draws exceeds 10 in 6 of 100 cases. For all tensors of a call together, each divided by its norm, our error was 0.6 to
-# 1.7 times PEFT's in 98 of 100 calls, and 2.5 times at most. Over all calls of a run, the logarithms of the factors are
-# symmetric about 0 with a deviation of 0.3, so from MANY calls on a mean that differs by a tenth is significant. A
-# missing term, or a term with the wrong sign, has an error of 1 where PEFT's errors are 0.01.
+# more where values go through few numbers. Gradients of a query and a key, which go through the softmax of a few keys,
+# have 0.1 to 6 times PEFT's error, depending on the weights; logits have 0.7 to 1.2 times PEFT's error. Cases in 16
+# bits therefore have several tokens, and PEFT's error counts at least as the median over the call's tensors. Among
+# about 5,000 tensors of more than FEW elements, our error was at most 1.9 times the larger of PEFT's error and the
+# median. The error of a tensor of few elements depends much on chance: a router's bias over two experts is one number,
+# and the quotient of two draws exceeds 10 in 6 of 100 cases. For all tensors of a call together, each divided by its
+# norm, our error was 0.6 to 1.7 times PEFT's in 98 of 100 calls, and 2.5 times at most. Over all calls of a run, the
+# logarithms of the factors are symmetric about 0 with a deviation of 0.3, so from MANY calls on a mean that differs by
+# a tenth is significant. A missing term, or a term with the wrong sign, gives a relative error near 1, where PEFT's
+# relative errors are near 0.01.
 ROUNDED_EACH, ROUNDED_FEW, ROUNDED_ALL, ROUNDED_MEAN = 8.0, 20.0, 3.0, 1.1
 FEW, MANY = 16, 200
 ROUNDED_FLOOR = 2.0  # error in eps of the dtype, times a tensor's norm or a hundredth of the largest gradient's norm
@@ -146,7 +147,7 @@ class Pair:
         self.dtype = next((dtype for name, dtype in DTYPES.items() if name in self.base), torch.float32)
         # Where values are rounded to 16 bits, a router may choose another expert, and a ReLU may take the other side.
         # Cases with this rounding send each token to all experts, and have smooth activations.
-        self.kbit = self.base == "bnb bfloat16" and self.maybe(0.3)  # the model is float32 except for the 4-bit layers
+        self.kbit = self.base == "bnb bfloat16" and self.maybe(0.3)  # The model is float32 except for the 4-bit layers.
         self.rounds = self.dtype is not torch.float32 or self.maybe(0.25)
         if self.rounds and self.family == "DistilBERT":  # the head of DistilBERT has a ReLU for every configuration
             self.family = "BERT"
@@ -361,8 +362,8 @@ class Pair:
             if self.nf4 and self.merged:
                 continue
             if self.nf4 and "lora_" in name and found.shape == wanted.shape:
-                # PEFT casts a new adapter to its base's dtype, which it cannot see for NF4 bytes. The magnitude of a
-                # DoRA starts from a norm, which is summed in another order over NF4.
+                # PEFT casts a new adapter to the base's dtype, but NF4 bytes do not show the dtype of the base. DoRA's
+                # magnitude starts from a norm, which is summed in another order over NF4.
                 if distance(found, wanted) <= 4e-3 * wanted.double().norm().item():
                     found.data = wanted.data.clone()
             if self.base.startswith("bnb") and name.endswith("base_layer.bias") and found.dtype != wanted.dtype:

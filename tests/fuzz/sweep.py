@@ -43,9 +43,9 @@ from peft_ext.weights.nf4 import BLOCKSIZES
 
 # Largest number of multiply-adds in one case's products, for which a case takes some hundredths of a second.
 BUDGET, SMALL_BUDGET = 3e7, 2e5
-MANY = 128  # largest number of threads; 16 for small sizes
-SLOW, STDERR = 120.0, 2  # seconds after which a running case is named, and the file descriptor for its name
-FEW = 64  # a result of at most FEW elements whose error is too large is judged by several draws
+MANY = 128  # Largest number of threads; 16 for small sizes.
+SLOW, STDERR = 120.0, 2  # Seconds after which a running case is named, and the file descriptor for its name.
+FEW = 64  # A result of at most FEW elements whose error is too large is judged by several draws.
 EMULATED = "emulated CUDA"
 CPU = torch.device("cpu")
 LAYOUTS = ("contiguous", "contiguous", "transposed", "every other", "offset", "rows apart")

@@ -18,8 +18,8 @@ import pytest
 
 pytestmark = pytest.mark.cpu_only("files are read on the CPU")
 
-SECONDS = 2.0  # of the processor, for one file of a few kB
-BYTES = 1 << 20  # largest peak of Python's memory while one file is read
+SECONDS = 2.0  # Largest processor time for one file of a few kB, in seconds.
+BYTES = 1 << 20  # Largest peak of Python's memory while one file is read.
 
 
 @pytest.mark.parametrize(("first", "count"), [

@@ -20,7 +20,7 @@ from peft_ext.gguf.names import ARCHITECTURES
 
 pytestmark = [pytest.mark.cpu_only("files are read on the CPU"), pytest.mark.filterwarnings("ignore")]
 
-# Further architectures that transformers reads from GGUF.
+# Further architectures in transformers' lists of GGUF architectures.
 OTHERS = ("bloom", "falcon", "gemma4", "gpt-oss", "gpt2", "mamba", "minimax-m2", "qwen2moe", "qwen35", "qwen3moe", "t5")
 NAMES = sorted({name for name, _ in ARCHITECTURES.values()})
 Edit = Callable[[dict[str, Any]], Any]
@@ -274,7 +274,7 @@ def test_layers_without_end(tmp_path: Path) -> None:
                            ((BOOL, True), "True"), ((ARRAY, (U32, [1])), "an array of 1 int"))),
 ])  # fmt: skip
 def test_tokenizers(key: str, value: Any, message: str | None, tmp_path: Path) -> None:
-    if message is None:  # a file without merges has scores
+    if message is None:  # a file without merges must have scores
         key, message = "tokenizer.ggml.scores", "is missing, wanted an array of 6 float"
         refused(tmp_path, f"{key} {message}", keys=sets(**{"tokenizer.ggml.merges": None}))
         return

@@ -410,7 +410,7 @@ def test_errors_of_long_names_are_short_and_one_line(tmp_path: Path) -> None:
 def paths(tmp_path: Path) -> Iterator[dict[str, Path]]:
     (tmp_path / "folder.gguf").mkdir()
     os.mkfifo(tmp_path / "pipe.gguf")
-    # A header is in the pipe, and a writer holds the pipe open: a reader fails instead of waiting.
+    # A header is in the pipe, and a writer holds the pipe open. Reading the pipe must raise an error and must not wait.
     writer = os.open(tmp_path / "pipe.gguf", os.O_RDWR | os.O_NONBLOCK)
     os.write(writer, gf.written([ARCHITECTURE]).out)
     (tmp_path / "loop.gguf").symlink_to("loop.gguf")

@@ -30,7 +30,8 @@ pytestmark = [pytest.mark.cpu_only("files are read on the CPU"), pytest.mark.fil
 
 MIXED = {"*": "Q4_K", "ffn_down": "Q6_K", "ffn_down_exps": "Q6_K", "token_embd": "Q4_1", "output": "Q6_K",
          "attn_v": "Q8_0", "attn_k": "Q4_0"}  # fmt: skip
-# Kinds whose files transformers 5.24 does not read as a whole: it gives gpt-oss random experts.
+# Kinds whose files transformers 5.24 reads as a whole. Of a gpt-oss file, transformers does not read the experts and
+# gives them random values.
 READABLE = [kind for kind in KINDS if kind != "gpt-oss"]
 # Modules whose quantized weights are decoded, as a regular expression of the parameter, and a part of the reason.
 READ_PAST = "the code of another module reads its weight"

@@ -158,6 +158,7 @@ def test_a_space_before_a_text_of_t5(prefix: bool | None, tokens: list[str], tmp
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == "ab a"
 
 
+@pytest.mark.slow
 def test_smollm2(tmp_path: Path) -> None:
     """The tokenizer of SmolLM2's own tokenizer.json splits by Digits and ByteLevel."""
     file = smollm2()

@@ -156,12 +156,13 @@ def test_a_4bit_weight_with_another_table_of_codes_stays_stock(quant_type, adapt
     rows = peft_ext.explain(fused).rows
     said = f"its table of codes is not {quant_type.upper()}'s"
     assert rows[0].fused and rows[0].reason == "" and said in rows[1].reason
-    assert rows[1].fused == adapted  # the adapter's part is fused
+    assert rows[1].fused == adapted  # with an adapter, the adapter's part is fused
     x = torch.randn(3, K, dtype=torch.bfloat16)
     first, second = fused.base_model.model if adapted else fused
     assert torch.equal(second(x), (stock.base_model.model if adapted else stock)[1](x)) or adapted
     assert first.stock_reason() is None
-    # A trace can't tell the tables apart.
+    # While torch.compile traces, a table of codes can't be compared, so that the layer with NF4's own table is refused
+    # too.
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert reasons.weight_reason(first.base_layer if adapted else first) == said
 

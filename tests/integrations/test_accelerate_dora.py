@@ -54,7 +54,8 @@ def test_doras_dropout_can_act_on_the_low_rank_path_alone():
     torch.testing.assert_close(y, wanted)
     torch.manual_seed(5)
     other = first(peft_ext.accelerate(copy.deepcopy(model)))(x)
-    assert (other - wanted).norm() > 0.01 * wanted.norm()  # dora_dropout="peft" gives other values for an equal mask
+    # The default dora_dropout="peft" gives other values than "lora" for the same random seed.
+    assert (other - wanted).norm() > 0.01 * wanted.norm()
     for eval_mode in (fused.eval(), peft_ext.accelerate(fused)):
         torch.testing.assert_close(eval_mode(x), model.eval()(x))
 

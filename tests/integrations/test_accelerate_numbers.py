@@ -82,7 +82,7 @@ def test_float32_activations_over_a_16_bit_compute_dtype(method, dropout, comput
         wide = copy.deepcopy(model)
         for layer in tuners(wide).values():
             layer.base_layer.compute_dtype = torch.float32
-        if method != "DoRA":  # DoRA's dropped base uses PyTorch's own mask, as in PEFT
+        if method != "DoRA":  # DoRA's dropout of the base layer's term draws PyTorch's mask, as in PEFT
             with_philox(stock), with_philox(wide)
         x = inputs("float32", (21,))
         truth = run(wide, x)
@@ -111,7 +111,7 @@ def test_a_llama_has_pefts_loss_and_gradients(train):
     for (name, wanted), (_, actual) in zip(stock.named_parameters(), fused.named_parameters(), strict=True):
         if wanted.requires_grad:
             error = (actual.grad - wanted.grad).norm() / wanted.grad.norm()
-            assert error < 1e-5, name  # bound for float32 through two layers; a wrong sign gives 2
+            assert error < 1e-5, name  # bound for float32 through two layers; a wrong sign gives an error of 2
 
 
 def test_dropout_draws_from_pytorchs_generator_and_keeps_the_right_share():
@@ -137,7 +137,7 @@ def test_dropout_draws_from_pytorchs_generator_and_keeps_the_right_share():
     for y in (first, second):
         kept = y != 0
         torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.75))
-        # 12,800 draws have a standard deviation of 0.0038; the bound is six of them.
+        # The mean of 12,800 draws has a standard deviation of 0.0038; the bound is six standard deviations.
         assert abs(kept.float().mean().item() - 0.75) < 0.023
     layer.lora_dropout.eval()  # the mode of the dropout module decides, not the mode of the layer
     assert layer.training and torch.equal(layer(x)[:, :K], x)

@@ -187,8 +187,8 @@ STOCK = {
     "several: a variant": ("LoRA", _add("DoRA", r=2), {}, "DoRA beside another active adapter"),
 }  # fmt: skip
 
-# Cases in which a LoRA layer is fused, or only its low-rank term over the base layer's own forward, with the reason
-# that explain gives for the latter ("" if the whole layer is fused).
+# Cases in which a whole LoRA layer is fused, or only the layer's low-rank term over the base layer's own forward. The
+# third value is the reason that explain gives for the base layer; "" if the whole layer is fused.
 FUSED = {
     "lora_bias": (None, {"lora_bias": True}, ""),
     "lora_bias, several": (_second, {"lora_bias": True}, ""),
@@ -220,7 +220,7 @@ def test_the_stock_path_is_pefts_to_the_bit(case, when):
     assert row.name == "base_model.model.up"
     if case.startswith("LoRA: "):
         assert row.kind == ("aLoRA over Linear" if case == "LoRA: aLoRA" else "LoRA over Linear")
-    # The other layer becomes stock again where it is fused, so that all bits can be compared.
+    # The layer `down` becomes stock again if it is fused, so that all bits can be compared.
     peft_ext.restore(fused.base_model.model.down)
     found, wanted = run(fused, x), run(stock, x)
     assert_identical(found, wanted)
@@ -241,8 +241,8 @@ def test_a_bias_a_tensor_and_a_base_that_runs_on_its_own(case, base):
     stock = make(base, **config).train()
     (prepare or (lambda model: None))(stock)
     fused = copy.deepcopy(stock)
-    wide = copy.deepcopy(stock).double()  # all layers compute in float64, also within hooks
-    for model in (fused, wide):  # the copied hooks and patched forwards still call the first model
+    wide = copy.deepcopy(stock).double()  # All layers compute in float64, also within hooks.
+    for model in (fused, wide):  # The copied hooks and patched forwards still call the first model.
         for layer in tuners(model).values():
             base_layer = layer.base_layer
             base_layer._forward_hooks.clear(), base_layer._backward_pre_hooks.clear()

@@ -148,7 +148,7 @@ def test_relative_positions_are_added_to_the_scores(name: str, masked: bool) -> 
     more = {"labels": IDS[:, :21].contiguous()} | ({"attention_mask": left_padding().flip(1)} if masked else {})
     assert rows(model) == [(True, "")] * 6 and calls(model, **more) == 6 and calls(stock, **more) == 0
     assert_alike(step(model, **more), step(stock, **more))
-    # Under autocast PyTorch's function rounds the position bias, and so does peft_ext.
+    # Under autocast PyTorch's attention function rounds the position bias, and so does peft_ext.
     with torch.autocast("cpu", torch.bfloat16):
         assert calls(model, **more) == 6
 
@@ -412,7 +412,7 @@ def test_calls_of_any_kind_give_what_the_function_gives(what: str) -> None:
             more["position_bias"] = torch.randn(1, 4, 20, 40)
         elif what.endswith("of others"):
             more["position_bias"] = torch.randn(1, 3, 20, 20)
-        elif what.endswith("a mask"):  # with this mask, a query sees no key
+        elif what.endswith("a mask"):  # with this mask, one query sees no key
             mask = torch.rand(2, 1, 20, 20) > 0.5
             mask[1, :, 3] = False
         elif what.endswith("a float"):
@@ -464,6 +464,7 @@ def test_a_call_with_an_argument_that_is_not_known_is_transformers(more: dict, m
     assert bool(taken) is ("heat" not in more)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(hf, "FlintConfig"), reason="this transformers has no Flint")
 def test_layers_of_flint_without_rotary_positions() -> None:
     """Only the layers with a sliding window rotate q and k. A fused forward would rotate in every layer."""

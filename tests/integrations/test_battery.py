@@ -33,9 +33,10 @@ from peft_ext.integrations.model_blocks.block import Block  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES = tiny_models.Sizes(layers=1, batch=2, length=20)
-# PyTorch's own classes are in most architectures. The battery changes them in one architecture.
+# Most architectures have these classes of PyTorch. The battery changes each class in one architecture only.
 OF_PYTORCH = {"LayerNorm": "GPT-2", "Dropout": "ViT"}
-# An error of float32 rounding in two steps of one layer, and the least effect of a change that shows something.
+# The largest relative difference that float32 rounding makes between the results of two models of one layer, and the
+# least relative difference that counts as an effect of a change.
 ROUNDING, EFFECT = 1e-4, 1e-3
 Found = Union[dict[str, Tensor], type]
 
@@ -144,11 +145,12 @@ def spots(stock: nn.Module, name: str) -> tuple[nn.Module, list[Spot]]:
     return ours, found
 
 
-# Names of architectures in tiny_models. The battery of one architecture takes up to 20 seconds. Mamba has no attention,
-# MLP and cache of these kinds.
+# Names of architectures in tiny_models. The battery of one architecture takes up to 20 seconds. Mamba is left out: it
+# has no attention, no MLP and no key-value cache.
 FAMILIES = tuple(name for name in tiny_models.FAMILIES if name != "Mamba")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first(FAMILIES, ["BERT"]))
 def test_whatever_is_changed_has_the_results_of_stock(name: str, counts: Counter[str]) -> None:
     architecture = tiny_models.architecture(name, SIZES)
@@ -157,7 +159,8 @@ def test_whatever_is_changed_has_the_results_of_stock(name: str, counts: Counter
     plain = results(stock, batch, generates)
     assert isinstance(plain, dict), plain
     ours, found = spots(stock, name)
-    assert difference(results(ours, batch, generates), plain)[0] < ROUNDING  # nothing is changed: all spots are fused
+    # No class is changed yet, so all blocks in `found` run fused.
+    assert difference(results(ours, batch, generates), plain)[0] < ROUNDING
     assert found or name not in tiny_models.ARCHITECTURES
     faults: list[str] = []
     for spot in found:
@@ -178,7 +181,7 @@ def tried(
     counts: Counter[str],
 ) -> str:  # fmt: skip
     """Returns what is wrong with the accelerated model after a change, or ""."""
-    # The digest of each class is computed once where the change is of one model, and not of code.
+    # If the change is made to one model and not to code, the digest of each class is computed only once.
     reader = nullcontext() if change.around else mock.patch.object(forms, "form_of", form_of_unchanged)
     with change.around() if change.around else nullcontext(), reader:
         stock = built(name) if change.rebuilt else stock if change.on is None else copy.deepcopy(stock)
@@ -193,7 +196,7 @@ def tried(
         is_fused = fused(ours, spot.names if change.of_class else {spot.name})
     counts["changes"] += 1
     counts["without effect"] += difference(wanted, plain)[0] < EFFECT
-    if isinstance(wanted, type):  # there is no result of stock to compare
+    if isinstance(wanted, type):  # stock code raised an error, so there is no result to compare with
         counts["errors of stock"] += 1
     else:
         off, where = difference(actual, wanted)

@@ -126,7 +126,7 @@ def test_a_weight_of_another_dtype_gives_what_the_class_does(kind, of_weight, of
         found.append((y.detach(), leaf.grad))
     for ours, stock in zip(found[1], found[0], strict=True):
         assert ours.dtype is stock.dtype
-        narrow = torch.bfloat16 in (of_x, of_weight)  # stock code also rounds in the backward
+        narrow = torch.bfloat16 in (of_x, of_weight)  # in bfloat16, stock code also rounds in the backward
         torch.testing.assert_close(ours, stock, rtol=2**-6 if narrow else 1e-5, atol=0.05 if narrow else 1e-4)
 
 
@@ -156,7 +156,7 @@ def test_the_device_dtype_and_mode_of_the_moment_change_nothing(under: str) -> N
         "attention",
         "decoder layer",
     }
-    assert {row.kind for row in rows if not row.fused} == {"decoder layer"}, rows  # few tokens are for evaluation
+    assert {row.kind for row in rows if not row.fused} == {"decoder layer"}, rows  # decoder layers fuse only in eval
 
 
 class Odd(nn.Module):
@@ -325,7 +325,7 @@ ENCODERS = {
         lambda: hf.DistilBertForMaskedLM(hf.DistilBertConfig(
             vocab_size=99, dim=32, hidden_dim=48, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0)),
         "distilbert.transformer.layer.1.ffn",
-        4,  # the backward computes the input of the last layer again
+        4,  # the backward of each of the two MLPs computes the input of the MLP's last layer again
     ),
 }  # fmt: skip
 

@@ -52,7 +52,8 @@ def test_logits_and_gradients_are_pefts(name: str) -> None:
 def test_gradients_in_bfloat16_are_as_close_to_float64s_as_pefts(name: str) -> None:
     """The median over eleven seeds of the ratio of the errors is at most 1.1. The median is used because in 16 bits a
     rounding may send a token to another expert in either model."""
-    eager = None if name == "Llama 4" else "eager"  # the other implementations do not multiply float64
+    # transformers' default implementation of experts, grouped_mm, does not multiply float64.
+    eager = None if name == "Llama 4" else "eager"
     ratios = []
     for seed in range(11):
         truth = step(adapt(base(name, torch.bfloat16, eager, seed)).double())
@@ -145,6 +146,7 @@ def test_dropout_on_the_low_rank_path() -> None:
         peft_ext.accelerate(model, experts_dropout=1.0)
 
 
+@pytest.mark.slow
 def test_memory_is_estimated_with_experts() -> None:
     size = {"batch_size": 2, "sequence_length": 24}
     stock, fused = (peft_ext.estimate_memory(adapt(base(dtype=torch.bfloat16)), accelerated=accelerated, **size)
@@ -372,6 +374,7 @@ def test_adapters_that_nothing_can_add_to_nf4_experts_raise() -> None:
         hooked(**batch())
 
 
+@pytest.mark.slow
 def test_hooks_around_nf4_experts_run() -> None:
     """Hooks on the wrappers and on the inner experts run, and hooks on lora_A do not run: PEFT too reads only the
     weights of an adapter's modules."""

@@ -152,7 +152,7 @@ def test_a_block_is_fused_if_its_operator_runs(name: str, monkeypatch: pytest.Mo
 
 def test_an_argument_that_only_transformers_function_reads() -> None:
     model = accelerated(hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)))
-    model.get_base_model().config._attn_implementation = "sdpa"  # older releases of transformers allow it
+    model.get_base_model().config._attn_implementation = "sdpa"  # older releases of transformers allow this value
     assert explained(model, "attention") == (False, "its call has a softcap, which only transformers' function reads")
     for layer in model.get_base_model().model.layers:
         layer.self_attn.attn_logit_softcapping = None
@@ -169,7 +169,8 @@ def test_projections_of_one_input_with_a_hook(monkeypatch: pytest.MonkeyPatch) -
     model.get_base_model().model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: None)
     fused, reason = explained(model, "projections of one input")
     model(IDS)
-    assert not fused and "a hook on one of them" in reason and len(called) == 1  # gate and up of the MLP
+    # The one call computes gate and up of the MLP.
+    assert not fused and "a hook on one of them" in reason and len(called) == 1
 
 
 @pytest.mark.parametrize("name", ["OLMo", "Cohere"])

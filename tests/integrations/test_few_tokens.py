@@ -182,7 +182,8 @@ def test_one_operator_computes_a_layer(name: str, monkeypatch: Any) -> None:
     ids = torch.tensor([[5], [6]])
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask[:, :-1], past_key_values=out.past_key_values)
-    # Qwen 3 has norms of heads, and a cache of a sliding window and Mistral's attention run stock's code.
+    # The other models do not run the operator of a decoder layer: Qwen 3 has norms of q and k in each head, and
+    # Mistral's attention and caches of a sliding window run stock code.
     assert len(calls) == (2 if name in ("Llama", "Qwen 2") else 0)
     model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)  # autograd is on
     assert len(calls) == (2 if name in ("Llama", "Qwen 2") else 0)
@@ -223,7 +224,7 @@ def test_a_cache_grows_in_place() -> None:
     torch.manual_seed(0)
     cache = hf.DynamicCache()
     k, v = torch.randn(2, 2, 3, 5, 8)
-    assert appended(cache, 0, k, v) is None  # transformers' own update makes the layer
+    assert appended(cache, 0, k, v) is None  # the cache has no layer yet; the next line makes the first layer
     cache.update(k, v, 0)
     layer, wanted = cache.layers[0], [k, v]
     places = set()
@@ -234,7 +235,7 @@ def test_a_cache_grows_in_place() -> None:
         assert found[0] is layer.keys and found[1] is layer.values
         assert all(map(torch.equal, found, wanted)) and cache.get_seq_length() == wanted[0].shape[2]
         places.add(layer.keys.data_ptr())
-    assert len(places) == 2  # memory was taken at the first step, and for the 80 tokens
+    assert len(places) == 2  # memory is allocated in the first step, and in the step of 80 tokens
     cache.update(*new, 0)
     assert torch.equal(layer.keys, torch.cat([wanted[0], new[0]], 2))
 
@@ -538,7 +539,7 @@ def test_other_modes_have_no_plan(mode: str, planned: list) -> None:
         torch.manual_seed(0)
         with torch.set_grad_enabled(mode == "gradient"), torch.autocast("cpu", enabled=mode == "autocast"):
             found.append(one(ids).logits.detach())
-    if mode != "training":  # the masks of dropout differ
+    if mode != "training":  # in training, the two models draw different masks of dropout
         assert not planned
         assert (found[0] - found[1]).abs().max() < (0.1 if mode == "autocast" else 1e-3)
     assert not any(made for kind, made in planned if kind in ("LlamaAttention", "LlamaDecoderLayer"))

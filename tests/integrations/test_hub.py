@@ -278,7 +278,7 @@ print(kernel._native.STATE.isa, a.grad.shape)
 def test_the_functions_of_the_library_are_those_of_the_pybind11_module(kernel):
     ours, theirs = kernel._native.STATE.module, peft_ext._native.STATE.module
     names = {name for name in dir(theirs) if not name.startswith("_")}
-    # `holds` compares Python objects for peft_ext.integrations, which are no part of the kernel's repository.
+    # `holds` compares Python objects for peft_ext.integrations, a package that is no part of the kernel's repository.
     assert names - {"holds"} <= set(dir(ours))
     ours.forget_plan(2**62)
     for name in ("build_info", "isa", "isas", "kernels", "sources"):
@@ -490,7 +490,7 @@ def test_what_the_operators_do_not_compute_runs_the_stock_forward(kernelized, ke
     with calls_of(kernel) as called:
         found = run(ours, x)
     wanted = run(model, x)
-    if case == "fp4":  # the base is bitsandbytes' and the low-rank term the operator's
+    if case == "fp4":  # bitsandbytes computes the base layer, and the operator adds the low-rank term
         assert called == {"lora_residual", "lora_residual_backward"}
         torch.testing.assert_close(found, wanted)
     else:

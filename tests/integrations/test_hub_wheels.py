@@ -57,7 +57,7 @@ def test_the_wheels_libraries_make_variants_for_each_architecture(tmp_path):
         assert (folder / hub.LIBRARY).read_bytes() == (good if f"-{other}-" in name else LIBRARY.read_bytes())
     loaded = kernels.get_local_kernel(tmp_path / "made")
     assert loaded.__name__ == ids[hub.variant_names("cpu")[0]]
-    # What must not be published is an error.
+    # A library that needs functions of Python must not be published, and neither may wheels with different libraries.
     wheel_of(tmp_path / "bad", other, bad)
     (faulty,) = hub.from_wheels(tmp_path / "bad", tmp_path / "faulty").values()
     assert hub.abi_faults(faulty) == ["PyList_New: of Python"]

@@ -413,8 +413,7 @@ class Scales(hf.LlamaForCausalLM):
     ("name", "is_compiled"),
     [
         *((name, False) for name in STEPS),
-        ("scale", True),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("cap of 1, unscaled", "in place")),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("scale", "cap of 1, unscaled", "in place")),
     ],
 )
 def test_steps_between_head_and_loss(name: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,6 +458,7 @@ def compiled_step(model: nn.Module, graphs: Any = "aot_eager", *more: Any, **giv
     return loss, {name.removeprefix("_orig_mod."): grad for name, grad in grads.items()}, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", first([False, True], [False]), ids=["float32", "autocast"])
 @pytest.mark.parametrize("targets", first(["all-linear", ["lm_head"]], [["lm_head"]]), ids=str)
 def test_a_compiled_step_has_no_logits(targets: Any, autocast: bool) -> None:

@@ -125,7 +125,7 @@ def adapted(
     torch.manual_seed(3)
     model = make(base, METHODS[name].config())
     for key, parameter in model.named_parameters():
-        if "ranknum" in key:  # over a base that is not float32, PEFT lets the optimizer train this count
+        if "ranknum" in key:  # over a base that is not float32, PEFT lets the optimizer train AdaLoRA's ranknum
             parameter.requires_grad_(False)
     return (moved_away(model) if moved else model).eval()
 
@@ -379,7 +379,7 @@ def test_peft_reads_ours(name: str, stock_reader: StockReader) -> Cell:
     )
 
 
-@column("we read PEFT's")
+@column("we read PEFT's", first=("LoRA", "AdaLoRA", "prefix tuning"))
 def test_we_read_pefts(name: str, llama: Path, tmp_path: Path) -> Cell:
     """`peft_ext.load_adapter` loads an adapter that stock PEFT saved. The logits agree, and as many layers are fused as
     in a model of `peft_ext.get_peft_model`. QLoRA's base has bitsandbytes' 4-bit layers.
@@ -462,7 +462,7 @@ def base_cell(name: str, kind: str, llama: Path) -> Cell:
     return Cell(f"{count} of {len(quantized(make_base(kind, llama)))} linears", notes)
 
 
-@column("NF4 base")
+@column("NF4 base", first=("LoRA", "QLoRA", "DoRA", "IA3", "bottleneck, parallel"))
 def test_nf4_base(name: str, llama: Path) -> Cell:
     """The test runs the method over a base of `peft_ext.quantize_nf4`, double-quantized, forward and backward. Logits,
     loss and gradients agree with those over the dequantized weights. A cell of this column shows how many linear layers
@@ -480,7 +480,7 @@ def test_bitsandbytes_base(name: str, llama: Path) -> Cell:
 # --- compiled, fused --------------------------------------------------------------------------------------------------
 
 
-@column("compile", first=("LoRA", "IA3"))
+@column("compile", first=("LoRA", "IA3", "AdaLoRA"))
 def test_compile(name: str) -> Cell:
     """`torch.compile(fullgraph=True)` compiles the adapted MLP of the last layer, forward and backward. If the method
     adapts decoder layers as a whole, the last decoder layer is compiled. For prefix and prompt tuning, the whole

@@ -127,7 +127,7 @@ def test_dropouts_of_every_kind_are_off(name, accelerated):
     found = peft_ext.verify(model, batch)
     assert_unchanged(model, batch, before)
     assert found.ok and "training mode" in found.about, found
-    if name == "Falcon":  # Falcon's MLP keeps the probability as an attribute
+    if name == "Falcon":  # Falcon's MLP keeps the probability of its dropout as an attribute
         assert any(block.kind.startswith("FalconMLP") for block in found.blocks)
         assert any("accelerated anew" in note for note in found.notes) == accelerated
 

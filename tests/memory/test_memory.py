@@ -88,6 +88,7 @@ def test_packed_formats_too(format: str, dtype: torch.dtype):
     assert estimate.parameters == estimated(LLAMA, lora(), dtype=dtype).parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8", *PACKED_FORMATS])
 def test_an_estimate_does_not_depend_on_what_uninitialized_memory_holds(quantization):
     arguments = {**BF16, **TOKENS, "quantization": quantization}
@@ -100,6 +101,7 @@ def test_an_estimate_does_not_depend_on_what_uninitialized_memory_holds(quantiza
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_packed_layers_on_peft_s_own_layers_too():
     how = {**BF16, "packed": "mxfp4", "accelerated": False}
     assert_near(estimated(LLAMA, lora(use_dora=True), **how), measured(adapted(LLAMA, lora(use_dora=True), **how)))
@@ -114,6 +116,7 @@ def test_autocast_and_padding_too(how):
     assert estimate.total != estimated(config, peft.IA3Config(task_type="CAUSAL_LM")).total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_bitsandbytes_layers_too(kind):
     bnb = pytest.importorskip("bitsandbytes")
@@ -137,6 +140,7 @@ def test_bitsandbytes_layers_too(kind):
         assert_near(estimate_memory(model, **TOKENS), measured(peft_ext.accelerate(model)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_experts_of_pytorch_s_product_in_any_dtype(dtype: torch.dtype):
     """Tests experts in float32 and float16: PyTorch's fake kernel of the grouped product accepts only bfloat16."""
@@ -147,6 +151,7 @@ def test_experts_of_pytorch_s_product_in_any_dtype(dtype: torch.dtype):
     assert full.gradients == full.parameters * dtype.itemsize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerated", [True, False])
 def test_trained_tokens_beside_lora(accelerated: bool):
     """PEFT's wrapper of trained tokens has a tensor with a dot in its name: "token_adapter.trainable_tokens_delta"."""
@@ -168,6 +173,7 @@ def count(config, adapter, task_type=None):
     return estimate_memory(config, adapter, task_type=task_type, batch_size=1, sequence_length=8).trainable
 
 
+@pytest.mark.slow
 def test_counts_parameters():
     bert = transformers.BertConfig()
     assert count(transformers.GPT2Config(), peft.LoraConfig(task_type="CAUSAL_LM")) == 294_912
@@ -327,6 +333,7 @@ def test_adalora_keeps_importance_scores():
 # --- live models ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_live_model_is_estimated_as_its_configuration_and_left_alone():
     model = adapted(LLAMA, lora(lora_dropout=0.1), nf4=True).eval()
 
@@ -345,6 +352,7 @@ def test_a_live_model_is_estimated_as_its_configuration_and_left_alone():
     assert estimate_memory(peft_ext.accelerate(dense), accelerated=False, **TOKENS).total == stock > fused
 
 
+@pytest.mark.slow
 def test_the_meta_device_and_a_real_one():
     with torch.device("meta"):
         meta = build(LLAMA)
@@ -364,6 +372,7 @@ def test_a_layer_that_is_not_fused_is_estimated_as_peft_runs_it():
     assert estimate_memory(model, **TOKENS).total == estimate_memory(model, accelerated=False, **TOKENS).total
 
 
+@pytest.mark.slow
 def test_several_adapters():
     model = adapted(LLAMA, lora(), accelerated=False)
     model.add_adapter("other", lora(r=16))
@@ -375,6 +384,7 @@ def test_several_adapters():
     assert_near(estimate_memory(peft_ext.accelerate(model), **TOKENS), measured(model))
 
 
+@pytest.mark.slow
 def test_checkpointing_that_is_on_stays_on():
     model = adapted(LLAMA, lora(), checkpointing=True)
     wanted = estimate_memory(adapted(LLAMA, lora()), gradient_checkpointing=True, **TOKENS).total
@@ -416,6 +426,7 @@ def test_every_method_by_name(method):
         assert estimate == estimate_memory(config, "lora", quantization="nf4", **TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ada_lora_s_divisor_does_not_train(dtype):
     model = transformers.AutoModelForCausalLM.from_config(LLAMA).to(dtype)

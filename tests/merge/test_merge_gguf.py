@@ -264,7 +264,8 @@ def test_one_merged_module_at_a_time_is_in_memory(made, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(gguf_merge._Merge, "data", counted)
     done = merge_to_gguf(base, adapter, tmp_path / "out.gguf")
-    # A tied embedding and head of which the adapter changes both are compared, and stay until both are written.
+    # If the adapter changes both the embedding and the head that is tied to it, the two merged tensors are compared,
+    # and stay in memory until both are written.
     assert len(done.tensors) > 2 and max(held) <= 2 and held[-1] == 0, held
 
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.llama_runner import Runner
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights
-# llama.cpp rounds the inputs of a product with a quantized weight to 8 bits, which moves logits by up to 5%.
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about tied weights.
+# In llama.cpp, the inputs of a product with a quantized weight are rounded to 8 bits, which moves logits by up to 5%.
 ROUNDING = 0.06
 TOKENS = torch.randint(0, VOCABULARY, (24,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -77,7 +77,7 @@ def test_types(tmp_path, name):
     done = merge_to_gguf(tmp_path / "base.gguf", tmp_path / "adapter", tmp_path / "out.gguf", type=name)
     from peft_ext import load_gguf
 
-    wanted = ours(load_gguf(tmp_path / "out.gguf", dtype=torch.float32), tokens)  # the same rounded weights
+    wanted = ours(load_gguf(tmp_path / "out.gguf", dtype=torch.float32), tokens)  # with the same rounded weights
     found = runs(tmp_path / "out.gguf", tokens)
     assert np.linalg.norm(found - wanted) < ROUNDING * np.linalg.norm(wanted)
     exact = ours(wrapped, tokens)

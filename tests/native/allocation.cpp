@@ -1,4 +1,5 @@
-// Allocates tensors that PyTorch refuses, and prints each error. The program of test_allocation.py.
+// Allocates a tensor, tries to allocate tensors that PyTorch refuses, and prints each error. The program of
+// test_allocation.py.
 #include <cstdio>
 #include <exception>
 

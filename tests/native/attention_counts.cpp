@@ -1,8 +1,8 @@
 // Counts the products of attention in bfloat16 by running the kernels for one head under a causal mask.
 //
 //   attention_counts TOKENS SIZE
-//       prints "products loads stores dots" of the forward, and the same of the backward: of AMX tiles, and of dot
-//       products of AVX512-BF16. TOKENS is a multiple of 64.
+//       prints "products loads stores dots" of the forward and of the backward: the numbers of AMX instructions that
+//       multiply, load and store tiles, and the number of dot products of AVX512-BF16. TOKENS is a multiple of 64.
 //
 // With VECTORS defined, the kernels are those of AVX512-BF16, and otherwise those with emulated AMX tiles.
 #if defined(__x86_64__)

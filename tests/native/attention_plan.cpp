@@ -6,8 +6,9 @@
 //       cells of a region share no queries and no keys of a stream; and that dQ is started and finished once
 //   attention_plan share THREADS STREAMS HEADS QUERIES KEYS SIZE CAUSAL
 //       prints "forward backward step regions useful": the busy shares of the threads, the side of a cell of the
-//       backward in blocks, the number of its regions, and the share that remains if the conversion of operands and the
-//       start of the threads are counted as idle. STREAMS streams of HEADS heads are STREAMS x HEADS query heads.
+//       backward in blocks, the number of regions of the backward, and the share that remains if the conversion of
+//       operands and the start of the threads are counted as idle. STREAMS streams of HEADS heads are STREAMS x HEADS
+//       query heads.
 //
 // The busy share is the sum of all costs, divided by the number of threads times the cost of the busiest thread; in the
 // backward, the cost of the busiest thread is summed over the regions. The cost of a unit is its number of blocks of 64
@@ -42,7 +43,8 @@ struct Share {
   }
 };
 
-// Returns the cost of a forward's parts. Sets `right` to false if a unit is not in exactly one part.
+// Returns the total cost of a forward's parts, and the cost of the busiest part. Sets `right` to false if a unit is not
+// in exactly one part, does not exist, or is out of order.
 Share forward_share(const ForwardPlan& plan, int64_t key_blocks, bool causal, bool* right) {
   Share share;
   std::vector<int> found(static_cast<size_t>(plan.heads * plan.blocks));
@@ -52,7 +54,7 @@ Share forward_share(const ForwardPlan& plan, int64_t key_blocks, bool causal, bo
     for (const ForwardUnit& unit : plan.units(part)) {
       *right = *right && unit.head >= 0 && unit.head < plan.heads && unit.block >= 0 && unit.block < plan.blocks;
       if (!*right) return share;
-      // Units run head after head, and the blocks of a head fall.
+      // The units of a part come head after head and, within a head, from the last block of queries to the first.
       *right = *right && (unit.head > before.head || (unit.head == before.head && unit.block < before.block));
       before = unit;
       ++found[static_cast<size_t>(unit.head * plan.blocks + unit.block)];
@@ -78,7 +80,7 @@ struct Backward {
   int64_t regions = 0, useful = 0;
 };
 
-// Returns the costs of a backward's parts, summed over the regions.
+// Returns the number of regions of a backward, and the costs of its parts, summed over the regions.
 Backward backward_share(const BackwardPlan& plan) {
   Backward found;
   plan.each_region([&](const BackwardRegion& region) {
@@ -157,7 +159,8 @@ bool check_backward(const BackwardPlan& plan) {
     ++region_number;
   });
   for (const Row& row : rows) right = right && row.finished;
-  // Each column ends at the first query of the cell that sees its keys; columns that no query sees have no cell.
+  // The cells of a column (a block of keys) come in falling order of the queries. The last cell begins at the first
+  // block of queries that sees the column, rounded down to the side of a cell. A column that no query sees has no cell.
   for (size_t i = 0; i < columns.size(); ++i) {
     const int64_t key = static_cast<int64_t>(i) % keys;
     const int64_t first = plan.causal ? key / plan.step * plan.step : 0;
@@ -187,7 +190,7 @@ int check(int64_t most) {
         const ForwardPlan forward = plan_forward(shape.streams * shape.heads, shape.queries, threads);
         forward_share(forward, ceil_div(shape.keys, kPlanBlock), causal, &right);
         right = right && forward.parts >= 1 && forward.parts <= threads;
-        // The second limit leaves memory for the dQ of four streams.
+        // The second limit on the number of floats leaves memory for the dQ of four streams at a time.
         for (const int64_t floats : {kMostFloats, 4 * ceil_div(shape.queries, kPlanBlock) * kPlanBlock * shape.size})
           right = check_backward(plan_backward(shape.streams, shape.heads, shape.queries, shape.keys, shape.size,
                                                causal, threads, floats)) &&

@@ -1,5 +1,5 @@
 // Loops whose memory accesses are known, for tests/native/test_many_cores.py. This file is compiled with
-// -fsanitize=thread, as the traced library.
+// -fsanitize=thread, like the traced library.
 #include <stdint.h>
 
 using ParallelFunc = void (*)(int64_t begin, int64_t end, void* context);
@@ -7,7 +7,7 @@ extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
 
 namespace {
 
-// Part i writes the float i: parts of neighbours write one cache line.
+// Part i writes the float i, so that neighbouring parts write to the same cache line.
 void write_one(int64_t begin, int64_t end, void* context) {
   for (int64_t i = begin; i < end; ++i) static_cast<volatile float*>(context)[i] = 1.0f;
 }

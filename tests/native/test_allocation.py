@@ -30,7 +30,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     built = tmp_path_factory.mktemp("allocation") / "allocation"
     flags, libraries = native_build.torch_flags()
     sources = [str(ROOT / "tests/native/allocation.cpp")]
-    # libc10 is what libtorch_cpu needs, and is not found by every linker on its own.
+    # The command names libc10, which libtorch_cpu needs, because not every linker finds libc10 by itself.
     command = [COMPILER, "-std=c++17", "-O0", f"-I{ROOT / 'csrc'}", *shlex.split(flags), *sources, "-o", str(built),
                *shlex.split(libraries), "-lc10", "-ldl"]  # fmt: skip
     subprocess.run(command, check=True)

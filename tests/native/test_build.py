@@ -38,7 +38,7 @@ def native():
         pytest.skip(f"the native library is not built: {error}")
 
 
-# An editable install finds a checkout's native library for any package of its name.
+# An editable install of peft_ext would find the checkout's native library for every package called peft_ext.
 WITHOUT_EDITABLE_INSTALLS = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
@@ -193,7 +193,8 @@ def test_every_op_has_its_file_in_every_tree():
     shared = {folder for floor in include_check.FLOORS for folder in floor} - {"nf4"}
     folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
     assert folders - shared == ops
-    # The reference of a decoder layer calls other operators, and run-llama_speed measures it with a whole model.
+    # The reference of decoder_layer calls other operators, and benchmarks/llama_speed.py measures decoder_layer in a
+    # whole model.
     ops.remove("decoder_layer")
     # philox is the random generator that operators share.
     assert {path.stem for path in (ROOT / "peft_ext/reference").glob("[!_]*.py")} - {"philox", "common"} == ops

@@ -151,7 +151,7 @@ def test_layers_of_one_input_cost_little_more_than_one_read_of_it() -> None:
         for held, two, three in ((card, 1.35, 1.8), (replace(card, l2=1e20), 1.2, 1.6)):
             assert cuda_model.siblings(held, 8192, 4096, 2, columns, True) < two * layer[part]
             assert cuda_model.siblings(held, 8192, 4096, 3, columns, True) < three * layer[part]
-    # The adapted layer alone computes h = act(gate) ∘ up again, which takes 0.03 of the frozen layer's time.
+    # Only the adapted layer computes h = act(gate) ∘ up again, which takes 0.03 of the frozen layer's time.
     assert cuda_model.llama_layer(card, 8192, "LoRA, dropout", True) < 1.12
 
 

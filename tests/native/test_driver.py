@@ -255,7 +255,7 @@ show(errors)
         f"no machine code of {name}: Python's part is not loaded",
         f"no machine code of {name}: the compiler is gone",
         f"CUDA error: device kernel image is invalid (peft_ext: loading of {name})",
-        f"CUDA error: out of memory (peft_ext: loading of {name})",
+        f"CUDA out of memory. peft_ext: loading of {name}",
         f"CUDA error: unspecified launch failure (peft_ext: launch of {name})",
         f"(peft_ext: shared memory of {name})",
         "GPU number 64, wanted less than 64",

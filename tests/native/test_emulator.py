@@ -247,7 +247,8 @@ def test_sums_that_are_truncated(run, dtype, name, request):
         assert done.returncode == 0, done.stdout + done.stderr
         return
     draw = torch.Generator().manual_seed(0)
-    # Spread exponents, so that alignment cuts bits off; zeros; a sum that cancels to less than the cut off bits.
+    # The inputs have widely spread exponents, so that the alignment of the terms cuts bits off; some inputs are zeros;
+    # and one sum cancels to less than the bits that are cut off.
     a = (torch.randn(16, 16, generator=draw) * 2.0 ** torch.randint(-9, 9, (16, 16), generator=draw)).to(dtype)
     b = (torch.randn(16, 8, generator=draw) * 2.0 ** torch.randint(-5, 5, (16, 8), generator=draw)).to(dtype)
     c = torch.randn(16, 8, generator=draw) * 2.0 ** torch.randint(-20, 20, (16, 8), generator=draw)

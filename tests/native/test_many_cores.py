@@ -46,6 +46,7 @@ def test_the_tables_show_the_records(records: many_cores.Records) -> None:
     assert many_cores.drawn(many_cores.DOCUMENT.read_text()).strip() == many_cores.table(records)
 
 
+@pytest.mark.slow
 @needs_tools
 @pytest.mark.parametrize("operator", first([
     "LoRA, dropout 0.05, 576 x 576", "attention, causal, 1024 tokens, 32 heads", "RMS norm, 4096", "SiLU gate, 14336",
@@ -88,7 +89,8 @@ def test_planted_accesses_are_counted(tmp_path: Path) -> None:
     assert page["shared"] == 0
     lines = 256 * 1024 // 64
     for part in twice["parts"]:
-        # Nearly all lines: the last lines of the first reading are in the L1 at the start of the second.
+        # Nearly all lines come from L2: only the last lines of the first reading are in the L1 at the start of the
+        # second reading.
         assert 2 * lines - 512 <= part[recorded_loops.FROM_L2] <= 2 * lines + 8
         assert lines - 64 <= part[recorded_loops.FROM_L3] <= lines + 8
     groups = [sum(part[dram] for part in twice["parts"][first : first + 8]) for first in (0, 8)]

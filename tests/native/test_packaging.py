@@ -184,7 +184,8 @@ def test_faults_of_a_library_are_found(tmp_path, source, flags, fault):
 @NO_BINUTILS
 def test_a_library_that_is_linked_to_the_stand_ins_runs_here_and_on_an_old_system(tmp_path):
     stand_ins = old_runtime.make(tmp_path / "stand-ins")
-    # Functions of glibc 2.29, 2.32 and 2.34 and of libstdc++ 3.4.26 and newer, or of older versions of both.
+    # The source calls functions that have newer versions of their symbols in glibc 2.29, 2.32 and 2.34 and in
+    # GLIBCXX_3.4.26 and later, and older versions too.
     (tmp_path / "source.cpp").write_text("""
         #include <cmath>
         #include <dlfcn.h>

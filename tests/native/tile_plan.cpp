@@ -97,7 +97,8 @@ void check(const TilePlan& plan, int64_t threads, int64_t decode, Summary* summa
   worst = std::max(worst, idle);
 }
 
-// Returns whether every strip of every panel occurs exactly once in the plan; the function marks each strip.
+// Returns whether the ranges of the plan are valid, and every strip of every panel is in exactly one range; the
+// function marks each strip.
 bool paints(const TilePlan& plan) {
   std::vector<uint8_t> seen(static_cast<size_t>(plan.panels * plan.strips));
   bool whole = true;
@@ -131,9 +132,9 @@ std::vector<int64_t> all(int64_t most) {
   return values;
 }
 
-// Checks the cut of the depth: a depth is one part up to the cut's bound, and has several parts above the bound.
-// Several parts have at most the cut's number of elements, and begin at a multiple of 8 tiles. The panels that are
-// decoded together take at most 512 KiB.
+// Checks the cut of the depth: a depth is one part up to the cut's bound, and has several parts above the bound. If
+// there are several parts, each part has at most the cut's number of elements and begins at a multiple of 8 tiles. The
+// panels that are decoded together take at most 512 KiB.
 void check_depths(const peft_ext::DepthCut& how, Summary* summary) {
   for (int64_t tiles = 1; tiles <= 8192; ++tiles) {
     const int64_t part = depth_part(how, tiles), together = panels_together(how, part);

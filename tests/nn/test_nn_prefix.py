@@ -25,7 +25,7 @@ MATCHED = ("llama", "gpt2", "gemma2", "qwen3", "bert", "t5", "t5-even")
 def run_prefix(model: nn.Module, prefix: PrefixEncoder, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
     """Returns the logits of a plain model with the prefix."""
     cache = prefix.past_key_values(len(inputs["input_ids"]), model.config, **kwargs)
-    if not model.config.is_encoder_decoder:  # the encoder sees no prefix, and the decoder is given no mask
+    if not model.config.is_encoder_decoder:  # an encoder sees no prefix, and a decoder behind an encoder gets no mask
         inputs = {**inputs, "attention_mask": prefix.extend_mask(inputs["attention_mask"])}
     return model(**inputs, past_key_values=cache).logits
 

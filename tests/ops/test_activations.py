@@ -24,7 +24,7 @@ def test_every_value_of_a_16_bit_type(activation: str, dtype: torch.dtype, devic
     y.sum().backward()
     exact.sum().backward()
     eps = torch.finfo(dtype).eps
-    # For a large negative x, 1 + erf(x) loses all digits, in PyTorch and in the CUDA kernels.
+    # For a large negative x, GELU's factor 1 + erf(x / √2) loses all digits, in PyTorch and in the CUDA kernels.
     near = {"rtol": eps if dtype != torch.float32 else 8 * eps, "atol": max(1e-6, 1e-3 * eps)}
     torch.testing.assert_close(y.detach().cpu().double(), exact.detach(), **near)
     torch.testing.assert_close(moved.grad.cpu().double(), wide.grad, **near)

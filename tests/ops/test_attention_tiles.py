@@ -16,7 +16,8 @@ FORWARD = torch.ops.peft_ext.scaled_dot_product_attention
 BACKWARD = torch.ops.peft_ext.scaled_dot_product_attention_backward
 QUERIES = (1, 15, 16, 17, 31, 33, 64, 97)
 KEYS = (1, 15, 16, 17, 31, 33, 100, 193, 225)
-SIZES = ((8, 8), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (33, 20), (24, 72))  # of q, k; of v
+# (head size of q and k, head size of v)
+SIZES = ((8, 8), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (33, 20), (24, 72))
 KINDS = ("all", "causal", "window", "random", "bias", "dropout", "causal dropout")
 
 pytestmark = pytest.mark.cpu_only("it is about CPU paths")

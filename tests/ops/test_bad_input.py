@@ -71,8 +71,9 @@ CALLS = _calls()
 _OPTIONAL = ("bias", "row_scale", "rank_scale", "weight_norm", "down_bias", "up_bias", "residual", "up")
 _NORMS = ("rms_norm", "layer_norm")  # operators whose weight may be None and may be trained
 
-# _BESIDE names, for an argument, the other argument with whose device its device is compared, if that is not x. _FIRST
-# names, for an operator, the argument whose device is compared with x's device first.
+# An operator compares the devices of its arguments with the device of x, except for the arguments in _BESIDE: _BESIDE
+# maps such an argument to the argument with whose device it is compared. _FIRST maps an operator to the argument whose
+# device is compared first.
 _BESIDE = {"lora_A": "weight", "lora_B": "weight", "up": "gate", "k": "q", "cos": "q", "sin": "q"}
 _ALONE = ("nf4_quantize", "activation")  # operators with a single tensor, whose device is compared with no other
 _FIRST = {"lora_residual": "residual", "ia3_scale": "ia3_l", "bottleneck_adapter": "down_weight"}

@@ -175,7 +175,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 @pytest.mark.parametrize("tokens", [(1,), (5,), (3, 7), (64,), (300,), (0, 4)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 def test_values_and_gradients(widening, calls, dtype: torch.dtype, tokens: tuple, with_bias: bool) -> None:
-    layer = nn.Linear(96, 1100, bias=with_bias).to(dtype)  # has more rows than one panel, which is widened at once
+    layer = nn.Linear(96, 1100, bias=with_bias).to(dtype)  # more rows than a panel, the part cast to float32 at once
     layer.weight.requires_grad_(False)
     x, grad = randn(*tokens, 96, dtype=dtype).requires_grad_(), randn(*tokens, 1100, dtype=dtype)
     assert type(peft_ext.accelerate(layer)) is FusedLinear
@@ -390,11 +390,11 @@ def test_a_run_computes_in_what_the_cpu_has(tiny, tmp_path, capsys, monkeypatch)
     assert finetune(tiny, tmp_path / "bf16", "--dtype", "bf16") == 0
     asked = report(tmp_path / "bf16")
     assert asked["machine"]["dtype"] == "bfloat16: as asked for"
-    # Both runs have equal bases, whose codes come from equal bfloat16 weights, so the losses differ by rounding alone.
+    # Both runs quantize equal bfloat16 weights to equal NF4 codes, so the losses differ by rounding alone.
     assert asked["losses"] == pytest.approx(found["losses"], rel=5e-3)
     for when in ("before", "after"):
         assert asked["perplexity"][when] == pytest.approx(found["perplexity"][when], rel=1e-2)
-    # In the float32 run only the embedding and the norms grow; the NF4 codes do not.
+    # In the float32 run only the embedding and the norms take more memory; the NF4 codes do not.
     grown = found["memory"]["frozen"] - asked["memory"]["frozen"]
     dense = 2 * (258 * 64 + 5 * 64)
     assert dense <= grown <= 1.1 * dense
@@ -423,6 +423,7 @@ def test_a_stock_run_in_float32_is_the_same_run(tiny, tmp_path) -> None:
     assert ours["perplexity"]["after"] == pytest.approx(stock["perplexity"]["after"], rel=1e-5)
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_the_plan_says_what_a_dense_base_takes(tiny, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(_cpu, "why_float32", lambda: NO)
@@ -433,7 +434,7 @@ def test_the_plan_says_what_a_dense_base_takes(tiny, tmp_path, capsys, monkeypat
         sizes[dtype] = float(out.partition("frozen weights")[2].split()[0])
         twice = f"float32: {NO}; the dense weights take twice the bytes of bfloat16"
         assert (twice in out) is (dtype == "auto")
-    assert sizes["auto"] == pytest.approx(2 * sizes["bf16"], rel=0.5)  # about 0.2 MiB, with one decimal
+    assert sizes["auto"] == pytest.approx(2 * sizes["bf16"], rel=0.5)  # sizes of about 0.2 MiB, read with one decimal
 
 
 @needs_accelerate

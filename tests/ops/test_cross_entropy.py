@@ -39,7 +39,8 @@ def test_long_rows(dtype: torch.dtype, loss: tuple, columns: int, device: torch.
     assert losses.dtype is torch.float32 and losses[2] == 0 and not grad[2].any()
     torch.testing.assert_close(losses.double(), want, rtol=2e-6, atol=2e-6)
     info = torch.finfo(dtype)
-    subnormal = info.smallest_normal * info.eps / 2 * columns**0.5  # half of the smallest step at each element
+    # The norm of an error of half the smallest subnormal number in each element.
+    subnormal = info.smallest_normal * info.eps / 2 * columns**0.5
     for got, wanted in zip(grad.double(), exact, strict=True):
         assert (got - wanted).norm() <= max(info.eps / 2, 4e-6) * wanted.norm() + subnormal
 
@@ -152,7 +153,8 @@ def test_float16_divides_by_the_count_in_the_backward(device: torch.device) -> N
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_lengths_share_a_compiled_graph(reduction: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator chooses its chunk as it runs, so that a traced chunk does not bind a graph to one length."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 7 * 4 * 19))  # 7 tokens
+    # A chunk of logits has 7 tokens.
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 7 * 4 * 19))
     torch.manual_seed(0)
     weight, factor = torch.randn(19, 8, device=device), torch.rand(64, device=device)
 

@@ -25,7 +25,7 @@ cuda_model = pytest.importorskip("cuda_model", reason="tools/ is not here: not a
 pytestmark = pytest.mark.slow
 
 BF16 = torch.bfloat16
-T, K, N, R, E = 200, 128, 136, 8, 3  # more tokens than inputs, so that DoRA's g and IA3's l scale W
+T, K, N, R, E = 200, 128, 136, 8, 3  # more tokens than input features, so that DoRA's g and IA3's l scale W
 SEED = torch.tensor([17, 4])
 SMALL = ("launch", "launch by PyTorch")
 
@@ -37,7 +37,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def kernels_of(method: str) -> int:
     """Returns the number of the kernels of peft_ext in a step of a layer, as the model counts them."""
     parts = cuda_model.LAYERS[method]
-    # In the model, "column pass, g and dg" is two kernels if g scales W.
+    # The part "column pass, g and dg" of cuda_model stands for two kernels if g scales W.
     return len(parts) - parts.count("launch by PyTorch") + parts.count("column pass, g and dg")
 
 
@@ -94,8 +94,8 @@ def test_launches_of_experts(launches: Launches, method: str) -> None:
     _, backward = launches.of(
         "lora_experts_backward", grad, x, *weight, ends, *adapter, g, s, z, 0.5, 0.0, None, True, dora
     )
-    # Beside the small kernels: in the forward the pass over x and the product; in the backward the passes for P, dB and
-    # dA, and the product; with DoRA the norm, and the pass for g ∘ dY and dg.
+    # Kernels that EXPERT_LAUNCHES does not count: in the forward the pass over x and the product; in the backward the
+    # passes for P, dB and dA, and the product; with DoRA also the norm, and the pass for g ∘ dY and dg.
     assert forward == count["forward"] + 2
     assert backward == count["backward"] + 4 + dora * (count["dg"] + 1)
     assert norm == dora * (count["norm"] + 1)

@@ -23,7 +23,8 @@ from peft_ext.ops.proof_inputs import ProofInputs
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-# Arguments that an operator accepts and does not read, as places in the operator's arguments: the biases in a backward.
+# Arguments that an operator accepts and does not read: the biases in a backward. A tuple has the argument's index, and
+# the index within the argument if the argument is a list.
 UNREAD = {("ia3_linear_backward", (9,)), ("lora_linears_backward", (2, 1))}
 
 

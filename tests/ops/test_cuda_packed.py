@@ -24,8 +24,9 @@ from peft_ext.weights.packed import PackedWeight
 pytestmark = pytest.mark.slow
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# N and K, before they are rounded to the multiples of a kind: less than a group of 16 bytes, of a warp, of a thread
-# block; several thread blocks in both dimensions; rows and columns that end in the middle of a thread block.
+# (N, K), before both are rounded to the multiples that a packed format needs: fewer values than a load of 16 bytes,
+# than a warp or than a thread block takes; several thread blocks in both dimensions; rows and columns that end in the
+# middle of a thread block.
 SHAPES = [(1, 1), (3, 7), (7, 33), (8, 130), (9, 512), (17, 1025), (130, 96), (5, 2050)]
 SCALING = 0.75
 
@@ -130,7 +131,7 @@ def test_few_tokens_do_not_depend_on_the_other_tokens(cuda_call: Callable[..., A
 
 def test_a_nan_in_the_weight_leaves_other_outputs_alone(cuda_call: Callable[..., Any]) -> None:
     weight = drawn("fp8", 40, 256)
-    weight.parts[0].view(torch.uint8)[17, 77] = 0x7F  # NaN
+    weight.parts[0].view(torch.uint8)[17, 77] = 0x7F  # NaN in fp8
     for tokens in (4, 20):
         nan = cuda_call("nf4_linear", torch.randn(tokens, 256).bfloat16(), *weight.op_args(), None).isnan()
         assert nan[:, 17].all() and nan.sum() == tokens

@@ -26,7 +26,8 @@ SEED = torch.tensor([0x1234_5678_9ABC, 77])
 # Sizes (T, K, N): several tiles and chunks in both dimensions, ends within a tile, no multiples of 8, few rows, few
 # columns.
 SHAPES = [(330, 584, 328), (64, 64, 64), (129, 1160, 72), (70, 99, 333), (3, 8, 1040), (1100, 40, 24)]
-# Ranks of one, two, four and eight tiles of 16 ranks, ranks that end within a tile, and ranks beyond one launch.
+# Ranks of one, two, four and eight tiles of 16 ranks, ranks that end within a tile, and ranks that need more than one
+# launch.
 RANKS = [1, 16, 24, 32, 50, 64, 100, 128, 130, 200]
 
 
@@ -55,7 +56,8 @@ def expected(x: Tensor, residual: Tensor, a: Tensor, b: Tensor, grad: Tensor, p:
 def close(got: Tensor, want: Tensor, name: str, terms: int) -> None:
     """Asserts that errors are within the rounding of the result's dtype and of a float32 sum of ``terms`` terms."""
     eps = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[got.dtype]
-    # For a 16-bit result the kernels split a float32 operand into two terms of 8 bits, which leaves out 2^-16.
+    # For a 16-bit result the kernels split a float32 operand into two terms of 8 bits each, and leave out 2^-16 of the
+    # operand.
     left_out = 2.0**-24 * (8 + terms**0.5) if got.dtype == torch.float32 else 2.0**-16
     bound = eps * want.abs() * 1.01 + want.abs().max().item() * left_out
     worst = ((got.double() - want).abs() / bound).max().item()

@@ -87,7 +87,7 @@ def check_merge(got: Tensor, args: tuple, dtype: torch.dtype) -> None:
     terms = lora_A.shape[0] + 4
     bound = rounding / 2 * want.abs() + terms * torch.finfo(torch.float32).eps * sizes
     if dtype == torch.float16:
-        bound = bound + 2.0**-25  # the rounding of subnormal numbers
+        bound = bound + 2.0**-25  # the rounding of subnormal float16 numbers
     worst = ((got.double() - want).abs() / bound.clamp(min=1e-300)).amax().item() if got.numel() else 0.0
     assert worst <= 1.01, f"{worst} of the bound"
 

@@ -98,7 +98,8 @@ def assert_close(got: list[Tensor], want: list[Tensor], name: str, terms: int) -
         if value.numel() == 0:
             continue
         eps = {F32: 2.0**-24, BF16: 2.0**-8, F16: 2.0**-11}[value.dtype]
-        # Y and dX are rounded before PyTorch's product is added, and once for each layer.
+        # In 16 bits, Y and dX are rounded several times: when PyTorch's product is added, and when the term of a layer
+        # is added.
         rounds = 1.01 if value.dtype == F32 else 6.0
         left_out = 2.0**-24 * (8 + terms**0.5) if value.dtype == F32 else max(2.0**-16, eps)
         bound = eps * wide.abs() * rounds + wide.abs().max().item() * left_out
@@ -191,7 +192,7 @@ def test_no_tokens_and_views(cuda_call: Callable[..., Any]) -> None:
     ys, ss, grads = layers.run(cuda_call)
     assert [tuple(y.shape) for y in ys] == [(0, 72), (0, 40)] and not any(g.any() for g in grads)
     layers = Layers((70, 64), [8, 8], [0.1, 0.1], BF16, [F32, F32])
-    apart = torch.empty(70, 72, dtype=BF16)[:, 3:67]  # rows apart, not aligned to 16 bytes
+    apart = torch.empty(70, 72, dtype=BF16)[:, 3:67]  # rows that are not contiguous and not aligned to 16 bytes
     apart.copy_(layers.x)
     layers.x = apart
     check(cuda_call, layers)

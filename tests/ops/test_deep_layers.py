@@ -13,8 +13,9 @@ from linear_cases import dora_case, ia3_case, lora_case
 from op_case import Case
 from op_params import TILES
 
-# (tokens, K, N, R): depths that end within a tile and within a part, more panels of 64 rows or columns than are decoded
-# together, the last of them ragged, and an odd number of strips of 16 tokens.
+# (shape of the tokens, K, N, R). The summed dimension, K in the forward and N in the backward, ends within a tile and
+# within a part of the sum. There are more panels of 64 rows or columns than are decoded together, the last panel is not
+# full, and the number of strips of 16 tokens is odd.
 WIDE_IN, WIDE_OUT, BOTH = ((2, 35), 5217, 330, 5), ((2, 35), 590, 5217, 5), ((41,), 4129, 4131, 3)
 DENSE = (lora_case("dense", with_bias=True, dropout_p=0.3), dora_case("dense", dropout_p=0.3), ia3_case("dense"))
 CASES = [

@@ -47,7 +47,7 @@ def digests() -> list[dict[str, list[str]]]:
     env |= {
         "OMP_NUM_THREADS": "2",
         "OMP_WAIT_POLICY": "passive",
-    }  # spinning threads would take seconds on a busy machine
+    }  # threads that spin while they wait would take seconds on a busy machine
     script = str(tests / "faults/trainings.py")
     started = [
         subprocess.Popen([sys.executable, script, str(runs)], stdout=subprocess.PIPE, text=True, env=env)

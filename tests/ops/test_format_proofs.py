@@ -167,7 +167,7 @@ def test_a_first_weight_proves_its_format_alone_and_once_a_machine(
     assert asked == ["format mxfp4", "format gguf_q4_k"]
     (saved,) = json.loads(fresh.read_text()).values()
     assert saved == ["format gguf_q4_k", "format mxfp4"]
-    monkeypatch.setattr(prove, "_gates", {"CPU": dict.fromkeys(FAMILIES), "CUDA": {}})  # the next process
+    monkeypatch.setattr(prove, "_gates", {"CPU": dict.fromkeys(FAMILIES), "CUDA": {}})  # as in the next process
     drawn("mxfp4"), drawn("awq")
     assert asked[2:] == ["format awq"]
 

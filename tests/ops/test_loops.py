@@ -23,7 +23,7 @@ def loops_of_step(tokens: int, k: int, n: int, rank: int, dtype: torch.dtype, ad
     lora_A = torch.randn(rank, k, dtype=adapters, requires_grad=True)
     lora_B = torch.randn(n, rank, dtype=adapters, requires_grad=True)
     found = 0
-    for _ in range(2):  # the first call of an operator may prove the kernels before
+    for _ in range(2):  # in its first call, an operator may prove the kernels first
         before = MODULE.parallel_loops()
         ops.lora_linear(x, weight, lora_A, lora_B, dropout_p=p, training=True, seed=SEED).backward(grad)
         found = MODULE.parallel_loops() - before

@@ -23,10 +23,11 @@ from peft_ext.ops import library
 def test_every_op_has_a_kernel(device: torch.device, pytestconfig: pytest.Config) -> None:
     """Without kernels the battery would only compare the reference with itself."""
     assert _native.STATE.module is not None
-    # On a GPU nf4_merge calls nf4_dequantize_merged first. On the CPU nf4_merge is one pass and does not call it.
+    # On a GPU nf4_merge calls nf4_dequantize_merged first. On the CPU nf4_merge is one pass and does not call
+    # nf4_dequantize_merged.
     by_reference = {"nf4_dequantize_merged"} if pytestconfig.getoption("--device") == "cpu" else set()
     for op in library.OPERATORS.values():
-        if not op.composed:  # a composition needs no kernel
+        if not op.composed:  # an operator that calls other operators needs no kernel
             wanted = op.cuda if device.type == "cuda" else op.name not in by_reference
             assert library.has_kernel(op.name, device.type.upper()) == wanted, op.name
 
@@ -414,7 +415,7 @@ def test_rank_scale_of_ones_is_none_and_of_zeros_the_base(device: torch.device) 
     y = ops.lora_linear(x, w, a, b, rank_scale=zero, scaling=0.5)
     torch.testing.assert_close(y, x @ w.t())
     (grad,) = torch.autograd.grad(y.sum(), zero)
-    # The gradient is a sum of 16,384 products in float32, whose order is not fixed: some ulp more than for a short sum.
+    # The gradient is a float32 sum of 16,384 products in no fixed order, so its error is several ulp.
     wanted = 0.5 * (x.double() @ a.double().t()).sum(0) * b.double().sum(0)
     torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -593,6 +594,6 @@ def test_a_torch_without_that_guard_takes_the_longer_way(monkeypatch: pytest.Mon
     monkeypatch.delattr(torch._C, "_AutoDispatchBelowAutograd")
     longer = library.below_autograd(torch.ops.peft_ext.nf4_linear.default)
     x, weight = torch.randn(3, 64), torch.randn(32, 64)
-    with torch.inference_mode():  # torch.library's own way has the guard too
+    with torch.inference_mode():  # with autograd, torch.library itself would need the class that this test removes
         y = longer(x, weight, None, None, None, None, 0, [32, 64], None)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))

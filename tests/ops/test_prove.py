@@ -189,7 +189,7 @@ def test_no_reference_multiplies_in_a_precision_that_the_process_sets(monkeypatc
 
     monkeypatch.setattr(prove, "_called", watched)
     prove.prove(CPU)
-    exact = {"nf4_merge", "nf4_dequantize_merged"}  # their factors are small integers: the products are exact
+    exact = {"nf4_merge", "nf4_dequantize_merged"}  # with factors that are small integers, these products are exact
     assert set().union(*(dtypes for name, dtypes in seen.items() if name not in exact)) == {torch.float64}
     assert torch.float32 in seen["nf4_merge"]
 
@@ -206,7 +206,7 @@ def test_nothing_of_the_process_changes_meanwhile(monkeypatch: pytest.MonkeyPatc
                 torch.get_num_threads(), list(warnings.filters), torch.get_rng_state().tolist(),
             ])  # fmt: skip
 
-        thread = threading.Thread(target=look)  # another thread sees the process's state, and not this thread's
+        thread = threading.Thread(target=look)  # another thread does not see the settings of this thread alone
         thread.start()
         thread.join()
         return found
@@ -352,7 +352,7 @@ def test_other_threads_wait_for_the_proof(fresh: None, monkeypatch: pytest.Monke
     x, scale = torch.randn(4, 8), torch.randn(8)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: torch.ops.peft_ext.ia3_scale(x, scale), range(4)))
-    # A thread that comes after the proof calls the operator's kernel, and does not ask native_op for it.
+    # A thread that comes after the proof calls the operator's kernel, and does not ask native_op for the kernel.
     assert proofs == [1] and kernels and all(kernels)
     assert all(torch.equal(y, x * scale) for y in found)
 

@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("capabilities", "current", "wanted"),
     [
-        ([(9, 0), (6, 1)], 0, ["card 0"]),  # an old card of a display
-        ([(9, 0), (6, 1)], 1, ["card 0"]),  # the work is on the old card
+        ([(9, 0), (6, 1)], 0, ["card 0"]),  # An old card drives the display.
+        ([(9, 0), (6, 1)], 1, ["card 0"]),  # The old card is the current card.
         ([(6, 1), (8, 0), (9, 0)], 2, ["card 2", "card 1"]),
         ([(6, 1)], 0, ["card 0"]),
         ([(6, 1), (7, 5)], 1, ["card 1", "card 0"]),
@@ -138,7 +138,7 @@ def test_machines_without_an_old_card_pay_nothing(two_cards, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    [  # of device_empty and of raise_reason in csrc/cuda
+    [  # messages of device_empty and of raise_reason in csrc/cuda
         "CUDA out of memory. peft_ext wanted 9 bytes more",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)` (in a call of peft_ext)",
         'CUDA out of memory. peft_ext: torch_call_dispatcher( "aten::contiguous", "") API call failed at ops.h',

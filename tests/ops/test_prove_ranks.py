@@ -35,6 +35,7 @@ def ranks(folder: Path, what: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what",
     first(["accelerated before the group", "accelerated in the group", "own loop"], ["accelerated in the group"]),

@@ -83,7 +83,8 @@ def test_quantize_multiplies_a_full_block_and_divides_the_tail(call):
         scale = torch.rand(1) + 1.0
         near = (thresholds() * scale).view(torch.int32) + torch.randint(-1, 2, (15,), dtype=torch.int32)
         near = torch.cat([near.view(torch.float32), scale, torch.zeros(16)])
-        check_quantize(call, torch.cat([near, near[:-1]]), 32)  # a full block, and a tail block of equal values
+        # A full block of 32 values, and a tail block of the first 31 of these values.
+        check_quantize(call, torch.cat([near, near[:-1]]), 32)
         (full, _), (tail, _) = reference.quantize(near, 32), reference.quantize(near[:-2], 32)
         differ += (full[:15] != tail).sum().item()
     assert differ > 0, "the values say nothing"

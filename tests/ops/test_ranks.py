@@ -50,7 +50,7 @@ def test_a_value_that_is_not_finite_stays_in_its_rank(path: str) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(40, 37).to(BF16), torch.randn(33, 37).to(BF16)
     lora_A, lora_B = torch.randn(9, 37), torch.randn(33, 9)
-    lora_A[3, 36] = float("inf")  # the last column: a vector that ends behind the row would also read the next rank
+    lora_A[3, 36] = float("inf")  # in the last column: a kernel that reads past the end of a row would mix two ranks
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.lora_linear(x, weight, lora_A.requires_grad_(), lora_B)

@@ -110,7 +110,7 @@ def test_a_decoder_layer_keeps_lists_until_they_are_forgotten() -> None:
     assert torch.equal(call(empty, plan), y) and not torch.equal(y, other)
     assert torch.equal(call(second, plan), other) and torch.equal(call(empty, plan), other)
     _native.STATE.module.forget_plan(plan)
-    _native.STATE.module.forget_plan(plan)  # forgets nothing more
+    _native.STATE.module.forget_plan(plan)  # a second call for this plan does nothing
     for unknown in (plan, 0, -1):
         with pytest.raises(RuntimeError, match=f"none are kept under plan {unknown}"):
             call(empty, unknown)
@@ -196,7 +196,8 @@ def test_the_gradients_of_a_query_whose_keys_all_have_a_large_bias(hidden: float
     found, wanted = [], []
     for dtype, gradients in ((torch.float32, found), (torch.float64, wanted)):
         moved = bias.to(dtype)
-        moved[0, 0, 3:7] = hidden if dtype is torch.float32 else 0.0  # a constant changes no softmax
+        # A constant that is added to a query's scores for all keys does not change the softmax.
+        moved[0, 0, 3:7] = hidden if dtype is torch.float32 else 0.0
         leaves = [value.detach().clone().to(dtype).requires_grad_() for value in operands]
         attention = ops.scaled_dot_product_attention if dtype is torch.float32 else F.scaled_dot_product_attention
         y = attention(*leaves, **{"bias" if dtype is torch.float32 else "attn_mask": moved}, scale=scale)
@@ -219,7 +220,7 @@ def test_the_gradients_of_a_query_that_sees_only_keys_with_a_large_bias(hidden: 
     exact = [value.double().requires_grad_() for value in operands]
     ops.scaled_dot_product_attention(*leaves, bias=padding.expand(1, 1, 16, 16), **how).cos().sum().backward()
     moved = padding.double().expand(1, 1, 16, 16).clone()
-    moved[:, :, :5] = 0.0  # a constant changes no softmax
+    moved[:, :, :5] = 0.0  # a constant that is added to a query's scores for all keys does not change the softmax
     F.scaled_dot_product_attention(*exact, moved.masked_fill(~sees, -torch.inf)).cos().sum().backward()
     for one, other in zip(leaves, exact, strict=True):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)

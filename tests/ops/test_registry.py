@@ -33,7 +33,7 @@ class Called(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if namespace == NAMESPACE:
             self.names.add(name)
-            if OPERATORS[name].composed:  # a composition calls other operators, which count too
+            if OPERATORS[name].composed:  # this operator calls other operators, which count too
                 with self:
                     return OPERATORS[name].reference(*args)
         return func(*args, **(kwargs or {}))

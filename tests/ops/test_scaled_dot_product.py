@@ -76,7 +76,7 @@ def test_few_queries(
         )[0]
         for wide in (torch.float64, dtype)
     )
-    if mask is not None:  # the operator gives 0 where the reference gives NaN or 0
+    if mask is not None:  # for a query that sees no key, the operator gives 0, and the reference gives NaN or 0
         exact, plain = exact.nan_to_num(), plain.nan_to_num()
     assert (found.double() - exact).norm() <= 1.5 * (plain.double() - exact).norm() + 2e-7 * exact.norm()
 

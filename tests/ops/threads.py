@@ -40,11 +40,11 @@ SHAPES = (
     ((2, 333), 96, 261, 24),
 )
 FEW_SHAPES = (((131,), 515, 70, 8), ((2, 333), 96, 261, 24))
-# (K, N) of layers of SmolLM2-135M, and of layers that are deeper than a part of the depth.
+# (K, N) of layers of SmolLM2-135M, and of layers whose K or N is larger than one part of the kernels' sum over K or N.
 LAYERS = ((576, 192), (576, 576), (1536, 576), (576, 1536), (5217, 330), (330, 5217))
 TOKENS = (777, 2048)
-WITHOUT_PRODUCTS = ("norm", "activations", "dropout", "rotary", "attention")  # operators without a matrix product
-QUANTIZED = ((4096, 1024), (11008, 512))  # weights with so many scales that PyTorch would sum them on several threads
+WITHOUT_PRODUCTS = ("norm", "activations", "dropout", "rotary", "attention")  # Operators without a matrix product.
+QUANTIZED = ((4096, 1024), (11008, 512))  # Weights with so many scales that PyTorch would sum them on several threads.
 # Whether the CPU path multiplies dense bfloat16 weights with peft_ext's tiles.
 TILES = _native.STATE.isa in ("avx512_bf16", "amx", "amx_emulated")
 

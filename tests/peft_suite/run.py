@@ -75,7 +75,7 @@ MODES: dict[str, list[tuple[tuple[str, ...], str]]] = {
 # Methods of which a layer must run fused at least once. The modes "quick" and "full" test all METHODS.
 METHODS = ("LoRA", "DoRA", "AdaLoRA", "IA3", "LoRA, several adapters", "IA3, several adapters")
 LORA_METHODS = tuple(name for name in METHODS if not name.startswith(("AdaLoRA", "IA3")))
-SECONDS = 900  # time limit of one test
+SECONDS = 900  # Time limit of one test, in seconds.
 # For each mode, the least number of layers that must run fused in PEFT's tests and in the comparison of gradients.
 LEAST_LAYERS = {"quick": 500, "lora": 400, "experts": 100, "others": 100, "full": 500}
 # A stand-in for the package diffusers: PEFT's shared test code imports its StableDiffusionPipeline, but the tests that

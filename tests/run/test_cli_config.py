@@ -21,6 +21,7 @@ pytest.importorskip("accelerate")
 
 from commands import refused, said  # noqa: E402
 from tiers import first  # noqa: E402
+from tiny_run import rank_for  # noqa: E402
 
 from peft_ext import quantize_nf4  # noqa: E402
 from peft_ext import run as library  # noqa: E402
@@ -68,20 +69,18 @@ stock: False
 @pytest.fixture
 def written(tmp_path):
     def write(text: str | bytes) -> Path:
-        path = tmp_path / "run.yaml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        (path := tmp_path / "run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
         return path
 
     return write
 
 
 def test_values_have_the_types_of_the_options(written):
-    config = read_config(written(FULL), Options)
-    assert config.values == {
+    assert (config := read_config(written(FULL), Options)).values == {
         "model": "./some/model", "output": Path("~/out").expanduser(), "method": "dora", "rank": 8, "lr": 1e-4,
         "alpha": 16.0, "warmup": 0.5, "target_modules": "q_proj,v_proj", "text_column": "no",
-        "completion_column": "2020-01-01",
-        "prompt": "Two lines in one\n", "gradient_checkpointing": True, "stock": False,
+        "completion_column": "2020-01-01", "prompt": "Two lines in one\n", "stock": False,
+        "gradient_checkpointing": True,
     }  # fmt: skip
     assert type(config.values["alpha"]) is float and config.lines["lr"] == 6
     for nothing in ("", "# a comment\n", "---\n", "\ufeff"):
@@ -224,7 +223,7 @@ def test_what_is_written_reads_as_it_was(tmp_path, options):
 
 def small(tiny: Path, output: Path, *options: object) -> list[str]:
     given = ("--model", tiny / "model", "--data", tiny / "pairs.jsonl", "--output", output, "--batch-size", 2,
-             "--block-size", 64, "--rank", 4, "--max-steps", 3, *options)  # fmt: skip
+             "--block-size", 64, *rank_for(options), "--max-steps", 3, *options)  # fmt: skip
     return ["finetune", *map(str, given)]
 
 
@@ -404,6 +403,7 @@ def test_weights_that_are_broken_or_not_there_are_one_line(capsys, tiny, weightl
     assert run() == f"error: --model {weightless}: the files lack model.norm.weight, which would be random\n"
 
 
+@pytest.mark.slow
 def test_the_plan_warns_where_memory_does_not_do(capsys, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "memory_of", lambda device: (2**20, 2**18, 0))
     out = dry(capsys, *small(tiny, tmp_path / "out", "--quant", "none"))

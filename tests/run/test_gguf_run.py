@@ -67,6 +67,7 @@ def test_a_gguf_file_is_trained_and_its_adapter_is_used(
     assert (exported - right).norm() < 0.02 * right.norm()  # the exported matrices are float16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", first([False, True], [True]))
 def test_a_failing_export_keeps_the_adapter_and_the_record(
     gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, refused: bool
@@ -100,12 +101,13 @@ def test_the_export_of_an_earlier_adapter_is_removed(gguf: Path, tmp_path: Path)
     exported.write_bytes(b"GGUF")
     assert finetune(gguf, output, "--overwrite", steps=1) == 0 and not exported.exists()
     shutil.copy(gguf / "model", exported)
-    # The file stays if the file is the run's model.
+    # The run does not remove adapter.gguf if adapter.gguf is the base model of the run.
     assert main(["finetune", "--model", str(exported), "--data", str(gguf / "pairs.jsonl"), "--output", str(output),
                  "--overwrite", "--max-steps", "1", "--block-size", "64"]) == 0  # fmt: skip
     assert exported.read_bytes() == (gguf / "model").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_file_of_dense_weights_is_quantized_as_a_folder_is(
     gguf: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

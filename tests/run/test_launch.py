@@ -290,8 +290,8 @@ def test_a_restart_goes_on_with_its_own_run_alone(tmp_path: Path):
         return found.resume, found.overwrite
 
     asked = {"overwrite": True}
-    assert chosen() == chosen(**asked) == (False, True)  # no checkpoint: the run begins anew
-    assert chosen(resume=True) == (True, False)  # an error follows, as without a restart
+    assert chosen() == chosen(**asked) == (False, True)  # Without a checkpoint, the run begins anew.
+    assert chosen(resume=True) == (True, False)  # The missing checkpoint is an error later, as without a restart.
     checkpoint = tmp_path / "checkpoints/checkpoint-4"
     checkpoint.mkdir(parents=True)
     assert chosen() == (False, True)  # the checkpoint is not whole
@@ -313,7 +313,7 @@ def test_a_signal_that_comes_during_the_exchange_of_a_step_stops_after_the_next(
     state, control = SimpleNamespace(global_step=1), SimpleNamespace(should_save=False, should_training_stop=False)
 
     def largest(*values):
-        stop.signal = 15  # the handler runs as the exchange returns
+        stop.signal = 15  # as if the signal's handler ran while the exchange returns
         return list(values)
 
     monkeypatch.setattr(here, "largest", largest)

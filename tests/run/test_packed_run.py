@@ -62,6 +62,7 @@ def test_a_packed_checkpoint_is_trained_and_its_adapter_is_used(
     assert (got - right).norm() < 0.05 * right.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", first(FORMATS, ("mxfp4",)))
 def test_a_dense_model_is_trained_in_a_packed_format(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture, format: str
@@ -130,6 +131,7 @@ def test_a_layer_that_the_format_can_t_hold_is_refused_at_the_start(
     )
 
 
+@pytest.mark.slow
 @needs_bnb
 def test_a_checkpoint_of_bitsandbytes_is_trained(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

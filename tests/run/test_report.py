@@ -317,6 +317,7 @@ def test_memory_is_the_bytes_of_the_tensors(run):
     assert linear // 64 <= scales < linear // 64 + 20_000
 
 
+@pytest.mark.slow
 @needs_hf
 def test_the_curve_costs_nothing_but_time(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "HELD_OUT_POINTS", 0)
@@ -328,6 +329,7 @@ def test_the_curve_costs_nothing_but_time(run, tiny, tmp_path, monkeypatch):
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 @needs_hf
 def test_curves_go_on_in_a_resumed_run(run, tiny, tmp_path):
     folder = tmp_path / "run"
@@ -365,6 +367,7 @@ def test_ctrl_c_leaves_a_report_of_what_there_is(tiny, tmp_path, monkeypatch, ca
     assert ("report: " in capsys.readouterr().out) == (times == 1)
 
 
+@pytest.mark.slow
 @needs_hf
 def test_a_run_is_not_lost_for_a_picture(tiny, tmp_path, monkeypatch, capsys):
     def broken(document):

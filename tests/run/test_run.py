@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from tiers import first
+from tiny_run import used
 from transformers import AutoModelForCausalLM
 
 import peft_ext
@@ -40,12 +41,12 @@ WEIGHTS = "adapter_model.safetensors"
 
 def options_of(tiny: Path, output: Path, **changes) -> Options:
     return Options(
-        **{"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
-           "batch_size": 2, "block_size": 64, "max_steps": 4, "save_steps": 2, **changes}
+        **used({"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
+                "batch_size": 2, "block_size": 64, "max_steps": 4, "save_steps": 2, **changes})
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", first(METHODS, ("lora", "dora")))
+@pytest.mark.parametrize("method", first(METHODS, ("lora",)))
 def test_every_method(tiny, tmp_path, method):
     if method == "dora":
         pytest.importorskip("bitsandbytes")
@@ -127,6 +128,7 @@ def test_the_table_has_a_configuration_and_a_page_for_every_method():
         assert config.is_prompt_learning == (method.kind == "prompt")
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_it_does_to_who_listens(tiny, tmp_path, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="peft_ext.run"):
         finetune(options_of(tiny, tmp_path / "run", max_steps=1, save_steps=0))
@@ -189,7 +191,8 @@ def test_overwrite_removes_nothing_where_no_run_was(tmp_path):
     with own_output(options, None, Ranks()):  # the two files of the adapter are moved, all other files stay
         assert files_of(tmp_path) == (before - {*ADAPTER}) | {f".previous/{name}" for name in ("README.md", *ADAPTER)}
         assert not may_write_config(options)
-    (tmp_path / "adapter_config.json").write_text("")  # a part of an adapter, such as the configuration of a pickle
+    # This file alone may belong to an adapter whose weights are a pickle, so nothing is moved.
+    (tmp_path / "adapter_config.json").write_text("")
     before = files_of(tmp_path)
     with own_output(options, None, Ranks()):
         assert files_of(tmp_path) == before

@@ -16,6 +16,7 @@ import transformers as hf
 from peft import CPTConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from tiers import first
+from tiny_run import used
 
 import peft_ext
 from peft_ext import recipes
@@ -40,6 +41,7 @@ def assert_same(folders: list[Path], losses: list[list[float]]) -> None:
         torch.testing.assert_close(parts[name], value, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", first(RUNS, FIRST), ids=str)
 def test_a_run_of_more_and_smaller_batches(
     case: tuple[str, bool, str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,10 +54,10 @@ def test_a_run_of_more_and_smaller_batches(
     monkeypatch.setattr(hf.LlamaForCausalLM, "accepts_loss_kwargs", accepts, raising=False)
     folders, losses = [tmp_path / "whole", tmp_path / "parts"], []
     for folder, size in zip(folders, (4, 1), strict=True):
+        options = used({"method": method, "rank": 4, "dropout": 0.0})
         result = finetune(Options(
-            model=str(tiny / "model"), data=str(tiny / data), output=folder, method=method, rank=4, dropout=0.0,
-            quant="none", dtype="fp32", batch_size=size, grad_accum=4 // size, block_size=64, max_steps=3, lr=1e-2,
-            warmup=0,
+            model=str(tiny / "model"), data=str(tiny / data), output=folder, **options, quant="none", dtype="fp32",
+            batch_size=size, grad_accum=4 // size, block_size=64, max_steps=3, lr=1e-2, warmup=0,
         ))  # fmt: skip
         losses.append(result.losses)
     assert_same(folders, losses)
@@ -72,6 +74,7 @@ KINDS = {"takes": hf.LlamaForCausalLM, "ignores": IgnoresItemsForCausalLM, "refu
          "prompt": hf.LlamaForCausalLM, "cpt": hf.LlamaForCausalLM}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first(KINDS, ["refuses"]))
 def test_a_recipe_of_more_and_smaller_batches(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,7 +90,7 @@ def test_a_recipe_of_more_and_smaller_batches(
         if name == "prompt":  # the last virtual token predicts a text's first label, which counts
             config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
             model = peft_ext.get_peft_model(model, config)
-        elif name == "cpt":  # labels of two of the virtual tokens count too, and a weight for each type
+        elif name == "cpt":  # labels of two virtual tokens count too, and each type of token has a weight
             config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[9, 8, 7, 6, 5], cpt_mask=[1] * 5,
                                cpt_tokens_type_mask=[1, 2, 3, 4, 4], opt_weighted_loss_type="decay",
                                opt_loss_decay_factor=0.5)  # fmt: skip

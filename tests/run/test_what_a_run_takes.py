@@ -18,7 +18,7 @@ pytest.importorskip("accelerate")
 
 import transformers as hf
 from safetensors.torch import load_file
-from tiny_run import write_gemma3
+from tiny_run import used, write_gemma3
 
 import peft_ext
 from peft_ext.cli.main import main
@@ -39,8 +39,8 @@ SIZES = dict(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_la
 
 
 def options_of(tiny: Path, output: Path, **changes: Any) -> Options:
-    return Options(**{"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
-                      "batch_size": 2, "block_size": 64, "max_steps": 2, **changes})  # fmt: skip
+    return Options(**used({"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
+                           "batch_size": 2, "block_size": 64, "max_steps": 2, **changes}))  # fmt: skip
 
 
 def model_folder(tiny: Path, folder: Path, model: Any) -> str:
@@ -69,11 +69,19 @@ def test_csv_of_long_fields_and_lines_of_windows(tmp_path: Path) -> None:
     assert sorted(corpus.train + corpus.held_out, key=len) == ["y\nz", "x" * 200_000]
 
 
+@pytest.mark.parametrize("row", [{"text": "{}"}, {"prompt": "a", "completion": "{}"}], ids=["text", "chat"])
+def test_records_without_a_text_are_counted(row: dict[str, str], tmp_path: Path) -> None:
+    rows = [{name: value.format(text) for name, value in row.items()} for text in ("a", "", " \n", "b")]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    corpus = read_corpus(str(tmp_path / "a.jsonl"))
+    assert len(corpus.train) == len(corpus.held_out) == 1 and corpus.empty == 2
+
+
 def test_tokens_of_texts_that_fill_no_block(tiny: Path, tmp_path: Path) -> None:
     tokenizer = hf.AutoTokenizer.from_pretrained(tiny / "model")
     found = tokenize(Corpus("text", ["a" * 30, "b" * 30], ["c" * 12], "here"), tokenizer, 20)
     assert [len(row["input_ids"]) for row in found.train] == [20] * 3 and len(found.held_out[0]["input_ids"]) == 13
-    assert found.rest == 2  # an end token follows each text; the held-out text is the only block of its side
+    assert found.rest == 2  # an end token follows each text; the held-out text is the only held-out block
     tokenizer.eos_token = None
     with pytest.raises(RunError, match="--data here: the texts .* to hold out, have 1 token"):
         tokenize(Corpus("text", ["a" * 30], ["c"], "here"), tokenizer, 20)
@@ -270,7 +278,7 @@ def test_bos_stands_before_a_text_where_the_tokenizer_puts_it_there() -> None:
         assert ids == first + plain("one\nhello two</s>")["input_ids"] and labels[: len(first) + 1][-1] == -100
         assert prompt_ids(made, TURNS[:1], "text") == first + one
         made.chat_template = SPECIAL
-        assert example_of(made, TURNS)[0].count(bos[0]) == 4  # only the template's own
+        assert example_of(made, TURNS)[0].count(bos[0]) == 4  # the template writes all four; the tokenizer adds none
         assert prompt_ids(made, TURNS[:1], "chat").count(bos[0]) == 2
 
 
@@ -396,6 +404,7 @@ def test_modules_beside_text_get_no_adapter_by_default(tiny: Path, gemma3: str, 
     assert train._may_leave_unused(model) and any("vision_tower" in name for name in model.targeted_module_names)
 
 
+@pytest.mark.slow
 def test_estimates_and_recommendations_leave_out_the_modules_beside_text_too(gemma3: str) -> None:
     config = hf.AutoConfig.from_pretrained(gemma3)
     with torch.device("meta"):
@@ -507,6 +516,7 @@ def test_no_record_is_on_both_sides(tmp_path):
     assert sorted(corpus.train + corpus.held_out) == sorted(texts) and 4 <= len(corpus.held_out) <= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_the_memory_of_a_process_with_a_share_of_the_base(quant, tiny: Path, tmp_path: Path) -> None:
     """Tests the sums; tests/distributed/test_finetune_shards.py compares the numbers with those of a run."""
@@ -519,7 +529,7 @@ def test_the_memory_of_a_process_with_a_share_of_the_base(quant, tiny: Path, tmp
     base, given = meta_base(plan.run), {"dtype": torch.float32, "device": torch.device("cpu"), "blocksize": 64}
     given |= {"batch_size": 2, "sequence_length": plan.longest, "shards": 3, "quant": quant}
     third = preview(base, adapter_config(plan.run, base), **given).sharded
-    assert alone.adapter / 3 <= third.adapter < alone.adapter / 2  # a rank of 4 is 2, 2 and 0 rows
+    assert alone.adapter / 3 <= third.adapter < alone.adapter / 2  # three processes hold 2, 2 and 0 of A's 4 rows
     scales = memory.quantization
     assert (alone.frozen - scales) / 3 < third.frozen - scales < 0.37 * (alone.frozen - scales)
     assert third.shards == 3 and third.gathered > 0 and third.other > 0

@@ -50,7 +50,7 @@ def array() -> tuple[sweep.Drawn, ...]:
     fields = ("dtype", "shape", "layout", "path", "threads")
     covered = {pair for call in calls for pair in _pairs_of(row(call))}
     for pair in sorted(_wanted() - covered, key=str):
-        if pair in covered:  # a call that was added for another pair covers it
+        if pair in covered:  # a call that was added for another pair covers this pair
             continue
         held = dict(pair)
         near = next(call for call in calls if held.get("shape", call.shape) in call.case.shapes)

@@ -23,7 +23,7 @@ def lora_embedding_case(base: str, *, adapter_dtype: Any = None, padding: bool =
         adapters = adapter_dtype or dtype
         indices = torch.randint(0, entries, tokens)
         if indices.numel() > 2:
-            indices.view(-1)[::3] = entries - 1  # every third index is equal
+            indices.view(-1)[::3] = entries - 1  # every third index is the last entry
         inputs = {
             "indices": indices.int() if int32 else indices,
             "weight": base_weight(base, entries, n, dtype),
@@ -38,7 +38,7 @@ def lora_embedding_case(base: str, *, adapter_dtype: Any = None, padding: bool =
 
     def plain(indices, weight, lora_A, lora_B, compute, column=None):
         # PEFT computes two embeddings, a product and a sum, and rounds each result.
-        if padding:  # lora_A's column of the padding index gets no gradient
+        if padding:  # The column of lora_A at the padding index gets no gradient.
             column = lora_A.detach()[:, -1:] if column is None else column.to(lora_A.dtype)
             lora_A = torch.cat([lora_A[:, :-1], column], dim=1)
         base_rows = F.embedding(indices, dequantized(weight, compute))

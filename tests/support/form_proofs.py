@@ -28,8 +28,8 @@ from peft_ext.verification import proof
 from peft_ext.verification.proof import CALLS, DTYPES, MAGNITUDES, told, unlike
 
 K, FEATURES = 24, 20
-# The attributes that the forward of a class may read, by the kind of the class's form, beside the values of the
-# formula.
+# The attributes that the forward of a class may read in addition to the values of the formula, by the kind of the
+# class's form.
 READS = {"layer_norm": {"weight", "bias", "eps", "normalized_shape"}}
 # The methods of classes whose code is a form, by kind, for the kinds whose form is not the code of the forward.
 METHODS = {"gate": "_apply_gate", "cache": "update", "cache_layer": "update"}
@@ -40,7 +40,7 @@ def disproof(subject: Any, row: Row, form: Form) -> Optional[str]:
     :func:`peft_ext.verification.proof.disproof`."""
     if row.kind in OF_FUNCTIONS:
         return OF_FUNCTIONS[row.kind](subject)
-    if row.kind == "decoder_layer":  # the parts of a decoder layer that its forward reads have any names
+    if row.kind == "decoder_layer":  # the attributes that a decoder layer's forward reads may have any names
         form = dataclasses.replace(form, reads=(), passes_itself=False)
     others = set(form.reads) - READS.get(row.kind, set())
     return proof.disproof(subject, row, dataclasses.replace(form, reads=tuple(sorted(others))))

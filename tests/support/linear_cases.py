@@ -258,8 +258,8 @@ def dora_case(
         return y + ((g - 1) * unbiased + g * low_rank)
 
     def saved(t: int, k: int, n: int, r: int) -> int:
-        found = shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + n * 4 + n * 4  # the call saves Z, g and the norm
-        if norm_grad:  # the call also saves U, the norm, the mask of zero norms, and the magnitude in float32
+        found = shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + n * 4 + n * 4  # The call saves Z, g and the norm.
+        if norm_grad:  # The call also saves U, the norm, the mask of zero norms, and the magnitude in float32.
             found += n * r * 4 + n * 4 + n * 1 + (0 if adapter_dtype == torch.float32 else n * 4)
         return found
 

@@ -29,8 +29,8 @@ from peft_ext.nn import (
 
 LLAMA = ARCHITECTURES["Llama"]
 BATCH = LLAMA.batch()
-INPUTS = LLAMA.inputs()  # has no labels, because PEFT's loss raises for an AdaLoRA that is loaded for inference
-STEPS = 4  # number of optimizer steps of a run with Trainer
+INPUTS = LLAMA.inputs()  # The inputs have no labels: PEFT's loss raises for an AdaLoRA loaded for inference.
+STEPS = 4  # Number of optimizer steps of a run with Trainer.
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def _prefix() -> Alone:
         return model(ids, past_key_values=m.past_key_values(size, model.config)).logits
 
     def oracle(m: Any) -> Tensor:
-        # A row of the embedding holds the layers one after the other. A layer has keys, then values, and keys and
-        # values are ordered by head.
+        # A row of the embedding holds the layers one after the other. A layer's part of the row has the keys, then the
+        # values, each ordered by head.
         heads, width = m.num_kv_heads, m.head_dim
         pieces = m.embedding.weight.split(width, dim=1)
         halves = [torch.stack(pieces[i : i + heads]).expand(size, -1, -1, -1) for i in range(0, len(pieces), heads)]

@@ -25,7 +25,7 @@ def quantize_case(blocksize: int, double_quant: bool) -> Case:
         _, k, n, _ = shape
         weight = randn(n, k, dtype=dtype)
         flat = weight.view(-1)
-        flat[: min(flat.numel(), blocksize)] = 0.0  # the first block is all zeros
+        flat[: min(flat.numel(), blocksize)] = 0.0  # The first block is all zeros.
         # The second block has ties: values on a threshold between two codes, with a scale of one.
         code = reference.nf4_code()
         if flat.numel() >= 2 * blocksize:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-Error = tuple[str, dict[str, Any], type, str]  # name of the fault, wrong arguments, class and message of the error
-Wrong = tuple[dict[str, Any], type, str]  # wrong arguments, class of the error, message after the operator
+Error = tuple[str, dict[str, Any], type, str]  # Name of the fault, wrong arguments, class and message of the error.
+Wrong = tuple[dict[str, Any], type, str]  # Wrong arguments, class of the error, message after the operator's name.
 
 # Faults that several operators report in equal words, by the name of the fault.
 _ALIKE: dict[str, Wrong] = {

@@ -21,7 +21,8 @@ EPSILON = 2.0**-17  # a value that float32 in the file does not round
 
 # A key's value: the name of a field of the configuration, or a function of the configuration.
 Field = Union[str, Callable[[Any], Any]]
-# Names of a file and tensors that the converter makes of a tensor of the model; "" is the name by the package gguf.
+# A function that returns the tensors that the converter makes of a tensor of the model, by their names in the file. The
+# name "" stands for the name that the package gguf gives.
 Change = Callable[[Any, Tensor], Mapping[str, Tensor]]
 
 
@@ -286,7 +287,7 @@ KINDS: dict[str, Kind] = {
         r"sinks": lambda config, tensor: {"attn_sinks.weight": tensor},
     }),
 }  # fmt: skip
-# GGUF's architecture where it is not the name of the kind.
+# For each kind whose name is not GGUF's name of the architecture: GGUF's name.
 _ARCHITECTURE = {"mistral": "llama", "umt5": "t5"}
 
 
@@ -411,8 +412,8 @@ def _stored(name: str, tensor: Tensor, chosen: Mapping[str, str]) -> tuple[Any, 
     return data.view({0: torch.float32, 1: torch.float16}[wanted]).view(tensor.shape).numpy(), wanted
 
 
-# The bytes of a block that hold float16 scales, of types for which there is no quantizer: their weights are random.
-_SCALES = {12: slice(0, 4), 13: slice(0, 4), 14: slice(208, 210)}  # Q4_K, Q5_K, Q6_K
+# For types without a quantizer, whose weights are random: the bytes of a block that hold float16 scales.
+_SCALES = {12: slice(0, 4), 13: slice(0, 4), 14: slice(208, 210)}  # Q4_K, Q5_K, Q6_K.
 
 
 def _random_blocks(tensor: Tensor, number: int) -> Any:

@@ -35,12 +35,12 @@ class Sizes:
     inner: int = 128
     layers: int = 2
     heads: int = 4
-    kv_heads: int = 2  # fewer key heads than query heads, so that k_proj and v_proj are narrow
-    head_dim: int = 32  # used by architectures whose head_dim is independent of hidden / heads
+    kv_heads: int = 2  # Fewer key heads than query heads, so that k_proj and v_proj are narrow.
+    head_dim: int = 32  # Used by architectures whose head_dim is independent of hidden / heads.
     vocab: int = 128
     experts: int = 2
-    active: int = 2  # each token goes to both experts, since rounding may change which single expert is chosen
-    smooth: bool = False  # whether activations have no kink; rounding may move an input across the kink of ReLU
+    active: int = 2  # Each token goes to both experts: rounding may change which single expert is chosen.
+    smooth: bool = False  # Whether activations have no kink; rounding may move an input across the kink of ReLU.
     batch: int = 8
     length: int = 9
 

@@ -266,7 +266,7 @@ def test_gradient_checkpointing(method, reentrant):
     model.base_model.model.enable_input_require_grads()
     torch.manual_seed(5)
     actual = gradients(model)
-    assert_same(actual, wanted)  # under Diff Pruning, the recomputation must draw the u of the forward
+    assert_same(actual, wanted)  # under Diff Pruning, the recomputation must draw the same random u as the forward
 
 
 @pytest.mark.parametrize("method", ["partial", "diff"])

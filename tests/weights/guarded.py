@@ -28,9 +28,9 @@ from peft_ext.weights import PackedWeight, gguf
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PAGE = mmap.PAGESIZE
-HELD = []  # mappings, which tensors use without owning them
-# (N, K): less than a step of a kernel, the last panel and the last step incomplete, more columns than a kernel decodes
-# scales of at a time.
+HELD = []  # Mappings, which tensors use without owning them.
+# Shapes (N, K): less than a step of a kernel; the last panel and the last step incomplete; more columns than a kernel
+# decodes the scales of at a time.
 SHAPES = ((1, 32), (7, 96), (33, 160), (139, 288), (3, 4352))
 TOKENS = {torch.bfloat16: (1, 4, 7, 16, 33), torch.float32: (1, 33), torch.float16: ()}
 

@@ -39,7 +39,7 @@ def test_mxfp4_has_the_bits_of_transformers(dtype):
     library = pytest.importorskip("transformers.integrations.mxfp4")
     weight = every_mxfp4()
     want = library.convert_moe_packed_tensors(*(part[None] for part in weight.parts), dtype=dtype)[0].T
-    # A torch whose ldexp multiplies by 2^128 = inf decodes scale 255 otherwise.
+    # A release of torch whose ldexp multiplies by 2^128 = inf decodes the scale 255 to another value.
     rows = 256 if torch.ldexp(torch.tensor([0.5]), torch.tensor([128])).isfinite() else 255
     same_bits(decoded(weight, dtype)[:rows], want[:rows])
 

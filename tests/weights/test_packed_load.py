@@ -271,11 +271,11 @@ def rewrite(path: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("case", "fields"),
     [
-        ("fp8", {"modules_to_not_convert": ["model.layers.1.mlp", "lm_head"]}),  # a module's name starts so
-        ("fp8", {"modules_to_not_convert": ["up_proj", "lm_head"]}),  # names end so
-        ("int4", {"ignore": ["re:.*up_proj", "lm_head"]}),  # a regular expression
-        ("int4", {"ignore": ["model.layers.1.mlp.up_proj"]}),  # a name
-        ("int4", {"ignore": ["LlamaMLP", "Linear"]}),  # a class
+        ("fp8", {"modules_to_not_convert": ["model.layers.1.mlp", "lm_head"]}),  # The beginning of a module's name.
+        ("fp8", {"modules_to_not_convert": ["up_proj", "lm_head"]}),  # The end of modules' names.
+        ("int4", {"ignore": ["re:.*up_proj", "lm_head"]}),  # A regular expression.
+        ("int4", {"ignore": ["model.layers.1.mlp.up_proj"]}),  # A name.
+        ("int4", {"ignore": ["LlamaMLP", "Linear"]}),  # A class.
     ],
 )
 def test_a_packed_layer_that_the_config_leaves_dense_is_an_error(
@@ -300,7 +300,7 @@ def test_groups_of_compressed_tensors_have_their_own_scheme(tmp_path: Path) -> N
     quantization["config_groups"]["group_0"]["format"] = "pack-quantized"
     pc.finish(path, held, quantization)
     layer = load(path).model.layers[0]
-    # A name that an expression matches comes before a class.
+    # An expression that matches a module's name has precedence over a target that names the module's class.
     assert layer.mlp.up_proj.names[0] == "weight" and layer.self_attn.q_proj.names[0] == "weight_packed"
 
 
@@ -356,6 +356,7 @@ def test_layers_on_the_disk(tmp_path: Path) -> None:
     assert torch.equal(model(TOKENS).logits, load(path)(TOKENS).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", first(["int4", "fp8"], ["fp8"]))
 def test_compiled_models_compute_the_same(case: str, tmp_path: Path) -> None:
     model = load(pc.write(tmp_path, case))
@@ -529,6 +530,7 @@ def test_lora_on_packed_experts_is_fused(case: str, tmp_path: Path) -> None:
         models[0].merge_adapter()
 
 
+@pytest.mark.slow
 def test_trainer_trains_adapters_over_packed_weights(tmp_path: Path) -> None:
     path = pc.write(tmp_path / "model", "int4")
     model = get_peft_model(load(path), LoraConfig(r=8, target_modules="all-linear"))

@@ -297,7 +297,7 @@ def test_a_real_model_learns_over_packed_weights_as_over_decoded_weights(tmp_pat
         check_demo_model()
     except RunError as error:
         pytest.skip(str(error))
-    demo_model()  # unpacks the model where no other run has unpacked it
+    demo_model()  # unpacks the demo's model if no other run has unpacked it
     out = tmp_path / "result.json"
     options = ["--formats", "mxfp4", "gguf", "--steps", "6", "--length", "64", "--held-out", "4", "--out", str(out)]
     subprocess.run([sys.executable, "-m", "benchmarks.packed_training", *options], cwd=ROOT, check=True)

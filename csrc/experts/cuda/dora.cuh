@@ -32,8 +32,8 @@ __device__ __forceinline__ void round_pair(float& low, float& high) {
   }
 }
 
-// The NF4 codes and scales that a lane reads of a tile of W: [h][half] is a group of eight codes and the group's scale,
-// in row 8 half of the lane's two rows, at column 32 h + 8 t of the tile.
+// The NF4 codes and scales that a lane reads of a tile of W: [h][half] is a group of eight codes and the group's scale.
+// The group begins in row `row + 8 half` of W (`row` as in experts_norm_kernel), at column 32 h + 8 t of the tile.
 struct NormCodes {
   uint32_t codes[2][2], stored[2][2];
   float nested[2][2];
@@ -70,8 +70,8 @@ __device__ __forceinline__ void load_weights(const StackView& view, const T* den
 // A block of 4 warps computes the norms of 64 rows of an expert's W + s B A. A warp computes 16 of these norms, and
 // reads the rows in tiles of 64 columns. Each element of s B_e A_e, computed as in expand_kernel, is added to the
 // element of W_e, and the sum is squared. While the products for a tile run, a lane loads the tile's elements of a
-// dense W, or the NF4 codes and scales of the next tile. Sums are float32. Bytes moved: the W of each expert that has
-// rows of x, once. Grid: x has a block for each tile of 64 rows of W; y has a block for each expert.
+// dense W, or, if kWhole, the NF4 codes and scales of the next tile. Sums are float32. Bytes moved: the W of each
+// expert that has rows of x, once. Grid: x has a block for each tile of 64 rows of W; y has a block for each expert.
 template <typename T, bool kNf4, bool kWhole>
 __global__ void __launch_bounds__(kExpandThreads, 3) experts_norm_kernel(StackNorm work) {
   PEFT_EXT_KERNEL;

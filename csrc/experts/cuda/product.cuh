@@ -19,14 +19,14 @@
 // The thread blocks of one tile of rows are adjacent in the grid, so that L2 serves the repeated reads of D; the tiles
 // of one expert are adjacent, so that L2 serves the repeated reads of the expert's W. The loop over the summed
 // dimension goes through D and W in slabs. A slab is 128 bytes of each of the tile's rows of D, and the elements of W
-// that are multiplied with them. Slabs pass through two stages of shared memory: cp.async fills one stage while the
-// products read the other stage. The codes of an NF4 W are loaded into registers three slabs ahead and are decoded one
-// slab ahead, each code to round(code · scale) as in nf4_dequantize. In a stage, the 16 bytes with the number `group`
-// in a line are stored at place group ^ line % 8 of the line, so that ldmatrix has no bank conflicts. 16-bit dtypes use
-// mma.sync with float32 sums. float32 uses FMAs, where a thread computes 8 rows and 4 columns. At the end, each warp
-// reads the sums of the product from shared memory, adds the low-rank term, which is computed as in expand.cuh, rounds
-// once, and stores 8 elements per lane and row. Shared memory: 48 KiB. Bytes moved: D, W (of experts that have rows),
-// out, and z if given, once each. From L2, D is read C / 128 times, and W once per 64 rows.
+// that are multiplied with these bytes. Slabs pass through two stages of shared memory: cp.async fills one stage while
+// the products read the other stage. The codes of an NF4 W are loaded into registers three slabs ahead and are decoded
+// one slab ahead, each code to round(code · scale) as in nf4_dequantize. In a stage, the 16 bytes with the number
+// `group` in a line are stored at place group ^ line % 8 of the line, so that ldmatrix has no bank conflicts. 16-bit
+// dtypes use mma.sync with float32 sums. float32 uses FMAs, where a thread computes 8 rows and 4 columns. At the end,
+// each warp reads the sums of the product from shared memory, adds the low-rank term, which is computed as in
+// expand.cuh, rounds once, and stores 8 elements per lane and row. Shared memory: 48 KiB. Bytes moved: D, W (of experts
+// that have rows), out, and z if given, once each. From L2, D is read C / 128 times, and W once per 64 rows.
 #pragma once
 
 #include "experts/cuda/stack_view.cuh"
@@ -270,7 +270,8 @@ template <typename T, bool kNf4, StackOrder kOrder>
 constexpr int kProductBlocks =
     kOrder == StackOrder::kAny || (sizeof(T) == 4 && !kNf4 && kOrder == StackOrder::kAcross) ? 1 : 2;
 
-// Grid: x has a block for each tile of columns of each tile of rows. The blocks of one tile of rows are adjacent.
+// Grid: x has a block for each tile of columns of each tile of rows. The blocks of one tile of rows are adjacent in the
+// grid.
 template <typename T, bool kNf4, StackOrder kOrder>
 __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrder>))
     experts_product_kernel(ExpertsProduct work) {
@@ -311,7 +312,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   const SharedAt right_to = base + (kProductRight + group_at<kLine>(line, group));
   [[maybe_unused]] const Nf4View own = kNf4 ? nf4_of_expert(work.weight, expert) : Nf4View{};
 
-  // Starts loading slab `slab` of D, and of W unless kDecodes, into a stage. The calls must pass the slabs in order.
+  // Starts loading slab `slab` of D, and of W unless kDecodes, into a stage. Calls of `issue` must pass the slabs in
+  // order.
   const auto issue = [&](int slab, uint32_t stage) {
     const int first = slab * kSlab;
     if (slab < slabs) {
@@ -378,7 +380,7 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
   const int half_to_block = own.log2_blocksize - (kHalf == 32 ? 5 : 4);
   const bool line_there = kAcross ? part * kHalf < columns : code_line < columns;
   const int code_left = kAcross ? inner - code_line : inner - part * kHalf;
-  // Loads the NF4 codes of slab `slab`. The calls must pass the slabs in order.
+  // Loads the NF4 codes of slab `slab`. Calls of load_codes must pass the slabs in order.
   const auto load_codes = [&](int slab, Codes& to) {
     if (!line_there || slab * kSlab >= code_left) {
       to = Codes{};
@@ -430,8 +432,8 @@ __global__ void __launch_bounds__(kProductThreads, (kProductBlocks<T, kNf4, kOrd
       load_codes(2, even);
     }
   }
-  // Multiplies slab `slab`. `next` holds the NF4 codes of slab `slab` + 1; the step decodes them, and then loads the
-  // codes of slab `slab` + 3 into `next`.
+  // Multiplies slab `slab`. `next` holds the NF4 codes of slab `slab` + 1; the step decodes these codes, and then loads
+  // the codes of slab `slab` + 3 into `next`.
   const auto step = [&](int slab, uint32_t stage, [[maybe_unused]] Codes& next) {
     const uint32_t other = kProductStage - stage;
     issue(slab + 1, other);

@@ -17,7 +17,8 @@ struct ProductVariant {
 template <typename T>
 void launch_experts_product(const Launcher& launcher, const ExpertsProduct& work, const ProductVariant& variant);
 
-// Launches experts_onto_kernel, which adds the low-rank term and the bias to the product that `work.out` holds already.
+// Launches experts_onto_kernel, which adds the low-rank term to the product that `work.out` holds already, multiplies
+// by DoRA's scale g, and adds the bias.
 template <typename T>
 void launch_experts_onto(const Launcher& launcher, const ExpertsProduct& work, bool whole, int64_t row_tiles);
 

@@ -51,8 +51,8 @@ static __global__ void __launch_bounds__(kSplitThreads) split_stacks_kernel(Stac
 }
 
 // Computes S or P, a matrix with a column for each rank, from a rank pass's partial sums (value[row][r] = scale ·
-// Σ_chunks partial[row in the tiles][r]) or from `given` (value[row][r] = scale · given[row][r]), and its bfloat16
-// terms.
+// Σ_chunks partial[row in the tiles][r]) or from `given` (value[row][r] = scale · given[row][r]), and the bfloat16
+// terms of S or P.
 struct RunRows {
   const float* partial;  // partial sums [chunks][padded rows][padded rank]; null if `given` is used
   const float* given;    // values [rows][rank]; used if `partial` is null
@@ -121,8 +121,9 @@ struct StackReduces {
   StackReduce work[2];
 };
 
-// Grid: x has ceil(columns · padded_rank / 2 / kStackThreads) blocks, where `columns` is that of the larger stack; y
-// has a block for each expert; z has a block for each stack. A thread computes two adjacent ranks.
+// Grid: x has ceil(columns · padded_rank / 2 / kStackThreads) blocks, where `columns` is the larger of the stacks'
+// numbers of columns; y has a block for each expert; z has a block for each stack. A thread computes two adjacent
+// ranks.
 static __global__ void __launch_bounds__(kStackThreads) stack_reduce_kernel(StackReduces reduces) {
   PEFT_EXT_KERNEL;
   const StackReduce& work = reduces.work[blockIdx.z];

@@ -5,9 +5,10 @@
 // x is [T, K], the frozen weight W is [N, K], A and B are lora_A [R, K] and lora_B [N, R], ρ [R] is scaling times
 // rank_scale, and g [N] is the output scale of DoRA or IA3. `mask` is the dropout mask, which is 1 for a kept element.
 //
-// With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, the base
-// product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is left out: a missing g, l or rank_scale
-// counts as 1, a missing b₀ or b₁ counts as 0, and S is computed only if there is an adapter.
+// With drop_base (dropout acts on the base product too, as in PEFT's DoRA), Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z
+// - x̃ Wᵀ. With in_scale l, the base product is (l ∘ x) Wᵀ instead of x Wᵀ. A term that the caller does not give is
+// left out: a missing g, l or rank_scale counts as 1, a missing b₀ or b₁ counts as 0, and S is computed only if there
+// is an adapter.
 #pragma once
 
 #include <optional>
@@ -78,8 +79,8 @@ struct AdaptedBackward {
 };
 
 // Returns dg [N] float32, the gradient of the output scale g: the sum of dY ∘ (Z + b₀) over the tokens. z [T, N] is Z +
-// b₀, or, if z_is_scaled is true, Y = g ∘ (Z + b₀). If z_is_scaled is true, Z is computed again for the outputs whose g
-// is too small to recover Z from Y.
+// b₀, or, if z_is_scaled is true, Y = g ∘ (Z + b₀). If z_is_scaled is true, Z + b₀ is computed again for the outputs
+// whose g is too small to recover Z + b₀ from Y.
 Tensor scale_gradient(const char* op, const Tensor& grad, const Tensor& x, const FrozenWeight& weight,
                       const Adapter& adapter, const std::optional<Tensor>& s, const Tensor& z, bool z_is_scaled,
                       const std::optional<Tensor>& bias_before);

@@ -12,8 +12,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns whether dX of PEFT's DoRA is computed by one product for the elements that dropout kept, and by one dot
-// product for each dropped element.
+// Returns whether dX of PEFT's DoRA with dropout on the base is computed by one product for the elements that dropout
+// kept, and by one dot product for each dropped element.
 bool rest_apart(const BackwardCall& b) {
   return b.drop_base() && b.g() != nullptr && tiles_take_dropped(b.adapter.dropout, b.size.out);
 }
@@ -163,9 +163,9 @@ void backward_by_products(const BackwardCall& b, bool onto, AdaptedBackward* out
   run_expand(finish, size.tokens);
 }
 
-// backward_on_tiles multiplies several layers together only if kPanelStep columns of all their weights take at most
-// kPanelBytes. kPanelBytes also limits the scratch memory, which holds the strips of dY of all layers that are
-// multiplied together.
+// adapted_backwards passes several layers to one call of backward_on_tiles only if kPanelStep columns of all their
+// weights take at most kPanelBytes. kPanelBytes therefore also limits how much scratch memory the strips of dY of these
+// layers take for each token.
 constexpr int64_t kPanelBytes = int64_t{1} << 20;
 
 }  // namespace
@@ -191,7 +191,8 @@ AdaptedBackward adapted_backward(const char* op, Tensor grad, std::optional<Tens
     if (call.tiles && !rest_apart(call)) call.strips = strips_room(Scratch::kTokens, size.tokens, size.out);
     rank_gradients({{&call, &s, &out}}, needs_grad_x);
   }
-  // The gradient of in_scale is computed together with dX, so that both are skipped only if the caller wants neither.
+  // The gradient of in_scale is computed together with dX. Therefore dX is skipped only if the caller does not want dX
+  // and there is no in_scale.
   if (!needs_grad_x && !adapter.in_scale.has_value()) return out;
   out.grad_x = room.has_value() ? *room : empty({held_x.sizes().begin(), held_x.sizes().end()}, type);
   if (out.grad_x.numel() == 0) return out;

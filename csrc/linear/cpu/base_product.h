@@ -12,8 +12,8 @@ namespace peft_ext {
 // x86-64, products of 16-bit types need special instructions to be fast, and products of float32 do not.
 bool multiplies_in(ScalarType type, bool plain);
 
-// product_forward returns x [T, K] Wᵀ in float32. x has the dtype `type`, which is W's dtype or the dtype to which a
-// packed W is decoded, or float32.
+// product_forward returns x [T, K] Wᵀ in float32. x is float32 or has the dtype `type`; `type` is W's dtype, or the
+// dtype to which a packed W is decoded.
 Tensor product_forward(const char* op, const Tensor& x, const FrozenWeight& weight, ScalarType type);
 
 // product_backward returns g W in float32. g [T, N] is a gradient such as dY, in the dtype `type` or in float32.

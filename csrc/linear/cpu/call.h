@@ -82,8 +82,8 @@ struct BackwardCall {
   const float* g() const { return floats(adapter.out_scale); }
 };
 
-// Checks a call of the backward. The result refers to held_x, which must be contiguous, and to the other arguments,
-// which must outlive the result.
+// Checks a call of the backward. held_x must be contiguous. The result refers to op, weight and adapter, which must
+// outlive the result.
 BackwardCall checked_backward(const char* op, const FrozenWeight& weight, const Adapter& adapter, const Tensor& grad,
                               const Tensor& held_x);
 

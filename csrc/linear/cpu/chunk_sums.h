@@ -12,8 +12,8 @@
 namespace peft_ext {
 
 // Calls run(first token, end of the tokens, sums) for each chunk of tokens, with zeroed sums [size], and returns the
-// total. sum_chunks holds the sums of as many chunks at a time as fit kMostSums floats, but at least of one chunk per
-// thread.
+// total. sum_chunks holds the sums of as many chunks at a time as fit in kMostSums floats, but at least of one chunk
+// per thread.
 template <typename Run>
 Tensor sum_chunks(int64_t tokens, int64_t size, const Run& run) {
   if (tokens == 0) return zeros({size});

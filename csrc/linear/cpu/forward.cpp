@@ -154,11 +154,12 @@ struct TileOperands {
   DroppedTokens rest;
 };
 
-// Returns whether the second base product of PEFT's DoRA uses only the elements that dropout drops.
+// Returns whether the second base product of PEFT's DoRA with dropout on the base uses only the elements that dropout
+// drops.
 bool rest_apart(const ForwardCall& f) { return f.drop_base() && tiles_take_dropped(f.adapter.dropout, f.size.in); }
 
-// Returns how many tiles of kTileDepth columns a part of the depth has; the depth is the number of x's columns. With
-// dropout on the base, one part has the whole depth.
+// Returns how many tiles, of kTileDepth columns of x each, one part of the sum over x's columns has. With dropout on
+// the base, the sum is not divided into parts.
 int64_t tiles_in_part(const ForwardCall& f) {
   const int64_t tiles = ceil_div(f.size.in, kTileDepth);
   return f.drop_base() ? tiles : depth_part(kForwardCut, tiles);
@@ -261,7 +262,7 @@ void forward_on_tiles(const std::vector<ForwardCall>& calls) {
   std::vector<TileOperands> held(calls.size());
   const bf16* x = shrink_on_tiles(calls, apart, &held);
   std::vector<TileForward> works;
-  std::vector<int64_t> ends;  // end of each W in the list of rows; every W but the last is padded to whole panels
+  std::vector<int64_t> ends;  // end of each W's rows in one list; every W but the last is padded to whole panels
   int64_t rows = 0;
   for (size_t i = 0; i < calls.size(); ++i) {
     works.push_back(tile_forward(calls[i], tiles[i], x, &held[i]));
@@ -347,8 +348,8 @@ void forward_by_products(const ForwardCall& f) {
     const float scale = adapter.dropout.scale;
     const bool apart = products_apart(f.weight, type, size.tokens, adapter.dropout);
     Dropout dropout = adapter.dropout;
-    // If the dropped elements are multiplied separately, this product uses mask ∘ x without the factor 1/(1-p), because
-    // the multiplication by this factor would round the values.
+    // If the dropped elements are multiplied separately, the product with the kept elements uses mask ∘ x without the
+    // factor 1/(1-p), because the multiplication of x by this factor would round the values.
     if (apart) dropout.scale = 1.0f;
     before = product_forward(f.op, dropped_elements(f.op, x, dropout), f.weight, type);
     if (apart) {

@@ -2,8 +2,8 @@
 //
 // A thread merges whole rows of W with about 64 K elements at a time. The rows begin, and except at the end of W also
 // end, at a boundary of NF4 blocks; if the fewest such rows have more than 64 K elements, a thread merges these rows at
-// a time. The thread decodes the rows, adds the low-rank term, scales and quantizes the rows, and decodes the quantized
-// rows again to compare them with the rows before quantization. The rows that a thread merges stay in L2, so that only
+// a time. The thread decodes the rows, adds the low-rank term, scales and quantizes the rows, and decodes the new codes
+// to compare the decoded rows with the rows before quantization. The rows that a thread merges stay in L2, so that only
 // codes and scales of W are read from and written to memory. nf4_merge computes W' in float32, as nf4_dequantize_merged
 // does. The result `error` has two double sums: of the squared rounding errors, and of the squared merged weights. The
 // order of these sums depends only on the sizes.
@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> nf4_merge_cpu(Tensor weight, std::optional<Te
   totals[0] = totals[1] = 0.0;
   if (count == 0) return {codes, scales, error};
 
-  // `step` is the smallest number of rows of W that fill whole NF4 blocks. A chunk of rows has as many multiples of
-  // `step` as fit kMergeElements, but at least one.
+  // `step` is the smallest number of rows of W that fill whole NF4 blocks. The number of rows in a chunk is the largest
+  // multiple of `step` rows with at most kMergeElements elements, but at least `step`.
   const int64_t step = blocksize / std::gcd(k, blocksize);
   const int64_t rows = step * std::max<int64_t>(1, kMergeElements / (step * k)), chunks = ceil_div(n, rows);
   std::vector<double> sums(static_cast<size_t>(2 * chunks));

@@ -9,7 +9,8 @@ namespace peft_ext {
 
 // The smallest number of elements that one thread computes in an elementwise pass.
 constexpr int64_t kPackGrain = 1 << 14;
-// The smallest number of elements of small matrices that a thread converts: fewer take less time than waking a thread.
+// The smallest number of elements of small matrices that a thread converts: to convert fewer elements takes less time
+// than to wake a thread.
 constexpr int64_t kConvertGrain = 1 << 15;
 
 inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
@@ -26,8 +27,8 @@ Tensor zeros(const std::vector<int64_t>& shape);
 // Converts a matrix [rows, columns] of float32, bfloat16 or float16 to float32, zero-padded to [frame_rows,
 // frame_columns], and transposed if `transpose` is true. Each element is multiplied by by_row[row] and by
 // by_column[column], if these pointers are not null. If the matrix needs no conversion, packed() returns the matrix
-// itself, which must not be written to. The packed() with the argument `loops` only adds the loops that fill the result
-// to `loops`; by_row and by_column must stay valid until the caller has run the loops.
+// itself, which must not be written to. The packed() with the argument `loops` does not fill the result, but adds to
+// `loops` the loops that fill the result; by_row and by_column must stay valid until the caller has run the loops.
 Tensor packed(const char* op, const char* argument, const Tensor& matrix, const float* by_row, const float* by_column,
               bool transpose, int64_t frame_rows, int64_t frame_columns);
 Tensor packed(Loops* loops, const char* op, const char* argument, const Tensor& matrix, const float* by_row,
@@ -43,8 +44,8 @@ struct LateSums {
 
 // Converts sums [R, columns] to like's dtype and shape: [columns, R] if `transpose` is true, otherwise [R, columns].
 // Each element is multiplied by `by`, and by by_column[column] and by_rank[rank], if these pointers are not null. The
-// unpacked() with the argument `loops` only adds the loops that fill the result to `loops`; by_column and by_rank must
-// stay valid until the caller has run the loops.
+// unpacked() with the argument `loops` does not fill the result, but adds to `loops` the loops that fill the result;
+// by_column and by_rank must stay valid until the caller has run the loops.
 Tensor unpacked(const char* op, const char* argument, const Tensor& sums, float by, const float* by_column,
                 const float* by_rank, bool transpose, const Tensor& like);
 Tensor unpacked(Loops* loops, const char* op, const char* argument, const LateSums& sums, float by,
@@ -54,8 +55,8 @@ Tensor unpacked(Loops* loops, const char* op, const char* argument, const LateSu
 // returns the vector itself, which must not be written to.
 Tensor padded_vector(const char* op, const char* argument, const Tensor& values, int64_t length);
 
-// Adds loops that convert a matrix [R, columns] to zero-padded float32 strips [ceil(columns / 16), R, 16], and returns
-// the strips.
+// Adds to `loops` the loops that convert a matrix [R, columns] to zero-padded float32 strips [ceil(columns / 16), R,
+// 16], and returns the strips.
 Tensor lane_strips(Loops* loops, const char* op, const char* argument, const Tensor& matrix);
 
 // Writes the strips [first, last) of the transpose of m [columns, rank], in the layout that lane_strips returns.

@@ -1,7 +1,7 @@
 // Decides how passes over tokens are divided among threads. This file contains only arithmetic, and uses no PyTorch.
 //
-// Sums over tokens are computed per chunk of tokens and added in order. The number of chunks depends only on the number
-// of tokens, so that the results do not depend on the number of threads.
+// Sums over tokens are computed per chunk of tokens, and the chunks' sums are added in order. The number of chunks
+// depends only on the number of tokens, so that the results do not depend on the number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -15,16 +15,17 @@ namespace peft_ext {
 constexpr int64_t kTokenStep = 16;
 constexpr int64_t kMinChunkTokens = 64;
 constexpr int64_t kMaxChunks = 32;
-// A thread's part of a chunk has at least so many columns: kBlockColumns without dropout, and with dropout
-// kMaskColumns, or fewer, down to kDrawnColumns, if that makes the busiest thread faster (see block_columns). Philox
-// computes 128 draws at a time, and the mask of 512 columns is a cache line.
+// Numbers of columns in a thread's part of a chunk. Without dropout, a part has at least kBlockColumns columns. With
+// dropout, a part has at least kMaskColumns columns, or fewer, down to kDrawnColumns, if narrower parts make the
+// busiest thread faster (see block_columns). Philox computes 128 draws at a time, and the mask of 512 columns is a
+// cache line.
 constexpr int64_t kBlockColumns = 64;
 constexpr int64_t kDrawnColumns = 128;
 constexpr int64_t kMaskColumns = 512;
 // The cost of drawing an element's dropout, in multiplications.
 constexpr int64_t kDrawCost = 12;
-// The largest number of floats in the sums of the chunks that are kept at once (16 MiB). The sums take more if one
-// chunk alone (in sum_chunks: one chunk per thread) needs more.
+// The largest number of floats in the sums of the chunks that are kept at once (16 MiB). The sums take more memory if
+// one chunk alone (in sum_chunks: one chunk per thread) needs more.
 constexpr int64_t kMostSums = int64_t{1} << 22;
 // The smallest number of multiplications for which a thread is started: a few microseconds of work.
 constexpr int64_t kPassGrain = int64_t{1} << 17;

@@ -205,7 +205,7 @@ LateSums outer_by_chunks(const RowPass& pass, int64_t tokens, Tensor* totals, co
 
 // Adds loops to `loops` that compute the sums of a pass without `right`. Each iteration of a loop works on a block of
 // columns, for all tokens or for a chunk of the tokens. If the tokens are divided into chunks, and `totals` is wanted
-// or the chunks' buffers are used more than once, add_outer_loops runs the loops at once instead.
+// or the chunks' buffers are used more than once, add_outer_loops instead runs the loops itself.
 LateSums add_outer_loops(Loops* loops, const RowPass& pass, int64_t tokens, Tensor* totals) {
   const int64_t threads = loop_threads(), columns = pass.columns, rank = pass.rank;
   const int64_t width = block_columns(tokens, columns, rank, threads, pass.dropout.active);

@@ -1,8 +1,8 @@
 // Declares passes over activations and over W, which run on all threads. The kernels are in
 // linear/cpu/kernels/kernels.h.
 //
-// Sums over tokens are computed per chunk of tokens, and added in order. The number of chunks depends only on the
-// number of tokens, so that a sum has the same bits for every number of threads.
+// Sums over tokens are computed per chunk of tokens, and the chunks' sums are added in order. The number of chunks
+// depends only on the number of tokens, so that a sum has the same bits for every number of threads.
 #pragma once
 
 #include "weight/frozen_weight.h"
@@ -19,8 +19,9 @@ RowPass make_row_pass(const Tensor& m, DType dtype, int64_t columns, int64_t ran
 // of kTokenStep.
 using TokenWork = std::function<void(int64_t first, int64_t last)>;
 
-// Runs passes without `left` over all tokens of one m. beside: null, or a function that a thread calls after the passes
-// over some tokens, for these tokens; for one token the function takes as long as beside_work multiplications.
+// Runs passes whose `left` is null over all tokens; all passes have the same matrix RowPass::m. beside: null, or a
+// function that a thread calls after the passes over some tokens, for these tokens; for one token the function takes as
+// long as beside_work multiplications.
 void run_row_passes(const std::vector<RowPass>& passes, int64_t tokens, const TokenWork& beside, int64_t beside_work);
 void run_row_pass(const RowPass& pass, int64_t tokens);
 
@@ -30,12 +31,12 @@ Tensor run_outer_pass(const RowPass& pass, int64_t tokens, Tensor* totals = null
 
 // Runs a pass with `left`, or adds a part of the pass to the loops `later`, which the caller runs with a grain of at
 // least kPassGrain. When outer_pass returns, m · right is complete. leftᵀ · m is complete after the caller has run the
-// loops, except for the additions that are left in the result (see LateSums). beside: null, or a function that is
-// called for all tokens in the parallel loop of a pass with `right`. The sums of m's columns in `totals` are complete
-// after the caller has run the loops.
+// loops and has done the additions that the returned LateSums describes. beside: null, or a function that is called for
+// all tokens in the parallel loop of a pass with `right`. The sums of m's columns in `totals` are complete after the
+// caller has run the loops.
 LateSums outer_pass(Loops* later, const RowPass& pass, int64_t tokens, Tensor* totals, const TokenWork& beside);
 
-// Does the additions that are left in `sums`, in order, and returns the total.
+// Does the additions that `sums` describes (see LateSums), in order, and returns the total.
 Tensor summed(LateSums* sums);
 
 void run_expand(const Expand& work, int64_t tokens);
@@ -63,7 +64,8 @@ ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, flo
 // Returns the arguments of PassKernels::few_tokens. x and y are float32, and w [N, K] is contiguous.
 FewTokens few_tokens_of(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate);
 
-// Computes y [T, N] = or += x [T, K] wᵀ for few tokens. x and y are float32, and w [N, K] is contiguous.
+// Computes y = x wᵀ [T, N] for few tokens x [T, K], or y += x wᵀ if `accumulate` is true. x and y are float32, and w
+// [N, K] is contiguous.
 void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate);
 
 // Returns W Aᵀ [N, R] and the sum of squares of each row of W, float32 [N]. A dense W has the dtype `type`; a packed W

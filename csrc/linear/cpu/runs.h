@@ -1,7 +1,7 @@
 // Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on each run (the
-// rows of one expert) that has more rows than the batch has on average per thread. One thread computes each smaller run
-// of rows. peft_ext's kernels give the same bits for every division of the rows among threads. PyTorch's matrix product
-// may give other bits on another number of threads.
+// rows of one expert) that has more rows than the batch has on average per thread. Each smaller run is computed by a
+// single thread. peft_ext's kernels give the same bits for every division of the rows among threads. PyTorch's matrix
+// product may give other bits on another number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -47,14 +47,14 @@ inline Tensor part_of(const Tensor& tensor, int64_t at, const std::vector<int64_
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), tensor.scalar_type());
 }
 
-// Returns the run's rows of a contiguous matrix, without a copy.
+// Returns the rows [run.begin, run.end) of a contiguous matrix, without a copy.
 inline Tensor rows_of_run(const Tensor& matrix, const Run& run) {
   const int64_t columns = matrix.size(1);
   return part_of(matrix, run.begin * columns, {run.rows(), columns}, {columns, 1});
 }
 
-// Checks that m is [S, columns], where S is the number of rows of the batch, and returns m contiguous. beside: if
-// given, a tensor whose dtype and number of rows m must have.
+// Checks that m is [S, columns] on the CPU, where S is the number of rows of the batch, and returns m contiguous.
+// beside: if given, a tensor whose dtype and number of rows m must have.
 inline Tensor checked_rows(const char* op, const char* argument, const Tensor& m, int64_t columns,
                            const Tensor* beside = nullptr) {
   STD_TORCH_CHECK(m.is_cpu() && m.dim() == 2 && m.size(1) == columns, op, ": ", argument, " has ", m.numel(),

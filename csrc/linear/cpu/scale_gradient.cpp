@@ -12,8 +12,8 @@ namespace peft_ext {
 
 namespace {
 
-// Returns the smallest |g| for which Z is computed as Y / g. With a smaller |g|, Y may be subnormal in float16, and
-// zero or close to zero in dtypes with float32's exponent range.
+// Returns the smallest |g| for which dg is computed from Y as (sum_t dY ∘ Y) / g. With a smaller |g|, Y may be
+// subnormal in float16, and zero or close to zero in dtypes with float32's exponent range.
 float smallest_scale(ScalarType type) { return type == ScalarType::Half ? 0x1p-6f : 0x1p-60f; }
 
 // Returns the given rows of a matrix of any dtype, contiguous.

@@ -2,8 +2,8 @@
 // the norm, without forming the matrix W + s B A.
 //
 //   One pass over W computes U = W Aᵀ and n² = ‖W‖² + 2 rowsum(U ∘ sB) + rowsum(sB (A Aᵀ) ∘ sB).
-//   One more pass over W computes the gradients dB = c (s U + s² B A Aᵀ) and dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where
-//   c = dn / n, or 0 where n = 0.
+//   The gradients are dB = c (s U + s² B A Aᵀ) and dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where c = dn / n, or 0 where n = 0.
+//   dA needs one more pass over W.
 #pragma once
 
 #include "weight/frozen_weight.h"

@@ -3,11 +3,12 @@
 //
 //   x̃ = dropout(x)     S = x̃ Aᵀ [T, R]     Z = x Wᵀ + S (ρB)ᵀ [T, N]     Y = g ∘ (Z + b₀) + b₁
 //
-// With drop_base, as in PEFT's DoRA: Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z - x̃ Wᵀ. With in_scale l, x in these
-// formulas is l ∘ x. PyTorch's matrix product computes x Wᵀ and dY W. If a kernel of peft_ext has already written the
-// low-rank term and the bias to Y, or the low-rank part to dX, PyTorch adds the product in place. If few_tokens_accept
-// returns true, only kernels of peft_ext compute the forward. few_tokens_accept requires few tokens, a packed weight
-// and no dropout on the base, and for NF4 also a 16-bit dtype and a number of inputs that is a multiple of 32.
+// With drop_base (dropout acts on the base product too, as in PEFT's DoRA), Z = x̃ Wᵀ + S (ρB)ᵀ, Y = x Wᵀ + b₁ + g ∘ Z
+// - x̃ Wᵀ. With in_scale l, x in these formulas is l ∘ x. PyTorch's matrix product computes x Wᵀ and dY W. If a kernel
+// of peft_ext has already written the low-rank term and the bias to Y, or the low-rank part to dX, PyTorch adds the
+// product in place. If few_tokens_accept returns true, only kernels of peft_ext compute the forward. few_tokens_accept
+// requires few tokens, a packed weight and no dropout on the base, and for NF4 also a 16-bit dtype and a number of
+// inputs that is a multiple of 32.
 #pragma once
 
 #include "weight/device_weight.cuh"
@@ -82,7 +83,7 @@ struct DeviceLayer {
 
 // Computes the forward of several layers with the same input x. If siblings_read(x) is true, one pass over x computes S
 // of up to six layers (three if the padded rank is 32) whose padded rank is the same and at most 32, and whose lora_A
-// have equally many bfloat16 terms. A layer that few_tokens_accept accepts computes its own S.
+// have equally many bfloat16 terms. For a layer that few_tokens_accept accepts, S is computed separately.
 std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, const std::vector<DeviceLayer>& layers);
 
 // Result of the backward of several layers with the same input. dX is the sum over the layers: expand_dropped writes

@@ -68,7 +68,7 @@ DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor
   if (low_rank)
     grads = rank_gradients(x, flat_x, {{flat_grad, &adapter, size, *s, other.has_value() ? &*other : nullptr, &out}},
                            needs_grad_x)[0];
-  // rank_gradients has already computed grad_out_scale from z.
+  // If grad_out_scale is not empty, rank_gradients has already computed grad_out_scale from z.
   if (out.grad_out_scale.numel() > 0) other = std::nullopt;
 
   // If out_scale is given, dX has the product G W with G = g ∘ dY, or with G = (g - 1) ∘ dY if drop_base is true. If

@@ -15,10 +15,11 @@
 // A thread block of 4 warps computes 64 x 64 elements of out, and a warp computes 16 rows. The rows of F, which are the
 // columns of out, are permuted so that a lane's accumulators are eight adjacent columns of out. Row i of F's tile 4 h +
 // j, a tile of 8 rows, is column 32 h + 8 (i / 2) + 2 j + i % 2 of out. Therefore the accumulators of lane t, which are
-// the columns 2t and 2t + 1 of the four tiles of h, are the eight columns of out from 32 h + 8 t on. A lane stores 16
-// adjacent bytes (32 bytes for float32) at once, and the random draws of the eight elements are one block of Philox.
-// expand_kernel uses no shared memory. Sums are float32, and each result is rounded once. Bytes moved: `out` once, and
-// `before` and z once if they are given.
+// the columns 2t and 2t + 1 of the four tiles of h, are the eight columns of out from 32 h + 8 t on. Except in the
+// instances for kAny and kGroupedAny, a lane stores these eight elements, 16 bytes (32 bytes for float32), at once. An
+// instance for kAny draws the mask of the eight elements from two adjacent counters of Philox, because the eight
+// elements need not begin at the first element of a counter. expand_kernel uses no shared memory. Sums are float32, and
+// each result is rounded once. Bytes moved: `out` once, and `before` and z once if they are given.
 #pragma once
 
 #include "linear/cuda/rank_pass.cuh"

@@ -1,6 +1,6 @@
 // Computes the forward of a mixed batch, in which each sample has an adapter or none. The number of launches does not
-// depend on the number of adapters, except that one launch of prepare_groups_kernel has at most 48 adapters and 64 runs
-// of tokens. The steps of the forward, besides PyTorch's product x Wᵀ, are:
+// depend on the number of adapters, except that one launch of prepare_groups_kernel can prepare at most 48 adapters and
+// 64 runs of tokens. The steps of the forward, besides PyTorch's product x Wᵀ, are:
 //
 //   prepare_groups_kernel makes the RowTable and the bfloat16 terms of A and B.
 //   One pass over x computes S (rank_pass, reduce).

@@ -1,6 +1,6 @@
 // Declares host functions that launch passes over activations and over W. The kernels are in rank_pass.cuh, expand.cuh
 // and columns.cuh. A temporary tensor may be freed right after a launch: later work that reuses the tensor's memory
-// runs after the launch, on the same stream.
+// runs on the same stream, after the launched kernel.
 #pragma once
 
 #include <algorithm>
@@ -138,8 +138,8 @@ PassInput dense_input(const Tensor& matrix, const DeviceAdapter* dropout = nullp
 PassInput weight_input(const DeviceWeight& weight, ScalarType type);
 
 struct PartialSums {
-  // Partial sums [chunks, padded rows, padded rank] of a product; in a pass over experts' rows each chunk is of one
-  // run.
+  // Partial sums [chunks, padded rows, padded rank] of a product. For Q in a pass over experts' rows, a chunk sums over
+  // the rows of one RowRun.
   Tensor sums;
   int64_t chunks = 0, padded_rows = 0, rows = 0;
 };
@@ -152,9 +152,8 @@ struct PassSums {
 };
 
 // Selects the results that a rank pass over a large matrix D (x, dY or W) computes in addition to the products P and Q.
-// The pass computes P = D F if `right` is
-// given, which is F as [ranks][columns], and Q = Dᵀ L if `left` is given, which is L as [ranks][rows]. rank_pass
-// returns P and Q as partial sums.
+// rank_pass computes P = D F if the argument `right`, the terms of F as [ranks][columns], is not null, and Q = Dᵀ L if
+// the argument `left`, the terms of L as [ranks][rows], is not null. rank_pass returns P and Q as partial sums.
 struct PassWants {
   bool squares = false;  // whether to sum the squares of D's rows; only if F is given and L is not
   // Whether to store the bits of the dropout mask. `mask` may be true only if F is not given. The bits are stored only

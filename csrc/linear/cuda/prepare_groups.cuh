@@ -2,10 +2,10 @@
 // kPreparedRuns runs of tokens. The launch writes the table of the batch's rows (row_tiles.cuh) and the bfloat16 terms
 // of each adapter's A and B (terms.cuh), which are padded to the largest rank and stored one after the other.
 //
-// The launch's arguments tell which tokens and matrices belong together, so that nothing is copied from the host and a
-// CUDA graph can contain the launch. If the arguments can't hold all adapters or runs of tokens, there are more
-// launches. Bytes moved: the A and B of all adapters once, their terms once, and about 4 T bytes for the table, where T
-// is the number of tokens.
+// The launch's arguments tell which tokens and matrices belong together, so that nothing is copied from the host to
+// device memory and a CUDA graph can contain the launch. If the arguments can't hold all adapters or runs of tokens,
+// there are more launches. Bytes moved: the A and B of all adapters once, their terms once, and about 4 T bytes for the
+// table, where T is the number of tokens.
 #pragma once
 
 #include "linear/cuda/row_tiles.cuh"

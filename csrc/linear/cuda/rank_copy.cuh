@@ -19,8 +19,8 @@ constexpr int kRankThreads = 128;
 // computes Q for the rows of each expert.
 enum class RankWork { kRows, kRowsAndSquares, kColumns, kBoth, kBothAndDots, kGroupedRows, kRunRows, kRunColumns };
 
-// Dropout of a rank pass: kNone has no dropout, kDrawn draws the mask, and kKept also stores the bits of the mask for a
-// later pass.
+// Dropout of a rank pass. kDrawn draws the mask, and kKept also stores the bits of the mask for a later pass. kNone
+// applies no dropout, except that if kWhole is false, rank_copy_any applies the dropout of the pass.
 enum class RankMask { kNone, kDrawn, kKept };
 
 // Number of stages of a rank pass. A stage is shared memory for one tile of D. The limit of 48 KiB of static shared

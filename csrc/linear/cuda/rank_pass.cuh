@@ -19,10 +19,10 @@
 // fills the other stages (for NF4 weights and for matrices for which kWhole is false, plain loads and stores fill the
 // stages). The thread that copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit
 // D are loaded by ldmatrix, transposed for Q. Fragments of F and L, which many thread blocks read, are loaded from L1
-// and L2. Before a warp waits for a tile of D, the warp loads as many fragments of F and L as fit in registers. A stage
-// holds a tile of D with 64 rows and 64 columns. For a 16-bit dtype, the eight groups of eight columns of a row are
-// stored in the order group ^ row % 8, so that ldmatrix has no bank conflicts. In a stage of float32, each row is
-// padded to 72 elements.
+// and L2. In a pass for only P or only Q, a warp loads as many fragments of F or L as fit in registers before the warp
+// waits for a tile of D. A stage holds a tile of D with 64 rows and 64 columns. For a 16-bit dtype, the eight groups of
+// eight columns of a row are stored in the order group ^ row % 8, so that ldmatrix has no bank conflicts. In a stage of
+// float32, each row is padded to 72 elements.
 //
 // Sums are float32. The products of each tile (or half of a tile) are summed separately and then added to the thread
 // block's sums, because a tensor core rounds its sums toward zero. Thread blocks write partial sums [chunks][padded
@@ -127,9 +127,9 @@ __device__ __forceinline__ void rank_fragment(const unsigned char* stage, Shared
   }
 }
 
-// Returns the offset of this lane's ldmatrix address in a stage. The A operand consists of four 8 x 8 matrices: from
-// one matrix to the next, the rows change first and then the columns, or, for the transpose, the columns change first
-// and then the rows.
+// Returns the offset of this lane's ldmatrix address in a stage. The A operand of mma.sync consists of four 8 x 8
+// matrices: from one matrix to the next, the rows change first and then the columns, or, for the transpose, the columns
+// change first and then the rows.
 template <bool kTransposed, int kRanks>
 __device__ __forceinline__ uint32_t ldmatrix_offset() {
   const int first = RankShare<kRanks>::first_row(), lane = threadIdx.x % kWarpSize;
@@ -237,11 +237,11 @@ __device__ __forceinline__ void rank_dots(SharedAt copied, const uint4 (&beside)
 }
 
 // Number of tiles of rows per thread block in passes that compute P and Q. The sums of P for the tiles of a thread
-// block stay in registers. The more tiles a thread block has, the fewer partial sums of Q are written.
+// block stay in registers. The more tiles of rows a thread block has, the fewer partial sums of Q are written.
 constexpr int kRankTilesOfBoth = 4;
 
 // Number of thread blocks of rank_pass_kernel that must fit on a multiprocessor; the compiler limits the registers of a
-// thread so that they fit.
+// thread so that these blocks fit.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
 constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
                                     (kWork == RankWork::kBoth && kRanks > 2) || (kNf4 && sizeof(T) == 4 && kRanks > 4)
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
 
   // `right` and `left` point to this lane's part of the first fragments of F and L.
   using Share = RankShare<kRanks>;
-  constexpr bool kRoomy = kRanks == 2;  // for 16 ranks, the sums leave registers for more fragments of F or L
+  constexpr bool kRoomy = kRanks == 2;  // for 16 ranks, more fragments of F or L fit in the registers
   using Right = RankFactor<kRanks, kTerms, kRoomy>;
   using Left = RankFactor<kRanks, kMaxTerms, kRoomy && !kBoth>;
   const int64_t right_halves = pass.padded_columns / kRankTile * Right::kTile;

@@ -13,8 +13,8 @@ void launch_pass(const Launcher& launcher, const Grid& grid, const RankPass& pas
 
 // Launches one pass for 16 or 32 ranks, or one or more passes for more than 32 ranks. For more than 32 ranks, a pass
 // computes 128 ranks if kWhole is true, D has a 16-bit dtype and there are no runs of experts; the last pass may
-// compute 64 ranks. In all other cases, a pass computes 64 ranks, because for example the terms of a float32 D need
-// registers.
+// compute 64 ranks. In all other cases, a pass computes 64 ranks, because other data, for example the terms of a
+// float32 D, needs registers too.
 template <typename T, bool kNf4, bool kWhole, int kTerms, RankWork kWork, RankMask kMask>
 void launch_ranks(const Launcher& launcher, const Grid& grid, RankPass pass) {
   if (pass.padded_rank == 16) return launch_pass<T, kNf4, kWhole, 2, kTerms, kWork, kMask>(launcher, grid, pass);

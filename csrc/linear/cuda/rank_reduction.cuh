@@ -6,11 +6,11 @@
 
 namespace peft_ext {
 
-// A RankReduce describes the reduction of a rank pass's partial sums. The results are value[row][r] = scale ·
-// row_scale[row] · Σ_chunks partial. In `terms`, `transposed` and `out` the values are also multiplied by after ·
-// rank_scale[r]. Each of the outputs plain, terms, transposed and out may be null. If there is a table, `row` is a row
-// of the table, and each tile has its own rank and its own scaling, which is used in place of `after`. Tiles of tokens
-// without an adapter have no partial sums, and the values of these tiles are zero.
+// A RankReduce describes how the partial sums of a product P or Q of a rank pass (rank_pass.cuh) are added. The results
+// are value[row][r] = scale · row_scale[row] · Σ_chunks partial. In `terms`, `transposed` and `out` the values are also
+// multiplied by after · rank_scale[r]. Each of the outputs plain, terms, transposed and out may be null. If there is a
+// table, `row` is a row of the table, and each tile has its own rank and its own scaling, which is used in place of
+// `after`. Tiles of tokens without an adapter have no partial sums, and the values of these tiles are zero.
 struct RankReduce {
   const float* partial;
   int64_t chunks, rows, padded_rows;

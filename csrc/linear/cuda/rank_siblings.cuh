@@ -139,8 +139,8 @@ __device__ __forceinline__ void sibling_fragment(SharedAt at, uint32_t (&a)[kTer
 }
 
 // Number of thread blocks, of kMostSiblingWarps warps each, that must fit on a multiprocessor; the compiler limits the
-// registers of a thread so that they fit. A float16 x has two terms, which need more registers, so that only one thread
-// block must fit.
+// registers of a thread so that these blocks fit. A float16 x has two terms, which need more registers, so that only
+// one thread block must fit.
 template <typename T>
 constexpr int kSiblingBlocks = kTermsOf<T> > 1 ? 1 : 2;
 

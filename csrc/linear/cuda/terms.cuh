@@ -41,12 +41,13 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t (&ter
 // lanes load are contiguous. In the order kPass, all terms of a tile of 64 x 64 elements are contiguous, too.
 enum class TermsOrder : int {
   // Operand B of mma.sync in a rank pass, the factor F or L of rank_pass.cuh: outer = ranks, inner = the dimension that
-  // is summed. The 16 bytes that a lane loads belong to two steps of 16 values of `inner`.
+  // is summed. Of the 16 bytes that a lane loads, the first 8 belong to a step of 16 values of `inner`, and the last 8
+  // to the next step.
   kPass,
   // Operand A of mma.sync in expand_kernel, the factor L of expand.cuh: outer = rows, inner = ranks.
   kLeft,
   // Operand B of mma.sync in expand_kernel, the factor F of expand.cuh: outer = columns of the result, inner = ranks.
-  // The 16 bytes that a lane loads belong to two tiles of 8 columns.
+  // Of the 16 bytes that a lane loads, the first 8 belong to a tile of 8 columns, and the last 8 to the next tile.
   kRight,
 };
 
@@ -79,7 +80,7 @@ __device__ __forceinline__ int64_t terms_word(TermsOrder order, int count, int64
     const int64_t fragment = (outer / 16 * (inner_padded / 16) + inner / 16) * count + term;
     return fragment * (2 * kFragmentWords) + (outer % 8 * 4 + t) * 4 + upper * 2 + outer % 16 / 8;
   }
-  const int64_t column = outer % 64, tile = column % 8 / 2;  // g: row of operand B's fragment in which the column lies
+  const int64_t column = outer % 64, tile = column % 8 / 2;  // g: row, in F's tile of 8 rows, of this column
   const int64_t g = column % 32 / 8 * 2 + column % 2;
   const int64_t fragment =
       ((outer / 64 * (inner_padded / 16) + inner / 16) * count + term) * 4 + column / 32 * 2 + tile / 2;

@@ -5,7 +5,7 @@
 //   n² = ‖W‖² + Σ_r s B_r (2 U_r + s (B M)_r), clamped to 0 or more
 //
 // The gradient, with c = dn / n, or 0 where n = 0: dB = c s (U + s B M); dA = s (cB)ᵀ W + s² (cB)ᵀ B A, where (cB)ᵀ W
-// is one more pass over W. A warp computes the norm of one row of W, and the warp's lanes divide the ranks. The
+// is one more pass over W. A warp computes the norm of one row of W + s B A, and the warp's lanes divide the ranks. The
 // arithmetic of all kernels in this file is float32.
 #pragma once
 

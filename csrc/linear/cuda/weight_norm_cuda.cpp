@@ -37,7 +37,7 @@ Tensor gram(const Tensor& a) {
 }
 
 // Returns a weight that a rank pass can read: a contiguous dense weight, or an NF4 weight. A weight in another packed
-// format is decoded to `type`, and the decoded copy has N K elements during the call.
+// format is decoded to `type`, and the decoded copy, of N K elements, exists during the call.
 DeviceWeight pass_weight(const DeviceWeight& weight, ScalarType type) {
   if (weight.is_nf4()) return weight;
   DeviceWeight held;

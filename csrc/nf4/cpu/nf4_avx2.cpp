@@ -3,8 +3,8 @@
 // Quantize: bisection finds the codes of 8 values at a time, with pivots from register tables. Dequantize: the kernel
 // computes and rounds the 16 products code * absmax of a block once, and then looks each element up. bfloat16 and
 // float16 words are looked up in two tables of bytes (pshufb), and float32 values in two tables of eight values
-// (vpermps), of which the code's high bit selects one. The results have the same bits as a separate product for each
-// element.
+// (vpermps), of which the code's high bit selects one. The elements have the same bits as if the product code * absmax
+// were computed for each element alone.
 #if defined(__x86_64__)
 #include "cpu/target_avx2.h"
 // The headers below must be included after the target pragma.

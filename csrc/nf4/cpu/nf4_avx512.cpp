@@ -3,9 +3,9 @@
 // Quantize: for 16 values at a time, lookups in register tables find the threshold that decides each value's code.
 // Dequantize: the kernel computes and rounds the 16 products code * absmax of a block once, and then looks each element
 // up: bfloat16 and float16 words with two codes per 32-bit lane (vpermw), float32 values with one code per lane
-// (vpermps). The results have the same bits as a separate product for each element. Quantize and dequantize move each
-// element between memory and the cache once: half a byte as an NF4 code, 2 bytes in a 16-bit dtype or 4 bytes in
-// float32, and the block's scale.
+// (vpermps). The elements have the same bits as if the product code * absmax were computed for each element alone.
+// Quantize and dequantize move each element between memory and the cache once: half a byte as an NF4 code, 2 bytes in a
+// 16-bit dtype or 4 bytes in float32, and the block's scale.
 #if defined(__x86_64__)
 #include "cpu/target_avx512.h"
 // The headers below must be included after the target pragma.

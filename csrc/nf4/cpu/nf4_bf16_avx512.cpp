@@ -7,14 +7,15 @@
 // word after shifts by 0, 4, 8 and 12 bits are the indices for four registers of weights. The codes are not moved to
 // lanes of their own; instead x is permuted once for all rows, to the order of the codes. vpermw looks the weights up,
 // and vdpbf16ps multiplies and adds pairs in float32. For a group of up to kScaledSums tokens, one table with the 16
-// NF4 values is used for all blocks, and the sums over 128 elements are then multiplied by the scales of their two
-// blocks: the lower lanes belong to one block, the upper lanes to the next block. For more than kScaledSums tokens,
-// scaling the sums would take too many multiplications, one for each token and 128 elements. For more than kScaledSums
-// tokens, the table therefore holds the products code * absmax of two blocks, 16 for each block, rounded once to
-// bfloat16 (vcvtne2ps2bf16, which flushes subnormals to zero), and bit 4 of an index selects the block. Rounding an NF4
-// value or a product to bfloat16 changes a weight by at most 2^-9 of its magnitude. The kernel reads W once for each
-// group of tokens that for_token_groups makes, half a byte per element and the scales, and never writes a decoded
-// weight to memory. Each thread computes whole rows of W.
+// NF4 values is used for all blocks, and the sums over 128 elements are then multiplied by the scales: the lower lanes
+// by the scale of the block of the first 64 elements, the upper lanes by the scale of the block of the last 64
+// elements. For more than kScaledSums tokens, scaling the sums would take too many multiplications, one for each token
+// and 128 elements. For more than kScaledSums tokens, the table therefore holds the products code * absmax for each
+// half of the 128 elements, 16 products for each half, rounded once to bfloat16 (vcvtne2ps2bf16, which flushes
+// subnormals to zero), and bit 4 of an index selects the half. Rounding an NF4 value or a product to bfloat16 changes a
+// weight by at most 2^-9 of its magnitude. The kernel reads W once for each group of tokens that for_token_groups
+// makes, half a byte per element and the scales, and never writes a decoded weight to memory. Each thread computes
+// whole rows of W.
 #if defined(__x86_64__)
 #include "cpu/target_avx512bf16.h"
 // The headers below must be included after the target pragma.
@@ -27,7 +28,8 @@
 namespace peft_ext {
 namespace {
 
-// In a group of kNibbleGroup elements, word i of register j holds element 4 i + kNibble[j].
+// In a group of kNibbleGroup elements, word i of the register of weights j holds the weight of element 4 i +
+// kNibble[j].
 constexpr int kNibble[4] = {1, 0, 3, 2};
 
 // Largest number of tokens in a group for which the kernel multiplies the sums, instead of the table, by the scales.
@@ -98,8 +100,8 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
   const bf16* x = work.x_ordered + first_token * stride;
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   const __m512i low_bits = _mm512_set1_epi16(15);
-  // A group of 128 elements has two NF4 blocks: the group's first 16 words of four codes belong to the first block, and
-  // the last 16 words to the second.
+  // Each half of a group of 128 elements lies in one NF4 block: the group's first 16 words of four codes are looked up
+  // with the scale of the first half's block, and the last 16 words with the scale of the second half's block.
   const __m512i second_block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
   __m512 sums[kRows][kTokens][kSums];
   for (int r = 0; r < kRows; ++r)

@@ -38,8 +38,8 @@ inline void encode_block(const T* x, int64_t count, const Scaled& scaled, uint8_
   }
 }
 
-// Quantizes the tail block of a tensor by bitsandbytes' rule: values are divided by the clamped absmax, which
-// quantize_tail also stores. In a full block, values are multiplied by the reciprocal of the clamped absmax.
+// Quantizes the incomplete last block of a tensor by bitsandbytes' rule: values are divided by the clamped absmax,
+// which quantize_tail also stores. In a full block, values are multiplied by the reciprocal of the clamped absmax.
 template <typename T>
 inline void quantize_tail(const T* x, int64_t count, uint8_t* packed, float* absmax) {
   const float largest = block_absmax(x, count);

@@ -4,7 +4,7 @@
 //   float largest_of(const T* in, int64_t blocksize);
 //     Returns the largest magnitude, or NaN if a value is NaN.
 //   void encode(const T* in, int64_t blocksize, float inverse, uint8_t* packed);
-//     Writes the NF4 codes of the values in * inverse.
+//     Writes the NF4 codes of the values in[i] * inverse.
 //   void expand(const uint8_t* packed, float scale, int64_t count, T* out);
 //     Writes code * scale for `count` codes, a multiple of 32.
 #pragma once

@@ -2,8 +2,8 @@
 //
 // Quantize: the kernel counts the thresholds below each of 16 values at a time. Dequantize: the kernel computes and
 // rounds the 16 products code * absmax of a block once, and looks each product up by bytes (tbl): two tables of bytes
-// for a 16-bit word, four for a float. Interleaving stores join the looked-up bytes to words or floats. The results
-// have the same bits as a separate product for each element.
+// for a 16-bit word, four for a float. Interleaving stores join the looked-up bytes to words or floats. The elements
+// have the same bits as if the product code * absmax were computed for each element alone.
 #if defined(__aarch64__)
 #include "cpu/simd_neon.h"
 #include "nf4/cpu/nf4_block.h"

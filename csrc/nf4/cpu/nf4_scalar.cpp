@@ -1,4 +1,4 @@
-// The NF4 kernels of nf4_kernels.h in plain C++, for any CPU.
+// The NF4 kernels of nf4_kernels.h except `skinny`, in plain C++, for any CPU.
 #include "nf4/cpu/nf4_block.h"
 #include "nf4/cpu/nf4_kernels.h"
 

@@ -2,7 +2,7 @@
 //                  s_b = nested_code[absmax_b] · nested_absmax[b / 256] + nested_offset.
 // The input `packed` [ceil(n/2)] is uint8, where the high nibble is the even element; n is the number of elements of a
 // weight of any shape. The result `out` [n] is float32, bfloat16 or float16. blocksize is a power of two >= 32, so that
-// 32 aligned elements share one scale.
+// each aligned group of 32 elements has one scale.
 // A warp dequantizes 1024 consecutive elements. Lane l decodes the scale of the l-th group of 32 elements. Up to 8/9 of
 // the bytes that the kernel moves are output. Therefore the lanes follow the order of the output: in each step lane l
 // computes the l-th of the next 32 groups of 16 bytes (8 elements; 4 of float32), so that a warp stores 512 contiguous
@@ -10,7 +10,7 @@
 // Each lane holds one of the 16 NF4 values, and other lanes read the value by a shuffle, without bank conflicts.
 // nf4_dequantize_kernel uses no shared memory.
 // Each float32 product and sum is rounded, without FMA; the result is then rounded once to T, to nearest even.
-// Bytes moved: n/2 + n·sizeof(T) + 4n/blocksize (double-quantized: n/blocksize · 1.016).
+// Bytes moved: n/2 + n·sizeof(T), and for the scales 4n/blocksize (double-quantized scales: n/blocksize · 1.016).
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -79,8 +79,8 @@ __device__ __forceinline__ void store_element(T* out, float value) {
   out->bits = static_cast<uint16_t>(pack2<T>(value, 0.0f));
 }
 
-// The factor of each row of the weight, and the length of a row in vectors of Nf4Vector. A weight whose rows are scaled
-// has fewer than 2^32 vectors.
+// The factor of each row of the weight, and the length of a row in vectors of Nf4Vector<T>::kSize elements. A weight
+// whose rows are scaled has fewer than 2^32 vectors.
 struct Nf4RowScale {
   const float* scale;
   uint32_t vectors;

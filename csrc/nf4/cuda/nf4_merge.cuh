@@ -3,15 +3,16 @@
 // If g is not given, there is no factor g[n].
 // The packed codes and scales of W [N, K] are as in nf4.cuh; A [R, K], B [N, R] and g [N] are float32; out [N, K] is
 // float32, bfloat16 or float16. K, N and R may have any size of 1 or more. A thread block computes a tile of 64 rows
-// and 128 columns. A thread computes 4 rows, and in each row the columns 4c to 4c + 3 and 64 + 4c to 64 + 4c + 3, so
-// that 16 lanes read A's rows in shared memory without bank conflicts and store 128 (float32: 256) contiguous bytes.
-// Shared memory contains two slabs of 16 ranks, each with A [16][128] and the transpose of B [16][64 + 4], 24.5 KiB in
-// all. One slab is used while cp.async fills the other slab. The padding of B spreads the transposed writes over the
-// banks and keeps 16-byte reads aligned. The arithmetic is float32: FMAs add the products of B and A in the order of r.
-// The sum over r is multiplied by scaling, added to the rounded code · s_b, and multiplied by g, and each of these
-// steps is rounded. The merged value is then rounded once to T, to nearest even. Bytes moved: as in nf4.cuh, plus 4RK +
-// 4RN + 4N. Each tile reads 768 R bytes of A and B, after the first time from L2. An element needs R float32 FMAs: for
-// more than a few ranks, the FMAs limit the speed, not the moved bytes.
+// and 128 columns. A thread computes 4 rows, and in each row the columns 4c to 4c + 3 and 64 + 4c to 64 + 4c + 3 (c is
+// the thread's number modulo 16), so that 16 lanes read A's rows in shared memory without bank conflicts and store 128
+// (float32: 256) contiguous bytes. Shared memory contains two slabs of 16 ranks, each with A [16][128] and the
+// transpose of B [16][64 + 4], 24.5 KiB in all. One slab is used while cp.async fills the other slab. The padding of B
+// spreads the transposed writes over the banks and keeps 16-byte reads aligned. The arithmetic is float32: FMAs add the
+// products of B and A in the order of r. The sum over r is multiplied by scaling, added to the rounded code · s_b, and
+// multiplied by g, and each of these steps is rounded. The merged value is then rounded once to T, to nearest even.
+// Bytes moved: as in nf4.cuh, plus 4RK + 4RN + 4N. Each tile reads 768 R bytes of A and B; all reads of an element but
+// the first are from L2. An element needs R float32 FMAs: for more than a few ranks, the FMAs limit the speed, not the
+// moved bytes.
 #pragma once
 
 #include "cuda/block_sum.cuh"

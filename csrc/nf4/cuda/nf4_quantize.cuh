@@ -12,10 +12,10 @@
 // maxima in shared memory: 8 words, one barrier. After the maxima, lane l computes the reciprocal of the maximum of the
 // warp's l-th NF4 block and stores this maximum (adjacent lanes write adjacent words), and other lanes read the
 // reciprocal by a shuffle. The range [-1, 1] is divided into 31 bins: value v is in bin rint(15 v), and each bin has at
-// most one threshold. Lane l holds the threshold of bin l (mod 32) and the number of thresholds below the bin.
-// Therefore two shuffles and one comparison find the exact code, also for a value that equals a threshold. The
-// arithmetic is float32; the reciprocal and the product are each rounded once. A NaN has code 15, as in the reference.
-// Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
+// most one threshold. Lane l holds the threshold in the bin whose number is l modulo 32, and the number of thresholds
+// below this bin. Therefore two shuffles and one comparison find the exact code, also for a value that equals a
+// threshold. The arithmetic is float32; the reciprocal of the maximum, and the product of w_i and this reciprocal, are
+// each rounded once. A NaN has code 15, as in the reference. Bytes moved: n·sizeof(T) + n/2 + 4n/blocksize.
 #pragma once
 
 #include <math.h>

@@ -11,9 +11,10 @@ namespace peft_ext {
 
 Nf4View nf4_view(const Launcher& launcher, const DeviceWeight& weight);
 
-// Returns the weight [N, K] in `type`: a dense weight itself, or the decoded copy of a packed weight, which has N K
-// elements for as long as the caller holds the tensor. row_scale may be given only for a packed weight, and for an NF4
-// weight only if K is a multiple of 8. Row n of the copy is then multiplied by row_scale[n] and rounded once.
+// Returns the weight [N, K] in `type`: a dense weight itself, or the decoded copy of a packed weight. The copy's N K
+// elements stay in memory as long as the caller holds the tensor. row_scale may be given only for a packed weight, and
+// for an NF4 weight only if K is a multiple of 8. With row_scale, row n of the copy is multiplied by row_scale[n] and
+// rounded once.
 Tensor dense_weight(const DeviceWeight& weight, ScalarType type, const Tensor* row_scale = nullptr);
 
 // Quantizes a weight of any shape, in float32, bfloat16, float16 or float64, and returns the packed codes and the

@@ -40,7 +40,7 @@ const float* Scales::decode(int64_t begin, int64_t end, float* buffer) const {
 
 namespace {
 
-// Dequantizes the blocks [begin, end) on one thread. `out` points to the first element of block `begin`.
+// Dequantizes the NF4 blocks [begin, end) on one thread. `out` points to the first element of block `begin`.
 void dequantize_blocks(const FrozenWeight& weight, int64_t begin, int64_t end, void* out, DType dtype) {
   const int64_t n = checked_numel(weight.shape), width = dtype == DType::kF32 ? 4 : 2;
   const Scales scales(weight);
@@ -55,7 +55,7 @@ void dequantize_blocks(const FrozenWeight& weight, int64_t begin, int64_t end, v
   }
 }
 
-// Dequantizes the blocks [begin, end) on all threads.
+// Dequantizes the NF4 blocks [begin, end) on all threads.
 void dequantize_into(const FrozenWeight& weight, int64_t begin, int64_t end, void* out, DType dtype) {
   const int64_t width = dtype == DType::kF32 ? 4 : 2;
   parallel_for(begin, end, ceil_div(kDecodeGrain, weight.blocksize()), [&](int64_t first, int64_t last) {

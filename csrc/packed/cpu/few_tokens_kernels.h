@@ -2,10 +2,10 @@
 //
 //   y[t, n] = sum over the blocks b of a row:  scale_b * sum_k x[t, k] c[k]  +  add_b * sum_k x[t, k]
 //
-// The weight is not decoded: a kernel looks up the number c that a code stands for, without the scale, which is exact
-// in bfloat16. Products of x and c are summed for each block b in float32, and the sums are multiplied by the block's
-// scale, scale_b. The addend add_b of the block contains the zero point or the offset of the format; it is 0 if the
-// format has neither. few_tokens_kernels.h does not depend on torch.
+// The weight is not decoded: a kernel looks up the number c that a code stands for without the scale. The number c is
+// exact in bfloat16. Products of x and c are summed for each block b in float32, and the sums are multiplied by the
+// block's scale, scale_b. The addend add_b of the block contains the zero point or the offset of the format; it is 0 if
+// the format has neither. few_tokens_kernels.h does not depend on torch.
 #pragma once
 
 #include "weight/packed_view.h"

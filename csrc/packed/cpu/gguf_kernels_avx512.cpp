@@ -154,8 +154,8 @@ inline __m512i with_bits(__m512i words, __m512i bits, int16_t mask) {
   return _mm512_ternarylogic_epi32(words, bits, _mm512_set1_epi16(mask), 0xD8);
 }
 
-// Q4_K, Q5_K: each of the two phases of a step (row_products_avx512.h) reads 64 bytes of codes. Each half, of 32 bytes,
-// holds 64 columns: the first 32 in the low nibbles, the last 32 in the high nibbles.
+// Q4_K, Q5_K: each of the two phases of a step (row_products_avx512.h) reads 64 bytes of codes. Each half of these 64
+// bytes holds 64 columns: the first 32 in the low nibbles, the last 32 in the high nibbles.
 template <typename Block, int kBits>
 struct LargeBlockStep : GgufStep<Block> {
   static constexpr int kColumns = 128, kPhases = 2, kParts = 4, kSums = 2, kBytes = Block::kBytes;

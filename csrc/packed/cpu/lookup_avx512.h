@@ -23,7 +23,7 @@ inline __m512i word_indices(const uint8_t* codes) {
                                         : _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
 }
 
-// Returns the bits of 8 values, whose high words are the values rounded to bfloat16: see round_bf16.
+// Returns 8 words of 32 bits for 8 values: the high half of a word is the value, rounded to bfloat16 as in round_bf16.
 inline __m256i rounded_words(const float* values) {
   const __m256 value = _mm256_loadu_ps(values);
   const __m256i bits = _mm256_castps_si256(value);
@@ -45,8 +45,9 @@ inline void store_run(const float* run, bf16* out) {
 inline __m256i round16(const float* values, bf16) { return round_bf16(_mm512_loadu_ps(values)); }
 inline __m256i round16(const float* values, f16) { return round_f16(_mm512_loadu_ps(values)); }
 
-// Returns the values of 16 e4m3 codes. The eight magnitudes below 8 are multiples of 2^-9; the bits of the other
-// magnitudes are those of a float32, apart from the bias of the exponent.
+// Returns the values of 16 e4m3 codes. A code without its sign is a magnitude. The values of the magnitudes below 8 are
+// multiples of 2^-9; the bits of the other magnitudes, except the NaN 0x7f, are those of a float32, apart from the bias
+// of the exponent.
 inline __m512 e4m3_values(const uint8_t* codes) {
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   const __m512i magnitude = _mm512_and_si512(wide, _mm512_set1_epi32(0x7f));

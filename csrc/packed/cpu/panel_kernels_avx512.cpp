@@ -1,9 +1,8 @@
 // The kernels of few_tokens_kernels.h for GPTQ and AWQ, which store W transposed, with AVX512-BF16.
 //
-// For consecutive rows n of W, the words of codes are neighbours in memory. The kernels read words in the order of the
-// file: bands of up to 128 columns k, and in a band panels of kRows rows. Each lane of a register of sums belongs to
-// one row of W. A dword with x of two columns is broadcast to all lanes, and vpermw looks the codes' numbers up, as in
-// row_products_avx512.h.
+// For consecutive rows n of W, the words of codes are neighbours in memory. The kernels read W in bands of up to 128
+// columns k, and a band in panels of kRows rows. Each lane of a register of sums belongs to one row of W. A dword with
+// x of two columns is broadcast to all lanes, and vpermw looks the codes' numbers up, as in row_products_avx512.h.
 // The columns of a band share one scale and one zero point per row. After a band, y += scale * sum - zero * scale *
 // (sum of x). The rows of a panel belong to one thread, so that the order of a sum does not depend on the number of
 // threads.
@@ -72,8 +71,8 @@ struct PanelStep {
 };
 
 // GptqPanel: a register holds a word of codes for each of 16 rows; a word has the codes of 8 columns (codes of 4 bits)
-// or 4 columns (codes of 8 bits). A dword of x holds the two columns whose codes are at one place in the lower and in
-// the upper half of a word.
+// or 4 columns (codes of 8 bits). A dword of x holds the two columns whose codes are at the same place in the lower and
+// in the upper half of a word.
 template <int kBits>
 struct GptqPanel : PanelStep {
   static constexpr int kRows = 64, kSums = 4, kMostTokens = 4, kCodes = 32 / kBits, kLineRows = 16;
@@ -216,7 +215,8 @@ struct Band {
   int64_t begin, end, group;
 };
 
-// Adds the products of a band and a panel, from row n on, to y. x_sums[t] is the sum of token t's columns in the band.
+// Adds the products of a band and a panel, from row n on, to y; the first band overwrites y. x_sums[t] is the sum of
+// token t's columns in the band.
 template <typename Panel, int kTokens>
 inline void multiply_panel(const PackedView& w, const bf16* x, const float* x_sums, const Band& band, int64_t n,
                            const uint32_t* next, Ahead* ahead, float* y) {

@@ -163,7 +163,8 @@ struct Int4Step : NibbleStep<Nibbles::kLowFirst> {
 };
 
 // ByteStep: base of the steps of formats with one byte for each column, which read 64 bytes at a time. Registers 0 and
-// 1 of x hold the even and the odd columns, and two parts are the nibbles of the bytes in one register.
+// 1 of x hold the even and the odd columns, and for each of these registers, two parts are the low and the high nibbles
+// of the bytes (Fp8Step has one part for each register).
 struct ByteStep : OneRowStep {
   static constexpr int kColumns = 64, kParts = 4, kBytes = 64;
   static constexpr int register_of(int part) { return part / 2; }

@@ -58,7 +58,7 @@ struct OneRowStep {
 };
 
 // Returns the column of a word in registers of x for codes in the order kHalves: 16 bytes hold a block of 32 columns,
-// the low nibbles are its first 16 columns.
+// and the low nibbles are the block's first 16 columns.
 constexpr int halves_column(int reg, int word) { return word / 8 * 32 + word % 8 * 2 + reg / 2 + reg % 2 * 16; }
 
 // --- Tables of numbers -----------------------------------------------------------------------------------------------

@@ -126,8 +126,8 @@ struct OnCuda<Fp8> : Fp8 {
   }
 };
 
-// Returns scale i of an array of float32, bfloat16 or float16, which `option` names: like scale_value (packed_view.h),
-// but with fewer branches.
+// Returns scale i of an array whose dtype, float32, bfloat16 or float16, `option` names: like scale_value
+// (packed_view.h), but with fewer branches.
 __device__ __forceinline__ float float_scale(const PackedView& w, const void* scales, int64_t i) {
   if (scale_type(w.option) == ScaleType::kF32) return static_cast<const float*>(scales)[i];
   const uint32_t bits = static_cast<const uint16_t*>(scales)[i];

@@ -40,8 +40,8 @@ struct PackedFewShared {
   float sums[kPackedFewWarps][kSums];
 };
 
-// Adds each of kSums sums, a power of two of at most 32, over the lanes of the warp. Returns the total of the sum with
-// the number lane / (32 / kSums).
+// Adds each of the kSums sums over the lanes of the warp; kSums is a power of two of at most 32. Returns the total of
+// the sum with the number lane / (32 / kSums).
 template <int kSums>
 __device__ __forceinline__ float sum_over_lanes(float (&sums)[kSums], int lane) {
 #pragma unroll

@@ -20,8 +20,8 @@ inline float rounded_product(float a, float b) {
 // Returns entry `index` (0 to 7) of a table of eight nibbles; entry 0 is the lowest nibble.
 inline uint32_t nibble_entry(uint32_t table, uint32_t index) { return table >> (4 * index) & 15; }
 
-// Returns twice the value of an e2m1 code, which is an integer: 0, 1, 2, 3, 4, 6, 8, 12, and the negatives from code 8
-// on. The e2m1 code 8 is -0.
+// Returns twice the value of an e2m1 code. Twice the value is an integer: 0, 1, 2, 3, 4, 6, 8 or 12 for the codes 0 to
+// 7, and the negatives of these integers from code 8 on. The e2m1 code 8 is -0.
 inline float e2m1_doubled(uint32_t code) {
   const float magnitude = static_cast<float>(static_cast<int32_t>(nibble_entry(0xc8643210u, code & 7)));
   return bits_to_float(float_to_bits(magnitude) | (code & 8) << 28);

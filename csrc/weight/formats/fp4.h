@@ -17,7 +17,7 @@ namespace {
 // The values that Fp4::code_value returns for the 16 codes.
 constexpr float kFp4Code[16] = {0.0f, 0.0625f / 12,  8.0f / 12,  1.0f,  4.0f / 12,  0.5f,  2.0f / 12,  0.25f,
                                 0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -0.5f, -2.0f / 12, -0.25f};
-// Three times the values of kFp4Code, which bfloat16 holds exactly.
+// Three times the values of kFp4Code. bfloat16 holds each of these products exactly.
 constexpr float kFp4Triple[16] = {0.0f, 1.0f / 64,  2.0f,  3.0f,  1.0f,  1.5f,  0.5f,  0.75f,
                                   0.0f, -1.0f / 64, -2.0f, -3.0f, -1.0f, -1.5f, -0.5f, -0.75f};
 #endif
@@ -47,8 +47,8 @@ struct Fp4 {
   }
 
   // Returns the value of a code: 2/3 * 2^-x for codes 1, 2, 4 and 6, 2^-x for codes 3, 5 and 7, +0 for codes 0 and 8,
-  // and for a code from 9 on the negative of the value of code - 8. An entry of the table holds x in its low three
-  // bits; the fourth bit is set for a power of two.
+  // and for a code from 9 on the negative of the value of code - 8. An entry of the table in code_value holds x in the
+  // low three bits; the fourth bit is set if the code's value is a power of two.
   static float code_value(uint32_t code) {
     const uint32_t entry = nibble_entry(0xa2918070u, code & 7);
     const uint32_t two_thirds = 0x3f2aaaabu, to_one = 0x3f800000u - two_thirds;

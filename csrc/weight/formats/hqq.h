@@ -35,7 +35,7 @@ struct Hqq {
   }
 
   // Returns a float32 value, rounded to nearest, ties to even, to a dtype of scales. No branch depends on the value,
-  // and the comparisons are of signed numbers, so that loops of this function are vectorized.
+  // and the comparisons are of signed numbers, so that loops that call this function are vectorized.
   static float rounded(float value, ScaleType type) {
     if (type == ScaleType::kF32) return value;
     int32_t bits, wide;
@@ -47,7 +47,7 @@ struct Hqq {
       wide = magnitude > 0x7f800000 ? magnitude : even;
     } else {
       // Adding and subtracting 2^13 times the number's power of two leaves the 11 bits of a float16 number, and the
-      // multiples of 2^-24 below 2^-14. Magnitudes of 65536 and more become infinity.
+      // multiples of 2^-24 below 2^-14. A rounded magnitude of 65536 or more becomes infinity.
       const int32_t number = magnitude < 0x47800000 ? magnitude : 0x47800000;
       const int32_t power = ((number > 0x38800000 ? number : 0x38800000) & 0x7f800000) + (13 << 23);
       float sum, large;

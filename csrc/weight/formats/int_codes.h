@@ -1,5 +1,5 @@
 // Functions that the formats of integers share, for codes of 2, 4 or 8 bits in 32-bit words; the first code is in the
-// lowest bits. Words are also read as bytes, because the CPUs of peft_ext are little-endian.
+// lowest bits. Words are also read as bytes; this is right because all CPUs that peft_ext supports are little-endian.
 #pragma once
 
 #include "weight/packed_view.h"
@@ -63,8 +63,8 @@ inline void groups_of_32(const PackedView& w, const void* g_idx, int64_t column,
   for (int c = 0; c < 32; ++c) groups[c] = static_cast<int32_t>(of[c] < last ? of[c] : last);
 }
 
-// Calls call(constant) with a type whose kType is the dtype of the scales, so that loops over scales do not test the
-// dtype.
+// Calls call(constant), where kType of the constant's type is the dtype of the scales, so that loops over scales do not
+// test the dtype.
 template <ScaleType kScale>
 struct ScaleConstant {
   static constexpr ScaleType kType = kScale;

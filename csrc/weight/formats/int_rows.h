@@ -43,8 +43,7 @@ struct IntRows {
     return has_one_scale(w) ? 0 : row * groups_of(w) + group;
   }
 
-  // Returns the zero point of a packed weight as an unsigned code, and the zero point of a plain weight as it is
-  // stored.
+  // Returns the zero point of a weight with the flag kPlain as it is stored, and of another weight as an unsigned code.
   static int zero_at(const PackedView& w, int64_t row, int64_t group) {
     const int bits = code_bits(w.option);
     if (!w.part[2]) return is_plain(w) ? 0 : 1 << (bits - 1);

@@ -20,7 +20,8 @@
 // A format of e4m3 codes has `constexpr bool kE4m3 = true`, codes(w, row, column) and scale(w, row, column), where the
 // 32 columns from a multiple of 32 on share one scale.
 //
-// A format whose part 0 does not hold the codes of W row by row has `constexpr bool kRowMajor = false`.
+// A format without decode_rows whose part 0 does not hold the codes of W row by row has `constexpr bool kRowMajor =
+// false`.
 //
 // A format of 4-bit codes, where kScaleColumns columns (16 or 32) share a scale, may also have members by which codes
 // are looked up in tables, see packed/cpu/lookup_avx512.h.

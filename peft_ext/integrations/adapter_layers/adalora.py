@@ -63,13 +63,14 @@ class AdaLora(LowRank):
 
     def _scales(self, name: str, is_common: bool = False) -> tuple[Tensor, float]:
         # The operator takes E as the scale per rank, and a number as the scaling, so that autograd sees no division.
-        # For a ranknum on a GPU, whose value the host would have to wait for, and in a trace, which has no values,
-        # ranknum stays a tensor.
+        # In a trace, which has no values, and for a ranknum on a GPU, whose value the host would have to wait for,
+        # ranknum stays a tensor. In a trace, the first condition returns before the second condition and `item()`,
+        # which torch.compile can't trace.
         modules = self._modules
         lora_E, ranknum = modules["lora_E"]._parameters[name], modules["ranknum"]._parameters[name]
-        if ranknum.device.type != "cpu" or ranknum.requires_grad or torch._C._len_torch_dispatch_stack() > 0:
+        if not is_common and (_is_traced() or type(ranknum) not in plain_types()):
             return super()._scales(name)
-        if not is_common and (type(ranknum) not in plain_types() or _is_traced()):
+        if ranknum.device.type != "cpu" or ranknum.requires_grad or torch._C._len_torch_dispatch_stack() > 0:
             return super()._scales(name)
         return lora_E, self.scaling[name] / (ranknum.item() + 1e-5)
 

@@ -3,8 +3,8 @@
 A fused class is a subclass of a layer class of PEFT, bitsandbytes or PyTorch. The method ``stock_reason`` of a fused
 class returns why the next call takes the stock path (see :mod:`.reasons`). The method ``_fused`` of an adapter layer
 computes a call by an operator. :func:`peft_ext.accelerate` replaces the class of a layer. Beside the class,
-``accelerate`` changes few attributes of an adapter layer: it stores a chosen dora_dropout or experts_dropout, and over
-an NF4Linear replaces PEFT's variant of DoRA.
+``accelerate`` changes few attributes of an adapter layer: it stores a chosen dora_dropout or experts_dropout, and
+replaces PEFT's variant of DoRA over an NF4Linear.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ with optional("transformers", "no layer over a Conv1D (GPT-2) is fused"):
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Name of the attribute in which a layer that is merged into a packed weight keeps the weight from before the merge. The
-# kept weight is no part of the state dict.
+# Name of the attribute in which an adapter layer keeps the packed weight from before a merge of its adapter, for a
+# linear layer together with the bias. The kept tensors are no part of the state dict.
 KEPT = "_peft_ext_unmerged"
 
 # FUSED maps each stock class to its fused class. STOCK maps each fused class to its stock class.
@@ -98,8 +98,8 @@ class Fused:
         return self._reasons()[0]
 
     def part_reason(self, like: Tensor) -> Optional[str]:
-        """Returns why only the adapter's part is fused and the base layer's own forward runs for inputs of the dtype
-        and on the device of ``like``; else None."""
+        """Returns why, for inputs with the dtype and the device of ``like``, only the adapter's part is fused and the
+        base layer's own forward runs; else None."""
         reason, alone = self._reasons()
         if reason is None and alone is None and sums_wider(self._modules["base_layer"], like):
             return "PEFT adds in float32, its base layer multiplies in 16 bits"
@@ -128,8 +128,8 @@ class Fused:
 
 
 def active_in(layer: Any, held: Any) -> list[str]:
-    """Returns the names of the active adapters of a layer for which ``held``, such as ``lora_A``, has an entry, in the
-    order in which PEFT adds the adapters."""
+    """Returns the names of those active adapters of a layer that have an entry in ``held`` (such as ``lora_A``), in the
+    order in which PEFT adds up the adapters' results."""
     active = layer._active_adapter
     held = held._modules if type(held) is nn.ModuleDict else held
     if type(active) is not str:
@@ -159,8 +159,8 @@ def is_fully_sharded(kind: type) -> bool:
 
 
 def without_adapters(model: nn.Module, seen: Optional[set[int]] = None) -> Iterator[nn.Module]:
-    """Yields the modules of ``model``, with adapter layers and their base layers, without other children of adapter
-    layers such as lora_A."""
+    """Yields the modules of ``model``, also adapter layers and their base layers, but not the other children of adapter
+    layers, such as lora_A, and not the children of a ScriptModule."""
     seen = set() if seen is None else seen
     if id(model) in seen:
         return

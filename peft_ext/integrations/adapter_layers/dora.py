@@ -18,7 +18,7 @@ from .base import weight_of
 dora = DoraLinearLayer = DoraLinearVariant = None
 with optional("peft", "DoRA is not fused"):
     from peft.tuners.lora import dora
-    from peft.tuners.lora.dora import ENABLE_DORA_CACHING, DoraLinearLayer  # noqa: F401  the first is read as it is
+    from peft.tuners.lora.dora import ENABLE_DORA_CACHING, DoraLinearLayer  # noqa: F401  for dora.ENABLE_DORA_CACHING
     from peft.tuners.lora.variants import DoraLinearVariant as _DoraLinearVariant
 
     has(DoraLinearLayer, "_cache_clear", "_cache_get", "_cache_store")
@@ -137,8 +137,8 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
         norm = ops.dora_weight_norm(weight, lora_A.detach(), lora_B.detach(), scaling)
     scale, result = output_scale(module._parameters["weight"], norm), base(x)
     drops = type(dropout) is nn.Dropout and dropout.training and layer.training and dropout.p > 0.0
-    # If dora_dropout is "peft", DoRA's scaled term contains the base layer's product with the dropped x; frozen_linear
-    # computes this product in float32, the dtype of x.
+    # If dora_dropout is "peft", DoRA's scaled term contains the product of the base weight with x after dropout;
+    # frozen_linear computes this product in float32, the dtype of x.
     if drops and layer.__dict__.get(DORA_DROPOUT, "peft") == "peft":
         dropped = dropout(x)
         product = ops.frozen_linear(dropped, weight)
@@ -154,9 +154,10 @@ def forward_over(layer: Any, name: str, base: nn.Module, x: Tensor) -> Tensor:
 def cached_norm(
     module: Any, name: str, dtype: torch.dtype, weight: Any, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Optional[Tensor]:
-    """Returns DoRA's weight norm from PEFT's cache inside ``peft.helpers.DoraCaching`` in eval mode, else None.
+    """Returns DoRA's weight norm from PEFT's cache; returns None in training and outside of the context
+    ``peft.helpers.DoraCaching``.
 
-    Inside ``DoraCaching`` in eval mode, computes and stores a norm that the cache lacks. For a weight of three
+    Inside ``DoraCaching`` in evaluation mode, computes and stores a norm that the cache lacks. For a weight of three
     dimensions the norm is ``[experts, outputs]``, the norm of all experts of a mixture.
     """
     if not dora.ENABLE_DORA_CACHING or module.training:

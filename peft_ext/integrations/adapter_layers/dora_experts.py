@@ -67,8 +67,8 @@ def is_dora(wrapper: Any, names: list[str]) -> bool:
 def check_merged_together(wrapper: Any, names: list[str]) -> None:
     """Raises ValueError if ``names`` are several adapters, one of them DoRA.
 
-    The forward adds the change that each adapter alone makes to the experts' weight. A second merge would start from
-    the merged weight, whose norm differs from the norm of the unmerged weight.
+    The wrapper's forward adds up the changes that each adapter alone makes to the experts' weight. A second merge would
+    start from the merged weight, whose norm differs from the norm of the unmerged weight.
     """
     if len(names) > 1 and is_dora(wrapper, names):
         raise ValueError(f"merge: the adapters {', '.join(names)}, one of them DoRA, into experts: merge one alone")
@@ -245,7 +245,7 @@ if ParamWrapper is not None:
         def _norms_at_merge(self) -> dict[str, Tensor]:
             return self.__dict__.setdefault("_peft_ext_norms_at_merge", {})
 
-    DoraParamWrapper.__name__ = "ParamWrapper"  # PEFT looks for this class name to find nested wrappers
+    DoraParamWrapper.__name__ = "ParamWrapper"  # PEFT finds nested wrappers by the class name ParamWrapper
 
 
 def _without_dora(config: Any) -> Any:

@@ -2,8 +2,8 @@
 
 The fused forward runs the operators :func:`peft_ext.ops.lora_experts` and :func:`peft_ext.ops.dora_experts`. PEFT
 computes the sum of weight and adapter, W + s B A with the scaling s, of all experts on each forward, and the experts'
-own forward uses these sums. The fused forward multiplies the rows of each expert with the expert's weight (dense or
-packed) and the expert's adapter, and does not compute W + s B A:
+own forward uses these sums. The fused forward multiplies the tokens that are routed to an expert with the expert's
+weight (dense or packed) and the expert's adapter, and does not compute W + s B A:
 
     sort tokens by expert → gate and up (adapted) → the model's own gate → down (adapted) → times the routing weights
     → back in order, summed over a token's experts
@@ -13,7 +13,7 @@ is set to another experts implementation. The router's code runs unchanged. In L
 token, scaled by a routing weight that may be 0, so the rows need no sorting.
 
 Several active LoRA adapters run as one adapter whose rank is the sum of their ranks. If one of several active adapters
-is DoRA, each adapter adds the change that it alone makes to the base output, as in PEFT.
+is DoRA, each adapter adds the change that this adapter alone makes to the base output, as in PEFT's linear layers.
 
 PEFT nests one wrapper per parameter around the experts' module. The outermost wrapper computes a fused call with the
 adapters of all nested wrappers. The inner wrappers compute with their own adapters only if the outermost wrapper takes
@@ -133,7 +133,7 @@ class Experts(Fused):
             return None
         wrappers = self._wrappers()
         experts = wrappers[-1]._modules["base_layer"]
-        given = (*args, *kwargs.values())  # keywords are taken to be in the order of the forward's parameters
+        given = (*args, *kwargs.values())  # assumes keywords in the order of the forward's parameters
         if not routes(experts, x, given):
             return None
         adapters = {wrapper.parameter_name: wrapper for wrapper in wrappers if _names(wrapper)}

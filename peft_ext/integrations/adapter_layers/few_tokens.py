@@ -8,7 +8,7 @@ checks.
 
 :func:`few_reason` returns why a call may not run a plan.
 
-:func:`plan_of` returns the plan of a block, and makes a new plan if the facts have changed.
+:func:`plan_of` returns the plan of a block, and makes a new plan if an object that the checks read has changed.
 
 :func:`direct` returns a function that computes a linear layer, with or without LoRA.
 
@@ -39,7 +39,8 @@ from .reasons import any_global_hook, kernel_reason
 
 __all__ = ["Facts", "Kernel", "clear_plans", "direct", "few_reason", "kernel_of", "listed", "plan_of", "together"]
 
-# The attributes of a module with the hooks that can run in a call without a gradient; hooks on the backward can't.
+# The attributes of a module with the hooks that can run in a call without a gradient; hooks on the backward can't run
+# in such a call.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _look = operator.attrgetter("dtype", "shape", "device")
 _is_tracing = torch._C._is_tracing
@@ -98,7 +99,7 @@ class Facts:
         self.is_final = True
 
     def value(self, place: dict, name: Any) -> Any:
-        """Returns ``place.get(name)``. The facts hold as long as ``place.get(name)`` returns the same object."""
+        """Returns ``place.get(name)``. Later, ``hold`` returns False if ``place.get(name)`` returns another object."""
         value = place.get(name)
         self._places.append(place)
         self._names.append(name)
@@ -106,30 +107,32 @@ class Facts:
         return value
 
     def empty(self, place: dict, name: Any) -> bool:
-        """Returns whether the container ``place[name]`` is empty. The facts hold as long as the container is empty."""
+        """Returns whether the container ``place[name]`` is empty. Later, ``hold`` returns False if the container is not
+        empty."""
         held = self.value(place, name)
         self._empty.append(held)
         return not held
 
     def tensor(self, place: dict, name: Any) -> Optional[Tensor]:
-        """Returns the tensor ``place.get(name)``. The facts hold as long as the tensor is the same object, with the
-        same dtype, shape and device."""
+        """Returns the tensor ``place.get(name)``. Later, ``hold`` returns False if the tensor is another object, or has
+        another dtype, shape or device."""
         if (tensor := self.value(place, name)) is not None:
             self._tensors.append(tensor)
             self._looks.append(_look(tensor))
         return tensor
 
     def plain(self, module: nn.Module) -> bool:
-        """Returns whether ``module`` has no hooks and no forward of its own. The facts hold as long as the module gets
-        no hook and no forward of its own, the module keeps its class, and the class keeps its forward."""
+        """Returns whether ``module`` has no forward hooks and no forward of its own, and the forward of its stock class
+        was not replaced. Later, ``hold`` returns False if the module has got a forward hook, a forward of its own or
+        another class, or if its class has got another forward."""
         self._modules.append(module)
         self._kinds.append(type(module))
         return self.plain_block(module)
 
     def plain_block(self, module: nn.Module) -> bool:
-        """Returns whether the block to which these facts belong has no hooks and no forward of its own, as
-        :meth:`plain` does for another module. :func:`plan_of` compares the block's class. The facts of a block must not
-        hold the block itself, so that the block can be freed."""
+        """Returns for the block to which these facts belong what :meth:`plain` returns for another module.
+        :func:`plan_of` compares the block's class. The facts of a block must not hold the block itself, so that the
+        block can be freed."""
         held, kind = module.__dict__, type(module)
         self._forwards[kind] = kind.forward
         if (stock := getattr(kind, "stock_class", None)) is not None:
@@ -142,7 +145,7 @@ class Facts:
         return self.value(module.__dict__["_modules"], name)
 
     def same(self, held: list) -> list:
-        """Returns the list ``held``, and notes its items: the facts no longer hold when the list has other items."""
+        """Returns the list ``held``. Later, ``hold`` returns False if the list has other items."""
         self._equal.append((held, list(held)))
         return held
 
@@ -167,9 +170,10 @@ class Facts:
 
 
 def _holds(places: list, names: list, values: list, empty: list, modules: list, kinds: list) -> bool:
-    """Returns whether the noted facts still hold: each dict in ``places`` has, under its name in ``names``, its object
-    in ``values`` (None also stands for a missing name), each container in ``empty`` is empty, and each module has its
-    class in ``kinds``. The module ``_C`` has a faster function that does the work of ``_holds``."""
+    """Returns whether the facts that a :class:`Facts` has noted still hold: each dict in ``places`` has, under its name
+    in ``names``, its object in ``values`` (None also stands for a missing name), each container in ``empty`` is empty,
+    and each module has its class in ``kinds``. The module ``_C`` has a faster function that does the work of
+    ``_holds``."""
     same = all(map(operator.is_, map(dict.get, places, names), values))
     return same and not any(empty) and all(map(operator.is_, map(type, modules), kinds))
 
@@ -183,9 +187,9 @@ class _Plan(NamedTuple):
 
 
 def plan_of(block: nn.Module, x: Tensor, make: Callable[[Facts, Tensor], Any]) -> Any:
-    """Returns the plan that ``make(facts, x)`` made for this block and x's dtype, and calls ``make`` again once the
-    facts of that plan no longer hold. As long as the checks of some layer have accepted no call (the facts are then not
-    final), each call makes a new plan, until ``_MOST_TRIALS`` plans were made.
+    """Returns the plan that ``make(facts, x)`` made for this block and x's dtype, and calls ``make`` again once an
+    object that the plan depends on (see :class:`Facts`) has changed. As long as the checks of some layer have accepted
+    no call (the facts are then not final), each call makes a new plan, until ``_MOST_TRIALS`` plans were made.
 
     If the block can have no plan, ``make`` returns the reason, and ``plan_of`` returns None. Several threads may call
     ``plan_of`` for one block at the same time.
@@ -249,8 +253,9 @@ def listed(calls: Sequence[Kernel]) -> tuple[list[Tensor], list[int], list[float
 def direct(facts: Facts, layer: Any, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns the function that computes the linear layer ``layer`` for inputs of x's dtype.
 
-    If the layer's class and tensors are known and the kernels may run, the function calls a kernel, or F.linear for a
-    dense weight where :func:`.linear.is_ahead` is false. In all other cases, ``direct`` returns the layer itself.
+    If :func:`_direct` knows the layer's class and tensors and the kernels may run, the function calls a kernel, or
+    F.linear for a dense weight where :func:`.linear.is_ahead` is false. In all other cases, ``direct`` returns the
+    layer itself.
     """
     found, own = None, Facts()
     if isinstance(layer, nn.Module):
@@ -311,7 +316,7 @@ def _adapted(facts: Facts, layer: Any, x: Tensor) -> Optional[Callable[[Tensor],
     if not hasattr(layer, "known_call") or (common := layer.known_call(x)) is None:
         return None
     if common[0] not in KNOWN:
-        facts.is_final = False  # a later call of the layer may add the facts to KNOWN
+        facts.is_final = False  # a later call of the layer may add its facts to KNOWN
         return None
     _, name, base, lora_A, lora_B, p = common
     held = layer.__dict__

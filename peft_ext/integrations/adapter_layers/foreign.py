@@ -69,9 +69,9 @@ def _tensors(base: nn.Module) -> list[Tensor]:
 
 
 def foreign_weight(base: nn.Module) -> PackedWeight:
-    """Returns the weight of the layer as a PackedWeight that shares the layer's memory. ``foreign_weight`` returns the
-    same PackedWeight object until the address of a tensor of the layer changes. Raises ValueError if the layer's layout
-    is not supported."""
+    """Returns the weight of the layer ``base`` as a PackedWeight that shares the layer's memory. ``foreign_weight``
+    returns the same PackedWeight object until the address of a tensor of the layer changes. Raises ValueError if the
+    layer's layout is not supported."""
     key = [tensor.data_ptr() for tensor in _tensors(base)]
     known = _HELD.get(base)
     if known is None or known[0] != key:
@@ -80,7 +80,7 @@ def foreign_weight(base: nn.Module) -> PackedWeight:
 
 
 def foreign_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the operators can't read the weight of the layer; None if they can."""
+    """Returns why the operators can't read the weight of the layer ``base`` of another package; None if they can."""
     if getattr(base, "adapter", None) is not None:
         return "its base layer has an adapter of its own"
     if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in _tensors(base)):
@@ -95,8 +95,8 @@ def foreign_reason(base: nn.Module) -> Optional[str]:
 
 
 def foreign_operands(base: Any, x: Tensor) -> Optional[tuple[PackedWeight, Optional[Tensor]]]:
-    """Returns the weight and the bias with which the layer's forward multiplies x, or None if x has another dtype than
-    the layer computes in."""
+    """Returns the weight and the bias with which the forward of the layer ``base`` computes its output for x, or None
+    if x has another dtype than the layer computes in."""
     weight, bias = foreign_weight(base), base.bias
     if _is_gguf(type(base)):  # a GgufLinear multiplies in the dtype of x
         return weight, None if bias is None else bias.to(x.dtype)

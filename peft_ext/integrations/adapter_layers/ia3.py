@@ -42,8 +42,8 @@ class IA3Layer(Fused):
         return self._checked()[:2]
 
     def _checked(self) -> tuple[Optional[str], Optional[str], list[Tensor]]:
-        """Returns the two reasons that :meth:`_reasons` returns, for the next call, and the vectors ia3_l of the active
-        adapters."""
+        """Returns three values for the next call: why PEFT's own forward has to run, why the base layer's own forward
+        has to run (each None if it need not run), and the vectors ia3_l of the active adapters."""
         if reason := layer_reason(self):
             return reason, None, []
         reason, vectors = checked_vectors(self)

@@ -2,9 +2,10 @@
 
 :func:`facts_of` returns one tuple with everything that the checks of a common call read: types, dtypes, shapes,
 devices, flags and numbers. After the checks accepted a call, a later call for which :func:`facts_of` returns an equal
-tuple is fused without the checks. An accepted tuple stays valid, because each call makes its own tuple, and a tuple
-holds no module and no tensor. For a call under autocast or torch.compile, and for a call of a layer whose base layer or
-adapter has hooks, among others, :func:`facts_of` returns None, and the checks run each time.
+tuple is fused without the checks. An accepted tuple never becomes stale: each call makes a tuple of its own from the
+present state, and a tuple holds no module and no tensor. For a call under autocast or torch.compile, and for a call of
+a layer whose base layer or adapter has hooks, among others, :func:`facts_of` returns None, and the checks run each
+time.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ KNOWN: set[tuple] = set()
 
 _is_tracing = torch._C._is_tracing
 
-# KNOWN is cleared when it has this many tuples, because a schedule of scaling or dropout makes new tuples at each step.
+# KNOWN is cleared when it has _MOST tuples, because a schedule of scaling or dropout makes new tuples at each step.
 _MOST = 4096
 
 
 def remember(facts: tuple) -> None:
-    """Stores ``facts``, so that the next call with equal facts skips the checks of :mod:`.reasons` and of the
-    operator."""
+    """Stores ``facts``, the result of :func:`facts_of` for an accepted call, so that the next call with equal facts
+    skips the checks of :mod:`.reasons` and of the operator."""
     if len(KNOWN) >= _MOST:
         KNOWN.clear()
     KNOWN.add(facts)

@@ -23,8 +23,8 @@ MANY_TOKENS = 24
 # dense weight.
 _AHEAD = {("avx512_bf16", torch.bfloat16)}
 
-# Fewest elements of a weight for which a layer becomes a FusedLinear for few tokens alone. For smaller weights, the
-# checks of a call take as long as frozen_linear saves.
+# Fewest elements of a weight with which a layer becomes a FusedLinear only for the sake of calls of few tokens. For
+# smaller weights, the checks of a call take as long as frozen_linear saves.
 LEAST_ELEMENTS = 1 << 20
 
 

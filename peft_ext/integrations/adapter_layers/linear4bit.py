@@ -39,8 +39,8 @@ if FOUR_BIT:
         @property
         def support_avx512bf16_for_cpu(self) -> bool:
             """Always False, so that bitsandbytes does not repack the layer's NF4 or FP4 weight in evaluation. No
-            gradient flows to the input of a layer with a repacked weight in later training, and the layer's state dict
-            has scales that are rounded to bfloat16.
+            gradient flows to the input of a layer with a repacked weight in later training, and the state dict of a
+            layer with a repacked weight has scales that are rounded to bfloat16.
             """
             return False
 

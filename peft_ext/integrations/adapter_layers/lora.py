@@ -64,15 +64,16 @@ class LowRank(Fused):
     reads = (*Fused.reads, "lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "cast_input_dtype_enabled")
 
     def _names(self) -> list[str]:
-        """Returns the active adapters that this layer has, in the order in which PEFT adds the adapters."""
+        """Returns the names of the active adapters that this layer has, in the order in which PEFT adds up the
+        adapters' results."""
         return active_in(self, self._modules["lora_A"])
 
     def _reasons(self) -> tuple[Optional[str], Optional[str]]:
         return self._checked(self._names())[:2]
 
     def _checked(self, names: list[str]) -> tuple[Optional[str], Optional[str], Pairs]:
-        """Returns the two reasons that :meth:`_reasons` returns, for a call with the adapters ``names``, and each
-        adapter's pair (lora_A, lora_B)."""
+        """Returns three values for a call with the adapters ``names``: why PEFT's own forward has to run, why the base
+        layer's own forward has to run (each None if it need not run), and each adapter's pair (lora_A, lora_B)."""
         if reason := layer_reason(self):
             return reason, None, []
         if tensor_parallel.is_split(self._modules["base_layer"]):
@@ -89,8 +90,8 @@ class LowRank(Fused):
         return (f"{reason}; {alone}" if alone else kernel_reason("lora_residual", device)), reason, pairs
 
     def joint_state(self) -> Optional[tuple]:
-        """Returns a comparable tuple of the layer's state on which its output depends: the adapter's name, scaling and
-        dropout, and the identity and version of each tensor.
+        """Returns the state on which the layer's output depends, as a tuple that can be compared: the adapter's name,
+        scaling and dropout, and the identity and version of each tensor.
 
         Returns None if the layer can't be computed together with siblings.
         """
@@ -145,7 +146,7 @@ class LowRank(Fused):
 
     def _scales(self, name: str, is_common: bool = False) -> tuple[Optional[Tensor], float]:
         """Returns ``rank_scale`` and ``scaling`` for :func:`peft_ext.ops.lora_linear`, if the adapter's scaling is a
-        number. ``is_common``: whether :meth:`_common` has found the call to be eager, on plain tensors."""
+        number. ``is_common``: whether :meth:`_common` has found that the call is eager and its tensors are plain."""
         return self._rank_scale(name, 1.0), self.scaling[name]
 
     def _bias(self, name: str) -> Optional[Tensor]:
@@ -158,7 +159,8 @@ class LowRank(Fused):
         return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
 
     def _parts(self, name: str) -> Optional[tuple]:
-        """Returns lora_A, lora_B, and three tuples: the modules, tensors and types of an adapter that the checks read.
+        """Returns an adapter's lora_A and lora_B, and three tuples: the adapter's modules, tensors and types, as far as
+        the checks read them.
 
         Returns None if the adapter can't take the fast path of :mod:`.known`.
         """
@@ -393,8 +395,8 @@ if LoraLinear is not None:
         """Fused ``peft.tuners.lora.Linear``: LoRA and DoRA."""
 
         def known_call(self, x: Tensor) -> Optional[tuple]:
-            """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call, or None. A block
-            that calls the layer's kernel directly (see :mod:`.few_tokens`) uses ``known_call``."""
+            """Returns what :meth:`_common` returns: a tuple that begins with the facts of the call (see :mod:`.known`),
+            or None. A block that calls the layer's kernel directly (see :mod:`.few_tokens`) uses ``known_call``."""
             return self._common(x)
 
         def resolve_lora_variant(self, **kwargs: Any) -> Any:

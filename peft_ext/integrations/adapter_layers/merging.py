@@ -88,7 +88,8 @@ class MergesNF4:
 @torch.no_grad()
 def _merge_packed(layer: Any, base: Any, names: list[str], safe_merge: bool) -> None:
     bias = None if base.bias is None else base.bias.detach().clone()
-    # The base's own tensors get other data, and the detached tensors keep the data from before the merge.
+    # The merge gives the base layer's own tensors new data; the tensors that are detached here keep the data from
+    # before the merge.
     weight, bias = layer.__dict__.get(KEPT) or (frozen_weight(base).map(Tensor.detach), bias)
     unmerged = weight.to(base.weight.device)
     together = [*layer.merged_adapters, *names]

@@ -1,7 +1,7 @@
 """Tells which methods of PEFT compute with the codes of a packed layer as if the codes were the values of the weight.
 
-The codes are the ``weight`` of an NF4Linear, a PackedLinear or a PackedEmbedding. A method is known to be right over a
-packed layer if its layers call the base layer and do not read the weight, or if peft_ext fuses them.
+The codes are the ``weight`` of an NF4Linear, a PackedLinear or a PackedEmbedding. The layers of a method give right
+results over a packed layer if they call the base layer and do not read the weight, or if peft_ext fuses them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CALLS_BASE = frozenset(
     "BITFIT BOTTLENECK DIFF_PRUNING PARTIAL".split()
 )
 
-# Initial values of LoRA for which PEFT reads neither the base weight nor its dtype.
+# Values of LoRA's `init_lora_weights`, in lower case, with which PEFT reads neither the base weight nor its dtype.
 _LORA_INITS = ("true", "false", "none", "gaussian", "eva")
 
 

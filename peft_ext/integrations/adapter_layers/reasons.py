@@ -201,7 +201,7 @@ def accepts_input(x: Any) -> bool:
 def tensor_reason(name: str, tensor: Optional[Tensor], dim: int = 2) -> Optional[str]:
     """Returns why the operators can't read the parameter ``tensor``; None if they can. The returned text calls the
     parameter ``name``."""
-    # A DTensor and a quantized subclass are not plain. FSDP leaves None in place of a parameter that it takes out.
+    # A DTensor and a quantized subclass are not plain. FSDP puts None in place of a parameter that FSDP removes.
     if type(tensor) not in _plain and id(tensor) not in _gathered:
         return f"{name} is a {type(tensor).__name__}, wanted a plain parameter"
     shape = whole_shape(tensor)
@@ -417,8 +417,8 @@ def checked_adapters(
 ) -> tuple[Optional[str], Pairs]:
     """Returns the reason not to fuse the adapters ``names`` (None: they can be fused), and each pair (lora_A, lora_B).
 
-    The checks do not look at the base layer. ``check`` checks one adapter; by default ``layer.checked_adapter``, which
-    is :func:`lora_adapter` or :func:`adalora_adapter`, depending on the method.
+    ``checked_adapters`` does not look at the base layer. ``check`` checks one adapter; by default
+    ``layer.checked_adapter``, which is :func:`lora_adapter` or :func:`adalora_adapter`, depending on the method.
     """
     if not names:
         return "no active adapter on this layer", []
@@ -587,7 +587,7 @@ def freed_reason(layer: nn.Module) -> Optional[str]:
 
 
 def _fully_sharded() -> list[tuple[nn.Module, Any]]:
-    """Returns the modules on which fully_shard was called, each with its state, without importing torch.distributed."""
+    """Returns a pair (module, state) for each fully sharded module, without importing torch.distributed."""
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     return [(module, state()) for module, state in list(states.items()) if is_fully_sharded(type(module))]
 

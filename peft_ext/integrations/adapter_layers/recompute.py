@@ -28,7 +28,7 @@ def computed_again(h: Tensor, operator: Callable[..., Tensor], *args: Any) -> It
     # A saved tensor counts as ``h`` if it has the storage object of ``h``. Data addresses are not compared, because a
     # tensor without data, as in the memory estimate, has no data address.
     storage, version, numel, dtype = h.untyped_storage()._cdata, h._version, h.numel(), h.dtype
-    # held[0] returns the h that the backward has computed again, by a weak reference; None before.
+    # held[0]() returns the h that the backward has computed again, through a weak reference, or None.
     held: list[Callable[[], Optional[Tensor]]] = [lambda: None]
     tensors = [value for value in args if isinstance(value, Tensor)]
     versions = [value._version for value in tensors]

@@ -9,8 +9,8 @@ Process i of n holds the shards with the index i, and s is the adapter's scaling
 each split layer. PEFT splits lora_B of a layer in the style "column" and lora_A of a layer in the style "row" as
 transformers splits the base layer. A layer is fused only if its replaced forward is known exactly: the digest of the
 code that runs is in ``FORMS``. Each process computes its shard of a layer with one operator. PEFT's own forward sums
-the ``[T, R]`` product of lora_A in addition to the base layer's sums; the fused forward sums the gradient of A or B
-instead.
+the ``[T, R]`` product of x and lora_A over the processes, in addition to the base layer's sums; the fused forward sums
+the gradient of A or B instead.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def forward(layer: Any, x: Tensor, names: list[str]) -> Optional[Tensor]:
-    """Returns the output of a layer over a split base layer; None if PEFT's own forward has to run."""
+    """Returns the output of an adapter layer over a split base layer; None if PEFT's own forward has to run."""
     reason, found = checked(layer, names)
     if reason is not None or not accepts_input(x):
         return None
@@ -251,9 +251,9 @@ def forward(layer: Any, x: Tensor, names: list[str]) -> Optional[Tensor]:
 
 
 def joint_state(layer: Any, names: list[str]) -> Optional[tuple]:
-    """Returns ``LowRank.joint_state`` of a layer over a split base layer: a comparable tuple of the state on which the
-    layer's output depends. Returns None if PEFT's own forward has to run, if the columns of the output are not split,
-    or if a parameter is an inference tensor."""
+    """Returns ``LowRank.joint_state`` of an adapter layer over a split base layer: the state on which the layer's
+    output depends, as a tuple that can be compared. Returns None if PEFT's own forward has to run, if the columns of
+    the output are not split, or if a parameter is an inference tensor."""
     reason, found = checked(layer, names)
     if reason is not None or not found[0].column:
         return None
@@ -269,8 +269,8 @@ def joint_state(layer: Any, names: list[str]) -> Optional[tuple]:
 
 
 def joint_call(layer: Any, x: Tensor, names: list[str]) -> Optional[tuple]:
-    """Returns ``LowRank.joint_call`` of a layer over a split base layer that has a :func:`joint_state`; None if x does
-    not have the dtype, device and last size of this process's shard of W."""
+    """Returns ``LowRank.joint_call`` of an adapter layer over a split base layer, for which :func:`joint_state`
+    returned a tuple; None if x does not have the dtype, device and last size of this process's shard of W."""
     split, weight, lora_A, lora_B, bias = checked(layer, names)[1]
     if not _fits(x, weight):
         return None

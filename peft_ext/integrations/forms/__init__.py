@@ -1,4 +1,4 @@
-"""The table of known forms: the forwards of models for which peft_ext has a fused forward.
+"""The table of known forms: the code of models, mostly forwards, that peft_ext may replace by fused code.
 
 The file ``forms.tsv``, which tools/forms.py writes, has one row per form, with the columns digest, kind, formula,
 example, classes and since. :func:`row_of` returns the row and the form of a class or of a function, or the reason why
@@ -6,8 +6,8 @@ there is no row.
 
 The key of a row is the digest of the code (:mod:`.digest`), not the name of a class. Except for nn.Dropout, a row whose
 formula replaces a computation is in the table only if the formula gave the same values and gradients as the code of a
-class with the form, for extreme inputs and in each dtype (see :mod:`peft_ext.verification.proof`). Code
-that has no row in the table, and was not registered with ``register_form``, runs unchanged.
+class with the form, for extreme inputs and in each dtype (see :mod:`peft_ext.verification.proof`). Code that has no row
+in the table, and was not registered with ``register_form``, runs unchanged.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Row:
     """One known form.
 
     ``formula``: pairs of a name and a value, which say what the code computes; KINDS lists the names for each ``kind``.
-    ``classes``: number of classes with this form in one release of transformers, the newest of those that the table was
-    drawn from and that have the form.
-    ``since``: the oldest release of transformers, of those that the table was drawn from, that has the form.
+    ``classes``: number of classes with this form in the newest release of transformers that has the form, of the
+    releases that the table was drawn from. ``since``: the oldest release of transformers, of those that the table was
+    drawn from, that has the form.
     """
 
     digest: str
@@ -114,5 +114,5 @@ def holds_for(row: Row, dtype: Any) -> bool:
 
 
 def command(subject: Any) -> str:
-    """Returns the shell command that tests which known formula a class computes."""
+    """Returns the shell command that looks for a formula that computes the same as a class's forward."""
     return f"python -m peft_ext.verification {subject.__module__}:{subject.__qualname__}"

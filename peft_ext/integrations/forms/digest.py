@@ -41,8 +41,8 @@ _TORCH = str(Path(torch.__file__).parent) + "/"
 _TRANSPARENT = ("transformers.utils.deprecation", "transformers.utils.generic", "transformers.utils.output_capturing")
 # The module of transformers that wraps the forward of a decoder layer for gradient checkpointing.
 _CHECKPOINTS = ("transformers.modeling_layers",)
-# Methods by which a class can change its attributes or its calls without a trace in its forward. A module class that
-# overrides one of the methods in _OWN_WAYS has no form.
+# Methods by which a class can change what its attributes or its calls do, while the code of its forward stays the same.
+# A module class that overrides one of the methods in _OWN_WAYS has no form.
 _OWN_WAYS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
 # Standard modules whose classes enter the digest by name.
 _STANDARD = ("builtins", "collections", "collections.abc", "contextlib", "functools", "typing")
@@ -142,8 +142,9 @@ class _Walk:
         function, if it is a method."""
         if not isinstance(function, types.FunctionType):
             raise Unknown(f"{_name(function)} is no Python function")
-        # transformers wraps the forward of a decoder layer for gradient checkpointing. The wrapper enters the digest by
-        # its own code alone, because in a call without a gradient it only calls the wrapped function.
+        # transformers wraps the forward of a decoder layer for gradient checkpointing. Of the wrapper, only its own
+        # syntax tree enters the digest, and no value that its code finds by name, because in a call without a gradient
+        # the wrapper only calls the wrapped function.
         if _is_wrapper_of(function, _CHECKPOINTS):
             return "checkpointed", _canonical(_tree(function)), self.function(function.__wrapped__, kind)
         if _is_wrapper_of(function, _TRANSPARENT):
@@ -212,7 +213,7 @@ class _Walk:
         return value
 
     def _value(self, value: Any, name: str, kind: Optional[type]) -> Any:
-        """Returns the structure that stands for a value that code finds by ``name``."""
+        """Returns the structure that stands in the digest for ``value``, which code finds by the name ``name``."""
         if isinstance(value, enum.Enum):
             return "enum", _name(type(value)), value.name
         if isinstance(value, _PLAIN):
@@ -300,8 +301,8 @@ def _set_cells(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _registry(value: Any) -> Optional[tuple[str, str]]:
-    """Returns what stands for ``value`` in the digest if ``value`` is transformers' own registry of attention functions
-    without local entries; else None."""
+    """Returns the structure that stands for ``value`` in the digest if ``value`` is transformers' own registry of
+    attention functions and has no local entries; else None."""
     utils = sys.modules.get("transformers.modeling_utils")
     known = getattr(utils, "ALL_ATTENTION_FUNCTIONS", None)
     return ("registry", "attention") if known is not None and value is known and not value._local_mapping else None
@@ -409,8 +410,8 @@ def _canonical(node: Any) -> Any:
 
 
 def _paths(node: ast.AST, code: types.CodeType, this: Optional[str]) -> set[tuple[str, ...]]:
-    """Returns the names that a function's code finds outside of the function, each with the attributes that the code
-    reads from the named value.
+    """Returns paths: tuples of a name that a function's code finds outside of the function, and of the attributes that
+    the code reads from the named value.
 
     A path that begins with the instance ``this`` has one attribute, as ("self", "weight"). The path is ("self",) where
     the code uses the instance itself, and ("self", "=") where the code assigns to an attribute or item of the instance.

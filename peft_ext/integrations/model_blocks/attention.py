@@ -40,7 +40,7 @@ from .cache import Room, appended, room_for
 from .config_view import OURS, View, view_of
 
 ALL_ATTENTION_FUNCTIONS: Any = None
-# AttentionInterface stays None if transformers lacks one of the four names that are imported below.
+# AttentionInterface stays None if transformers lacks one of the four names that the next lines import.
 AttentionInterface: Any = None
 with optional("transformers", "attention is not fused"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -67,7 +67,7 @@ _LEAST_QUERIES, _FEW_QUERIES = 16, 8
 _LARGEST_HEAD = 512
 _NUMBERS = (int, float)
 _rotate, _attention = kernel_of("rotary_embedding"), kernel_of("scaled_dot_product_attention")
-# Keyword arguments of an attention call that transformers' sdpa ignores, see _argument_reason.
+# Keyword arguments of an attention call that transformers' attention function for sdpa ignores, see _argument_reason.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "seq_idx", "sliding_window",
@@ -242,9 +242,10 @@ class Attention(Block):
         )  # fmt: skip
 
     def repeats(self, plan: Any, x: Tensor, given: dict[str, Any]) -> bool:
-        """Returns whether the arguments of a call are those of the thread's last call whose arguments ``_takes`` and
-        :meth:`room_of_few` accepted, and x has the shape and dtype of that call's x. When ``repeats`` returns True, as
-        in the next layer of a model, the checks of the arguments do not run again."""
+        """Returns whether a call equals this thread's last call whose arguments the checks in ``_takes`` and
+        :meth:`room_of_few` accepted: the same argument objects, an attention of the same fused class and head size, and
+        an x of the same shape and dtype. When ``repeats`` returns True, as in the next layer of a model, the checks of
+        the arguments do not run again."""
         return _LAST.__dict__.get("call") == self._call(plan, x, given)
 
     def _call(self, plan: Any, x: Tensor, given: dict[str, Any]) -> tuple:
@@ -297,7 +298,7 @@ class Attention(Block):
         return cache.update(k, v, self.layer_idx)
 
 
-# For each thread: the thread's last call of an attention for which the cache had room, see Attention.repeats.
+# For each thread: the thread's last call of an attention whose arguments room_of_few accepted, see Attention.repeats.
 _LAST = threading.local()
 
 _ROTATES, _EAGER, _ROTARY = "apply_rotary_pos_emb", "eager_attention_forward", "rotary_embedding"
@@ -332,7 +333,8 @@ def _fits_rotary(q: Any, k: Any, cos: Any, sin: Any) -> bool:
 
 
 def set_view(module: nn.Module) -> None:
-    """Replaces the configuration of a fused attention by a view of it if the attention uses transformers' registry."""
+    """Replaces the configuration of a fused attention by a view of the configuration if the attention takes its
+    attention function from transformers' registry."""
     config = module.__dict__.get("config")
     asks = AttentionInterface is not None and isinstance(module, Attention) and module.peft_ext_known.interface
     if asks and not isinstance(config, View):
@@ -368,7 +370,7 @@ def _knows_bias(function: Any) -> Optional[bool]:
 
 
 def _reason(module: Any) -> Optional[str]:
-    """Returns why the module's attention calls would not run peft_ext's operator; None if they may run it."""
+    """Returns why no attention call of the module runs peft_ext's operator; None if some calls may run the operator."""
     config = module.__dict__.get("config")
     implementation = getattr(getattr(config, "original", config), "_attn_implementation", None)
     if implementation != "sdpa":
@@ -501,8 +503,8 @@ def _causal(module: Any, mask: Optional[Tensor], is_causal: Optional[bool]) -> b
 def _fits(
     module: Any, q: Any, k: Any, v: Any, mask: Any, dropout: float, scaling: Any, others: dict[str, Any]
 ) -> bool:  # fmt: skip
-    """Returns whether the operator accepts an attention call, whose position bias is not looked at, and is to be used
-    for the call on the call's device."""
+    """Returns whether the operator accepts an attention call and is to be used on the call's device. The shape and the
+    dtype of a position bias are not checked, see :func:`_fits_bias`."""
     if not all(map(accepts_input, (q, k, v))) or (q.dim(), k.dim(), v.dim()) != (4, 4, 4):
         return False
     if not q.device == k.device == v.device or _device_reason(q.device.type):

@@ -1,4 +1,5 @@
-"""The base classes of fused blocks: modules whose forward is a known form, under a class that runs fused operators.
+"""The base classes of fused blocks. A fused block is a module whose forward is a known form, and whose class was
+replaced by a class that runs fused operators.
 
 The fused class is a subclass of the module's class, is made once per stock class and row of the table of forms, and
 adds no state to an instance. The model's own code runs if the fused forward does not accept a call, or if the module's
@@ -33,8 +34,8 @@ class Block:
     """The base class of the fused classes of model blocks (decoder layers, norms, MLPs, attentions, dropouts).
 
     A subclass defines ``block_reason`` or its own ``block_parts``. The attribute ``peft_ext_known`` of a fused class
-    holds ``of_class`` of the class's form, and the facts that ``settled`` returns. No child module may be named
-    ``peft_ext_known``, because a class attribute hides a child module of the same name.
+    holds ``of_class`` of the class's form (see ``Form``), and the values that ``settled`` returns. No child module may
+    be named ``peft_ext_known``, because a class attribute hides a child module of the same name.
     """
 
     stock_class: type
@@ -48,9 +49,9 @@ class Block:
 
     @classmethod
     def settled(cls, stock: type, row: Row) -> dict[str, Any]:
-        """Returns the facts that the fused class keeps about its form, taken from the row of the table of forms, as a
-        dict from name to value: the values of the formula, with a bool for yes and no. ``class_of`` calls ``settled``
-        when it makes the fused class."""
+        """Returns what the fused class keeps about its form, as a dict from name to value: the values of the formula in
+        the row of the table of forms (a bool for yes and no), the row itself, and ``needs`` of the row. ``class_of``
+        calls ``settled`` when it makes the fused class."""
         formula = {name: {"yes": True, "no": False}.get(row.get(name), row.get(name)) for name in KINDS[row.kind]}
         return {**formula, "row": row, "needs": tuple(tuple(need.split(":", 1)) for need in row.names("needs"))}
 
@@ -75,15 +76,15 @@ class Block:
         return None
 
     def call_reason(self, x: Tensor) -> Optional[str]:
-        """Returns why the module's own forward runs for inputs of x's dtype and device; None if the fused one may run.
-        The forward alone checks the conditions that depend on more of a call than the dtype and the device, such as on
-        sizes."""
+        """Returns why the module's own forward runs for inputs of x's dtype and device; None if the fused forward may
+        run. Conditions that depend on more of a call than the dtype and the device, such as on sizes, are checked in
+        the forward only."""
         return None
 
     def held_reason(self, facts: Facts) -> Optional[str]:
-        """Returns why the module has no plan (see :mod:`..adapter_layers.few_tokens`): the module has hooks, or its
-        forward is not the code of its known form. Returns None otherwise. Adds to ``facts`` the objects on which the
-        returned reason depends."""
+        """Returns why the module has no plan (see :mod:`..adapter_layers.few_tokens`), for example because the module
+        has forward hooks, or because its forward is not the code of its known form. Returns None otherwise. Adds to
+        ``facts`` the objects on which the return value depends."""
         known, held = self.peft_ext_known, self.__dict__
         for name in known.of_class:
             facts.value(held, name)

@@ -81,8 +81,8 @@ def _joins(module: nn.Module, row: Row) -> bool:
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Gives its fused class to each block of ``model`` for which :func:`_found` returns a row of the table of forms,
-    but not to the dropouts of LoRA and AdaLoRA layers. Other blocks that have a fused class get their stock class back.
+    """Gives a fused class to each block of ``model`` for which :func:`_found` returns a row of the table of forms,
+    except to the dropouts of LoRA and AdaLoRA layers. Other blocks that have a fused class get their stock class back.
     A fused block that ``fully_shard`` has wrapped keeps its class."""
     rows, skipped = functools.cache(row_of), dropouts_of_adapters(model)
     refresh()

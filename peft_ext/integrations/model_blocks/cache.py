@@ -36,15 +36,15 @@ class _Held:
         self.value_view: Optional[Tensor] = None
 
 
-# Maps a layer of a cache to its memory. A cache has no attribute with the memory, so that a copied or saved cache has
-# only the attributes of a stock cache.
+# Maps a layer of a cache to the memory that this module made for the layer. A cache has no attribute with the memory,
+# so that a copied or saved cache has only the attributes of a stock cache.
 _HELD: WeakKeyDictionary[Any, _Held] = WeakKeyDictionary()
 # Maps the class of a cache or of a cache's layer to its method ``update``, and to whether this method has a known form.
 _KNOWN: dict[type, tuple[Any, bool]] = {}
 
 
 def forget_caches() -> None:
-    """Forgets the memory of all caches, and which classes of caches have a known form."""
+    """Forgets the memory that this module made for caches, and which classes of caches have a known form."""
     _HELD.clear()
     _KNOWN.clear()
 
@@ -58,8 +58,8 @@ class Room(NamedTuple):
     past: int
 
     def fill(self, count: int) -> tuple[Tensor, Tensor]:
-        """Makes the layer hold ``count`` more tokens, which the caller has written into the room, and returns all keys
-        and values."""
+        """Makes the layer hold ``count`` more tokens, whose keys and values the caller has written into the memory of
+        ``held``, and returns all keys and values."""
         held, layer, tokens = self.held, self.layer, self.past + count
         if held.key_view is None:
             _HELD[layer] = held
@@ -115,7 +115,7 @@ def appended(cache: Any, index: int, k: Tensor, v: Tensor) -> Optional[tuple[Ten
 
 
 def _is_known(kind: type, wanted: str) -> bool:
-    """Returns whether the ``update`` of a class is a known form of the kind ``wanted``."""
+    """Returns whether the method ``update`` of the class ``kind`` is a known form of the kind ``wanted``."""
     update, known = kind.update, _KNOWN.get(kind)
     if known is None or known[0] is not update:
         row = row_of(kind, "update")

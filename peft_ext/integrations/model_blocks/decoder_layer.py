@@ -5,7 +5,7 @@
 The plan of the layer has the plans of its blocks and one list of facts (values on which the plan depends), so that a
 call of the layer compares the facts once, and calls no block as a module. The operator decoder_layer computes the whole
 layer if, among other conditions, all linear layers are called as kernels and ``Attention.room_of_few`` finds room for
-the tokens in the cache. The layer's own code runs for every call without a plan.
+the tokens in the cache. The layer's own code runs for every call that the plan does not compute.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _EMPTY: tuple[list, list, list] = ([], [], [])
 class Lists:
     """The three lists that the operator decoder_layer takes after its argument ``past``, and the number ``plan`` under
     which the kernel keeps the lists of the first call, as long as this object lives. ``given`` has the lists that a
-    call passes: after the first call, empty lists."""
+    call passes: the lists themselves in the first call, and empty lists in later calls."""
 
     _numbers = itertools.count(1)
 
@@ -57,8 +57,8 @@ class Lists:
 
 
 class LayerPlan(NamedTuple):
-    """The plans of a layer's blocks, and the module of its attention. ``lists`` is None if the operator decoder_layer
-    can't compute the layer."""
+    """The plans of a decoder layer's blocks, and the layer's attention module. ``lists`` is None if the operator
+    decoder_layer can't compute the layer."""
 
     module: Any
     first_norm: Part
@@ -112,7 +112,7 @@ class DecoderLayer(Block):
         return {**super().settled(stock, row), **own}
 
     def block_reason(self) -> Optional[str]:
-        """Returns why a call of few tokens without a gradient runs the layer's own code; None if it runs a plan.
+        """Returns why a call of few tokens without a gradient runs the layer's own code; None if the call runs a plan.
         ``block_reason`` finds the reason by making the plan for a call of a single token."""
         if reason := self._blocks_reason() or self._modules[self.peft_ext_known.norms[0]].block_reason():
             return reason

@@ -1,4 +1,5 @@
-"""nn.Dropout on a CPU: SIMD code draws the mask, and the backward draws the mask again instead of saving it."""
+"""nn.Dropout on a CPU: a native operator draws the mask, and the backward draws the same mask again, so that no mask is
+saved."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ class DefersLoss:
     """The base class of fused heads: layers over a frozen weight whose outputs are a model's logits."""
 
     def _reason(self) -> Optional[str]:
-        """Returns why the layer's weight or its replaced forward requires that the logits are computed whole; None if
-        neither does."""
+        """Returns why the layer's weight or the layer's replaced forward requires that the logits are computed whole;
+        None if neither requires that."""
         if replaced_on_instance(self):
             return "its forward was replaced on the instance (accelerate's device hooks do that)"
         return weight_reason(self)
@@ -374,8 +374,8 @@ class _Waits:
         return self
 
     def __post_init__(self) -> None:
-        """Finds the Pending by the loss, for an output that DDP, FSDP or the accelerate library build from the items of
-        another output."""
+        """Finds the Pending through the autograd graph of the loss, if DDP, FSDP or the accelerate library made this
+        output from the items of another output."""
         if (logits := self.__dict__.pop("logits", None)) is not None:
             self.__class__ = type(self).__mro__[2]
             self["logits"] = logits
@@ -420,7 +420,8 @@ def _waiting(kind: type) -> type:
 
 # --- accelerate, restore, explain -------------------------------------------------------------------------------------
 
-# Maps a model to the reason why the model's last training step computed whole logits; "" if the step computed none.
+# Maps a model to the reason why the model's last training step computed whole logits; "" if the step computed no whole
+# logits.
 _USED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -433,7 +434,8 @@ def _head_of(owner: Any) -> Optional[nn.Module]:
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yields the language models in ``model``, each with its head. A head is yielded once, with its outermost model."""
+    """Yields a pair (language model, its head) for each language model in ``model``. A head that several nested models
+    share is yielded once, with the outermost of these models."""
     seen: set[int] = set()  # ids of the heads found: a model and a module inside of it may return the same head
     for module in model.modules():
         if hasattr(type(module), "get_output_embeddings") and (head := _head_of(module)) is not None:
@@ -466,8 +468,8 @@ def compute_losses(model: nn.Module) -> None:
 
 
 def loss_parts(model: nn.Module) -> Iterator[tuple[nn.Module, Optional[str]]]:
-    """Yields the heads of the language models in ``model``, each with the reason why its logits are computed whole
-    (None if they need not be)."""
+    """Yields a pair (head, reason) for each language model in ``model``: the model's head, and the reason why the
+    head's logits are computed whole (None if they need not be)."""
     _LOSSES.clear()
     for owner, layer in _owners(model):
         yield layer, _reason(owner, layer)

@@ -37,9 +37,9 @@ _gated = kernel_of("gated_activation")
 class MlpCall(NamedTuple):
     """The plan of a gated MLP: computes the MLP for few tokens without a gradient."""
 
-    layers: tuple[Callable[[Tensor], Tensor], ...]  # functions that compute gate, up and down
-    both: Callable[[Tensor], Any]  # function that computes gate and up of one input
-    are_direct: bool  # whether neither gate nor up is called as a module
+    layers: tuple[Callable[[Tensor], Tensor], ...]  # Functions that compute gate, up and down.
+    both: Callable[[Tensor], Any]  # Function that computes gate and up of one input.
+    are_direct: bool  # Whether neither gate nor up is called as a module.
     block: weakref.ref[Mlp]
     number: int
 
@@ -53,11 +53,11 @@ class MlpCall(NamedTuple):
 class Mlp(Planned):
     """A fused MLP.
 
-    Facts of an MLP's row in the table of forms: ``inner``, the names of the first layer, or of gate and up; ``out``,
-    the name of the last layer or "" if the module ends behind the activation; ``act``, the name of the activation's
-    attribute; ``gated``, whether the MLP is gated; ``drops``, "out" for a dropout behind the last layer, "act" for a
-    dropout behind the activation, "" for no dropout; ``dropout``, the name of the attribute that holds the dropout
-    module or the dropout's probability.
+    What ``peft_ext_known`` holds of an MLP's row in the table of forms: ``inner``, the names of the first layer, or of
+    gate and up; ``out``, the name of the last layer or "" if the module ends behind the activation; ``act``, the name
+    of the activation's attribute; ``gated``, whether the MLP is gated; ``drops``, "out" for a dropout behind the last
+    layer, "act" for a dropout behind the activation, "" for no dropout; ``dropout``, the name of the attribute that
+    holds the dropout module or the dropout's probability.
     """
 
     block_kind = "MLP"
@@ -138,7 +138,7 @@ class Mlp(Planned):
 
     def _behind(self, inner: Sequence[Tensor], x: Tensor) -> Tensor:
         """Returns the result of the class's own forward for x, given the outputs ``inner`` of the class's first layers.
-        The class's own code runs because it may round at other places than the operator's formula."""
+        The class's own code runs because this code may round at other places than the operator's formula."""
         return self.stock_class.forward(_Called(self, dict(zip(self.peft_ext_known.inner, inner, strict=True))), x)
 
     def _finished(self, operator: Callable[..., Tensor], args: tuple, out: nn.Module) -> Tensor:

@@ -92,11 +92,11 @@ class RMSNorm(Planned, Norm):
 
 def _with_strides_of(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Optional[Tensor]:
     """Returns ``norm(x)`` with the strides of x, which the results of a stock class's elementwise operations have; None
-    if x has gaps or overlapping elements."""
+    if x has gaps or overlapping elements, or if the elements of its last dimension are not adjacent."""
     if x.is_contiguous():
         return norm(x)
-    # The permuted x is contiguous if x has neither gaps nor overlapping elements. The permutation keeps the last
-    # dimension of x last.
+    # The permutation keeps the last dimension of x last. The permuted x is contiguous if x has neither gaps nor
+    # overlapping elements, and the elements of its last dimension are adjacent.
     order = sorted(range(x.dim()), key=lambda dim: (dim == x.dim() - 1, -x.stride(dim)))
     permuted = x.permute(order)
     if not permuted.is_contiguous():

@@ -2,7 +2,7 @@
 
 In a training step a fused head (see :mod:`.loss`) returns a :class:`Pending`, a plain object, in place of logits. If a
 loss function gets a Pending that nothing has used, :meth:`Call.loss` computes the loss without whole logits. If the
-model scales or soft-caps the logits or casts them to float32, the Pending records the step, and :meth:`Call.loss`
+model scales or soft-caps the logits or casts them to float32, a new Pending records the step, and :meth:`Call.loss`
 applies the step. Reading the shape, dtype or device of a Pending computes nothing. Other uses of the Pending, such as
 indexing, compute the real logits; the real logits are computed once.
 
@@ -74,8 +74,8 @@ class Call:
         self.inputs = tuple(x.clone() for x in inputs) if self._is_traced else inputs
         self.operands, self.dtype, self.device = operands, dtype, inputs[0].device
         self.shape = torch.Size((*inputs[0].shape[:-1], operands["weight"].shape[0]))
-        self.is_taken = False  # whether a loss was computed without the logits
-        self.is_widened = False  # whether the library accelerate's mixed precision cast the model's outputs to float32
+        self.is_taken = False  # Whether a loss was computed without the logits.
+        self.is_widened = False  # Whether mixed precision of the library accelerate cast the outputs to float32.
         self.logits: Optional[Tensor] = None
         # The Pendings of this call's logits, and of the scaled or capped logits, while the model's forward runs.
         self.pending: list[Pending] = []
@@ -91,8 +91,8 @@ class Call:
         return torch.autocast(*self._autocast, enabled=self.has_autocast)
 
     def _settings(self) -> tuple:
-        """Returns the head's class and adapters. The class and the adapters are compared in addition to the tensors'
-        versions, because a merge need not change a version."""
+        """Returns the head's class, its merged and its active adapters, and whether its adapters are disabled. These
+        settings are compared in addition to the tensors' versions, because a merge need not change a version."""
         names = "merged_adapters", "active_adapters"
         held = (tuple(getattr(self._layer, name, ())) for name in names)
         return type(self._layer), *held, getattr(self._layer, "disable_adapters", False)

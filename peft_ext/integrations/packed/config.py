@@ -27,10 +27,10 @@ class PackedConfig(QuantizationConfigMixin):
         model = AutoModelForCausalLM.from_pretrained(path, quantization_config=peft_ext.PackedConfig())
 
     PackedConfig reads from the checkpoint's own ``quantization_config`` how the weights are stored. Supported are the
-    methods fp8, mxfp4, compressed-tensors, gptq, awq and hqq. Linear layers become :class:`peft_ext.nn.PackedLinear`,
-    embeddings :class:`peft_ext.nn.PackedEmbedding`, and the experts of a mixture :class:`peft_ext.nn.PackedExperts`.
-    Layers that the checkpoint stores dense stay dense. bitsandbytes' 4-bit weights become bitsandbytes' own layers,
-    which keep the weights packed, too.
+    quantization methods fp8, mxfp4, compressed-tensors, gptq, awq and hqq. Linear layers become
+    :class:`peft_ext.nn.PackedLinear`, embeddings :class:`peft_ext.nn.PackedEmbedding`, and the experts of a mixture
+    :class:`peft_ext.nn.PackedExperts`. Layers that the checkpoint stores dense stay dense. bitsandbytes' 4-bit weights
+    become bitsandbytes' own layers, which keep the weights packed, too.
 
     A packed layer multiplies by the decoded weight. Where the checkpoint's own library also quantizes the layer's input
     while the model runs (``activation_scheme`` "dynamic"), the packed layer does not quantize the input, and

@@ -1,5 +1,5 @@
-"""For each layout of a file: the names of a layer's tensors, and the function that makes a PackedWeight of the
-tensors."""
+"""For each layout in which checkpoints store weights: the names of a layer's tensors, and the function that makes a
+PackedWeight of the tensors."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def _one(value: Any) -> Tensor:
 
 
 class Common(ConversionOps):
-    """Keeps the first of tensors that should be equal, such as the g_idx of gate and up.
+    """Keeps the first of several tensors that should be equal, such as the g_idx of gate and the g_idx of up.
 
     Attributes:
         differ: names of the merged tensors whose source tensors were not equal.

@@ -58,10 +58,10 @@ class PackedQuantizer(HfQuantizer):
                 "a quantized checkpoint (for a dense one: peft_ext.quantize_nf4 after loading)"
             )
         self._packed: set[str] = set()
-        self._schemes: dict[str, Scheme] = {}  # maps a layer's name to its scheme
-        self._merged: dict[str, Scheme] = {}  # maps a layout to the scheme of experts that transformers merges
-        self._apart = False  # whether some layers of the model have dense experts
-        self._experts: list[str] = []  # names of the modules whose experts are packed
+        self._schemes: dict[str, Scheme] = {}  # Maps a layer's name to its scheme.
+        self._merged: dict[str, Scheme] = {}  # Maps a layout to the scheme of merged experts.
+        self._apart = False  # Whether some layers of the model have dense experts.
+        self._experts: list[str] = []  # Names of the modules whose experts are packed.
         # The operations that keep the first of some tensors that should be equal, such as the g_idx of an expert's gate
         # and up.
         self._common: list[Common] = []
@@ -197,7 +197,8 @@ class PackedQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Freezes the codes, and makes each weight again from the tensors that were read.
+        """Freezes the codes, and describes packed weights anew by the tensors that were read. Raises ValueError if
+        tensors that have to be equal in an expert's gate and up are not equal.
 
         The layout of a weight may depend on the values of a tensor: a g_idx whose groups are in order is not needed.
         """
@@ -238,7 +239,8 @@ class PackedQuantizer(HfQuantizer):
         module.describe(weight, names, extra)
 
     def _describe_experts(self, name: str, experts: PackedExperts, parameter: str) -> None:
-        """Makes the weight of experts again if the weight's layout depends on the values of a tensor, a g_idx."""
+        """Describes the packed weight of experts anew, by the tensors that were read, if the weight has a g_idx, whose
+        values decide the weight's layout."""
         scheme = self._schemes[name]
         layout = LAYOUTS[scheme.layout]
         ends = {part: parameter + _suffix(layout, part, self._apart) for part in layout.parts if part.endswith("g_idx")}
@@ -317,8 +319,8 @@ class Place:
         return next(iter(self.bases.values()))[0]
 
     def tensors(self, layout: Layout, scheme: Scheme, stored: dict[str, Stored]) -> dict[str, Tensor]:
-        """Returns the layout's tensors of the parameter on the meta device, with the shapes that the tensors have after
-        transformers merged them."""
+        """Returns, on the meta device, the tensors (codes, scales and so on) in which ``layout`` stores the parameter,
+        with the shapes that these tensors have after transformers merged the experts."""
         found = {}
         for name in (*layout.parts, *layout.extra):
             each = [[stored.get(base + layout.joined + name) for base in bases] for bases in self.bases.values()]
@@ -348,8 +350,8 @@ def _suffix(layout: Layout, part: str, apart: bool) -> str:
 def _build(
     scheme: Scheme, place: Place, stored: dict[str, Stored], shape: tuple[int, ...]
 ) -> tuple[PackedWeight, list[Optional[str]], dict[str, Tensor]]:
-    """Returns a packed weight on the meta device, the names of its parts, and the tensors of the file that are no
-    part."""
+    """Returns a packed weight on the meta device, the names of its parts, and the tensors of the file that are no part
+    of the weight."""
     layout = LAYOUTS[scheme.layout]
     with _named(place.target):
         return layout.built(place.tensors(layout, scheme, stored), shape, scheme)

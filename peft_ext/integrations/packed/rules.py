@@ -15,14 +15,14 @@ from torch import nn
 
 __all__ = ["Rules", "Scheme", "read_rules"]
 
-# The note of layers whose inputs the checkpoint's own library quantizes while the model runs. Packed layers multiply
-# unquantized inputs.
+# The note of a packed layer whose input the checkpoint's own library quantizes while the model runs. Packed layers
+# multiply unquantized inputs.
 DYNAMIC = "its input is not quantized, although the checkpoint's activation scheme is dynamic"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of some layers are stored.
+    """How a checkpoint stores the weights of a group of layers.
 
     Attributes:
         layout: name of the layout in ``layouts.LAYOUTS``.
@@ -78,7 +78,8 @@ def read_rules(config: Mapping[str, Any]) -> Rules:
 
 
 def _wanted(method: str, config: Mapping[str, Any], key: str, default: Any, allowed: Iterable[Any]) -> Any:
-    """Returns ``config[key]``. Raises ValueError if the value is none of ``allowed``."""
+    """Returns ``config[key]``, or ``default`` if ``config`` lacks the key. Raises ValueError if the value is none of
+    ``allowed``."""
     value = config.get(key, default)
     if value not in allowed:
         wanted = ", ".join(map(repr, allowed))
@@ -124,7 +125,7 @@ _GPTQ_FORMAT = ("checkpoint_format", "format")
 
 
 def _gptq_format(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the name of the key that has the version of the layout, and the version in lower case.
+    """Returns the key of a GPTQ config under which the version of the layout is given, and the version in lower case.
 
     GPTQModel writes the version as ``checkpoint_format`` and as ``format``, and reads either. Raises ValueError if the
     two keys differ.

@@ -22,7 +22,7 @@ def _values(packed: Tensor, shape: torch.Size) -> Tensor:
 
 
 def mxfp4(parts: Sequence[Optional[Tensor]], shape: torch.Size, group: int, option: int) -> Tensor:
-    """Multiplies in float64, where 2^(scale - 127) is a finite normal number for all 256 values of a scale byte."""
+    """Decodes MXFP4. The product is in float64, where 2^(scale - 127) is normal for all 256 values of a scale byte."""
     blocks, scales = parts
     bits = scales.reshape(shape[0], -1).view(torch.uint8).long() + (1023 - 127) << 52
     factors = bits.view(torch.float64).repeat_interleave(group, 1)

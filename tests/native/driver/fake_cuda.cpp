@@ -66,7 +66,8 @@ int cuDevicePrimaryCtxRetain(void** found, int device) {
   *found = reinterpret_cast<void*>(0x1000 + device);
   return call("context", " of " + std::to_string(device), 2);
 }
-// In another mode than the relaxed one (2), the driver ends a capture of a CUDA graph as invalid.
+// If cuStreamQuery is called in another capture mode than the relaxed one (2), NVIDIA's driver invalidates a CUDA graph
+// that is being captured.
 int cuStreamQuery(void*) {
   call("query", " in mode " + std::to_string(capture_mode), 0);
   if (blocking) {
@@ -75,7 +76,8 @@ int cuStreamQuery(void*) {
   }
   return failing == "stream" ? 719 : failing == "capture" ? 906 : 600;
 }
-// For the legacy default stream, while a blocking stream is being captured: an error that leaves the capture valid.
+// While a blocking stream is being captured, returns for the legacy default stream an error that leaves the capture
+// valid.
 int cuStreamIsCapturing(void* stream, int* status) {
   *status = 0;
   return stream == nullptr && blocking ? 906 : 0;
@@ -94,7 +96,7 @@ int cuModuleLoadData(void** module, const void* code) {
   return 0;
 }
 int cuModuleUnload(void*) { return call("unload", "", 0); }
-// Loads the machine code, as the driver does by default.
+// cuModuleGetFunction loads the machine code, as the driver does by default.
 int cuModuleGetFunction(void** function, void* module, const char* name) {
   *function = module;
   if (strcmp(static_cast<const char*>(module), name) != 0) return 500;

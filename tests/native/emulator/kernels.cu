@@ -369,7 +369,7 @@ __global__ void reduction(const uint32_t* in, uint32_t* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = tile[0];
 }
 
-// A pipeline of two stages over eight steps of 64 words. A copy with take = false writes zeros.
+// A pipeline of two stages over four steps of 64 words. A copy with take = false writes zeros.
 __global__ void pipeline(const uint32_t* in, uint32_t* out) {
   PEFT_EXT_SHARED(uint32_t[2][64], tile);
   const bool copies = threadIdx.x < 16;

@@ -2,7 +2,7 @@
 // these kernels, a PassKernels.
 //
 // In RowPass and Expand, matrices with a dimension of the rank are float32. On one instruction set, the order of the
-// sums depends only on the sizes, and for Dropped also on the dropout mask.
+// sums depends only on the sizes, on whether dropout is active, and for Dropped also on the dropout mask.
 #pragma once
 
 #include <stdint.h>
@@ -70,8 +70,8 @@ struct Expand {
 
 constexpr int64_t kColumnStep = 32;
 
-// Multiplies few tokens with the rows [begin, end) of w: y[t, n] = or += sum_k x[t, k] w[n, k]. w is read once for each
-// group of tokens that for_token_groups makes.
+// Multiplies few tokens with the rows [begin, end) of w: y[t, n] = sum_k x[t, k] w[n, k], or += if `accumulate` is
+// true. w is read once for each group of tokens that for_token_groups makes.
 struct FewTokens {
   const void* w;  // [rows, columns]
   DType dtype;    // dtype of w
@@ -109,7 +109,8 @@ constexpr int64_t kDropTogether = 512;
 // Computes products with the elements that the dropout mask drops, for masks that drop few elements. W [N, K] is given
 // transposed, in groups of W's rows. For the tokens [begin, end):
 //   dropped_product   out[t, n] += sum of m[t, k] W[n, k] over dropped k, for the strip of n that begins at `row`.
-//   dropped_dots      out[t, k] = or += sum_n m[t, n] W[n, k] for dropped k of the strip that begins at `column`.
+//   dropped_dots      out[t, k] = sum_n m[t, n] W[n, k], or += if `accumulate` is true, for dropped k of the strip that
+//                     begins at `column`.
 struct Dropped {
   const void* m;
   DType dtype;

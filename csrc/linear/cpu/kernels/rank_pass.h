@@ -22,7 +22,7 @@ namespace {
 // Largest number of ranks for which row_pass keeps sums in registers at a time.
 constexpr int kRanksTogether = Vec::kWidth == 8 ? 4 : 8;
 
-// Computes totals[i], scale times the sum over the lanes of sums[i].
+// Computes totals[i] = scale times the sum of the lanes of the vector sums[i].
 template <int kCount>
 inline void lane_sums(const Vec (&sums)[kCount], float scale, float* totals) {
   for (int i = 0; i < kCount; i += Vec::kWidth) {

@@ -1,6 +1,7 @@
 // The macros of amx.h in plain C++, so that the AMX kernels can be tested on a CPU without AMX. The order of the sums
-// is the order of the AMX instruction: the even and the odd products of a row are summed separately, and the total of
-// both is added to the old sum. The process aborts if a tile register is used before amx_configure().
+// is the order of the AMX instruction: the even-numbered and the odd-numbered products of a row are summed separately,
+// and the total of these two sums is added to the old sum. The process aborts if a tile register is used before
+// amx_configure().
 #pragma once
 
 #include <stdint.h>

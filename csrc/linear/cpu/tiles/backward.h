@@ -11,9 +11,9 @@ namespace {
 
 inline bool masks(const TileBackward& work) { return work.keep != nullptr && (work.rank > 0 || work.more != nullptr); }
 
-// Adds P A + H W to the block, and then multiplies the whole block with the dropout mask and 1/(1-p). P A is the
-// low-rank part of dX, and H W is the product that only PEFT's DoRA with dropout on the base has (see tiles.h). If
-// there is a mask, the block must be zero before the call.
+// Adds P A + H W to the block. If there is a dropout mask, then multiplies the whole block, which must have been zero
+// before the call, with the mask and 1/(1-p). P A is the low-rank part of dX, and H W is the product that only PEFT's
+// DoRA with dropout on the base has (see tiles.h).
 inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, const Strips& lanes, Block* block) {
   const int64_t tiles = tiles_of(work.weight.rows), length = tiles * kTile;
   const int64_t token = strip * kStrip;
@@ -31,7 +31,7 @@ inline void add_masked(const TileBackward& work, int64_t column, int64_t strip, 
   }
 }
 
-// Loads the values of grad_x, to which this call adds its sums, into `block`.
+// Loads the values of grad_x, to which backward() adds the sums of dX, into `block`.
 inline void load_sums(const TileBackward& work, int64_t column, int64_t token, Block* block) {
   block->each([&](Row v, int r, int j) {
     const int64_t k = work.weight.columns, at = column + j * kStrip;
@@ -49,7 +49,7 @@ struct DepthPiece {
   Ahead ahead{};
 };
 
-// Writes the pieces of which the part [begin, end) of the depth consists to `pieces`, and returns the number of pieces.
+// Writes to `pieces` the pieces of which the part [begin, end) of the depth consists, and returns the number of pieces.
 // The depth counts tiles, and consists of the depths of all layers, one after the other.
 inline int depth_pieces(const TileBackward* works, int count, int64_t begin, int64_t end, DepthPiece* pieces) {
   int found = 0;
@@ -87,8 +87,8 @@ inline void add_piece(const TileBackward* works, DepthPiece* piece, int64_t colu
 }
 
 // Computes a block of dX from the block's sums: computes the dropped elements by dot products if `given` is not null,
-// multiplies by in_scale if it is not null, and writes the block to grad_x. columns: if `given` is not null, the
-// transpose of W's columns from `column` on.
+// adds to grad_in_scale and multiplies by in_scale if in_scale is not null, and writes the block to grad_x. columns: if
+// `given` is not null, the transpose of W's columns from `column` on.
 inline void finish_block(const TileBackward& work, int64_t column, int64_t strip, const bf16* columns, Block* block) {
   const int64_t k = work.weight.columns, token = strip * kStrip;
   if (work.given != nullptr) dropped_dots(work, column, strip, columns, block);

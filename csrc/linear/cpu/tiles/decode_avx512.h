@@ -10,8 +10,8 @@
 namespace peft_ext {
 namespace {
 
-// Returns a table that holds the 16 values of an NF4 block, rounded to bfloat16, two times: vpermw reads five bits of
-// an index, and the fifth bit of the indices of decode32 is arbitrary.
+// Returns a table that holds two copies of the 16 values that the codes of an NF4 block stand for, rounded to bfloat16:
+// vpermw reads five bits of an index, and the fifth bit of the indices of decode32 is arbitrary.
 inline __m512i block_table(const TileWeight& w, int64_t block) {
   const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(kNf4Code), _mm512_set1_ps(w.absmax[block]));
   return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(products)));

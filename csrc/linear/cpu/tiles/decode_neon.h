@@ -28,7 +28,7 @@ inline Values32 values32(const bf16* from, int64_t count) {
   return values32(lanes);
 }
 
-// Writes the 16 values of an NF4 block, rounded to bfloat16, to `out`.
+// Writes the 16 values that the codes of an NF4 block stand for, rounded to bfloat16, to `out`.
 inline void block_values(const TileWeight& w, int64_t block, bf16* out) {
   const Vec scale = Vec::broadcast(w.absmax[block]);
   Vec values[4];

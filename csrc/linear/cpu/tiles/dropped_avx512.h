@@ -5,7 +5,7 @@
 //             E is the product with the dropped elements of x:
 //             E[t] = sum over dropped k of x[t, k] W[:, k]. E is computed from the transpose of W. One dot product
 //             instruction multiplies elements of two columns of W with two elements of x.
-//   backward: One product computes dX for all kept elements, beside the low-rank part of dX:
+//   backward: One product computes dX, without the low-rank part of dX, for all kept elements:
 //             dX = (dY ∘ (1 + (g - 1) / (1 - p))) W.
 //             One dot product computes dX for each dropped element: dX[t, k] = dY[t] · W[:, k].
 //
@@ -60,7 +60,7 @@ inline void turn_lanes(const bf16* panel, int64_t strips, int64_t tiles, bf16* o
     }
 }
 
-// See TileKernels::dropped_entries.
+// The kernel TileKernels::dropped_entries.
 void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   for (int64_t t = begin; t < end; ++t) {

@@ -26,7 +26,7 @@ inline void turn_lanes(const bf16* panel, int64_t strips, int64_t tiles, bf16* o
                  vld1_u16(words_of(panel + s * tiles * kTile + tile_offset(i, d))));
 }
 
-// See TileKernels::dropped_entries.
+// The kernel TileKernels::dropped_entries.
 void dropped_entries(const TokenStrips& work, const DroppedEntries& out, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     uint32_t* to = out.entries + out.first[t];

@@ -2,9 +2,9 @@
 // file after the target pragma (cpu/target_<isa>.h) and after amx.h or amx_emulated.h.
 //
 // The sums of 2 x 2 tiles stay in tile registers. For each step of the depth, the kernel loads two tiles of rows and
-// two tiles of lanes, and computes four products of 16 x 16 x 32. A tile that is loaded repeatedly is stored in 1 KiB
-// of contiguous memory: if the rows of the tile were as far apart as the rows of a matrix, all 16 rows could fall into
-// one set of the L1 cache.
+// two tiles of lanes, and computes four products of 16 x 16 x 32. Except for rows of W that the forward reads in place
+// (kFewStrips), a tile is stored in 1 KiB of contiguous memory: if the rows of the tile were as far apart as the rows
+// of a matrix, all 16 rows could fall into one set of the L1 cache.
 #pragma once
 
 #include <stdint.h>

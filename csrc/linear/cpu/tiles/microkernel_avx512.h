@@ -2,11 +2,11 @@
 // compute. Include this file after the target pragma (cpu/target_<isa>.h).
 //
 // The sums of 8 rows by 2 strips of lanes are in 16 registers. For each pair of elements of the depth, the kernel loads
-// two registers of lanes and broadcasts eight pairs of rows. Because 16 products need only these 10 loads, the products
-// limit the speed, at one product per cycle. A single strip of tokens is multiplied with 16 rows of an NF4 weight that
-// aligned_blocks accepts, without making a panel: 64 columns are decoded into L1, one row after every 32 products with
-// the previous 64 columns. Decoding uses the shuffle and store units, which the products leave idle. (For a dense W,
-// copying row after row into a panel is faster than such a product without a panel.)
+// two registers of lanes, and broadcasts one pair of elements from each of eight rows. Because 16 products need only
+// these 10 loads, the products limit the speed, at one product per cycle. A single strip of tokens is multiplied with
+// 16 rows of an NF4 weight that aligned_blocks accepts, without making a panel: 64 columns are decoded into L1, one row
+// after every 32 products with the previous 64 columns. Decoding uses the shuffle and store units, which the products
+// leave idle. (For a dense W, copying row after row into a panel is faster than such a product without a panel.)
 #pragma once
 
 #include <immintrin.h>

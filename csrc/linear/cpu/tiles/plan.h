@@ -23,16 +23,16 @@ constexpr int64_t kPlanStrip = 16;  // number of tokens in a strip
 
 constexpr int64_t kPlanTile = 32;  // number of elements of the depth in a tile
 // Largest number of bytes in a block's token strips, which stay in L3 while all panels use the strips. Blocks are
-// larger if kPlanUnits requires larger blocks, or if one unit alone is larger. The strips of a depth above kPlanDeep
-// count as strips of kPlanDeep: a block of fewer tokens would decode W more often.
+// larger if kPlanUnits requires larger blocks, or if one unit alone is larger. A depth above kPlanDeep counts as
+// kPlanDeep, because with smaller blocks, of fewer tokens, W would be decoded more often.
 constexpr int64_t kPlanBlockBytes = int64_t{4} << 20;
 constexpr int64_t kPlanDeep = 4096;
 
-// A DepthCut says how the depth of a product is cut into parts. The depths in a DepthCut count elements, not tiles.
-// Panels that are decoded together have at most kPlanPanel elements of the depth in all, which take 512 KiB of L2,
-// unless a single panel of an uncut depth has more. If several panels are decoded together, each load of the tokens,
-// which a deep layer reads from L3 or from memory, is used for all of these panels. If the depth is not cut, no sums
-// are loaded and stored between parts.
+// A DepthCut says how the depth of a product is cut into parts. The depths in a DepthCut count elements, not tiles. The
+// depths of the panels that are decoded together add up to at most kPlanPanel elements, so that the panels take at most
+// 512 KiB of L2, unless a single panel whose depth is not cut is deeper. If several panels are decoded together, each
+// load of the tokens, which a deep layer reads from L3 or from memory, is used for all of these panels. If the depth is
+// not cut, no sums are loaded and stored between parts.
 struct DepthCut {
   int64_t whole;     // largest depth that is not cut into parts
   int64_t part;      // largest number of elements in a part of a deeper depth
@@ -46,8 +46,8 @@ constexpr DepthCut kForwardCut{kPlanPanel, 1024, 4};
 // fewer pages.
 constexpr DepthCut kBackwardCut{kPlanPanel, 512, 8};
 // If there are several blocks, the largest block that is allowed has kPlanUnits units or more for each thread. Blocks
-// are equally large, so that a thread may have about half as many units in a block. With kPlanUnits units for each
-// thread, it costs little if a thread has one unit more than the other threads.
+// are equally large, so that a thread may have only about half of kPlanUnits units in a block. With kPlanUnits units
+// for each thread, it costs little if a thread has one unit more than the other threads.
 constexpr int64_t kPlanUnits = 32;
 
 // The rows [row, end) of W, which are multiplied with the token strips [first, last).
@@ -97,7 +97,7 @@ struct TilePlan {
 };
 
 // Returns the number of tiles in a part of a depth of `tiles` tiles: all tiles, or a multiple of 8. A depth above
-// DepthCut::whole is cut into parts of nearly equal length.
+// DepthCut::whole is cut into parts of equal length, of which only the last may be shorter.
 inline int64_t depth_part(const DepthCut& cut, int64_t tiles) {
   const int64_t most = cut.part / kPlanTile;
   if (tiles <= cut.whole / kPlanTile) return tiles;

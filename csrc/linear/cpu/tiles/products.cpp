@@ -38,12 +38,13 @@ bool on_amx() { return current_isa() == Isa::kAmx || current_isa() == Isa::kAmxE
 // x86-64, and on Arm PassKernels::few_tokens for up to kFewTokens tokens and PyTorch's product for more tokens. For dX,
 // the alternative to the tile kernels is PyTorch's product. The bounds in enough_tokens are measured. With AVX512-BF16
 // the tile kernels copy W into panels, which pays off in the forward if the tokens fill most of a strip. A large weight
-// is read from memory, and copying a large weight pays off only for more tokens. If the tokens fill one strip and less
-// than half of a second strip, the tile kernels are slower for weights of more than 2²⁰ elements. In the forward, AMX
-// multiplies the rows of W without a copy if a row consists of whole tiles, so that few tokens are enough. For dX, AMX
-// must interleave W's rows, which takes longer than the products, except for a small weight, where the overhead of the
-// call dominates. From 128 tokens on, AMX computes a plain dX (kPlainBackward) although AMX is about 7% slower than
-// PyTorch's product, because the bits of AMX's dX do not depend on the number of threads.
+// is read from memory and not from a cache, and copying a large weight pays off only for more tokens. If the tokens
+// fill one strip and less than half of a second strip, the tile kernels of AVX512-BF16 are slower for weights of more
+// than 2²⁰ elements. In the forward, AMX multiplies the rows of W without a copy if a row consists of whole tiles, so
+// that few tokens are enough. For dX, AMX must interleave W's rows, which takes longer than the products, except for a
+// small weight, where the overhead of the call dominates. From 128 tokens on, AMX computes a plain dX (kPlainBackward)
+// although AMX is about 7% slower than PyTorch's product, because the bits of AMX's dX do not depend on the number of
+// threads.
 bool enough_tokens(const Tensor& weight, TileProduct product, int64_t tokens) {
   constexpr int64_t kSmall = int64_t{1} << 20, kLarge = int64_t{1} << 23;
   const int64_t elements = weight.numel();

@@ -38,8 +38,9 @@ TokenStrips strips_of(bf16* room, const Tensor& m, int64_t tokens, int64_t depth
                       const KeepBits* keep);
 bf16* strips_room(Scratch use, int64_t tokens, int64_t depth);
 
-// Converts m [tokens, depth] to strips, left strips if `left` is true, in `room`, which must have room for
-// strips_elements(tokens, depth) elements, or in scratch memory of the calling thread.
+// Converts m [tokens, depth] to left strips if `left` is true, and otherwise to right strips. The strips are written to
+// `room`, which must have room for strips_elements(tokens, depth) elements, or to the calling thread's scratch memory
+// for `use`.
 bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,

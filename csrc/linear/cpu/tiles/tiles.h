@@ -51,8 +51,9 @@ struct TileWeight {
   void (*decode)(const PackedView& w, int64_t row, int64_t rows, int64_t begin, int64_t end, void* out, int64_t stride,
                  DType dtype) = nullptr;
   PackedView view{};  // packed W, as an argument of `decode`
-  // For prefetches of a weight that `decode` decodes, for part 0 and for part 1 of the weight: the bytes of a row, and
-  // the bytes of kPanelStep columns of a row. row_bytes and step_bytes are 0 if the part is not stored row by row.
+  // Numbers of bytes of a row (row_bytes) and of kPanelStep columns of a row (step_bytes) in part 0 and in part 1 of a
+  // weight that `decode` decodes; prefetches use these numbers. row_bytes and step_bytes are 0 if the part is not
+  // stored row by row.
   int64_t row_bytes[2] = {}, step_bytes[2] = {};
 };
 
@@ -104,7 +105,7 @@ struct TileTerm {
   int64_t rank;
   const float* s;  // [rank, 16]
   const float* b;  // ρB [rows rounded up to 32, rank]
-  uint16_t lanes;  // bit j: token j has this adapter; other tokens do not change, even if B is not finite
+  uint16_t lanes;  // bit j: token j of the strip has this adapter; other tokens do not change, even if B is not finite
 };
 
 // DroppedEntries holds the elements of x that dropout drops. Token t has the entries [first[t], first[t + 1]). The
@@ -116,7 +117,7 @@ struct DroppedEntries {
 };
 constexpr int64_t kDroppedStep = 4;
 // Largest depth for which DroppedEntries are made, because an entry has 16 bits for the column. At a depth of
-// kDroppedDepth, a panel and the panel's transpose together take half of the scratch memory that a thread keeps.
+// kDroppedDepth, a panel and the panel's transpose together take half of kKeptScratchBytes (cpu/scratch.h).
 constexpr int64_t kDroppedDepth = 65536;
 
 // Arguments of the forward. If `dropped` is given, as in PEFT's DoRA with dropout on the base: Z = x̃ Wᵀ + S (ρB)ᵀ and
@@ -166,8 +167,8 @@ constexpr int kMostLayers = 8;  // largest number of layers of one input whose d
 
 constexpr int64_t kFewestTokens = 8;  // largest number of tokens in a group of TileFewTokens
 
-// Multiplies few tokens with the rows of a dense W in row-major order; W is read from memory once: y[t, row] = sum_k
-// x[t, k] w[row, k]. x is packed, because in x's own layout the elements of one column would all fall into one set of
+// Multiplies few tokens with the rows of a dense W in row-major order: y[t, row] = sum_k x[t, k] w[row, k]. W is read
+// from memory once. x is packed, because in x's own layout the elements of one column would all fall into one set of
 // the L1 cache if K is a multiple of 2,048.
 struct TileFewTokens {
   const bf16* w;  // [rows, columns]
@@ -206,7 +207,8 @@ inline int64_t strips_elements(int64_t count, int64_t depth) {
   return ceil_div(count, kStrip) * ceil_div(depth, kTileDepth) * kTile;
 }
 
-// Returns the number of float32 sums for `count` rows or columns of W and `strips` token strips, both in whole blocks.
+// Returns the number of float32 sums for `count` rows or columns of W and `strips` token strips, with `count` and
+// `strips` rounded up to whole blocks.
 inline int64_t carried_sums(int64_t strips, int64_t count) {
   return ceil_div(strips, 2) * 2 * kStrip * ceil_div(count, 2 * kStrip) * 2 * kStrip;
 }
