@@ -15,7 +15,7 @@ import typer
 
 from .. import run
 from ..run.config import Config, merged, read_config
-from . import CliError
+from ..run.errors import RunError
 from ._common import drop_output
 
 
@@ -37,7 +37,7 @@ def finetune(
         if flags.pop(f"no_{name}", False):
             if name in flags:
                 flag = name.replace("_", "-")
-                raise CliError(f"--{flag} and --no-{flag} exclude each other")
+                raise RunError(f"--{flag} and --no-{flag} exclude each other")
             flags[name] = False
     given = Config(Path()) if config is None else read_config(config, run.Options)
     options = merged(run.Options(), given, flags)

@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -151,25 +150,22 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
     return dataclasses.replace(mine, quant=options.quant, resume=resume, overwrite=overwrite)
 
 
+def _digest_of_run(o: Options, name: str) -> Any:
+    examples = read_record(o).get("examples")
+    return examples.get(name) if isinstance(examples, dict) else None
+
+
 def check_same_data(o: Options, digest: str) -> None:
     """Raises RunError where ``digest``, the digest of the data's records, differs from the digest that the run.json of
     the earlier run has."""
-    examples = read_record(o).get("examples")
-    before = examples.get("digest") if isinstance(examples, dict) else None
+    before = _digest_of_run(o, "digest")
     if before not in (None, digest):
         raise RunError(f"--resume: the records of --data {o.data} differ from those of the run in {o.output}")
 
 
 def check_same_tokens(o: Options, examples: Examples) -> None:
-    """Raises RunError where the tokens of ``examples`` differ from those of the earlier run.
-
-    If the run.json of the earlier run has no digest of the tokens, the numbers of examples are compared instead.
-    """
-    found = read_record(o).get("examples")
-    before = found if isinstance(found, dict) else {}
-    counts = {"train": len(examples.train), "held_out": len(examples.held_out)}
-    now = {"tokens": examples.digest} if "tokens" in before else counts
-    if any(before.get(name, value) != value for name, value in now.items()):
+    """Raises RunError where the tokens of ``examples`` differ from those of the earlier run."""
+    if _digest_of_run(o, "tokens") not in (None, examples.digest):
         raise RunError(f"--resume: the tokens of --data {o.data} differ from those of the run in {o.output}: the "
                        "tokenizer of --model, or peft_ext's reading of it, has changed; start the run anew with "
                        "--overwrite, or choose another --output")  # fmt: skip
@@ -184,9 +180,7 @@ def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
         raise RunError(f"--resume: {o.output / 'run.json'} is missing or no record of a run, so options and data can't "
                        "be compared with those of the run: restore the file, or choose another --output")  # fmt: skip
     now = o.batch_size * o.grad_accum * ranks.world
-    counts = [before.get("batch_size"), before.get("grad_accum", 1)]
-    was = record.get("step_examples", math.prod(counts) if all(isinstance(n, int) for n in counts) else now)
-    if was != now:
+    if (was := record.get("step_examples", now)) != now:
         product = f"--batch-size {o.batch_size} x --grad-accum {o.grad_accum} x {ranks.world} processes"
         raise RunError(f"--resume: a step has {now} examples ({product}), in the run in {o.output} it has {was}")
     for name in SAME_ON_RESUME:
@@ -197,8 +191,6 @@ def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
         if name in before and before[name] != getattr(o, name):
             log.info(f"resume: --{name.replace('_', '-')} is {getattr(o, name)}, the run in {o.output} has "
                      f"{before[name]}: the learning rate follows another schedule from here")  # fmt: skip
-    if "step_examples" not in record:
-        log.warning("--resume: a former version took the examples in another order; some examples come twice or never")
     reasons = []
     for checkpoint in found:
         if (reason := not_whole(checkpoint)) is None:

@@ -175,11 +175,10 @@ def _read_hub(spec: str) -> Iterable[Row]:
         from datasets import load_dataset
     except ImportError:
         raise RunError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
-    try:
+    # The hub and the code that reads a dataset may raise any exception.
+    about = f"--data {spec}: no such file or folder, and not a dataset the hub gives ("
+    with raised_as(RunError, about, Exception, after=")"):
         return load_dataset(spec, split="train")
-    except Exception as error:  # the hub and the code that reads a dataset may raise any exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
 
 
 def _read_file(path: Path) -> Iterator[Row]:

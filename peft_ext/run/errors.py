@@ -19,7 +19,8 @@ from ..sources.json_file import first_line
 class RunError(Exception):
     """An error that the user can fix: one line about the options, the data, the model or the machine.
 
-    The line names options as on the command line, for example ``--block-size``.
+    The line names options as on the command line, for example ``--block-size``. A command prints ``error: ...`` and
+    ends with exit code 2.
     """
 
 

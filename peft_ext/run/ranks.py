@@ -418,12 +418,11 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         time.sleep(_SETTLE)  # waits, so that the rank with the error prints the error first
         raise
     except (RuntimeError, ValueError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"rank {launch.rank}: no connection to the other ranks ({line})") from None
+        raise RunError(f"rank {launch.rank}: no connection to the other ranks ({first_line(error)})") from None
     if ranks.world > 1:
         ranks.start_beats()
     try:
-        with _silent(not ranks.speaks):
+        with contextlib.nullcontext() if ranks.speaks else _silent():
             yield ranks
         ranks.wait()  # waits for all ranks, because the store ends with the rank that holds it
         ended_well = True
@@ -570,10 +569,7 @@ def _gpu_of(ranks: Ranks, node: str) -> int:
 
 
 @contextlib.contextmanager
-def _silent(silent: bool) -> Iterator[None]:
-    if not silent:
-        yield
-        return
+def _silent() -> Iterator[None]:
     before, log.disabled = log.disabled, True
     try:
         with warnings.catch_warnings():

@@ -79,15 +79,9 @@ class TokenMeanTrainer(Trainer):
     def _count(self, batch: dict[str, Any]) -> Tensor:
         """Returns the number of labels over which the loss of a batch is the mean."""
         labels, config = batch["labels"], getattr(self.model, "active_peft_config", None)
-        if _kind(config) == "CPT":
+        if getattr(config, "peft_type", None) == "CPT":
             labels = _cpt_labels(config, batch)
         return (labels[..., 1:] if self.shifts_labels else labels).ne(IGNORED).sum()
-
-
-def _kind(config: Any) -> str:
-    """Returns the name of the method of a PEFT configuration; "" without a configuration."""
-    kind = getattr(config, "peft_type", "")
-    return str(getattr(kind, "value", kind))
 
 
 def _shifts_labels(model: nn.Module) -> bool:
@@ -98,7 +92,7 @@ def _shifts_labels(model: nn.Module) -> bool:
     loss counts this label.
     """
     config = getattr(model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning and _kind(config) not in (*_PREFIXES, "CPT"):
+    if config is not None and config.is_prompt_learning and config.peft_type not in (*_PREFIXES, "CPT"):
         return False
     return is_causal(model)
 

@@ -30,7 +30,7 @@ from ..sources.json_file import raised_as
 from ..sources.model import base_model, beside_text, loading_arguments, widen
 from ..text import dtype_name
 from ..weights.quantizers import PACKED_FORMATS
-from . import checkpoints, evaluate, shard
+from . import checkpoints, evaluate
 from .causal_loss import check_causal_loss
 from .config import FILE as CONFIG_FILE
 from .config import write_config
@@ -44,6 +44,9 @@ from .progress import log, progress_callback, shows_bars, status
 from .ranks import joined
 from .record import Record, recording_callback
 from .runner import about_runner, export_adapter
+from .shard import sharded_model
+
+_FSDP = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,9 @@ def train(run: Run) -> Result:
         run.ranks.together(lambda: _check_loss(run, model))
     peak = peak_memory_mib()
     growths = run.ranks.gather(None if peak is None else round(peak - held, 1))
-    with run.phase("evaluate before"), shard.without_adapter(run, model):
+    # Only a sharded model has its adapter before the training.
+    without_adapter = model.disable_adapter() if run.sharded else contextlib.nullcontext()
+    with run.phase("evaluate before"), without_adapter:
         losses = evaluate.held_out_losses(run, model)
         samples = evaluate.sample_prompts(run)
         said = evaluate.answers(run, model, [sample["messages"] for sample in samples])
@@ -210,9 +215,13 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         return _result(record, done)
     # The adapter is saved before the evaluation, so that an error in the evaluation does not lose the adapter.
     with run.phase("save"):
-        state = shard.adapter_state(model) if run.sharded else None
+        state = {}
+        if run.sharded:
+            from ..integrations.fsdp2 import adapter_state
+
+            state = {"state_dict": adapter_state(model)}  # all ranks gather the adapter's shards
         if run.ranks.speaks:
-            save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
+            save_adapter(model, o.output, overwrite=True, **state)
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
             if run.checkpoint is not None and (export := checkpoints.old_export(o)) is not None:
                 export.unlink()  # the file was exported from an adapter that this run has replaced
@@ -324,7 +333,7 @@ def _sharded(run: Run) -> Any:
     """Returns the sharded model with its adapter. If the checkpoint has all steps of the run, the adapter has the
     checkpoint's values."""
     done = run.checkpoint if run.checkpoint and checkpoints.step_of(run.checkpoint) >= run.steps else None
-    return shard.sharded_model(run, lambda base: adapt(run, base), done)
+    return sharded_model(run, lambda base: adapt(run, base), done)
 
 
 def _saved(run: Run) -> Any:
@@ -341,7 +350,7 @@ def _saved(run: Run) -> Any:
         return get_peft_model(base, config)
 
     if run.sharded:
-        return shard.sharded_model(run, adapted, run.options.output)
+        return sharded_model(run, adapted, run.options.output)
     base = load_base(run)
     register_layers(config, base)
     return PeftModel.from_pretrained(base, folder, config=config, torch_device=str(run.device))
@@ -475,7 +484,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         gradient_checkpointing=o.gradient_checkpointing, disable_tqdm=not shows_bars(),
         ddp_backend="gloo" if run.device.type == "cpu" and run.ranks.world > 1 else None,
         ddp_find_unused_parameters=_may_leave_unused(model),
-        **shard.trainer_options(run),
+        **({"fsdp": True, "fsdp_config": _FSDP} if run.sharded else {}),
         ddp_broadcast_buffers=False,  # buffers, such as scales and tables, are already equal in all processes
     )  # fmt: skip
     if run.ranks.world > 1 and not run.sharded:

@@ -115,10 +115,6 @@ class ReplacingLayer(Wrapper):
         self._active_adapter = []
         self.training = base_layer.training
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_lock", _Lock())  # models that a former version of peft_ext pickled have no lock
-
     # --- methods of a subclass ----------------------------------------------------------------------------------------
 
     def own(self, adapter: str, training: bool, x: Optional[Tensor] = None) -> dict[str, Tensor]:
