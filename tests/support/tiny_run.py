@@ -17,6 +17,7 @@ needs_hf = pytest.mark.skipif(
     reason="needs peft_ext[hf]",
 )
 needs_bnb = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+LOW_RANK = {name for name, method in METHODS.items() if method.kind == "low-rank"}
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -54,14 +55,14 @@ def write_gemma3(tiny: Path, folder: Path) -> Path:
 
 def used(options: dict[str, Any]) -> dict[str, Any]:
     """Returns those of the options of a run that its method uses: only low-rank methods have a rank and dropout."""
-    low_rank = METHODS[options.get("method", "lora")].kind == "low-rank"
+    low_rank = options.get("method", "lora") in LOW_RANK
     return {name: value for name, value in options.items() if low_rank or name not in ("rank", "dropout")}
 
 
 def rank_for(options: Sequence[Any]) -> tuple[str, ...]:
     """Returns the arguments that give a small rank, if the method that the arguments ``options`` name has a rank."""
     method = options[options.index("--method") + 1] if "--method" in options else "lora"
-    return ("--rank", "4") if method in METHODS and METHODS[method].kind == "low-rank" else ()
+    return ("--rank", "4") if method in LOW_RANK else ()
 
 
 def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl", steps: int = 4) -> int:
