@@ -96,8 +96,8 @@ def test_8_bit_floats_without_scales_are_no_dense_weight(tmp_path: Path) -> None
 
 
 def test_a_sharded_layer_has_the_layout_that_its_tensors_have(tmp_path: Path) -> None:
-    """The order of the columns of a GPTQ weight is known after its tensors are read."""
-    path = write(tmp_path / "gptq", "gptq act-order")
+    """The values of the tensor g_idx of a GPTQ weight tell whether the weight's columns have another order."""
+    path = write(tmp_path / "gptq", "gptq")
     alone = hf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **loading_arguments("checkpoint"))
     wanted = {name: layer for name, layer in alone.named_modules() if isinstance(layer, PackedLinear)}
     base = meta_base(path, alone.config, dtype=torch.float32, quant="none")
