@@ -107,10 +107,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     for method in args.methods:
         peaks, compilers = {}, {}
         for kind, compiles in CONTENDERS:
-            peaks[named(kind, compiles)] = run_of(method, kind, compiles, args.layers, args.batch, args.length)["peak_mib"]
+            peaks[named(kind, compiles)] = run_of(method, kind, compiles, args.layers, args.batch, args.length)[
+                "peak_mib"
+            ]
             print(f"{method}, {named(kind, compiles)}: peak {peaks[named(kind, compiles)]} MiB", flush=True)
         for kind in ("ours", "stock"):
-            compilers[kind] = compiler_mib({compiles: run_of(method, kind, compiles, 1, 1, 8) for compiles in (False, True)})
+            compilers[kind] = compiler_mib(
+                {compiles: run_of(method, kind, compiles, 1, 1, 8) for compiles in (False, True)}
+            )
         seconds = times(method, args.layers, args.steps, args.batch, args.length)
         rows.append(row(method, seconds, peaks, compilers))
         print(json.dumps(rows[-1]), flush=True)
@@ -120,7 +124,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    titles = "| method | | eager, ms | compiled, ms | compiled over eager | eager, MiB | compiled, MiB | of it the compiler, MiB |"
+    titles = (
+        "| method | | eager, ms | compiled, ms | compiled over eager "
+        "| eager, MiB | compiled, MiB | of it the compiler, MiB |"
+    )
     rows = []
     for found in result["rows"]:
         for kind, label in (("ours", "peft_ext"), ("stock", "PEFT")):

@@ -142,8 +142,8 @@ def draw(result: dict[str, Any]) -> str:
     masked = [row for row in result["rows"] if row["twin"] and METHODS[row["method"]].dropout]
     masks = "".join(
         f" the two runs of {row['method']} draw different masks from the same generator, so that their curves "
-        f"cannot be compared step by step. The curves differ by {_figure(max_difference(row))} at most, rounding "
-        f"included, and end at held-out losses of {row['held_out']['ours']['after']:.3f} and "
+        f"cannot be compared step by step. The two curves differ by {_figure(max_difference(row))} at most, by the "
+        f"masks and by rounding together, and end at held-out losses of {row['held_out']['ours']['after']:.3f} and "
         f"{row['held_out']['twin']['after']:.3f}."
         for row in masked
     )

@@ -49,11 +49,6 @@ def has(kind: type, *names: str) -> None:
             raise ImportError(f"{kind.__module__}.{kind.__qualname__} has no {name}")
 
 
-def _is_absent(package: str) -> bool:
-    """Returns whether the package is not installed."""
-    return find_spec(package) is None
-
-
 @contextmanager
 def optional(package: str, cost: str) -> Iterator[None]:
     """Continues after a failed import, and warns once, with ``cost`` in the warning, unless the package is not
@@ -61,7 +56,7 @@ def optional(package: str, cost: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if not _is_absent(package):
+        if find_spec(package) is not None:
             say_missing(package, str(error), cost)
 
 
@@ -73,7 +68,7 @@ def required(package: str, user: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if _is_absent(package):
+        if find_spec(package) is None:
             raise
         raise ImportError(f"{user} can't be used: {version(package)} is not as peft_ext knows it: {error}",
                           name=error.name, path=error.path) from error  # fmt: skip

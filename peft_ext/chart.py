@@ -13,8 +13,8 @@ The report of a fine-tuning run (``peft_ext.run.report``) uses only the scales a
 
 A picture is one self-contained file. Text is stored as SVG text elements, which the reader's system shows in a font of
 its own. A picture has colours for light pages and colours for dark pages, and a background, so that the picture is
-legible on any page. Two pictures that are drawn by equal calls have equal bytes. Each bar, and each curve that gets a
-name, has an ``id``, by which tests find the element.
+legible on any page. Two pictures that are drawn by equal calls have equal bytes. Each bar, and each curve and reference
+line that gets a name, has an ``id``, by which tests find the element.
 """
 
 from __future__ import annotations
@@ -287,7 +287,8 @@ class Panel:
                          f'width="{_number(end - start, 3)}" height="{_number(high)}"/>')  # fmt: skip
 
     def beside(self, row: float, value: float, text: str, look: str = "", after: str = "") -> None:
-        """Writes text to the right of a bar's end, with a rim of the background's colour that hides lines behind it."""
+        """Writes text to the right of a bar's end, with a rim of the background's colour that hides lines behind the
+        text."""
         x, y = self.at(value, row)
         self.picture.text(x + 4, y + 4, text, f"small halo {look}".rstrip(), after=after)
 

@@ -330,11 +330,8 @@ def _read(path: Path) -> Optional[Image]:
 
 
 def _write(path: Path, found: Image) -> None:
-    try:
-        with atomic_file(path, "wb") as file:
-            file.write(b"\0".join([_digest(found), *found]))
-    except OSError:
-        pass  # the cache can't be written: the next process compiles the kernel again
+    with contextlib.suppress(OSError), atomic_file(path, "wb") as file:  # without a cache, each process compiles
+        file.write(b"\0".join([_digest(found), *found]))
 
 
 def _digest(found: Image) -> bytes:

@@ -135,7 +135,8 @@ def atomic_folder(path: Union[str, Path], *, overwrite: bool = False, keep: bool
         overwrite: whether a folder that is not empty may be replaced. Without ``keep``, no file of the old folder
             stays.
         keep: with overwrite, whether files of the old folder that are not in the new folder stay, as hard links if the
-            file system has hard links. With keep, the contents of subfolders that both folders have are merged.
+            file system has hard links. With keep, the contents of a subfolder that is in the old and in the new folder
+            are merged.
 
     Yields: an empty folder to write into, on the file system of ``path``.
 
@@ -229,7 +230,7 @@ def save_adapter(model: Any, path: Union[str, Path], *, overwrite: bool = False,
     with _replacing(target, True, True, check) as folder:
         card = target / "README.md"
         if card.is_file():
-            # save_pretrained updates this copy of the model card.
+            # save_pretrained updates the copy of the model card in ``folder``.
             shutil.copy(card, folder)
         model.save_pretrained(str(folder), **kwargs)
         sort_names(model, folder)
@@ -330,7 +331,7 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             handle = os.open(part, os.O_RDONLY)
             lock_descriptor(handle)
-        # Before this process locked the new folder, another process may have removed it as a leftover.
+        # Between mkdir and the lock, another process may have removed the hidden folder as a leftover.
         if part.exists():
             break
         if handle is not None:
@@ -446,7 +447,8 @@ def _move_aside(part: Path, target: Path, check: Callable[[Path], None]) -> Path
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps the names of two folders in one system call; returns False if the system or file system lacks the call."""
+    """Swaps the names of two folders in one system call; returns False if the system or the file system lacks or
+    refuses the call."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -464,7 +466,7 @@ def _move_into(part: Path, target: Path, keep: bool) -> None:
     """Moves the entries of ``part`` into ``target``, the oldest entry first, because the file that completes a folder
     was written last.
 
-    Without ``keep``, removes all other entries of ``target`` afterwards.
+    Without ``keep``, removes the other entries of ``target`` afterwards, except the folder ``part``.
     """
     entries = sorted(part.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)
     names = {entry.name for entry in entries}
@@ -491,7 +493,7 @@ def _move_all(old: Path, new: Path) -> None:
 def _carry_over(old: Path, new: Path) -> list[Path]:
     """Makes hard links in ``new`` to the files of ``old`` that ``new`` lacks, or copies if links are impossible.
 
-    Returns the paths of the links and copies.
+    Returns the paths of the links and copies that it made in ``new``.
     """
     made = []
     for entry in old.iterdir():

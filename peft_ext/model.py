@@ -215,8 +215,9 @@ def load_adapter(
     try:
         config = kwargs["config"] if "config" in kwargs and not loaded else checked_config(folder)
         if isinstance(config, PeftConfig):
-            check_expressions(config, model.get_base_model() if loaded else model)
-            _check_packed("", config, model.get_base_model() if loaded else model)
+            base = model.get_base_model() if loaded else model
+            check_expressions(config, dict(base.named_modules()))
+            _check_packed("", config, base)
         check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"load_adapter: {error}") from error

@@ -18,7 +18,6 @@ from .nn.packed import ScaledEmbedding
 from .nn.packed_experts import PackedExperts, hold_packed
 from .ops import checks
 from .weight_reads import weights_read_past
-from .weights.packed import PackedWeight
 from .weights.quantizers import PACKED_FORMATS, quantized
 
 __all__ = ["PACKED_FORMATS", "dequantize_nf4", "dequantize_packed", "quantize_nf4", "quantize_packed"]
@@ -109,7 +108,7 @@ def quantize_meta(model: _Model, format: str, blocksize: int = 64, double_quant:
     and ``double_quant`` belong, or one of ``PACKED_FORMATS``.
     """
     if format != "nf4":
-        return pack_model(model, format, set(HEADS), without_values=True)
+        return _pack(model, format, set(HEADS), on_meta=True)
     return _quantize(model, blocksize, double_quant, set(HEADS), progress=False, on_meta=True)
 
 
@@ -147,26 +146,18 @@ def quantize_packed(
         raise ValueError(f"quantize_packed: format is {format!r}, wanted one of {', '.join(PACKED_FORMATS)}")
     if type(model) is nn.Linear:
         raise TypeError("quantize_packed: model is an nn.Linear and can't be replaced in place")
-    return pack_model(model, format, {skip} if isinstance(skip, str) else set(skip), progress)
+    return _pack(model, format, {skip} if isinstance(skip, str) else set(skip), progress)
 
 
-def pack_model(
-    model: _Model, format: str, skip: set[str], progress: bool = False,
-    pack: Callable[[torch.Tensor, str], PackedWeight] = quantized, without_values: bool = False,
-) -> _Model:  # fmt: skip
-    """Replaces layers and experts of ``model`` by packed ones, as :func:`quantize_packed` does.
-
-    ``pack(weight, format)`` makes a packed weight of a dense weight. ``without_values``: whether the weights have no
-    values, because they are on the meta device or are stand-ins; such weights are not checked for values that are not
-    finite.
-    """
+def _pack(model: _Model, format: str, skip: set[str], progress: bool = False, on_meta: bool = False) -> _Model:
+    """Replaces layers and experts of ``model`` by packed ones, as :func:`quantize_packed` does. ``on_meta``: whether
+    weights may be on the meta device."""
     names = _NAMES.get(format, _OTHER_NAMES)
-    places, experts = check_packable(model, format, skip, without_values)
-    if not without_values:
-        _check_finite("quantize_packed", places, experts)
+    places, experts = check_packable(model, format, skip, on_meta)
+    _check_finite("quantize_packed", places, experts)
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> PackedLinear:
-        weight = pack(linear.weight, format) if first is None else first.packed
+        weight = quantized(linear.weight, format) if first is None else first.packed
         module = PackedLinear.from_packed(weight, names, linear.bias, dtype=linear.weight.dtype).train(linear.training)
         # Tied layers hold the same Parameter, so that a copy of the model keeps the layers tied.
         if first is not None:
@@ -180,7 +171,7 @@ def pack_model(
         weights = {}
         for parameter, dense in _dense_stacks(module):
             held = tuple(f"{parameter}_{part}" for part in names[1:])
-            weights[parameter] = (pack(dense, format), (parameter, *held))
+            weights[parameter] = (quantized(dense, format), (parameter, *held))
         hold_packed(module, weights, dense.dtype)
     return model
 
@@ -363,11 +354,6 @@ class Place:
         return self.parent._modules[self.attribute]
 
 
-def _is_adapter(module: nn.Module) -> bool:
-    """Returns whether ``module`` is a tuner layer or wrapper of PEFT or peft_ext, without importing PEFT."""
-    return hasattr(type(module), "adapter_layer_names") or "base_layer" in module._modules
-
-
 def _replaces_weights(module: nn.Module) -> bool:
     """Returns whether an adapter replaces the base layer's weight, so that the base layer must stay dense."""
     names = getattr(module, "names", {}) if hasattr(type(module), "replacements") else {}
@@ -387,7 +373,8 @@ def _walk(module: nn.Module, prefix: str, adapted: bool, seen: set[int], op: str
         return
     seen.add(id(module))
     children = module._modules
-    if _is_adapter(module):
+    # The test finds tuner layers and wrappers of PEFT and of peft_ext without importing PEFT.
+    if hasattr(type(module), "adapter_layer_names") or "base_layer" in children:
         if getattr(module, "merged", False):
             raise ValueError(f"{op}: {prefix} has a merged adapter, unmerge it first")
         if _replaces_weights(module):

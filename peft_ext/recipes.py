@@ -241,11 +241,18 @@ def _tokenized(rows: Iterable[Any], tokenizer: Any, block_size: int = 512) -> li
     rows = [dict(row) for row in rows]
     if not rows or any("input_ids" in row for row in rows):
         # A dataset that was tokenized by `map` still has its texts. The texts are removed, as Trainer removes them.
-        rows = [{name: value for name, value in row.items() if name in _COLUMNS or _is_numbers(value)} for row in rows]
+        rows = [{name: value for name, value in row.items() if name in _COLUMNS or _as_numbers(value).dim()}
+                for row in rows]  # fmt: skip
         columns = {name for row in rows for name in row}
         return [_token_row(f"--data train_dataset: record {i}", row, columns) for i, row in enumerate(rows, 1)]
     kind, records = read_records("train_dataset", rows)
     examples = tokenize(Corpus(kind, records, [], "train_dataset"), tokenizer, block_size)
+    if len(records) < len(rows):
+        column = "text" if kind == "text" else "completion"
+        warnings.warn(
+            f"train_with_peft: {len(rows) - len(records)} of {len(rows)} records have an empty {column} and were left "
+            "out", stacklevel=3,
+        )  # fmt: skip
     if examples.rest > sum(len(row["input_ids"]) for row in examples.train) / 10:
         warnings.warn(
             f"train_with_peft: {examples.rest} tokens at the end of the texts, which do not fill a block of "
@@ -306,10 +313,6 @@ def _as_numbers(value: Any) -> torch.Tensor:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         return torch.zeros(())
-
-
-def _is_numbers(value: Any) -> bool:
-    return _as_numbers(value).dim() > 0
 
 
 def _integers(where: str, column: str, value: Any) -> list[int]:

@@ -11,7 +11,8 @@ several nights can share one run.
 The tool works on a copy of the checkout in build/mutations, with the files of the working tree, committed or not. The
 copy has its own build folder: the first mutation of C++ builds the whole library, and each further mutation of C++
 builds the files of this mutation and of the mutation before. The tests that a mutation names as likely
-run first. If these tests pass, the whole tier runs, except with --likely. Each run stops at the first failure. A
+run first. If these tests pass, the whole tier runs, except with --likely. The likely tests of a CUDA kernel run on the
+emulator, in the tier "all" alone. Each run stops at the first failure. A
 mutation is killed by a failing test, by a failing build, by a timeout, or by another failure of pytest. At the end, the
 tests that killed a mutation run on the restored code. If such a test fails on the restored code as well, the result of
 the mutation is removed.
@@ -46,6 +47,8 @@ TIERS = {"fast": ["-m", "not slow"], "all": []}
 WHOLE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 LIKELY_SECONDS, WHOLE_SECONDS, BUILD_SECONDS = 1200, 7200, 3600
 COLUMNS = ("name", "part", "file", "fast", "fast_seconds", "all", "all_seconds", "digest")
+# pytest's arguments that run the CUDA kernels on the emulator, and the mark of such a run's tests in the results.
+EMULATED, ON_EMULATOR = ["--device", "emulated"], "on the emulator: "
 PYTEST_PASSED, PYTEST_USAGE, PYTEST_NO_TESTS, INTERRUPTED, TERMINATED, SURVIVED = 0, 4, 5, 130, 143, "survived"
 
 
@@ -61,6 +64,7 @@ class Mutation:
     new: str
     likely: tuple[str, ...]
     keyword: str = ""  # value of pytest's option -k for the likely tests
+    device: str = ""  # value of pytest's option --device for the likely tests: "emulated" or ""
 
     @property
     def digest(self) -> str:
@@ -80,7 +84,8 @@ def read_mutations(path: Path = MUTATIONS) -> list[Mutation]:
     found: list[Mutation] = []
     for name in parser.sections():
         part, file, old, new, likely = (parser[name][key] for key in ("part", "file", "old", "new", "likely"))
-        found.append(Mutation(name, part, file, old, new, tuple(likely.split()), parser[name].get("keyword", "")))
+        options = {key: parser[name].get(key, "") for key in ("keyword", "device")}
+        found.append(Mutation(name, part, file, old, new, tuple(likely.split()), **options))
     return sorted(found, key=lambda each: (each.native, each.file))
 
 
@@ -246,12 +251,18 @@ def failed_test(said: str) -> str | None:
 def killer(copy: Copy, mutation: Mutation, tier: str, likely_alone: bool) -> str:
     """Returns what kills the mutation in the tier (a test's name, "build", "timeout" or a status), or SURVIVED.
 
-    With ``likely_alone``, only the likely tests run, and the result is "" if they pass.
+    With ``likely_alone``, only the likely tests run, and the result is "" if they pass. If the mutation has a device,
+    only the likely tests run, on the device; the tier "fast" has no such tests.
     """
+    if mutation.device and tier == "fast":
+        return SURVIVED
     copy.mutate(mutation)
     if mutation.native and not copy.build():
         return "build"
-    found = copy.test([*TIERS[tier], "-k", mutation.keyword, *mutation.likely], LIKELY_SECONDS)
+    on = EMULATED if mutation.device else []
+    found = copy.test([*TIERS[tier], *on, "-k", mutation.keyword, *mutation.likely], LIKELY_SECONDS)
+    if mutation.device:
+        return f"{ON_EMULATOR}{found}" if found else SURVIVED
     if found or likely_alone:
         return found or ""
     return copy.test([*TIERS[tier], *WHOLE, "tests"], WHOLE_SECONDS) or SURVIVED
@@ -262,13 +273,14 @@ def control(copy: Copy, tests: Iterable[str], native: bool) -> set[str]:
     copy.restore()
     if native:
         copy.build(is_whole=True)
-    failing = set()
-    left = sorted(test for test in tests if test.startswith("tests/"))
-    while left and (found := copy.test([test for test in left if test not in failing], WHOLE_SECONDS)):
-        if found not in left:
-            raise SystemExit(f"mutations: the tests of the code as it is ended with {found}")
-        failing.add(found)
-        left.remove(found)
+    failing: set[str] = set()
+    for mark, on in ("", []), (ON_EMULATOR, EMULATED):
+        left = sorted(test.removeprefix(mark) for test in tests if test.startswith(f"{mark}tests/"))
+        while left and (found := copy.test([*on, *left], WHOLE_SECONDS)):
+            if found not in left:
+                raise SystemExit(f"mutations: the tests of the code as it is ended with {found}")
+            failing.add(f"{mark}{found}")
+            left.remove(found)
     return failing
 
 

@@ -32,15 +32,9 @@ _SCALING = 2.0
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 101
 
 
-class NotFused(Exception):
-    """Raised if peft_ext's layer would not run fused on this machine. The message of NotFused says why."""
-
-
-class NotRight(Exception):
-    """Raised, before the layers of a case are timed, if peft_ext's layer differs too much from the float64 result.
-
-    The message of NotRight has the relative error.
-    """
+class NotTimed(Exception):
+    """Raised, before the layers of a case are timed, if peft_ext's layer would not run fused on this machine, or
+    differs too much from the float64 result. The message has the reason, or the relative error."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +61,14 @@ class Result:
 
 
 def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, seconds: float) -> Result:
-    """Times a layer's step in 3 to 101 rounds, which take about ``seconds`` in all. Raises NotFused where peft_ext's
-    layer would not run fused, and NotRight where the error of peft_ext's layer is too large."""
+    """Times a layer's step in 3 to 101 rounds, which take about ``seconds`` in all. Raises NotTimed where peft_ext's
+    layer would not run fused, and where the error of peft_ext's layer is too large."""
     from ..integrations.peft import explain
 
     problem = _Problem(method, base, hidden, tokens, rank)
     contenders: dict[str, Contender] = {}
     missing: dict[str, str] = {}
-    exact: dict[str, Any] = {}
-
-    def exactly() -> dict[str, Any]:
-        return exact
-
+    exact = problem.exact  # contenders with one object as float64 function share the function's result
     for name in (OURS, stock_name(base)):
         try:
             layer = problem.layer(stock=name != OURS)
@@ -86,14 +76,13 @@ def measure_layer(method: str, base: str, hidden: int, tokens: int, rank: int, s
             missing[name] = str(error)
             continue
         if name == OURS and (reasons := [row.reason for row in explain(layer).rows if not row.fused]):
-            raise NotFused(f"{method} over {base} would not run fused here: {reasons[0]}")
+            raise NotTimed(f"{method} over {base} would not run fused here: {reasons[0]}")
         trained = {key: p for key, p in layer.named_parameters() if p.requires_grad}
-        exact = exact or problem.exact()
-        contenders[name] = Contender(problem.step(layer, trained), problem.outputs(trained), exactly)
+        contenders[name] = Contender(problem.step(layer, trained), problem.outputs(trained), exact)
     errors, absent = verify(f"{method} over {base}", contenders, float("inf"))
     error = {name: max(by_output.values()) for name, by_output in errors.items() if isinstance(by_output, dict)}
     if not error[OURS] <= _TOLERANCE:
-        raise NotRight(f"{method} over {base} is off from float64 by {error[OURS]:.2g}: nothing was timed")
+        raise NotTimed(f"{method} over {base} is off from float64 by {error[OURS]:.2g}: nothing was timed")
     weight = problem.dense()
     frozen = Contender(problem.step(lambda x: F.linear(x, weight), {}), lambda y: {}, "it has no adapter")
     there = {name: one for name, one in {**contenders, FROZEN: frozen}.items() if name not in absent}

@@ -14,12 +14,12 @@ import typer
 
 from .. import _cpu, quantize
 from ..run.demo_model import demo_model
+from ..run.errors import RunError
 from ..run.options import DEMO_MODEL, quant_name
 from ..sources.json_file import raised_as
 from ..sources.model import model_folder, read_model_config, widen
 from ..weights.nf4 import BLOCKSIZES
 from ..weights.quantizers import PACKED_FORMATS, QUANTIZATIONS
-from . import CliError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,8 @@ def base_of(adapter: Path, model: Optional[str]) -> Optional[str]:
 
 
 def named_bases(adapter: Path) -> tuple[Optional[str], Optional[str]]:
-    """Returns the base that the run.json of an adapter names, and the base that its adapter_config.json names.
+    """Returns the base that the run.json of an adapter names, and the base that the adapter's adapter_config.json
+    names.
 
     None stands for the name of a base that is missing or can't be read.
     """
@@ -87,14 +88,14 @@ def named_bases(adapter: Path) -> tuple[Optional[str], Optional[str]]:
 
 
 def check_base(option: str, quant: Optional[str], blocksize: Optional[int]) -> None:
-    """Raises CliError for an unknown quantization or block size.
+    """Raises RunError for an unknown quantization or block size.
 
     ``option`` is the name of the command line option whose value is ``quant``, for the error message.
     """
     if quant not in (None, *QUANTIZATIONS):
-        raise CliError(f"{option} {quant}: wanted one of {', '.join(QUANTIZATIONS)}")
+        raise RunError(f"{option} {quant}: wanted one of {', '.join(QUANTIZATIONS)}")
     if blocksize is not None and blocksize not in BLOCKSIZES:
-        raise CliError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
+        raise RunError(f"--blocksize {blocksize}: wanted one of {', '.join(map(str, BLOCKSIZES))}")
 
 
 def chosen_quant(option: str, folder: Path, stored: str, asked: Optional[str], trained: Mapping[str, Any]) -> str:
@@ -106,17 +107,17 @@ def chosen_quant(option: str, folder: Path, stored: str, asked: Optional[str], t
         stored: how the files in ``folder`` store the weights, see :func:`peft_ext.sources.model.stored_quant`.
         trained: options of the adapter's training, as :func:`peft_ext.sources.adapter.training_options` returns them.
 
-    Raises CliError where ``asked``, or the quantization of the adapter's training, does not fit the files.
+    Raises RunError where ``asked``, or the quantization of the adapter's training, does not fit the files.
     """
     quant = asked or trained.get("quant", "none")
     if stored != "none":
         if asked not in (None, stored):
             held = "NF4" if stored == "nf4" else "packed"
-            raise CliError(f"{option} {asked}: the files in {folder} are {held}")
+            raise RunError(f"{option} {asked}: the files in {folder} are {held}")
         return stored
     if quant == "checkpoint":
         by = "" if asked else "the adapter's run.json has "
-        raise CliError(f"{by}{option} checkpoint: the files in {folder} are dense, wanted another {option}")
+        raise RunError(f"{by}{option} checkpoint: the files in {folder} are dense, wanted another {option}")
     return quant
 
 
@@ -134,18 +135,18 @@ def held_model(
 
     A base whose files have bitsandbytes' 4-bit weights is neither moved nor cast. A base without such weights is cast
     to ``dtype`` (None: no cast), is quantized as ``quant`` says if its files are dense, and is widened from bfloat16 to
-    float32 on a CPU if ``_cpu.why_float32`` says that no bfloat16 instructions can be used. Raises CliError where the
+    float32 on a CPU if ``_cpu.why_float32`` says that no bfloat16 instructions can be used. Raises RunError where the
     files lack a weight and ``config`` has no ``modules_to_save``, or where the packed format ``quant`` does not fit the
     model.
     """
     if loaded.absent and not getattr(config, "modules_to_save", None):
-        raise CliError(f"the base's files lack {loaded.absent[0]}, which would be random")
+        raise RunError(f"the base's files lack {loaded.absent[0]}, which would be random")
     model = loaded.model.requires_grad_(False)
     if getattr(model, "is_loaded_in_4bit", False):
         return model
     model = model.to(device, dtype)
     if quant == "nf4" or quant in PACKED_FORMATS:
-        with raised_as(CliError, f"{quant_name(quant)}: ", ValueError):
+        with raised_as(RunError, f"{quant_name(quant)}: ", ValueError):
             if quant == "nf4":
                 quantize.quantize_nf4(model, blocksize=blocksize or 64, progress=False)
             else:
@@ -156,10 +157,10 @@ def held_model(
 
 
 def check_range(least: int, most: int = 2**31 - 1, **options: Optional[int]) -> None:
-    """Raises CliError for an option whose value is less than ``least`` or more than ``most``."""
+    """Raises RunError for an option whose value is less than ``least`` or more than ``most``."""
     for name, value in options.items():
         if value is not None and not least <= value <= most:
-            raise CliError(f"--{name.replace('_', '-')} {value}: wanted {least} to {most}")
+            raise RunError(f"--{name.replace('_', '-')} {value}: wanted {least} to {most}")
 
 
 def dense_config(config: Any) -> Any:

@@ -16,14 +16,13 @@ import torch
 import typer
 
 from .. import __version__
-from ..bench.layer import BASES, FROZEN, METHODS, OURS, NotFused, NotRight, Result, measure_layer, stock_name
+from ..bench.layer import BASES, FROZEN, METHODS, OURS, NotTimed, Result, measure_layer, stock_name
 from ..chart import Picture, Scale, identifier, rows_scale, text_width
 from ..files import atomic_file
 from ..machine import versions
-from ..run.errors import need
+from ..run.errors import RunError, need
 from ..run.progress import bar, quiet
 from ..run.record import machine
-from . import CliError
 from ._common import Threads, check_range, console, new_table, print_json
 
 # If the quartiles of a ratio of times differ by more than this share of the ratio, bench says that the machine is busy.
@@ -63,8 +62,8 @@ def bench(
         results = []
         for case in bar(cases, "timing", "layer", " over ".join):
             results.append(measure_layer(*case, hidden, tokens, rank, seconds / len(cases)))
-    except (NotFused, NotRight) as error:
-        raise CliError(f"bench: {error}") from None
+    except NotTimed as error:
+        raise RunError(f"bench: {error}") from None
     finally:
         torch.set_num_threads(before)
     document = {"machine": about, "results": [vars(result) for result in results]}
@@ -88,27 +87,27 @@ def _check(
     method: Optional[Sequence[str]], base: Optional[Sequence[str]], seconds: float, chart: Optional[Path],
     output: Optional[Path],
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """Checks the options and returns pairs of method and base without repetition. Raises CliError for a wrong value of
+    """Checks the options and returns pairs of method and base without repetition. Raises RunError for a wrong value of
     an option."""
     cases: list[tuple[str, str]] = []
     for name in method or METHODS:
         plain = name if name in METHODS else name.removeprefix("q")
         if plain not in METHODS:
-            raise CliError(f"--method {name}: wanted one of {', '.join(METHODS)}, or qlora, qdora: those over nf4")
+            raise RunError(f"--method {name}: wanted one of {', '.join(METHODS)}, or qlora, qdora: those over nf4")
         cases += [(plain, held) for held in (("nf4",) if plain != name else base or BASES)]
     if wrong := [held for held in base or () if held not in BASES]:
-        raise CliError(f"--base {wrong[0]}: wanted one of {', '.join(BASES)}")
+        raise RunError(f"--base {wrong[0]}: wanted one of {', '.join(BASES)}")
     if not 0 < seconds <= 3600:
-        raise CliError(f"--seconds {seconds:g}: wanted more than 0 and at most 3600")
+        raise RunError(f"--seconds {seconds:g}: wanted more than 0 and at most 3600")
     if chart is not None:
         if chart.suffix != ".svg":
-            raise CliError(f"--chart {chart}: wanted a name that ends in .svg")
+            raise RunError(f"--chart {chart}: wanted a name that ends in .svg")
         if not chart.absolute().parent.is_dir():
-            raise CliError(f"--chart {chart}: {chart.parent} is no folder")
+            raise RunError(f"--chart {chart}: {chart.parent} is no folder")
     if output is not None:
         there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
         if not there.is_dir():
-            raise CliError(f"--output {output}: {there} is no folder")
+            raise RunError(f"--output {output}: {there} is no folder")
     return list(dict.fromkeys(cases))
 
 
@@ -157,7 +156,7 @@ def _spread(result: Result) -> float:
 def _write(option: str, files: dict[Path, bytes]) -> None:
     """Writes each file of ``files`` (path -> content) atomically, and makes the folder of the file if it is missing.
 
-    Raises CliError, with the name of the option that asked for the file, where a file can't be written.
+    Raises RunError, with the name of the option that asked for the file, where a file can't be written.
     """
     for path, data in files.items():
         try:
@@ -165,7 +164,7 @@ def _write(option: str, files: dict[Path, bytes]) -> None:
             with atomic_file(path, "wb") as file:
                 file.write(data)
         except OSError as error:
-            raise CliError(f"{option} {path}: {error.strerror}") from None
+            raise RunError(f"{option} {path}: {error.strerror}") from None
 
 
 def _drawn(results: list[Result], about: dict[str, Any]) -> bytes:

@@ -22,12 +22,11 @@ import torch
 import typer
 
 from ..run.data import prompt_ids
-from ..run.errors import REFUSALS, need
+from ..run.errors import REFUSALS, RunError, need
 from ..run.evaluate import continued
 from ..run.progress import quiet, status
 from ..sources.json_file import first_line, raised_as
 from ..sources.model import hushed, load_model, load_tokenizer, most_tokens, tokenizer_folder
-from . import CliError
 from ._common import (
     QUANT_HELP,
     AdapterFolder,
@@ -60,9 +59,9 @@ def chat(
 ) -> None:
     """Show the answers of a base model and of the adapted model side by side."""
     if prompt is not None and not prompt.strip():
-        raise CliError("--prompt: the prompt is empty")
+        raise RunError("--prompt: the prompt is empty")
     if not 0 <= temperature < math.inf:
-        raise CliError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
+        raise RunError(f"--temperature {temperature}: wanted 0 (the likeliest token) or more")
     check_range(1, max_new_tokens=max_new_tokens, threads=threads)
     check_range(0, 2**63 - 1, seed=seed)
     check_base("--base-quant", base_quant, blocksize)
@@ -80,7 +79,7 @@ def chat(
     for line in _prompts():
         try:
             answers = pair.answers(line)
-        except CliError as error:  # ``chat`` goes on after an error, because the next prompt may get an answer
+        except RunError as error:  # ``chat`` goes on after an error, because the next prompt may get an answer
             print(f"error: {error}", file=sys.stderr)
             continue
         _show(line, *answers)
@@ -91,13 +90,13 @@ def _prompts() -> Iterator[str]:
     asks = sys.stdin.isatty()
     if asks:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() its keys
+            import readline  # noqa: F401  the import gives input() line editing
     while True:
         try:
             line = input("> " if asks else "")
             line.encode()
         except UnicodeError:
-            raise CliError("standard input: not UTF-8 text") from None
+            raise RunError("standard input: not UTF-8 text") from None
         except EOFError:
             if asks:
                 print()
@@ -125,7 +124,7 @@ class _Pair:
         config = _adapter_config(adapter)
         base, folder, quant, self.kind = _base(adapter, config, model, base_quant, blocksize, self.device)
         words = tokenizer_folder(adapter, folder)
-        with raised_as(CliError, f"{words}: no tokenizer (", Exception, after=")"):
+        with raised_as(RunError, f"{words}: no tokenizer (", Exception, after=")"):
             self.tokenizer = load_tokenizer(str(words))
         self.no_base = _why_no_base(config, base)
         self.model = _adapted(base, adapter).eval()
@@ -134,14 +133,14 @@ class _Pair:
         self.about = f"base: {folder}, {type(base).__name__}; quantization {quant}\nadapter: {adapter}, {method}"
         encodes_decodes = bool(getattr(base.config, "is_encoder_decoder", False))
         if encodes_decodes and self.is_prompt:
-            raise CliError(f"{adapter} is a {method} adapter of an encoder-decoder, whose answers are not supported")
+            raise RunError(f"{adapter} is a {method} adapter of an encoder-decoder, whose answers are not supported")
         virtual = config.num_virtual_tokens if self.is_prompt else 0
         self.room = math.inf if encodes_decodes else most_tokens(base.config) - virtual
 
     def answers(self, prompt: str) -> tuple[str, str]:
         """Returns two texts: the base's answer, or the reason why there is none; and the adapted model's answer.
 
-        Raises CliError where the prompt is too long for the model, where the chat template fails or takes too long, or
+        Raises RunError where the prompt is too long for the model, where the chat template fails or takes too long, or
         where the model can't generate an answer, for example because of the base's generation_config.
         """
         inputs = self._tokens(prompt)
@@ -155,14 +154,14 @@ class _Pair:
         tokenizer, kind = self.tokenizer, self.kind
         if kind in ("chat", "text") or getattr(tokenizer, "chat_template", None):
             # A chat template is a program and may raise any exception.
-            with raised_as(CliError, "the tokenizer's chat template: ", Exception), _at_most(_SECONDS):
+            with raised_as(RunError, "the tokenizer's chat template: ", Exception), _at_most(_SECONDS):
                 ids = torch.tensor([prompt_ids(tokenizer, [{"role": "user", "content": prompt}], str(kind))])
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         else:
             inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         count = inputs["input_ids"].shape[1]
         if count + self.max_new_tokens > self.room:
-            raise CliError(
+            raise RunError(
                 f"the prompt is {count} tokens, which with {self.max_new_tokens} more (--max-new-tokens) is over the "
                 f"model's {self.room}"
             )
@@ -170,7 +169,7 @@ class _Pair:
 
     def _answer(self, inputs: dict[str, Any]) -> str:
         torch.manual_seed(self.seed)  # the seed is set before each answer, so that equal models give equal answers
-        with raised_as(CliError, "generate, with the base's generation_config: ", *REFUSALS):
+        with raised_as(RunError, "generate, with the base's generation_config: ", *REFUSALS):
             return continued(self.model, self.tokenizer, inputs, self.max_new_tokens, has_prompt=self.is_prompt,
                              temperature=self.temperature)  # fmt: skip
 
@@ -205,11 +204,11 @@ def _at_most(seconds: float) -> Iterator[None]:
 def _adapter_config(adapter: Path) -> Any:
     from ..sources.adapter import read_config
 
-    with raised_as(CliError, "", OSError, ValueError):
+    with raised_as(RunError, "", OSError, ValueError):
         if not adapter.is_dir():
-            raise CliError(f"--adapter {adapter}: no such folder")
+            raise RunError(f"--adapter {adapter}: no such folder")
         if not (adapter / "adapter_config.json").is_file():
-            raise CliError(f"no adapter_config.json in {adapter}, wanted an adapter in PEFT's format")
+            raise RunError(f"no adapter_config.json in {adapter}, wanted an adapter in PEFT's format")
         return read_config(adapter / "adapter_config.json")
 
 
@@ -229,7 +228,7 @@ def _base(
         base = load_model(base_of(adapter, model), config, adapter, {}, trained)
     made = base.model
     if not made.can_generate():
-        raise CliError(f"{type(made).__name__} generates no text, wanted a language model")
+        raise RunError(f"{type(made).__name__} generates no text, wanted a language model")
     quant = chosen_quant("--base-quant", base.folder, base.quant, quant, trained)
     blocksize = blocksize or int(trained.get("blocksize", 64))
     made = held_model(base, config, device, quant, blocksize).eval()
@@ -239,7 +238,7 @@ def _base(
 
 def _why_no_base(config: Any, base: Any) -> Optional[str]:
     """Returns why ``base`` with the adapter of ``config``, added and then disabled, will differ from ``base`` alone;
-    None where it will not differ."""
+    None where the two give equal answers."""
     from ..merge.dense import init_that_changes_base
 
     init, bias = init_that_changes_base(config), getattr(config, "bias", "none")
@@ -264,7 +263,7 @@ def _adapted(base: Any, adapter: Path) -> Any:
     except (UserWarning, *REFUSALS) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         reason = lines[0] if lines else first_line(error).removeprefix("load_adapter: ")
-        raise CliError(f"the adapter does not fit {type(base).__name__}: {reason}") from None
+        raise RunError(f"the adapter does not fit {type(base).__name__}: {reason}") from None
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

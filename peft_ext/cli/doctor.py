@@ -8,8 +8,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Optional
+from collections.abc import Callable
+from typing import Annotated, Optional
 
 import torch
 import typer
@@ -19,8 +19,8 @@ from .. import __version__, _cpu, _native, device_code
 from .._torch_build import torch_build
 from ..machine import versions
 from ..ops import cards, library, prove
+from ..run.errors import RunError
 from ..text import dtype_name
-from . import CliError
 
 _PEERS = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "liger-kernel")
 _ENVIRONMENT = (
@@ -119,33 +119,30 @@ def _warm(capabilities: list[str]) -> None:
     """Compiles all CUDA kernels into the cache, for the given compute capabilities, or for those of this machine's GPUs
     if none is given."""
     if _native.STATE.module is None:
-        raise CliError(f"--warm: the native library is not loaded: {_native.STATE.cpu_error}")
+        raise RunError(f"--warm: the native library is not loaded: {_native.STATE.cpu_error}")
     if why := device_code.missing():
-        raise CliError(f"--warm: {why}")
+        raise RunError(f"--warm: {why}")
     least = cards.CAPABILITY / 10
     for named in capabilities:
         if not re.fullmatch(r"\d+\.\d", named):
-            raise CliError(f"--capability is {named!r}, wanted a number such as 9.0")
+            raise RunError(f"--capability is {named!r}, wanted a number such as 9.0")
         if int(named.replace(".", "")) < cards.CAPABILITY:
-            raise CliError(f"--capability is {named}, wanted {least} or more, for which there are kernels")
+            raise RunError(f"--capability is {named}, wanted {least} or more, for which there are kernels")
     wanted = {int(named.replace(".", "")) for named in capabilities}
     if not capabilities and torch.cuda.is_available():
         found = {cards.capability(index) for index in range(torch.cuda.device_count())}
         wanted = {number for number in found if number >= cards.CAPABILITY}
     if not wanted:
-        raise CliError(
+        raise RunError(
             f"--warm: torch finds no GPU of compute capability {least} or more; --capability names one, such as "
             "--capability 9.0"
         )
     for number in sorted(wanted):
-
-        def progress(items: Iterable[Any], length: int, arch: str = device_code.architecture(number)) -> Iterable[Any]:
-            return track(items, f"kernels for {arch}", total=length)
-
+        title = f"kernels for {device_code.architecture(number)}"
         try:
-            device_code.warm(number, progress)
+            device_code.warm(number, lambda items, length, title=title: track(items, title, total=length))
         except OSError as error:
-            raise CliError(f"--warm: {error}") from error
+            raise RunError(f"--warm: {error}") from error
 
 
 def _settled(key: str) -> str:
@@ -180,8 +177,8 @@ def _on_gpus(error: str) -> str:
 def _proofs(key: str, error: str, measure: bool) -> None:
     """Prints, for each family of a dispatch key's kernels, whether the family passed its proof.
 
-    ``error`` is the text that :func:`_settled` returned. With ``measure``, the median times of a family's kernels are
-    printed.
+    ``error`` is the text that :func:`_settled` returned. With ``measure``, the text of :func:`_times` is printed for
+    each family that passed.
     """
     if error:
         _section(f"proof of the {key} kernels")
@@ -196,7 +193,8 @@ def _proofs(key: str, error: str, measure: bool) -> None:
 def _times(family: str, key: str) -> str:
     """Returns the median times of the first operator in a family's proof and of this operator's reference, as text.
 
-    Calls of the operator and of its reference alternate, so that other programs slow down both alike.
+    Calls of the operator and of its reference alternate, so that other programs slow down the operator and the
+    reference alike.
     """
     device = torch.device(key.lower())
     dtype = torch.bfloat16 if key == "CUDA" else _cpu.compute_dtype()

@@ -9,6 +9,7 @@ command also reads the weights, and compares a fused training step with a stock 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +21,17 @@ import typer
 from .. import _cpu
 from .._imports import MISSING
 from ..methods import METHODS, make_config, method_config
-from ..run.data import PYTHON_DOCS
-from ..run.errors import REFUSALS, need
+from ..run.data import IGNORED, PYTHON_DOCS, read_corpus, tokenize
+from ..run.errors import REFUSALS, RunError, need
 from ..run.options import quant_name
 from ..run.plan import Preview, preview
 from ..run.progress import quiet, status
-from ..sources.json_file import raised_as
+from ..sources.json_file import first_line, raised_as
 from ..sources.model import (
     head_labels,
+    hushed,
+    load_model,
+    load_tokenizer,
     model_class,
     most_tokens,
     named_base,
@@ -36,9 +40,9 @@ from ..sources.model import (
     stored_quant,
     task_of,
     text_targets,
+    tokenizer_folder,
 )
 from ..text import dtype_name, format_bytes
-from . import CliError
 from ._common import (
     QUANT_HELP,
     base_of,
@@ -47,6 +51,7 @@ from ._common import (
     chosen_quant,
     console,
     dense_config,
+    held_model,
     layers_table,
     mib,
     model_config,
@@ -54,7 +59,6 @@ from ._common import (
     print_json,
     quant_text,
 )
-from ._verify import verified
 
 _LOW_RANK = tuple(name for name, method in METHODS.items() if method.kind == "low-rank")
 
@@ -98,7 +102,7 @@ def explain(
     check_range(1, rank=rank, batch_size=batch_size, sequence_length=sequence_length)
     chosen = _check(adapter, model, method, rank, quant, blocksize, dtype)
     if data is not None and not verify:
-        raise CliError("--data: wanted with --verify, which uses the data")
+        raise RunError("--data: wanted with --verify, which uses the data")
     if adapter is None:
         base, configs = _of_model(what, chosen, rank, quant, blocksize, dtype)
     else:
@@ -112,8 +116,8 @@ def explain(
             with status(name):
                 quant_of = _quant(name, base)
                 if quant_of != "none" and name in METHODS and not METHODS[name].can_quantize:
-                    raise CliError(f"{name}: it trains the weights themselves, which {quant_name(quant_of)} freezes")
-                with raised_as(CliError, f"{name}: ", *REFUSALS):
+                    raise RunError(f"{name}: it trains the weights themselves, which {quant_name(quant_of)} freezes")
+                with raised_as(RunError, f"{name}: ", *REFUSALS):
                     found[name] = preview(
                         base.model, config, dtype=base.dtype, device=device, quant=quant_of, blocksize=base.blocksize,
                         batch_size=batch_size, sequence_length=length,
@@ -121,7 +125,7 @@ def explain(
                 if adapter is not None:
                     size = (adapter / "adapter_model.safetensors").stat().st_size
                     found[name] = replace(found[name], adapter_bytes=size)
-        except CliError as error:
+        except RunError as error:
             if len(configs) == 1:
                 raise
             refused[name] = str(error).removeprefix(f"{name}: ")
@@ -129,10 +133,7 @@ def explain(
     checks = {}
     for name, config in configs if verify else ():
         if name in found:
-            checks[name] = verified(
-                base.given, config, adapter, base.dtype, _quant(name, base), base.blocksize, data or PYTHON_DOCS,
-                batch_size, length,
-            )  # fmt: skip
+            checks[name] = _verified(base, config, adapter, _quant(name, base), data or PYTHON_DOCS, batch_size, length)
     if as_json:
         verifications = {name: {**vars(one), "ok": one.ok} for name, one in checks.items()}
         print_json(_document(base, step, found, refused) | ({"verified": verifications} if verify else {}))
@@ -147,42 +148,39 @@ def explain(
 
 
 def _adapter_folder(what: str) -> Optional[Path]:
-    try:
-        folder = Path(what).expanduser()
-        return folder if (folder / "adapter_config.json").is_file() else None
-    except (OSError, RuntimeError):  # the name is too long, or begins with "~" and the name of an unknown user
-        return None
+    folder = Path(os.path.expanduser(what))  # Path.expanduser would raise for an unknown user
+    return folder if os.path.isfile(folder / "adapter_config.json") else None
 
 
 def _check(
     adapter: Optional[Path], model: Optional[str], method: Optional[Sequence[str]], rank: Optional[int],
     quant: Optional[str], blocksize: Optional[int], dtype: str,
 ) -> list[str]:  # fmt: skip
-    """Checks the options and returns the methods without repetition. Raises CliError for an option with a wrong
+    """Checks the options and returns the methods without repetition. Raises RunError for an option with a wrong
     value."""
     from ..merge import DTYPES
 
     chosen = list(dict.fromkeys(method or ["lora"]))
     if wrong := [name for name in chosen if name not in METHODS]:
-        raise CliError(f"--method {wrong[0]}: wanted one of {', '.join(METHODS)}")
+        raise RunError(f"--method {wrong[0]}: wanted one of {', '.join(METHODS)}")
     if adapter is not None:
         for option, given in (("method", method), ("rank", rank)):
             if given:
-                raise CliError(f"--{option}: {adapter} is an adapter, which has its own {option}")
+                raise RunError(f"--{option}: {adapter} is an adapter, which has its own {option}")
     elif model is not None:
-        raise CliError("--model: wanted with an adapter alone, whose base it names")
+        raise RunError("--model: wanted with an adapter alone, whose base it names")
     if rank is not None and not set(chosen) & set(_LOW_RANK):
-        raise CliError(f"--rank {rank}: wanted with --method {', '.join(_LOW_RANK)}")
+        raise RunError(f"--rank {rank}: wanted with --method {', '.join(_LOW_RANK)}")
     check_base("--quant", quant, blocksize)
     if dtype not in DTYPES:
-        raise CliError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
+        raise RunError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
     return chosen
 
 
 def _length(config: Any, asked: Optional[int], most: int) -> int:
     room = most_tokens(config)
     if asked is not None and asked > room:
-        raise CliError(f"--sequence-length {asked}: the model takes at most {room} tokens")
+        raise RunError(f"--sequence-length {asked}: the model takes at most {room} tokens")
     return asked or int(min(room, most))
 
 
@@ -198,7 +196,7 @@ def _of_model(
 
     folder, config = model_config(what)
     quant, blocksize, about = _quantization(folder, config, quant, blocksize, {})
-    with raised_as(CliError, f"{what}: ", *REFUSALS):
+    with raised_as(RunError, f"{what}: ", *REFUSALS):
         model, own = build_model(dense_config(copy.copy(config)))
     configs = []
     for method in chosen:
@@ -217,25 +215,25 @@ def _of_adapter(
     from ..sources.expressions import check_expressions
     from ..sources.weight_files import weight_shapes
 
-    with raised_as(CliError, "", OSError, ValueError):
+    with raised_as(RunError, "", OSError, ValueError):
         adapter = checked_config(folder)
     given = base_of(folder, model) or None
     name, revision = (given, None) if given is not None else named_base(adapter)
     if name is None:
-        raise CliError(f"{folder / 'adapter_config.json'} names no base model: give --model")
+        raise RunError(f"{folder / 'adapter_config.json'} names no base model: give --model")
     base_folder, config = model_config(name, revision)
     trained = training_options(folder)
     quant, blocksize, about = _quantization(base_folder, config, quant, blocksize, trained)
     if labels := head_labels(config, adapter, weight_shapes(folder / "adapter_model.safetensors")):
         config.num_labels = labels
     own = torch.bfloat16 if trained else config.dtype or torch.float32
-    with raised_as(CliError, f"{name}: ", *REFUSALS):
+    with raised_as(RunError, f"{name}: ", *REFUSALS):
         kind = model_class(config, adapter)
         dense = dense_config(copy.copy(config))
         with torch.device("meta"):
             built = kind.from_config(dense) if hasattr(kind, "from_config") else kind(dense)
-    with raised_as(CliError, f"{folder / 'adapter_config.json'}: ", ValueError):
-        check_expressions(adapter, built)
+    with raised_as(RunError, f"{folder / 'adapter_config.json'}: ", ValueError):
+        check_expressions(adapter, dict(built.named_modules()))
     method = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     return _base(name, given, built, own, dtype, quant, blocksize, about, base_folder, config), [(method, adapter)]
 
@@ -264,9 +262,9 @@ def _base(
 
     wanted = DTYPES[dtype] or own
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise CliError(f"{name}: its config has the dtype {wanted!s:.60}, wanted a floating-point dtype: give --dtype")
+        raise RunError(f"{name}: its config has the dtype {wanted!s:.60}, wanted a floating-point dtype: give --dtype")
     if not (parameters := sum(parameter.numel() for parameter in model.parameters())):
-        raise CliError(f"{name}: a {type(model).__name__} without parameters")
+        raise RunError(f"{name}: a {type(model).__name__} without parameters")
     model = model.to(wanted)
     if quant == "checkpoint":
         pack_as_stored(model, folder, config, wanted)
@@ -275,6 +273,65 @@ def _base(
 
 def _quant(name: str, base: _Base) -> str:
     return "nf4" if name == "qlora" and base.quant == "none" else base.quant
+
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+
+def _verified(
+    base: _Base, config: Any, adapter: Optional[Path], quant: str, data: str, batch_size: int, length: int
+) -> Any:
+    """Returns the :class:`peft_ext.verification.Verification` of a training step of an adapter on a model.
+
+    Args:
+        base: the model, whose weights are loaded. The loaded model is cast to the dtype of ``base``, except if the
+            weights are in bitsandbytes' 4 bits.
+        config: PEFT configuration of the adapter.
+        adapter: folder of a saved adapter; None: a new adapter. Tensors of a new adapter that are zero get small random
+            numbers, because a gradient through a zero tensor is zero.
+        quant: quantization of the base.
+        data: name of the training data, as the option ``--data`` of ``peft-ext finetune`` takes it.
+        batch_size, length: number of examples of the batch, and most tokens of an example.
+
+    Raises RunError where a weight of the base is missing, where the packed format ``quant`` does not fit the model,
+    where the adapter does not fit the model, where the model has no tokenizer, where the data can't be read, or where
+    :func:`peft_ext.verification.verify` refuses the model; SourceError where the model can't be read.
+    """
+    from ..model import get_peft_model, load_adapter
+    from ..verification import verify
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with status("loading"), hushed():
+        loaded = load_model(base.given, config, adapter or Path(base.name), {}, {})
+        made = held_model(loaded, config, device, quant, base.blocksize, base.dtype)
+        with raised_as(RunError, "--verify: the adapter does not fit: ", *REFUSALS):
+            if adapter is not None:
+                model = load_adapter(made, adapter, is_trainable=True, accelerate=False)
+            else:
+                torch.manual_seed(0)
+                model = get_peft_model(made, config, accelerate=False)
+                for parameter in model.parameters():
+                    if parameter.requires_grad and not parameter.any():
+                        torch.nn.init.normal_(parameter, std=0.02)
+    with status("verifying"):
+        batch = _batch(made, tokenizer_folder(adapter, loaded.folder), data, batch_size, length)
+        try:
+            return verify(model.train(), {key: value.to(device) for key, value in batch.items()})
+        except REFUSALS as error:
+            raise RunError(f"--verify: {first_line(error).removeprefix('verify: ')}") from error
+
+
+def _batch(base: Any, folder: Path, data: str, batch_size: int, length: int) -> dict[str, torch.Tensor]:
+    """Returns a batch of the first training examples. The labels are removed for a model that can't generate text."""
+    from transformers import DataCollatorForSeq2Seq
+
+    with raised_as(RunError, f"--verify: {folder} has no tokenizer (", Exception, after=")"):
+        tokenizer = load_tokenizer(str(folder))
+    examples = tokenize(read_corpus(data), tokenizer, length).train[:batch_size]
+    batch = dict(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)([dict(one) for one in examples]))
+    if not base.can_generate():
+        del batch["labels"]
+    return batch
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

@@ -8,9 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..run.errors import need
+from ..run.errors import RunError, need
 from ..text import format_bytes
-from . import CliError
 from ._common import base_of
 
 
@@ -31,9 +30,9 @@ def export(
     try:
         done = write_gguf_adapter(adapter, gguf, base=base_of(adapter, model), dtype=dtype, overwrite=overwrite)
     except ExportError as error:
-        raise CliError(str(error).removeprefix("write_gguf_adapter: ")) from None
+        raise RunError(str(error).removeprefix("write_gguf_adapter: ")) from None
     except OSError as error:
-        raise CliError(f"{error.filename or gguf}: {error.strerror or error}") from None
+        raise RunError(f"{error.filename or gguf}: {error.strerror or error}") from None
     checked = "names and sizes compared with the file" if done.base_is_gguf else "names and sizes of its configuration"
     print(f"base: {done.base}, architecture {done.architecture}; {checked}")
     numbers = f"{done.pairs} weights, {done.parameters:,} parameters, alpha {done.alpha:g}"

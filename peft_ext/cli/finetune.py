@@ -15,7 +15,7 @@ import typer
 
 from .. import run
 from ..run.config import Config, merged, read_config
-from . import CliError
+from ..run.errors import RunError
 from ._common import drop_output
 
 
@@ -37,7 +37,7 @@ def finetune(
         if flags.pop(f"no_{name}", False):
             if name in flags:
                 flag = name.replace("_", "-")
-                raise CliError(f"--{flag} and --no-{flag} exclude each other")
+                raise RunError(f"--{flag} and --no-{flag} exclude each other")
             flags[name] = False
     given = Config(Path()) if config is None else read_config(config, run.Options)
     options = merged(run.Options(), given, flags)
@@ -65,7 +65,7 @@ def _signature() -> inspect.Signature:
     hints = get_type_hints(run.Options)
 
     def add(name: str, default: Any, kind: Any, **about: Any) -> None:
-        # A flag gets an explicit name, because typer adds a --no- form to a flag without one.
+        # A flag gets an explicit name, because typer adds a --no- form to a flag without an explicit name.
         flag = [f"--{name.replace('_', '-')}"] if kind is bool else []
         annotation = Annotated[kind, typer.Option(*flag, **about)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default,

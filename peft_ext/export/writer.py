@@ -141,8 +141,9 @@ def _places(pairs: list[Pair], base: Base) -> list[str]:
     for pair in pairs:
         name = base.tensor_of(pair.module)
         if pair.embedding != (name == "token_embd.weight"):
-            fail(f"the adapter changes {pair.module} as {pair.kind}, but {name} in llama.cpp is the other kind")
-        if (shape := base.shape_of(pair.module)) != pair.shape:
+            kind = "an embedding" if pair.embedding else "a linear layer"
+            fail(f"the adapter changes {pair.module} as {kind}, but {name} in llama.cpp is the other kind")
+        if (shape := base.shapes[name if base.is_file else pair.module]) != pair.shape:
             fail(f"the matrices of {pair.module} fit a weight of {pair.shape}, but {name} of {base.name} is {shape}")
         if name in names:
             fail(f"{names[name]} and {pair.module} are both {name} in llama.cpp")

@@ -179,7 +179,8 @@ def _largest(value: Any) -> int:
 
 
 def _of_layers(value: Any, layers: int) -> list[int]:
-    """Returns a list with the value of each layer. ``value`` is one number for all layers, or an array."""
+    """Returns a list with the value of each layer. ``value`` is an array, one number for all layers, or None, which
+    counts as 0."""
     return value if isinstance(value, list) else [value or 0] * layers
 
 

@@ -14,12 +14,7 @@ def _plain(states: int) -> Callable[[Tensor], list[int]]:
 
     Each state has the parameter's shape and dtype.
     """
-    return lambda p: [p.numel() * p.element_size()] * states
-
-
-def _wide(states: int) -> Callable[[Tensor], list[int]]:
-    """Returns a function that gives the bytes of a parameter's states, each float32 and of the parameter's shape."""
-    return lambda p: [4 * p.numel()] * states
+    return lambda p: [p.nbytes] * states
 
 
 def _eight_bit(states: int) -> Callable[[Tensor], list[int]]:
@@ -38,11 +33,11 @@ def _adafactor(p: Tensor) -> list[int]:
 
 
 def _adam_copies(p: Tensor) -> int:
-    return 2 * p.numel() * p.element_size()
+    return 2 * p.nbytes
 
 
 def _one_copy(p: Tensor) -> int:
-    return p.numel() * p.element_size()
+    return p.nbytes
 
 
 def _adafactor_copies(p: Tensor) -> int:
@@ -81,7 +76,7 @@ class Optimizer(NamedTuple):
     def temporary(self, parameters: Sequence[Tensor], device: str) -> int:
         """Returns the bytes of the temporary tensors in a step that updates ``parameters``."""
         if device == "cuda" and self.all_at_once:
-            return self.all_at_once * sum(p.numel() * p.element_size() for p in parameters)
+            return self.all_at_once * sum(p.nbytes for p in parameters)
         if self.one_by_one is None:
             return 0
         # Trainer puts biases and norms, which have one dimension, into a second group, after all other parameters.
@@ -98,7 +93,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_8bit": Optimizer(_eight_bit(2), eight_bit=True),
     "adafactor": Optimizer(_adafactor, 0, _adafactor_copies, lambda p: 4 * p.numel()),
     "adagrad": Optimizer(_plain(1), 2, _one_copy),
-    "lion_32bit": Optimizer(_wide(1)),
+    "lion_32bit": Optimizer(lambda p: [4 * p.numel()]),  # one float32 state
     "lion_8bit": Optimizer(_eight_bit(1), eight_bit=True),
     "rmsprop": Optimizer(_plain(1), 1, _one_copy),
     "sgd": Optimizer(_plain(0)),

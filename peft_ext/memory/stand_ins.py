@@ -19,13 +19,10 @@ from torch import Tensor, nn
 
 from ..integrations.adapter_layers.base import FOUR_BIT, QUANTIZED, Linear8bitLt
 from ..nn import NF4Linear
-from ..nn.experts import FrozenExperts, expert_parameters, hold_nf4, is_stored_transposed
 from ..nn.nf4 import empty_nf4
-from ..quantize import HEADS, linear_groups, pack_model, replace_group
+from ..quantize import HEADS, linear_groups, quantize_meta, replace_group
 from ..sources.model import AUTO_CLASSES
-from ..weights.nf4 import NF4Weight
-from ..weights.packed import PackedWeight
-from ..weights.quantizers import PACKED_FORMATS, quantized
+from ..weights.quantizers import PACKED_FORMATS
 
 
 def build_model(
@@ -186,38 +183,20 @@ def _of_bitsandbytes(module: nn.Module, accelerated: bool) -> Optional[nn.Module
 def quantize_stand_ins(model: nn.Module, kind: str, blocksize: int, double_quant: bool, fused: bool) -> None:
     """Replaces the layers that quantize_nf4, quantize_packed or bitsandbytes would quantize by quantized layers without
     data."""
-    if kind in PACKED_FORMATS:
+    if kind in PACKED_FORMATS or (kind == "nf4" and fused):
+        replace_tensors(model, _meta)
         with warnings.catch_warnings():  # hides the warning about a model without layers to quantize
-            warnings.filterwarnings("ignore", "quantize_packed: .* has no nn.Linear")
-            pack_model(model, kind, set(HEADS), pack=_packed, without_values=True)
+            warnings.filterwarnings("ignore", "quantize_(nf4|packed): .* has no nn.Linear")
+            quantize_meta(model, kind, blocksize, double_quant)
+        replace_tensors(model, stand_in)
         return
 
     def make(linear: nn.Linear, first: Optional[nn.Module]) -> nn.Module:
         shape = (linear.out_features, linear.in_features)
-        module = _quantized(kind, shape, linear.weight.dtype, linear.bias, blocksize, double_quant, fused)
+        module = _quantized(kind, shape, linear.weight.dtype, linear.bias, blocksize, double_quant, False)
         if first is not None:  # layers that shared one weight share the quantized tensors
-            if isinstance(module, NF4Linear):
-                module.weight = first.weight
             module._buffers.update(first._buffers)
         return module.train()
 
-    for same in linear_groups(model, set(HEADS)):
+    for same in linear_groups(model, set(HEADS)):  # bitsandbytes leaves a mixture's experts dense
         replace_group(same, make)
-    if kind == "nf4" and fused:  # bitsandbytes leaves a mixture's experts dense
-        for module in model.modules():
-            if not isinstance(module, FrozenExperts) and (names := expert_parameters(module)):
-                hold_nf4(module, {name: _experts(module, name, blocksize, double_quant) for name in names})
-
-
-def _packed(weight: Tensor, format: str) -> PackedWeight:
-    """Returns a packed weight of stand-ins for a dense weight without data."""
-    return quantized(_meta(weight), format).map(stand_in)
-
-
-def _experts(module: Any, name: str, blocksize: int, double_quant: bool) -> NF4Weight:
-    """Returns the NF4 weights, without data, that replace the parameter ``name`` of a mixture's experts."""
-    dense = module._parameters[name]
-    count, n, k = dense.transpose(1, 2).shape if is_stored_transposed(module) else dense.shape
-    one = empty_nf4(n, k, blocksize, double_quant, dense.dtype,
-                    lambda dtype, shape: torch.empty(shape, dtype=dtype, device="meta"))  # fmt: skip
-    return NF4Weight.stack([one] * count)

@@ -88,8 +88,7 @@ class _Storages(TorchDispatchMode):
         return found
 
     def _end(self, storage: _Storage) -> None:
-        self.clock += 1
-        storage.died = self.clock
+        storage.died = self.mark()
 
     def mark(self) -> int:
         """Advances the clock by one tick and returns the new time."""
@@ -150,7 +149,8 @@ class Step:
                 self._note_resident()
                 tree_map_only(Tensor, lambda t: self.storages.note(t, "activations"), inputs)
                 self._forward_backward(inputs, autocast)
-                self._optimize()
+                trained = [p for p in self.model.parameters() if p.grad is not None]
+                self.storages.add(self.optimizer.temporary(trained, self.device), "temporary")
 
     def _note_resident(self) -> None:
         adapters = self._adapters()
@@ -232,10 +232,6 @@ class Step:
         if len(self.begins) == 1 and isinstance(x, Tensor) and x.requires_grad:
             before = "before" if index == 0 else "first" if index == 1 else "between"
             x.register_hook(lambda _grad: self._begin(f"{before} {stack}"))
-
-    def _optimize(self) -> None:
-        trained = [p for p in self.model.parameters() if p.grad is not None]
-        self.storages.add(self.optimizer.temporary(trained, self.device), "temporary")
 
     def profile(self) -> Profile:
         storages, end = self.storages.all, self.storages.mark()

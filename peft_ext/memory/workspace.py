@@ -55,7 +55,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     size = _of_product(given, by.dtype, by.numel() // max(1, by.shape[-1]), device, backward)
     if backward and ("ia3_l" in given or "out_scale" in given):
         feedforward = bool(given.get("feedforward"))
-        # For a feed-forward layer of IA3 in 16 bits on the CPU, _of_product has counted the scaled tensor.
+        # For a feed-forward layer of IA3 in 16 bits on the CPU, _of_product has counted the scaled tensor, or the tile
+        # kernels scale without such a tensor (case 1 of _of_product).
         if not (feedforward and device == "cpu" and by.element_size() == 2):
             size += given["x" if feedforward else "grad"].numel() * by.element_size()
     elif device != "cpu" and given.get("feedforward"):

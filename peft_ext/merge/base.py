@@ -32,8 +32,6 @@ with required("peft", "peft_ext.merge_to_dense"):
 with required("transformers", "peft_ext.merge_to_dense"):
     from transformers import PreTrainedModel
 
-_Read = Callable[[], Tensor]
-
 
 @dataclass
 class Base:
@@ -45,7 +43,7 @@ class Base:
     """
 
     model: PreTrainedModel
-    dense: dict[int, _Read]
+    dense: dict[int, Callable[[], Tensor]]
     name: str
     folder: Optional[Path]
     quant: str = "none"

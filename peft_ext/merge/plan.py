@@ -383,7 +383,7 @@ def _adapt(base: Base, config: PeftConfig, weights: dict[str, Tensor]) -> PeftMo
     weights = _without_packed(weights)
     kind = str(config.peft_type.value)
     with as_merge_error(ValueError, about=f"the adapter's {CONFIG_NAME}: "):
-        check_expressions(config, base.model)
+        check_expressions(config, dict(base.model.named_modules()))
     unfit = f"the adapter does not fit {type(base.model).__name__}: "
     with as_merge_error(ValueError, TypeError, KeyError, RuntimeError, AttributeError, about=unfit):
         register_layers(config, base.model)

@@ -60,7 +60,7 @@ def write_safetensors(
 
 
 def gguf_tokenizer(base: Base, adapter: Path) -> Any:
-    """Returns the tokenizer of a base in a GGUF file, if this tokenizer is to be written.
+    """Returns the tokenizer in the GGUF file of a base if the merge writes this tokenizer, else None.
 
     Returns None if the base is no GGUF file, if the file has no tokenizer, or if the adapter's folder has a tokenizer.
 

@@ -347,17 +347,12 @@ def nf4_experts(experts: Any, blocksize: int = 64, double_quant: bool = True) ->
     for name in expert_parameters(experts):
         dense = experts._parameters[name].detach()
         dense = dense.transpose(1, 2) if is_stored_transposed(experts) else dense
-        found[name] = NF4Weight.stack([ops.nf4_quantize(one.contiguous(), blocksize, double_quant) for one in dense])
-    hold_nf4(experts, found)
-
-
-def hold_nf4(experts: Any, weights: dict[str, NF4Weight]) -> None:
-    """Turns a module of dense experts into :class:`NF4Experts`, in place. ``weights`` maps the name of a parameter to
-    an NF4 weight ``(E, N, K)``."""
-    first = next(iter(weights.values()))
+        chosen, times = (dense[:1], len(dense)) if dense.is_meta else (dense, 1)  # without values, all are alike
+        weights = [ops.nf4_quantize(one.contiguous(), blocksize, double_quant) for one in chosen]
+        found[name] = NF4Weight.stack(weights * times)
     experts.__class__ = experts_class(NF4Experts, type(experts))
-    experts.blocksize, experts.quant_dtype = first.blocksize, first.dtype
-    for name, weight in weights.items():
+    experts.blocksize, experts.quant_dtype = blocksize, dense.dtype
+    for name, weight in found.items():
         experts.set_nf4(name, weight)
 
 

@@ -124,8 +124,8 @@ def hold_packed(
     Args:
         experts: the experts' module of a model of the transformers library.
         weights: a dict that maps the name of a dense parameter to a tuple: a stacked weight ``(E, N, K)``, and the
-            names of this weight's tensors in the state dict. The codes have the name of the parameter if the file has
-            no other name for the codes.
+            names of this weight's tensors in the state dict. In the state dict, the codes have the parameter's name if
+            the file has no other name for the codes.
         dtype: dtype of the dense experts that the packed experts replace.
         extra: a dict that maps names in the state dict to tensors of the file that the weights' formats do not need.
     """

@@ -62,8 +62,8 @@ def widened(value: Any, dtype: torch.dtype) -> Any:
     """Returns an operator's arguments with float tensors cast to float64, and with torch.float64 in place of an
     argument that is the dtype ``dtype``.
 
-    The scales of a packed weight keep their dtype; they are the tensors of less than two dimensions that follow the
-    codes.
+    The scales of a packed weight are not cast. The scales are the tensors of less than two dimensions that follow the
+    codes among the arguments.
 
     In float64, the reference does not depend on the precision that the process sets for products (TF32, bfloat16), so
     that a difference between the kernel and the reference is the kernel's error.

@@ -102,11 +102,9 @@ def recommend_peft_method(
         wanted = ("nf4", *PACKED_FORMATS)
         raise ValueError(f"recommend_peft_method: quantization is {quantization!r}, wanted one of {wanted}")
     task = task_named(task_type)
-    given = not _is_number(model_size_b)
-    subject = (Given if given else Synthetic)(model_size_b, task, sequence_length)
-    length = subject.sequence_length
-    search = Search(subject, gpu_memory_gb, headroom, batch_size, length, dtype, optimizer, accelerated,
-                    quantization)  # fmt: skip
+    subject = (Synthetic if _is_number(model_size_b) else Given)(model_size_b, task, sequence_length)
+    search = Search(subject, gpu_memory_gb, headroom, batch_size, subject.sequence_length, dtype, optimizer,
+                    accelerated, quantization)  # fmt: skip
     return search.recommend(ranked(subject, num_examples, prefer))
 
 

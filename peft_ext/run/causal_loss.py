@@ -23,8 +23,8 @@ from .errors import RunError
 
 _TOKENS = 8  # largest number of tokens that a forward of the check reads
 # _SHARE: the largest error of the model's difference of two losses, as a share of the distance between the wanted
-# difference and the difference of a class that does not shift the labels. A larger error is allowed where the rounding
-# of the logits' dtype needs it, up to the share _MOST of the distance.
+# difference and the difference of a class that does not shift the labels. Where the rounding of the logits' dtype makes
+# a larger error, an error up to the share _MOST of this distance is allowed.
 _SHARE, _MOST = 0.01, 0.25
 
 

@@ -1,8 +1,8 @@
 """The output folder of a run: its lock, its checkpoints, and the checkpoint that a resumed run starts from.
 
 The Trainer writes a checkpoint, and :func:`peft_ext.files.seal` then adds a list of the checkpoint's files with their
-SHA-256. A run resumes neither from a checkpoint without a list, which a killed run left half written, nor from a
-checkpoint whose listed files have changed.
+SHA-256. A run does not resume from a checkpoint without this list, because a killed run may have left the checkpoint
+half written, and not from a checkpoint whose listed files have changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -120,12 +119,12 @@ def _check_empty(o: Options) -> None:
 def after_restart(options: Options, ranks: Ranks) -> Options:
     """Returns the options of the run, with --resume or --overwrite where torchrun has restarted the run's processes.
 
-    The options are the resolved ``options``, except that ``quant`` is not resolved, because the default of ``quant``
-    depends on the model's files. If this launch has begun the run in the output folder before, the options get --resume
-    where the method can resume and the run has a whole checkpoint; otherwise the options get --overwrite, unless
-    ``options`` has --resume. This launch has begun the run before if run.json has the launch's name, and if also either
-    torchrun has restarted a process, or the run is not finished and no other launch can have the name. Raises RunError
-    for a wrong option.
+    The returned options are the resolved ``options``, except that ``quant`` is not resolved, because the default of
+    ``quant`` depends on the model's files. If this launch has begun the run in the output folder before, the options
+    get --resume where the method can resume and the run has a whole checkpoint; otherwise the options get --overwrite,
+    unless ``options`` has --resume. This launch has begun the run before if run.json has the launch's name, and if also
+    either torchrun has restarted a process, or the run is not finished and no other launch can have the name. Raises
+    RunError for a wrong option.
     """
 
     def chosen() -> Options:
@@ -151,25 +150,22 @@ def after_restart(options: Options, ranks: Ranks) -> Options:
     return dataclasses.replace(mine, quant=options.quant, resume=resume, overwrite=overwrite)
 
 
+def _digest_of_run(o: Options, name: str) -> Any:
+    examples = read_record(o).get("examples")
+    return examples.get(name) if isinstance(examples, dict) else None
+
+
 def check_same_data(o: Options, digest: str) -> None:
     """Raises RunError where ``digest``, the digest of the data's records, differs from the digest that the run.json of
     the earlier run has."""
-    examples = read_record(o).get("examples")
-    before = examples.get("digest") if isinstance(examples, dict) else None
+    before = _digest_of_run(o, "digest")
     if before not in (None, digest):
         raise RunError(f"--resume: the records of --data {o.data} differ from those of the run in {o.output}")
 
 
 def check_same_tokens(o: Options, examples: Examples) -> None:
-    """Raises RunError where the tokens of ``examples`` differ from those of the earlier run.
-
-    If the run.json of the earlier run has no digest of the tokens, the numbers of examples are compared instead.
-    """
-    found = read_record(o).get("examples")
-    before = found if isinstance(found, dict) else {}
-    counts = {"train": len(examples.train), "held_out": len(examples.held_out)}
-    now = {"tokens": examples.digest} if "tokens" in before else counts
-    if any(before.get(name, value) != value for name, value in now.items()):
+    """Raises RunError where the tokens of ``examples`` differ from those of the earlier run."""
+    if _digest_of_run(o, "tokens") not in (None, examples.digest):
         raise RunError(f"--resume: the tokens of --data {o.data} differ from those of the run in {o.output}: the "
                        "tokenizer of --model, or peft_ext's reading of it, has changed; start the run anew with "
                        "--overwrite, or choose another --output")  # fmt: skip
@@ -184,9 +180,7 @@ def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
         raise RunError(f"--resume: {o.output / 'run.json'} is missing or no record of a run, so options and data can't "
                        "be compared with those of the run: restore the file, or choose another --output")  # fmt: skip
     now = o.batch_size * o.grad_accum * ranks.world
-    counts = [before.get("batch_size"), before.get("grad_accum", 1)]
-    was = record.get("step_examples", math.prod(counts) if all(isinstance(n, int) for n in counts) else now)
-    if was != now:
+    if (was := record.get("step_examples", now)) != now:
         product = f"--batch-size {o.batch_size} x --grad-accum {o.grad_accum} x {ranks.world} processes"
         raise RunError(f"--resume: a step has {now} examples ({product}), in the run in {o.output} it has {was}")
     for name in SAME_ON_RESUME:
@@ -197,8 +191,6 @@ def _checkpoint_to_resume(o: Options, ranks: Ranks) -> Path:
         if name in before and before[name] != getattr(o, name):
             log.info(f"resume: --{name.replace('_', '-')} is {getattr(o, name)}, the run in {o.output} has "
                      f"{before[name]}: the learning rate follows another schedule from here")  # fmt: skip
-    if "step_examples" not in record:
-        log.warning("--resume: a former version took the examples in another order; some examples come twice or never")
     reasons = []
     for checkpoint in found:
         if (reason := not_whole(checkpoint)) is None:
@@ -272,9 +264,9 @@ def own_output(o: Options, checkpoint: Optional[Path], ranks: Ranks) -> Iterator
     The other ranks wait until rank 0 has locked the folder.
 
     With --overwrite removes files of the earlier run, see :func:`_set_aside`; with --resume removes the checkpoints
-    that are later than ``checkpoint``. Raises RunError where another process holds the lock, where another run has
-    written into the folder since :func:`check_output`, and where a rank does not see the files that rank 0 writes into
-    the folder.
+    that are later than ``checkpoint``. Raises RunError where another process holds the lock, where the folder is no
+    longer empty (without --resume and --overwrite), where another run has changed which checkpoint is the last whole
+    one (with --resume), and where a rank does not see the files that rank 0 writes into the folder.
     """
     with contextlib.ExitStack() as stack:
         ranks.together(lambda: stack.enter_context(_owned(o, checkpoint, ranks)) if ranks.speaks else None)
@@ -342,9 +334,9 @@ def old_export(o: Options) -> Optional[Path]:
 def _set_aside(o: Options) -> None:
     """Removes the files and checkpoints of an earlier run from the output folder; other files stay.
 
-    Files count as those of an earlier run only if the folder has the run.json of a run; in a folder without it, only a
-    whole adapter is removed. README.md stays, because saving an adapter updates README.md; finetune.yaml stays where
-    the user has edited the file.
+    Files count as those of an earlier run only if the folder has the run.json of a run; in a folder without such a
+    run.json, only a whole adapter is removed. README.md stays, because saving an adapter updates README.md;
+    finetune.yaml stays where the user has edited the file.
 
     Where the folder has a whole adapter, README.md and the files to be removed (the adapter, run.json and others) are
     first copied to the folder PREVIOUS, which stays until this run has saved its own adapter.

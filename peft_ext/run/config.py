@@ -57,8 +57,8 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The options that a YAML file of ``--config`` sets. ``values`` maps the options' names to their values, and
-    ``lines`` to the lines of the file that set them."""
+    """The options that a YAML file of ``--config`` sets. ``values`` maps the options' names to their values. ``lines``
+    maps the options' names to the numbers of the file's lines that set the options."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +79,8 @@ class Config:
 
 
 def read_config(path: Union[str, Path], options: type) -> Config:
-    """Returns the file's values, each of the type that the field of the dataclass ``options`` has.
+    """Returns a :class:`Config` with the file's values. Each value has the type of the field of the dataclass
+    ``options``.
 
     An empty file sets no option. Raises RunError, which names the file, for: a file that does not exist, has more than
     1,000,000 characters, or is not UTF-8 or not YAML; another content than a mapping; a name that is unknown, repeated,
@@ -108,7 +109,7 @@ def read_config(path: Union[str, Path], options: type) -> Config:
 
 def merged(options: Any, config: Optional[Config], flags: dict[str, Any]) -> Any:
     """Returns ``options`` with the values of ``config`` and of ``flags``; a flag overrules the value in the file. A
-    flag for ``max_steps`` or ``epochs`` overrules the file's values of both."""
+    flag for ``max_steps`` or ``epochs`` overrules the file's values of both options."""
     values = {} if config is None else dict(config.values)
     if flags.keys() & {"max_steps", "epochs"}:  # --max-steps or --epochs drops the file's values of both options
         values = {name: value for name, value in values.items() if name not in ("max_steps", "epochs")}

@@ -45,12 +45,14 @@ class Corpus:
     Attributes:
         kind: "text", where records are strings, or "chat", where records are lists of messages.
         where: the name of the data that the user gave, such as a path.
+        empty: number of records that were left out, because their text or completion is empty or white space.
     """
 
     kind: str
     train: list[Any]
     held_out: list[Any]
     where: str
+    empty: int = 0
 
     @functools.cached_property
     def digest(self) -> str:
@@ -59,7 +61,7 @@ class Corpus:
 
     def sample_prompt(self) -> str:
         """Returns a prompt from the first held-out record: the beginning of a text, or the last message of the user
-        before the first answer of a conversation."""
+        before the first answer of a conversation (the first message, if the user has none before the answer)."""
         record = self.held_out[0]
         if self.kind == "text":
             return record[:200].rstrip()
@@ -127,7 +129,7 @@ def read_corpus(
     if len(records) < 2:
         raise RunError(f"--data {spec}: {len(records)} usable record(s), wanted at least 2 (one is held out)")
     train, held_out = _split(records, eval_fraction, seed, by_length=kind == "text")
-    return Corpus(kind, train, held_out, spec)
+    return Corpus(kind, train, held_out, spec, len(rows) - len(records))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -136,7 +138,8 @@ def read_corpus(
 def _python_docs(eval_fraction: float, seed: int) -> Corpus:
     """Returns the language reference that comes with Python, with a record for each topic.
 
-    A paragraph that a held-out topic contains is removed from the training topics.
+    A paragraph that a held-out topic contains is removed from the training topics, and a training topic without other
+    paragraphs is left out.
     """
     from pydoc_data.topics import topics
 
@@ -172,11 +175,10 @@ def _read_hub(spec: str) -> Iterable[Row]:
         from datasets import load_dataset
     except ImportError:
         raise RunError(f"--data {spec}: no such file or folder; a hub dataset needs: pip install datasets") from None
-    try:
+    # The hub and the code that reads a dataset may raise any exception.
+    about = f"--data {spec}: no such file or folder, and not a dataset the hub gives ("
+    with raised_as(RunError, about, Exception, after=")"):
         return load_dataset(spec, split="train")
-    except Exception as error:  # the hub and the code that reads a dataset may raise any exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"--data {spec}: no such file or folder, and not a dataset the hub gives ({reason})") from None
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -497,7 +499,8 @@ def _labelled(
     an answer; other tokens have the label IGNORED.
 
     Turns are not tokenized one by one, because a tokenizer such as Llama 2's puts a space before each text, and would
-    put a space before each turn. For each answer, the text is tokenized from its beginning up to the next answer.
+    put a space before each turn. For each answer, the text is tokenized from the text's beginning up to the next
+    answer.
 
     The input of a model that generates an answer is the tokens of the text before the answer. Where the tokens of the
     text with the answer do not begin with these tokens (one token may hold the last characters of the prompt and the

@@ -33,8 +33,8 @@ def packed_model() -> Optional[Path]:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-# A number in the name of the unpacked folder. It is increased when `convert` writes other files from the same package,
-# so that a folder that an older peft_ext has unpacked is not used.
+# A number in the name of the unpacked folder. _EDITION is increased when `convert` writes other files from the same
+# package, so that a folder that an older peft_ext has unpacked is not used.
 _EDITION = 2
 
 

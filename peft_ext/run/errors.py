@@ -19,7 +19,8 @@ from ..sources.json_file import first_line
 class RunError(Exception):
     """An error that the user can fix: one line about the options, the data, the model or the machine.
 
-    The line names options as on the command line, for example ``--block-size``.
+    The line names options as on the command line, for example ``--block-size``. A command prints ``error: ...`` and
+    ends with exit code 2.
     """
 
 
@@ -110,8 +111,8 @@ def mendable_errors(output: Any, hint: Any) -> Iterator[None]:
         raise
 
 
-# In a run of several processes, a second SIGTERM or SIGHUP within this many seconds counts as the first one, passed on
-# by a launcher.
+# In a run of several processes, a SIGTERM or SIGHUP within this many seconds after another signal counts as the same
+# signal, passed on by a launcher.
 _PASSED_ON_SECONDS = 20.0
 
 

@@ -165,8 +165,8 @@ def continued(
     """Returns the text of up to ``count`` tokens that the model generates after the inputs.
 
     Each token is the likeliest token, or is sampled where ``temperature`` is not 0. With ``has_prompt``, the adapter is
-    of a prompt method, and :func:`greedy` replaces the model's ``generate``. With ``together``, all processes call the
-    function, because each forward needs all processes.
+    of a prompt method, and :func:`greedy` replaces the model's ``generate``. With ``together``, all processes call
+    ``continued``, because each forward needs all processes.
     """
     from peft.helpers import DoraCaching
 
@@ -235,7 +235,7 @@ def reread(run: Run, model: Any, fresh_model: Callable[[], Any]) -> Check:
 
     Usually, both models run PEFT's own code in the comparison, and the trained model is not accelerated again
     afterwards. Models with packed experts are compared while they are accelerated, because PEFT itself can't adapt
-    these experts. Models with DoRA over NF4 in a sharded run are compared while they are accelerated, too.
+    these experts. Models with DoRA over NF4 in a sharded run stay accelerated during the comparison, too.
     """
     from ..nn import NF4Linear
     from ..nn.experts import FrozenExperts

@@ -35,7 +35,8 @@ _LAUNCHERS = {
 _PORT = 29500  # port of rank 0 where neither MASTER_PORT nor Slurm gives one: the default of torchrun
 
 # For each variable of accelerate launch's configuration: the engine that the configuration asks for if the variable is
-# true, and the options of a run in place of the engine. A run takes no engine from the configuration.
+# true, and, if a run has any, the options of a run in place of the engine. A run takes no engine from the
+# configuration.
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP: --shard fsdp2 and hsdp shard a base",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: --shard fsdp2 and hsdp shard a base",
@@ -111,8 +112,8 @@ def check_settings(has_gpu: bool, environment: Mapping[str, str] = os.environ) -
     """Returns a line for the log where the configuration of ``accelerate launch`` asks for bf16, which has no effect;
     else "".
 
-    Raises RunError where the configuration asks for an engine such as DeepSpeed, for a precision other than bf16, for a
-    compiler, or for the CPU on a machine with a GPU.
+    Raises RunError where the configuration asks for an engine such as DeepSpeed, for a mixed precision other than bf16,
+    for a compiler, or for the CPU on a machine with a GPU.
     """
 
     def asks(name: str, default: str = "no") -> str:

@@ -35,8 +35,8 @@ def _option(default: Any, text: str, panel: Optional[str] = None, least: Optiona
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, named as on the command line. ``Options()`` is the run of ``peft-ext finetune`` without
-    flags.
+    """The options of a run, named as on the command line. ``Options()`` has the options of ``peft-ext finetune``
+    without flags.
 
     The value None stands for the default that the option's description names. ``target_modules`` and
     ``target_parameters`` may be lists of names. If the run adapts ``target_parameters``, ``dropout`` acts on the
@@ -124,6 +124,9 @@ Options.__doc__ = f"{Options.__doc__}\n    Attributes:\n" + "".join(
     f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(Options)
 )
 
+# Options that only the methods of one kind use, with this kind.
+_OF_KIND = {"rank": "low-rank", "alpha": "low-rank", "dropout": "low-rank", "virtual_tokens": "prompt"}
+
 LISTS = ("target_modules", "target_parameters")  # options that take names separated by commas, or a list of names
 
 # The Python types of values that an option accepts, by the option's annotation. An option in LISTS also accepts a list
@@ -201,6 +204,11 @@ def check_options(o: Options) -> None:
     if o.method == "qlora" and o.quant == "none":
         raise RunError("--quant none with --method qlora: use --method lora instead")
     check_quant(o)
+    for name, kind in _OF_KIND.items():
+        if getattr(o, name) != getattr(Options, name) and method.kind != kind:
+            wanted = ", ".join(other for other, entry in METHODS.items() if entry.kind == kind)
+            came = f"--{name.replace('_', '-')} {getattr(o, name)} with --method {o.method}"
+            raise RunError(f"{came}, which does not use it: wanted one of {wanted}")
 
 
 def quant_name(quant: str) -> str:
@@ -210,6 +218,8 @@ def quant_name(quant: str) -> str:
 
 def check_quant(o: Options) -> None:
     """Raises RunError where the method, or a stock run, can't use the quantization ``o.quant``."""
+    if o.quant not in (None, "nf4") and o.blocksize != Options.blocksize:
+        raise RunError(f"--blocksize {o.blocksize} with --quant {o.quant}: only --quant nf4 uses it")
     if o.quant in (None, "none"):
         return
     name = quant_name(o.quant)

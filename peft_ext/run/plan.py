@@ -148,7 +148,7 @@ def make_plan(run: Run) -> Plan:
     total, free, held = memory_of(run.device)
     load = sum(p.nbytes for p in base.parameters())
     if o.quant == "checkpoint":
-        load += sum(buffer.nbytes for buffer in base.buffers())  # the scales
+        load += sum(buffer.nbytes for buffer in base.buffers())  # the scales of the packed weights
     # A dense base is converted to the run's dtype after loading. A base that is quantized later is loaded in bfloat16.
     again = load if o.quant != "none" else load * run.dtype.itemsize // torch.bfloat16.itemsize
     memory = adapter.memory

@@ -62,9 +62,9 @@ class Run:
         corpus, examples: the data of the run as records, and the tokenized data.
         checkpoint: checkpoint to resume from; None for a new run.
         device, dtype: the device on which the run computes, and the dtype of activations and dense weights.
-        why_dtype: the reason for ``dtype``; "" where ``dtype`` is the default, bfloat16.
-        folder: folder, GGUF file or hub name of the model; in a sharded run, the folder in the hub's cache for a model
-            on the hub.
+        why_dtype: the reason for ``dtype``; "" where --dtype is auto and ``dtype`` is bfloat16.
+        folder: folder, GGUF file or hub name of the model; in a sharded run that is no dry run, the folder in the hub's
+            cache for a model on the hub.
         packed: in a dry run of the default model that is not unpacked yet, the keyword arguments with which
             transformers reads configuration and tokenizer from the GGUF file; else {}.
         config, tokenizer: configuration and tokenizer of the model.
@@ -137,13 +137,9 @@ class Run:
 
     @property
     def room_of_prompts(self) -> float:
-        """Most tokens of a prompt with its answer: ``room``, minus the virtual tokens of a prompt method."""
-        return self.room - (self.options.virtual_tokens if self.is_prompt_method else 0)
-
-    @property
-    def room(self) -> float:
-        """Largest number of tokens that the model accepts; infinity where the configuration has no limit."""
-        return most_tokens(self.config)
+        """Most tokens of a prompt with its answer: the model's limit, minus the virtual tokens of a prompt method;
+        infinity where the configuration has no limit."""
+        return most_tokens(self.config) - (self.options.virtual_tokens if self.is_prompt_method else 0)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -197,7 +193,8 @@ def prepare(
     if options.block_size > run.room_of_prompts:
         virtual = options.virtual_tokens if run.is_prompt_method else 0
         more = f", and {virtual} virtual tokens (--virtual-tokens)" if virtual else ""
-        raise RunError(f"--block-size {options.block_size}{more}: the model takes at most {run.room} tokens")
+        most = most_tokens(run.config)
+        raise RunError(f"--block-size {options.block_size}{more}: the model takes at most {most} tokens")
     with status("tokenizing"):
         run.examples = tokenize(corpus, run.tokenizer, options.block_size)
     check_vocabulary(options, run.config, run.tokenizer, run.examples)
@@ -205,7 +202,9 @@ def prepare(
         checkpoints.check_same_tokens(options, run.examples)
     if options.prompt is not None:
         _check_prompt(run)
-    run.steps = _count_steps(run)
+    run.steps = options.max_steps or DEFAULT_STEPS
+    if options.epochs is not None:
+        run.steps = max(1, math.ceil(options.epochs * len(run.examples.train) / run.step_examples))
     if checkpoint is not None and (done := checkpoints.step_of(checkpoint)) > run.steps:
         raise RunError(f"--resume: {checkpoint.name} has {done} steps, more than the {run.steps} steps of this run; "
                        f"wanted at least {done} steps, or the folder of that checkpoint removed")  # fmt: skip
@@ -328,31 +327,25 @@ def facts_of(run: Run) -> dict[str, Any]:
     facts["the data of --data, as SHA-256 of the records,"] = run.corpus.digest[:16]
     facts["the data of --data, as SHA-256 of the tokens that the tokenizer of --model makes,"] = run.examples.digest
     folder = Path(run.folder)
-    if folder.is_file():
-        with raised_as(RunError, "--model ", SourceError):
-            header = read_gguf(folder, SourceError)
-        with folder.open("rb") as opened:
-            digest = hashlib.sha256(opened.read(header.data_start)).hexdigest()[:16]
-        facts[f"{folder.name} of --model, as bytes and SHA-256 of the header,"] = (
-            f"{folder.stat().st_size} and {digest}"
-        )
-    for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"] if folder.is_dir() else []:
-        with file.open("rb") as opened:
-            size = file.stat().st_size
-            header = opened.read(size if file.suffix == ".json" else 8)
-            if file.suffix != ".json":
-                header += opened.read(min(int.from_bytes(header, "little"), size))
-        facts[f"{file.name} of --model, as bytes and SHA-256 of the header,"] = (
-            f"{size} and {hashlib.sha256(header).hexdigest()[:16]}"
-        )
+    files = sorted(folder.glob("*.safetensors")) + [folder / "config.json"] if folder.is_dir() else [folder]
+    for file in filter(Path.is_file, files):
+        length = size = file.stat().st_size
+        with file.open("rb") as opened, raised_as(RunError, "--model ", SourceError):
+            if file == folder:
+                length = read_gguf(file, SourceError).data_start
+            elif file.suffix != ".json":
+                length = 8 + int.from_bytes(opened.read(8), "little")
+            opened.seek(0)
+            digest = hashlib.sha256(opened.read(min(length, size))).hexdigest()[:16]
+        facts[f"{file.name} of --model, as bytes and SHA-256 of the header,"] = f"{size} and {digest}"
     facts["the computation's dtype"] = dtype_name(run.dtype)
     facts["the checkpoint to resume from"] = None if run.checkpoint is None else run.checkpoint.name
     return facts
 
 
 def compute_dtype(o: Options, device: torch.device) -> tuple[torch.dtype, str]:
-    """Returns the dtype of activations and dense weights, and the reason for this dtype; the reason is "" where the
-    dtype is the default, bfloat16."""
+    """Returns the dtype of activations and dense weights, and the reason for this dtype; the reason is "" where --dtype
+    is auto and the dtype is bfloat16."""
     if o.dtype != "auto":
         return (torch.float32 if o.dtype == "fp32" else torch.bfloat16), "as asked for"
     why = _cpu.why_float32() if device.type == "cpu" else ""
@@ -439,13 +432,6 @@ def _check_prompt(run: Run) -> None:
 
 
 # --- steps and parameters ---------------------------------------------------------------------------------------------
-
-
-def _count_steps(run: Run) -> int:
-    o = run.options
-    if o.epochs is None:
-        return o.max_steps or DEFAULT_STEPS
-    return max(1, math.ceil(o.epochs * len(run.examples.train) / run.step_examples))
 
 
 def pruning_step(run: Run) -> int:

@@ -1,7 +1,8 @@
 """The processes of a run: the exchanges between the ranks, and how an error of one rank ends all ranks.
 
-A launcher such as torchrun starts the command once for each rank. Rank 0 writes the files and logs; the other ranks
-compute and are silent. The ranks exchange small objects over gloo, beside the process group of the training.
+A launcher such as torchrun starts the command once for each rank. Rank 0 writes the run's files and its log; the other
+ranks compute, but write no such file and no log. The ranks exchange small objects over gloo, beside the process group
+of the training.
 
 An error on one rank ends the run: the rank writes its error into the store of the process group, raises the error, and
 ends. After an error of one rank, the other ranks fail in their next exchange or all-reduce, find the error in the
@@ -50,7 +51,7 @@ class Ranks:
     """The rank of this process in a run, the number of processes and so on, with methods for exchanges between the
     processes.
 
-    ``Ranks()`` is a run of one process.
+    ``Ranks()`` describes the only process of a run.
 
     Attributes:
         rank, world: rank of this process, and number of processes.
@@ -145,7 +146,8 @@ class Ranks:
         raise error
 
     def first_of_node(self, work: Callable[[], _Result]) -> _Result:
-        """Returns ``work()``, which one rank of each machine runs before the machine's other ranks."""
+        """Returns ``work()``. On each machine, the rank whose ``local_rank`` is 0 runs ``work`` before the other ranks
+        do."""
         self._firsts += 1
         if self.local_world == 1:
             return work()
@@ -166,7 +168,7 @@ class Ranks:
         """Notes in the store that this rank has reached the point ``place`` of the program, so that an error message
         can name the last point that a rank has reached.
 
-        All ranks must reach the points in the same order.
+        All ranks must call ``at`` with the same places in the same order.
         """
         if self.world > 1:
             self._count += 1
@@ -225,7 +227,8 @@ class Ranks:
     @contextlib.contextmanager
     def reported(self, stop: Stop, hint: Callable[[], str]) -> Iterator[None]:
         """If several ranks raise errors in the block, the first of these ranks raises its error, and the others raise
-        Elsewhere. An Interrupted of another rank is raised as it is, with ``silent`` True.
+        Elsewhere. A rank that is not the first and whose own error is an Interrupted raises this Interrupted, with
+        ``silent`` True, unless its SIGTERM came because another rank had ended.
 
         The message of a RunError gets the number of the rank, unless the work of all ranks has failed. ``hint`` returns
         the end of a message, which says how to continue the run.
@@ -317,8 +320,9 @@ class Ranks:
         """Returns the ranks for which this rank may have waited: ``gone``, or, if ``gone`` is empty, the ranks that did
         not fail in an exchange.
 
-        Of these ranks (of all other ranks, if there are none), ``_behind`` returns those whose last noted point of the
-        program is the earliest. ``_behind`` never returns this rank, because this rank waited for others.
+        Of the ranks for which this rank may have waited (of all other ranks, if there are none), ``_behind`` returns
+        those whose last noted point of the program is the earliest. ``_behind`` never returns this rank, because this
+        rank waited for others.
         """
         others = [rank for rank in range(self.world) if rank != self.rank]
         with contextlib.suppress(RuntimeError):  # the process that holds the store may have ended
@@ -391,7 +395,7 @@ def wait_seconds() -> float:
 def joined(of_one: bool = False) -> Iterator[Ranks]:
     """Joins the process group that the launcher's variables describe, and yields this process's :class:`Ranks`.
 
-    ``of_one``: whether a process that no launcher started makes a process group of itself.
+    ``of_one``: whether the only process of a run makes a process group of itself, too.
 
     A process group that exists already is used, and is not destroyed at the end. On ranks other than rank 0 the block
     logs nothing and warns of nothing. Raises RunError where the launcher's variables are wrong or the other ranks can't
@@ -414,12 +418,11 @@ def joined(of_one: bool = False) -> Iterator[Ranks]:
         time.sleep(_SETTLE)  # waits, so that the rank with the error prints the error first
         raise
     except (RuntimeError, ValueError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"rank {launch.rank}: no connection to the other ranks ({line})") from None
+        raise RunError(f"rank {launch.rank}: no connection to the other ranks ({first_line(error)})") from None
     if ranks.world > 1:
         ranks.start_beats()
     try:
-        with _silent(not ranks.speaks):
+        with contextlib.nullcontext() if ranks.speaks else _silent():
             yield ranks
         ranks.wait()  # waits for all ranks, because the store ends with the rank that holds it
         ended_well = True
@@ -454,8 +457,8 @@ def _forget(before: dict[str, Optional[str]]) -> None:
 def _start_group(launch: Launch) -> tuple[Any, str]:
     """Makes the default process group, and returns its store and the name of the launch.
 
-    If torchrun restarts the processes, they get another store. The name of the launch is kept over restarts, in the
-    store of torchrun's agent; the name is "" without an agent of torchrun.
+    If torchrun restarts the processes, the restarted processes get a store with another prefix. The name of the launch
+    is kept over restarts, in the store of torchrun's agent; the name is "" without an agent of torchrun.
     """
     if not torch.distributed.is_available():
         raise RunError(f"{launch.launcher} started {launch.world} processes, and this PyTorch has no torch.distributed")
@@ -486,9 +489,9 @@ def _name_of_start(store: Any, launch: Launch) -> str:
     """Returns a new name for this start, or restart, of the processes; all ranks get an equal name.
 
     When torchrun restarts the processes, torchrun's store still has the addresses of the ended processes (PyTorch
-    2.13). Each rank except rank 0 therefore asks for the name by a request in the store. Rank 0 draws the name and
-    answers each request, also the requests of ended processes, until each other rank has confirmed that it has the
-    name.
+    2.13). Each rank except rank 0 therefore asks for the name of the start by a request in the store. Rank 0 draws the
+    name and answers each request, also the requests of ended processes, until each other rank has confirmed that it has
+    the name.
     """
     calls, seconds = f"peft_ext/calls/{launch.identity}/{launch.world}", timedelta(seconds=wait_seconds())
     if launch.rank > 0:
@@ -513,8 +516,8 @@ def _name_of_start(store: Any, launch: Launch) -> str:
 def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
     """Returns this process's :class:`Ranks` in the default process group.
 
-    Sets the GPU of this process, and the variables LOCAL_RANK, LOCAL_WORLD_SIZE and, if it is not set,
-    OMP_NUM_THREADS, which the accelerate library reads.
+    Sets the GPU of this process, and the variables LOCAL_RANK and LOCAL_WORLD_SIZE, which the accelerate library reads.
+    If OMP_NUM_THREADS is not set, also sets OMP_NUM_THREADS and PyTorch's number of threads.
     """
     distributed = torch.distributed
     group = None
@@ -545,7 +548,8 @@ def _of_group(launch: Launch, store: Any, name: str) -> Ranks:
 
 
 def _gpu_of(ranks: Ranks, node: str) -> int:
-    """Returns the index of this process's GPU: the rank on the machine, or 0 where the process sees one GPU only.
+    """Returns the index of this process's GPU: the process's rank among the processes of its machine, or 0 where the
+    process sees one GPU only.
 
     Raises RunError where two processes of a machine would share a GPU, or where a process would have no GPU.
     """
@@ -565,10 +569,7 @@ def _gpu_of(ranks: Ranks, node: str) -> int:
 
 
 @contextlib.contextmanager
-def _silent(silent: bool) -> Iterator[None]:
-    if not silent:
-        yield
-        return
+def _silent() -> Iterator[None]:
     before, log.disabled = log.disabled, True
     try:
         with warnings.catch_warnings():

@@ -50,7 +50,7 @@ class Record:
 
     def document(self) -> dict[str, Any]:
         """Returns the content of run.json as a dictionary."""
-        run, o = self.run, self.run.options
+        run, o, ranks = self.run, self.run.options, self.run.ranks
         return {
             "options": {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(o).items()},
             "changed": o.changed(),
@@ -61,14 +61,18 @@ class Record:
             "machine": {
                 **machine(), "dtype": f"{dtype_name(run.dtype)}: {run.why_dtype}".removesuffix(": "),
                 "system": f"{platform.system()} {platform.machine()}",
-                **({"processes": run.ranks.described()} if run.ranks.world > 1 else {}),
+                **({"processes": ranks.described()} if ranks.world > 1 else {}),
             },
             "examples": {
                 "train": len(run.examples.train), "held_out": len(run.examples.held_out), "kind": run.corpus.kind,
+                "empty": run.corpus.empty,
                 "digest": run.corpus.digest, "tokens": run.examples.digest, "cut": run.examples.truncated,
                 "left_out": run.examples.left_out, "rest_tokens": run.examples.rest,
             },
-            "processes": self.processes,
+            "processes": {
+                "count": ranks.world, "machines": ranks.nodes, "launcher": ranks.launch.launcher,
+                "launch": ranks.identity, "peak_mib": self.peaks, "load_growth_mib": self.load_growths,
+            },
             "step_examples": run.step_examples,
             "started": self.started,
             "steps_wanted": run.steps,
@@ -77,14 +81,6 @@ class Record:
             **self._measured(),
             **self.results,
         }  # fmt: skip
-
-    @property
-    def processes(self) -> dict[str, Any]:
-        """The numbers of processes and machines, the launcher, the launch's name, and the memory that each process
-        measured."""
-        ranks = self.run.ranks
-        return {"count": ranks.world, "machines": ranks.nodes, "launcher": ranks.launch.launcher,
-                "launch": ranks.identity, "peak_mib": self.peaks, "load_growth_mib": self.load_growths}  # fmt: skip
 
     def _measured(self) -> dict[str, Any]:
         """Returns a dict of those entries of run.json that come from the Trainer's history and from ``meter``."""
@@ -134,8 +130,9 @@ def machine() -> dict[str, Any]:
 def recording_callback(record: Record) -> Any:
     """Returns a Trainer callback that adds each step's seconds and tokens to the Trainer's history.
 
-    At up to HELD_OUT_POINTS steps the callback also adds the held-out loss, and writes run.json. A checkpoint stores
-    the history in trainer_state.json, so that a resumed run continues the history.
+    At the first step, the callback also records the bytes of weights, adapter, gradients and optimizer states. At up to
+    HELD_OUT_POINTS steps the callback also adds the held-out loss, and writes run.json. A checkpoint stores the history
+    in trainer_state.json, so that a resumed run continues the history.
     """
     from transformers import TrainerCallback
 

@@ -7,7 +7,6 @@ library saves checkpoints by torch.distributed.checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -74,24 +73,3 @@ def _read_adapter(model: Any, folder: Path, device: torch.device) -> None:
     if missing := sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - state.keys()):
         raise RunError(f"{folder}: the adapter's files lack {missing[0]}")
     set_peft_model_state_dict(model, state)
-
-
-def without_adapter(run: Run, model: Any) -> Any:
-    """Returns a context in which the adapter of a sharded model is disabled. In an unsharded run the context does
-    nothing, because the model has no adapter before the training."""
-    return model.disable_adapter() if run.sharded else contextlib.nullcontext()
-
-
-def trainer_options(run: Run) -> dict[str, Any]:
-    """Returns the arguments of TrainingArguments for a sharded run; {} for a run that is not sharded."""
-    if not run.sharded:
-        return {}
-    config = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
-    return {"fsdp": True, "fsdp_config": config}
-
-
-def adapter_state(model: Any) -> dict[str, Any]:
-    """Gathers on rank 0 the tensors that PEFT saves. All ranks have to call ``adapter_state``."""
-    from ..integrations import fsdp2
-
-    return fsdp2.adapter_state(model)

@@ -8,9 +8,8 @@ to the backward. In the backward, FSDP2 may gather a decoder layer while it comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 from torch import Tensor, nn
 
@@ -76,10 +75,10 @@ def sharded_memory(
     # this import needs PEFT, which `peft-ext doctor` and `peft-ext --version` do without
     from ..sharded.base import decoder_layers
 
-    parameters, buffers = _unique(model.parameters()), _unique(model.buffers())
+    parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    frozen = sum(_rows(p, shards) for p in parameters if not p.requires_grad) + sum(t.nbytes for t in buffers)
-    layers = [sum(p.nbytes for p in _unique(layer.parameters())) for layer in decoder_layers(model)]
+    frozen = sum(_rows(p, shards) for p in parameters if not p.requires_grad) + sum(t.nbytes for t in model.buffers())
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
     rest = sum(p.nbytes for p in parameters) - sum(layers)
     adapter = sum(_rows(p, shards) for p in trained)
     # `gathered` leaves out the rows that the process itself holds, because `frozen` and `adapter` count these rows.
@@ -88,10 +87,6 @@ def sharded_memory(
     other = 0 if memory is None else sum(memory.peak[kind] for kind in kinds)
     states = 2 * adapter + 4 * len(trained)  # Adam counts the steps of each parameter
     return ShardedMemory(shards, frozen, adapter, adapter, states, gathered, other, _reading(model, quant))
-
-
-def _unique(tensors: Iterable[Any]) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _rows(parameter: Tensor, shards: int) -> int:

@@ -79,15 +79,9 @@ class TokenMeanTrainer(Trainer):
     def _count(self, batch: dict[str, Any]) -> Tensor:
         """Returns the number of labels over which the loss of a batch is the mean."""
         labels, config = batch["labels"], getattr(self.model, "active_peft_config", None)
-        if _kind(config) == "CPT":
+        if getattr(config, "peft_type", None) == "CPT":
             labels = _cpt_labels(config, batch)
         return (labels[..., 1:] if self.shifts_labels else labels).ne(IGNORED).sum()
-
-
-def _kind(config: Any) -> str:
-    """Returns the name of the method of a PEFT configuration; "" without a configuration."""
-    kind = getattr(config, "peft_type", "")
-    return str(getattr(kind, "value", kind))
 
 
 def _shifts_labels(model: nn.Module) -> bool:
@@ -98,7 +92,7 @@ def _shifts_labels(model: nn.Module) -> bool:
     loss counts this label.
     """
     config = getattr(model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning and _kind(config) not in (*_PREFIXES, "CPT"):
+    if config is not None and config.is_prompt_learning and config.peft_type not in (*_PREFIXES, "CPT"):
         return False
     return is_causal(model)
 
@@ -107,8 +101,8 @@ def _cpt_labels(config: Any, batch: dict[str, Any]) -> Tensor:
     """Returns the labels that PEFT's CPT makes for a batch: the labels of the virtual tokens, then those of the text.
 
     A token's label is kept if the token's type is a positive multiple of 4, else the label becomes IGNORED. The types
-    of the text are the batch's ``input_type_mask``, or 4 without one. The largest type of the virtual tokens is added
-    to the positive types of the text.
+    of the text are the batch's ``input_type_mask``, or all 4 if the batch has no ``input_type_mask``. The largest type
+    of the virtual tokens is added to the positive types of the text.
     """
     labels = batch["labels"]
     virtual, types = (torch.tensor(values, device=labels.device).expand(len(labels), -1)

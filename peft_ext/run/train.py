@@ -1,10 +1,10 @@
 """A fine-tuning run: transformers' Trainer and PEFT, accelerated, measured and checked.
 
 Before training, a run checks options and data, loads the model (quantized where the options say so), measures the
-model's held-out loss, and lets the model answer prompts. To train, the run adds the adapter, accelerates the model
-unless the run is stock, trains, and saves the adapter. After training, the run measures the held-out loss and lets the
-model answer again. Finally, PEFT loads the saved adapter into a fresh base, and the run compares the logits of this
-model with those of the trained model.
+model's held-out loss, and lets the model answer prompts. To train, the run adds the adapter (a sharded run has added
+the adapter before loading the weights), accelerates the model unless the run is stock, trains, and saves the adapter.
+After training, the run measures the held-out loss and lets the model answer again. Finally, PEFT loads the saved
+adapter into a fresh base, and the run compares the logits of this model with those of the trained model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..sources.json_file import raised_as
 from ..sources.model import base_model, beside_text, loading_arguments, widen
 from ..text import dtype_name
 from ..weights.quantizers import PACKED_FORMATS
-from . import checkpoints, evaluate, shard
+from . import checkpoints, evaluate
 from .causal_loss import check_causal_loss
 from .config import FILE as CONFIG_FILE
 from .config import write_config
@@ -44,6 +44,9 @@ from .progress import log, progress_callback, shows_bars, status
 from .ranks import joined
 from .record import Record, recording_callback
 from .runner import about_runner, export_adapter
+from .shard import sharded_model
+
+_FSDP = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,9 @@ def train(run: Run) -> Result:
         run.ranks.together(lambda: _check_loss(run, model))
     peak = peak_memory_mib()
     growths = run.ranks.gather(None if peak is None else round(peak - held, 1))
-    with run.phase("evaluate before"), shard.without_adapter(run, model):
+    # Only a sharded model has its adapter before the training.
+    without_adapter = model.disable_adapter() if run.sharded else contextlib.nullcontext()
+    with run.phase("evaluate before"), without_adapter:
         losses = evaluate.held_out_losses(run, model)
         samples = evaluate.sample_prompts(run)
         said = evaluate.answers(run, model, [sample["messages"] for sample in samples])
@@ -192,7 +197,8 @@ def train(run: Run) -> Result:
 
 
 def _train(run: Run, record: Record, model: Any) -> Result:
-    """Adds an adapter to the frozen base, trains, saves and checks the adapter, and returns the result."""
+    """Adds an adapter to the frozen base (unless the run is sharded, whose model has its adapter already), trains,
+    saves and checks the adapter, and returns the result."""
     o, results = run.options, record.results
     with run.phase("adapt"):
         model = model if run.sharded else adapt(run, model)
@@ -209,9 +215,13 @@ def _train(run: Run, record: Record, model: Any) -> Result:
         return _result(record, done)
     # The adapter is saved before the evaluation, so that an error in the evaluation does not lose the adapter.
     with run.phase("save"):
-        state = shard.adapter_state(model) if run.sharded else None
+        state = {}
+        if run.sharded:
+            from ..integrations.fsdp2 import adapter_state
+
+            state = {"state_dict": adapter_state(model)}  # all ranks gather the adapter's shards
         if run.ranks.speaks:
-            save_adapter(model, o.output, overwrite=True, **({} if state is None else {"state_dict": state}))
+            save_adapter(model, o.output, overwrite=True, **state)
             shutil.rmtree(o.output / checkpoints.PREVIOUS, ignore_errors=True)
             if run.checkpoint is not None and (export := checkpoints.old_export(o)) is not None:
                 export.unlink()  # the file was exported from an adapter that this run has replaced
@@ -267,9 +277,9 @@ def _result(record: Record, done: int, check: Optional[Check] = None) -> Result:
 def load_base(run: Run) -> Any:
     """Returns the frozen base, quantized where the options say so, or packed as the files of the model are.
 
-    A stock run and DoRA get NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights (except those that transformers
-    keeps in float32) are rounded to bfloat16 for every computation dtype, so that each machine trains on equal bases.
-    Raises RunError where a weight can't be read or is missing.
+    If the base is NF4, a stock run and a run of DoRA get the NF4 weights in bitsandbytes' ``Linear4bit``. Dense weights
+    (except those that transformers keeps in float32) are rounded to bfloat16 for every computation dtype, so that each
+    machine trains on equal bases. Raises RunError where a weight can't be read or is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -323,7 +333,7 @@ def _sharded(run: Run) -> Any:
     """Returns the sharded model with its adapter. If the checkpoint has all steps of the run, the adapter has the
     checkpoint's values."""
     done = run.checkpoint if run.checkpoint and checkpoints.step_of(run.checkpoint) >= run.steps else None
-    return shard.sharded_model(run, lambda base: adapt(run, base), done)
+    return sharded_model(run, lambda base: adapt(run, base), done)
 
 
 def _saved(run: Run) -> Any:
@@ -340,7 +350,7 @@ def _saved(run: Run) -> Any:
         return get_peft_model(base, config)
 
     if run.sharded:
-        return shard.sharded_model(run, adapted, run.options.output)
+        return sharded_model(run, adapted, run.options.output)
     base = load_base(run)
     register_layers(config, base)
     return PeftModel.from_pretrained(base, folder, config=config, torch_device=str(run.device))
@@ -474,7 +484,7 @@ def _trainer(run: Run, record: Record, model: Any) -> Any:
         gradient_checkpointing=o.gradient_checkpointing, disable_tqdm=not shows_bars(),
         ddp_backend="gloo" if run.device.type == "cpu" and run.ranks.world > 1 else None,
         ddp_find_unused_parameters=_may_leave_unused(model),
-        **shard.trainer_options(run),
+        **({"fsdp": True, "fsdp_config": _FSDP} if run.sharded else {}),
         ddp_broadcast_buffers=False,  # buffers, such as scales and tables, are already equal in all processes
     )  # fmt: skip
     if run.ranks.world > 1 and not run.sharded:
@@ -535,6 +545,9 @@ def _describe(run: Run) -> None:
     unit = f"blocks of {o.block_size} tokens" if run.corpus.kind == "text" else "examples"
     train, held_out = len(examples.train), len(examples.held_out)
     log.info(f"data: {run.corpus.where}, {train} {unit} to train on, {held_out} held out")
+    if run.corpus.empty:
+        column = "text" if run.corpus.kind == "text" else "completion"
+        log.info(f"data: {run.corpus.empty} records with an empty {column} were left out")
     if examples.truncated:
         log.info(f"data: {examples.truncated} examples longer than --block-size {o.block_size} were cut")
     if examples.left_out:

@@ -43,19 +43,14 @@ def adapter_values(device: Union[str, torch.device]) -> Iterator[None]:
     weight.
     """
 
-    def moving(move: Any) -> Any:
+    def keeping(position: int, move: Any) -> Any:
+        """Returns the method ``move``, which moves the module at ``position`` of its arguments, so that the module
+        keeps its values."""
+
         @functools.wraps(move)
-        def run(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-            with _kept(layer, device):
-                move(layer, *args, **kwargs)
-
-        return run
-
-    def replacing(replace: Any) -> Any:
-        @functools.wraps(replace)
-        def run(tuner: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-            with _kept(new_module, device):
-                replace(tuner, parent, child_name, new_module, child)
+        def run(*args: Any, **kwargs: Any) -> None:
+            with _kept(args[position], device):
+                move(*args, **kwargs)
 
         return run
 
@@ -68,19 +63,17 @@ def adapter_values(device: Union[str, torch.device]) -> Iterator[None]:
 
         return run
 
-    stock = []
-    for kind, name, wrap in (
-        (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", moving), (BaseTuner, "_replace_module", replacing),
-        (DoraLinearLayer, "update_layer", updating),
-    ):  # fmt: skip
-        stock += [(one, name, vars(one)[name], wrap) for one in {kind, *_subclasses(kind)} if name in vars(one)]
-    try:
-        for kind, name, method, wrap in stock:
-            setattr(kind, name, wrap(method))
+    with contextlib.ExitStack() as stack:
+        for kind, name, wrap in (
+            (BaseTunerLayer, "_move_adapter_to_device_of_base_layer", functools.partial(keeping, 0)),
+            (BaseTuner, "_replace_module", functools.partial(keeping, 3)),
+            (DoraLinearLayer, "update_layer", updating),
+        ):
+            for one in {kind, *_subclasses(kind)}:
+                if (method := vars(one).get(name)) is not None:
+                    stack.callback(setattr, one, name, method)
+                    setattr(one, name, wrap(method))
         yield
-    finally:
-        for kind, name, method, _ in stock:
-            setattr(kind, name, method)
 
 
 @contextlib.contextmanager

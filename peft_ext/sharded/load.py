@@ -235,19 +235,17 @@ class _Loader:
 
     def _share(self, group: Group, places: list[tuple[nn.Module, str]]) -> None:
         """Makes the tensors of a group in one process of the node and sends them, see :meth:`_send`."""
-        self.turn, owner = self.turn + 1, self.turn % self.ranks
         doras = self._doras(places)
         # All processes of the mesh gather the adapters' A and B together.
         factors = [whole_factors(layer, name) for layer, name in doras]
         targets = [target for module, attribute in places for target in self._targets(module, attribute)]
         targets += [(layer.lora_magnitude_vector[name], "weight") for layer, name in doras]
-        self._send(group, owner, targets, lambda: self._made(group, doras, factors))
+        self._send(group, targets, lambda: self._made(group, doras, factors))
 
-    def _send(
-        self, group: Group, owner: int, targets: list[tuple[nn.Module, str]], make: Callable[[], list[Tensor]]
-    ) -> None:  # fmt: skip
-        """Sends the tensors that ``make`` returns in the process ``owner`` to all processes of the node. Each process
-        keeps its own shard of each tensor, and keeps whole a tensor that FSDP2 does not shard."""
+    def _send(self, group: Group, targets: list[tuple[nn.Module, str]], make: Callable[[], list[Tensor]]) -> None:
+        """Sends the tensors that ``make`` returns in one process of the node, the next in turn, to all processes of the
+        node. Each process keeps its own shard of each tensor, and keeps whole a tensor that FSDP2 does not shard."""
+        self.turn, owner = self.turn + 1, self.turn % self.ranks
         made: list[Optional[Tensor]] = [None] * len(targets)
         if self.rank == owner:
             try:
@@ -370,7 +368,6 @@ class _Loader:
         The process that computes the magnitudes reads all codes of the weight again, because each process has kept only
         its own shard of the codes.
         """
-        self.turn, owner = self.turn + 1, self.turn % self.ranks
         doras = self._packed_doras(module, attribute)
         factors = [whole_factors(layer, name) for layer, name in doras]
 
@@ -380,7 +377,7 @@ class _Loader:
             weight = module.with_codes(*held)
             return [magnitude(layer, name, weight, *pair) for (layer, name), pair in zip(doras, factors, strict=True)]
 
-        self._send(group, owner, [(layer.lora_magnitude_vector[name], "weight") for layer, name in doras], make)
+        self._send(group, [(layer.lora_magnitude_vector[name], "weight") for layer, name in doras], make)
 
 
 def _held(module: nn.Module, name: str) -> Tensor:

@@ -13,10 +13,8 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Optional
-
-from torch import nn
 
 from .json_file import shown
 
@@ -81,19 +79,19 @@ def _expressions(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
                 yield from ((field.name, form, expression) for form in forms)
 
 
-def check_expressions(config: PeftConfig, model: nn.Module, seconds: Optional[float] = None) -> None:
+def check_expressions(config: PeftConfig, modules: Iterable[str], seconds: Optional[float] = None) -> None:
     """Raises ValueError, one line, if a regular expression in ``config`` is invalid, or if matching all of them takes
     more than ``seconds`` (default: 10).
 
-    One child process matches all expressions against the names of all modules of ``model``. If Python does not know its
-    own interpreter (``sys.executable`` is empty), ``check_expressions`` checks nothing.
+    One child process matches all expressions against ``modules``, the names of a model's modules. If Python does not
+    know its own interpreter (``sys.executable`` is empty), ``check_expressions`` checks nothing.
     """
     asked = list(_expressions(config))
     if not asked or not sys.executable:
         return
     seconds = _SECONDS if seconds is None else seconds
     patterns = [form.replace("{}", expression) for _, form, expression in asked]
-    text = json.dumps([patterns, [name for name, _ in model.named_modules()]])
+    text = json.dumps([patterns, list(modules)])
     command = [sys.executable, "-I", "-S", "-c", _CHILD, str(_BYTES), str(math.ceil(seconds) + 1)]
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=seconds)

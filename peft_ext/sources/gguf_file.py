@@ -1,4 +1,4 @@
-"""Reads the configuration, tokenizer and quantization of a base model from one GGUF file; each error is one line."""
+"""Reads the configuration and the quantization of a base model from one GGUF file; each error is one line."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from .json_file import raised_as
 
 def gguf_path(name: Union[str, Path, None]) -> Optional[Path]:
     """Returns the path of the GGUF file ``name``; returns None if ``name`` is None or names no GGUF file."""
-    try:
-        path = Path(name or "").expanduser()
-        return path.resolve() if is_gguf(path) else None
-    except (OSError, RuntimeError, ValueError):
-        # The path is too long, is a loop of links, or begins with ~ and the name of an unknown user.
-        return None
+    return Path(name).expanduser().resolve() if name is not None and is_gguf(name) else None
 
 
 def read_gguf(path: Path, error: type[Exception]) -> GgufHeader:
@@ -37,25 +32,6 @@ def gguf_config(path: Path, error: type[Exception]) -> Any:
         return read_config(read_header(path))
 
 
-def gguf_tokenizer(path: Path, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a GGUF file. Raises OSError where the file can't be read, and ValueError, one line,
-    where the file has no tokenizer that transformers can read."""
-    from ..gguf.metadata import read_tokenizer
-
-    return read_tokenizer(read_header(path), **kwargs)
-
-
-def fit_tokenizer_of(path: Path, tokenizer: Any) -> None:
-    """Changes how a tokenizer that transformers has made from a GGUF file splits text: mostly as llama.cpp does.
-
-    Raises ValueError, one line, for a ``tokenizer.ggml.pre`` that is not known.
-    """
-    from ..gguf.pre_tokenizers import check_pre_tokenizer, fit_tokenizer
-
-    check_pre_tokenizer(header := read_header(path))
-    fit_tokenizer(header, tokenizer)
-
-
 def gguf_dtype(header: GgufHeader) -> torch.dtype:
     """Returns the floating-point dtype that most elements of a GGUF file's matrices have, where quantized matrices
     count as bfloat16."""
@@ -67,11 +43,6 @@ def gguf_dtype(header: GgufHeader) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def is_packed(header: GgufHeader) -> bool:
-    """Returns whether the GGUF file has quantized weights."""
-    return any(info.dtype is None for info in header.tensors.values())
-
-
 def gguf_quantization(header: GgufHeader) -> str:
     """Returns the names of a GGUF file's quantized types, the type with the most bytes first: "gguf Q4_K, Q6_K"."""
     sizes: dict[str, int] = {}
@@ -79,12 +50,3 @@ def gguf_quantization(header: GgufHeader) -> str:
         if info.dtype is None:
             sizes[info.type_name] = sizes.get(info.type_name, 0) + info.nbytes
     return f"gguf {', '.join(sorted(sizes, key=lambda name: -sizes[name]))}" if sizes else "gguf"
-
-
-def pack_meta(model: Any, path: Path, dtype: torch.dtype, error: type[Exception]) -> None:
-    """Replaces the layers of a model on the meta device by packed layers of the types in the GGUF file. Raises
-    ``error``, one line, if the file is damaged or does not fit the model."""
-    with raised_as(error, "", OSError, ValueError):
-        from ..gguf.pack import pack
-
-        pack(model, read_header(path), dtype)

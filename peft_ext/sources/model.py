@@ -22,19 +22,11 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
+from ..gguf import read_header
 from ..methods import METHODS
 from ..nn import PackedExperts
 from ..nn.packed import HoldsPacked
-from .gguf_file import (
-    fit_tokenizer_of,
-    gguf_config,
-    gguf_path,
-    gguf_quantization,
-    gguf_tokenizer,
-    is_packed,
-    pack_meta,
-    read_gguf,
-)
+from .gguf_file import gguf_config, gguf_path, gguf_quantization, read_gguf
 from .json_file import first_line, raised_as, read_object, shown
 
 # PEFT's name of a task -> the transformers class of the model. :func:`model_class` uses this class where the base's own
@@ -188,7 +180,8 @@ def stored_quant(folder: Union[str, Path], about: Any) -> str:
     has quantized weights, else "none".
     """
     if (file := gguf_path(folder)) is not None:
-        return "checkpoint" if is_packed(read_gguf(file, SourceError)) else "none"
+        tensors = read_gguf(file, SourceError).tensors.values()
+        return "checkpoint" if any(info.dtype is None for info in tensors) else "none"
     if (found := _quantization_config(about)) is None:
         return "none"
     if found.get("quant_method") == "bitsandbytes" and found.get("load_in_4bit"):
@@ -250,7 +243,10 @@ def pack_as_stored(model: Any, folder: Path, about: Any, dtype: torch.dtype) -> 
     a GGUF file. Raises SourceError where the folder has no safetensors or the files are not supported.
     """
     if folder.is_file():
-        pack_meta(model, folder, dtype, SourceError)
+        with raised_as(SourceError, "", OSError, ValueError):
+            from ..gguf.pack import pack
+
+            pack(model, read_header(folder), dtype)
         return None
     from ..integrations.packed import PackedConfig, PackedQuantizer
 
@@ -392,19 +388,26 @@ def _load_gguf(
 
 
 def load_tokenizer(folder: str, **kwargs: Any) -> Any:
-    """Returns the tokenizer in a folder or a GGUF file, and sets a padding token if the tokenizer has none. Raises the
-    errors of transformers, or for a GGUF file those of :func:`gguf_tokenizer`.
+    """Returns the tokenizer in a folder or a GGUF file, and sets a padding token if the tokenizer has none.
 
-    With ``gguf_file``, the name of a file in ``folder``, transformers itself reads the tokenizer.
+    With ``gguf_file``, the name of a GGUF file in ``folder``, transformers itself reads the tokenizer, whose way to
+    split texts is then changed: mostly to llama.cpp's. Raises the errors of transformers; for a GGUF file OSError where
+    the file can't be read, and ValueError, one line, where the file has no tokenizer that transformers can read, or has
+    an unknown ``tokenizer.ggml.pre``.
     """
     from transformers import AutoTokenizer
 
     if (file := gguf_path(folder)) is not None:
-        tokenizer = gguf_tokenizer(file, **kwargs)
+        from ..gguf.metadata import read_tokenizer
+
+        tokenizer = read_tokenizer(read_header(file), **kwargs)
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
         if "gguf_file" in kwargs:
-            fit_tokenizer_of(Path(folder, kwargs["gguf_file"]), tokenizer)
+            from ..gguf.pre_tokenizers import check_pre_tokenizer, fit_tokenizer
+
+            check_pre_tokenizer(header := read_header(Path(folder, kwargs["gguf_file"])))
+            fit_tokenizer(header, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

@@ -81,9 +81,11 @@ class TensorFiles:
         rows, *others = entry.shape or (1,)
         end = rows if end is None else end
         width = entry.dtype.itemsize * math.prod(others)
-        held = torch.empty((end - start) * width, dtype=torch.uint8)
+        opened, held = self.open(entry.file), torch.empty((end - start) * width, dtype=torch.uint8)
         try:
-            self._fill(entry, entry.offset + start * width, held)
+            opened.seek(entry.offset + start * width)
+            if opened.readinto(held.numpy()) != held.numel():
+                raise OSError("the file ends before the tensor does")
         except OSError as error:
             raise SourceError(f"model {entry.file}: {name}: {error.strerror or error}") from error
         shape = (end - start, *others) if entry.shape else ()
@@ -97,12 +99,6 @@ class TensorFiles:
             except OSError as error:
                 raise SourceError(f"model {file}: {error.strerror}") from error
         return self._open[file]
-
-    def _fill(self, entry: Entry, offset: int, held: Tensor) -> None:
-        opened, view = self.open(entry.file), memoryview(held.numpy())
-        opened.seek(offset)
-        if opened.readinto(view) != len(view):
-            raise OSError("the file ends before the tensor does")
 
     def close(self) -> None:
         """Closes the files. A later call of :meth:`rows` opens a file again."""

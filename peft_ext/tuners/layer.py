@@ -47,7 +47,8 @@ def tree(items: dict[str, Union[Tensor, nn.Module]], base: Optional[nn.Module] =
     a submodule a.
 
     Parameters and modules are registered as parameters and modules, other tensors as buffers. ``base``: a module that
-    has tensors with the names in ``items``. Items of an ``nn.LayerNorm`` in ``base`` are held by an ``nn.LayerNorm``.
+    has tensors with the names in ``items``. Items whose names belong to an ``nn.LayerNorm`` in ``base`` are held by an
+    ``nn.LayerNorm`` too.
     """
 
     def holder(path: str) -> nn.Module:
@@ -113,10 +114,6 @@ class ReplacingLayer(Wrapper):
         self._lock = _Lock()
         self._active_adapter = []
         self.training = base_layer.training
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_lock", _Lock())  # models that a former version of peft_ext pickled have no lock
 
     # --- methods of a subclass ----------------------------------------------------------------------------------------
 

@@ -212,8 +212,8 @@ def _nearest_iq4() -> tuple[Tensor, Tensor]:
     256``.
 
     The table of codes is uint8, the table of values float32. The borders between the codes are multiples of 1/2, so
-    that all numbers of one index have the same nearest code. If two values are equally near, the tables have the larger
-    value.
+    that all numbers x with the same index have the same nearest code. If two values are equally near, the tables have
+    the larger value.
     """
     table = torch.tensor(_IQ4, dtype=torch.float32)
     codes = torch.bucketize(torch.arange(-256, 256) / 2, (table[1:] + table[:-1]) / 2, right=True)

@@ -98,7 +98,8 @@ def _made(weight: PackedWeight) -> None:
 
 
 def when_made(call: Callable[[PackedWeight], None]) -> None:
-    """Sets the function that is called with each new weight, except with an NF4Weight.
+    """Sets the function that PackedWeight calls with each weight that is made; for an NF4Weight the function is not
+    called.
 
     peft_ext.ops sets a function that proves the kernels of the weight's format before their first use.
     """

@@ -19,8 +19,8 @@ pytest.importorskip("benchmarks", reason="benchmarks/ is not here: not a checkou
 charts, files = (importlib.import_module(f"benchmarks.{name}") for name in ("charts", "files"))
 
 from peft_ext.chart import Scale, identifier  # noqa: E402
-from peft_ext.cli import CliError  # noqa: E402
 from peft_ext.cli import bench as command  # noqa: E402
+from peft_ext.run import RunError  # noqa: E402
 
 PICTURES = sorted((ROOT / "docs/images").glob("*.svg"))
 committed = pytest.mark.skipif(not files.RESULTS.is_dir(), reason="the result files are not here: not a checkout")
@@ -353,10 +353,10 @@ def test_bench_leaves_numbers_and_pictures(tmp_path, capsys):
 
 def test_bench_refuses_a_folder_that_is_none(tmp_path):
     (tmp_path / "file").write_text("here")
-    with pytest.raises(CliError, match=rf"^--output {tmp_path}/file/x: {tmp_path}/file is no folder$"):
+    with pytest.raises(RunError, match=rf"^--output {tmp_path}/file/x: {tmp_path}/file is no folder$"):
         bench(output=tmp_path / "file" / "x")
     (tmp_path / "bench.json").mkdir()
-    with pytest.raises(CliError, match=rf"^--output {tmp_path}/bench.json: Is a directory$"):
+    with pytest.raises(RunError, match=rf"^--output {tmp_path}/bench.json: Is a directory$"):
         bench(method=["ia3"], output=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "file"]
 

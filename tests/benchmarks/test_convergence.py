@@ -205,7 +205,8 @@ def test_the_document_says_what_differs():
                       "0.2500 at most (LoRA)") == 2  # fmt: skip
     assert "| LoRA | PEFT | 1 of 2 | 3.125 → 3.125 | 3.000 → 3.000 |" in text
     assert "| LoRA | 0.1250 (0.2500) | 0 (0) |" in text  # the distances from the float32 run
-    assert "curves differ by 0.5000 at most, rounding included, and end at held-out losses of 2.500 and 2.500." in text
+    assert ("curves differ by 0.5000 at most, by the masks and by rounding together, and end at held-out losses of "
+            "2.500 and 2.500.") in text  # fmt: skip
     assert "except (largest difference of a logit, and largest logit): LoRA in bfloat16 0.5000 of 30," in text
     text = text_of(result_of({"LoRA": [3.0, 3.25]}))
     assert "gives the same logits, bit for bit. Pruning: no method was pruned." in text

@@ -284,6 +284,11 @@ OPTIONS = [
     (["--method", "qlora", "--quant", "none"], "--quant none with --method qlora: use --method lora instead"),
     (["--method", "partial", "--quant", "nf4"],
      "--quant nf4 with --method partial: it trains the weights themselves, which NF4 freezes"),
+    (["--method", "ia3", "--rank", "4"],
+     "--rank 4 with --method ia3, which does not use it: wanted one of lora, rslora, qlora, dora, adalora"),
+    (["--virtual-tokens", "4"], "--virtual-tokens 4 with --method lora, which does not use it: wanted one of prefix, "
+     "prompt"),
+    (["--quant", "none", "--blocksize", "128"], "--blocksize 128 with --quant none: only --quant nf4 uses it"),
     (["--rank", "0"], "--rank 0: wanted 1 to 2147483647"),
     (["--dropout", "1"], "--dropout 1.0: wanted 0 <= p < 1"),
     (["--quant", "int3"], "--quant int3: wanted one of nf4, mxfp4, nvfp4, fp8, int4, checkpoint, none"),

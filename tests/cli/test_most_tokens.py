@@ -8,8 +8,8 @@ hf = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("typer")
 
-from peft_ext.cli import CliError  # noqa: E402
 from peft_ext.cli.explain import _length  # noqa: E402
+from peft_ext.run import RunError  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -27,5 +27,5 @@ def test_the_limit_of_the_text_decoder_is_read(config, most) -> None:
     if most is None:
         assert _length(made, 4096, 512) == 4096
     else:
-        with pytest.raises(CliError, match="the model takes at most 64 tokens"):
+        with pytest.raises(RunError, match="the model takes at most 64 tokens"):
             _length(made, 65, 512)

@@ -82,7 +82,7 @@ def test_float32_activations_over_a_16_bit_compute_dtype(method, dropout, comput
         wide = copy.deepcopy(model)
         for layer in tuners(wide).values():
             layer.base_layer.compute_dtype = torch.float32
-        if method != "DoRA":  # DoRA's dropout of the base layer's term draws PyTorch's mask, as in PEFT
+        if method != "DoRA":  # over this base, DoRA drops x by nn.Dropout, as in PEFT
             with_philox(stock), with_philox(wide)
         x = inputs("float32", (21,))
         truth = run(wide, x)

@@ -242,7 +242,7 @@ def test_a_bias_a_tensor_and_a_base_that_runs_on_its_own(case, base):
     (prepare or (lambda model: None))(stock)
     fused = copy.deepcopy(stock)
     wide = copy.deepcopy(stock).double()  # All layers compute in float64, also within hooks.
-    for model in (fused, wide):  # The copied hooks and patched forwards still call the first model.
+    for model in (fused, wide):  # A copied patched forward still calls the first model.
         for layer in tuners(model).values():
             base_layer = layer.base_layer
             base_layer._forward_hooks.clear(), base_layer._backward_pre_hooks.clear()

@@ -110,3 +110,34 @@ def test_a_killer_that_is_no_longer_in_its_tier_is_named(root: Path) -> None:
     assert found == ["a sum: tests/test_a.py::test_a is not in the tier fast"]
     row["fast"] = "tests/test_a.py::test_b"
     assert mutations.killers_that_left(results, [first, second], root) == []
+
+
+class Ran:
+    """A copy of the checkout in which every test that runs on the emulator fails."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+
+    def mutate(self, mutation: mutations.Mutation) -> None:
+        self.commands.append([mutation.name])
+
+    def restore(self) -> None:
+        pass
+
+    def build(self, is_whole: bool = False) -> bool:
+        return True
+
+    def test(self, arguments: list[str], seconds: float) -> str | None:
+        self.commands.append(arguments)
+        return "tests/test_b.py::test_b" if "emulated" in arguments else None
+
+
+def test_mutations_of_cuda_kernels_are_tested_on_the_emulator(root: Path) -> None:
+    path = root / "tests/mutations.ini"
+    path.write_text(f"{FOUND}device = emulated\n")
+    _, kernel = mutations.read_mutations(path)
+    assert mutations.killer(copy := Ran(), kernel, "fast", True) == mutations.SURVIVED and copy.commands == []
+    assert mutations.killer(copy, kernel, "all", True) == "on the emulator: tests/test_b.py::test_b"
+    assert copy.commands[-1][:2] == ["--device", "emulated"] and copy.commands[-1][-1] == "tests/test_b.py"
+    failing = mutations.control(copy, {"on the emulator: tests/test_b.py::test_b", "tests/test_a.py::test_a"}, False)
+    assert failing == {"on the emulator: tests/test_b.py::test_b"}  # it fails without the mutation as well

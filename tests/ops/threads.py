@@ -86,10 +86,11 @@ class Call:
         if self.case.exact or self.case.op in WITHOUT_PRODUCTS:
             return ()
         if TILES and self.dtype == torch.bfloat16 and self.case.op != "bottleneck":
-            # For fewer tokens than the tiles take, PyTorch computes the gradient of x over a dense weight.
+            # For fewer tokens than the tiles take, PyTorch computes the gradient of x over a dense weight. The bounds
+            # are those of enough_tokens in csrc/linear/cpu/tiles/products.cpp.
             size = self.shape[1] * self.shape[2]
             if _native.STATE.isa == "avx512_bf16":
-                fewest = 17 if size <= 2**20 else 24
+                fewest = 2 if size <= 2**20 else 8
             else:
                 fewest = 17 if size <= 2**19 else 128
             few = torch.Size(self.shape[0]).numel() < fewest and isinstance(self.sample[0].inputs.get("weight"), Tensor)

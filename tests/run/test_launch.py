@@ -363,7 +363,7 @@ def test_a_signal_that_comes_during_the_exchange_of_a_step_stops_after_the_next(
     state, control = SimpleNamespace(global_step=1), SimpleNamespace(should_save=False, should_training_stop=False)
 
     def largest(*values):
-        stop.signal = 15  # as if the signal's handler ran while the exchange returns
+        stop.signal = 15  # as if the signal's handler ran during the call of `largest`
         return list(values)
 
     monkeypatch.setattr(here, "largest", largest)

@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from tiers import first
+from tiny_run import used
 from transformers import AutoModelForCausalLM
 
 import peft_ext
@@ -45,8 +46,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 def options_of(tiny: Path, output: Path, **changes) -> Options:
     return Options(
-        **{"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
-           "batch_size": 2, "block_size": 64, "max_steps": 4, "save_steps": 2, **changes}
+        **used({"model": str(tiny / "model"), "data": str(tiny / "pairs.jsonl"), "output": output, "rank": 4,
+                "batch_size": 2, "block_size": 64, "max_steps": 4, "save_steps": 2, **changes})
     )  # fmt: skip
 
 

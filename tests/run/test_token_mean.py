@@ -16,6 +16,7 @@ import transformers as hf
 from peft import CPTConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiers import first
+from tiny_run import used
 
 import peft_ext
 from peft_ext import recipes
@@ -54,10 +55,10 @@ def test_a_run_of_more_and_smaller_batches(
     monkeypatch.setattr(hf.LlamaForCausalLM, "accepts_loss_kwargs", accepts, raising=False)
     folders, losses = [tmp_path / "whole", tmp_path / "parts"], []
     for folder, size in zip(folders, (4, 1), strict=True):
+        options = used({"method": method, "rank": 4, "dropout": 0.0})
         result = finetune(Options(
-            model=str(tiny / "model"), data=str(tiny / data), output=folder, method=method, rank=4, dropout=0.0,
-            quant="none", dtype="fp32", batch_size=size, grad_accum=4 // size, block_size=64, max_steps=3, lr=1e-2,
-            warmup=0,
+            model=str(tiny / "model"), data=str(tiny / data), output=folder, **options, quant="none", dtype="fp32",
+            batch_size=size, grad_accum=4 // size, block_size=64, max_steps=3, lr=1e-2, warmup=0,
         ))  # fmt: skip
         losses.append(result.losses)
     assert_same(folders, losses)

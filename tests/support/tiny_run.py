@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_llama import write_pairs, write_tiny_model
 
 from peft_ext.cli.main import main
+from peft_ext.methods import METHODS
 
 needs_hf = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("transformers", "peft", "accelerate")),
@@ -49,11 +52,23 @@ def write_gemma3(tiny: Path, folder: Path) -> Path:
     return folder
 
 
+def used(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns those of the options of a run that its method uses: only low-rank methods have a rank and dropout."""
+    low_rank = METHODS[options.get("method", "lora")].kind == "low-rank"
+    return {name: value for name, value in options.items() if low_rank or name not in ("rank", "dropout")}
+
+
+def rank_for(options: Sequence[Any]) -> tuple[str, ...]:
+    """Returns the arguments that give a small rank, if the method that the arguments ``options`` name has a rank."""
+    method = options[options.index("--method") + 1] if "--method" in options else "lora"
+    return ("--rank", "4") if method in METHODS and METHODS[method].kind == "low-rank" else ()
+
+
 def finetune(tiny: Path, output: Path, *options: str, data: str = "pairs.jsonl", steps: int = 4) -> int:
     """Runs a few steps of finetune on the tiny model and returns the exit code."""
     return main(
         ["finetune", "--model", str(tiny / "model"), "--data", str(tiny / data), "--output", str(output),
-         "--batch-size", "2", "--block-size", "64", "--rank", "4", "--max-steps", str(steps), *options]
+         "--batch-size", "2", "--block-size", "64", *rank_for(options), "--max-steps", str(steps), *options]
     )  # fmt: skip
 
 

@@ -152,7 +152,7 @@ def test_products_with_few_and_many_tokens(number, set_path):  # noqa: F811
         for tokens in (1, 2, 3, 7, 40):
             x = torch.randn(tokens, columns).to(dtype)
             want, scale = x.double() @ dense.T, x.double().abs() @ dense.abs().T
-            if number == 3:  # the sums of scale times code and of the offset are rounded before they cancel
+            if number == 3:  # Q4_1: sum(x * scale * code) and sum(x * offset) are rounded, then nearly cancel
                 scale += x.double().abs().sum(1, keepdim=True) * dense.abs().max()
             for path in _native.STATE.module.isas():
                 set_path(path)

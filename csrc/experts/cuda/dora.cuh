@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_runs_kernel(ScaleRuns wor
       for (int i = 0; i < kVector; ++i) sums[i] = fma_rn(values[i], z[i], sums[i]);
     }
     if (work.out == nullptr) continue;
-    // dY may hold any values, NaN included, in rows that belong to no expert. G is 0 in rows that belong to no expert.
+    // In rows that belong to no expert, dY may hold any values, NaN included: the kernel writes 0 to G there.
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] = run.expert < 0 ? 0.0f : values[i] * scale[i];
     save_columns(static_cast<T*>(work.out) + at, first, work.columns, kWhole, values);

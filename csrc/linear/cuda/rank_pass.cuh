@@ -36,8 +36,8 @@
 namespace peft_ext {
 
 // Divides the product of a tile of D with kRanks tiles of 8 ranks among the warps of a thread block. A warp computes at
-// most four tiles of ranks (32 ranks). If there are more ranks, a warp computes more rows (for Q: columns) for one part
-// of the ranks, and so uses each fragment of F (for Q: of L) for more products.
+// most four tiles of ranks (32 ranks). For more than 32 ranks, a warp computes one part of the ranks for more rows of
+// the tile (for Q: more columns), and so uses each fragment of the factor F (for Q: of L) for more products.
 template <int kRanks>
 struct RankShare {
   static constexpr int kTiles = kRanks < 4 ? kRanks : 4;  // number of tiles of 8 ranks per warp

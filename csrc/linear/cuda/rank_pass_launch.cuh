@@ -1,5 +1,6 @@
-// Selects the instance of rank_pass_kernel for a pass. rank_pass_<type>_cuda.cpp and rank_runs_<type>_cuda.cpp contain
-// the instances of an element type.
+// Selects and launches the instance of rank_pass_kernel that computes a RankPass (a product of a large matrix with a
+// matrix of R columns). rank_pass_<type>_cuda.cpp and rank_runs_<type>_cuda.cpp contain the instances of an element
+// type.
 #pragma once
 
 #include "linear/cuda/passes.cuh"

@@ -1,5 +1,5 @@
-// Selects the instance of rank_siblings_kernel for a pass. rank_siblings_<type>_cuda.cpp contains the instances of an
-// element type.
+// Selects and launches the instance of rank_siblings_kernel that computes a SiblingsPass (a pass over an x that several
+// layers share). rank_siblings_<type>_cuda.cpp contains the instances of an element type.
 #pragma once
 
 #include "linear/cuda/passes.cuh"

@@ -93,9 +93,9 @@ struct TokenGroup {
 
 constexpr int kGroupedFewTokens = 64;
 
-// The arguments of shrink_grouped_kernel, for a mixed batch. The arguments contain everything that the kernel needs
-// besides the tensors, so that nothing is copied from the host to device memory. few.s [tokens, rank] receives zeros
-// beyond the rank of a token's adapter.
+// The arguments of shrink_grouped_kernel, for a mixed batch. The arguments contain the table of the token groups and
+// all numbers that the kernel needs, so that the kernel reads only tensors from device memory and nothing is copied
+// from the host to the device. few.s [tokens, rank] receives zeros beyond the rank of a token's adapter.
 struct ShrinkGrouped {
   ShrinkFew few;         // the kernel uses only the fields x, inputs, whole, rank and s
   TokenFactor* factors;  // [tokens]: receives the TokenFactors that the next kernel reads

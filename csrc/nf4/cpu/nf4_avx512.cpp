@@ -104,8 +104,8 @@ inline float largest_of(const f16* in, int64_t blocksize) {
 }
 
 // If `inverse` is 0 or NaN, because the block contains an infinity or a NaN, encoded_unbounded encodes the block and
-// returns true. For a block of finite values, encoded_unbounded only returns false. If `inverse` is 0, each finite
-// value becomes 0, and infinity becomes NaN, which has code 15.
+// returns true. For a block of finite values, encoded_unbounded encodes nothing and returns false. If `inverse` is 0,
+// each finite value becomes 0, and infinity becomes NaN, which has code 15.
 template <typename T>
 inline bool encoded_unbounded(const T* in, int64_t blocksize, float inverse, uint8_t* packed) {
   if (inverse > 0.0f) return false;

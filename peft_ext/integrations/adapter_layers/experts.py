@@ -297,8 +297,8 @@ def _known_gate(experts: Any, dtype: torch.dtype) -> Optional[str]:
 
 
 def prepare_experts(model: nn.Module, dropout: Optional[float]) -> None:
-    """Clears the cache of known gates, and unless ``dropout`` is None, stores the experts_dropout of
-    :func:`peft_ext.accelerate` on the wrappers of the model's experts."""
+    """Clears the cache ``_GATES`` of known gates. Unless ``dropout`` is None, also sets the experts_dropout of
+    :func:`peft_ext.accelerate` on the wrappers of the model's experts; for 0.0, a stored value is removed."""
     _GATES.clear()
     if dropout is None:
         return

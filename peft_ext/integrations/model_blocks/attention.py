@@ -214,7 +214,8 @@ class Attention(Block):
 
     def _few(self, facts: Facts, x: Tensor) -> Union[SimpleNamespace, str]:
         """Returns the attention's plan for calls of few tokens without a gradient: the functions and numbers that
-        :meth:`_rotary_forward` uses. Returns a reason, a string, if the attention has no plan."""
+        :meth:`_rotary_forward` and the operator decoder_layer use. Returns a reason, a string, if the attention has no
+        plan."""
         known, held = self.peft_ext_known, self.__dict__
         if not known.forward:
             return "no forward of peft_ext replaces its own"

@@ -341,8 +341,9 @@ def _suffix(layout: Layout, part: str, apart: bool) -> str:
     """Returns the end of the name of a tensor of merged experts, after the name of the dense parameter.
 
     By default, the codes have the name of the dense parameter, because offloading to the disk needs the dense name. If
-    some layers of the model have dense experts (``apart``), the codes have a name of their own, because transformers
-    looks up, by a tensor's name in the model, the names under which ``save_pretrained`` writes the tensor.
+    some layers of the model have dense experts (``apart``), the codes have a name of their own, unless the layout
+    stores the codes under the name "weight". The reason: transformers looks up, by a tensor's name in the model, the
+    names under which ``save_pretrained`` writes the tensor.
     """
     return "" if part == layout.codes and (part == "weight" or not apart) else f"_{part}"
 

@@ -66,8 +66,6 @@ def render(document: Document) -> str:
     """Returns the HTML page of ``document``, the content of a run.json, which may lack entries that a finished run
     has."""
     run = {name: {} for name in _MAPPINGS} | {name: [] for name in _LISTS} | {"steps": 0} | dict(document)
-    if not run["samples"] and "answers" in run:
-        run["samples"] = [run["answers"]]
     template, style, script, digest = _files()
     page = template.render(
         run=run, style=style, script=script, digest=digest, width=WIDTH, height=HEIGHT, charts=_charts(run),

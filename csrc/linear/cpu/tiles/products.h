@@ -46,8 +46,8 @@ bf16* token_strips(bf16* room, bool left, const Tensor& m, int64_t tokens, int64
 bf16* token_strips(Scratch use, bool left, const Tensor& m, int64_t tokens, int64_t depth, const float* scale,
                    const KeepBits* keep);
 
-// Returns whether the tile kernels multiply the dropped elements separately. On AMX the result is false, because AMX
-// multiplies all of W in about the time in which vector instructions multiply a twentieth of W.
+// Returns whether the tile kernels multiply the dropped elements separately. On AMX, tiles_take_dropped returns false,
+// because AMX multiplies all of W in about the time in which vector instructions multiply a twentieth of W.
 bool tiles_take_dropped(const Dropout& dropout, int64_t depth);
 
 // DroppedTokens holds the elements of m [tokens, depth] that dropout drops. The pointers in `entries` point into
