@@ -552,7 +552,6 @@ def test_an_attention_of_a_class_of_ones_own() -> None:
         proof.REGISTERED.pop(form_of(OwnAttention).digest, None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "more", "said"),
     [

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -573,6 +574,15 @@ def steps():
 
 print(steps())
 """
+
+
+def test_each_thread_has_the_state_of_its_forward_before_its_first_forward() -> None:
+    """torch.compile guards on the attributes that a thread has when its first forward is traced."""
+    found: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: found.append(dict(vars(between._NOW))))
+    thread.start()
+    thread.join()
+    assert found == [{"forward": None}]
 
 
 @pytest.mark.slow

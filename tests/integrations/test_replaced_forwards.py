@@ -52,3 +52,15 @@ def test_stock_runs_where_the_forward_of_a_class_was_replaced(method, base, kind
     assert rows and all("forward" in row.reason for row in rows)
     monkeypatch.undo()
     assert peft_ext.explain(fused).fused_share == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_replaced_forward_is_noticed_after_an_equal_call(method, monkeypatch):
+    """The replaced forward runs in the call that follows an equal, fused call."""
+    model = peft_ext.accelerate(make_method(method, "float32").eval())
+    x, forward = inputs("float32", (7,)), nn.Linear.forward
+    before = model(x)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 1.5 * forward(self, x))
+    assert not torch.allclose(model(x), before)
+    monkeypatch.undo()
+    assert torch.equal(model(x), before)

@@ -310,6 +310,21 @@ def test_without_acceleration_and_in_a_class_of_ones_own(tmp_path: Path) -> None
     assert trainer.loss_reason is None
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("items", [None, 7])
+def test_the_loss_of_one_call_is_trls(temperature: float, items: Optional[int]) -> None:
+    model = llama("Gemma2", num_hidden_layers=1, final_logit_softcapping=2.0).requires_grad_(False)
+    add_fused_lm_head(model, temperature)
+    ids = torch.arange(3, 35).view(2, -1)
+    call = {"input_ids": ids, "labels": ids.masked_fill(ids < 8, -100), "fused_lm_head": True,
+            "num_items_in_batch": None if items is None else torch.tensor(items)}  # fmt: skip
+    wanted = model(**call)
+    with warnings.catch_warnings(action="error"):  # a call of TRL's own forward is a warning
+        found = ours._linear(model.forward)(model, **call)
+    for name in ("loss", "log_probs"):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-5)
+
+
 def test_every_field_of_the_output(tmp_path: Path) -> None:
     ids = torch.arange(3, 35).view(2, -1)
     found = []

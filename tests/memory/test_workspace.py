@@ -87,6 +87,27 @@ def of_cuda(name: str, *args: object) -> tuple[list[torch.Tensor], int, int]:
     return found, taken, workspace.workspace_bytes(getattr(torch.ops.peft_ext, name).default, args, "cuda")
 
 
+@pytest.mark.parametrize("want_z", [True, False])
+def test_the_estimate_of_a_dropout_of_dora_s_base_on_cuda(want_z: bool):
+    """The dropout writes x; the backward writes the two gradients of x, and dY; without z, the forward writes Y."""
+    tokens, k, n, r = 8, 32, 48, 4
+    x, grad, lora = (
+        torch.randn(tokens, k),
+        torch.randn(tokens, n),
+        (torch.randn(r, k), torch.randn(n, r), torch.rand(n)),
+    )
+    weight, dropout = ops.checks.weight_args(torch.randn(n, k)), (0.5, 0.25, torch.tensor([1, 2]), True)
+
+    def estimate(name: str, *args: object) -> int:
+        return workspace.workspace_bytes(getattr(torch.ops.peft_ext, name).default, args, "cuda")
+
+    forward = estimate("dora_linear", x, *weight, None, *lora, *dropout, want_z)
+    assert forward >= 4 * tokens * (k + (0 if want_z else n))
+    s, z = torch.ops.peft_ext.dora_linear(x, *weight, None, *lora, *dropout, want_z)[1:]
+    backward = estimate("dora_linear_backward", grad, x, *weight, *lora, s, z, False, *dropout, True, True)
+    assert backward >= 4 * tokens * 2 * k
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("want_z", [True, False])
 def test_what_a_dropout_of_dora_s_base_takes_on_cuda(want_z: bool):

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from merged_models import CAUSAL, MODELS, dequantized, lora, same_as_on, trained  # noqa: E402
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -207,6 +207,17 @@ def test_the_sum_is_rounded_once(made, tmp_path, dtype, tight):
     exact = exact.merge_and_unload().state_dict()
     assert all(torch.equal(tensor, exact[key].to(wanted)) for key, tensor in model.state_dict().items())
     assert done.dtype is merge.DTYPES[dtype] and done.nbytes == sum(p.nbytes for p in model.parameters())
+
+
+def test_an_adapter_in_16_bits_is_merged_in_float32(made, tmp_path):
+    base, adapter = made("Llama", lora("q_proj"), torch.bfloat16)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    merge_to_dense(base, adapter, tmp_path / "out", dtype="fp32")
+    exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    exact = exact.merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in found.items())
 
 
 def test_what_a_model_keeps_in_float32_stays_so(made, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_run import finetune, needs_hf, report, tiny, write_tiny_model  # noqa: F401
 
-pytestmark = [pytest.mark.slow, needs_hf]
+pytestmark = needs_hf
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def mixture(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_a_run_on_experts_learns_saves_and_is_read_again(mixture: Path, tmp_path: Path, quant: str) -> None:
     out = tmp_path / "out"
@@ -42,6 +43,7 @@ def test_a_run_on_experts_learns_saves_and_is_read_again(mixture: Path, tmp_path
     assert len(experts) == 4 and all(tensor.any() for tensor in experts)
 
 
+@pytest.mark.slow
 def test_a_run_of_dora_on_experts(mixture: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert finetune(mixture, out, "--method", "dora", "--quant", "none", "--lr", "0.02", steps=12) == 0
@@ -56,6 +58,7 @@ def test_a_run_of_dora_on_experts(mixture: Path, tmp_path: Path) -> None:
     assert report(tmp_path / "nf4")["check"]["ok"]
 
 
+@pytest.mark.slow
 def test_names_instead_of_all(mixture: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--target-parameters", "mlp.experts.down_proj", "--quant", "none", "--gradient-checkpointing")
@@ -63,6 +66,7 @@ def test_names_instead_of_all(mixture: Path, tmp_path: Path) -> None:
     assert not any("gate_up_proj" in g["kind"] for g in report(out)["fused"]["groups"])
 
 
+@pytest.mark.slow
 def test_resumes(mixture: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ("--target-parameters", "experts", "--save-steps", "2")
@@ -98,6 +102,7 @@ def test_a_model_without_experts(tiny: Path, tmp_path: Path, capsys) -> None:  #
     assert "LlamaForCausalLM has no experts that peft_ext knows" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stock_runs_too(mixture: Path, tmp_path: Path) -> None:
     fused, stock = tmp_path / "fused", tmp_path / "stock"
     options = ("--target-parameters", "experts", "--quant", "none", "--dropout", "0", "--dtype", "fp32")

@@ -242,6 +242,34 @@ def test_a_late_exchange_names_the_ranks_that_wait_in_no_exchange(waiting, named
     assert sum(type(error) is Elsewhere for error in found) == len(waiting) - 1
 
 
+def test_the_ranks_share_the_work_without_overlap():
+    shares = [list(each.mine(7)) for each in Threads(3).ranks]
+    assert sorted(index for share in shares for index in share) == list(range(7))
+    assert max(map(len, shares)) - min(map(len, shares)) == 1
+    found = Threads(3).run(lambda each: each.merged({index: f"item {index}" for index in each.mine(7)}))
+    assert found == [{index: f"item {index}" for index in range(7)}] * 3
+
+
+def test_a_signal_to_one_process_reaches_all_processes():
+    """The ranks exchange the number of the signal over gloo."""
+    store, several = torch.distributed.HashStore(), Threads(2)
+
+    def work(each):
+        each._group = torch.distributed.ProcessGroupGloo(store, each.rank, 2, timedelta(seconds=SECONDS))
+        return each.largest(15 * each.rank, 0), each.largest(0, 1 - each.rank)
+
+    assert several.run(work) == [([15, 0], [0, 1])] * 2
+
+
+def test_each_start_of_the_processes_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """torchrun's store stays as it is when torchrun restarts the processes."""
+    monkeypatch.setenv("PEFT_EXT_RANK_SECONDS", "10")
+    store = torch.distributed.HashStore()
+    starts = [Threads(3).run(lambda each: ranks._name_of_start(store, each.launch)) for _ in range(2)]
+    names = [set(start) for start in starts]
+    assert [len(each) for each in names] == [1, 1] and names[0] != names[1]
+
+
 def test_a_difference_names_the_fact_and_both_values():
     def work(each):
         return each.check_alike({"torch": "2.13" if each.rank < 2 else "2.12", "--lr": 1e-4})
@@ -250,6 +278,28 @@ def test_a_difference_names_the_fact_and_both_values():
     assert type(first) is type(second) is Elsewhere
     assert str(third) == "torch is 2.12, on rank 0 it is 2.13"
     assert Threads(3).run(lambda each: each.check_alike({"torch": "2.13"})) == [None] * 3
+
+
+def test_the_processes_compare_tokens_and_labels():
+    from peft_ext.run.data import Examples
+
+    row = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
+    others = [{**row, "input_ids": [3, 4, 6]}, {**row, "labels": [-100, -100, 5]}]
+    digests = [Examples([each], [row]).digest for each in (row, *others)] + [Examples([row], [others[0]]).digest]
+    assert len(set(digests)) == 4 and digests[0] == Examples([dict(row)], [dict(row)]).digest
+
+
+def test_the_processes_compare_the_versions_of_packages(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("peft")
+    from peft_ext.run import prepare
+
+    options = Options(model=str(tiny / "model"), data=str(tiny / "pairs.jsonl"), output=tmp_path / "run", block_size=64)
+    run = prepare.prepare(options)
+    found = []
+    for version in ("2.12", "2.13"):
+        monkeypatch.setattr(prepare, "versions", lambda version=version: {"torch": version})
+        found.append(prepare.facts_of(run))
+    assert dict(found[0].items() - found[1].items()) == {"torch": "2.12"}
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path: Path):

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +26,13 @@ import peft_ext
 from peft_ext.files import seal
 from peft_ext.methods import KINDS, METHODS, make_config, method_config
 from peft_ext.run import Options, RunError, dry_run, finetune, train
-from peft_ext.run.checkpoints import check_output, may_write_config, own_output
+from peft_ext.run.checkpoints import check_output, check_same_data, may_write_config, own_output, sole_writer
 from peft_ext.run.config import write_config
+from peft_ext.run.data import Order
+from peft_ext.run.errors import Stop
 from peft_ext.run.prepare import prepare, pruning_step
 from peft_ext.run.ranks import Ranks
+from peft_ext.run.record import Record
 from peft_ext.text import format_bytes
 from peft_ext.tuners import DiffPruningModel
 
@@ -224,6 +229,26 @@ def test_another_run_that_began_and_ended_meanwhile(tiny, tmp_path):
         assert checkpoint.is_dir() and not later.exists()
 
 
+def test_a_folder_that_another_process_has_locked_is_refused(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match=f"^--output {tmp_path}: another process is writing to it$"):
+            with sole_writer(tmp_path):
+                pass
+    with sole_writer(tmp_path), (tmp_path / ".lock").open("w") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_resumed_run_takes_the_data_of_the_run(tmp_path):
+    options = Options(output=tmp_path, data="pairs.jsonl", resume=True)
+    for record in ({}, {"examples": None}, {"examples": {}}, {"examples": {"digest": "a"}}):
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        check_same_data(options, "a")  # a former version wrote no digest
+    with pytest.raises(RunError, match="^--resume: the records of --data pairs.jsonl differ from those of the run in"):
+        check_same_data(options, "b")
+
+
 def test_resume_needs_the_record_of_the_run(tmp_path):
     options = replace(earlier_run(tmp_path), overwrite=False, resume=True)
     with pytest.raises(RunError, match="^--resume: no checkpoint in .* is whole"):
@@ -253,6 +278,42 @@ def test_a_run_that_starts_over_keeps_what_the_user_wrote(tiny, tmp_path):
     finetune(replace(options, overwrite=True, seed=2))
     assert "seed: 1\n" in config.read_text() and config.read_text().endswith("# mine\n")
     assert json.loads((tmp_path / "run/run.json").read_text())["options"]["seed"] == 2
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def test_the_trainer_has_the_options_of_the_run(tiny, tmp_path):
+    options = options_of(tiny, tmp_path / "run", grad_accum=3, lr=3e-3, seed=7, warmup=0.0, quant="none")
+    run = prepare(options)
+    trainer = train._trainer(run, Record(run), AutoModelForCausalLM.from_config(run.config))
+    trainer.create_optimizer_and_scheduler(run.steps)
+    assert trainer.args.max_steps == 4 and trainer.args.seed == 7
+    assert trainer.args.train_batch_size == 2 and trainer.args.gradient_accumulation_steps == 3
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [3e-3] * len(trainer.optimizer.param_groups)
+    assert list(trainer._get_train_sampler()) == list(Order(len(run.examples.train), 4 * 2 * 3, 7))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_goes_on_from_the_checkpoint_with_random_numbers_of_each_rank(tmp_path, monkeypatch, world):
+    seen = []
+
+    class Trainer:
+        state = SimpleNamespace(global_step=4)
+
+        def train(self, resume_from_checkpoint):
+            seen.append((resume_from_checkpoint, torch.rand(1).item()))
+
+    monkeypatch.setattr(train, "_trainer", lambda *_: Trainer())
+    monkeypatch.setattr(train.gc, "collect", lambda: 0)  # takes half a second in a process with many objects
+    for rank, checkpoint in [(rank, path) for rank in range(world) for path in (None, tmp_path / "checkpoint-2")]:
+        ranks = SimpleNamespace(rank=rank, world=world, speaks=rank == 0, gather=lambda value: [value])
+        run = SimpleNamespace(options=Options(seed=3), ranks=ranks, checkpoint=checkpoint, steps=4, stop=Stop(),
+                              seconds={"train": 1.0}, sharded=False, phase=lambda name: nullcontext())  # fmt: skip
+        torch.manual_seed(3)
+        assert train.fit(run, SimpleNamespace(meter=SimpleNamespace(peak_mib=None)), None) == 4
+    assert [path for path, _ in seen] == [None, str(tmp_path / "checkpoint-2")] * world
+    assert len({number for _, number in seen}) == world  # each rank draws its own dropout masks
 
 
 # --- steps and errors -------------------------------------------------------------------------------------------------

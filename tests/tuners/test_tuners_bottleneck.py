@@ -285,3 +285,21 @@ def test_autocast_leaves_a_float32_residual_stream_as_it_is():
     assert all(state.dtype is torch.float32 for state in wanted)
     for state, stock in zip(found, wanted, strict=True):
         assert state.dtype is torch.float32 and torch.equal(state, stock)
+
+
+def test_an_adapted_block_is_compiled_as_one_graph():
+    class Block(transformers.modeling_layers.GradientCheckpointingLayer):
+        out_features = 8
+
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    config = BottleneckConfig(target_modules=["0"], placement="pfeiffer", bottleneck_dim=4)
+    model = peft_ext.get_peft_model(torch.nn.Sequential(Block()), config).base_model.model
+    x = torch.randn(3, 8)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
