@@ -25,7 +25,7 @@ def test_the_gradient_of_an_input_scale_is_of_all_tokens(dtype: torch.dtype, dev
 def test_the_gradient_of_a_norm_over_a_wide_weight_is_of_all_rows(device: torch.device) -> None:
     """The weight is so wide that the kernel computes the partial sums of its rows in several turns."""
     torch.manual_seed(0)
-    weight, lora_A, lora_B = torch.randn(2112, 8208), torch.randn(16, 8208) / 90, torch.randn(2112, 16)
+    weight, lora_A, lora_B = torch.randn(2112, 8208), torch.randn(32, 8208) / 90, torch.randn(2112, 32)
     trained = [value.to(device).requires_grad_() for value in (lora_A, lora_B)]
     exact = [value.detach().double().requires_grad_() for value in (lora_A, lora_B)]
     grad = torch.randn(2112)

@@ -279,7 +279,7 @@ def test_a_factor_near_zero_has_its_gradient(
     a, b = randn(3, k, dtype=dtype, scale=0.1), randn(9, 3, dtype=dtype, scale=0.1)
     product = x.double() @ weight.double().t()
     vector = torch.ones(9)
-    vector[4], vector[7] = factor, -factor
+    vector[2], vector[4], vector[7] = 1e-7, factor, -factor  # in float16, 1e-7 times Z is subnormal
 
     norm = reference.dora_weight_norm(weight.double(), a.double(), b.double())
     magnitude = (vector * norm.float()).requires_grad_()
