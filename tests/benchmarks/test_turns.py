@@ -45,6 +45,7 @@ def test_with_a_single_turn_one_contender_runs_at_a_time(tmp_path):
     assert list(found) == ["a", "b"] and failed == {} and log.read_text() == "+aa-+bb-"
 
 
+@pytest.mark.slow
 def test_a_contender_that_fails_or_is_late_leaves_the_others(tmp_path):
     serves = SERVE.format(root=str(ROOT), log=str(tmp_path / "log"), name="a")
     dies, sleeps = "raise SystemExit(3)", "import time; time.sleep(600)"

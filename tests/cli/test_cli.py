@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_hf
 def test_a_run_end_to_end(tiny, tmp_path, capsys):
     assert finetune(tiny, tmp_path / "out") == 0

@@ -191,6 +191,7 @@ def test_another_function_keeps_its_own(kind: type) -> None:
     assert len(norms(model)) == 4
 
 
+@pytest.mark.slow
 def test_what_takes_it_back() -> None:
     for name in MODELS:
         model = build(name)

@@ -322,6 +322,7 @@ def test_checkpointing_that_is_on_stays_on():
     assert estimate_memory(model, **TOKENS).total == wanted
 
 
+@pytest.mark.slow
 def test_gpu_sized_models_take_no_memory():
     config = transformers.LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=2, num_attention_heads=64, num_key_value_heads=8,

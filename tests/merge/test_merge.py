@@ -399,6 +399,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_memory_is_that_of_a_layer(tmp_path, quant):
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=12,

@@ -34,6 +34,7 @@ def test_the_blocks_are_those_of_the_kernels() -> None:
     assert constant("kernels.h", "kPlanBlock") == str(attention_costs.BLOCK)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MODULE is None or "amx_emulated" not in MODULE.isas(), reason="no AVX512-BF16")
 @pytest.mark.parametrize("flags", [(), ("-DVECTORS",)], ids=["tiles", "vectors"])
 def test_the_kernels_make_as_many_products(flags: tuple[str, ...], tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ def test_every_op_has_its_file_in_every_tree():
     assert ops <= benchmarks, f"no benchmarks/bench_<op>.py for {sorted(ops - benchmarks)}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump not found")
 def test_wide_registers_stay_in_their_translation_units():
     objects = [path for path in ROOT.glob("build/temp*/**/*.o") if "csrc" in path.parts]

@@ -28,6 +28,7 @@ def write(path: Path, name: str, more: str = "") -> None:
     path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_path_with_spaces(tmp_path: Path) -> None:
     checkout, programs = tmp_path / "a b/c d", tmp_path / "programs"
     (checkout / ".ci").mkdir(parents=True)

@@ -340,6 +340,7 @@ def test_cuda_bindings_has_the_release_of_torchs_cuda(here: Any, pips: list, mon
     assert gpu.pip_names(["cuda-bindings"], None) == ["cuda-bindings"]
 
 
+@pytest.mark.slow
 def test_this_python_is_described() -> None:
     found = gpu.probe(sys.executable)
     assert isinstance(found["missing"], list) and any("site-packages" in place for place in found["path"])

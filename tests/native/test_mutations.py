@@ -99,6 +99,7 @@ def test_the_first_failing_test_is_named(said: str, found: str | None) -> None:
     assert mutations.failed_test(said) == found
 
 
+@pytest.mark.slow
 def test_a_killer_that_is_no_longer_in_its_tier_is_named(root: Path) -> None:
     (root / "tests/test_a.py").write_text(TWO_TIERS)
     (root / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")

@@ -114,6 +114,7 @@ def source_distribution(tmp_path_factory):
     return files, set(members), description
 
 
+@pytest.mark.slow
 def test_the_source_distribution_holds_the_checkout_and_nothing_that_lies_about(source_distribution):
     files, names, _ = source_distribution
     assert files - names == set(), "MANIFEST.in leaves them out"
@@ -181,6 +182,7 @@ def test_faults_of_a_library_are_found(tmp_path, source, flags, fault):
     assert wheels.faults(compiled(tmp_path, source, *flags)) == ([] if fault is None else [fault])
 
 
+@pytest.mark.slow
 @NO_BINUTILS
 def test_a_library_that_is_linked_to_the_stand_ins_runs_here_and_on_an_old_system(tmp_path):
     stand_ins = old_runtime.make(tmp_path / "stand-ins")

@@ -86,6 +86,7 @@ def test_missing_headers_and_a_missing_venv_are_named(monkeypatch, tmp_path) -> 
     assert f"sudo apt install python{version}-venv" in system_needs.venv_fault()
 
 
+@pytest.mark.slow
 def test_a_build_ends_before_anything_is_compiled(tmp_path) -> None:
     log = tmp_path / "called"
     old = compiler(tmp_path, GCC_10)

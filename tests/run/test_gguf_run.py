@@ -35,6 +35,7 @@ def gguf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_trained_and_its_adapter_is_used(
     gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

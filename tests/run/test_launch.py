@@ -302,6 +302,7 @@ def test_the_processes_compare_the_versions_of_packages(tiny: Path, tmp_path: Pa
     assert dict(found[0].items() - found[1].items()) == {"torch": "2.12"}
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_shared_is_named(tmp_path: Path):
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()

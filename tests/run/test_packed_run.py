@@ -36,6 +36,7 @@ def checkpoint(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pyt
     return folder
 
 
+@pytest.mark.slow
 def test_a_packed_checkpoint_is_trained_and_its_adapter_is_used(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
