@@ -79,7 +79,7 @@ class Config:
 
 
 def read_config(path: Union[str, Path], options: type) -> Config:
-    """Returns a :class:`Config` with the file's values. Each value has the type of the field of the dataclass
+    """Returns a Config object with the file's values. Each value has the type of the field of the dataclass
     ``options``.
 
     An empty file sets no option. Raises RunError, which names the file, for: a file that does not exist, has more than
