@@ -26,9 +26,9 @@ def test_all_rows_of_a_long_weight_are_multiplied(dtype: torch.dtype, device: to
     """Without products in a 16-bit dtype, the CPU converts 1,024 rows of W at a time to float32."""
     torch.manual_seed(0)
     weight, lora_A, lora_B = (
-        (torch.randn(*shape) * scale).to(dtype) for shape, scale in (((2100, 48), 1), ((4, 48), 0.2), ((2100, 4), 0.2))
+        (torch.randn(n, k) * scale).to(dtype) for n, k, scale in ((2100, 48, 1), (16, 48, 0.2), (2100, 16, 0.1))
     )
-    for tokens in (2, 40):  # with 2 tokens, a kernel of its own runs
+    for tokens in (2, 40):  # with 2 tokens, and a rank of whole vectors in float32, kernels of their own run
         x = torch.randn(tokens, 48).to(dtype)
         y = ops.lora_linear(*(value.to(device) for value in (x, weight, lora_A, lora_B)), scaling=0.5).cpu().double()
         wide = x.double()
