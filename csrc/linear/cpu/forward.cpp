@@ -3,8 +3,8 @@
 //
 //   tiles:   If tiles_accept returns true (bfloat16 on a CPU with bfloat16 products, and enough tokens), one pass of
 //            the tile kernels (tiles/tiles.h) writes Y with all terms of Y.
-//   few:     For few tokens, W (its codes, if W is packed), A and B are read in the order in which they are stored, and
-//            W is not copied or decoded into panels.
+//   few:     For few tokens, W (its codes, if W is packed), A and B are read in the order in which they are stored
+//            (few_layers.h).
 //   mm:      In all other cases, PyTorch's matrix product is used (or skinny_product, for few tokens, a packed weight
 //            and dropout on the base). If the product runs in x's dtype and Y is only the sum of the product, the
 //            low-rank term and the bias, PyTorch adds the product in place to the other terms. Otherwise another pass
@@ -13,6 +13,7 @@
 #include "cpu/threads.h"
 #include "linear/cpu/base_product.h"
 #include "linear/cpu/call.h"
+#include "linear/cpu/few_layers.h"
 #include "linear/cpu/tiles/products.h"
 #include "packed/cpu/decode.h"
 #include "packed/cpu/skinny.h"
@@ -20,127 +21,17 @@
 namespace peft_ext {
 namespace {
 
-// Returns whether forward_few_tokens computes a call: dropout does not act on the base, W is contiguous or
-// skinny_accepts accepts the packed W, and there are few tokens.
-bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter) {
-  if ((adapter.drop_base && adapter.dropout.active) || weight.in_features() == 0) return false;
-  if (weight.is_packed()) return skinny_accepts(weight, type, tokens);
-  if (!weight.weight.is_contiguous()) return false;
-  return tiles_take_few_tokens(type) ? !tiles_accept(weight, type, tokens, TileProduct::kForward)
-                                     : tokens <= kFewTokens;
-}
-
-// Prepares the product x Wᵀ of a call of few tokens. The threads compute the product later, by calling
-// FewTokensProduct::multiply. `wide` is x in float32, and is read for a dense weight.
-FewTokensProduct few_tokens_product(const ForwardCall& f, const Tensor& x, const Tensor& wide) {
-  if (f.weight.is_packed()) return skinny_parts(f.op, x, f.weight);
-  FewTokensProduct product;
-  product.y = empty({f.size.tokens, f.size.out}, ScalarType::Float);
-  product.units = f.size.out;
-  product.work = f.size.in * f.size.tokens;
-  product.held = {wide};
-  if (!tiles_take_few_tokens(f.type())) {
-    const FewTokens work = few_tokens_of(f.op, f.weight.weight, wide, product.y, false);
-    product.multiply = [work, &isa = pass_kernels()](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); };
-    return product;
-  }
-  const TileKernels& isa = *tile_kernels();
-  const Tensor held = empty({round_up(f.size.in, kTileDepth) * f.size.tokens}, ScalarType::BFloat16);
-  auto* packed = static_cast<bf16*>(held.mutable_data_ptr());
-  isa.few_tokens_pack(wide.const_data_ptr<float>(), f.size.tokens, f.size.in, packed);
-  const TileFewTokens work{static_cast<const bf16*>(f.weight.weight.const_data_ptr()),
-                           f.size.out,
-                           f.size.in,
-                           f.size.tokens,
-                           packed,
-                           product.y.mutable_data_ptr<float>()};
-  product.held.push_back(held);
-  product.multiply = [work, &isa](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); };
-  return product;
-}
-
-// Returns x, which must be contiguous, in float32.
-Tensor in_float(const Tensor& x) {
-  if (x.scalar_type() == ScalarType::Float) return x;
-  const Tensor wide = empty({x.sizes().begin(), x.sizes().end()}, ScalarType::Float);
-  float* to = wide.mutable_data_ptr<float>();
-  with_dtype(dtype_of("", "x", x), [&](auto zero) {
-    const auto* from = static_cast<const decltype(zero)*>(x.const_data_ptr());
-    for (int64_t i = 0, count = x.numel(); i < count; ++i) to[i] = to_float(from[i]);
-  });
-  return wide;
-}
-
-// Computes several calls of few tokens with the same x. A first loop computes S of all adapters except those of a mixed
-// batch. In a second loop, one thread computes for a row of W the base product, the low-rank term and the final pass
-// (Expand in kernels.h). For a mixed batch, and for a weight whose product is not computed row by row, the low-rank
-// term and the final pass come after the second loop.
+// Computes several calls of few tokens with the same x.
 void forward_few_tokens(const std::vector<ForwardCall>& calls) {
-  const PassKernels& isa = pass_kernels();
-  std::vector<Tensor> held;
-  const auto hold = [&](const Tensor& tensor) { return held.emplace_back(tensor); };
-  bool widens = false;
-  for (const ForwardCall& f : calls)
-    widens = widens || f.adapter.in_scale.has_value() || f.adapter.low_rank() || !f.weight.is_packed();
-  const Tensor wide_x = widens ? in_float(calls[0].x) : calls[0].x;
-  Loops shrink, rows;
+  const ForwardCall& first = calls[0];
+  FewLayers layers(first.op, first.type(), first.size.tokens, first.size.in);
+  std::vector<FewLayers::Results> results;
   for (const ForwardCall& f : calls) {
-    if (!f.adapter.lora_A.has_value()) continue;
-    const Dropout& dropout = f.adapter.dropout;
-    const Tensor dropped = dropout.active ? hold(dropped_elements(f.op, wide_x, dropout)) : wide_x;
-    const FewTokens work = few_tokens_of(f.op, hold(as_contiguous(*f.adapter.lora_A)), dropped, f.out.s, false);
-    shrink.add(work.rows, work.columns * work.tokens,
-               [work, &isa](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });
+    layers.add(f.weight, f.adapter, f.size, f.bias, f.bias_inside, f.scale);
+    results.push_back({f.out.y.mutable_data_ptr(), f.adapter.low_rank() ? f.out.s.mutable_data_ptr<float>() : nullptr,
+                       f.want_z ? f.out.z.mutable_data_ptr() : nullptr});
   }
-  shrink.run(kPackGrain);
-  Loops last;
-  std::vector<std::function<void()>> grouped;
-  for (const ForwardCall& f : calls) {
-    const Adapter& adapter = f.adapter;
-    const int64_t tokens = f.size.tokens;
-    Tensor x = f.x, wide = wide_x;
-    if (adapter.in_scale.has_value()) {
-      wide = column_pass(f.op, wide_x, &*adapter.in_scale, 0.0f, nullptr).scaled;
-      x = hold(as_type(wide, f.type()));
-    }
-    const FewTokensProduct base = few_tokens_product(f, x, wide);
-    held.insert(held.end(), base.held.begin(), base.held.end());
-    Expand finish = finishing(f);
-    finish.before = hold(base.y).const_data_ptr<float>();
-    finish.rank = 0;
-    FewTokens expand{};
-    if (adapter.lora_A.has_value()) {
-      const Tensor left = hold(empty({tokens, f.size.rank}, ScalarType::Float));
-      const float* s = f.out.s.const_data_ptr<float>();
-      float* to = left.mutable_data_ptr<float>();
-      if (adapter.rank_scale.has_value()) {
-        const Tensor rho = rank_scales(f.op, adapter);
-        const float* by = rho.const_data_ptr<float>();
-        for (int64_t i = 0; i < tokens * f.size.rank; ++i) to[i] = s[i] * by[i % f.size.rank];
-      } else {
-        for (int64_t i = 0; i < tokens * f.size.rank; ++i) to[i] = s[i] * static_cast<float>(adapter.scaling);
-      }
-      expand = few_tokens_of(f.op, hold(as_contiguous(*adapter.lora_B)), left, base.y, true);
-    }
-    const auto finish_rows = [=, &isa](int64_t begin, int64_t end) {
-      if (expand.rows > 0) isa.few_tokens(expand, begin, end);
-      isa.expand(finish, 0, tokens, begin, end);
-    };
-    if (adapter.groups == nullptr && base.by_rows) {
-      rows.add(base.units, base.work, [multiply = base.multiply, finish_rows](int64_t begin, int64_t end) {
-        multiply(begin, end);
-        finish_rows(begin, end);
-      });
-      continue;
-    }
-    rows.add(base.units, base.work, base.multiply);
-    if (adapter.groups != nullptr)
-      grouped.push_back([&f, wide_x, y = base.y] { grouped_few_tokens(f.op, *f.adapter.groups, wide_x, y, f.out.s); });
-    last.add(f.size.out, tokens * (f.size.rank + 1), finish_rows);
-  }
-  rows.run(kDecodeGrain);
-  for (const auto& add : grouped) add();
-  last.run(kPackGrain);
+  layers.run(first.x.const_data_ptr(), results);
 }
 
 // The memory to which the TileForward of one call refers, and other operands of this call.

@@ -48,9 +48,9 @@ void run(const std::vector<FewTask>& tasks) {
 
 // Copies S of each segment, [tokens of the segment, rank of the segment's adapter], into the segment's rows of the
 // operator's result s [tokens of the batch, largest rank], and sets all other elements of s to zero.
-void save_s(const Groups& groups, const GroupedS& from, const Tensor& s) {
-  float* out = s.mutable_data_ptr<float>();
-  std::fill_n(out, s.numel(), 0.0f);
+void save_s(const Groups& groups, const GroupedS& from, float* out) {
+  const int64_t tokens = groups.segments.empty() ? 0 : groups.segments.back().end;
+  std::fill_n(out, tokens * groups.rank, 0.0f);
   for (size_t i = 0; i < groups.segments.size(); ++i) {
     const Segment& segment = groups.segments[i];
     if (segment.group < 0) continue;
@@ -163,19 +163,19 @@ GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, c
       }
     });
   }
-  save_s(groups, out, s);
+  save_s(groups, out, s.mutable_data_ptr<float>());
   return out;
 }
 
-void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, const Tensor& y, const Tensor& s) {
+void grouped_few_tokens(const char* op, const Groups& groups, const float* x, int64_t in, float* y, int64_t out,
+                        float* s) {
   const GroupedS sums = empty_s(groups);
-  const int64_t in = x.size(1), out = y.size(1);
   std::vector<FewTask> tasks;
   for (size_t i = 0; i < groups.segments.size(); ++i) {
     const Segment& segment = groups.segments[i];
     if (segment.group < 0) continue;
     add_few_tasks(groups.lora_A[static_cast<size_t>(segment.group)], op, "lora_A", segment.tokens(),
-                  x.const_data_ptr<float>() + segment.begin * in, sums.of(i), false, &tasks);
+                  x + segment.begin * in, sums.of(i), false, &tasks);
   }
   run(tasks);
   save_s(groups, sums, s);
@@ -186,8 +186,7 @@ void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, c
     const auto g = static_cast<size_t>(segment.group);
     float* left = sums.of(i);
     for (int64_t j = 0; j < segment.tokens() * sums.strides[i]; ++j) left[j] *= groups.scaling[g];
-    add_few_tasks(groups.lora_B[g], op, "lora_B", segment.tokens(), left,
-                  y.mutable_data_ptr<float>() + segment.begin * out, true, &tasks);
+    add_few_tasks(groups.lora_B[g], op, "lora_B", segment.tokens(), left, y + segment.begin * out, true, &tasks);
   }
   run(tasks);
 }

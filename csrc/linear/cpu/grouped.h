@@ -51,9 +51,10 @@ struct GroupedS {
 // beyond the rank of a token's adapter.
 GroupedS grouped_shrink(const char* op, const Groups& groups, const Tensor& x, const Tensor& s);
 
-// Adds the low-rank terms of few tokens x [T, K] float32 to y [T, N] float32. grouped_few_tokens also writes S to s, as
-// grouped_shrink does.
-void grouped_few_tokens(const char* op, const Groups& groups, const Tensor& x, const Tensor& y, const Tensor& s);
+// Adds the low-rank terms of few tokens x [T, in] float32 to y [T, out] float32. grouped_few_tokens also writes S to s
+// [T, groups.rank], as grouped_shrink does.
+void grouped_few_tokens(const char* op, const Groups& groups, const float* x, int64_t in, float* y, int64_t out,
+                        float* s);
 
 // Computes Y (and Z, if wanted) as `finish` describes (see Expand in kernels.h) for all tokens, each with the low-rank
 // term of the token's own adapter.

@@ -293,14 +293,16 @@ KeepBits keep_bits(int64_t tokens, int64_t columns) {
   return keep;
 }
 
-Tensor dropped_elements(const char* op, const Tensor& x, const Dropout& dropout) {
-  Tensor out = empty({x.sizes().begin(), x.sizes().end()}, x.scalar_type());
-  const DropElements work{x.const_data_ptr(), dtype_of(op, "x", x), dropout, out.mutable_data_ptr()};
-  const int64_t count = x.numel(), groups = ceil_div(count, kDropTogether);
+void drop_elements(const DropElements& work, int64_t count) {
   const PassKernels& isa = pass_kernels();
-  parallel_for(0, groups, ceil_div(kPackGrain, kDropTogether), [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(count, kDropTogether), ceil_div(kPackGrain, kDropTogether), [&](int64_t begin, int64_t end) {
     isa.drop_elements(work, begin * kDropTogether, min_i64(end * kDropTogether, count));
   });
+}
+
+Tensor dropped_elements(const char* op, const Tensor& x, const Dropout& dropout) {
+  Tensor out = empty({x.sizes().begin(), x.sizes().end()}, x.scalar_type());
+  drop_elements({x.const_data_ptr(), dtype_of(op, "x", x), dropout, out.mutable_data_ptr()}, x.numel());
   return out;
 }
 
@@ -337,21 +339,9 @@ ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, flo
   return result;
 }
 
-FewTokens few_tokens_of(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate) {
-  FewTokens work;
-  work.w = w.const_data_ptr();
-  work.dtype = dtype_of(op, "weight", w);
-  work.rows = w.size(0);
-  work.columns = w.size(1);
-  work.tokens = x.size(0);
-  work.x = x.const_data_ptr<float>();
-  work.y = y.mutable_data_ptr<float>();
-  work.accumulate = accumulate;
-  return work;
-}
-
 void run_few_tokens(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate) {
-  const FewTokens work = few_tokens_of(op, w, x, y, accumulate);
+  const FewTokens work{w.const_data_ptr(),        dtype_of(op, "weight", w),   w.size(0), w.size(1), x.size(0),
+                       x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), accumulate};
   const PassKernels& isa = pass_kernels();
   parallel_for(0, work.rows, ceil_div(kPackGrain, work.columns * work.tokens),
                [&](int64_t begin, int64_t end) { isa.few_tokens(work, begin, end); });

@@ -51,6 +51,9 @@ struct KeepBits {
 // Allocates uninitialized words for the bits of a dropout mask [tokens, columns].
 KeepBits keep_bits(int64_t tokens, int64_t columns);
 
+// Computes the flat elements [0, count) of `work` on all threads.
+void drop_elements(const DropElements& work, int64_t count);
+
 // Returns x̃ = mask ∘ x times dropout's scale, in x's dtype and shape. x is contiguous.
 Tensor dropped_elements(const char* op, const Tensor& x, const Dropout& dropout);
 
@@ -60,9 +63,6 @@ struct ColumnSums {
   Tensor scaled, sums;
 };
 ColumnSums column_pass(const char* op, const Tensor& m, const Tensor* scale, float shift, const Tensor* other);
-
-// Returns the arguments of PassKernels::few_tokens. x and y are float32, and w [N, K] is contiguous.
-FewTokens few_tokens_of(const char* op, const Tensor& w, const Tensor& x, const Tensor& y, bool accumulate);
 
 // Computes y = x wᵀ [T, N] for few tokens x [T, K], or y += x wᵀ if `accumulate` is true. x and y are float32, and w
 // [N, K] is contiguous.

@@ -29,12 +29,14 @@ Scales::Scales(const FrozenWeight& weight) : nested_(weight.is_nested()) {
   held_.codes = weight.absmax().const_data_ptr<uint8_t>();
   held_.absmax = weight.parts[1]->const_data_ptr<float>();
   held_.code = weight.parts[2]->const_data_ptr<float>();
-  held_.offset = *weight.parts[3]->const_data_ptr<float>();
+  offset_ = weight.parts[3]->const_data_ptr<float>();
 }
 
 const float* Scales::decode(int64_t begin, int64_t end, float* buffer) const {
   if (!nested_) return plain_ + begin;
-  nf4_kernels().decode_scales(held_, begin, end, buffer);
+  Nf4Scales scales = held_;
+  scales.offset = *offset_;
+  nf4_kernels().decode_scales(scales, begin, end, buffer);
   return buffer;
 }
 

@@ -21,6 +21,7 @@ class Scales {
  private:
   bool nested_;
   const float* plain_ = nullptr;
+  const float* offset_ = nullptr;  // the offset of double-quantized scales, read by each call of `decode`
   Nf4Scales held_{};
 };
 

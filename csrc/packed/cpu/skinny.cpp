@@ -56,36 +56,38 @@ FewTokensKernels few_tokens_kernels(const FrozenWeight& weight, ScalarType type)
   return {};
 }
 
+constexpr int64_t kAlignment = 64;  // bytes; the memory that FewTokensProduct::order writes begins at a multiple
+
 // Does the work of skinny_parts for a format other than NF4.
-FewTokensProduct format_parts(const Tensor& x, const FrozenWeight& weight) {
-  const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
+FewTokensProduct format_parts(ScalarType type, int64_t tokens, const FrozenWeight& weight) {
+  const int64_t k = weight.in_features(), n = weight.out_features();
   FewTokensProduct product;
-  product.y = empty({tokens, n}, ScalarType::Float);
-  float* to = product.y.mutable_data_ptr<float>();
   const PackedView view = view_of(weight);
-  if (const FewTokensKernels few = few_tokens_kernels(weight, x.scalar_type()); few.multiply != nullptr) {
+  if (const FewTokensKernels few = few_tokens_kernels(weight, type); few.multiply != nullptr) {
     const int64_t columns = ordered_columns(k);
-    const Tensor ordered = empty({tokens, columns}, ScalarType::BFloat16);
-    const Tensor sums = empty({tokens, columns / 16}, ScalarType::Float);
-    auto* held = static_cast<bf16*>(ordered.mutable_data_ptr());
-    few.order(static_cast<const bf16*>(x.const_data_ptr()), tokens, k, held, sums.mutable_data_ptr<float>());
+    // `order` writes the ordered x, and behind it the sums of x that the kernels read.
+    const int64_t ordered = ceil_div(tokens * columns * static_cast<int64_t>(sizeof(bf16)), kAlignment) * kAlignment;
+    product.room = ordered + tokens * (columns / 16) * static_cast<int64_t>(sizeof(float));
+    product.order = [=](const void* x, void* room) {
+      auto* sums = reinterpret_cast<float*>(static_cast<char*>(room) + ordered);
+      few.order(static_cast<const bf16*>(x), tokens, k, static_cast<bf16*>(room), sums);
+    };
     product.units = few.units;
     product.work = ceil_div(n * k * tokens, few.units);
     product.by_rows = few.units == n;
-    product.multiply = [=, from = sums.const_data_ptr<float>()](int64_t begin, int64_t end) {
-      few.multiply(view, held, from, tokens, to, begin, end);
+    product.multiply = [=](const void* x, float* y, int64_t begin, int64_t end) {
+      const auto* sums = reinterpret_cast<const float*>(static_cast<const char*>(x) + ordered);
+      few.multiply(view, static_cast<const bf16*>(x), sums, tokens, y, begin, end);
     };
-    product.held = {ordered, sums};
     return product;
   }
   const FormatKernels& kernels = format_kernels(weight.layout);
-  const Tensor wide = as_contiguous(as_type(x, ScalarType::Float));
   product.units = n;
   product.work = k * tokens;
-  product.multiply = [=, &kernels, from = wide.const_data_ptr<float>()](int64_t begin, int64_t end) {
-    kernels.few_tokens(view, from, tokens, to, begin, end);
+  product.wide = true;
+  product.multiply = [=, &kernels](const void* x, float* y, int64_t begin, int64_t end) {
+    kernels.few_tokens(view, static_cast<const float*>(x), tokens, y, begin, end);
   };
-  product.held = {wide};
   return product;
 }
 
@@ -102,34 +104,29 @@ bool skinny_accepts(const FrozenWeight& weight, ScalarType type, int64_t tokens)
          weight.in_features() % kSkinnyStep == 0 && weight.in_features() > 0;
 }
 
-FewTokensProduct skinny_parts(const char* op, const Tensor& x, const FrozenWeight& weight) {
-  const int64_t k = weight.in_features(), n = weight.out_features(), tokens = x.size(0);
-  if (!weight.is_nf4()) return format_parts(x, weight);
-  const SkinnyKernel kernel = skinny_kernel(x.scalar_type() == ScalarType::BFloat16);
+FewTokensProduct skinny_parts(const char* op, ScalarType type, int64_t tokens, const FrozenWeight& weight) {
+  if (!weight.is_nf4()) return format_parts(type, tokens, weight);
+  const int64_t k = weight.in_features(), n = weight.out_features();
+  const SkinnyKernel kernel = skinny_kernel(type == ScalarType::BFloat16);
   FewTokensProduct product;
-  product.y = empty({tokens, n}, ScalarType::Float);
-  Nf4Skinny work;
+  Nf4Skinny work{};
   work.packed = weight.weight.const_data_ptr<uint8_t>();
   work.block_shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize()));
   work.columns = k;
   work.rows = n;
-  work.dtype = dtype_of(op, "x", x);
+  work.dtype = dtype_of(op, "x", type);
   work.tokens = tokens;
-  work.x = nullptr;
-  work.x_ordered = nullptr;
-  Tensor held;
-  if (kernel.order != nullptr) {
+  const bool ordered = kernel.order != nullptr;
+  product.wide = !ordered;
+  if (ordered) {
     const int64_t columns = ceil_div(k, kernel.group) * kernel.group;
-    held = empty({tokens, columns}, ScalarType::BFloat16);
-    auto* out = static_cast<bf16*>(held.mutable_data_ptr());
-    const auto* in = static_cast<const bf16*>(x.const_data_ptr());
-    for (int64_t t = 0; t < tokens; ++t) kernel.order(in + t * k, k, out + t * columns);
-    work.x_ordered = out;
-  } else {
-    held = as_contiguous(as_type(x, ScalarType::Float));
-    work.x = held.const_data_ptr<float>();
+    product.room = tokens * columns * static_cast<int64_t>(sizeof(bf16));
+    product.order = [=](const void* x, void* room) {
+      const auto* in = static_cast<const bf16*>(x);
+      auto* out = static_cast<bf16*>(room);
+      for (int64_t t = 0; t < tokens; ++t) kernel.order(in + t * k, k, out + t * columns);
+    };
   }
-  work.y = product.y.mutable_data_ptr<float>();
   // With double quantization, the loop decodes the scales of about kScaleChunk blocks at a time, and the kernel
   // multiplies the rows of these blocks. Without double quantization, the kernel multiplies all rows of the thread's
   // part at once.
@@ -138,23 +135,35 @@ FewTokensProduct skinny_parts(const char* op, const Tensor& x, const FrozenWeigh
   const size_t room = nested ? static_cast<size_t>(chunk * k / blocksize + 2) : 0;
   product.units = n;
   product.work = k * tokens;
-  product.multiply = [=, scales = Scales(weight)](int64_t begin, int64_t end) {
+  product.multiply = [=, scales = Scales(weight)](const void* x, float* y, int64_t begin, int64_t end) {
     std::vector<float> buffer(room);
+    Nf4Skinny part = work;
+    part.x = ordered ? nullptr : static_cast<const float*>(x);
+    part.x_ordered = ordered ? static_cast<const bf16*>(x) : nullptr;
+    part.y = y;
     for (int64_t first = begin; first < end; first += chunk) {
       const int64_t last = min_i64(first + chunk, end);
-      Nf4Skinny part = work;
       part.absmax = scales.decode(first * k / blocksize, ceil_div(last * k, blocksize), buffer.data());
       kernel.run(part, first, last);
     }
   };
-  product.held = {held};
   return product;
 }
 
 Tensor skinny_product(const char* op, const Tensor& x, const FrozenWeight& weight) {
-  const FewTokensProduct product = skinny_parts(op, x, weight);
-  parallel_for(0, product.units, ceil_div(kDecodeGrain, product.work), product.multiply);
-  return product.y;
+  const FewTokensProduct product = skinny_parts(op, x.scalar_type(), x.size(0), weight);
+  const Tensor y = empty({x.size(0), weight.out_features()}, ScalarType::Float);
+  const Tensor held = product.wide ? as_contiguous(as_type(x, ScalarType::Float)) : x;
+  const void* from = held.const_data_ptr();
+  Tensor room;
+  if (product.order) {
+    room = empty({product.room}, ScalarType::Byte);
+    product.order(from, room.mutable_data_ptr());
+    from = room.const_data_ptr();
+  }
+  parallel_for(0, product.units, ceil_div(kDecodeGrain, product.work),
+               [&](int64_t begin, int64_t end) { product.multiply(from, y.mutable_data_ptr<float>(), begin, end); });
+  return y;
 }
 
 }  // namespace peft_ext

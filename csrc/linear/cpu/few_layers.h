@@ -1,0 +1,68 @@
+// Declares the forward of adapted layers for few tokens, whose formula is in adapted_linear.h. W (its codes, if W is
+// packed), A and B are read in the order in which they are stored, and W is not copied or decoded into panels.
+#pragma once
+
+#include <vector>
+
+#include "linear/cpu/adapted_linear.h"
+#include "linear/cpu/call.h"
+#include "packed/cpu/skinny.h"
+
+namespace peft_ext {
+
+// Returns whether FewLayers computes a layer: dropout does not act on the base, W is contiguous or skinny_accepts
+// accepts the packed W, and there are few tokens.
+bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t tokens, const Adapter& adapter);
+
+// Adapted layers with the same input x of few tokens. Until `run` is called, the class reads no element of x, of a
+// weight or of an adapter, so that `run` may be called again after their values have changed in place.
+class FewLayers {
+ public:
+  // Where `run` writes the results of a layer: Y [T, N] of x's dtype; S [T, R] in float32, or null if the caller needs
+  // no S; Z of x's dtype, or null. A layer without a low-rank term has no S.
+  struct Results {
+    void* y;
+    float* s;
+    void* z;
+  };
+
+  // type: the dtype of x [tokens, columns].
+  FewLayers(const char* op, ScalarType type, int64_t tokens, int64_t columns);
+
+  // Adds a layer that few_tokens_accept accepts. If bias_inside is true, `bias` is b₀, otherwise b₁. The weight, the
+  // adapter and `op` must outlive this object. If lora_A, lora_B, rank_scale, bias or scale is not contiguous,
+  // this object holds a copy of its values.
+  void add(const FrozenWeight& weight, const Adapter& adapter, const LinearSizes& size,
+           const std::optional<Tensor>& bias, bool bias_inside, const std::optional<Tensor>& scale);
+
+  // Computes the layers for a contiguous x. A first loop computes S of all adapters except those of a mixed batch. In a
+  // second loop, one thread computes for a row of W the base product, the low-rank term and the final pass (Expand in
+  // kernels.h). For a mixed batch, and for a weight whose product is not computed row by row, the low-rank term and the
+  // final pass come after the second loop. results: one for each layer, in the order of `add`.
+  void run(const void* x, const std::vector<Results>& results) const;
+
+ private:
+  struct Member {
+    const Adapter* adapter;
+    LinearSizes size;
+    FewTokensProduct base;
+    std::optional<Tensor> lora_A, lora_B, rank_scale, bias, scale;  // contiguous
+    bool bias_inside;
+  };
+  struct Run;
+
+  // Counts `bytes` bytes of the scratch memory of `run`.
+  void count(int64_t bytes);
+  void prepare(const Member& member, const void* x, const float* wide, const Results& results, char** room,
+               Run* run) const;
+
+  const char* op_;
+  ScalarType type_;
+  DType dtype_;
+  int64_t tokens_, columns_;
+  bool widens_ = false;  // whether a layer reads x in float32
+  std::vector<Member> members_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace peft_ext
