@@ -4,10 +4,10 @@
 
 namespace peft_ext {
 
-LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter) {
+LinearSizes checked_sizes(const char* op, int64_t tokens, int64_t columns, const FrozenWeight& weight,
+                          const Adapter& adapter) {
   const int64_t k = weight.in_features(), n = weight.out_features();
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, op, ": x has ", x.dim() >= 1 ? x.size(x.dim() - 1) : 0,
-                  " columns, wanted ", k);
+  STD_TORCH_CHECK(columns == k, op, ": x has ", columns, " columns, wanted ", k);
   const int64_t rank = adapter.rank();
   if (adapter.lora_A.has_value()) {
     STD_TORCH_CHECK(adapter.lora_A->dim() == 2 && adapter.lora_A->size(1) == k && rank > 0, op, ": lora_A has ",
@@ -16,7 +16,17 @@ LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& w
                         adapter.lora_B->size(1) == rank,
                     op, ": lora_B is not [", n, ", ", rank, "]");
   }
-  return {rows_of(x), k, n, rank};
+  return {tokens, k, n, rank};
+}
+
+LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter) {
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x has 0 columns, wanted ", weight.in_features());
+  return checked_sizes(op, rows_of(x), x.size(x.dim() - 1), weight, adapter);
+}
+
+void check_bias(const char* op, const std::optional<Tensor>& bias, const LinearSizes& size) {
+  if (bias.has_value())
+    STD_TORCH_CHECK(bias->numel() == size.out, op, ": bias has ", bias->numel(), " elements, wanted ", size.out);
 }
 
 Expand finishing(const ForwardCall& f) {

@@ -10,9 +10,14 @@ struct LinearSizes {
   int64_t tokens, in, out, rank;
 };
 
-// Returns the sizes of a call: tokens, inputs, outputs and rank. Raises an error if the size of x, lora_A or lora_B
-// does not fit the weight.
+// Returns the sizes of a call with x [tokens, columns]: tokens, inputs, outputs and rank. Raises an error if the size
+// of x, lora_A or lora_B does not fit the weight.
+LinearSizes checked_sizes(const char* op, int64_t tokens, int64_t columns, const FrozenWeight& weight,
+                          const Adapter& adapter);
 LinearSizes checked_sizes(const char* op, const Tensor& x, const FrozenWeight& weight, const Adapter& adapter);
+
+// Raises an error if the layer's bias, if there is one, does not have a value for each output.
+void check_bias(const char* op, const std::optional<Tensor>& bias, const LinearSizes& size);
 
 // Returns ρ [R], the factors of the ranks: scaling times rank_scale.
 Tensor rank_scales(const char* op, const Adapter& adapter);

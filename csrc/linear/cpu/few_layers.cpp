@@ -123,10 +123,24 @@ struct FewLayers::Run {
 
 FewLayers::FewLayers(const char* op, ScalarType type, int64_t tokens, int64_t columns)
     : op_(op), type_(type), dtype_(dtype_of(op, "x", type)), tokens_(tokens), columns_(columns) {
-  count(tokens * columns * static_cast<int64_t>(sizeof(float)));
+  reserve(tokens * columns * static_cast<int64_t>(sizeof(float)));
 }
 
-void FewLayers::count(int64_t bytes) { bytes_ += round_up(bytes, kAlignment); }
+std::optional<FewLayers> FewLayers::of(const char* op, const Layer* begin, const Layer* end, ScalarType type,
+                                       int64_t tokens, int64_t columns) {
+  if (tokens == 0) return std::nullopt;
+  FewLayers found(op, type, tokens, columns);
+  for (const Layer* layer = begin; layer != end; ++layer) {
+    check_matrix_weight(op, layer->weight, type);
+    const LinearSizes size = checked_sizes(op, tokens, columns, layer->weight, layer->adapter);
+    check_bias(op, layer->bias, size);
+    if (size.out == 0 || !few_tokens_accept(layer->weight, type, tokens, layer->adapter)) return std::nullopt;
+    found.add(layer->weight, layer->adapter, size, layer->bias, false, layer->adapter.out_scale);
+  }
+  return found;
+}
+
+void FewLayers::reserve(int64_t bytes) { bytes_ += round_up(bytes, kAlignment); }
 
 void FewLayers::add(const FrozenWeight& weight, const Adapter& adapter, const LinearSizes& size,
                     const std::optional<Tensor>& bias, bool bias_inside, const std::optional<Tensor>& scale) {
@@ -143,18 +157,18 @@ void FewLayers::add(const FrozenWeight& weight, const Adapter& adapter, const Li
   constexpr int64_t kFloat = sizeof(float);
   const int64_t of_x = tokens_ * columns_ * kFloat, of_rank = size.rank * kFloat;
   const int64_t of_vector = round_up(size.out, kColumnStep) * kFloat;
-  if (adapter.dropout.active) count(of_x);
+  if (adapter.dropout.active) reserve(of_x);
   if (adapter.in_scale.has_value()) {
-    count(of_x);
-    count(of_x);
+    reserve(of_x);
+    reserve(of_x);
   }
-  count(member.base.room);
-  count(tokens_ * size.out * kFloat);
-  count(tokens_ * of_rank);
-  count(tokens_ * of_rank);
-  count(of_rank);
-  count(of_vector);
-  count(of_vector);
+  reserve(member.base.room);
+  reserve(tokens_ * size.out * kFloat);
+  reserve(tokens_ * of_rank);
+  reserve(tokens_ * of_rank);
+  reserve(of_rank);
+  reserve(of_vector);
+  reserve(of_vector);
 }
 
 // Sets `run` for a call with x, and copies x into the order in which the base product reads it. wide: x in float32, or

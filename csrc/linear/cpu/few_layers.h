@@ -18,6 +18,11 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
 // weight or of an adapter, so that `run` may be called again after their values have changed in place.
 class FewLayers {
  public:
+  // Returns the layers [begin, end), which must outlive the result, or nullopt if there is no token or
+  // few_tokens_accept does not accept one of them. Raises an error if the sizes or dtypes of a layer do not fit x.
+  static std::optional<FewLayers> of(const char* op, const Layer* begin, const Layer* end, ScalarType type,
+                                     int64_t tokens, int64_t columns);
+
   // Where `run` writes the results of a layer: Y [T, N] of x's dtype; S [T, R] in float32, or null if the caller needs
   // no S; Z of x's dtype, or null. A layer without a low-rank term has no S.
   struct Results {
@@ -35,6 +40,9 @@ class FewLayers {
   void add(const FrozenWeight& weight, const Adapter& adapter, const LinearSizes& size,
            const std::optional<Tensor>& bias, bool bias_inside, const std::optional<Tensor>& scale);
 
+  size_t count() const { return members_.size(); }
+  int64_t outputs(size_t layer) const { return members_[layer].size.out; }
+
   // Computes the layers for a contiguous x. A first loop computes S of all adapters except those of a mixed batch. In a
   // second loop, one thread computes for a row of W the base product, the low-rank term and the final pass (Expand in
   // kernels.h). For a mixed batch, and for a weight whose product is not computed row by row, the low-rank term and the
@@ -51,8 +59,8 @@ class FewLayers {
   };
   struct Run;
 
-  // Counts `bytes` bytes of the scratch memory of `run`.
-  void count(int64_t bytes);
+  // Adds `bytes` bytes to the scratch memory of `run`.
+  void reserve(int64_t bytes);
   void prepare(const Member& member, const void* x, const float* wide, const Results& results, char** room,
                Run* run) const;
 

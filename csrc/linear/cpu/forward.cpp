@@ -275,8 +275,7 @@ ForwardCall checked_forward(const char* op, const Tensor& x, const FrozenWeight&
   const LinearSizes size = checked_sizes(op, x, weight, adapter);
   const ScalarType type = x.scalar_type();
   dtype_of(op, "x", x);
-  if (bias.has_value())
-    STD_TORCH_CHECK(bias->numel() == size.out, op, ": bias has ", bias->numel(), " elements, wanted ", size.out);
+  check_bias(op, bias, size);
   AdaptedForward out;
   if (room != nullptr) {
     out = *room;
