@@ -116,6 +116,75 @@ def test_a_decoder_layer_keeps_lists_until_they_are_forgotten() -> None:
             call(empty, unknown)
 
 
+def adapted_lists_of_a_decoder_layer(size: int) -> tuple[dict[str, torch.Tensor], tuple[list, list, list]]:
+    """Returns the lists of a float32 decoder layer whose layers have a bias and an adapter with a scale for each rank,
+    and o a double-quantized NF4 weight. Also returns the tensors of down, and ``offset``, the NF4 weight's offset."""
+    generator, rank = torch.Generator().manual_seed(0), 4
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    named: dict[str, torch.Tensor] = {}
+    tensors, sizes, numbers = [random(size), random(size)], [0, 1], [1e-5, 1e-5, 0.0, 0.2]
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        weight, parts, layout = random(size, size) / size, [], 0
+        if name == "o":
+            weight, *parts, layout, _ = ops.nf4_quantize(weight, double_quant=True).op_args()
+            named["offset"] = parts[3]
+        own = {"bias": random(size), "A": random(rank, size), "B": random(size, rank), "scale": random(rank)}
+        if name == "down":
+            named |= {"weight": weight, **own}
+        tensors += [weight, *parts, *own.values()]
+        sizes += [0b0111100001 | (0b11110 if parts else 0), layout, size, size]
+        numbers += [0.5, 0.0]
+    return named, (tensors, sizes, numbers)
+
+
+def replaced(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data + 1
+
+
+def transposed(tensor: torch.Tensor) -> None:
+    tensor.data = (tensor.data + 1).t().contiguous().t()  # no longer contiguous
+
+
+def test_a_kept_decoder_layer_sees_each_change() -> None:
+    """The layers that a call checked are kept: a later call reads new values, and checks again what has moved."""
+    size, plan, empty = 64, 2**62 + 1, ([], [], [])
+    named, lists = adapted_lists_of_a_decoder_layer(size)
+
+    def call(lists: tuple, plan: int, tokens: int = 1) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        x, keys = (torch.randn(1, *shape, generator=generator) for shape in ((tokens, size), (4, 16, 16)))
+        angles = torch.ones(1, tokens, 16)
+        return RAW.decoder_layer(x, angles, angles, None, keys, keys.clone(), 3, *lists, plan)
+
+    last = call(lists, plan)
+    assert torch.equal(call(empty, plan), last)
+    changes: list[tuple[str, Callable]] = [(name, lambda tensor: tensor.mul_(1.5)) for name in named]
+    changes += [(name, replaced) for name in named] + [(name, transposed) for name in ("weight", "A", "B")]
+    changes += [("A", lambda tensor: tensor.mul_(1.5)), ("B", lambda tensor: tensor.mul_(1.5))]
+    for name, change in changes:
+        change(named[name])
+        wanted = call(lists, 0)
+        assert not torch.equal(wanted, last), name
+        assert torch.equal(call(empty, plan), wanted), name
+        last = wanted
+    for tokens in (3, 1, 12, 1):
+        assert torch.equal(call(empty, plan, tokens), call(lists, 0, tokens)), tokens
+    module = _native.STATE.module
+    before, found = module.isa(), set()
+    try:
+        for path in module.isas():
+            module.set_isa(path)
+            assert torch.equal(call(empty, plan), wanted := call(lists, 0)), path
+            found.add(wanted.numpy().tobytes())
+    finally:
+        module.set_isa(before)
+    assert len(found) > 1 or len(module.isas()) == 1  # paths sum in different orders
+    _native.STATE.module.forget_plan(plan)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_experts_of_a_rank_that_is_padded_under_inference_mode(dtype: torch.dtype) -> None:
     """The other threads of a parallel loop are not in inference mode, but write into tensors made in inference mode."""
