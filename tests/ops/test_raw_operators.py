@@ -141,7 +141,7 @@ def adapted_lists_of_a_decoder_layer(size: int) -> tuple[dict[str, torch.Tensor]
 
 
 def replaced(tensor: torch.Tensor) -> None:
-    tensor.data = tensor.data + 1
+    tensor.data = (tensor.data + 1).contiguous()
 
 
 def transposed(tensor: torch.Tensor) -> None:
@@ -163,7 +163,7 @@ def test_a_kept_decoder_layer_sees_each_change() -> None:
     assert torch.equal(call(empty, plan), last)
     changes: list[tuple[str, Callable]] = [(name, lambda tensor: tensor.mul_(1.5)) for name in named]
     changes += [(name, replaced) for name in named] + [(name, transposed) for name in ("weight", "A", "B")]
-    changes += [("A", lambda tensor: tensor.mul_(1.5)), ("B", lambda tensor: tensor.mul_(1.5))]
+    changes += [("A", lambda tensor: tensor.mul_(1.5)), *((name, replaced) for name in ("weight", "A", "B"))]
     for name, change in changes:
         change(named[name])
         wanted = call(lists, 0)
