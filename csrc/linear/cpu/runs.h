@@ -1,7 +1,7 @@
-// Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on each run (the
-// rows of one expert) that has more rows than the batch has on average per thread. Each smaller run is computed by a
-// single thread. peft_ext's kernels give the same bits for every division of the rows among threads. PyTorch's matrix
-// product may give other bits on another number of threads.
+// Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on each long run
+// (the rows of one expert), and a single thread computes each other run; run_plan.h decides which runs are long.
+// peft_ext's kernels give the same bits for every division of the rows among threads. PyTorch's matrix product may give
+// other bits on another number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -12,6 +12,7 @@
 
 #include "cpu/tensor.h"
 #include "cpu/threads.h"
+#include "linear/cpu/run_plan.h"
 
 namespace peft_ext {
 
@@ -22,16 +23,17 @@ struct Run {
 };
 
 // Calls call(run) for each run. each_run makes these calls in an unspecified order, on which no result may depend.
+// work: the work of a row of x.
 template <typename Call>
-void each_run(std::vector<Run> runs, const Call& call) {
+void each_run(std::vector<Run> runs, const RowWork& work, const Call& call) {
   std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.rows() > b.rows(); });
-  int64_t rows = 0;
-  for (const Run& run : runs) rows += run.rows();
+  std::vector<int64_t> rows;
+  for (const Run& run : runs) rows.push_back(run.rows());
   const int64_t threads = loop_threads();
-  size_t shared = 0;
-  while (shared < runs.size() && threads > 1 && runs[shared].rows() * threads > rows) call(runs[shared++]);
-  std::atomic<size_t> next{shared};
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  const size_t together = runs_together(rows, work, threads);
+  for (size_t i = 0; i < together; ++i) call(runs[i]);
+  std::atomic<size_t> next{together};
+  parallel_for(0, std::min(threads, static_cast<int64_t>(runs.size() - together)), 1, [&](int64_t begin, int64_t end) {
     const WithinALoop within;
     for (int64_t thread = begin; thread < end; ++thread)
       for (size_t i = next++; i < runs.size(); i = next++) call(runs[i]);
