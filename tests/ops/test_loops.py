@@ -97,10 +97,10 @@ def test_all_threads_compute_a_long_expert_together() -> None:
     assert loops_of_experts([4096] + [16] * 63, 512, 256) >= 2 + 4
 
 
-def test_norms_of_as_many_experts_as_threads_wake_the_threads_once() -> None:
+def test_norms_of_few_experts_wake_the_threads_once() -> None:
     before, found = torch.get_num_threads(), 0
     weight, lora_A, lora_B = torch.randn(16, 512, 256), torch.randn(16, 8, 256), torch.randn(16, 512, 8)
-    torch.set_num_threads(16)
+    torch.set_num_threads(24)
     try:
         for _ in range(2):
             start = MODULE.parallel_loops()

@@ -1,13 +1,12 @@
 // Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on each long run
-// (the rows of one expert), and a single thread computes each other run; run_plan.h decides which runs are long.
-// peft_ext's kernels give the same bits for every division of the rows among threads. PyTorch's matrix product may give
-// other bits on another number of threads.
+// (the rows of one expert), and a single thread computes each other run; see run_plan.h. peft_ext's kernels give the
+// same bits for every division of the rows among threads. PyTorch's matrix product may give other bits on another
+// number of threads.
 #pragma once
 
 #include <stdint.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "cpu/tensor.h"
@@ -29,14 +28,12 @@ void each_run(std::vector<Run> runs, const RowWork& work, const Call& call) {
   std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.rows() > b.rows(); });
   std::vector<int64_t> rows;
   for (const Run& run : runs) rows.push_back(run.rows());
-  const int64_t threads = loop_threads();
-  const size_t together = runs_together(rows, work, threads);
-  for (size_t i = 0; i < together; ++i) call(runs[i]);
-  std::atomic<size_t> next{together};
-  parallel_for(0, std::min(threads, static_cast<int64_t>(runs.size() - together)), 1, [&](int64_t begin, int64_t end) {
+  const RunPlan plan = plan_runs(rows, work, loop_threads());
+  for (size_t i = 0; i < plan.together; ++i) call(runs[i]);
+  parallel_for(0, static_cast<int64_t>(plan.parts.size()), 1, [&](int64_t begin, int64_t end) {
     const WithinALoop within;
-    for (int64_t thread = begin; thread < end; ++thread)
-      for (size_t i = next++; i < runs.size(); i = next++) call(runs[i]);
+    for (int64_t part = begin; part < end; ++part)
+      for (const size_t i : plan.parts[static_cast<size_t>(part)]) call(runs[i]);
   });
 }
 
