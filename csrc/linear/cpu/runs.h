@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "cpu/tensor.h"
@@ -21,8 +22,16 @@ struct Run {
   int64_t rows() const { return end - begin; }
 };
 
+// The runs that a RunPlan gives to one thread.
+struct RunPart {
+  std::atomic<size_t> next{0};  // position in the plan's part of the next run that no thread has taken
+  std::atomic<bool> started{false};
+};
+
 // Calls call(run) for each run. each_run makes these calls in an unspecified order, on which no result may depend.
-// work: the work of a row of x.
+// work: the work of a row of x. A thread that has computed its own part takes runs of the parts that other threads have
+// started, because threads that share their cores with other programs are slower. A part that no thread has started
+// keeps its runs: tools/recorded_loops.cpp runs one part after another, and records the parts of the plan.
 template <typename Call>
 void each_run(std::vector<Run> runs, const RowWork& work, const Call& call) {
   std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.rows() > b.rows(); });
@@ -30,10 +39,19 @@ void each_run(std::vector<Run> runs, const RowWork& work, const Call& call) {
   for (const Run& run : runs) rows.push_back(run.rows());
   const RunPlan plan = plan_runs(rows, work, loop_threads());
   for (size_t i = 0; i < plan.together; ++i) call(runs[i]);
-  parallel_for(0, static_cast<int64_t>(plan.parts.size()), 1, [&](int64_t begin, int64_t end) {
+  const size_t count = plan.parts.size();
+  std::vector<RunPart> parts(count);
+  parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
     const WithinALoop within;
-    for (int64_t part = begin; part < end; ++part)
-      for (const size_t i : plan.parts[static_cast<size_t>(part)]) call(runs[i]);
+    for (auto own = static_cast<size_t>(begin); own < static_cast<size_t>(end); ++own) {
+      parts[own].started = true;
+      for (size_t turn = 0; turn < count; ++turn) {
+        const size_t part = (own + turn) % count;
+        if (!parts[part].started) continue;
+        for (size_t i = parts[part].next++; i < plan.parts[part].size(); i = parts[part].next++)
+          call(runs[plan.parts[part][i]]);
+      }
+    }
   });
 }
 
