@@ -4,8 +4,8 @@
 frozen layer, PEFT's layer (over NF4 with bitsandbytes' layer), and PEFT's layer after ``peft_ext.accelerate``. Each
 contender has up to 64 layers of a shape and runs a step on one layer after the other, as in a model, so that the
 weights of large shapes are not in a cache from an earlier call. The contenders are timed in turn. The result file has
-the median and the quartiles, over the rounds, of the ratios of two contenders' times. Low-rank adapters have rank 16,
-and adapters are float32.
+the median and the quartiles, over the rounds, of the ratios of two contenders' times. Low-rank adapters have rank 16
+or the rank of ``--rank``, and adapters are float32. The name of a result file contains the rank if it is not 16.
 
 In bfloat16, the default, the shapes are those of the linear layers, without heads, of SmolLM2-135M, Qwen2.5-0.5B,
 Llama-3.2-1B, BERT-base and GPT-2, with 16 to 4,096 tokens. ``--dtype float32`` measures some of the shapes with 512
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from .command import command_parser
 from .files import record
 from .harness import machine, measured_ceilings
 
-RANK = 16
+RANK = 16  # The rank of the adapters in the tables of docs/performance.md.
 # A contender has so many layers of a shape that their dense weights fill ROTATING_BYTES bytes, but at most MOST_LAYERS.
 ROTATING_BYTES, MOST_LAYERS = 1 << 26, 64
 
@@ -84,10 +84,10 @@ def _linear4bit(k: int, n: int, dtype: torch.dtype) -> nn.Module:
     return layer.to("cpu")
 
 
-def _configs() -> dict[str, tuple[Callable[..., nn.Module], Any]]:
+def _configs(rank: int) -> dict[str, tuple[Callable[..., nn.Module], Any]]:
     from peft import IA3Config, LoraConfig
 
-    lora = {"r": RANK, "target_modules": r"layers\.\d+", "init_lora_weights": False}
+    lora = {"r": rank, "target_modules": r"layers\.\d+", "init_lora_weights": False}
     return {
         "LoRA": (_linear, LoraConfig(**lora)),
         "LoRA, dropout 0.05": (_linear, LoraConfig(**lora, lora_dropout=0.05)),
@@ -139,10 +139,11 @@ def _calls(tokens: int, k: int, n: int) -> int:
     return max(1, min(8, int(4e9 // (4 * tokens * k * n + 1e8))))
 
 
-def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Returns the ceilings of the run, and a row for each shape, number of tokens and method."""
+def measure(dtype: torch.dtype, rounds: int, rank: int = RANK) -> dict[str, Any]:
+    """Returns the rank of the adapters, the ceilings of the run, and a row for each shape, number of tokens and
+    method."""
     plan, ceilings, rows = PLANS[dtype], measured_ceilings(), []
-    configs = {method: _configs()[method] for method in plan.methods}
+    configs = {method: _configs(rank)[method] for method in plan.methods}
     for k, n in plan.shapes:
         made = partial(Contender, k=k, n=n, dtype=dtype)
         contenders = {("frozen", ""): made("frozen", _linear, None)} | {
@@ -171,18 +172,27 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
                     "over_stock": _ratio(stock, ours),
                 })  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
-    return {"ceilings": ceilings, "rows": rows}
+    return {"rank": rank, "ceilings": ceilings, "rows": rows}
 
 
-def main() -> None:
+def subject(dtype: torch.dtype, rank: int) -> str:
+    """Returns kind and subject of a result file, such as "layer-shapes" or "layer-shapes_rank8"."""
+    return NAMES[dtype] + (f"_rank{rank}" if rank != RANK else "")
+
+
+def main(argv: Optional[list[str]] = None) -> None:
     parser = command_parser("benchmarks.layers", __doc__)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--rank", type=int, default=RANK, help="rank of low-rank adapters; default: 16")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/layer-shapes-<isa>-<date>"
-                        ".json, of float32 layer-float32-<isa>-<date>.json")  # fmt: skip
-    args = parser.parse_args()
+                        ".json, of float32 layer-float32-<isa>-<date>.json, and for a rank of 8 layer-shapes_rank8-"
+                        "<isa>-<date>.json")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.rank < 1:
+        parser.error(f"--rank is {args.rank}, expected at least 1")
     dtype = getattr(torch, args.dtype)
-    record(NAMES[dtype], {"machine": machine(), **measure(dtype, args.rounds)}, args.out)
+    record(subject(dtype, args.rank), {"machine": machine(), **measure(dtype, args.rounds, args.rank)}, args.out)
 
 
 if __name__ == "__main__":

@@ -246,6 +246,7 @@ DRAWN: dict[str, Callable[[], str]] = {
     "quantize": partial(shown, (NF4, quantize_table)),
     "attention": _operator(ATTENTION, "scaled_dot_product_attention", "torch eager"),
     "shapes": partial(shown, ("layer-shapes-avx512_bf16", shapes_table)),
+    "shapes-rank8": partial(shown, ("layer-shapes_rank8-avx512_bf16", shapes_table)),
     "calls": partial(shown, ("layer-calls-avx512_bf16", calls_table)),
     "float32": partial(shown, ("layer-float32-avx2", float32_table)),
     "packed": partial(shown, ("layer-packed-avx512_bf16", packed_table),

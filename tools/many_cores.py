@@ -2,6 +2,7 @@
 
     python tools/many_cores.py               record everything, write many_cores.json, draw docs/performance.md's tables
     python tools/many_cores.py --trace 64    record only the cache lines and pages of 64 threads, and keep the record
+    python tools/many_cores.py --only norm   record only the operators with "norm" in their names, and draw the tables
     python tools/many_cores.py --draw        draw the tables of docs/performance.md from many_cores.json
     python tools/many_cores.py --loops 64    print each operator's loops on 64 threads from many_cores.json
 
@@ -169,8 +170,12 @@ class Records:
         self.rows = {key_of(row): row for row in found["rows"]}
         self.operators = list(dict.fromkeys(row["operator"] for row in found["rows"]))
 
+    def directions(self, operator: str) -> list[str]:
+        """Returns the directions in which the operator was recorded: "forward", and "backward" if it has a gradient."""
+        return [direction for direction in DIRECTIONS if (operator, direction, 1) in self.rows]
+
     def at(self, operator: str, threads: int) -> list[dict[str, Any]]:
-        return [self.rows[operator, direction, threads] for direction in DIRECTIONS]
+        return [self.rows[operator, direction, threads] for direction in self.directions(operator)]
 
     def cost(self, operator: str, threads: int, machine: Machine) -> Cost:
         return cost(self.at(operator, threads), self.at(operator, 1), machine)
@@ -209,7 +214,7 @@ def losses_table(records: Records) -> str:
 def counts_table(records: Records) -> str:
     rows = {}
     for operator in records.operators:
-        for direction in DIRECTIONS:
+        for direction in records.directions(operator):
             row = records.rows[operator, direction, 64]
             total = {key: sum(loop[key] for loop in row["loops"]) for key in ("shared", "l2", "l3", "dram")}
             shares = " ".join(f"{busy(records.rows[operator, direction, threads]):.2f}" for threads in THREADS)
@@ -226,7 +231,7 @@ def check_table(records: Records) -> str:
     the records."""
     rows = {}
     for operator in records.operators:
-        for direction in DIRECTIONS:
+        for direction in records.directions(operator):
             cells = []
             for threads in (1, 2):
                 row = records.rows[operator, direction, threads]
@@ -265,11 +270,11 @@ def loops_text(records: Records, threads: int) -> str:
 def table(records: Records) -> str:
     """Returns the computed tables that docs/performance.md shows."""
     return "\n\n".join([
-        "**Computed cost** of a forward and a backward. A figure in parentheses leaves out the code between the loops, "
-        "except where this code calls PyTorch's products. A figure after ≥ leaves out the time of the memory:",
+        "**Computed cost** of a forward and a backward, and for the decoder layer of a forward alone. A figure in "
+        "parentheses leaves out the code between the loops, except where this code calls PyTorch's products. A figure "
+        "after ≥ leaves out the time of the memory:",
         costs_table(records),
-        "**Computed parts of the cost** of a forward and a backward on one socket; the ideal is 1 for the work, and 0 "
-        "for the other parts:",
+        "**Computed parts of the cost** on one socket; the ideal is 1 for the work, and 0 for the other parts:",
         losses_table(records),
         "**Counts** of the work of an operator's parallel loops: the busy share for each number of threads, all other "
         "columns for 64 threads. Of the two counts in a column of pages, the first counts the pages that two sockets "
@@ -284,11 +289,11 @@ def key_of(row: dict[str, Any]) -> tuple[str, str, int]:
     return row["operator"], row["direction"], row["threads"]
 
 
-def record() -> dict[str, Any]:
-    """Returns the records of all operators, and the measured times of the operators on this machine."""
-    traced = {key_of(row): row for threads in THREADS for row in recorded_loops.traced_rows(threads)}
-    times = recorded_loops.child("time_here", repeats=5)
-    timed = recorded_loops.child("record_here", names=[], threads=[1, 2, *THREADS], repeats=4)
+def record(names: list[str]) -> dict[str, Any]:
+    """Returns the records of the operators ``names``, and the measured times of these operators on this machine."""
+    traced = {key_of(row): row for threads in THREADS for row in recorded_loops.traced_rows(threads, names)}
+    times = recorded_loops.child("time_here", names=names, repeats=5)
+    timed = recorded_loops.child("record_here", names=names, threads=[1, 2, *THREADS], repeats=4)
     rows = [summary(row, traced.get(key_of(row))) for row in timed]
     # The code between the loops is the same for every number of threads from two on, but on the recording machine its
     # data has left the caches after a loop of many threads. Rows of two and more threads therefore get the least
@@ -303,6 +308,18 @@ def record() -> dict[str, Any]:
         if row["threads"] > 1 and row["teams"] == len(row["loops"]):
             row["serial"] = least[row["operator"], row["direction"]]
     return {"times": times, "rows": rows}
+
+
+def merged(kept: dict[str, Any], new: dict[str, Any], operators: list[str]) -> dict[str, Any]:
+    """Returns the content of many_cores.json after a record of some operators: the rows ``new``, and the rows ``kept``
+    of the operators that ``new`` does not have. The rows are in the order of ``operators``, and the rows of other
+    operators are left out."""
+    found = {}
+    for name, rows in new.items():
+        recorded = {row["operator"] for row in rows}
+        rows = rows + [row for row in kept[name] if row["operator"] not in recorded]
+        found[name] = [row for operator in ("empty loop", *operators) for row in rows if row["operator"] == operator]
+    return found
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -330,13 +347,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="draw the tables of the records that are there")
     parser.add_argument("--trace", type=int, metavar="THREADS", help="record lines and pages alone, for a later record")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="record the operators with a TEXT in their names")
     parser.add_argument("--loops", type=int, metavar="THREADS", help="print the loops of the records that are there")
     args = parser.parse_args()
-    if args.trace:
-        recorded_loops.traced_rows(args.trace)
-        return 0
     if not args.draw and not args.loops:
-        RECORDS.write_text(as_text(record()))
+        sys.path.insert(0, str(ROOT))
+        operators = list(recorded_loops.steps())
+        for text in args.only or ():
+            if not any(text in name for name in operators):
+                parser.error(f"--only: {text!r} is in no name of {'; '.join(operators)}")
+        names = [name for name in operators if args.only is None or any(text in name for text in args.only)]
+        if args.trace:
+            recorded_loops.traced_rows(args.trace, names)
+            return 0
+        kept = json.loads(RECORDS.read_text()) if args.only else {"times": [], "rows": []}
+        RECORDS.write_text(as_text(merged(kept, record(names), operators)))
     records = Records(json.loads(RECORDS.read_text()))
     if args.loops:
         print(loops_text(records, args.loops))

@@ -16,10 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import native_build
 from native_build import ROOT, Group
@@ -29,6 +29,10 @@ BUILD = ROOT / "build/recorded"
 TRACED = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0"
 GROUP, L2 = 8, 1 << 20  # number of threads that share an L3 cache, and bytes of an L2 cache
 RANK, TOKENS = 16, 512
+EXPERTS, CHOSEN = 64, 4  # number of experts, and number of experts that compute each token
+# Forward and backward of an operator. The backward takes the result of the forward, and is None if the operator is
+# recorded without a gradient.
+Step = tuple[Callable[[], Any], Optional[Callable[[Any], Any]]]
 # The indices of the numbers in the record of a thread's part of a loop. FROM and TO are the indices of the begin and
 # the end of the part's units of work, TIME is that of the nanoseconds of CPU time, and FROM_L2, FROM_L3 and FROM_DRAM
 # are those of the numbers of cache lines that came from L2, L3 and DRAM. TAKEN is the index of the number of cache
@@ -39,30 +43,42 @@ THREAD, FROM, TO, TIME, ACCESSES, FROM_L2, FROM_L3, FROM_DRAM, TAKEN = range(9)
 # --- in a process that has the recorder preloaded ---------------------------------------------------------------------
 
 
-def _steps() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[Any], Any]]]]:
+def steps() -> dict[str, Callable[[], Step]]:
     """Returns a dict from the name of each operator, with its sizes, to a function that makes the operands and returns
-    two functions, which run the forward and the backward."""
+    the operator's forward and backward."""
     import torch
 
     from peft_ext import ops
+    from peft_ext.integrations.adapter_layers.few_tokens import kernel_of
+    from peft_ext.ops.layer_lists import listed
+    from peft_ext.weights import mx
 
     def random(*shape: int, grad: bool = True, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return (0.1 * torch.randn(shape)).to(dtype).requires_grad_(grad)
 
-    def step(forward: Callable[[], Any], *inputs: torch.Tensor) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-        grads: dict[Any, torch.Tensor] = {}
+    def step(forward: Callable[[], Any], *inputs: torch.Tensor) -> Step:
+        grads: list[torch.Tensor] = []
 
         def backward(y: Any) -> Any:
-            if y.shape not in grads:
-                grads[y.shape] = random(*y.shape, grad=False, dtype=y.dtype)
-            return torch.autograd.grad(y, inputs, grads[y.shape], retain_graph=True)
+            ys = (y,) if isinstance(y, torch.Tensor) else y
+            if not grads:
+                grads.extend(random(*one.shape, grad=False, dtype=one.dtype) for one in ys)
+            return torch.autograd.grad(ys, inputs, grads, retain_graph=True)
 
         return forward, backward
 
-    def layer(out: int, inner: int, *, dropout: float = 0.0, nf4: bool = False, dora: bool = False) -> Any:
+    def adapters(outs: Sequence[int], inner: int, grad: bool = True) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        held = [(random(RANK, inner, grad=grad, dtype=torch.float32), random(out, RANK, grad=grad, dtype=torch.float32))
+                for out in outs]  # fmt: skip
+        return [a for a, _ in held], [b for _, b in held]
+
+    def nf4(weight: torch.Tensor) -> Any:
+        return ops.nf4_quantize(weight, 64, double_quant=True)
+
+    def layer(out: int, inner: int, *, dropout: float = 0.0, packed: Any = None, dora: bool = False) -> Step:
         x, weight = random(TOKENS, inner), random(out, inner, grad=False)
-        held = ops.nf4_quantize(weight, 64, double_quant=True) if nf4 else weight
-        lora_A, lora_B = random(RANK, inner, dtype=torch.float32), random(out, RANK, dtype=torch.float32)
+        held = packed(weight) if packed is not None else weight
+        (lora_A,), (lora_B,) = adapters([out], inner)
         how = {"scaling": 2.0, "dropout_p": dropout, "training": True}
         if dropout:
             how["seed"] = torch.tensor([1, 2])
@@ -73,33 +89,80 @@ def _steps() -> dict[str, Callable[[], tuple[Callable[[], Any], Callable[[Any], 
                         x, lora_A, lora_B, magnitude)  # fmt: skip
         return step(lambda: ops.lora_linear(x, held, lora_A, lora_B, **how), x, lora_A, lora_B)
 
-    def attention() -> Any:
+    def siblings(*outs: int) -> Step:
+        x, weights = random(TOKENS, 4096), [random(out, 4096, grad=False) for out in outs]
+        lora_As, lora_Bs = adapters(outs, 4096)
+        seeds = [torch.tensor([1, i]) for i in range(len(outs))]
+        return step(lambda: ops.lora_linears(x, weights, lora_As, lora_Bs, scalings=2.0, dropout_ps=0.05, training=True,
+                                             seeds=seeds), x, *lora_As, *lora_Bs)  # fmt: skip
+
+    def experts(out: int, inner: int) -> Step:
+        chosen = torch.rand(TOKENS, EXPERTS).topk(CHOSEN).indices.flatten()
+        offsets = chosen.bincount(minlength=EXPERTS).cumsum(0).to(torch.int32)
+        x, weight = random(TOKENS * CHOSEN, inner), random(EXPERTS, out, inner, grad=False)
+        lora_A = random(EXPERTS, RANK, inner, dtype=torch.float32)
+        lora_B = random(EXPERTS, out, RANK, dtype=torch.float32)
+        seed = torch.tensor([1, 2])
+        return step(lambda: ops.lora_experts(x, weight, offsets, lora_A, lora_B, scaling=2.0, dropout_p=0.05,
+                                             training=True, seed=seed), x, lora_A, lora_B)  # fmt: skip
+
+    def decoder_layer() -> Step:
+        hidden, inner, size, kv_heads, past = 4096, 14336, 128, 8, 512
+        make = partial(random, grad=False)
+        layers = (((hidden, kv_heads * size, kv_heads * size), hidden), ((hidden,), hidden), ((inner, inner), hidden),
+                  ((hidden,), inner))  # fmt: skip
+        tensors, sizes, numbers = [make(hidden), make(hidden)], [0, 0], [1e-5, 1e-5, 0.0, size**-0.5]
+        for outs, columns in layers:
+            weights = [nf4(make(out, columns)) for out in outs]
+            found = listed("lora_linears", make(1, columns), weights, *adapters(outs, columns, grad=False), None, None,
+                           2.0, 0.0, False, None)  # fmt: skip
+            for together, own in zip((tensors, sizes, numbers), found.lists, strict=True):
+                together.extend(own)
+        x, angles = make(1, 1, hidden), make(1, 1, size)
+        keys, values = (make(1, kv_heads, past + 64, size) for _ in range(2))
+        kernel, plan = kernel_of("decoder_layer"), 1
+        kernel(x, angles, angles, None, keys, values, past, tensors, sizes, numbers, plan)
+        return lambda: kernel(x, angles, angles, None, keys, values, past, [], [], [], plan), None
+
+    def attention() -> Step:
         q, k, v = (random(1, heads, 1024, 128) for heads in (32, 8, 8))
         return step(lambda: ops.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v)
 
-    def norm() -> Any:
+    def rotary() -> Step:
+        q, k = (random(1, TOKENS, heads, 128).transpose(1, 2) for heads in (32, 8))
+        cos, sin = random(1, TOKENS, 128, grad=False), random(1, TOKENS, 128, grad=False)
+        return step(lambda: ops.rotary_embedding(q, k, cos, sin), q, k)
+
+    def norm() -> Step:
         x, weight = random(TOKENS, 4096), random(4096, grad=False)
         return step(lambda: ops.rms_norm(x, weight, 1e-5), x)
 
-    def activation() -> Any:
+    def activation() -> Step:
         gate, up = random(TOKENS, 14336), random(TOKENS, 14336)
         return step(lambda: ops.gated_activation(gate, up, "silu"), gate, up)
 
-    def cross_entropy() -> Any:
+    def cross_entropy() -> Step:
         hidden, weight = random(TOKENS, 576), random(49152, 576, grad=False)
         labels = torch.randint(0, 49152, (TOKENS,))
         return step(lambda: ops.linear_cross_entropy(hidden, weight, labels), hidden)
 
+    dropped = partial(layer, dropout=0.05)
     return {
-        "LoRA, dropout 0.05, 576 x 576": partial(layer, 576, 576, dropout=0.05),
-        "LoRA, dropout 0.05, 4096 x 4096": partial(layer, 4096, 4096, dropout=0.05),
-        "LoRA, dropout 0.05, 4096 x 14336": partial(layer, 4096, 14336, dropout=0.05),
-        "LoRA over NF4, dropout 0.05, 4096 x 4096": partial(layer, 4096, 4096, dropout=0.05, nf4=True),
-        "DoRA, dropout 0.05, 4096 x 4096": partial(layer, 4096, 4096, dropout=0.05, dora=True),
+        "LoRA, dropout 0.05, 576 x 576": partial(dropped, 576, 576),
+        "LoRA, dropout 0.05, 4096 x 4096": partial(dropped, 4096, 4096),
+        "LoRA, dropout 0.05, 4096 x 14336": partial(dropped, 4096, 14336),
+        "LoRA over NF4, dropout 0.05, 4096 x 4096": partial(dropped, 4096, 4096, packed=nf4),
+        "LoRA over MXFP4, dropout 0.05, 4096 x 4096": partial(dropped, 4096, 4096, packed=mx.quantize_mxfp4),
+        "DoRA, dropout 0.05, 4096 x 4096": partial(dropped, 4096, 4096, dora=True),
+        "q, k, v with LoRA, dropout 0.05, (4096, 1024, 1024) x 4096": partial(siblings, 4096, 1024, 1024),
+        "gate, up with LoRA, dropout 0.05, (14336, 14336) x 4096": partial(siblings, 14336, 14336),
+        "LoRA on 64 experts, dropout 0.05, 512 x 256, 4 a token": partial(experts, 512, 256),
         "attention, causal, 1024 tokens, 32 heads": attention,
+        "rotary positions, 32 and 8 heads": rotary,
         "RMS norm, 4096": norm,
         "SiLU gate, 14336": activation,
         "cross entropy of a head, 49152 x 576": cross_entropy,
+        "decoder layer over NF4 with LoRA, 4096, one token": decoder_layer,
     }
 
 
@@ -137,8 +200,8 @@ def _least(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def record_here(library: str, traces: bool, names: list[str], threads: list[int], repeats: int) -> list[dict[str, Any]]:
-    """Records the parallel loops of the operators in this process. Returns a row for each operator, direction and
-    number of threads."""
+    """Records the parallel loops of the operators ``names`` in this process. Returns a row for each operator, direction
+    and number of threads."""
     import torch
 
     from peft_ext._native import STATE
@@ -146,18 +209,21 @@ def record_here(library: str, traces: bool, names: list[str], threads: list[int]
 
     keep_freed_memory()
     recorder, rows = Recorder(library, traces), []
-    for name, make in _steps().items():
-        if names and name not in names:
+    for name, make in steps().items():
+        if name not in names:
             continue
         torch.manual_seed(0)
         forward, backward = make()
         for count in threads:
             torch.set_num_threads(count)
-            backward(forward())  # this unrecorded call allocates scratch memory and starts the threads
+            y = forward()  # this unrecorded call allocates scratch memory and starts the threads
+            if backward is not None:
+                backward(y)
             for turn in range(repeats):
                 y = recorder.record(f"forward{turn}", count, forward)
-                recorder.record(f"backward{turn}", count, partial(backward, y))
-            for direction in ("forward", "backward"):
+                if backward is not None:
+                    recorder.record(f"backward{turn}", count, partial(backward, y))
+            for direction in ("forward", "backward")[: 1 if backward is None else 2]:
                 record = _least([recorder.read(f"{direction}{turn}") for turn in range(repeats)])
                 rows.append({"operator": name, "direction": direction, "threads": count, "isa": STATE.isa} | record)
             print(f"{name}, {count} threads", file=sys.stderr, flush=True)
@@ -165,9 +231,9 @@ def record_here(library: str, traces: bool, names: list[str], threads: list[int]
     return rows
 
 
-def time_here(library: str, repeats: int) -> list[dict[str, Any]]:
-    """Returns rows with the least of ``repeats`` + 1 times, in seconds, of each operator and direction on one and on
-    two threads, and a row with the least time of an empty loop."""
+def time_here(library: str, names: list[str], repeats: int) -> list[dict[str, Any]]:
+    """Returns rows with the least of ``repeats`` + 1 times, in seconds, of the operators ``names`` in each direction on
+    one and on two threads, and a row with the least time of an empty loop."""
     import torch
 
     from peft_ext.integrations.trainer import keep_freed_memory
@@ -178,20 +244,25 @@ def time_here(library: str, repeats: int) -> list[dict[str, Any]]:
     torch.set_num_threads(2)
     loops = min(empty(2, 20) for _ in range(500))
     rows: list[dict[str, Any]] = [{"operator": "empty loop", "direction": "", "threads": 2, "seconds": loops}]
-    for name, make in _steps().items():
+    for name, make in steps().items():
+        if name not in names:
+            continue
         torch.manual_seed(0)
         forward, backward = make()
         taken: dict[tuple[str, int], list[float]] = {}
         for _ in range(repeats + 1):
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                backward(forward())
+                y = forward()
+                if backward is not None:
+                    backward(y)
                 start = time.perf_counter()
                 y = forward()
-                middle = time.perf_counter()
-                backward(y)
-                taken.setdefault(("forward", threads), []).append(middle - start)
-                taken.setdefault(("backward", threads), []).append(time.perf_counter() - middle)
+                taken.setdefault(("forward", threads), []).append(time.perf_counter() - start)
+                if backward is not None:
+                    start = time.perf_counter()
+                    backward(y)
+                    taken.setdefault(("backward", threads), []).append(time.perf_counter() - start)
         rows += [{"operator": name, "direction": direction, "threads": threads, "seconds": min(seconds)}
                  for (direction, threads), seconds in taken.items()]  # fmt: skip
     return rows
@@ -281,11 +352,16 @@ def child(function: str, site: Path = ROOT, **how: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def traced_rows(threads: int) -> list[dict[str, Any]]:
-    """Returns the rows of :func:`record_here` with the traced library on ``threads`` threads. The rows are kept in
-    build/recorded until the traced library, recorded_loops.py or recorded_loops.cpp changes."""
+def traced_rows(threads: int, names: list[str]) -> list[dict[str, Any]]:
+    """Returns the rows of :func:`record_here` for the operators ``names``, with the traced library on ``threads``
+    threads. The rows are kept in build/recorded until the traced library, recorded_loops.py or recorded_loops.cpp
+    changes."""
     kept, site = BUILD / f"traced{threads}.json", build_traced()
     sources = (BUILD / "libtraced.so", *(ROOT / "tools" / f"recorded_loops.{kind}" for kind in ("py", "cpp")))
-    if not kept.exists() or any(path.stat().st_mtime > kept.stat().st_mtime for path in sources):
-        kept.write_text(json.dumps(child("record_here", site, names=[], threads=[threads], repeats=1)))
-    return json.loads(kept.read_text())
+    valid = kept.exists() and all(path.stat().st_mtime <= kept.stat().st_mtime for path in sources)
+    rows = json.loads(kept.read_text()) if valid else []
+    recorded = {row["operator"] for row in rows}
+    if missing := [name for name in names if name not in recorded]:
+        rows += child("record_here", site, names=missing, threads=[threads], repeats=1)
+        kept.write_text(json.dumps(rows))
+    return [row for row in rows if row["operator"] in names]

@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_experts_cpu(
   clear_rest(y, runs);
   if (lora_A.has_value()) clear_rest(s, runs);
   if (want_z) clear_rest(z, runs);
-  each_run(runs, [&](const Run& run) {
+  each_run(runs, {weights.in * weights.out, weights.out}, [&](const Run& run) {
     AdaptedForward room;
     room.y = rows_of_run(y, run);
     room.s = lora_A.has_value() ? rows_of_run(s, run) : none();
@@ -301,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_experts_backward_cpu(
     grad_x = empty({held_x.size(0), weights.in}, type);
     clear_rest(grad_x, runs);
   }
-  each_run(runs, [&](const Run& run) {
+  each_run(runs, {weights.in * weights.out, weights.in}, [&](const Run& run) {
     const Adapter adapter = adapters.of(run.expert);
     std::optional<Tensor> own_s, room;
     if (rank > 0) own_s = rows_of_run(held_s, run);
@@ -346,7 +346,8 @@ Tensor dora_experts_weight_norm_cpu(Tensor weight, std::optional<Tensor> part1, 
       checked_adapters(kOp, weights, lora_A, lora_B, std::nullopt, scaling, 0.0, std::nullopt, runs);
   const Tensor norm = empty({weights.experts, weights.out}, ScalarType::Float);
   clear_others(norm, runs);
-  each_run(runs, [&](const Run& run) {
+  constexpr int64_t kRowsTogether = 64;  // threads that compute a norm together divide the rows of W by so many rows
+  each_run(runs, {weights.in * adapters.rank(), 1, kRowsTogether}, [&](const Run& run) {
     const Adapter adapter = adapters.of(run.expert);
     const Tensor own =
         weight_norm(kOp, weights.of(kOp, run.expert), *adapter.lora_A, *adapter.lora_B, scaling, type).norm;

@@ -482,14 +482,19 @@ def test_drawing_refuses_a_document_it_does_not_know():
         tables.draw("<!-- measured prefix: python -m benchmarks.tables --><!-- /measured -->")
 
 
+def few_layers(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, methods: tuple[str, ...]) -> None:
+    """Lets ``benchmarks.layers`` measure two layers of each of two small shapes."""
+    monkeypatch.setitem(layers.PLANS, dtype, layers.Plan(((64, 128), (128, 64)), (12,), methods))
+    monkeypatch.setattr(layers, "MOST_LAYERS", 2)
+    monkeypatch.setattr(layers, "measured_ceilings", lambda: CEILINGS)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_layers_are_compared_and_drawn(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     methods = layers.PLANS[dtype].methods
-    monkeypatch.setitem(layers.PLANS, dtype, layers.Plan(((64, 128), (128, 64)), (12,), methods))
-    monkeypatch.setattr(layers, "MOST_LAYERS", 2)
-    monkeypatch.setattr(layers, "measured_ceilings", lambda: CEILINGS)
+    few_layers(monkeypatch, dtype, methods)
     result = {"machine": harness.machine(), **layers.measure(dtype, 3)}
     assert len(result["rows"]) == 2 * len(methods)
     for row in result["rows"]:
@@ -504,6 +509,39 @@ def test_layers_are_compared_and_drawn(dtype, monkeypatch: pytest.MonkeyPatch) -
         drawn = tables.shapes_table(result).splitlines()
         assert drawn[:2] == ["| method | layer | T=12 |", "|---|---|---|"] and len(drawn) == 2 + 2 * len(methods)
         assert drawn[2] == f"| LoRA | 64->128 | {cell} |"
+
+
+@pytest.mark.parametrize("dtype, rank, name", [
+    ("bfloat16", 16, "layer-shapes"), ("bfloat16", 8, "layer-shapes_rank8"), ("float32", 8, "layer-float32_rank8"),
+])  # fmt: skip
+def test_layers_are_measured_with_the_rank_that_the_result_file_names(
+    dtype: str, rank: int, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    few_layers(monkeypatch, getattr(torch, dtype), ("LoRA", "DoRA", "IA3"))
+    ranks, made = {}, layers.Contender.__init__
+
+    def noting(self, kind, make, config, *args, **kwargs):
+        made(self, kind, make, config, *args, **kwargs)
+        shapes = {key: value.shape for layer in self.layers for key, value in layer.named_parameters()}
+        found = {min(shape) for key, shape in shapes.items() if "lora_A" in key or "lora_B" in key}
+        ranks.setdefault(kind, []).append(found)
+
+    monkeypatch.setattr(layers.Contender, "__init__", noting)
+    arguments = ["--dtype", dtype, "--rounds", "2", "--out", str(tmp_path)]
+    layers.main(arguments + (["--rank", str(rank)] if rank != 16 else []))
+    assert ranks == {"frozen": [set()] * 2, "stock": [{rank}, {rank}, set()] * 2, "ours": [{rank}, {rank}, set()] * 2}
+    (path,) = tmp_path.iterdir()
+    machine = harness.machine()
+    assert path.name == f"{name}-{machine['isa']}-{machine['date']}.json"
+    result = json.loads(path.read_text())
+    assert result["rank"] == rank and len(result["rows"]) == 6
+
+
+def test_layers_have_a_rank_of_at_least_one(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        layers.main(["--rank", "0"])
+    assert "--rank is 0, expected at least 1" in capsys.readouterr().err
 
 
 def test_the_newest_file_of_exactly_that_name_is_taken(monkeypatch, tmp_path):

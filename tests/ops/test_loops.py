@@ -63,3 +63,49 @@ def test_layers_of_one_input_share_loops(two_threads: None) -> None:
         torch.autograd.backward(list(ys), [torch.ones_like(y) for y in ys])
         found = MODULE.parallel_loops() - before
     assert 4 <= found <= 10
+
+
+def loops_of_experts(counts: list[int], out: int, k: int) -> int:
+    """Returns the number of parallel loops of a forward and a backward of lora_experts on 64 threads, for experts with
+    ``counts`` rows."""
+    torch.manual_seed(0)
+    experts, rows, rank, before = len(counts), sum(counts), 8, torch.get_num_threads()
+    x = torch.randn(rows, k, dtype=torch.bfloat16, requires_grad=True)
+    weight, grad = torch.randn(experts, out, k, dtype=torch.bfloat16), torch.randn(rows, out, dtype=torch.bfloat16)
+    lora_A, lora_B = torch.randn(experts, rank, k, requires_grad=True), torch.randn(experts, out, rank)
+    offsets, found = torch.tensor(counts).cumsum(0), 0
+    torch.set_num_threads(64)
+    try:
+        for _ in range(2):
+            start = MODULE.parallel_loops()
+            y = ops.lora_experts(x, weight, offsets, lora_A, lora_B.requires_grad_(), dropout_p=0.05, training=True,
+                                 seed=SEED)  # fmt: skip
+            y.backward(grad)
+            found = MODULE.parallel_loops() - start
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def test_experts_of_few_rows_have_a_thread_each() -> None:
+    """All threads together would compute a few rows of one expert after the other, and wake for each expert."""
+    draws = torch.randint(0, 64, (2048,), generator=torch.Generator().manual_seed(0))
+    assert loops_of_experts(draws.bincount(minlength=64).tolist(), 512, 256) == 2
+
+
+def test_all_threads_compute_a_long_expert_together() -> None:
+    assert loops_of_experts([4096] + [16] * 63, 512, 256) >= 2 + 4
+
+
+def test_norms_of_few_experts_wake_the_threads_once() -> None:
+    before, found = torch.get_num_threads(), 0
+    weight, lora_A, lora_B = torch.randn(16, 512, 256), torch.randn(16, 8, 256), torch.randn(16, 512, 8)
+    torch.set_num_threads(24)
+    try:
+        for _ in range(2):
+            start = MODULE.parallel_loops()
+            ops.dora_experts_weight_norm(weight, lora_A, lora_B, 2.0)
+            found = MODULE.parallel_loops() - start
+    finally:
+        torch.set_num_threads(before)
+    assert found == 1

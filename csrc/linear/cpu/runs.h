@@ -1,7 +1,7 @@
-// Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on each run (the
-// rows of one expert) that has more rows than the batch has on average per thread. Each smaller run is computed by a
-// single thread. peft_ext's kernels give the same bits for every division of the rows among threads. PyTorch's matrix
-// product may give other bits on another number of threads.
+// Divides the rows of a batch, which are sorted by expert, among threads. All threads work together on each long run
+// (the rows of one expert), and a single thread computes each other run; see run_plan.h. peft_ext's kernels give the
+// same bits for every division of the rows among threads. PyTorch's matrix product may give other bits on another
+// number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -12,6 +12,7 @@
 
 #include "cpu/tensor.h"
 #include "cpu/threads.h"
+#include "linear/cpu/run_plan.h"
 
 namespace peft_ext {
 
@@ -21,20 +22,36 @@ struct Run {
   int64_t rows() const { return end - begin; }
 };
 
+// The runs that a RunPlan gives to one thread.
+struct RunPart {
+  std::atomic<size_t> next{0};  // position in the plan's part of the next run that no thread has taken
+  std::atomic<bool> started{false};
+};
+
 // Calls call(run) for each run. each_run makes these calls in an unspecified order, on which no result may depend.
+// work: the work of a row of x. A thread that has computed its own part takes runs of the parts that other threads have
+// started, because threads that share their cores with other programs are slower. A part that no thread has started
+// keeps its runs: tools/recorded_loops.cpp runs one part after another, and records the parts of the plan.
 template <typename Call>
-void each_run(std::vector<Run> runs, const Call& call) {
+void each_run(std::vector<Run> runs, const RowWork& work, const Call& call) {
   std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.rows() > b.rows(); });
-  int64_t rows = 0;
-  for (const Run& run : runs) rows += run.rows();
-  const int64_t threads = loop_threads();
-  size_t shared = 0;
-  while (shared < runs.size() && threads > 1 && runs[shared].rows() * threads > rows) call(runs[shared++]);
-  std::atomic<size_t> next{shared};
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  std::vector<int64_t> rows;
+  for (const Run& run : runs) rows.push_back(run.rows());
+  const RunPlan plan = plan_runs(rows, work, loop_threads());
+  for (size_t i = 0; i < plan.together; ++i) call(runs[i]);
+  const size_t count = plan.parts.size();
+  std::vector<RunPart> parts(count);
+  parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
     const WithinALoop within;
-    for (int64_t thread = begin; thread < end; ++thread)
-      for (size_t i = next++; i < runs.size(); i = next++) call(runs[i]);
+    for (auto own = static_cast<size_t>(begin); own < static_cast<size_t>(end); ++own) {
+      parts[own].started = true;
+      for (size_t turn = 0; turn < count; ++turn) {
+        const size_t part = (own + turn) % count;
+        if (!parts[part].started) continue;
+        for (size_t i = parts[part].next++; i < plan.parts[part].size(); i = parts[part].next++)
+          call(runs[plan.parts[part][i]]);
+      }
+    }
   });
 }
 
