@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .nn import BottleneckAdapter, NF4Experts, NF4Linear, PackedEmbedding, PackedLinear, PrefixEncoder
+from .nn import BottleneckAdapter, Float8Linear, NF4Experts, NF4Linear, PackedEmbedding, PackedLinear, PrefixEncoder
 from .nn.experts import FrozenExperts, dense_experts, expert_parameters, is_stored_transposed, nf4_experts
 from .nn.nf4 import is_zero3_shard
 from .nn.packed import ScaledEmbedding
@@ -295,7 +295,8 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
             ``forward``.
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
     """
-    return _dequantize("dequantize_packed", (PackedLinear, PackedEmbedding), PackedExperts, model, dtype, progress)
+    kinds = (PackedLinear, PackedEmbedding, Float8Linear)
+    return _dequantize("dequantize_packed", kinds, PackedExperts, model, dtype, progress)
 
 
 def _dequantize(

@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # n
 from ... import _cpu
 from ..._imports import version
 from ..._native import STATE
-from ...nn import NF4Linear, PackedLinear
+from ...nn import Float8Linear, NF4Linear, PackedLinear
 from ...nn.nf4 import is_dtensor, is_zero3_shard
 from ...ops.checks import autocast_dtype, under_a_transform
 from ...ops.format_proofs import family_of
@@ -320,6 +320,8 @@ def weight_reason(base: nn.Module) -> Optional[str]:
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if is_partitioned(bias):
         return "its bias is a shard (FSDP, ZeRO-3 or tensor parallelism)"
+    if issubclass(kind, Float8Linear):
+        return "Float8Linear runs its own forward"
     if issubclass(kind, PackedLinear):
         for tensor in (base.weight, *base._buffers.values()):
             if reason := tensor_reason("its weight", tensor, dim=len(whole_shape(tensor))):
