@@ -105,6 +105,9 @@ def _merge_quantization_configs(quantization_config: Any, quantization_config_fr
     if isinstance(quantization_config_from_args, PackedConfig):
         if not _is_bitsandbytes(quantization_config):
             return quantization_config_from_args.over(quantization_config)
+        if quantization_config_from_args.activation_scheme is not None:
+            raise ValueError("PackedConfig: activation_scheme is 'dynamic', and the checkpoint's layers (bitsandbytes) "
+                             "quantize no inputs")  # fmt: skip
         quantization_config_from_args = None
     return _merge(quantization_config, quantization_config_from_args)
 
