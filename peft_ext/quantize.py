@@ -278,7 +278,8 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
     place.
 
     A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding`` (if it has a scale, a subclass of
-    ``nn.Embedding`` that multiplies by the scale), and :class:`peft_ext.nn.PackedExperts` become dense experts.
+    ``nn.Embedding`` that multiplies by the scale), and :class:`peft_ext.nn.PackedExperts` become dense experts. The
+    dense layer that replaces a :class:`peft_ext.nn.Float8Linear` does not quantize its input.
     Adapters, merging, tied weights, hooks, memory and errors are treated as in :func:`dequantize_nf4`.
 
     Args:

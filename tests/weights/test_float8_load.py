@@ -11,7 +11,6 @@ import packed_checkpoints as pc
 import pytest
 import torch
 import transformers
-from format_libraries import format_library
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -20,7 +19,6 @@ import peft_ext
 from peft_ext.integrations.packed.rules import DYNAMIC, read_rules
 from peft_ext.nn import Float8Linear, PackedExperts, PackedLinear
 from peft_ext.reference import float8_linear
-from peft_ext.reference.float8 import decode_tokens, quantize_tokens
 
 TOKENS = torch.arange(18).reshape(2, 9) * 5 % pc.VOCAB
 
@@ -191,17 +189,3 @@ def test_bitsandbytes_is_refused(tmp_path: Path) -> None:
     stock.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"the checkpoint's layers \(bitsandbytes\) quantize no inputs"):
         load(tmp_path / "model")
-
-
-@pytest.mark.parametrize("group", [0, 32])
-def test_the_quantized_input_is_compressed_tensors(group: int) -> None:
-    quantization = format_library("compressed_tensors.quantization")
-    helpers = format_library("compressed_tensors.quantization.utils.helpers")
-    forward = format_library("compressed_tensors.quantization.lifecycle.forward")
-    given = inputs(strategy="group" if group else "token", **({"group_size": group} if group else {}))
-    args = quantization.QuantizationArgs(**given)
-    x = torch.randn(2, 7, 96) * torch.logspace(-3, 3, 7)[:, None]
-    scale, zero = helpers.compute_dynamic_scales_and_zp(x, args, nn.Module())
-    wanted = forward.fake_quantize(x, scale, zero, args)
-    found = decode_tokens(*quantize_tokens(x, group), group, torch.float32)
-    assert torch.equal(found, wanted)
