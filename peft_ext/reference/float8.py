@@ -44,8 +44,9 @@ def quantize_tokens(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 def decode_tokens(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Returns ``x̂ [..., K]``: the products of codes and scales in float32 (in float64 if ``dtype`` is float64), rounded
     to ``dtype``. ``columns`` is as in :func:`quantize_tokens`."""
-    k, wide = codes.shape[-1], torch.promote_types(dtype, torch.float32)
-    return (codes.to(wide) * scales.repeat_interleave(min(columns or k, k) or 1, -1)[..., :k]).to(dtype)
+    k = codes.shape[-1]
+    # Each dtype holds the codes exactly, and PyTorch multiplies with the float32 scales in float32 at least.
+    return (codes.to(dtype) * scales.repeat_interleave(min(columns or k, k) or 1, -1)[..., :k]).to(dtype)
 
 
 def quantized_input(x: Tensor, columns: int) -> Tensor:

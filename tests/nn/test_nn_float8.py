@@ -60,7 +60,9 @@ def test_each_block_of_columns_has_a_scale_of_its_own() -> None:
         assert torch.equal(scales[..., first // 32], part.abs().amax(-1) / 448)
         alone = quantize_tokens(part, 0)[0]
         assert torch.equal(codes[..., first : first + 32].view(torch.uint8), alone.view(torch.uint8))
-    error = (decode_tokens(codes, scales, 32, torch.float32) - x).abs()
+    decoded_x = decode_tokens(codes, scales, 32, torch.float32)
+    assert torch.equal(decode_tokens(codes, scales, 32, torch.bfloat16), decoded_x.bfloat16())  # rounded once
+    error = (decoded_x - x).abs()
     assert (error <= torch.maximum(x.abs() / 16, scales.repeat_interleave(32, -1)[..., :70] / 1024)).all()
 
 
@@ -146,8 +148,8 @@ def test_autocast_strides_and_refusals() -> None:
 
 @pytest.mark.parametrize("codes", [False, True], ids=["decoded", "scaled_mm"])
 def test_compiles_into_one_graph(codes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if codes:
-        monkeypatch.setattr(float8, "scaled_mm_reason", torch.compiler.assume_constant_result(lambda *_: None))
+    if codes:  # the trial of a GPU, which torch.compile could not trace
+        monkeypatch.setattr(float8, "_tried", lambda device, blocks: float8._trial(device, blocks))
     torch._dynamo.reset()
     layer = layer_of(48, 64, (1, 0), bias=False)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -228,10 +230,9 @@ def test_scaled_mm_gets_codes_and_scales(
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     layer = layer_of(256, 1024, blocks, bias=bias)
-    x, grad = torch.randn(2, 6, 1024, dtype=torch.bfloat16), torch.randn(2, 6, 256, dtype=torch.bfloat16)
-    x[0, 2] = 0
-    # An input that is not contiguous, as the transposed heads of an attention are.
-    ours = x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    x, grad = torch.randn(12, 1024, dtype=torch.bfloat16), torch.randn(12, 256, dtype=torch.bfloat16)
+    x[2] = 0
+    ours = x.mT.contiguous().mT.requires_grad_()  # an input whose columns are not neighbours in memory
     y = layer(ours)
     y.backward(grad)
     given = None if layer.bias is None else layer.bias.double()

@@ -87,6 +87,16 @@ def test_the_layers_quantize_their_input_only_if_asked(case: str, columns: str, 
     assert type(load(tmp_path / "again").model.layers[0].mlp.up_proj) is Float8Linear
 
 
+def test_layers_on_the_disk(tmp_path: Path) -> None:
+    path = written(tmp_path / "model", "fp8")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    model = load(path, device_map=places, offload_folder=tmp_path / "disk")
+    layer = model.model.layers[1].mlp.up_proj
+    assert layer.weight.is_meta and type(layer) is Float8Linear and "its input is quantized to 8-bit" in layer.note
+    assert torch.equal(model(TOKENS).logits, load(path)(TOKENS).logits)
+
+
 def test_experts_do_not_quantize_their_input_and_say_so(tmp_path: Path) -> None:
     model = load(written(tmp_path, "fp8", "qwen3_moe"))
     experts = model.model.layers[1].mlp.experts
