@@ -29,8 +29,8 @@ _LEAST = 1e-12
 def quantize_tokens(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Quantizes ``x [..., K]`` to e4m3, with a scale for each token and block of ``columns`` columns (0: all columns).
 
-    Returns: the codes q, float8_e4m3fn ``[..., K]``, and the scales σ, float32 ``[..., ceil(K / columns)]``. If a block
-    has an infinity or a NaN, then the block's scale or one of its codes is NaN, or its scale is infinity.
+    Returns: the codes q, float8_e4m3fn ``[..., K]``, and the scales σ, float32 ``[..., ceil(K / columns)]``. A block
+    with an infinity or a NaN decodes to NaN.
     """
     k = x.shape[-1]
     width = min(columns or k, k) or 1

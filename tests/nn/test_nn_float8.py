@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import peft_ext
 from peft_ext.nn import Float8Linear, LoRALinear, PackedLinear, float8
 from peft_ext.reference import float8_linear
-from peft_ext.reference.float8 import decode_tokens, quantize_tokens
+from peft_ext.reference.float8 import decode_tokens, quantize_tokens, quantized_input
 from peft_ext.reference.formats import decoded
 from peft_ext.weights.fp8 import fp8, quantize_fp8
 from peft_ext.weights.mx import quantize_mxfp4
@@ -26,6 +26,19 @@ from peft_ext.weights.mx import quantize_mxfp4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("weight", "weight_scale")
 BLOCKS = ((128, 128), (32, 32), (1, 0), (0, 0), (128, 0))
+
+
+def scales_of_rows_on_a_cpu() -> bool:
+    """Returns whether this PyTorch's torch._scaled_mm multiplies with scales of rows on a CPU."""
+    codes = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(codes, codes.t(), torch.ones(16, 1), torch.ones(1, 16), out_dtype=torch.bfloat16)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+ON_CPU = pytest.mark.skipif(not scales_of_rows_on_a_cpu(), reason="needs torch._scaled_mm with rows' scales on a CPU")
 
 
 def layer_of(
@@ -77,6 +90,9 @@ def test_extremes(dtype: torch.dtype) -> None:
     assert y[0].isfinite().all() and y[5].isfinite().all()
     torch.testing.assert_close(y[0], layer(x[:1])[0])
     assert torch.equal(quantize_tokens(x[4:5], 0)[0].float(), torch.full((1, 64), 448.0))
+    for row, block in ((2, 0), (3, 1)):  # one block of columns decodes to NaN, the other one does not
+        assert quantized_input(x[row], 32).isnan().view(2, 32).all(1).tolist() == [block == 0, block == 1]
+        assert quantized_input(x[row], 32).isnan().sum() == 32
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
@@ -146,7 +162,7 @@ def test_autocast_strides_and_refusals() -> None:
         LoRALinear.from_linear(layer)
 
 
-@pytest.mark.parametrize("codes", [False, True], ids=["decoded", "scaled_mm"])
+@pytest.mark.parametrize("codes", [False, pytest.param(True, marks=ON_CPU)], ids=["decoded", "scaled_mm"])
 def test_compiles_into_one_graph(codes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if codes:  # the trial of a GPU, which torch.compile could not trace
         monkeypatch.setattr(float8, "_tried", lambda device, blocks: float8._trial(device, blocks))
@@ -213,7 +229,14 @@ def strict_scaled_mm(calls: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "real"), [((128, 128), False), ((1, 0), False), ((0, 0), False), ((1, 0), True), ((0, 0), True)]
+    ("blocks", "real"),
+    [
+        ((128, 128), False),
+        ((1, 0), False),
+        ((0, 0), False),
+        pytest.param((1, 0), True, marks=ON_CPU),
+        pytest.param((0, 0), True, marks=ON_CPU),
+    ],
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_scaled_mm_gets_codes_and_scales(

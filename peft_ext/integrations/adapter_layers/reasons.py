@@ -311,11 +311,8 @@ def _is_falcons(kind: type) -> bool:
 
 
 def weight_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the operators can't read the weight of the layer ``base``; None if they can.
-
-    The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear, PackedLinear and Linear4bit, and of the
-    layers of other packages in :mod:`.foreign`.
-    """
+    """Returns why the operators can't read the weight of the layer ``base``; None if they can. The operators read the
+    weights of Linear, FalconLinear, Conv1D, NF4Linear, PackedLinear, Linear4bit and the layers in :mod:`.foreign`."""
     kind = type(base)
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if is_partitioned(bias):
