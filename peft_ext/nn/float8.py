@@ -19,6 +19,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes  # noqa: PLC2701  no public name for it
 
 from .._ops import NAMESPACE
 from ..ops import checks
@@ -93,8 +94,8 @@ def scaled_mm_reason(device: torch.device, blocks: tuple[int, int]) -> Optional[
 
 @functools.cache
 def _tried(device: torch.device, blocks: tuple[int, int]) -> Optional[str]:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"it is on {'ROCm' if device.type == 'cuda' else device.type}, wanted CUDA"
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return f"it is on {device.type}, wanted an NVIDIA GPU"
     if blocks not in (_ONE, _ROWS, _SQUARES):
         return f"torch._scaled_mm has no scaling for blocks of {blocks[0]} x {blocks[1]}"
     capability, cuda, wanted = torch.cuda.get_device_capability(device), torch.version.cuda or "0.0", ""
@@ -105,7 +106,8 @@ def _tried(device: torch.device, blocks: tuple[int, int]) -> Optional[str]:
     if wanted:
         return f"its GPU has compute capability {'.'.join(map(str, capability))} with CUDA {cuda}, wanted {wanted}"
     try:
-        return _trial(device, blocks)
+        with _disable_current_modes():  # the trial needs real tensors also while a call runs on fake tensors
+            return _trial(device, blocks)
     except (RuntimeError, ValueError) as error:  # a version of PyTorch or cuBLAS that lacks the scaling raises one
         return f"torch._scaled_mm fails: {str(error).partition(chr(10))[0]}"
 

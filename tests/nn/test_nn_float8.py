@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_ext
 from peft_ext.nn import Float8Linear, LoRALinear, PackedLinear, float8
@@ -195,7 +196,7 @@ def test_state_dict_copies_and_dequantize() -> None:
     model = nn.Sequential(layer)
     (row,) = peft_ext.explain(model).rows
     assert row.kind == "Float8Linear (fp8)" and row.fused
-    assert row.reason == f"{layer.note}; its weight is decoded in each call: it is on cpu, wanted CUDA"
+    assert row.reason == f"{layer.note}; its weight is decoded in each call: it is on cpu, wanted an NVIDIA GPU"
     peft_ext.dequantize_packed(model)
     assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, layer.dequantize())
 
@@ -320,6 +321,7 @@ def test_which_gpus_multiply_codes(
     capability: tuple, cuda: str, blocks: tuple, wanted: Optional[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(float8, "_trial", lambda device, blocks: None)
     found = float8._tried.__wrapped__(torch.device("cuda:0"), blocks)
@@ -328,6 +330,10 @@ def test_which_gpus_multiply_codes(
     def fails(*args: Any) -> None:
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
 
+    monkeypatch.setattr(float8, "_trial", lambda *_: str(type(torch.empty(1))))
+    with FakeTensorMode():
+        found = float8._tried.__wrapped__(torch.device("cuda:0"), blocks)
+    assert wanted is not None or found == "<class 'torch.Tensor'>"  # and no fake tensor
     monkeypatch.setattr(float8, "_trial", fails)
     found = float8._tried.__wrapped__(torch.device("cuda:0"), blocks)
     assert wanted is not None or found == "torch._scaled_mm fails: CUBLAS_STATUS_NOT_SUPPORTED"
