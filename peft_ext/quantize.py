@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .nn import BottleneckAdapter, NF4Experts, NF4Linear, PackedEmbedding, PackedLinear, PrefixEncoder
+from .nn import BottleneckAdapter, Float8Linear, NF4Experts, NF4Linear, PackedEmbedding, PackedLinear, PrefixEncoder
 from .nn.experts import FrozenExperts, dense_experts, expert_parameters, is_stored_transposed, nf4_experts
 from .nn.nf4 import is_zero3_shard
 from .nn.packed import ScaledEmbedding
@@ -278,7 +278,8 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
     place.
 
     A :class:`peft_ext.nn.PackedEmbedding` becomes an ``nn.Embedding`` (if it has a scale, a subclass of
-    ``nn.Embedding`` that multiplies by the scale), and :class:`peft_ext.nn.PackedExperts` become dense experts.
+    ``nn.Embedding`` that multiplies by the scale), and :class:`peft_ext.nn.PackedExperts` become dense experts. The
+    dense layer that replaces a :class:`peft_ext.nn.Float8Linear` does not quantize its input.
     Adapters, merging, tied weights, hooks, memory and errors are treated as in :func:`dequantize_nf4`.
 
     Args:
@@ -295,7 +296,8 @@ def dequantize_packed(model: _Model, *, dtype: Optional[torch.dtype] = None, pro
             ``forward``.
         MemoryError or RuntimeError (torch.OutOfMemoryError on a GPU): no memory for a weight.
     """
-    return _dequantize("dequantize_packed", (PackedLinear, PackedEmbedding), PackedExperts, model, dtype, progress)
+    kinds = (PackedLinear, PackedEmbedding, Float8Linear)
+    return _dequantize("dequantize_packed", kinds, PackedExperts, model, dtype, progress)
 
 
 def _dequantize(

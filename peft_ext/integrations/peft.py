@@ -29,7 +29,7 @@ from torch import nn
 
 from .._imports import MISSING, optional, say_missing
 from .._native import release_scratch
-from ..nn import NF4Experts, NF4Linear, PackedExperts, PackedLinear
+from ..nn import Float8Linear, NF4Experts, NF4Linear, PackedExperts, PackedLinear
 from ..ops import cards, prove
 from ..ops.checks import check_module
 from ..ops.format_proofs import family_of
@@ -385,6 +385,9 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         elif isinstance(module, NF4Linear):
             kind, reason = "NF4Linear", tensor_reason("its weight", module.weight)
             reason = reason or kernel_reason("nf4_linear", module.weight.device.type) or ""
+        elif isinstance(module, Float8Linear):
+            kind = f"Float8Linear{_format(module)}"
+            reason = kernel_reason("frozen_linear", module.weight.device.type) or ""
         elif isinstance(module, PackedLinear):
             kind, reason = f"PackedLinear{_format(module)}", reasons.weight_reason(module)
             reason = reason or kernel_reason("frozen_linear", module.weight.device.type) or ""
@@ -433,9 +436,12 @@ def _format(base: nn.Module) -> str:
 
 def _note(module: Any) -> str:
     """Returns the ``note`` of a layer, or of the base layer of an adapter: what the layer leaves out of the computation
-    of the checkpoint's own layer, or why a packed weight was decoded; "" without a note."""
+    of the checkpoint's own layer, that the layer quantizes its input, or why a packed weight was decoded; "" without a
+    note."""
     below = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     note = getattr(below, "note", "")
+    if isinstance(below, Float8Linear) and (reason := below.decoded_reason()):
+        return f"{note}; its weight is decoded in each call: {reason}"
     return note if isinstance(note, str) else ""
 
 

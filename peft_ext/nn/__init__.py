@@ -7,6 +7,7 @@ from .adalora import AdaLoRALinear
 from .bottleneck import BottleneckAdapter
 from .dora import DoRALinear
 from .experts import NF4Experts
+from .float8 import Float8Linear
 from .ia3 import IA3Linear
 from .lora import LoRALinear
 from .nf4 import NF4Linear
@@ -19,6 +20,7 @@ __all__ = [
     "AdaLoRALinear",
     "BottleneckAdapter",
     "DoRALinear",
+    "Float8Linear",
     "IA3Linear",
     "LoRALinear",
     "NF4Experts",

@@ -34,8 +34,8 @@ class HoldsPacked(nn.Module):
         extra: names of tensors of the file that the format does not decode, such as ``weight_shape``.
         compute_dtype: dtype of the dense layer that the packed layer replaces. PEFT takes ``compute_dtype`` for the
             dtype of the base layer.
-        note: says which step of the checkpoint's own layer this layer skips, such as the rounding of x to 8 bits; "" if
-            the layer skips no step.
+        note: text that :func:`peft_ext.explain` adds for the layer: which step of the checkpoint's own layer this layer
+            skips, such as the rounding of x to 8 bits, or that a Float8Linear rounds x; "" without such a step.
     """
 
     names: tuple[Optional[str], ...]

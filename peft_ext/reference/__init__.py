@@ -12,6 +12,7 @@ from .dora import dora_linear, dora_linear_backward, dora_weight_norm, dora_weig
 from .dropouts import dropout
 from .embedding import lora_embedding, lora_embedding_backward
 from .experts import dora_experts, dora_experts_weight_norm, lora_experts
+from .float8 import float8_linear
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
 from .lora import lora_linear, lora_linear_backward, lora_residual, lora_residual_backward
@@ -35,6 +36,7 @@ __all__ = [
     "dropout",
     "dropout_keep_mask",
     "dynamic_code",
+    "float8_linear",
     "frozen_linear",
     "gated_activation",
     "gated_activation_backward",

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..integrations.adapter_layers.base import FOUR_BIT, quant_state_of
-from ..nn import NF4Linear, PackedLinear
+from ..nn import Float8Linear, NF4Linear, PackedLinear
 from ..nn.experts import FrozenExperts, dense_experts
 from ..nn.requantize import frozen_weight
+from ..reference.float8 import quantized_input
 from ..weights.nf4 import NF4Weight
 from ..weights.packed import PackedWeight
 
@@ -47,15 +48,23 @@ class Dequantized(nn.Module):
 
     Args:
         seen: dtype to which the dequantized weight is rounded before the product; None: the dtype of x.
+        quantizes: whether the layer quantizes its input, as a Float8Linear does.
     """
 
-    def __init__(self, packed: PackedWeight, bias: Optional[nn.Parameter], seen: Optional[torch.dtype] = None) -> None:
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: Optional[nn.Parameter],
+        seen: Optional[torch.dtype] = None,
+        quantizes: bool = False,
+    ) -> None:
         super().__init__()
-        self.packed, self.bias, self.seen = packed, bias, seen
+        self.packed, self.bias, self.seen, self.quantizes = packed, bias, seen, quantizes
         self.out_features, self.in_features = packed.shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dequantized:
-        return Dequantized(self.packed, copy.deepcopy(self.bias, memo), self.seen).train(self.training)
+        bias = copy.deepcopy(self.bias, memo)
+        return Dequantized(self.packed, bias, self.seen, self.quantizes).train(self.training)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.packed.dequantize(self.seen or dtype).to(dtype)
@@ -66,7 +75,7 @@ class Dequantized(nn.Module):
         return nn.Parameter(self.dense(self.packed.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Product.apply(x, self)
+        y = _Product.apply(quantized_input(x, self.packed.group) if self.quantizes else x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -135,7 +144,8 @@ def _alias(parameter: nn.Parameter, memo: dict[int, Any], wide: Optional[torch.d
 
 def _dequantized(name: str, module: nn.Module, seen: Optional[torch.dtype], memo: dict[int, Any]) -> Any:
     if isinstance(module, Dequantized):
-        return Dequantized(module.packed, copy.deepcopy(module.bias, memo), seen).train(module.training)
+        bias = copy.deepcopy(module.bias, memo)
+        return Dequantized(module.packed, bias, seen, module.quantizes).train(module.training)
     if type(module) in FOUR_BIT:
         nf4 = NF4Weight.from_bitsandbytes(module.weight, quant_state_of(module))
         bias = copy.deepcopy(module.bias, memo)
@@ -151,7 +161,9 @@ def dequantizing(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, (NF4Linear, PackedLinear)):
-                module._modules[name] = Dequantized(frozen_weight(child), child.bias).train(child.training)
+                quantizes = isinstance(child, Float8Linear)
+                module._modules[name] = Dequantized(frozen_weight(child), child.bias, None, quantizes)
+                module._modules[name].train(child.training)
         if isinstance(module, FrozenExperts):
             dense_experts(module)
     return model

@@ -17,6 +17,7 @@ from packed_bits import check_paths, same_bits, set_path  # noqa: F401  a fixtur
 from torch import Tensor
 
 from peft_ext import _native, ops
+from peft_ext.reference.float8 import quantized_input
 from peft_ext.reference.formats import decoded
 from peft_ext.weights import PackedWeight, fp4, fp8, mx
 from peft_ext.weights.nf4 import BLOCKSIZES, NestedAbsmax
@@ -215,6 +216,18 @@ def test_fp8_has_the_bits_of_compressed_tensors(strategy, scale_dtype):
     assert weight.dtype is scale_dtype and weight.parts[0].data_ptr() == codes.data_ptr()
     held = {"weight": codes, "weight_scale": scales}
     same_bits(weight.dequantize(), library.FloatQuantizationCompressor.decompress(held, scheme)["weight"])
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_dynamic_inputs_have_the_bits_of_compressed_tensors(group):
+    library = format_library("compressed_tensors.quantization")
+    helpers = format_library("compressed_tensors.quantization.utils.helpers")
+    forward = format_library("compressed_tensors.quantization.lifecycle.forward")
+    kwargs = {"strategy": "group", "group_size": group} if group else {"strategy": "token"}
+    args = library.QuantizationArgs(num_bits=8, type="float", symmetric=True, dynamic=True, **kwargs)
+    x = torch.randn(2, 7, 96) * torch.logspace(-3, 3, 7)[:, None]
+    scale, zero_point = helpers.compute_dynamic_scales_and_zp(x, args, torch.nn.Module())
+    same_bits(quantized_input(x, group), forward.fake_quantize(x, scale, zero_point, args))
 
 
 def test_fp8_of_transformers_layers_and_experts(set_path):  # noqa: F811

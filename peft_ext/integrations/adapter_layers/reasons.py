@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook as any_global_hook  # n
 from ... import _cpu
 from ..._imports import version
 from ..._native import STATE
-from ...nn import NF4Linear, PackedLinear
+from ...nn import Float8Linear, NF4Linear, PackedLinear
 from ...nn.nf4 import is_dtensor, is_zero3_shard
 from ...ops.checks import autocast_dtype, under_a_transform
 from ...ops.format_proofs import family_of
@@ -311,15 +311,14 @@ def _is_falcons(kind: type) -> bool:
 
 
 def weight_reason(base: nn.Module) -> Optional[str]:
-    """Returns why the operators can't read the weight of the layer ``base``; None if they can.
-
-    The operators read the weights of Linear, FalconLinear, Conv1D, NF4Linear, PackedLinear and Linear4bit, and of the
-    layers of other packages in :mod:`.foreign`.
-    """
+    """Returns why the operators can't read the weight of the layer ``base``; None if they can. The operators read the
+    weights of Linear, FalconLinear, Conv1D, NF4Linear, PackedLinear, Linear4bit and the layers in :mod:`.foreign`."""
     kind = type(base)
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if is_partitioned(bias):
         return "its bias is a shard (FSDP, ZeRO-3 or tensor parallelism)"
+    if issubclass(kind, Float8Linear):
+        return "Float8Linear runs its own forward"
     if issubclass(kind, PackedLinear):
         for tensor in (base.weight, *base._buffers.values()):
             if reason := tensor_reason("its weight", tensor, dim=len(whole_shape(tensor))):

@@ -34,26 +34,43 @@ class PackedConfig(QuantizationConfigMixin):
 
     A packed layer multiplies by the decoded weight. Where the checkpoint's own library also quantizes the layer's input
     while the model runs (``activation_scheme`` "dynamic"), the packed layer does not quantize the input, and
-    ``peft_ext.explain`` says so.
+    ``peft_ext.explain`` says so. With ``activation_scheme="dynamic"``, the linear layers of FP8 checkpoints become
+    :class:`peft_ext.nn.Float8Linear`, which quantize their input as the checkpoint's own library does. The inputs of
+    packed experts are not quantized.
+
+    Args:
+        activation_scheme: None, or "dynamic", for a checkpoint whose own library quantizes the inputs of FP8 layers
+            with a scale for each token (for weights in blocks: for each token and each block's columns).
 
     ``model.save_pretrained`` writes the tensors with the names and bytes of the checkpoint, and the checkpoint's own
     ``quantization_config``, so that other libraries can load the saved model.
 
-    Raises: ``from_pretrained`` raises a ValueError that names the method, bits, scheme or layer that is not supported,
-    before a weight is read; and after the weights are read, a ValueError if the gate and the up of an expert differ in
-    a tensor that has to be equal in both, such as a g_idx.
+    Raises: ValueError for another ``activation_scheme``. ``from_pretrained`` raises a ValueError that names the method,
+    bits, scheme or layer that is not supported, before a weight is read; also if ``activation_scheme`` is "dynamic" and
+    the checkpoint's own library quantizes no layer's input in that way. ``from_pretrained`` raises a ValueError after
+    the weights are read if the gate and the up of an expert differ in a tensor that has to be equal in both, such as a
+    g_idx.
     """
 
-    def __init__(self, checkpoint: Optional[dict[str, Any]] = None, **kwargs: Any) -> None:
+    def __init__(
+        self, checkpoint: Optional[dict[str, Any]] = None, activation_scheme: Optional[str] = None, **kwargs: Any
+    ) -> None:
+        if activation_scheme not in (None, "dynamic"):
+            raise ValueError(f"PackedConfig: activation_scheme is {activation_scheme!r}, wanted None or 'dynamic'")
         self.quant_method = METHOD
-        self.checkpoint = checkpoint
+        self.checkpoint, self.activation_scheme = checkpoint, activation_scheme
         self.rules: Optional[Rules] = None if checkpoint is None else read_rules(checkpoint)
+        if self.rules is not None and activation_scheme and not any(s.quantizes for s in self.rules.schemes.values()):
+            raise ValueError(
+                f"PackedConfig: activation_scheme is 'dynamic', and the checkpoint ({self.rules.method}) has no FP8 "
+                "layers whose inputs are quantized with a scale for each token and the columns of a weight's scale"
+            )
 
     def over(self, checkpoint: Union[dict[str, Any], QuantizationConfigMixin]) -> PackedConfig:
         """Returns a PackedConfig for a checkpoint whose config.json has the quantization_config ``checkpoint``."""
         if not isinstance(checkpoint, dict):
             checkpoint = checkpoint.to_dict()
-        return type(self)(copy.deepcopy(checkpoint))
+        return type(self)(copy.deepcopy(checkpoint), self.activation_scheme)
 
     def __getstate__(self) -> dict[str, Any]:
         # `rules` holds functions, which can't be pickled.
@@ -88,6 +105,9 @@ def _merge_quantization_configs(quantization_config: Any, quantization_config_fr
     if isinstance(quantization_config_from_args, PackedConfig):
         if not _is_bitsandbytes(quantization_config):
             return quantization_config_from_args.over(quantization_config)
+        if quantization_config_from_args.activation_scheme is not None:
+            raise ValueError("PackedConfig: activation_scheme is 'dynamic', and the checkpoint's layers (bitsandbytes) "
+                             "quantize no inputs")  # fmt: skip
         quantization_config_from_args = None
     return _merge(quantization_config, quantization_config_from_args)
 

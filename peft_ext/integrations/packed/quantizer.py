@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._imports import required
-from ...nn import PackedEmbedding, PackedLinear
+from ...nn import Float8Linear, PackedEmbedding, PackedLinear
 from ...nn.experts import expert_parameters
 from ...nn.packed import HoldsPacked
 from ...nn.packed_experts import PackedExperts, hold_packed
@@ -94,7 +94,8 @@ class PackedQuantizer(HfQuantizer):
                                  "weight, wanted a dense weight")  # fmt: skip
             module = model.get_submodule(name)
             scheme = self._schemes[name] = self._scheme(name, module)
-            model.set_submodule(name, _layer(name, module, scheme, place, stored, dtype))
+            quantizes = scheme.quantizes and self.quantization_config.activation_scheme == "dynamic"
+            model.set_submodule(name, _layer(name, module, scheme, place, stored, dtype, quantizes))
         mixtures = {name for name, module in model.named_modules() if expert_parameters(module)}
         self._apart, self._experts = bool(mixtures - experts.keys()), sorted(experts)
         self.validate_environment(kwargs.get("device_map"))
@@ -368,9 +369,11 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _layer(
-    name: str, module: nn.Module, scheme: Scheme, place: Place, stored: dict[str, Stored], dtype: torch.dtype
-) -> HoldsPacked:
-    """Returns the packed layer, on the meta device, that takes the place of ``module``."""
+    name: str, module: nn.Module, scheme: Scheme, place: Place, stored: dict[str, Stored], dtype: torch.dtype,
+    quantizes: bool,
+) -> HoldsPacked:  # fmt: skip
+    """Returns the packed layer, on the meta device, that takes the place of ``module``. ``quantizes``: whether a linear
+    layer quantizes its input."""
     if type(module) not in _LAYERS:
         wanted = " or ".join(kind.__name__ for kind in _LAYERS)
         raise ValueError(f"PackedConfig: {name} is stored packed and is a {type(module).__name__}, wanted {wanted}")
@@ -378,8 +381,9 @@ def _layer(
     if isinstance(module, nn.Embedding):
         new: HoldsPacked = PackedEmbedding.from_packed(weight, names, module.padding_idx, extra=extra, dtype=dtype)
     else:
-        new = PackedLinear.from_packed(weight, names, module.bias, extra=extra, dtype=dtype)
-    new.note = scheme.note
+        kind = Float8Linear if quantizes else PackedLinear
+        new = kind.from_packed(weight, names, module.bias, extra=extra, dtype=dtype)
+    new.note = new.note or scheme.note
     return new.train(module.training)
 
 

@@ -33,6 +33,8 @@ class Scheme:
         version: version of the layout: GPTQ's ``checkpoint_format``, or the axis of HQQ's groups.
         note: what the packed layer leaves out of the computation of the checkpoint's own layer; "" if it leaves out
             nothing.
+        quantizes: whether the checkpoint's own layer quantizes its input as :class:`peft_ext.nn.Float8Linear` does: to
+            e4m3, with a scale for each token and for the columns that share a scale in the weight.
     """
 
     layout: str
@@ -42,6 +44,7 @@ class Scheme:
     symmetric: bool = True
     version: str = ""
     note: str = ""
+    quantizes: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def _fp8(config: Mapping[str, Any]) -> Rules:
         raise ValueError(f"PackedConfig: weight_block_size of fp8 is {block!r}, wanted two sizes or null")
     rows, columns = (0, 0) if block is None else block
     skipped = config.get("modules_to_not_convert") or config.get("ignored_layers")
-    return _of_one_scheme("fp8", Scheme("fp8", 8, columns, rows, note=DYNAMIC), skipped)
+    return _of_one_scheme("fp8", Scheme("fp8", 8, columns, rows, note=DYNAMIC, quantizes=True), skipped)
 
 
 def _mxfp4(config: Mapping[str, Any]) -> Rules:
@@ -241,7 +244,12 @@ def _compressed_scheme(name: str, group: Mapping[str, Any], default: str) -> Sch
         rows, columns = weights.get("block_structure") or (128, 128)
     elif strategy == "tensor":
         rows = 0
-    return Scheme(layout, bits, columns, rows, bool(weights.get("symmetric", True)), note=note)
+    given = group.get("input_activations") or {}
+    # Maps the strategy of the inputs to the number of columns of x that share a scale.
+    shared = {"token": 0, "group": int(given.get("group_size") or 0)}.get(given.get("strategy"))
+    quantizes = layout == "float-quantized" and given.get("type") == "float" and shared == columns
+    symmetric = bool(weights.get("symmetric", True))
+    return Scheme(layout, bits, columns, rows, symmetric, note=note, quantizes=quantizes)
 
 
 def _matches_name(name: str, target: str) -> bool:
