@@ -1,15 +1,18 @@
 // Counter-based dropout on the device, with the draws of common/philox.h, so that a mask has equal bits on every
-// device. A kernel reads the seed from device memory, so that the host never waits for the seed, and a captured CUDA
-// graph reads a new seed at each replay.
+// device. A kernel gets the seed in its arguments, or reads the seed from device memory. With a seed in device memory
+// the host never waits for the seed, and a captured CUDA graph reads a new seed at each replay.
 #pragma once
 
 #include "cuda/ptx.cuh"
 
 namespace peft_ext {
 
-// Parameters of dropout for a kernel. seed: int64 [2], the seed and the offset, or null without dropout.
+// Parameters of dropout for a kernel, as Dropout of common/philox.h. `words` is the address of the seed and the offset
+// in device memory; if `words` is null, `seed` and `offset` hold the two numbers.
 struct DeviceDropout {
-  const int64_t* seed = nullptr;
+  bool active = false;
+  const int64_t* words = nullptr;
+  uint64_t seed = 0, offset = 0;
   uint32_t threshold = 0;  // an element whose draw is below the threshold is dropped
   float scale = 1.0f;      // factor of the elements that dropout keeps
 };
@@ -17,7 +20,7 @@ struct DeviceDropout {
 constexpr int kPhiloxRounds = 7;
 constexpr int kPhiloxGroup = 8;  // number of elements whose draws come from one Philox counter
 
-// The state of a dropout whose seed has been read from memory. An element is kept if its 16-bit draw is at least the
+// The state of a dropout whose seed a kernel has read. An element is kept if its 16-bit draw is at least the
 // threshold t. kept_halves compares both draws of a word at once: `lower` holds the lower 15 bits of t in both halves,
 // and `either` is all ones if t is below 2^15.
 struct Philox {
@@ -26,8 +29,10 @@ struct Philox {
 
 // Reads the seed of `dropout` and adds `later` to the offset. Without dropout, all fields of the result are 0.
 __device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout, uint64_t later = 0) {
-  if (dropout.seed == nullptr) return Philox{};
-  const uint64_t seed = static_cast<uint64_t>(dropout.seed[0]), offset = static_cast<uint64_t>(dropout.seed[1]) + later;
+  if (!dropout.active) return Philox{};
+  const bool in_memory = dropout.words != nullptr;
+  const uint64_t seed = in_memory ? static_cast<uint64_t>(dropout.words[0]) : dropout.seed;
+  const uint64_t offset = (in_memory ? static_cast<uint64_t>(dropout.words[1]) : dropout.offset) + later;
   // A threshold of 2^16 drops every element: the lower 15 bits of a draw never reach the value 2^15 of `lower`.
   const uint32_t lower = dropout.threshold > 0xffffu ? 0x8000u : dropout.threshold & 0x7fffu;
   return Philox{static_cast<uint32_t>(seed),

@@ -15,7 +15,14 @@ namespace peft_ext {
 DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adapter) {
   if (!adapter.seed.has_value()) return DeviceDropout{};
   DeviceDropout dropout;
-  dropout.seed = launcher.in<int64_t>(*adapter.seed);
+  dropout.active = true;
+  if (on_host(*adapter.seed)) {
+    const int64_t* words = static_cast<const int64_t*>(adapter.seed->const_data_ptr());
+    dropout.seed = static_cast<uint64_t>(words[0]);
+    dropout.offset = static_cast<uint64_t>(words[1]);
+  } else {
+    dropout.words = launcher.in<int64_t>(*adapter.seed);
+  }
   dropout.threshold = static_cast<uint32_t>(nearbyint(adapter.dropout_p * 65536.0));
   dropout.scale = static_cast<float>(1.0 / (1.0 - adapter.dropout_p));
   return dropout;
@@ -214,7 +221,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
   // With a RowTable, rank_pass_kernel holds the offset of a row of D in 32 bits, in units of 16 bytes.
   if (input.tiles != nullptr)
     variant.whole = variant.whole && input.tensor().numel() / 16 * input.tensor().element_size() < UINT32_MAX;
-  const bool drops = pass.dropout.seed != nullptr, keeps = wants.mask && drops && variant.whole;
+  const bool drops = pass.dropout.active, keeps = wants.mask && drops && variant.whole;
   variant.mask = keeps ? RankMask::kKept : drops ? RankMask::kDrawn : RankMask::kNone;
 
   const bool dots = wants.beside != nullptr && variant.work == RankWork::kBoth && variant.whole && !drops &&
