@@ -217,7 +217,7 @@ LAYERS: dict[str, list[str]] = {
     "LoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", *["launch"] * 5],
     "QLoRA, dropout": ["S, dropout", "Y0", "P and dB", "dA, dropout", "dX0, dropout", "dequantize", "dequantize",
                        *["launch"] * 5],
-    "DoRA": ["S", "Y0", "P, dB and dg", "dA", "dX0", "norm", "finish", "g in W or in dY", *["launch"] * 10,
+    "DoRA": ["S", "Y0", "P, dB and dg", "dA", "dX0", "norm", "finish", "g in W or in dY", *["launch"] * 9,
              *["launch by PyTorch"] * 3],
     "IA3": ["finish", "column pass, g and dg", "launch"],
 }  # fmt: skip

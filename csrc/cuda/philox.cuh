@@ -7,12 +7,12 @@
 
 namespace peft_ext {
 
-// Parameters of dropout for a kernel, as Dropout of common/philox.h. `words` is the address of the seed and the offset
-// in device memory; if `words` is null, `seed` and `offset` hold the two numbers.
+// Parameters of dropout for a kernel, as Dropout of common/philox.h. The seed and the offset are four words, the lower
+// word of each number first: in device memory at `in_memory`, or, if `in_memory` is null, in `words`.
 struct DeviceDropout {
   bool active = false;
-  const int64_t* words = nullptr;
-  uint64_t seed = 0, offset = 0;
+  const uint32_t* in_memory = nullptr;
+  uint32_t words[4] = {};  // with two numbers of 64 bits in place of the four words, a kernel would spill registers
   uint32_t threshold = 0;  // an element whose draw is below the threshold is dropped
   float scale = 1.0f;      // factor of the elements that dropout keeps
 };
@@ -30,13 +30,18 @@ struct Philox {
 // Reads the seed of `dropout` and adds `later` to the offset. Without dropout, all fields of the result are 0.
 __device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout, uint64_t later = 0) {
   if (!dropout.active) return Philox{};
-  const bool in_memory = dropout.words != nullptr;
-  const uint64_t seed = in_memory ? static_cast<uint64_t>(dropout.words[0]) : dropout.seed;
-  const uint64_t offset = (in_memory ? static_cast<uint64_t>(dropout.words[1]) : dropout.offset) + later;
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = dropout.words[i];
+  if (dropout.in_memory != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = dropout.in_memory[i];
+  }
+  const uint64_t offset = (static_cast<uint64_t>(words[3]) << 32 | words[2]) + later;
   // A threshold of 2^16 drops every element: the lower 15 bits of a draw never reach the value 2^15 of `lower`.
   const uint32_t lower = dropout.threshold > 0xffffu ? 0x8000u : dropout.threshold & 0x7fffu;
-  return Philox{static_cast<uint32_t>(seed),
-                static_cast<uint32_t>(seed >> 32),
+  return Philox{words[0],
+                words[1],
                 static_cast<uint32_t>(offset),
                 static_cast<uint32_t>(offset >> 32),
                 lower * 0x10001u,

@@ -252,9 +252,12 @@ def test_layers_draw_on_the_host(op: str, generator: Generator) -> None:
     assert not torch.equal(step(op, None)[0], drawn[0])
 
 
+def test_the_reference_moves_a_seed_to_the_device_of_x() -> None:
+    assert common.dropped(torch.ones(8, 64, device="meta"), 0.5, torch.tensor([1, 2])).is_meta
+
+
 @pytest.mark.parametrize("op", [ops.lora_linear, ops.dropout])
 def test_a_seed_of_the_cpu_goes_with_any_device(op: Callable) -> None:
-    """The reference moves the seed to x's device."""
     x, weight, a, b = (torch.ones(*shape, device="meta") for shape in ((8, 64), (32, 64), (4, 64), (32, 4)))
     given = (x,) if op is ops.dropout else (x, weight, a, b)
     y = op(*given, dropout_p=0.5, training=True, seed=torch.tensor([1, 2]))

@@ -3,6 +3,7 @@
 #include "linear/cuda/passes.cuh"
 
 #include <math.h>
+#include <string.h>
 
 #include "linear/cuda/column_reduce.cuh"
 #include "linear/cuda/rank_plan.cuh"
@@ -17,11 +18,9 @@ DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adap
   DeviceDropout dropout;
   dropout.active = true;
   if (on_host(*adapter.seed)) {
-    const int64_t* words = static_cast<const int64_t*>(adapter.seed->const_data_ptr());
-    dropout.seed = static_cast<uint64_t>(words[0]);
-    dropout.offset = static_cast<uint64_t>(words[1]);
+    memcpy(dropout.words, adapter.seed->const_data_ptr(), sizeof(dropout.words));
   } else {
-    dropout.words = launcher.in<int64_t>(*adapter.seed);
+    dropout.in_memory = reinterpret_cast<const uint32_t*>(launcher.in<int64_t>(*adapter.seed));
   }
   dropout.threshold = static_cast<uint32_t>(nearbyint(adapter.dropout_p * 65536.0));
   dropout.scale = static_cast<float>(1.0 / (1.0 - adapter.dropout_p));
@@ -256,7 +255,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
     pass.column_sums = launcher.scratch<float>(found.columns.sums);
   }
   if (dots) {
-    found.dots = device_empty(like, {plan.row_chunks, pass.padded_columns}, ScalarType::Float);
+    found.dots = device_empty(like, {plan.row_chunks, pass.padded_columns / 2, 2}, ScalarType::Float);
     pass.dots = launcher.scratch<float>(*found.dots);
   }
   if (keeps) {
