@@ -55,7 +55,11 @@ def dropout_seed(seed: Optional[Tensor], dropout_p: float, training: bool, devic
     dropout is active."""
     if not training or dropout_p == 0.0:
         return None
-    return _drawn((2,), device) if seed is None else seed
+    if seed is not None:
+        return seed
+    if (generator := host_generator(device)) is not None:
+        return _drawn_by_host(generator, 1)[0]
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 def drawn_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -63,19 +67,17 @@ def drawn_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
     :func:`host_generator`), the seeds that ``count`` calls of :func:`dropout_seed` would draw one after another.
     Otherwise one kernel launch draws all seeds.
     """
-    return _drawn((count, 2), device).unbind(0)
+    if (generator := host_generator(device)) is not None:
+        return _drawn_by_host(generator, count).unbind(0)
+    return torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=device).unbind(0)
 
 
-def _drawn(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns int64 seeds of ``shape`` ``[2]`` or ``[count, 2]``, on the device or, where the host draws, on the
-    CPU."""
-    if (generator := host_generator(device)) is None:
-        return torch.randint(0, 2**63 - 1, shape, dtype=torch.int64, device=device)
-    count = shape[0] if len(shape) == 2 else 1
+def _drawn_by_host(generator: torch.Generator, count: int) -> Tensor:
+    """Returns seeds ``[count, 2]`` on the CPU for the state of a GPU's generator, and advances the state."""
     with _drawing:  # another thread must not read the offset before the offset is advanced
         offset = generator.get_offset()
         generator.set_offset(offset + count * _OFFSETS_OF_A_SEED)
-    return torch.tensor(seeds_at(generator.initial_seed(), offset, count), dtype=torch.int64, device="cpu").view(shape)
+    return torch.tensor(seeds_at(generator.initial_seed(), offset, count), dtype=torch.int64, device="cpu")
 
 
 def host_generator(device: torch.device) -> Optional[torch.Generator]:
