@@ -146,6 +146,7 @@ class Launcher {
   const T* in(const torch::stable::Tensor& tensor) const {
     check_type<T>(tensor);
 #ifdef PEFT_EXT_EMULATE_CUDA
+    STD_TORCH_CHECK(!on_host(tensor), "peft_ext: a kernel was given a tensor that only the host may read");
     memory_.add(tensor.const_data_ptr(), extent(tensor), tensor.element_size(), emulator::Use::kRead);
 #endif
     return static_cast<const T*>(tensor.const_data_ptr());
