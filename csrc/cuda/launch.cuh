@@ -71,6 +71,16 @@ inline bool on_device(const torch::stable::Tensor& tensor) {
 #endif
 }
 
+// Returns whether the tensor is on the CPU, where a kernel cannot read the tensor. Under the emulator, whose kernels
+// read CPU tensors, a test marks a tensor that only the host may read (is_on_host).
+inline bool on_host(const torch::stable::Tensor& tensor) {
+#ifdef PEFT_EXT_EMULATE_CUDA
+  return emulator::is_on_host(tensor.const_data_ptr());
+#else
+  return tensor.is_cpu();
+#endif
+}
+
 // Returns whether both tensors are on the same CUDA device. Under the emulator, both must be on the CPU, and a test can
 // mark a tensor as a tensor of another device (is_elsewhere).
 inline bool same_device(const torch::stable::Tensor& tensor, const torch::stable::Tensor& like) {
@@ -136,6 +146,7 @@ class Launcher {
   const T* in(const torch::stable::Tensor& tensor) const {
     check_type<T>(tensor);
 #ifdef PEFT_EXT_EMULATE_CUDA
+    STD_TORCH_CHECK(!on_host(tensor), "peft_ext: a kernel was given a tensor that only the host may read");
     memory_.add(tensor.const_data_ptr(), extent(tensor), tensor.element_size(), emulator::Use::kRead);
 #endif
     return static_cast<const T*>(tensor.const_data_ptr());

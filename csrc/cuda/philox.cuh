@@ -1,15 +1,18 @@
 // Counter-based dropout on the device, with the draws of common/philox.h, so that a mask has equal bits on every
-// device. A kernel reads the seed from device memory, so that the host never waits for the seed, and a captured CUDA
-// graph reads a new seed at each replay.
+// device. A kernel gets the seed in its arguments, or reads the seed from device memory. With a seed in device memory
+// the host never waits for the seed, and a captured CUDA graph reads a new seed at each replay.
 #pragma once
 
 #include "cuda/ptx.cuh"
 
 namespace peft_ext {
 
-// Parameters of dropout for a kernel. seed: int64 [2], the seed and the offset, or null without dropout.
+// Parameters of dropout for a kernel, as Dropout of common/philox.h. The seed and the offset are four words, the lower
+// word of each number first: in device memory at `in_memory`, or, if `in_memory` is null, in `words`.
 struct DeviceDropout {
-  const int64_t* seed = nullptr;
+  bool active = false;
+  const uint32_t* in_memory = nullptr;
+  uint32_t words[4] = {};  // with two numbers of 64 bits in place of the four words, a kernel would spill registers
   uint32_t threshold = 0;  // an element whose draw is below the threshold is dropped
   float scale = 1.0f;      // factor of the elements that dropout keeps
 };
@@ -17,7 +20,7 @@ struct DeviceDropout {
 constexpr int kPhiloxRounds = 7;
 constexpr int kPhiloxGroup = 8;  // number of elements whose draws come from one Philox counter
 
-// The state of a dropout whose seed has been read from memory. An element is kept if its 16-bit draw is at least the
+// The state of a dropout whose seed a kernel has read. An element is kept if its 16-bit draw is at least the
 // threshold t. kept_halves compares both draws of a word at once: `lower` holds the lower 15 bits of t in both halves,
 // and `either` is all ones if t is below 2^15.
 struct Philox {
@@ -26,12 +29,19 @@ struct Philox {
 
 // Reads the seed of `dropout` and adds `later` to the offset. Without dropout, all fields of the result are 0.
 __device__ __forceinline__ Philox load_philox(const DeviceDropout& dropout, uint64_t later = 0) {
-  if (dropout.seed == nullptr) return Philox{};
-  const uint64_t seed = static_cast<uint64_t>(dropout.seed[0]), offset = static_cast<uint64_t>(dropout.seed[1]) + later;
+  if (!dropout.active) return Philox{};
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = dropout.words[i];
+  if (dropout.in_memory != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = dropout.in_memory[i];
+  }
+  const uint64_t offset = (static_cast<uint64_t>(words[3]) << 32 | words[2]) + later;
   // A threshold of 2^16 drops every element: the lower 15 bits of a draw never reach the value 2^15 of `lower`.
   const uint32_t lower = dropout.threshold > 0xffffu ? 0x8000u : dropout.threshold & 0x7fffu;
-  return Philox{static_cast<uint32_t>(seed),
-                static_cast<uint32_t>(seed >> 32),
+  return Philox{words[0],
+                words[1],
                 static_cast<uint32_t>(offset),
                 static_cast<uint32_t>(offset >> 32),
                 lower * 0x10001u,

@@ -34,8 +34,9 @@ void check_matrix(const char* op, const char* argument, const Tensor& matrix, co
 // Checks that a vector has `size` elements and is on `like`'s device. Returns the vector as contiguous float32.
 Tensor device_vector(const char* op, const char* argument, const Tensor& vector, int64_t size, const Tensor& like);
 
-// Returns the checked seed of dropout as a contiguous tensor, or nullopt if `seed` has no value. If `seed` has a value,
-// device_seed raises an error for a dropout_p outside of 0 <= p < 1.
+// Returns the checked seed of dropout as a contiguous tensor, or nullopt if `seed` has no value. The seed is on
+// `like`'s device or on the CPU. If `seed` has a value, device_seed raises an error for a dropout_p outside of 0 <= p
+// < 1.
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like);
 

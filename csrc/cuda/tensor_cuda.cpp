@@ -65,7 +65,7 @@ Tensor device_vector(const char* op, const char* argument, const Tensor& vector,
 std::optional<Tensor> device_seed(const char* op, double dropout_p, const std::optional<Tensor>& seed,
                                   const Tensor& like) {
   if (!seed.has_value()) return std::nullopt;
-  check_same_device(op, "seed", *seed, like);
+  if (!on_host(*seed)) check_same_device(op, "seed", *seed, like);
   STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 2, op, ": seed is ",
                   torch::headeronly::toString(seed->scalar_type()), " with ", seed->numel(),
                   " elements, wanted Long with 2");

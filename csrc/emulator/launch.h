@@ -79,5 +79,9 @@ void launch(Memory& memory, void (*kernel)(Parameters...), const int64_t (&grid)
 // The emulator has one device, so that the operators' checks of devices could not be tested otherwise.
 bool is_elsewhere(const void* data);
 
+// Returns whether a test has marked the data at the address as memory of the host that a kernel cannot read, by
+// peft_ext_emulated_on_host.
+bool is_on_host(const void* data);
+
 }  // namespace emulator
 }  // namespace peft_ext

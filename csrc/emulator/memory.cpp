@@ -283,11 +283,12 @@ void global_access(uintptr_t address, size_t bytes, Access access, const void* s
   for (size_t element = first; element <= last; ++element) access_element(machine, *range, element, access, site);
 }
 
-// ---- another device
+// ---- places of tensors that a test has marked
 
-static std::atomic<const void*> elsewhere{nullptr};
+static std::atomic<const void*> elsewhere{nullptr}, on_host{nullptr};
 
 bool is_elsewhere(const void* data) { return data != nullptr && data == elsewhere; }
+bool is_on_host(const void* data) { return data != nullptr && data == on_host; }
 
 }  // namespace emulator
 }  // namespace peft_ext
@@ -296,4 +297,9 @@ bool is_elsewhere(const void* data) { return data != nullptr && data == elsewher
 // false for every address.
 extern "C" __attribute__((visibility("default"))) void peft_ext_emulated_elsewhere(const void* data) {
   peft_ext::emulator::elsewhere = data;
+}
+
+// The same for is_on_host.
+extern "C" __attribute__((visibility("default"))) void peft_ext_emulated_on_host(const void* data) {
+  peft_ext::emulator::on_host = data;
 }

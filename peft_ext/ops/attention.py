@@ -181,8 +181,8 @@ def scaled_dot_product_attention(
         scale: a number above 0; None: 1 / √D.
         dropout_p: probability that a query drops a key, ``0 <= p < 1``, which the kernels round to a multiple of 2^-16.
         training: True: keys are dropped with ``dropout_p``; False: no key is dropped.
-        seed: int64 ``[2]`` on q's device for the dropout's mask; default: drawn from PyTorch's generator, so that
-            ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
+        seed: int64 ``[2]`` on q's device or on the CPU for the dropout's mask; default: drawn from PyTorch's generator,
+            so that ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
         bias: ``[B or 1, H or 1, T or 1, S or 1]``, of any float dtype, added to the scores of the keys that a query
             sees, as T5 adds relative positions. bias gets no gradient: while gradients are enabled, a bias that
             requires a gradient is an error. Where bias is -inf, a query does not see the key.

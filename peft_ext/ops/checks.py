@@ -72,10 +72,11 @@ def fits_vector(value: Any, x: Tensor) -> bool:
 
 
 def fits_seed(seed: Any, x: Tensor) -> bool:
-    """Fast path of :func:`check_seed`: returns True for a plain int64 tensor ``[2]`` on x's device."""
+    """Fast path of :func:`check_seed`: returns True for a plain int64 tensor ``[2]`` on x's device or on the
+    CPU."""
     if type(seed) is not Tensor or seed.dtype is not torch.int64 or seed.layout is not torch.strided:
         return False
-    return seed.shape == (2,) and seed.device == x.device
+    return seed.shape == (2,) and (seed.is_cpu or seed.device == x.device)
 
 
 def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any) -> bool:
@@ -450,7 +451,8 @@ def check_seed(op: str, seed: Optional[Tensor], x: Tensor) -> None:
         raise ValueError(f"{op}: seed is {came}, wanted int64 (2,)")
     if seed.layout is not torch.strided:
         raise TypeError(f"{op}: seed has layout {seed.layout}, wanted torch.strided")
-    _check_device(op, "seed", seed, x)
+    if not seed.is_cpu:
+        _check_device(op, "seed", seed, x)
 
 
 def weight_args(weight: Union[Tensor, PackedWeight]) -> tuple:

@@ -66,8 +66,8 @@ def dropout(x: Tensor, dropout_p: float = 0.5, training: bool = True, *, seed: O
         x: of any shape, float32, bfloat16 or float16.
         dropout_p: probability to drop an element of x, ``0 <= p < 1``, which the kernels round to a multiple of 2^-16.
         training: False, or dropout_p 0: x itself is returned.
-        seed: int64 ``[2]`` on x's device; default: drawn from PyTorch's generator, so that ``torch.manual_seed`` and
-            the RNG state that checkpointing preserves give the same mask again.
+        seed: int64 ``[2]`` on x's device or on the CPU; default: drawn from PyTorch's generator, so that
+            ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
 
     Returns: a tensor of x's shape and dtype; x itself if training is False or dropout_p is 0. Each element is rounded
     once. On a CPU, or with a seed, a result other than x itself is contiguous. The gradient flows to x, and the

@@ -258,8 +258,8 @@ def lora_experts(
         dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, rounded to a multiple of
             2^-16.
         training: True: the dropout acts; False: no element of x is dropped.
-        seed: int64 ``[2]`` on x's device for the masks; default: drawn from PyTorch's generator. The dropout mask of
-            expert e is drawn for the rows of expert e alone, with e added to the seed's second number.
+        seed: int64 ``[2]`` on x's device or on the CPU for the masks; default: drawn from PyTorch's generator. The
+            dropout mask of expert e is drawn for the rows of expert e alone, with e added to the seed's second number.
 
     Returns: ``[S, N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B and bias, in
     their own dtypes; the gradients of an expert without rows are 0. Saved for backward, besides the weight, the offsets

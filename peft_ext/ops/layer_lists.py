@@ -152,7 +152,7 @@ def listed(
         *held, blocksize, shape = checks.weight_args(weight)
         layers.append(([*held, bias, lora_A, lora_B, rank_scale, seed if drops else None], [blocksize, *shape]))
         numbers += [float(scaling), float(p)]
-    if without_seed:  # on a GPU, one draw of all seeds is one kernel launch
+    if without_seed:  # where the GPU draws, one draw of all seeds is one kernel launch
         for i, seed in zip(without_seed, common.drawn_seeds(len(without_seed), x.device), strict=True):
             layers[i][0][-1] = seed
     tensors = [value for held, _ in layers for value in held if value is not None]

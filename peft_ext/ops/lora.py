@@ -119,7 +119,7 @@ def _proof(inputs):
         yield "lora_linear_backward", (grad, x, *weight, a, b, None, s, *scale, True)
     yield "lora_residual", (x, grad, a, b, None, 0.5, 0.0, None)
     yield "lora_residual_backward", (grad, x, a, b, None, s, 0.5, 0.0, None, True)
-    yield "lora_linear", (x, *inputs.dense, None, a, b, inputs.vector(16), 0.5, 0.1, inputs.seed)
+    yield "lora_linear", (x, *inputs.dense, None, a, b, inputs.vector(16), 0.5, 0.1, inputs.seed.to(inputs.device))
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -212,8 +212,9 @@ def lora_linear(
         dropout_p: probability to drop an element of x in the low-rank term, ``0 <= p < 1``, rounded to a multiple of
             2^-16.
         training: True: the dropout acts; False: no element of x is dropped.
-        seed: int64 ``[2]`` on x's device for the dropout mask; default: drawn from PyTorch's generator, so that
-            ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask again.
+        seed: int64 ``[2]`` on x's device or on the CPU for the dropout mask; default: drawn from PyTorch's generator of
+            the device, so that ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask
+            again. All replays of a CUDA graph have the mask of a given CPU seed.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B,
     rank_scale and bias, in their own shapes and dtypes; saved for backward, besides the weight and the adapter: x,

@@ -24,7 +24,7 @@ class ProofInputs:
         t, k, n: the numbers of tokens, input features and output features. dtype, device: dtype and device of x, grad,
             bias and the dense weight.
         x: ``[t, k]``. grad: ``[t, n]``. bias: ``[n]``. a: lora_A ``[16, k]`` float32. b: lora_B ``[n, 16]`` float32.
-        seed: int64 ``[2]``, for a dropout mask.
+        seed: int64 ``[2]`` on the CPU, for a dropout mask, as layers on a GPU draw their seeds.
         dense: a dense weight ``[n, k]`` as the seven arguments that ``library.WEIGHT`` declares. nf4: a
             double-quantized NF4 weight ``[n, k]`` as the seven arguments that ``library.WEIGHT`` declares.
     """
@@ -37,7 +37,7 @@ class ProofInputs:
         self.dense = (self.draw(n, k, scale=k**-0.5), None, None, None, None, 0, [n, k])
         self.a = self.draw(16, k, of=torch.float32, scale=k**-0.5)
         self.b = self.draw(n, 16, of=torch.float32, scale=0.25)
-        self.seed = torch.tensor([1234, 5], dtype=torch.int64, device=device)
+        self.seed = torch.tensor([1234, 5], dtype=torch.int64, device="cpu")
 
     @functools.cached_property
     def nf4(self) -> tuple:

@@ -204,7 +204,8 @@ def lora_linears(
         rank_scales: ``[R_i]`` of any float dtype each, or None: ones.
         scalings, dropout_ps: a number for each layer, or one number for all layers.
         training: True: the dropouts act, each layer's with its own mask; False: no element of x is dropped.
-        seeds: int64 ``[2]`` each, or None: drawn from PyTorch's generator, in the order of the layers.
+        seeds: int64 ``[2]`` on x's device or on the CPU each, or None: drawn from PyTorch's generator, in the order of
+            the layers.
 
     Returns: a tuple of ``[..., N_i]`` of x's dtype. Gradients flow to x, lora_As, lora_Bs, rank_scales and biases. The
     backward computes nothing for a layer whose result is not used. Under autocast x, biases and dense weights are cast

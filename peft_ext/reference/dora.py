@@ -31,7 +31,8 @@ __all__ = [
 
 def output_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     """Returns ``g = magnitude / norm`` in the norm's dtype. Where a norm is 0, g is 0 and gradients are finite."""
-    return magnitude.to(norm.dtype) / norm.masked_fill(norm == 0, float("inf"))
+    # threshold replaces the norms that are not above 0, in one kernel launch on a GPU.
+    return magnitude.to(norm.dtype) / torch.nn.functional.threshold(norm, 0.0, float("inf"))
 
 
 # --- the norm ---------------------------------------------------------------------------------------------------------

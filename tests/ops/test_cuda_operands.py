@@ -38,9 +38,19 @@ def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
 @pytest.fixture
 def elsewhere(call: Callable[..., Any]) -> Iterator[Callable[[int], None]]:
     """Yields a function that declares the data at an address to be on another device than all other data."""
+    yield from declaring("peft_ext_emulated_elsewhere")
+
+
+@pytest.fixture
+def on_host(call: Callable[..., Any]) -> Iterator[Callable[[int], None]]:
+    """Yields a function that declares the data at an address to be memory of the host that no kernel can read."""
+    yield from declaring("peft_ext_emulated_on_host")
+
+
+def declaring(name: str) -> Iterator[Callable[[int], None]]:
     import emulated_cuda
 
-    declare = ctypes.CDLL(str(emulated_cuda.load())).peft_ext_emulated_elsewhere
+    declare = getattr(ctypes.CDLL(str(emulated_cuda.load())), name)
     yield lambda address: declare(ctypes.c_void_p(address))
     declare(None)
 
@@ -91,6 +101,40 @@ def test_a_tensor_on_another_device_is_refused(
                 if "device" not in str(error):
                     accepted.append((name, place, str(error)))
     assert not accepted
+
+
+DROPOUTS = ("lora", "siblings", "dora", "experts")
+
+
+def seeds(family: str) -> Iterator[tuple[str, list[Any], Tensor]]:
+    """Yields the family's cases with a dropout, and the seed of the dropout."""
+    drawn = ProofInputs(CPU, torch.bfloat16, prove.SMALL["CUDA"]).seed
+    for name, arguments in cases(family):
+        for _, tensor in places(arguments):
+            if tensor.dtype is torch.int64 and torch.equal(tensor, drawn):
+                yield name, arguments, tensor
+
+
+@pytest.mark.parametrize("family", DROPOUTS)
+def test_a_seed_of_the_host_gives_the_bits_of_a_seed_in_device_memory(
+    family: str, call: Callable[..., Any], on_host: Callable[[int], None]
+) -> None:
+    """The emulator lets no kernel read a tensor that only the host may read."""
+    found = 0
+    for name, arguments, seed in seeds(family):
+        wanted = call(name, *arguments)
+        on_host(seed.data_ptr())
+        for got, bits in zip(call(name, *arguments), wanted, strict=True):
+            assert torch.equal(got, bits), name
+        on_host(0)
+        seed[1] += 1
+        assert not all(map(torch.equal, call(name, *arguments), wanted)), f"{name} does not read its seed"
+        found += 1
+    assert found
+
+
+def test_all_families_with_a_dropout_are_tested() -> None:
+    assert {family for family in prove.families("CUDA") if any(seeds(family))} == set(DROPOUTS)
 
 
 @pytest.mark.parametrize("family", prove.families("CUDA"))

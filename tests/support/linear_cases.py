@@ -259,8 +259,8 @@ def dora_case(
 
     def saved(t: int, k: int, n: int, r: int) -> int:
         found = shrunk_bytes(dropout_p)(t, k, n, r) + t * n * 2 + n * 4 + n * 4  # The call saves Z, g and the norm.
-        if norm_grad:  # The call also saves U, the norm, the mask of zero norms, and the magnitude in float32.
-            found += n * r * 4 + n * 4 + n * 1 + (0 if adapter_dtype == torch.float32 else n * 4)
+        if norm_grad:  # The call also saves U, the norm, and the magnitude in float32.
+            found += n * r * 4 + n * 4 + (0 if adapter_dtype == torch.float32 else n * 4)
         return found
 
     name = case_name("dora_linear", base, dropout_p, adapter_dtype, bias=with_bias, peft=dropout_mode == "peft",

@@ -59,7 +59,7 @@ struct ExpertsProduct {
   Terms low_right;        // bfloat16 terms of F_e of expert 0
   int64_t right_stride;   // distance to the terms of the next expert's F_e, in units of 16 bytes
   const uint32_t* kept;   // bits of dropout's mask, as a rank pass writes them; null: the mask is drawn again
-  DeviceDropout dropout;  // parameters of dropout, from which the mask is drawn; no seed: no mask
+  DeviceDropout dropout;  // parameters of dropout, from which the mask is drawn; not active: no mask
 };
 
 struct ProductShared {
@@ -240,7 +240,7 @@ __device__ __forceinline__ void finish_experts(const ExpertsProduct& work, const
         }
       }
       if constexpr (!kWhole) {
-        if (work.dropout.seed != nullptr) {
+        if (work.dropout.active) {
           const uint32_t kept = kept_elements(philox, (run.before + row) * work.columns + first, false);
 #pragma unroll
           for (int i = 0; i < kVector; ++i) values[i] = (kept >> i) & 1u ? values[i] : 0.0f;

@@ -22,7 +22,8 @@ struct DeviceAdapter {
   std::optional<Tensor> rank_scale;      // [R]
   double scaling = 1.0;
   double dropout_p = 0.0;
-  std::optional<Tensor> seed;  // seed and offset of Philox, int64 [2]; nullopt if there is no dropout
+  // Seed and offset of Philox, int64 [2], on the layer's device or on the CPU; nullopt if there is no dropout.
+  std::optional<Tensor> seed;
   bool drop_base = false;
   std::optional<Tensor> out_scale;  // g [N]
   std::optional<Tensor> in_scale;   // l [K]

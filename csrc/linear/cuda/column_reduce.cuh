@@ -1,5 +1,5 @@
-// column_reduce_kernel is the second kernel of column_pass, and of the sums `dots` of a rank pass. column_reduce_kernel
-// adds the partial sums of all chunks of rows, in order.
+// column_reduce_kernel is the second kernel of column_pass. column_reduce_kernel adds the partial sums of all chunks of
+// rows, in order.
 #pragma once
 
 #include "linear/cuda/columns.cuh"

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
         save_masked(to + first, values, masks);
       } else {
         if constexpr (kWork == ExpandWork::kAny) {
-          if (work.dropout.seed != nullptr) {
+          if (work.dropout.active) {
             const uint32_t kept = kept_elements(philox, at * work.columns + first, false);
 #pragma unroll
             for (int i = 0; i < kVector; ++i) values[i] = (kept >> i) & 1u ? values[i] : 0.0f;

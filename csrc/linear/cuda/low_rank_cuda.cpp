@@ -55,7 +55,7 @@ namespace {
 
 // Operands and results that rank_gradients holds for one layer.
 struct RankWorkOf {
-  Tensor a, b, s, products;
+  Tensor a, b, s, products, dots;
   HeldTerms right, left, p_transposed;
   PassSums sums;
 };
@@ -135,8 +135,13 @@ std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
     dots.beside = call.z;
     work[i].sums = rank_pass(dense_input(call.grad), &work[i].right, &work[i].left, dots);
     if (work[i].sums.dots.has_value()) {
-      Tensor dots = reduced_columns(*work[i].sums.dots);
-      call.out->grad_out_scale = torch::stable::narrow(dots, 0, 0, size.outputs);
+      // The sums are computed only if dY has a multiple of eight columns, so that the columns divide into pairs.
+      call.out->grad_out_scale = device_empty(x, {size.outputs}, ScalarType::Float);
+      work[i].dots = as_shape(call.out->grad_out_scale, {size.outputs / 2, 2});
+      Reduced grad_g;
+      grad_g.plain = &work[i].dots;
+      reducer.add({*work[i].sums.dots, work[i].sums.dots->size(0), work[i].sums.dots->size(1), size.outputs / 2}, 2,
+                  grad_g);
     }
 
     work[i].p_transposed = pass_terms(x, size.padded, size.tokens);

@@ -148,7 +148,8 @@ struct PassSums {
   PartialSums rows, columns;
   Tensor squares;              // partial sums of the squares of D's rows, [chunks, padded rows]
   std::optional<Tensor> kept;  // bits of the dropout mask, if the pass has stored the bits
-  std::optional<Tensor> dots;  // partial sums of D ∘ E, [chunks, padded columns]
+  // Partial sums of D ∘ E, [chunks, padded columns / 2, 2]: a reduction adds them as a product with two ranks.
+  std::optional<Tensor> dots;
 };
 
 // Selects the results that a rank pass over a large matrix D (x, dY or W) computes in addition to the products P and Q.
@@ -316,7 +317,7 @@ Tensor scaled_weight(const DeviceWeight& weight, ScalarType type, const Tensor& 
 // product of a small scale and a weight would lose digits.
 bool folds_scale(const DeviceWeight& weight, ScalarType type, int64_t tokens);
 
-// Adds the partial sums of column_pass, or of the dots of rank_pass, in order, and returns the sums.
+// Adds the partial sums of column_pass in order, and returns the sums.
 Tensor reduced_columns(const Tensor& partial);
 
 struct ColumnPartials {

@@ -3,6 +3,7 @@
 #include "linear/cuda/passes.cuh"
 
 #include <math.h>
+#include <string.h>
 
 #include "linear/cuda/column_reduce.cuh"
 #include "linear/cuda/rank_plan.cuh"
@@ -15,7 +16,12 @@ namespace peft_ext {
 DeviceDropout device_dropout(const Launcher& launcher, const DeviceAdapter& adapter) {
   if (!adapter.seed.has_value()) return DeviceDropout{};
   DeviceDropout dropout;
-  dropout.seed = launcher.in<int64_t>(*adapter.seed);
+  dropout.active = true;
+  if (on_host(*adapter.seed)) {
+    memcpy(dropout.words, adapter.seed->const_data_ptr(), sizeof(dropout.words));
+  } else {
+    dropout.in_memory = reinterpret_cast<const uint32_t*>(launcher.in<int64_t>(*adapter.seed));
+  }
   dropout.threshold = static_cast<uint32_t>(nearbyint(adapter.dropout_p * 65536.0));
   dropout.scale = static_cast<float>(1.0 / (1.0 - adapter.dropout_p));
   return dropout;
@@ -214,7 +220,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
   // With a RowTable, rank_pass_kernel holds the offset of a row of D in 32 bits, in units of 16 bytes.
   if (input.tiles != nullptr)
     variant.whole = variant.whole && input.tensor().numel() / 16 * input.tensor().element_size() < UINT32_MAX;
-  const bool drops = pass.dropout.seed != nullptr, keeps = wants.mask && drops && variant.whole;
+  const bool drops = pass.dropout.active, keeps = wants.mask && drops && variant.whole;
   variant.mask = keeps ? RankMask::kKept : drops ? RankMask::kDrawn : RankMask::kNone;
 
   const bool dots = wants.beside != nullptr && variant.work == RankWork::kBoth && variant.whole && !drops &&
@@ -249,7 +255,7 @@ PassSums rank_pass(const PassInput& input, const HeldTerms* right, const HeldTer
     pass.column_sums = launcher.scratch<float>(found.columns.sums);
   }
   if (dots) {
-    found.dots = device_empty(like, {plan.row_chunks, pass.padded_columns}, ScalarType::Float);
+    found.dots = device_empty(like, {plan.row_chunks, pass.padded_columns / 2, 2}, ScalarType::Float);
     pass.dots = launcher.scratch<float>(*found.dots);
   }
   if (keeps) {

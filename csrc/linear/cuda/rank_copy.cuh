@@ -123,7 +123,7 @@ __device__ __forceinline__ void rank_copy_any(const RankPass& pass, const Philox
       }
     } else if (inside) {
       load_columns(static_cast<const T*>(pass.dense) + at * pass.columns, column, pass.columns, false, values);
-      if (pass.dropout.seed != nullptr) {
+      if (pass.dropout.active) {
         const uint32_t kept = kept_elements(philox, element + drawn * pass.columns, false);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) values[i] = (kept >> i) & 1u ? values[i] : 0.0f;

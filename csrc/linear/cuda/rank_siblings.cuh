@@ -41,7 +41,7 @@ constexpr int kSiblingStages = kDropped ? 2 : 4;
 
 struct SiblingPart {
   const uint4* factor = nullptr;  // bfloat16 terms of A_i [ranks][columns of x]; for dA, of P_iᵀ [ranks][rows of x]
-  DeviceDropout dropout;          // if seed is null, the layer has no dropout
+  DeviceDropout dropout;          // not active if the layer has no dropout
   float* sums = nullptr;          // partial sums in the layout of RankPass's row_sums (for dA: of its column_sums)
   uint32_t* kept = nullptr;       // bits of the mask, as `kept` of RankPass, or null; only for dA
 };
@@ -57,7 +57,7 @@ struct SiblingsPass {
 // Returns the Philox parameters of a layer's dropout. For a layer without dropout, the parameters keep every element.
 __device__ __forceinline__ Philox sibling_philox(const DeviceDropout& dropout) {
   Philox philox = load_philox(dropout);
-  if (dropout.seed == nullptr) philox.either = 0xffffffffu, philox.lower = 0;
+  if (!dropout.active) philox.either = 0xffffffffu, philox.lower = 0;
   return philox;
 }
 

@@ -45,7 +45,7 @@ __device__ __forceinline__ float shrink_tokens(const ShrinkFew& work, const void
       const int64_t row = token_of(t) * work.inputs;
       float x[kVector];
       load_columns(static_cast<const T*>(work.x) + row, k, work.inputs, work.whole, x);
-      if (work.dropout.seed != nullptr) {
+      if (work.dropout.active) {
         const uint32_t kept = kept_elements(philox, row + k, work.whole);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) x[i] = (kept >> i) & 1u ? x[i] : 0.0f;
