@@ -1,6 +1,6 @@
 // Counter-based dropout on the device, with the draws of common/philox.h, so that a mask has equal bits on every
-// device. A kernel gets the seed in its arguments, or reads the seed from device memory. With a seed in device memory
-// the host never waits for the seed, and a captured CUDA graph reads a new seed at each replay.
+// device. A kernel gets the seed in its arguments, or reads the seed from device memory, where a captured CUDA graph
+// finds a new seed at each replay. In both cases the host does not wait for the GPU.
 #pragma once
 
 #include "cuda/ptx.cuh"

@@ -19,7 +19,6 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes  # noqa: PLC2701  no public name for it
 
 from .._ops import NAMESPACE
 from ..ops import checks
@@ -87,7 +86,7 @@ def scaled_mm_reason(device: torch.device, blocks: tuple[int, int]) -> Optional[
     columns); None if it can.
 
     The first call for a device and a size of blocks compares a small product of ``torch._scaled_mm`` with PyTorch's
-    product of the decoded factors. The result is kept for the process.
+    product of the decoded factors. The result is kept for the process, also if ``torch._scaled_mm`` failed.
     """
     return _tried(device, blocks)
 
@@ -106,20 +105,25 @@ def _tried(device: torch.device, blocks: tuple[int, int]) -> Optional[str]:
     if wanted:
         return f"its GPU has compute capability {'.'.join(map(str, capability))} with CUDA {cuda}, wanted {wanted}"
     try:
+        # no public name for it
+        from torch.utils._python_dispatch import _disable_current_modes  # noqa: PLC2701
+
         with _disable_current_modes():  # the trial needs real tensors also while a call runs on fake tensors
             return _trial(device, blocks)
-    except (RuntimeError, ValueError) as error:  # a version of PyTorch or cuBLAS that lacks the scaling raises one
+    # A version of PyTorch or cuBLAS that lacks the scaling raises one of these errors.
+    except (RuntimeError, ValueError, TypeError, ImportError) as error:
         return f"torch._scaled_mm fails: {str(error).partition(chr(10))[0]}"
 
 
 def _trial(device: torch.device, blocks: tuple[int, int]) -> Optional[str]:
     """Returns how a small product of ``torch._scaled_mm`` differs from the product in float64; None if they agree."""
     # The values come from sin and not from a random generator, whose state must not change.
-    sizes = torch.arange(1, 65, device=device)  # each token and block has another scale
-    x = (torch.arange(64 * 128, device=device).sin().view(64, 128) * sizes[:, None]).view(16, 512).to(torch.bfloat16)
-    codes = (torch.arange(128 * 512, device=device).sin() * 300).view(128, 512).to(torch.float8_e4m3fn)
+    real: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    sizes = torch.arange(1, 65, **real)  # each token and block has another scale
+    x = (torch.arange(64 * 128, **real).sin().view(64, 128) * sizes[:, None]).view(16, 512).to(torch.bfloat16)
+    codes = (torch.arange(128 * 512, **real).sin() * 300).view(128, 512).to(torch.float8_e4m3fn)
     count = {_ONE: 1, _ROWS: 128, _SQUARES: 4}[blocks]
-    weight = fp8(codes, torch.linspace(0.5, 2.0, count, device=device), blocks)
+    weight = fp8(codes, torch.linspace(0.5, 2.0, count, **real), blocks)
     with torch.no_grad():
         found = _scaled_mm(*reference.quantize_tokens(x, weight.group), codes, _scales_of(weight)).double()
         wanted = reference.float8_linear(x.double(), weight)
@@ -148,7 +152,9 @@ class _Product(torch.autograd.Function):
             return _ops.nf4_linear(reference.decode_tokens(codes, scales, columns, x.dtype), *weight, bias)
         n, k = weight[-1]
         of_weight = weight[0].view(torch.float8_e4m3fn).reshape(n, k)
-        y = _scaled_mm(codes.reshape(-1, k).contiguous(), scales.flatten(0, -2), of_weight, scales_of_weight)
+        y = _scaled_mm(
+            codes.reshape(-1, k).contiguous(), scales.reshape(-1, scales.shape[-1]), of_weight, scales_of_weight
+        )
         return (y if bias is None else y + bias).view(*x.shape[:-1], n)
 
     @staticmethod
@@ -160,8 +166,8 @@ class _Product(torch.autograd.Function):
 
 
 class Float8Linear(PackedLinear):
-    """``Y = x̂ Wᵀ + b`` with W frozen in FP8 and x quantized to FP8 (e4m3) in each call: the function that transformers'
-    ``FP8Linear`` and compressed-tensors compute for checkpoints with dynamic activations. ::
+    """``Y = x̂ Wᵀ + b`` with W frozen in FP8 and x quantized to FP8 (e4m3) in each call: the function that the Triton
+    kernel of transformers' ``FP8Linear`` and compressed-tensors compute for checkpoints with dynamic activations. ::
 
         σ[t, j] = max(max_{k in block j} |x[t, k]| / 448, 1e-12)        x̂[t, k] = e4m3(x[t, k] / σ[t, j]) · σ[t, j]
 
@@ -180,7 +186,8 @@ class Float8Linear(PackedLinear):
     128 x 128 if K is a multiple of 512, N of 128, and the number of tokens of 4. The first call on a GPU compares
     ``torch._scaled_mm`` with the product of the decoded factors. In every other call, the operator of
     :func:`peft_ext.ops.frozen_linear` multiplies x̂, rounded to x's dtype, with W, which takes longer than the call of a
-    PackedLinear. :func:`peft_ext.explain` says which layers decode W, and why.
+    PackedLinear. :func:`peft_ext.explain` says which layers decode W in all calls, and why; it does not know the dtype
+    and the number of tokens of a call.
 
     To get a Float8Linear, call :meth:`from_packed` with an FP8 weight, or load a checkpoint with
     ``peft_ext.PackedConfig(activation_scheme="dynamic")``.

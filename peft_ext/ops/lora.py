@@ -214,7 +214,7 @@ def lora_linear(
         training: True: the dropout acts; False: no element of x is dropped.
         seed: int64 ``[2]`` on x's device or on the CPU for the dropout mask; default: drawn from PyTorch's generator of
             the device, so that ``torch.manual_seed`` and the RNG state that checkpointing preserves give the same mask
-            again. All replays of a CUDA graph have the mask of a given CPU seed.
+            again. A CUDA graph that was captured with a CPU seed has the same mask in each replay.
 
     Returns: ``[..., N]`` of x's dtype. Products are summed in float32. Gradients flow to x, lora_A, lora_B,
     rank_scale and bias, in their own shapes and dtypes; saved for backward, besides the weight and the adapter: x,

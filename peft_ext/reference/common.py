@@ -24,8 +24,9 @@ _OFFSETS_OF_A_SEED = 4
 # calls with at most 65,536 experts share no second number.
 _EXPERT_BITS = 14
 _drawing = threading.Lock()
-# PyTorch's modes that trace a call instead of computing the call: fake tensors, make_fx and functionalization.
-_TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+# PyTorch's modes that trace a call instead of computing the call: fake tensors, make_fx and functionalization. None if
+# this version of PyTorch has them under another name; then the GPU draws.
+_TRACERS = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "__members__", None)
 
 
 def dense(weight: Union[Tensor, PackedWeight], dtype: torch.dtype) -> Tensor:
@@ -47,7 +48,8 @@ def dropped(x: Tensor, p: float, seed: Optional[Tensor]) -> Tensor:
     """Returns ``mask ∘ x / (1 - p)``, or ``x`` itself if ``seed`` is None. The seed is on x's device or on the CPU."""
     if seed is None:
         return x
-    return torch.where(dropout_keep_mask(seed.to(x.device), p, x.shape), x * (1.0 / (1.0 - p)), 0.0)
+    seed = seed.to(x.device, non_blocking=True)  # the host does not wait for a GPU
+    return torch.where(dropout_keep_mask(seed, p, x.shape), x * (1.0 / (1.0 - p)), 0.0)
 
 
 def dropout_seed(seed: Optional[Tensor], dropout_p: float, training: bool, device: torch.device) -> Optional[Tensor]:
@@ -74,7 +76,9 @@ def drawn_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
 
 def _drawn_by_host(generator: torch.Generator, count: int) -> Tensor:
     """Returns seeds ``[count, 2]`` on the CPU for the state of a GPU's generator, and advances the state."""
-    with _drawing:  # another thread must not read the offset before the offset is advanced
+    # Another draw of peft_ext must not read the offset before the offset is advanced. PyTorch's own draws take no part in
+    # this lock: if another thread starts one between these two calls, the next draw may repeat its numbers.
+    with _drawing:
         offset = generator.get_offset()
         generator.set_offset(offset + count * _OFFSETS_OF_A_SEED)
     return torch.tensor(seeds_at(generator.initial_seed(), offset, count), dtype=torch.int64, device="cpu")
@@ -90,7 +94,11 @@ def host_generator(device: torch.device) -> Optional[torch.Generator]:
     """
     if device.type != "cuda" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    if torch._C._are_functorch_transforms_active() or any(map(torch._C._get_dispatch_mode, _TRACERS)):
+    if _TRACERS is None or any(map(torch._C._get_dispatch_mode, _TRACERS.values())):
+        return None
+    if torch._C._are_functorch_transforms_active() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        return None
+    if torch.cuda.is_current_stream_capturing():  # the generator's functions look at the stream of the current GPU
         return None
     with torch.cuda.device(device):  # a stream of this device may be captured
         if torch.cuda.is_current_stream_capturing():

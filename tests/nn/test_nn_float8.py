@@ -229,6 +229,19 @@ def strict_scaled_mm(calls: list[str]) -> Any:
     return run
 
 
+def test_scaled_mm_takes_inputs_of_any_number_of_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float8, "scaled_mm_reason", lambda *_: None)
+    calls: list[str] = []
+    monkeypatch.setattr(torch, "_scaled_mm", strict_scaled_mm(calls))
+    layer = layer_of(32, 64, (1, 0), bias=False)
+    for shape in ((64,), (3, 64), (2, 3, 64)):
+        x = torch.randn(shape, dtype=torch.bfloat16)
+        y, wanted = layer(x), float8_linear(x.double(), layer.packed)
+        assert y.shape == wanted.shape
+        assert (y.double() - wanted).abs().max() <= 2**-7 * wanted.abs().max()
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize(
     ("blocks", "real"),
     [
@@ -344,7 +357,12 @@ def test_a_trial_finds_a_wrong_product(blocks: tuple[int, int], monkeypatch: pyt
     right, calls = strict_scaled_mm([]), []
     state = torch.random.get_rng_state()
     monkeypatch.setattr(torch, "_scaled_mm", right)
-    assert float8._trial(torch.device("cpu"), blocks) is None
+    for dtype in (torch.float64, torch.float16, torch.float32):  # the trial does not depend on the default dtype
+        torch.set_default_dtype(dtype)
+        try:
+            assert float8._trial(torch.device("cpu"), blocks) is None
+        finally:
+            torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.random.get_rng_state(), state)
 
     def wrong(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **options: Any) -> Tensor:

@@ -50,6 +50,7 @@ const float* padded_values(const char* op, const char* argument, const std::opti
                            char** room) {
   if (!vector.has_value()) return nullptr;
   const int64_t count = vector->numel();
+  STD_TORCH_CHECK(count <= length, op, ": ", argument, " has ", count, " elements, wanted at most ", length);
   if (vector->scalar_type() == ScalarType::Float && count == length) return vector->const_data_ptr<float>();
   float* to = take<float>(room, length);
   widen_values(vector->const_data_ptr(), dtype_of(op, argument, *vector), count, to);
@@ -196,7 +197,8 @@ void FewLayers::prepare(const Member& member, const void* x, const float* wide, 
   if (adapter.in_scale.has_value()) {
     const float* l = adapter.in_scale->const_data_ptr<float>();
     float* scaled = take<float>(room, tokens_ * columns_);
-    for (int64_t i = 0; i < tokens_ * columns_; ++i) scaled[i] = wide[i] * l[i % columns_];
+    for (int64_t t = 0; t < tokens_; ++t)
+      for (int64_t k = 0; k < columns_; ++k) scaled[t * columns_ + k] = wide[t * columns_ + k] * l[k];
     wide = scaled;
     x = rounded(scaled, dtype_, tokens_ * columns_, room);
   }
