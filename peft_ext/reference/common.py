@@ -76,7 +76,7 @@ def drawn_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
 
 def _drawn_by_host(generator: torch.Generator, count: int) -> Tensor:
     """Returns seeds ``[count, 2]`` on the CPU for the state of a GPU's generator, and advances the state."""
-    # Another draw of peft_ext must not read the offset before the offset is advanced. PyTorch's own draws take no part in
+    # Another draw of peft_ext must not read the offset before the offset is advanced. PyTorch's own draws do not take
     # this lock: if another thread starts one between these two calls, the next draw may repeat its numbers.
     with _drawing:
         offset = generator.get_offset()
