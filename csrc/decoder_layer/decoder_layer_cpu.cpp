@@ -126,8 +126,8 @@ class PreparedLayers {
       return found;
     }
     std::vector<FewLayers::Results> results;
-    for (size_t i = 0; i < few->count(); ++i) {
-      found.push_back(empty(with_last(x, few->outputs(i)), type_));
+    for (size_t layer = kFirst[group]; layer < kFirst[group + 1]; ++layer) {
+      found.push_back(empty(with_last(x, outputs(layer)), type_));
       results.push_back({found.back().mutable_data_ptr(), nullptr, nullptr});
     }
     few->run(x.const_data_ptr(), results);

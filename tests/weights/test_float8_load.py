@@ -199,3 +199,10 @@ def test_bitsandbytes_is_refused(tmp_path: Path) -> None:
     stock.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"the checkpoint's layers \(bitsandbytes\) quantize no inputs"):
         load(tmp_path / "model")
+
+
+def test_a_weight_with_one_scale_says_nothing_of_its_inputs() -> None:
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": None}
+    with pytest.raises(ValueError, match="has no FP8 layers whose inputs are quantized"):
+        peft_ext.PackedConfig(config, activation_scheme="dynamic")
+    peft_ext.PackedConfig(config | {"weight_block_size": [128, 128]}, activation_scheme="dynamic")

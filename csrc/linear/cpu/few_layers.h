@@ -40,9 +40,6 @@ class FewLayers {
   void add(const FrozenWeight& weight, const Adapter& adapter, const LinearSizes& size,
            const std::optional<Tensor>& bias, bool bias_inside, const std::optional<Tensor>& scale);
 
-  size_t count() const { return members_.size(); }
-  int64_t outputs(size_t layer) const { return members_[layer].size.out; }
-
   // Computes the layers for a contiguous x. A first loop computes S of all adapters except those of a mixed batch. In a
   // second loop, one thread computes for a row of W the base product, the low-rank term and the final pass (Expand in
   // kernels.h). For a mixed batch, and for a weight whose product is not computed row by row, the low-rank term and the

@@ -15,21 +15,20 @@
 #include <utility>
 #include <vector>
 
+#include "linear/cpu/tiles/plan.h"
+
 namespace peft_ext {
 
-// The numbers of columns and of rows in a unit that the tile kernels give to a thread; the same as kPlanRows and
-// kPlanStrip of tiles/plan.h.
-constexpr int64_t kRunPanelColumns = 64, kRunUnitRows = 16;
 // To read and rearrange a weight takes about as long as to multiply so many rows with the weight.
 constexpr int64_t kRunWeight = 24;
 // The cost, for each thread, of waking the threads for the parallel loops of one run.
 constexpr int64_t kRunWake = int64_t{1} << 16;
 
 // The work of a row of a run. multiplications: their number. columns: number of columns of the result. unit: number of
-// rows in a unit. Threads that compute a run together divide the units of the run, of kRunPanelColumns columns each,
+// rows in a unit. Threads that compute a run together divide the units of the run, of kPlanRows columns each,
 // among themselves.
 struct RowWork {
-  int64_t multiplications, columns, unit = kRunUnitRows;
+  int64_t multiplications, columns, unit = kPlanStrip;
 };
 
 struct RunPlan {
@@ -42,8 +41,7 @@ inline int64_t run_cost(int64_t rows, const RowWork& work) { return (rows + kRun
 
 // Returns the cost of a run that all threads compute together.
 inline int64_t together_cost(int64_t rows, const RowWork& work, int64_t threads) {
-  const int64_t panels = (work.columns + kRunPanelColumns - 1) / kRunPanelColumns,
-                strips = (rows + work.unit - 1) / work.unit;
+  const int64_t panels = (work.columns + kPlanRows - 1) / kPlanRows, strips = (rows + work.unit - 1) / work.unit;
   const int64_t units = std::max<int64_t>(1, panels * strips), busiest = (units + threads - 1) / threads;
   return run_cost(rows, work) / units * busiest + threads * kRunWake;
 }

@@ -116,7 +116,9 @@ def _fp8(config: Mapping[str, Any]) -> Rules:
         raise ValueError(f"PackedConfig: weight_block_size of fp8 is {block!r}, wanted two sizes or null")
     rows, columns = (0, 0) if block is None else block
     skipped = config.get("modules_to_not_convert") or config.get("ignored_layers")
-    return _of_one_scheme("fp8", Scheme("fp8", 8, columns, rows, note=DYNAMIC, quantizes=True), skipped)
+    # transformers does not say for weights with one scale which columns of x share a scale.
+    scheme = Scheme("fp8", 8, columns, rows, note=DYNAMIC, quantizes=block is not None)
+    return _of_one_scheme("fp8", scheme, skipped)
 
 
 def _mxfp4(config: Mapping[str, Any]) -> Rules:
