@@ -276,6 +276,17 @@ def siblings(card: Card, t: int, k: int, count: int, columns: bool, dropout: boo
     return over_tiles(name, t, k, moved, card, work, count=count, loop=loop)
 
 
+def gated(card: Card, t: int, k: int, columns: bool, dropout: bool, rank: int = 16) -> float:
+    """Returns the seconds that the pass over a gated activation, which also computes S (with ``columns``: dA) of the
+    layer behind the activation, takes beyond the activation's own pass. The activation's pass moves three times T x k
+    elements in the forward and five times in the backward.
+    """
+    name = ("dA" if columns else "S") + " of a gated activation" + (", dropout" if dropout else "")
+    work, own = "columns" if columns else "rows", (5 if columns else 3) * 2.0 * t * k
+    whole = over_tiles(name, t, k, own + partial_sums(t, k, rank, work, card), card, work)
+    return whole - over_memory(own, card)
+
+
 # The adapted linear layers in a layer of Llama 3 8B, grouped by their input: for each group, the numbers of output
 # features of the linear layers, and the number of input features.
 LLAMA_LAYER = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
@@ -292,10 +303,13 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
     ``together``, no pass adds up gradients: one pass writes the sum of the low-rank terms of dX of all layers with one
     input, and each layer's product is added to this sum. With ``together``, one pass over x computes S of all layers
     with this input, another pass computes dA of all these layers, and each small kernel is launched once for all of
-    them. With adapters, the backward computes h = act(gate) ∘ up again, because dA of the down projection needs h; this
-    reads and writes three times T x LLAMA_HIDDEN elements.
+    them; the pass that computes h = act(gate) ∘ up also computes S of the down projection, and the pass that computes
+    the gradients of gate and up also computes dA of the down projection. Without ``together``, the backward computes h
+    again, because dA of the down projection needs h; this reads and writes three times T x LLAMA_HIDDEN elements.
     """
-    frozen, adapted = 0.0, over_memory(3 * 2.0 * t * LLAMA_HIDDEN, card)
+    frozen, adapted = 0.0, 0.0 if together else over_memory(3 * 2.0 * t * LLAMA_HIDDEN, card)
+    drawn = "dX0, dropout" in LAYERS[method]
+    of_method = ", dropout" if drawn else ""
     for outputs, k in LLAMA_LAYER:
         x, count = 2.0 * t * k, len(outputs)
         adds = (count - 1) * over_memory(3 * x, card)
@@ -304,16 +318,21 @@ def llama_layer(card: Card, t: int, method: str, together: bool) -> float:
         frozen += products + adds
         low_rank = sum(layer[part] for layer in layers for part in LAYERS[method])
         if together and count > 1:
-            drawn = "dX0, dropout" in LAYERS[method]
-            low_rank -= sum(layer["dX0, dropout" if drawn else "dX0"] for layer in layers)
+            low_rank -= sum(layer["dX0" + of_method] for layer in layers)
             moved = x * (1 + count / 16) if drawn else x
             low_rank += over_tiles("dX0 of a layer among several", t, k, moved, card, "tiles", count=count)
             adds = 0.0
             for part, columns in (("S", False), ("dA", True)):
-                low_rank -= sum(layer[part + ", dropout" if drawn else part] for layer in layers)
+                low_rank -= sum(layer[part + of_method] for layer in layers)
                 low_rank += siblings(card, t, k, count, columns, drawn)
             small = LAYERS[method].count("launch") + LAYERS[method].count("launch by PyTorch")
             low_rank -= (count - 1) * small * card.launch
+        elif together and k == LLAMA_HIDDEN:
+            for part, columns in (("S", False), ("dA", True)):
+                low_rank += gated(card, t, k, columns, drawn) - layers[0][part + of_method]
+            # The pass for dX0 draws the mask, because the pass for dA, which would store the bits, comes later.
+            if drawn:
+                low_rank += over_tiles("dX0, drawn dropout", t, k, x, card) - layers[0]["dX0, dropout"]
         adapted += products + adds + low_rank
     return adapted / frozen
 
@@ -435,78 +454,6 @@ def product_of_few(t: int, n: int, k: int, card: Card) -> float:
     return max(product(t, n, k, card), over_memory(2.0 * n * k, card))
 
 
-# For each layer of LAYERS, the operator and the case of the benchmark that measures the layer.
-MEASURED = {
-    "LoRA": ("lora_linear", "bf16 base"),
-    "LoRA, dropout": ("lora_linear", "bf16 base, dropout 0.05"),
-    "QLoRA, dropout": ("lora_linear", "NF4 base, dropout 0.05"),
-    "DoRA": ("dora_linear", "bf16 base"),
-    "IA3": ("ia3_linear", "bf16 base, output"),
-}
-# For each part of a layer, a regular expression that the names of the part's kernels match, as slots.kernel_name
-# returns the names.
-KERNELS = {
-    "product": r"gemm|nvjet|cutlass|xmma",
-    "S": r"^rank_pass_kernel<(bf16|f16), .*, kRows, kNone>",
-    "S, dropout": r"^rank_pass_kernel<.*, kRows, (kDrawn|kKept)>",
-    "Y0": r"^expand_kernel<.*, kBias>",
-    "dX0": r"^expand_kernel<.*, kBias>",
-    "dX0, dropout": r"^expand_kernel<.*, kMask>",
-    "P and dB": r"^rank_pass_kernel<.*, kBoth, ",
-    "P, dB and dg": r"^rank_pass_kernel<.*, kBothAndDots, ",
-    "dA": r"^rank_pass_kernel<.*, kColumns, kNone>",
-    "dA, dropout": r"^rank_pass_kernel<.*, kColumns, (kDrawn|kKept)>",
-    "dequantize": r"^nf4_dequantize_kernel",
-    "norm": r"^rank_pass_kernel<.*, kRowsAndSquares, ",
-    "finish": r"^finish_kernel",
-    "g in W or in dY": r"^(scale_rows|column_pass)_kernel",
-    "column pass, g and dg": r"^(column_pass|scale_rows)_kernel",
-    # The small kernels split matrices into terms, add partial sums, scale ranks, or compute A Aᵀ and DoRA's norm.
-    "launch": r"^(split|rank_reduce|column_reduce|rank_scale|dora_norm)_kernel|^rank_pass_kernel<float, .*, kRows, ",
-    # PyTorch's small kernels compute functions of the elements of a vector.
-    "launch by PyTorch": r"^at::native::.*elementwise",
-}
-
-
-def card_of(name: str) -> Card | None:
-    """Returns the card of CARDS for a GPU's name, such as "NVIDIA H100 80GB HBM3"; None for another GPU."""
-    return next((card for known, card in CARDS.items() if known in name), None)
-
-
-def kernel_seconds(card: Card, method: str, t: int) -> dict[str, tuple[str, float]]:
-    """Returns a dict from each part of a step of a layer of 4096 x 4096 to a regular expression for the names of the
-    part's kernels, and the computed seconds. Parts that run the same kernel are one part, with the sum of their
-    seconds. ``method``: a key of LAYERS, or "NF4, T <= 8" or "NF4, T <= 16" for a forward over NF4 without an adapter.
-    """
-    if method.startswith("NF4"):
-        return {method: (r"^nf4_few_tokens_kernel", decode(card, 4096, 4096, t))}
-    computed = parts(card, t)
-    by_kernel: dict[str, list[str]] = {}
-    for part in ["product", "product", *LAYERS[method]]:
-        by_kernel.setdefault(KERNELS[part], []).append(part)
-    return {" and ".join(dict.fromkeys(names)): (kernel, sum(computed[part] for part in names))
-            for kernel, names in by_kernel.items()}  # fmt: skip
-
-
-def beside(result: dict, name: str) -> str:
-    """Returns a table for the rows of a result file of the GPU ``name``: the measured time of a layer divided by the
-    measured time of the frozen layer, and the goal, which is this ratio as :func:`ratio` computes it.
-    """
-    card = card_of(name)
-    lines = ["| time / the frozen layer's time | K -> N | T | measured | goal, computed | measured / goal |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    for method, wanted in MEASURED.items():
-        for row in result["rows"]:
-            frozen = row["speedup"].get("frozen")
-            if (row["op"], row["case"].partition(", ")[2]) != wanted or row["weights"] != "rotating" or not frozen:
-                continue
-            k, n, t = row["k"], row["n"], row["tokens"]
-            goal = None if card is None else ratio(method, card, t, n, k)
-            computed = "no such card | -" if goal is None else f"{goal:.2f} | {1 / frozen / goal:.2f}"
-            lines.append(f"| {method} | {k} -> {n} | {t} | {1 / frozen:.2f} | {computed} |")
-    return "\n".join(lines)
-
-
 def microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs" if seconds >= 1e-5 else f"{seconds * 1e6:.1f} µs"
 
@@ -536,7 +483,7 @@ def tables() -> str:
               + " | ".join(f"{c}, {t}" for c in CARDS for t in SIZES) + " |"]  # fmt: skip
     lines.append("|---" * (len(CARDS) * len(SIZES) + 1) + "|")
     for method in ("LoRA", "LoRA, dropout", "QLoRA, dropout"):
-        for how, together in (("each linear layer alone", False), ("layers with one input together", True)):
+        for how, together in (("each linear layer alone", False), ("layers together", True)):
             for name, of in ((f"{method}: {how}", as_it_is), (f"{method}: {how}: limit", ideal)):
                 row = (f"{llama_layer(of(card), t, method, together):.2f}" for card in CARDS.values() for t in SIZES)
                 lines.append(f"| {name} | " + " | ".join(row) + " |")

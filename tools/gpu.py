@@ -40,7 +40,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional, TextIO
 
-import cuda_model
+import cuda_measured
 from gpu_torch import driver_cuda, pip_names, torch_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -555,7 +555,7 @@ def summary(here: Machine, found: list[Outcome]) -> None:
             here.runner.say(f"gpu: results of {outcome.part}: {here.out / name}")
             if name.startswith("layer-"):
                 measured = json.loads((here.out / name).read_text())
-                here.runner.say(f"\n{cuda_model.beside(measured, here.gpu.get('name', ''))}\n")
+                here.runner.say(f"\n{cuda_measured.beside(measured, here.gpu.get('name', ''))}\n")
 
 
 def main(argv: Optional[list[str]] = None) -> int:

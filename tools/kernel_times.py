@@ -23,7 +23,7 @@ from typing import Any, Optional
 os.environ.setdefault("PEFT_EXT_REQUIRE", "1")  # a missing kernel is an error, so that no reference is profiled
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cuda_model
+import cuda_measured
 import slots
 import torch
 
@@ -101,7 +101,7 @@ def layers(tokens: Iterable[int]) -> Iterable[tuple[str, int, str, str]]:
     """Yields, for each measured layer, the method, the number of tokens, the operator, and the case of the operator's
     benchmark."""
     for count in tokens:
-        for method, (op, case) in cuda_model.MEASURED.items():
+        for method, (op, case) in cuda_measured.MEASURED.items():
             yield method, count, op, case
     for count in FEW_TOKENS:
         yield f"NF4, T <= {8 if count <= 8 else 16}", count, "nf4_linear", "forward"
@@ -115,7 +115,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if not torch.cuda.is_available():
         sys.exit("kernel_times: torch sees no GPU")
     about = {**harness.machine(), "gpu": cuda.about_gpu()}
-    card = cuda_model.card_of(about["gpu"]["name"])
+    card = cuda_measured.card_of(about["gpu"]["name"])
     out = files.result_path("kernel-layers", about, args.out)
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -129,7 +129,7 @@ def main(argv: Optional[list[str]] = None) -> int:
                 failed.append(f"{method}, T={tokens}: {type(error).__name__}: {error}")
                 print(f"failed: {failed[-1]}", flush=True)
             else:
-                computed = cuda_model.kernel_seconds(card, method, tokens) if card else {}
+                computed = cuda_measured.kernel_seconds(card, method, tokens) if card else {}
                 found = rows_of(times, computed)
                 rows += [{"method": method, "tokens": tokens, **row, "meter": meter.lap()} for row in found]
                 print(table(method, tokens, found), flush=True)

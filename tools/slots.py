@@ -78,6 +78,13 @@ def _siblings(name: str, ranks: int, columns: bool, dropped: bool, *, terms: int
     )  # fmt: skip
 
 
+def _gated(name: str, columns: bool, dropped: bool) -> Hot:
+    # The instance for SiLU. The inner loop without products computes one row of each thread's four rows of a tile.
+    return Hot(
+        name, f"rank_gated_kernel<bf16, 2, 3, {str(columns).lower()}, {str(dropped).lower()}, true>", others=(4,)
+    )
+
+
 def _product(name: str, nf4: bool, order: str) -> Hot:
     # Instructions are counted per weight of a lane: in an iteration of experts_product_kernel, each lane decodes or
     # loads 64 weights of two slabs of 64 x 128 weights, and multiplies the 64 weights with 64 rows.
@@ -115,6 +122,10 @@ HOT = (
     _siblings("dA of siblings", 16, True, False),
     _siblings("dA of siblings, dropout", 16, True, True),
     _siblings("dA of siblings, dropout, R = 32", 32, True, True),
+    _gated("S of a gated activation", False, False),
+    _gated("S of a gated activation, dropout", False, True),
+    _gated("dA of a gated activation", True, False),
+    _gated("dA of a gated activation, dropout", True, True),
     _pass("W A and the norm", 16, "kRowsAndSquares"),
     _pass("W A and the norm, NF4", 16, "kRowsAndSquares", nf4=True),
     _runs("S of experts", "kRunRows"),
@@ -138,6 +149,7 @@ HOT = (
     _expand("Y0, mixed batch, bf16 adapters", 1, "kGrouped", terms=1),
     _expand("dX0, dropout", 1, "kMask"),
     _expand("dX0, dropout, R = 32", 2, "kMask"),
+    _expand("dX0, drawn dropout", 1, "kDrawn"),
     # An iteration of expand_sum_kernel adds the term of one of the layers that share an input.
     Hot("dX0 of a layer among several", "expand_sum_kernel<bf16, 2>"),
     # Instructions are counted per weight of a lane: in an iteration of nf4_few_tokens_kernel, a warp multiplies four

@@ -36,6 +36,25 @@ __device__ __forceinline__ void with_activation(Activation activation, const F& 
   return f(Activation::kRelu2);
 }
 
+// Computes eight columns of one row. If kValue is true, h = act(gate) ∘ up is written to `h`; if kGradient is true, the
+// gradients of gate and up are written to `of_gate` and `of_up`. The results are not rounded.
+template <bool kValue, bool kGradient>
+__device__ __forceinline__ void gated_columns(Activation activation, const float (&gate)[kVector],
+                                              const float (&up)[kVector], const float (&grad)[kVector],
+                                              float (&h)[kVector], float (&of_gate)[kVector], float (&of_up)[kVector]) {
+  with_activation(activation, [&](Activation known) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float value = gate[i] * activation_gate(known, gate[i]);
+      if (kValue) h[i] = value * up[i];
+      if (kGradient) {
+        of_gate[i] = grad[i] * up[i] * activation_slope(known, gate[i]);
+        of_up[i] = grad[i] * value;
+      }
+    }
+  });
+}
+
 // Grid: x has a block for each row; y has a block for each tile of kGatedTile columns.
 template <typename T, bool kGradient>
 __global__ void __launch_bounds__(kGatedThreads) gated_kernel(GatedWork work) {
@@ -51,18 +70,7 @@ __global__ void __launch_bounds__(kGatedThreads) gated_kernel(GatedWork work) {
     load_columns(static_cast<const T*>(work.up) + row * work.up_stride, column, work.columns, work.whole, up);
   if (kGradient)
     load_columns(static_cast<const T*>(work.grad) + row * work.grad_stride, column, work.columns, work.whole, grad);
-  with_activation(work.activation, [&](Activation activation) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const float value = gate[i] * activation_gate(activation, gate[i]);
-      if (kGradient) {
-        out[i] = grad[i] * up[i] * activation_slope(activation, gate[i]);
-        out_up[i] = grad[i] * value;
-      } else {
-        out[i] = value * up[i];
-      }
-    }
-  });
+  gated_columns<!kGradient, kGradient>(work.activation, gate, up, grad, out, out, out_up);
   save_columns(static_cast<T*>(work.out) + row * work.out_stride, column, work.columns, work.whole, out);
   if (kGradient && work.out_up != nullptr)
     save_columns(static_cast<T*>(work.out_up) + row * work.out_up_stride, column, work.columns, work.whole, out_up);

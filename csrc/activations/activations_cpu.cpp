@@ -99,12 +99,12 @@ Tensor gated_activation_cpu(Tensor gate, std::optional<Tensor> up, int64_t activ
   return forward("gated_activation", gate, up, activation, !up.has_value());
 }
 
-namespace {
-
 std::tuple<Tensor, Tensor> gated_activation_backward_cpu(Tensor grad, Tensor gate, std::optional<Tensor> up,
                                                          int64_t activation) {
   return backward("gated_activation_backward", grad, gate, up, activation, !up.has_value());
 }
+
+namespace {
 
 Tensor activation_cpu(Tensor x, int64_t activation) {
   return forward("activation", x, std::nullopt, activation, false);

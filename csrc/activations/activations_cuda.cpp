@@ -1,18 +1,11 @@
 // The CUDA operators of plain and gated activations. Each call is one launch of the kernel in activations.cuh.
-#include "activations/activations.cuh"
-
 #include <tuple>
 
-#include "activations/glue.h"
-#include "cuda/tensor.cuh"
+#include "activations/gated_call.cuh"
 
 namespace peft_ext {
-namespace {
 
-// Returns the operands gate and up as RowsApart objects, and the sizes of the result. If `halves`, the argument `gate`
-// is a tensor [..., 2F] whose first half is gate and whose second half is up. Otherwise gate is [..., F], and up is
-// [..., F] or has no value.
-Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
+Parts gated_parts(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves) {
   STD_TORCH_CHECK(on_device(gate) && gate.dim() >= 1, op, ": gate is not [..., F] on a CUDA device");
   check_kernel_dtype(op, "gate", gate.scalar_type());
   const int64_t last = gate.dim() - 1, columns = halves ? gate.size(last) / 2 : gate.size(last);
@@ -29,6 +22,8 @@ Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& 
                   ": up is not of gate's shape and type");
   return {rows_apart(gate), rows_apart(*up), shape, device_rows(gate), columns};
 }
+
+namespace {
 
 bool whole_rows(const Tensor& tensor, int64_t stride) { return stride % kVector == 0 && aligned(tensor, 16); }
 
@@ -56,53 +51,80 @@ void run(const Launcher& launcher, const GatedWork& work, const Parts& parts) {
 }
 
 Tensor forward(const char* op, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation, bool halves) {
-  const Parts parts = parts_of(op, gate, up, halves);
+  const Parts parts = gated_parts(op, gate, up, halves);
   const Activation kind = checked_gate(op, activation);
   const Tensor y = device_empty(gate, parts.shape, gate.scalar_type());
   Launcher launcher(gate);
-  GatedWork work = work_of(launcher, parts, kind);
-  work.out = launcher.out<void>(y);
-  work.out_stride = parts.columns;
-  work.whole = work.whole && aligned(y, 16);
-  run<false>(launcher, work, parts);
+  run<false>(launcher, gated_value_work(launcher, parts, kind, y), parts);
   return y;
 }
 
-std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad, const Tensor& gate,
-                                    const std::optional<Tensor>& up, int64_t activation, bool halves) {
-  const Parts parts = parts_of(op, gate, up, halves);
+GatedGradients backward(const char* op, const Tensor& grad, const Tensor& gate, const std::optional<Tensor>& up,
+                        int64_t activation, bool halves) {
+  const Parts parts = gated_parts(op, gate, up, halves);
   const Activation kind = checked_gate(op, activation);
-  const ScalarType type = gate.scalar_type();
-  STD_TORCH_CHECK(same_device(grad, gate) && grad.scalar_type() == type && has_sizes(grad, parts.shape), op,
-                  ": grad is not of the result's shape and type on gate's device");
+  STD_TORCH_CHECK(same_device(grad, gate) && grad.scalar_type() == gate.scalar_type() && has_sizes(grad, parts.shape),
+                  op, ": grad is not of the result's shape and type on gate's device");
   const RowsApart dy = rows_apart(grad);
-  const bool two = up.has_value();
-  const Tensor grad_gate = device_empty(gate, {gate.sizes().begin(), gate.sizes().end()}, type);
-  const Tensor grad_up = device_empty(gate, two ? parts.shape : std::vector<int64_t>{0}, type);
+  const GatedGradients out = empty_gated_gradients(gate, up);
   Launcher launcher(gate);
-  GatedWork work = work_of(launcher, parts, kind);
-  work.grad = launcher.in<void>(dy.held);
-  work.grad_stride = dy.stride;
-  work.out = launcher.out<void>(grad_gate);
-  work.out_stride = halves ? 2 * parts.columns : parts.columns;
-  work.out_up_stride = work.out_stride;
-  if (two) work.out_up = launcher.out<void>(grad_up);
-  if (halves) {
-    const int64_t width = type == ScalarType::Float ? 4 : 2;
-    work.out_up = static_cast<char*>(work.out) + parts.columns * width;
-  }
-  work.whole = work.whole && whole_rows(dy.held, dy.stride) && aligned(grad_gate, 16) && (!two || aligned(grad_up, 16));
-  run<true>(launcher, work, parts);
-  return {grad_gate, grad_up};
+  run<true>(launcher, gated_gradient_work(launcher, parts, kind, dy, out), parts);
+  return out;
 }
 
+}  // namespace
+
+GatedGradients empty_gated_gradients(const Tensor& gate, const std::optional<Tensor>& up) {
+  return {device_empty_like(gate),
+          up.has_value() ? device_empty_like(*up) : device_empty(gate, {0}, gate.scalar_type())};
+}
+
+GatedWork gated_value_work(const Launcher& launcher, const Parts& parts, Activation activation, const Tensor& y) {
+  GatedWork work = work_of(launcher, parts, activation);
+  work.out = launcher.out<void>(y);
+  work.out_stride = parts.columns;
+  work.whole = work.whole && aligned(y, 16);
+  return work;
+}
+
+GatedWork gated_gradient_work(const Launcher& launcher, const Parts& parts, Activation activation, const RowsApart& dy,
+                              const GatedGradients& out) {
+  const int64_t width = out.gate.size(out.gate.dim() - 1);
+  const bool halves = width != parts.columns;
+  GatedWork work = work_of(launcher, parts, activation);
+  work.grad = launcher.in<void>(dy.held);
+  work.grad_stride = dy.stride;
+  work.out = launcher.out<void>(out.gate);
+  work.out_stride = work.out_up_stride = width;
+  if (halves) {
+    work.out_up = static_cast<char*>(work.out) + parts.columns * out.gate.element_size();
+  } else if (parts.up.has_value()) {
+    work.out_up = launcher.out<void>(out.up);
+  }
+  work.whole = work.whole && whole_rows(dy.held, dy.stride) && aligned(out.gate, 16) &&
+               (halves || !parts.up.has_value() || aligned(out.up, 16));
+  return work;
+}
+
+Tensor gated_value(const char* op, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation) {
+  return forward(op, gate, up, activation, !up.has_value());
+}
+
+GatedGradients gated_gradients(const char* op, const Tensor& grad, const Tensor& gate, const std::optional<Tensor>& up,
+                               int64_t activation) {
+  return backward(op, grad, gate, up, activation, !up.has_value());
+}
+
+namespace {
+
 Tensor gated_activation_cuda(const Tensor& gate, const std::optional<Tensor>& up, int64_t activation) {
-  return forward("gated_activation", gate, up, activation, !up.has_value());
+  return gated_value("gated_activation", gate, up, activation);
 }
 
 std::tuple<Tensor, Tensor> gated_activation_backward_cuda(const Tensor& grad, const Tensor& gate,
                                                           const std::optional<Tensor>& up, int64_t activation) {
-  return backward("gated_activation_backward", grad, gate, up, activation, !up.has_value());
+  const GatedGradients out = gated_gradients("gated_activation_backward", grad, gate, up, activation);
+  return {out.gate, out.up};
 }
 
 Tensor activation_cuda(const Tensor& x, int64_t activation) {
@@ -110,7 +132,7 @@ Tensor activation_cuda(const Tensor& x, int64_t activation) {
 }
 
 Tensor activation_backward_cuda(const Tensor& grad, const Tensor& x, int64_t activation) {
-  return std::get<0>(backward("activation_backward", grad, x, std::nullopt, activation, false));
+  return backward("activation_backward", grad, x, std::nullopt, activation, false).gate;
 }
 
 }  // namespace

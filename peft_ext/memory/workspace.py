@@ -19,6 +19,7 @@ from ..weights.packed import format_of
 
 LOSS = torch.ops.peft_ext.linear_cross_entropy.default
 _SIBLINGS = (torch.ops.peft_ext.lora_linears.default, torch.ops.peft_ext.lora_linears_backward.default)
+_GATED = (torch.ops.peft_ext.gated_lora_linear.default, torch.ops.peft_ext.gated_lora_linear_backward.default)
 _EXPERTS = (
     torch.ops.peft_ext.lora_experts.default,
     torch.ops.peft_ext.lora_experts_backward.default,
@@ -38,7 +39,8 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     The scratch of a linear layer is the scratch of its product, see :func:`_of_product`. In the backward of a layer
     that scales its output or its input, and on CUDA in the forward of a layer that scales its input, the scratch also
     has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings` and :func:`_of_experts` compute the scratch of a loss,
-    of siblings and of experts. Any other operator that has no argument ``shape``, or neither ``x`` nor ``grad``, counts
+    of siblings and of experts. A layer whose input is a gated activation also has this input and, in the backward, its
+    gradient. Any other operator that has no argument ``shape``, or neither ``x`` nor ``grad``, counts
     as 0 bytes.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
@@ -48,6 +50,11 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
         return _of_siblings(given, device)
     if func in _EXPERTS:
         return _of_experts(given, device)
+    if func in _GATED:
+        gate, backward = given["gate"], "grad" in given
+        rows = gate.numel() // max(1, gate.shape[-1])
+        h = rows * given["shape"][1] * gate.element_size()
+        return (2 if backward else 1) * h + _of_product(given, gate.dtype, rows, device, backward)
     by = given.get("grad", given.get("x"))
     if by is None or "shape" not in given:
         return 0

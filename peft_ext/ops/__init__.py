@@ -15,6 +15,7 @@ from .dora import dora_linear, dora_weight_norm
 from .dropouts import dropout
 from .embedding import lora_embedding
 from .experts import dora_experts, dora_experts_weight_norm, experts_linear, lora_experts
+from .gated_lora import gated_lora_linear
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_linear, lora_residual
@@ -34,6 +35,7 @@ __all__ = [
     "experts_linear",
     "frozen_linear",
     "gated_activation",
+    "gated_lora_linear",
     "grouped_lora_linear",
     "ia3_linear",
     "ia3_scale",

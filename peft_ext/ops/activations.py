@@ -128,7 +128,7 @@ _activation = register_autograd("activation", _backward, setup_context=_setup_co
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
-def _number(op: str, activation: str) -> int:
+def activation_number(op: str, activation: str) -> int:
     """Returns the number of an activation in ``reference.ACTIVATIONS``. Operators take this number in place of the
     name, because PyTorch's stable ABI leaks each string argument."""
     if activation not in reference.ACTIVATIONS:
@@ -159,7 +159,7 @@ def gated_activation(gate: Tensor, up: Optional[Tensor], activation: str) -> Ten
     """
     op = "gated_activation"
     checks.check_gated(op, gate, up)
-    kind = _number(op, activation)
+    kind = activation_number(op, activation)
     if checks.wants_reference(gate):
         return by_reference(reference.gated_activation, gate, up, activation)
     return _gated_activation(gate, up, kind)
@@ -181,7 +181,7 @@ def activation(x: Tensor, activation: str) -> Tensor:
     checks.check_float(op, "x", x)
     if x.dim() < 1:
         raise ValueError(f"{op}: x has shape (), wanted [..., F]")
-    kind = _number(op, activation)
+    kind = activation_number(op, activation)
     if checks.wants_reference(x):
         return by_reference(reference.activation, x, activation)
     return _activation(x, kind)

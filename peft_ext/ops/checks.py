@@ -96,14 +96,14 @@ def fits_adapted(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scali
 
 
 def adapted_operands(
-    op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any
+    op: str, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, scaling: Any, dropout_p: Any, name: str = "x"
 ) -> tuple[Tensor, Union[Tensor, PackedWeight], Optional[Tensor]]:
     """Checks the operands of a layer with lora_A and lora_B. Returns x, weight and bias; under autocast, x, a dense
-    weight and bias are returned in autocast's dtype."""
+    weight and bias are returned in autocast's dtype. Error messages use ``name`` for x."""
     if not fits_adapted(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
-        check_float(op, "x", x)
+        check_float(op, name, x)
         x, weight, bias = cast_for_autocast(x, weight, bias)
-        check_linear(op, x, weight)
+        check_linear(op, x, weight, name)
         check_lora(op, weight, lora_A, lora_B)
         check_bias(op, bias, x, weight.shape[0])
         check_scale(op, scaling, dropout_p)

@@ -13,6 +13,7 @@ from .dropouts import dropout
 from .embedding import lora_embedding, lora_embedding_backward
 from .experts import dora_experts, dora_experts_weight_norm, lora_experts
 from .float8 import float8_linear
+from .gated_lora import gated_lora_linear, gated_lora_linear_backward
 from .grouped_lora import grouped_lora_linear
 from .ia3 import ia3_linear, ia3_linear_backward, ia3_scale, ia3_scale_backward
 from .lora import lora_linear, lora_linear_backward, lora_residual, lora_residual_backward
@@ -40,6 +41,8 @@ __all__ = [
     "frozen_linear",
     "gated_activation",
     "gated_activation_backward",
+    "gated_lora_linear",
+    "gated_lora_linear_backward",
     "grouped_lora_linear",
     "ia3_linear",
     "ia3_linear_backward",

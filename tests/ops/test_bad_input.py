@@ -56,6 +56,11 @@ def _calls() -> dict[str, tuple[Callable, dict[str, Any]]]:
         ),
         "rotary_embedding": (ops.rotary_embedding, {"q": heads, "k": heads, "cos": heads[:, 0], "sin": heads[:, 0]}),
         "gated_activation": (ops.gated_activation, {"gate": x, "up": x, "activation": "silu"}),
+        "gated_lora_linear": (
+            ops.gated_lora_linear,
+            {"gate": x, "up": x, "activation": "silu", "weight": weight, **lora, "bias": bias,
+             "rank_scale": torch.ones(R)},
+        ),
         "activation": (ops.activation, {"x": x, "activation": "silu"}),
         "rms_norm": (ops.rms_norm, {"x": x, "weight": torch.ones(K), "eps": 1e-6}),
         "layer_norm": (ops.layer_norm, {"x": x, "weight": torch.ones(K), "bias": torch.zeros(K), "eps": 1e-5}),
@@ -140,7 +145,8 @@ def test_what_is_no_tensor_that_the_operators_take(op: str, name: str) -> None:
         wrong = [make(value[0]), *value[1:]] if isinstance(value, list) else make(value)
         message = f"{name} {text}"
         if about == "meta":
-            beside = _BESIDE.get(name, "x") if op != "lora_residual" else "x"
+            beside = _BESIDE.get(name, "act(gate) * up" if op == "gated_lora_linear" else "x")
+            beside = "x" if op == "lora_residual" else beside
             message = f"{name} is on meta, {beside} is on cpu"
             if name in ("gate", "q"):
                 message = f"{'up' if name == 'gate' else 'k'} is on cpu, {name} is on meta"

@@ -375,9 +375,9 @@ def test_autocast_leaves_float64_alone(device: torch.device) -> None:
     x, weight, a, b, rows = (torch.randn(*size, dtype=torch.float64, device=device) for size in sizes)
     heads = torch.randn(1, 2, 8, 16, dtype=torch.float64, device=device)
     calls = (
-        lambda: ops.lora_linear(x, weight, a, b), lambda: ops.frozen_linear(x, weight),
+        lambda: ops.lora_linear(x, weight, a, b), lambda: ops.gated_lora_linear(x, x, "silu", weight, a, b),
         lambda: ops.lora_residual(x, rows, a, b), lambda: ops.lora_linears(x, [weight], [a], [b])[0],
-        lambda: ops.bottleneck_adapter(x, a, None, a.mT.contiguous(), None),
+        lambda: ops.frozen_linear(x, weight), lambda: ops.bottleneck_adapter(x, a, None, a.mT.contiguous(), None),
         lambda: ops.scaled_dot_product_attention(heads, heads, heads),
     )  # fmt: skip
     for call in calls:

@@ -231,6 +231,9 @@ def step(op: str, seed: Optional[Tensor]) -> list[Tensor]:
         y = ops.lora_linear(x, weight, a, b, **how, seed=seed)
     elif op == "lora_residual":
         y = ops.lora_residual(x, weight[:24, :32], a, b, **how, seed=seed)
+    elif op == "gated_lora_linear":
+        leaves.append(leaf(24, 64))
+        y = ops.gated_lora_linear(x, leaves[-1], "silu", weight, a, b, **how, seed=seed)
     elif op == "dora_linear":
         leaves.append(leaf(32))
         y = ops.dora_linear(x, weight, a, b, leaves[-1], **how, seed=seed)
@@ -245,7 +248,9 @@ def step(op: str, seed: Optional[Tensor]) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), leaves)]
 
 
-@pytest.mark.parametrize("op", ["lora_linear", "lora_residual", "dora_linear", "lora_experts", "lora_linears"])
+@pytest.mark.parametrize(
+    "op", ["lora_linear", "lora_residual", "gated_lora_linear", "dora_linear", "lora_experts", "lora_linears"]
+)
 def test_layers_draw_on_the_host(op: str, generator: Generator) -> None:
     drawn = step(op, None)
     assert generator.offset == 8 if op == "lora_linears" else 4

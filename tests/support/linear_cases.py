@@ -153,6 +153,43 @@ def lora_residual_case(*, dropout_p: float = 0.0, adapter_dtype: Any = None, ran
     return Case(name, "lora", make, call, plain, saved=shrunk_bytes(dropout_p))
 
 
+def gated_lora_case(
+    base: str, activation: str = "silu", *, halves: bool = False, with_bias: bool = False, dropout_p: float = 0.0,
+    adapter_dtype: Any = None, rank_scale: bool = False,
+) -> Case:  # fmt: skip
+    """Returns a case of gated_lora_linear. ``halves``: whether one tensor holds gate and up."""
+
+    def make(dtype: torch.dtype, shape: tuple) -> Sample:
+        adapters = adapter_dtype or dtype
+        inputs = low_rank_inputs(base, dtype, shape, adapters, with_bias)
+        tokens, k, *_ = shape
+        inputs["gate"] = randn(*tokens, (1 + halves) * k, dtype=dtype, scale=2.0)
+        inputs["up"] = None if halves else inputs["x"]
+        del inputs["x"]
+        inputs["rank_scale"] = randn(shape[3], dtype=adapters) if rank_scale else None
+        optional = [name for name in ("up", "bias", "rank_scale") if inputs[name] is not None]
+        return Sample(inputs, ("gate", "lora_A", "lora_B", *optional))
+
+    def call(gate, up, weight, lora_A, lora_B, bias, compute, rank_scale, scaling=0.75, dropout_p=dropout_p,
+             training=True, seed=None, activation=activation):  # fmt: skip
+        seed = seed_beside(gate) if seed is None else seed
+        return ops.gated_lora_linear(gate, up, activation, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
+                                     scaling=scaling, dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
+
+    def plain(gate, up, weight, lora_A, lora_B, bias, compute, rank_scale):
+        gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+        act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda u: F.gelu(u, approximate="tanh")}[activation]
+        h = act(gate) * up
+        y = F.linear(h, dequantized(weight, compute).to(h.dtype), bias)
+        lora_A = lora_A.to(h.dtype) if rank_scale is None else lora_A.to(h.dtype) * rank_scale.to(h.dtype)[:, None]
+        return y + F.linear(F.linear(dropped(h, dropout_p), lora_A), lora_B.to(h.dtype)) * 0.75
+
+    name = case_name("gated_lora_linear", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale,
+                     halves=halves)  # fmt: skip
+    return Case(name if activation == "silu" else f"{name}-{activation}", "gated_lora", make, call, plain,
+                saved=shrunk_bytes(dropout_p))  # fmt: skip
+
+
 # --- several adapters in one batch ------------------------------------------------------------------------------------
 
 # The samples' adapters: neighbours with one adapter, alternating adapters, and samples without adapter.
@@ -357,6 +394,19 @@ ERRORS = {
         no_residual=({"residual": None}, TypeError, "residual is NoneType, wanted a Tensor"),
         B_rows=({"lora_B": torch.zeros(95, 16)}, ValueError, r"residual has shape \(4, 8, 96\), wanted \(4, 8, 95\)"),
     ),
+    "gated_lora_linear-dense": errors(
+        "gated_lora_linear", "weight of 3 dims", "trainable weight", "A columns", "B rows", "ranks", "dropout 1",
+        "seed",
+        no_gate=({"gate": None}, TypeError, "gate is NoneType, wanted a Tensor"),
+        weight_dtype=({"weight": torch.zeros(96, 64, dtype=torch.bfloat16)}, TypeError,
+                      r"weight is bfloat16, act\(gate\) \* up is float32"),
+        columns=({"gate": torch.zeros(2, 3), "up": torch.zeros(2, 3)}, ValueError,
+                 r"act\(gate\) \* up has shape \(2, 3\), wanted \[\.\.\., 64\]"),
+        up_shape=({"up": torch.zeros(2, 64)}, ValueError, r"up has shape \(2, 64\), wanted \(4, 8, 64\)"),
+        odd=({"gate": torch.zeros(2, 63), "up": None}, ValueError,
+             r"gate has shape \(2, 63\), wanted \[\.\.\., 2F\] where up is None"),
+        activation=({"activation": "tanh"}, ValueError, "activation is 'tanh', wanted one of"),
+    ),
     "grouped_lora_linear-dense": errors(
         "grouped_lora_linear", "weight dtype",
         vector=({"x": torch.zeros(64)}, ValueError, r"x has shape \(64,\), wanted \[samples, \.\.\., K\]"),
@@ -418,6 +468,10 @@ CASES = with_errors(
     lora_residual_case(),
     lora_residual_case(dropout_p=0.1, adapter_dtype=torch.float32),
     lora_residual_case(rank_scale=True, dropout_p=0.5),
+    gated_lora_case("dense"),
+    gated_lora_case("dense", "gelu_tanh", halves=True, with_bias=True, dropout_p=0.1, rank_scale=True),
+    gated_lora_case("nf4", "gelu", adapter_dtype=torch.bfloat16),
+    gated_lora_case("nested", adapter_dtype=torch.float32, dropout_p=0.05, with_bias=True),
     grouped_lora_case("dense"),
     grouped_lora_case("dense", with_bias=True, adapter_dtype=torch.float32),
     grouped_lora_case("nf4", adapter_dtype=torch.bfloat16),
@@ -462,6 +516,10 @@ def drawn(o: Options) -> dict[str, Callable[[], Case]]:
         ),
         "lora_residual": lambda: lora_residual_case(
             dropout_p=o.dropout, adapter_dtype=o.adapters, rank_scale=o.maybe(0.3)
+        ),
+        "gated_lora_linear": lambda: gated_lora_case(
+            o.base, o.rng.choice(("silu", "gelu", "gelu_tanh")), halves=o.maybe(), with_bias=o.maybe(),
+            dropout_p=o.dropout, adapter_dtype=o.adapters, rank_scale=o.maybe(0.3),
         ),
         "grouped_lora_linear": lambda: grouped_lora_case(o.base, with_bias=o.maybe(), adapter_dtype=o.adapters),
         "dora_weight_norm": lambda: dora_norm_case(o.base, adapter_dtype=o.adapters),

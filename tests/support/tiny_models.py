@@ -444,8 +444,8 @@ class OperatorCalls(TorchDispatchMode):
     """Counts the calls of peft_ext's operators by name, on this thread, on which the CPU's backward runs too.
 
     An operator that is composed of other operators is not counted. A call of lora_linears counts one lora_linear for
-    each layer, a call of lora_experts counts one lora_linear or dora_linear, and a call of decoder_layer counts the
-    seven linear layers in it.
+    each layer, a call of lora_experts counts one lora_linear or dora_linear, a call of gated_lora_linear counts one
+    gated_activation and one lora_linear, and a call of decoder_layer counts the seven linear layers in it.
     """
 
     def __init__(self) -> None:
@@ -463,6 +463,8 @@ class OperatorCalls(TorchDispatchMode):
         elif name in ("lora_experts", "lora_experts_backward") and func.namespace == "peft_ext":
             scaled = args[12] is not None  # argument 12 is DoRA's vector of output scales
             self.calls[name.replace("lora_experts", "dora_linear" if scaled else "lora_linear")] += 1
+        elif name in ("gated_lora_linear", "gated_lora_linear_backward") and func.namespace == "peft_ext":
+            self.calls.update(name.replace("gated_lora_linear", part) for part in ("gated_activation", "lora_linear"))
         elif name == "decoder_layer" and func.namespace == "peft_ext":
             self.calls.update({"decoder_layer": 1, "lora_linear": 7})
         elif func.namespace == "peft_ext" and not OPERATORS[name].composed:

@@ -12,8 +12,6 @@
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
-namespace {
-
 void check_grad(const char* op, const Tensor& grad, const Tensor& x, const LinearSizes& size) {
   check_same_device(op, "grad", grad, x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() && device_rows(grad) == size.tokens &&
@@ -22,6 +20,8 @@ void check_grad(const char* op, const Tensor& grad, const Tensor& x, const Linea
                   " elements, wanted ", torch::headeronly::toString(x.scalar_type()), " with ",
                   size.tokens * size.outputs);
 }
+
+namespace {
 
 // Returns an uninitialized tensor for x's gradient; the tensor has shape [0] if needs_grad_x is false.
 Tensor empty_grad_x(const Tensor& x, bool needs_grad_x) {

@@ -15,6 +15,9 @@ struct LinearSizes {
 // x, lora_A or lora_B does not fit the weight.
 LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter);
 
+// Checks the dtype, the sizes and the device of dY. x: a tensor of the shape of the layer's input.
+void check_grad(const char* op, const Tensor& grad, const Tensor& x, const LinearSizes& size);
+
 inline Tensor matrix(const std::optional<Tensor>& tensor) { return as_contiguous(*tensor); }
 
 // Returns the arguments with which `reduce` computes S [T, R] from the partial sums of S. Unless `terms` is null,
@@ -61,6 +64,7 @@ void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, co
 // no terms.
 struct RankGradients {
   HeldTerms p, a;
+  HeldTerms p_transposed;      // the terms of Pᵀ, the factor L of the pass over x that computes dA
   std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits
 };
 
@@ -74,6 +78,14 @@ struct DeviceRankCall {
   const Tensor* z;      // Z + b₀ as a matrix, for grad_out_scale; or null
   DeviceBackward* out;  // receives grad_A, grad_B, grad_rank_scale and grad_out_scale
 };
+
+// Computes P, grad_B and grad_rank_scale of layers, and grad_out_scale as rank_gradients does. x: a tensor on the
+// layers' device, of the dtype of the layers' inputs.
+std::vector<RankGradients> grad_B_of(const Tensor& x, const std::vector<DeviceRankCall>& calls, bool needs_grad_x);
+
+// Returns the arguments with which `reduce` computes grad_A from the partial sums of Pᵀ x̃, and sets out->grad_A to an
+// uninitialized tensor, which `reduce` fills.
+Reduced grad_A_results(const DeviceRankCall& call);
 
 // Computes grad_A, grad_B and grad_rank_scale of layers of one input x. If dX is wanted, the function also returns the
 // bfloat16 terms from which the low-rank part of dX is computed. If z is given, the padded rank is at most 32, and dY

@@ -4,8 +4,9 @@
 //
 // expand_kernel has these uses:
 //   forward:     Computes the low-rank term and the bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added.
-//   backward:    Computes the low-rank part of dX. The pass that computed dA stored the bits of the dropout mask; if
-//                these bits are missing, the kernel draws the mask again. In the backward, F is Aᵀ and L is
+//   backward:    Computes the low-rank part of dX. If the pass that computed dA has stored the bits of the dropout
+//   mask,
+//                the kernel reads these bits; otherwise it draws the mask again. In the backward, F is Aᵀ and L is
 //                P = (g ∘ dY) (ρB), which contains dropout's factor 1/(1-p) except with dropout on the base.
 //   residual:    Adds the low-rank term, or a bottleneck adapter's output, to `before`.
 //   PEFT's DoRA: With dropout on the base, g and z are given: Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ.
@@ -30,12 +31,12 @@ constexpr int kExpandTile = 64;
 constexpr int kExpandThreads = 128;
 
 // Selects the operands, besides L Fᵀ, of an instance of expand_kernel. Besides L Fᵀ, an instance for kBias has only the
-// bias. Besides L Fᵀ, an instance for kMask has only the stored bits of the dropout mask. An instance for kOnto adds
-// `before`, the bias and (g - 1) ∘ z. An instance for kAny has all these operands, for any shape and alignment, but
-// draws the dropout mask instead of reading stored bits. An instance for kGrouped has the bias and the rows of a
-// RowTable, in which each tile has its own factor F or none. An instance for kGroupedAny is like one for kGrouped, for
-// any shape and alignment.
-enum class ExpandWork { kBias, kMask, kOnto, kAny, kGrouped, kGroupedAny };
+// bias. Besides L Fᵀ, an instance for kMask has only the stored bits of the dropout mask, and an instance for kDrawn
+// has only a dropout mask that it draws. An instance for kOnto adds `before`, the bias and (g - 1) ∘ z. An instance for
+// kAny has all these operands, for any shape and alignment, and draws the dropout mask. An instance for kGrouped has
+// the bias and the rows of a RowTable, in which each tile has its own factor F or none. An instance for kGroupedAny is
+// like one for kGrouped, for any shape and alignment.
+enum class ExpandWork { kBias, kMask, kDrawn, kOnto, kAny, kGrouped, kGroupedAny };
 
 struct ExpandTerms {
   void* out;
@@ -49,7 +50,7 @@ struct ExpandTerms {
   const void* z;          // z [rows, columns] of type T, or null
   const float* scale;     // g [columns], given together with z
   const uint32_t* kept;   // for kMask: bits of the dropout mask, in the layout of kKeptBits
-  DeviceDropout dropout;  // for kAny: parameters of dropout, to draw the mask again
+  DeviceDropout dropout;  // for kDrawn and kAny: parameters of dropout, to draw the mask again
   // For kGrouped and kGroupedAny: the rows of each tile of `out`; `left` has its rows in the order of this table.
   RowTable table;
   int64_t tiles;         // number of tiles of 64 rows of `out`
@@ -155,7 +156,8 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
   }
 
   constexpr bool kWhole = kWork != ExpandWork::kAny && kWork != ExpandWork::kGroupedAny;
-  [[maybe_unused]] const Philox philox = kWhole ? Philox{} : load_philox(work.dropout);
+  constexpr bool kMasked = kWork == ExpandWork::kMask || kWork == ExpandWork::kDrawn;
+  [[maybe_unused]] const Philox philox = kWhole && kWork != ExpandWork::kDrawn ? Philox{} : load_philox(work.dropout);
   T* const out = static_cast<T*>(work.out) + row * work.columns;
   [[maybe_unused]] T* of_row[2];
   if constexpr (kTabled) {
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
     const int64_t first = column + 32 * h;
     if (first >= work.columns) continue;
     float bias[kVector] = {};
-    if (kWork != ExpandWork::kMask && work.bias != nullptr) {
+    if (!kMasked && work.bias != nullptr) {
       if constexpr (kWork == ExpandWork::kBias || kWork == ExpandWork::kGrouped) {
         load_vector(static_cast<const T*>(work.bias) + first, bias);
       } else if constexpr (kWork == ExpandWork::kOnto) {
@@ -196,6 +198,9 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(ExpandTerms work
 #pragma unroll
         for (int i = 0; i < 4; ++i) masks[i] = kept << i;
         save_masked(to + first, values, masks);
+      } else if constexpr (kWork == ExpandWork::kDrawn) {
+        const uint4 words = kept_of_words(philox, static_cast<uint64_t>(at * work.columns + first) / kPhiloxGroup);
+        save_masked(to + first, values, {words.x, words.y, words.z, words.w});
       } else {
         if constexpr (kWork == ExpandWork::kAny) {
           if (work.dropout.active) {

@@ -28,6 +28,10 @@ void launch_expand_terms(const Launcher& launcher, const ExpandTerms& work, bool
     return with_steps(launch_expand<T, 1, kRightTerms, ExpandWork::kMask>,
                       launch_expand<T, 2, kRightTerms, ExpandWork::kMask>,
                       launch_expand<T, 0, kRightTerms, ExpandWork::kMask>);
+  if (work.dropout.active)
+    return with_steps(launch_expand<T, 1, kRightTerms, ExpandWork::kDrawn>,
+                      launch_expand<T, 2, kRightTerms, ExpandWork::kDrawn>,
+                      launch_expand<T, 0, kRightTerms, ExpandWork::kDrawn>);
   if (work.before != nullptr || work.z != nullptr)
     return with_steps(launch_expand<T, 1, kRightTerms, ExpandWork::kOnto>,
                       launch_expand<T, 2, kRightTerms, ExpandWork::kOnto>,

@@ -56,7 +56,7 @@ namespace {
 // Operands and results that rank_gradients holds for one layer.
 struct RankWorkOf {
   Tensor a, b, s, products, dots;
-  HeldTerms right, left, p_transposed;
+  HeldTerms right, left;
   PassSums sums;
 };
 
@@ -69,8 +69,8 @@ const Tensor* given(const std::optional<Tensor>& tensor) { return tensor.has_val
 
 // Computes grad_A = Pᵀ x̃ of each layer; Pᵀ is given as bfloat16 terms (terms.cuh). If needs_grad_x is true and x can
 // be read in vectors of 16 bytes, the rank passes also store the bits of the dropout masks, for expand_dropped.
-void grad_A_of(const Tensor& flat_x, const std::vector<DeviceRankCall>& calls, const std::vector<RankWorkOf>& work,
-               bool needs_grad_x, std::vector<RankGradients>* grads) {
+void grad_A_of(const Tensor& flat_x, const std::vector<DeviceRankCall>& calls, bool needs_grad_x,
+               std::vector<RankGradients>* grads) {
   std::vector<int64_t> kinds;
   for (const DeviceRankCall& call : calls) kinds.push_back(call.size.padded);
   std::vector<PartialSums> sums(calls.size());
@@ -78,7 +78,7 @@ void grad_A_of(const Tensor& flat_x, const std::vector<DeviceRankCall>& calls, c
   for (const std::vector<size_t>& group : sibling_groups(kinds)) {
     if (group.size() > 1 && together) {
       std::vector<SiblingTerm> terms;
-      for (size_t i : group) terms.push_back({&work[i].p_transposed, calls[i].adapter});
+      for (size_t i : group) terms.push_back({&(*grads)[i].p_transposed, calls[i].adapter});
       const SiblingSums found = siblings_pass(flat_x, terms, true, needs_grad_x);
       for (size_t j = 0; j < group.size(); ++j) {
         sums[group[j]] = found.sums[j];
@@ -89,29 +89,31 @@ void grad_A_of(const Tensor& flat_x, const std::vector<DeviceRankCall>& calls, c
     for (size_t i : group) {
       PassWants mask;
       mask.mask = needs_grad_x;
-      const PassSums over_x = rank_pass(dense_input(flat_x, calls[i].adapter), nullptr, &work[i].p_transposed, mask);
+      const PassSums over_x =
+          rank_pass(dense_input(flat_x, calls[i].adapter), nullptr, &(*grads)[i].p_transposed, mask);
       sums[i] = over_x.columns;
       (*grads)[i].kept = over_x.kept;
     }
   }
   Reducer reducer(flat_x);
-  for (size_t i = 0; i < calls.size(); ++i) {
-    const DeviceRankCall& call = calls[i];
-    call.out->grad_A = device_empty(flat_x, {call.size.rank, call.size.inputs}, work[i].a.scalar_type());
-    Reduced grad_a;
-    grad_a.scale = call.adapter->drop_base ? divided(*call.adapter) : 1.0;
-    grad_a.out = &call.out->grad_A;
-    grad_a.row_stride = 1;
-    grad_a.rank_stride = call.size.inputs;
-    reducer.add(sums[i], call.size.rank, grad_a);
-  }
+  for (size_t i = 0; i < calls.size(); ++i) reducer.add(sums[i], calls[i].size.rank, grad_A_results(calls[i]));
   reducer.run();
 }
 
 }  // namespace
 
-std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
-                                          const std::vector<DeviceRankCall>& calls, bool needs_grad_x) {
+Reduced grad_A_results(const DeviceRankCall& call) {
+  const Tensor& a = *call.adapter->lora_A;
+  call.out->grad_A = device_empty(a, {call.size.rank, call.size.inputs}, a.scalar_type());
+  Reduced grad_a;
+  grad_a.scale = call.adapter->drop_base ? divided(*call.adapter) : 1.0;
+  grad_a.out = &call.out->grad_A;
+  grad_a.row_stride = 1;
+  grad_a.rank_stride = call.size.inputs;
+  return grad_a;
+}
+
+std::vector<RankGradients> grad_B_of(const Tensor& x, const std::vector<DeviceRankCall>& calls, bool needs_grad_x) {
   const ScalarType type = x.scalar_type();
   std::vector<RankGradients> grads(calls.size());
   std::vector<RankWorkOf> work(calls.size());
@@ -144,14 +146,14 @@ std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
                   grad_g);
     }
 
-    work[i].p_transposed = pass_terms(x, size.padded, size.tokens);
+    grads[i].p_transposed = pass_terms(x, size.padded, size.tokens);
     Reduced p;
     p.rank_scale = given(adapter.rank_scale);
     // P = (g ∘ dY) (ρB) contains dropout's factor 1/(1-p), which dA and dX both need. If drop_base is true, P does not
     // contain the factor: dropout also acts on the gradient through the base layer, so that the factor is applied
     // later, to the sum of the two gradients and to dA.
     p.after = adapter.drop_base ? adapter.scaling : adapter.scaling * divided(adapter);
-    p.transposed = &work[i].p_transposed;
+    p.transposed = &grads[i].p_transposed;
     if (needs_grad_x) {
       grads[i].p = left_terms(x, size.tokens, size.padded, type);
       p.terms = &grads[i].p;
@@ -183,7 +185,13 @@ std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
              launcher.in<float>(work[i].products), size.outputs, size.rank,
              static_cast<float>(calls[i].adapter->scaling), launcher.out<float>(calls[i].out->grad_rank_scale));
   }
-  grad_A_of(flat_x, calls, work, needs_grad_x, &grads);
+  return grads;
+}
+
+std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
+                                          const std::vector<DeviceRankCall>& calls, bool needs_grad_x) {
+  std::vector<RankGradients> grads = grad_B_of(x, calls, needs_grad_x);
+  grad_A_of(flat_x, calls, needs_grad_x, &grads);
   return grads;
 }
 

@@ -394,8 +394,8 @@ void expand_dropped(const Tensor& out, const HeldTerms& left, const HeldTerms& r
   if (!adapter.seed.has_value()) return expand(out, &left, &right, nullptr, std::nullopt);
   Launcher launcher(out);
   ExpandTerms work = expand_work(launcher, out, &left, &right);
-  const bool whole = kept.has_value() && whole_columns(out, work.columns);
-  if (whole) {
+  const bool whole = whole_columns(out, work.columns);
+  if (whole && kept.has_value()) {
     work.kept = static_cast<const uint32_t*>(launcher.in<void>(*kept));
   } else {
     work.dropout = device_dropout(launcher, adapter);

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ... import ops
 from ..._imports import optional
 from ...nn import NF4Linear
+from ...ops.checks import autocast_dtype
 from ...ops.lora import checked_lora_linear
 from ...reference.dora import output_scale
 from ...weights.nf4 import NF4Weight
@@ -28,6 +29,7 @@ from .reasons import (
     Pairs,
     accepts_input,
     alone_reason,
+    any_global_hook,
     base_reason,
     checked_adapters,
     kernel_reason,
@@ -35,6 +37,7 @@ from .reasons import (
     lora_adapter,
     variant_name,
 )
+from .recompute import has_hooks
 
 LoraLinear = LoraLinear8bitLt = LoraLinear4bit = GPTQLoraLinear = AwqLoraLinear = HqqLoraLinear = None
 with optional("peft", "LoRA over GPTQModel's layers is not fused"):
@@ -134,6 +137,29 @@ class LowRank(Fused):
         """Returns how transformers split the base layer between processes; None if the base layer is not split."""
         base = self._modules["base_layer"]
         return tensor_parallel.split_of(base) if tensor_parallel.is_split(base) else None
+
+    def output_of_gated(self, gate: Tensor, up: Optional[Tensor], activation: str) -> Optional[Tensor]:
+        """Returns the layer's output for the input ``act(gate) ∘ up``, computed by one operator for the activation and
+        the layer; see :func:`peft_ext.ops.gated_lora_linear` for the arguments.
+
+        Returns None if the caller has to compute the activation and then call the layer: under torch.compile, if the
+        layer has no kernel for the activation and the layer together, if hooks would get the layer's input, if
+        autocast would cast it, or if the layer can't be computed together with siblings (see :meth:`joint_state` and
+        :meth:`joint_call`) or is split between processes.
+        """
+        if torch.compiler.is_compiling() or any_global_hook() or has_hooks(self):
+            return None
+        if kernel_reason("gated_lora_linear", gate.device.type) is not None or self.joint_split() is not None:
+            return None
+        if self.joint_state() is None or autocast_dtype(gate) not in (None, gate.dtype):
+            return None
+        like = gate if up is not None else gate[..., : gate.shape[-1] // 2]  # of the shape, dtype and device of h
+        if not accepts_input(like) or (call := self.joint_call(like)) is None:
+            return None
+        weight, bias, lora_A, lora_B, rank_scale, scaling, p, dtype = call
+        y = ops.gated_lora_linear(gate, up, activation, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
+                                  scaling=scaling, dropout_p=p, training=True)  # fmt: skip
+        return y if y.dtype is dtype else y.to(dtype)
 
     def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
         """Returns the tensors from which :meth:`_rank_scale` computes the scale per rank."""

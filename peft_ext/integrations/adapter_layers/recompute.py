@@ -9,9 +9,18 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["computed_again"]
+from .reasons import hooked
+
+__all__ = ["computed_again", "has_hooks"]
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Returns whether hooks on the layer or its children get the layer's input. The backward must not compute the input
+    of a layer with hooks again, because a hook may change the input in place without an increase of its version
+    counter."""
+    return hooked(layer) or any(child is not None and hooked(child) for child in layer._modules.values())
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 The operator of the activation computes its result in one pass, and saves for the backward only the operator's inputs,
 which are the outputs of the MLP's first layers. If ``down`` needs its input in the backward, the backward computes this
-input again, except, for example, if ``down`` has hooks.
+input again, except, for example, if ``down`` has hooks. If ``down`` is a fused layer with one LoRA or AdaLoRA adapter,
+one operator computes the gated activation and ``down`` (see :func:`peft_ext.ops.gated_lora_linear`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ...text import dtype_name
 from ..adapter_layers import siblings
 from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, together
 from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason
-from ..adapter_layers.recompute import computed_again
+from ..adapter_layers.recompute import computed_again, has_hooks
 from ..forms import Row
 from ..forms.activations import activation_name
 from .block import Planned, device_of
@@ -134,6 +135,9 @@ class Mlp(Planned):
             return self._behind(inner, x)
         operator = ops.gated_activation if known.gated else ops.activation
         args = (*inner, *([None] if known.gated and len(inner) == 1 else []), name)
+        if known.gated and known.drops != "act" and hasattr(out, "output_of_gated"):
+            if (y := out.output_of_gated(*args)) is not None:
+                return self._dropped(y, "out")
         return operator(*args) if out is None else self._dropped(self._finished(operator, args, out), "out")
 
     def _behind(self, inner: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -146,7 +150,7 @@ class Mlp(Planned):
             h = checkpoint(operator, *args, use_reentrant=False) if torch.is_grad_enabled() else operator(*args)
             return out(self._dropped(h, "act"))
         h = operator(*args)
-        with computed_again(h, operator, *args) if not _calls_hooks(out) else nullcontext():
+        with computed_again(h, operator, *args) if not has_hooks(out) else nullcontext():
             return out(self._dropped(h, "act"))
 
     def _dropped(self, x: Tensor, where: str) -> Tensor:
@@ -166,10 +170,3 @@ class _Called:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._mlp, name) if name not in self._outputs else lambda _: self._outputs[name]
-
-
-def _calls_hooks(layer: nn.Module) -> bool:
-    """Returns whether hooks on the layer or its children get the layer's input. The backward must not compute the input
-    of a layer with hooks again, because a hook may change the input in place without an increase of its version
-    counter."""
-    return hooked(layer) or any(child is not None and hooked(child) for child in layer._modules.values())

@@ -1,0 +1,30 @@
+// Declares the forward and the backward, on CUDA, of the adapted linear layer whose input is a gated activation: h =
+// act(gate) ∘ up is the x of adapted_linear.cuh. The layer has lora_A and lora_B, and neither an output scale, an input
+// scale nor dropout on the base.
+#pragma once
+
+#include "activations/gated_call.cuh"
+#include "linear/cuda/adapted_linear.cuh"
+
+namespace peft_ext {
+
+// Computes Y and S. If rank_gated_kernel can read gate and up, the padded rank is at most 32 and few_tokens_accept does
+// not accept the call, one launch computes h and the partial sums of S. Otherwise one launch computes h, and
+// adapted_forward computes the layer. If up has no value, gate holds both operands.
+DeviceForward gated_forward(const char* op, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation,
+                            const DeviceWeight& weight, const std::optional<Tensor>& bias,
+                            const DeviceAdapter& adapter);
+
+struct GatedBackward {
+  GatedGradients grads;  // both [0] if needs_grad_gate is false
+  DeviceBackward layer;  // the gradients of lora_A, lora_B and rank_scale
+};
+
+// Computes the backward. s is S from the forward. Under the conditions on gate, up and the rank of gated_forward, and
+// if needs_grad_gate is true, the low-rank part of dh and PyTorch's product dY W are added up to dh first, and one
+// launch then computes the gradients of gate and up and the partial sums of the gradient of lora_A, without a tensor h.
+GatedBackward gated_backward(const char* op, const Tensor& grad, const Tensor& gate, const std::optional<Tensor>& up,
+                             int64_t activation, const DeviceWeight& weight, const DeviceAdapter& adapter,
+                             const Tensor& s, bool needs_grad_gate);
+
+}  // namespace peft_ext
