@@ -38,10 +38,9 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
 
     The scratch of a linear layer is the scratch of its product, see :func:`_of_product`. In the backward of a layer
     that scales its output or its input, and on CUDA in the forward of a layer that scales its input, the scratch also
-    has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings` and :func:`_of_experts` compute the scratch of a loss,
-    of siblings and of experts. A layer whose input is a gated activation also has this input and, in the backward, its
-    gradient. Any other operator that has no argument ``shape``, or neither ``x`` nor ``grad``, counts
-    as 0 bytes.
+    has the scaled tensor. :func:`_of_loss`, :func:`_of_siblings`, :func:`_of_gated` and :func:`_of_experts` compute the
+    scratch of a loss, of siblings, of a layer whose input is a gated activation, and of experts. Any other operator
+    that has no argument ``shape``, or neither ``x`` nor ``grad``, counts as 0 bytes.
     """
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     if func is LOSS:
@@ -51,10 +50,7 @@ def workspace_bytes(func: Any, args: Any, device: str) -> int:
     if func in _EXPERTS:
         return _of_experts(given, device)
     if func in _GATED:
-        gate, backward = given["gate"], "grad" in given
-        rows = gate.numel() // max(1, gate.shape[-1])
-        h = rows * given["shape"][1] * gate.element_size()
-        return (2 if backward else 1) * h + _of_product(given, gate.dtype, rows, device, backward)
+        return _of_gated(given, device)
     by = given.get("grad", given.get("x"))
     if by is None or "shape" not in given:
         return 0
@@ -127,6 +123,21 @@ def _of_product(given: dict[str, Any], dtype: torch.dtype, rows: int, device: st
 def _scales(given: dict[str, Any]) -> bool:
     """Returns whether the operator's call scales its input or its output by a vector, as in IA3 and DoRA."""
     return given.get("ia3_l") is not None or given.get("out_scale") is not None
+
+
+def _of_gated(given: dict[str, Any], device: str) -> int:
+    """Returns the scratch bytes of a layer whose input h is a gated activation.
+
+    The scratch of the forward is h and the scratch of the product. The backward has h again, then h, its gradient and
+    the scratch of the product, and then the gradient of h and the operator's results. The gradients of gate and up are
+    as large as h and its gradient, so that the scratch beside the results is the larger one of h and the scratch of the
+    product.
+    """
+    gate, backward = given["gate"], "grad" in given
+    rows = gate.numel() // max(1, gate.shape[-1])
+    h = rows * given["shape"][1] * gate.element_size()
+    product = _of_product(given, gate.dtype, rows, device, backward)
+    return max(h, product) if backward and given["needs_grad_gate"] else h + product
 
 
 def _of_loss(given: dict[str, Any], device: str) -> int:

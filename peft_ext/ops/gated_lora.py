@@ -8,8 +8,9 @@ S and the dropout's seed, besides the frozen weight, lora_A, lora_B and rank_sca
 dropout mask again.
 
 On a GPU, one pass computes h and S, and one pass computes dgate, dup and the gradient of lora_A, if the operands have
-16 bits, their rows can be read in vectors of eight, the rank is at most 32 and the call has more than 16 tokens.
-Otherwise, and on the CPU, h is computed first, by the kernel of :func:`gated_activation`.
+16 bits, their rows can be read in vectors of eight and the rank is at most 32, except in forwards for which the kernels
+for few tokens compute the product with a packed weight. Otherwise, and on the CPU, the kernel of
+:func:`gated_activation` computes h first.
 
 Sources: gated units (arXiv 2002.05202), LoRA (arXiv 2106.09685).
 """

@@ -222,7 +222,7 @@ def test_rotation_takes_every_weight_and_leaves_none_to_the_next_contender(small
     assert all(torch.equal(nf4.dequantize(), first.dequantize()) for nf4 in others)
 
 
-@pytest.mark.parametrize("name", ["nf4", "lora", "dora", "ia3", "siblings", "experts"])
+@pytest.mark.parametrize("name", ["nf4", "lora", "dora", "ia3", "siblings", "gated_lora", "experts"])
 def test_every_comparison_runs_and_agrees_with_float64(small, name):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")

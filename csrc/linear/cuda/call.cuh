@@ -64,7 +64,7 @@ void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, co
 // no terms.
 struct RankGradients {
   HeldTerms p, a;
-  HeldTerms p_transposed;      // the terms of Pᵀ, the factor L of the pass over x that computes dA
+  HeldTerms p_transposed;      // the terms of Pᵀ, the factor L of the pass that computes dA; none if dA is computed
   std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits
 };
 

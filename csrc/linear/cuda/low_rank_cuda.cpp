@@ -192,6 +192,7 @@ std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
                                           const std::vector<DeviceRankCall>& calls, bool needs_grad_x) {
   std::vector<RankGradients> grads = grad_B_of(x, calls, needs_grad_x);
   grad_A_of(flat_x, calls, needs_grad_x, &grads);
+  for (RankGradients& grad : grads) grad.p_transposed = HeldTerms();
   return grads;
 }
 

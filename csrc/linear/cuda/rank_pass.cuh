@@ -243,11 +243,11 @@ constexpr int kRankTilesOfBoth = 4;
 // Number of thread blocks of rank_pass_kernel that must fit on a multiprocessor; the compiler limits the registers of a
 // thread so that these blocks fit.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
-constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
-                                    (kWork == RankWork::kBoth && kRanks > 2) || (kNf4 && sizeof(T) == 4 && kRanks > 4)
+constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots || kWork == RankWork::kBoth ||
+                                    (kNf4 && sizeof(T) == 4 && kRanks > 4)
                                 ? 2
-                            : kWork == RankWork::kBoth || kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
-                                                                                               : 4;
+                            : kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
+                                                                   : 4;
 
 // kWhole: whether the number of D's columns is a multiple of 8, offsets within the rows of a tile fit in 32 bits, and D
 // is aligned to 16 bytes (an NF4 weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F;
@@ -399,9 +399,10 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   }
   uint32_t stage = 0;
   for (int outer = 0; outer < tiles; ++outer) {
+    if constexpr (kRoomy && kBoth) right_factor.start(right);  // the same fragments of F for kAround tiles of rows
 #pragma unroll
     for (int held = 0; held < kAround; ++held) {
-      if constexpr (kRoomy && kRows) right_factor.start(right);
+      if constexpr (kRoomy && kRows && !kBoth) right_factor.start(right);
       if constexpr (kRoomy && !kRows) left_factor.start(left);
       [[maybe_unused]] uint4 other[4][sizeof(T) / 2];
       if constexpr (kDots) {
