@@ -170,7 +170,7 @@ cuda-formats:
 SUMS = truncated
 cuda-emulated: setup
 	$(BIN)/python tools/emulated_cuda.py
-	PEFT_EXT_EMULATED_SUMS=$(SUMS) OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/ops/test_cuda_packed.py tests/ops/test_cuda_siblings.py tests/fuzz/test_sweep.py
+	PEFT_EXT_EMULATED_SUMS=$(SUMS) OMP_NUM_THREADS=1 $(LIMIT) 7200 $(BIN)/python -m pytest -n auto --maxprocesses 4 --device emulated $(EMULATED) $(BATTERY) tests/ops/test_cuda_packed.py tests/ops/test_cuda_siblings.py tests/ops/test_cuda_gated.py tests/fuzz/test_sweep.py
 
 cuda-emulated-rounded:
 	$(MAKE) --no-print-directory cuda-emulated SUMS=rounded

@@ -105,7 +105,7 @@ def adapted_operands(
         x, weight, bias = cast_for_autocast(x, weight, bias)
         check_linear(op, x, weight, name)
         check_lora(op, weight, lora_A, lora_B)
-        check_bias(op, bias, x, weight.shape[0])
+        check_bias(op, bias, x, weight.shape[0], name)
         check_scale(op, scaling, dropout_p)
     return x, weight, bias
 
@@ -161,12 +161,15 @@ def _has_shape(value: Tensor, *shapes: tuple[int, ...]) -> bool:
     )
 
 
-def check_vector(op: str, argument: str, value: object, x: Tensor, *shapes: tuple[int, ...]) -> None:
-    """Checks that ``value`` is a float tensor of any float dtype, on x's device, with one of ``shapes``."""
+def check_vector(
+    op: str, argument: str, value: object, x: Tensor, *shapes: tuple[int, ...], name: str = "x"
+) -> None:  # fmt: skip
+    """Checks that ``value`` is a float tensor of any float dtype, on x's device, with one of ``shapes``. Error messages
+    use ``name`` for x."""
     if not torch.compiler.is_compiling() and fits_vector(value, x) and value.shape in shapes:
         return
     check_float(op, argument, value)
-    _check_device(op, argument, value, x)
+    _check_device(op, argument, value, x, name)
     if not _has_shape(value, *shapes):
         wanted = " or ".join(map(str, shapes))
         raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, wanted {wanted}")
@@ -176,7 +179,7 @@ def check_bias(op: str, bias: Optional[Tensor], x: Tensor, out_features: int, na
     """Checks that ``bias`` is None, or ``[N]`` of x's dtype and device. Error messages use ``name`` for x."""
     if bias is None:
         return
-    check_vector(op, "bias", bias, x, (out_features,))
+    check_vector(op, "bias", bias, x, (out_features,), name=name)
     if bias.dtype != x.dtype:
         raise TypeError(f"{op}: bias is {_name(bias.dtype)}, {name} is {_name(x.dtype)}")
 

@@ -188,10 +188,10 @@ def gated_lora_linear(
     if (dtype := checks.autocast_dtype(gate)) is not None:
         gate, up = gate.to(dtype), checks.cast(up, dtype)
     h = gate if up is not None else gate[..., : gate.shape[-1] // 2]  # a tensor of h's shape, dtype and device
-    adapter = (lora_A, lora_B, bias, scaling, dropout_p)
-    _, weight, bias = checks.adapted_operands(op, h, weight, *adapter, "act(gate) * up")
+    adapter, name = (lora_A, lora_B, bias, scaling, dropout_p), "act(gate) * up"
+    _, weight, bias = checks.adapted_operands(op, h, weight, *adapter, name)
     if rank_scale is not None:
-        checks.check_vector(op, "rank_scale", rank_scale, h, (lora_A.shape[0],), (lora_A.shape[0], 1))
+        checks.check_vector(op, "rank_scale", rank_scale, h, (lora_A.shape[0],), (lora_A.shape[0], 1), name=name)
     checks.check_seed(op, seed, h)
     if checks.wants_reference(gate, lora_A, lora_B, rank_scale):
         return by_reference(reference.gated_lora_linear, gate, up, activation, weight, lora_A, lora_B, bias,

@@ -49,7 +49,8 @@ def test_each_operator_of_a_step_belongs_to_its_part(kind, monkeypatch):
     assert times["step"] == pytest.approx(sum(times[part] for part in parts.PARTS), rel=0.01)
     assert (times[parts.OPTIMIZER] > 0) == (kind != "frozen")
     expected = {"ours": {"peft_ext::lora_linears": {parts.LINEAR}, "peft_ext::lora_linear_backward": {parts.LINEAR},
-                         "peft_ext::rms_norm": {parts.ELEMENTWISE}, "aten::mm": {parts.HEAD},
+                         "peft_ext::gated_lora_linear": {parts.LINEAR}, "aten::mm": {parts.HEAD},
+                         "peft_ext::rms_norm": {parts.ELEMENTWISE},
                          "peft_ext::scaled_dot_product_attention_backward": {parts.ATTENTION}},
                 "stock": {"aten::mm": {parts.LINEAR, parts.HEAD}, "aten::_log_softmax": {parts.HEAD}},
                 "frozen": {"aten::mm": {parts.LINEAR, parts.HEAD}, "aten::silu": {parts.ELEMENTWISE}}}  # fmt: skip

@@ -103,7 +103,7 @@ def test_a_tensor_on_another_device_is_refused(
     assert not accepted
 
 
-DROPOUTS = ("lora", "siblings", "dora", "experts")
+DROPOUTS = ("lora", "gated_lora", "siblings", "dora", "experts")
 
 
 def seeds(family: str) -> Iterator[tuple[str, list[Any], Tensor]]:

@@ -176,17 +176,29 @@ def gated_lora_case(
         return ops.gated_lora_linear(gate, up, activation, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
                                      scaling=scaling, dropout_p=dropout_p, training=training, seed=seed)  # fmt: skip
 
-    def plain(gate, up, weight, lora_A, lora_B, bias, compute, rank_scale):
+    def activated(gate: Tensor, up: Tensor | None) -> Tensor:
         gate, up = gate.chunk(2, -1) if up is None else (gate, up)
         act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda u: F.gelu(u, approximate="tanh")}[activation]
-        h = act(gate) * up
+        return act(gate) * up
+
+    def rounding(h: Tensor, compute: torch.dtype) -> Tensor:
+        """Returns what the rounding of h adds to h: the operator rounds h before the products."""
+        return (h.to(compute).to(h.dtype) - h).detach()
+
+    def held(sample: Sample) -> dict[str, Tensor]:
+        gate, up = sample.inputs["gate"].double(), sample.inputs["up"]
+        return {"added": rounding(activated(gate, up if up is None else up.double()), sample.inputs["compute"])}
+
+    def plain(gate, up, weight, lora_A, lora_B, bias, compute, rank_scale, added=None):
+        h = activated(gate, up)
+        h = h + (rounding(h, compute) if added is None else added)
         y = F.linear(h, dequantized(weight, compute).to(h.dtype), bias)
         lora_A = lora_A.to(h.dtype) if rank_scale is None else lora_A.to(h.dtype) * rank_scale.to(h.dtype)[:, None]
         return y + F.linear(F.linear(dropped(h, dropout_p), lora_A), lora_B.to(h.dtype)) * 0.75
 
     name = case_name("gated_lora_linear", base, dropout_p, adapter_dtype, bias=with_bias, rank_scale=rank_scale,
                      halves=halves)  # fmt: skip
-    return Case(name if activation == "silu" else f"{name}-{activation}", "gated_lora", make, call, plain,
+    return Case(name if activation == "silu" else f"{name}-{activation}", "gated_lora", make, call, plain, held=held,
                 saved=shrunk_bytes(dropout_p))  # fmt: skip
 
 

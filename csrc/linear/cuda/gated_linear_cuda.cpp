@@ -58,6 +58,7 @@ struct GatedCall {
 GatedCall checked_call(const char* op, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation,
                        const DeviceWeight& weight, const DeviceAdapter& adapter) {
   const Parts parts = gated_parts(op, gate, up, !up.has_value());
+  check_same_device(op, "gate", gate, weight.weight, "weight");
   const Tensor h = device_empty(gate, parts.shape, gate.scalar_type());
   return {parts, checked_gate(op, activation), h, checked_sizes(op, h, weight, adapter)};
 }
