@@ -95,16 +95,25 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad, const Te
 
 }  // namespace
 
-Tensor gated_activation_cpu(Tensor gate, std::optional<Tensor> up, int64_t activation) {
-  return forward("gated_activation", gate, up, activation, !up.has_value());
+Tensor cpu_gated_value(const char* op, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation) {
+  return forward(op, gate, up, activation, !up.has_value());
 }
 
-std::tuple<Tensor, Tensor> gated_activation_backward_cpu(Tensor grad, Tensor gate, std::optional<Tensor> up,
-                                                         int64_t activation) {
-  return backward("gated_activation_backward", grad, gate, up, activation, !up.has_value());
+std::tuple<Tensor, Tensor> cpu_gated_gradients(const char* op, const Tensor& grad, const Tensor& gate,
+                                               const std::optional<Tensor>& up, int64_t activation) {
+  return backward(op, grad, gate, up, activation, !up.has_value());
+}
+
+Tensor gated_activation_cpu(Tensor gate, std::optional<Tensor> up, int64_t activation) {
+  return cpu_gated_value("gated_activation", gate, up, activation);
 }
 
 namespace {
+
+std::tuple<Tensor, Tensor> gated_activation_backward_cpu(Tensor grad, Tensor gate, std::optional<Tensor> up,
+                                                         int64_t activation) {
+  return cpu_gated_gradients("gated_activation_backward", grad, gate, up, activation);
+}
 
 Tensor activation_cpu(Tensor x, int64_t activation) {
   return forward("activation", x, std::nullopt, activation, false);

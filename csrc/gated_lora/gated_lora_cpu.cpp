@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> gated_lora_linear_cpu(Tensor gate, std::optional<Tens
   const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   const AdaptedForward out =
-      adapted_forward(kOp, gated_activation_cpu(gate, up, activation), held, bias, adapter, false, false);
+      adapted_forward(kOp, cpu_gated_value(kOp, gate, up, activation), held, bias, adapter, false, false);
   return {out.y, out.s};
 }
 
@@ -35,9 +35,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_lora_linear_backward_cp
   const FrozenWeight held = checked_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape);
   const Adapter adapter = lora_adapter(kOp, lora_A, lora_B, rank_scale, scaling, dropout_p, seed);
   AdaptedBackward out =
-      adapted_backward(kOp, grad, gated_activation_cpu(gate, up, activation), held, adapter, s, needs_grad_gate);
+      adapted_backward(kOp, grad, cpu_gated_value(kOp, gate, up, activation), held, adapter, s, needs_grad_gate);
   Tensor grad_gate = out.grad_x, grad_up = none(gate.scalar_type());
-  if (needs_grad_gate) std::tie(grad_gate, grad_up) = gated_activation_backward_cpu(out.grad_x, gate, up, activation);
+  if (needs_grad_gate) std::tie(grad_gate, grad_up) = cpu_gated_gradients(kOp, out.grad_x, gate, up, activation);
   if (rank_scale.has_value()) out.grad_rank_scale = like(out.grad_rank_scale, *rank_scale);
   return {grad_gate, grad_up, out.grad_A, out.grad_B, out.grad_rank_scale};
 }

@@ -9,8 +9,8 @@ dropout mask again.
 
 On a GPU, one pass computes h and S, and one pass computes dgate, dup and the gradient of lora_A, if the operands have
 16 bits, their rows can be read in vectors of eight and the rank is at most 32, except in forwards for which the kernels
-for few tokens compute the product with a packed weight. Otherwise, and on the CPU, the kernel of
-:func:`gated_activation` computes h first.
+for few tokens compute the product with a packed weight, and in backwards in which neither gate nor up needs a gradient.
+Otherwise, and on the CPU, the kernel of :func:`gated_activation` computes h first.
 
 Sources: gated units (arXiv 2002.05202), LoRA (arXiv 2106.09685).
 """

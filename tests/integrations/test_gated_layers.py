@@ -17,10 +17,12 @@ import transformers as hf
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 from tiny_models import step
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import peft_ext
 from peft_ext import ops
 from peft_ext.integrations.adapter_layers.lora import LowRank
+from peft_ext.integrations.model_blocks import mlp as mlp_module
 
 pytestmark = pytest.mark.cpu_only("the choice of the operator is the same on every device")
 
@@ -172,6 +174,99 @@ def test_a_forward_on_the_instance_runs(calls: list[str]) -> None:
     layer.forward = lambda x: (seen.append(x.shape), real(x))[1]
     one_step(model)
     assert len(seen) == 1 and calls.count("gated_lora_linear") == 1
+
+
+def _wrapped(mlp: Any, seen: list[str]) -> None:
+    wrapper = checkpoint_wrapper(mlp.down_proj)
+    wrapper.register_forward_hook(lambda *_: seen.append("wrapper"))
+    mlp.down_proj = wrapper
+
+
+def _of_a_subclass(mlp: Any, seen: list[str]) -> None:
+    kind = type(mlp.down_proj)
+    forward = lambda self, x: (seen.append("subclass"), kind.forward(self, x))[1]  # noqa: E731
+    mlp.down_proj.__class__ = type("Other", (kind,), {"forward": forward})
+
+
+def _compiled(mlp: Any, seen: list[str]) -> None:
+    mlp.down_proj.compile(backend=lambda module, _: (seen.append("compiled"), module)[1])
+
+
+@pytest.mark.parametrize("change", [_wrapped, _of_a_subclass, _compiled])
+@pytest.mark.parametrize("few", [False, True])
+def test_another_call_of_the_layer_runs(few: bool, change: Callable[[Any, list], None], calls: list[str]) -> None:
+    model, seen = adapted(), []
+    change(model.get_base_model().model.layers[0].mlp, seen)
+    if few:  # the first calls of few tokens make the plan of the layer
+        with torch.no_grad():
+            for _ in range(4):
+                seen.clear()
+                model.eval()(input_ids=torch.arange(3).view(1, 3))
+            if change is _compiled:
+                assert model.get_base_model().model.layers[0].mlp.down_proj._compiled_call_impl is not None
+                return
+    else:
+        one_step(model)
+        assert calls.count("gated_lora_linear") == 1
+    assert seen
+
+
+def test_a_replaced_forward_of_the_class_runs(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = adapted(), []
+    kind = type(last_layers(model)[0])
+    real = kind.forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        seen.append(self)
+        return real(self, x)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    one_step(model)
+    assert all(any(layer is one for one in seen) for layer in last_layers(model))
+    assert "gated_lora_linear" not in calls
+
+
+def test_an_activation_that_autocast_would_cast(calls: list[str]) -> None:
+    model = adapted()
+    for layer in model.get_base_model().model.layers:
+        for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            part.register_forward_hook(lambda _layer, _args, out: out.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one_step(model)
+    assert set(calls) == {"gated_activation"}
+
+
+def test_a_dropout_behind_the_last_layer(calls: list[str]) -> None:
+    config = hf.SeedOssConfig(**SMALL, head_dim=8, residual_dropout=0.5, attention_dropout=0.0)
+    torch.manual_seed(0)
+    stock = get_peft_model(hf.SeedOssForCausalLM(config), ONE["LoRA"]()).train()
+    model = peft_ext.accelerate(copy.deepcopy(stock))
+    with_dropout = one_step(model)
+    assert calls == ["gated_lora_linear"] * 2
+    for part in (*stock.modules(), *model.modules()):
+        if hasattr(part, "residual_dropout"):
+            part.residual_dropout = 0.0
+    wanted, found = one_step(stock), one_step(model)
+    assert not torch.allclose(found["logits"], with_dropout["logits"], rtol=1e-2)
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+
+
+def test_gate_and_up_without_a_gradient_are_not_kept(calls: list[str]) -> None:
+    one_step(adapted(config=LoraConfig(**{**LORA, "target_modules": ["down_proj"]})))
+    assert calls[0] == "gated_activation"  # of the first layer, whose gate and up need no gradient
+    assert calls[1] == "gated_lora_linear"
+
+
+def test_the_kernels_are_proved_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = mlp_module.kernel_reason
+    monkeypatch.setattr(mlp_module, "kernel_reason", lambda name, device: (asked.append(name), real(name, device))[1])
+    adapted()
+    assert "gated_lora_linear" in asked
+    asked.clear()
+    adapted(config=TWO["DoRA"]())
+    assert "gated_lora_linear" not in asked and "gated_activation" in asked
 
 
 def test_disabled_and_merged_adapters(calls: list[str]) -> None:

@@ -124,6 +124,26 @@ def test_what_a_dropout_of_dora_s_base_takes_on_cuda(want_z: bool):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [8, 33])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_a_gated_activation_takes_on_cuda(dtype: torch.dtype, rank: int):
+    """One pass computes the activation and S, or (in float32, and for rank 33) the activation is computed first."""
+    tokens, f, n = 1024, 512, 128
+    gate, up, grad = (torch.randn(tokens, size).to(dtype) for size in (f, f, n))
+    weight, lora = (
+        ops.checks.weight_args(torch.randn(n, f).to(dtype)),
+        (torch.randn(rank, f), torch.randn(n, rank), None),
+    )
+    given, scale = (gate, up, 3, *weight), (0.5, 0.25, torch.tensor([1, 2]))
+    (_, s), taken, estimate = of_cuda("gated_lora_linear", *given, None, *lora, *scale)
+    small = 2**21 if rank > 16 else 2**19  # the partial sums and the terms of the adapter are not counted
+    assert gate.nbytes <= estimate <= taken < estimate + small
+    for needs in (True, False):
+        _, taken, estimate = of_cuda("gated_lora_linear_backward", grad, *given, *lora, s, *scale, needs)
+        assert gate.nbytes <= estimate and taken < estimate + small
+
+
+@pytest.mark.slow
 def test_what_a_scaled_input_takes_on_cuda():
     tokens, k, n = 512, 256, 384
     weight = ops.checks.weight_args(torch.randn(n, k))

@@ -4,10 +4,9 @@
 //
 // expand_kernel has these uses:
 //   forward:     Computes the low-rank term and the bias, Y₀ = S (ρB)ᵀ + b, to which PyTorch's product is added.
-//   backward:    Computes the low-rank part of dX. If the pass that computed dA has stored the bits of the dropout
-//   mask,
-//                the kernel reads these bits; otherwise it draws the mask again. In the backward, F is Aᵀ and L is
-//                P = (g ∘ dY) (ρB), which contains dropout's factor 1/(1-p) except with dropout on the base.
+//   backward:    Computes the low-rank part of dX. If a pass has stored the bits of the dropout mask, the kernel reads
+//                these bits; otherwise it draws the mask again. In the backward, F is Aᵀ and L is P = (g ∘ dY) (ρB),
+//                which contains dropout's factor 1/(1-p) except with dropout on the base.
 //   residual:    Adds the low-rank term, or a bottleneck adapter's output, to `before`.
 //   PEFT's DoRA: With dropout on the base, g and z are given: Y = x Wᵀ + b + g ∘ Z - x̃ Wᵀ with Z = x̃ Wᵀ + L Fᵀ.
 // L and F are given as bfloat16 terms (terms.cuh), three for a float32 `out` and two for a 16-bit `out`; F has one term

@@ -8,7 +8,7 @@
 namespace peft_ext {
 namespace {
 
-// Returns whether rank_gated_kernel can read the operands; the other conditions concern the results.
+// Returns whether rank_gated_kernel takes the operands and the rank.
 bool gated_read(const Parts& parts, const LinearSizes& size) {
   const auto whole = [](const RowsApart& rows) { return rows.stride % kVector == 0 && aligned(rows.held, 16); };
   return parts.gate.held.scalar_type() != ScalarType::Float && parts.columns % kVector == 0 && whole(parts.gate) &&
@@ -21,6 +21,7 @@ PartialSums gated_pass(const Launcher& launcher, const GatedWork& work, const Pa
                        const DeviceAdapter& adapter, bool columns) {
   const Tensor& like = parts.gate.held;
   const int64_t rank = factor.terms.outer;
+  STD_TORCH_CHECK(work.whole, "rank_gated_kernel: an operand or a result is not aligned to 16 bytes");
   GatedPass pass;
   pass.gated = work;
   pass.rows = parts.rows;
@@ -47,20 +48,24 @@ PartialSums gated_pass(const Launcher& launcher, const GatedWork& work, const Pa
   return found;
 }
 
-// A call whose operands are checked: gate and up as rows, and an uninitialized tensor of the shape of h.
+// A call whose operands and sizes are checked. like() is a tensor of the shape, the dtype and the device of h.
 struct GatedCall {
   Parts parts;
   Activation activation;
-  Tensor h;
   LinearSizes size;
+
+  const Tensor& like() const { return parts.gate.held; }
 };
 
 GatedCall checked_call(const char* op, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation,
                        const DeviceWeight& weight, const DeviceAdapter& adapter) {
+  const Activation kind = checked_gate(op, activation);
   const Parts parts = gated_parts(op, gate, up, !up.has_value());
   check_same_device(op, "gate", gate, weight.weight, "weight");
-  const Tensor h = device_empty(gate, parts.shape, gate.scalar_type());
-  return {parts, checked_gate(op, activation), h, checked_sizes(op, h, weight, adapter)};
+  const LinearSizes size = checked_sizes(op, parts.gate.held, weight, adapter);
+  STD_TORCH_CHECK(size.tokens == 0 || (size.inputs > 0 && size.outputs > 0), op, ": weight is [", size.outputs, ", ",
+                  size.inputs, "], wanted at least one output and one input");
+  return {parts, kind, size};
 }
 
 }  // namespace
@@ -71,10 +76,10 @@ DeviceForward gated_forward(const char* op, const Tensor& gate, const std::optio
   const GatedCall call = checked_call(op, gate, up, activation, weight, adapter);
   const ScalarType type = gate.scalar_type();
   const LinearSizes& size = call.size;
-  if (size.tokens == 0 || size.outputs == 0 || !gated_read(call.parts, size) ||
-      few_tokens_accept(weight, type, size.tokens, adapter))
+  checked_bias(op, bias, gate, size.outputs);
+  if (size.tokens == 0 || !gated_read(call.parts, size) || few_tokens_accept(weight, type, size.tokens, adapter))
     return adapted_forward(op, gated_value(op, gate, up, activation), weight, bias, adapter, false, false);
-  checked_bias(op, bias, call.h, size.outputs);
+  const Tensor h = device_empty(gate, call.parts.shape, type);
   const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
   Splitter splitter(gate, type);
   const HeldTerms a_terms = splitter.right_of_pass(a, false);
@@ -82,33 +87,33 @@ DeviceForward gated_forward(const char* op, const Tensor& gate, const std::optio
                       left_terms(gate, size.tokens, size.padded, type), splitter.right_of_expand(b, false)};
   splitter.run();
   Launcher launcher(gate);
-  const GatedWork work = gated_value_work(launcher, call.parts, call.activation, call.h);
+  const GatedWork work = gated_value_work(launcher, call.parts, call.activation, h);
   const PartialSums sums = gated_pass(launcher, work, call.parts, a_terms, adapter, false);
   reduce(sums, size.rank, shrunk_results(adapter, shrunk.s, &shrunk.s_terms));
-  return adapted_forward(op, call.h, weight, bias, adapter, false, false, &shrunk);
+  return adapted_forward(op, h, weight, bias, adapter, false, false, &shrunk);
 }
 
 GatedBackward gated_backward(const char* op, const Tensor& grad, const Tensor& gate, const std::optional<Tensor>& up,
                              int64_t activation, const DeviceWeight& weight, const DeviceAdapter& adapter,
                              const Tensor& s, bool needs_grad_gate) {
   const GatedCall call = checked_call(op, gate, up, activation, weight, adapter);
+  const ScalarType type = gate.scalar_type();
   const LinearSizes& size = call.size;
-  const Tensor none = device_empty(gate, {0}, gate.scalar_type());
-  GatedBackward out{{none, none}, {}};
-  if (size.tokens == 0 || size.outputs == 0 || !needs_grad_gate || !gated_read(call.parts, size)) {
-    const Tensor h = gated_value(op, gate, up, activation);
-    out.layer = adapted_backward(op, grad, h, weight, adapter, s, needs_grad_gate, std::nullopt);
+  check_grad(op, grad, call.like(), size);
+  check_tensor(op, "s", s, ScalarType::Float, size.tokens * size.rank, gate);
+  GatedBackward out{{device_empty(gate, {0}, type), device_empty(gate, {0}, type)}, {}};
+  if (size.tokens == 0 || !needs_grad_gate || !gated_read(call.parts, size)) {
+    out.layer = adapted_backward(op, grad, gated_value(op, gate, up, activation), weight, adapter, s, needs_grad_gate,
+                                 std::nullopt);
     if (needs_grad_gate) out.grads = gated_gradients(op, out.layer.grad_x, gate, up, activation);
     return out;
   }
-  check_grad(op, grad, call.h, size);
-  check_tensor(op, "s", s, ScalarType::Float, size.tokens * size.rank, gate);
   out.layer.grad_rank_scale = device_empty(gate, {0}, ScalarType::Float);
-  const Tensor flat_grad = flat_rows(grad), dh = as_shape(call.h, {size.tokens, size.inputs});
+  const Tensor flat_grad = flat_rows(grad), dh = device_empty(gate, {size.tokens, size.inputs}, type);
   const DeviceRankCall ranks{flat_grad, &adapter, size, s, nullptr, &out.layer};
   const RankGradients grads = grad_B_of(gate, {ranks}, true)[0];
   expand_dropped(dh, grads.p, grads.a, adapter, std::nullopt);
-  addmm_(dh, flat_grad, dense_weight(weight, gate.scalar_type()), 1.0);
+  addmm_(dh, flat_grad, dense_weight(weight, type), 1.0);
 
   out.grads = empty_gated_gradients(gate, up);
   Launcher launcher(gate);

@@ -16,7 +16,8 @@
 // each tile is enough.
 //
 // The sums have the order of rank_pass.cuh, and the results have the same bits as those of gated_kernel and
-// rank_pass_kernel one after the other. Bytes moved by a launch: gate, up and h once; for the gradients gate, up, dh, d
+// rank_pass_kernel one after the other (under the emulator; on a GPU, if the compiler contracts the products of both
+// kernels alike). Bytes moved by a launch: gate, up and h once; for the gradients gate, up, dh, d
 // gate and d up once; and the partial sums once.
 #pragma once
 
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kRankThreads, 3) rank_gated_kernel(GatedPass p
   const SharedAt read = tile_at + ldmatrix_offset<kColumns, kRanks>();
 
 #pragma unroll
-  for (int j = 0; j < 4; ++j) copy(j, tiles > 0 ? rows_left : 0, columns_left);
+  for (int j = 0; j < 4; ++j) copy(j, rows_left, columns_left);
   cp_async_commit();
   typename RankShare<kRanks>::Sums sums = {};
   float squares[RankShare<kRanks>::kRuns][2] = {};
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kRankThreads, 3) rank_gated_kernel(GatedPass p
   for (int outer = 0; outer < tiles; ++outer) {
     if constexpr (kRoomy) factor.start(factor_at);
     cp_async_wait<0>();
-    const int next_rows = outer + 1 < tiles ? rows_left - (kColumns ? kRankTile : 0) : 0;
+    const int next_rows = rows_left - (kColumns ? kRankTile : 0);
     const int next_columns = columns_left - (kColumns ? 0 : kRankTile);
 #pragma unroll
     for (int m = 0; m < kMatrices; ++m) from[m] += tile_step[m];
@@ -130,8 +131,9 @@ __global__ void __launch_bounds__(kRankThreads, 3) rank_gated_kernel(GatedPass p
       load_shared_eight<T>(place(0, j), gate);
       load_shared_eight<T>(place(1, j), up);
       if constexpr (kColumns) load_shared_eight<T>(place(2, j), grad);
-      sync_warp();  // the copies of the next tile overwrite the operands only after they are read
-      copy(j, next_rows, next_columns);
+      // cp.async has no order with this thread's earlier reads of the same memory, and the barrier gives one.
+      sync_warp();
+      if (outer + 1 < tiles) copy(j, next_rows, next_columns);
       gated_columns<true, kColumns>(kSilu ? Activation::kSilu : work.activation, gate, up, grad, h, of_gate, of_up);
       const uint4 words =
           make_uint4(pack2<T>(h[0], h[1]), pack2<T>(h[2], h[3]), pack2<T>(h[4], h[5]), pack2<T>(h[6], h[7]));

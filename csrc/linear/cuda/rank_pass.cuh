@@ -19,9 +19,10 @@
 // fills the other stages (for NF4 weights and for matrices for which kWhole is false, plain loads and stores fill the
 // stages). The thread that copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit
 // D are loaded by ldmatrix, transposed for Q. Fragments of F and L, which many thread blocks read, are loaded from L1
-// and L2. In a pass for only P or only Q, a warp loads as many fragments of F or L as fit in registers before the warp
-// waits for a tile of D. A stage holds a tile of D with 64 rows and 64 columns. For a 16-bit dtype, the eight groups of
-// eight columns of a row are stored in the order group ^ row % 8, so that ldmatrix has no bank conflicts. In a stage of
+// and L2. For P and Q of a bfloat16 D with up to 16 ranks, a warp keeps the fragments of F for all its tiles of rows.
+// In a pass for only P or only Q, a warp loads as many fragments of F or L as fit in registers before the warp waits
+// for a tile of D. A stage holds a tile of D with 64 rows and 64 columns. For a 16-bit dtype, the eight groups of eight
+// columns of a row are stored in the order group ^ row % 8, so that ldmatrix has no bank conflicts. In a stage of
 // float32, each row is padded to 72 elements.
 //
 // Sums are float32. The products of each tile (or half of a tile) are summed separately and then added to the thread
@@ -243,11 +244,11 @@ constexpr int kRankTilesOfBoth = 4;
 // Number of thread blocks of rank_pass_kernel that must fit on a multiprocessor; the compiler limits the registers of a
 // thread so that these blocks fit.
 template <typename T, bool kNf4, RankWork kWork, bool kWhole, int kRanks>
-constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots || kWork == RankWork::kBoth ||
-                                    (kNf4 && sizeof(T) == 4 && kRanks > 4)
+constexpr int kRankBlocks = !kWhole || kRanks == 16 || kWork == RankWork::kBothAndDots ||
+                                    (kWork == RankWork::kBoth && kRanks > 2) || (kNf4 && sizeof(T) == 4 && kRanks > 4)
                                 ? 2
-                            : kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
-                                                                   : 4;
+                            : kWork == RankWork::kBoth || kRanks > 4 || kNf4 || sizeof(T) == 4 ? 3
+                                                                                               : 4;
 
 // kWhole: whether the number of D's columns is a multiple of 8, offsets within the rows of a tile fit in 32 bits, and D
 // is aligned to 16 bytes (an NF4 weight: to 4 bytes). kRanks: number of tiles of 8 ranks. kTerms: number of terms of F;
@@ -399,10 +400,12 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   }
   uint32_t stage = 0;
   for (int outer = 0; outer < tiles; ++outer) {
-    if constexpr (kRoomy && kBoth) right_factor.start(right);  // the same fragments of F for kAround tiles of rows
+    // In bfloat16, the fragments of F stay in registers for kAround tiles of rows; other types need these registers.
+    constexpr bool kHeld = kRoomy && kBoth && kTermsOf<T> == 1;
+    if constexpr (kHeld) right_factor.start(right);
 #pragma unroll
     for (int held = 0; held < kAround; ++held) {
-      if constexpr (kRoomy && kRows && !kBoth) right_factor.start(right);
+      if constexpr (kRoomy && kRows && !kHeld) right_factor.start(right);
       if constexpr (kRoomy && !kRows) left_factor.start(left);
       [[maybe_unused]] uint4 other[4][sizeof(T) / 2];
       if constexpr (kDots) {

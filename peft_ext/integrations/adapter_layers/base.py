@@ -64,6 +64,7 @@ def fuses(stock: type) -> Callable[[type], type]:
 
     def register(fused: type) -> type:
         fused.__name__, fused.stock_class, fused.stock_forward = stock.__name__, stock, stock.forward
+        fused.own_forward = fused.__dict__.get("forward")
         FUSED[stock], STOCK[fused] = fused, stock
         for alike in (LINEAR, FOUR_BIT):
             if stock in alike:
@@ -125,6 +126,16 @@ class Fused:
             return type(self).forward(self, x, *args, **kwargs)
         y = self._fused_with(x, args, kwargs) if args or kwargs else self._fused(x)
         return super().forward(x, *args, **kwargs) if y is None else y
+
+
+def runs_as_made(module: nn.Module) -> bool:
+    """Returns whether a call of ``module`` runs the forward of a fused class as this package made it: the module's
+    class is no subclass of the fused class, nobody has replaced the fused class's forward, and ``module.compile()`` was
+    not called. The forward of the stock class and hooks are checked elsewhere (see :mod:`.reasons`)."""
+    held = type(module).__dict__
+    if type(module) not in STOCK or held.get("forward") is not held.get("own_forward", held.get("forward")):
+        return False
+    return module.__dict__.get("_compiled_call_impl") is None
 
 
 def active_in(layer: Any, held: Any) -> list[str]:

@@ -33,6 +33,7 @@ from ...ops.checks import under_a_transform, weight_args
 from ...ops.library import below_autograd
 from ...ops.prove import DROPPED
 from . import reasons
+from .base import runs_as_made
 from .known import KNOWN
 from .linear import MANY_TOKENS, FusedLinear, is_ahead
 from .reasons import any_global_hook, kernel_reason
@@ -136,10 +137,11 @@ class Facts:
         held, kind = module.__dict__, type(module)
         self._forwards[kind] = kind.forward
         if (stock := getattr(kind, "stock_class", None)) is not None:
-            if stock.forward is not kind.stock_forward:
+            if stock.forward is not kind.stock_forward or not runs_as_made(module):
                 return False
             self._forwards[stock] = stock.forward
-        return self.value(held, "forward") is None and all([self.empty(held, name) for name in _HOOKS])
+        own = self.value(held, "forward") or self.value(held, "_compiled_call_impl")
+        return own is None and all([self.empty(held, name) for name in _HOOKS])
 
     def child(self, module: nn.Module, name: str) -> Optional[nn.Module]:
         return self.value(module.__dict__["_modules"], name)

@@ -1,7 +1,8 @@
 """PEFT's LoRA and DoRA layers, computed by :func:`peft_ext.ops.lora_linear` and :func:`peft_ext.ops.dora_linear`.
 
 Several active LoRA adapters run as one adapter whose rank is the sum of their ranks: A and B are concatenated, and
-different scales become a scale per rank. If the base layer's own forward has to run (for example over an 8-bit weight,
+different scales become a scale per rank. The last layer of a gated MLP may be computed together with the activation, by
+:func:`peft_ext.ops.gated_lora_linear`. If the base layer's own forward has to run (for example over an 8-bit weight,
 or because of hooks), only LoRA's low-rank part is fused, by :func:`peft_ext.ops.lora_residual`. A mixed batch is
 computed by :func:`peft_ext.ops.grouped_lora_linear`.
 """
@@ -22,7 +23,18 @@ from ...ops.lora import checked_lora_linear
 from ...reference.dora import output_scale
 from ...weights.nf4 import NF4Weight
 from . import dora, siblings, tensor_parallel
-from .base import FOUR_BIT, Fused, Linear8bitLt, active_in, fused_class, fuses, operands, sums_wider, weight_of
+from .base import (
+    FOUR_BIT,
+    Fused,
+    Linear8bitLt,
+    active_in,
+    fused_class,
+    fuses,
+    operands,
+    runs_as_made,
+    sums_wider,
+    weight_of,
+)
 from .known import KNOWN, facts_of, remember, single_name
 from .merging import Merged, MergesNF4
 from .reasons import (
@@ -115,8 +127,8 @@ class LowRank(Fused):
         return name, self.scaling[name], getattr(dropout, "p", 0.0), dropout.training, versions
 
     def joint_call(self, x: Tensor) -> Optional[tuple]:
-        """Returns the layer's operands in a call of ``lora_linears``: weight, bias, lora_A, lora_B, rank_scale,
-        scaling, dropout p and the dtype of the output.
+        """Returns the layer's operands in a call of ``lora_linears`` or ``gated_lora_linear``: weight, bias, lora_A,
+        lora_B, rank_scale, scaling, dropout p and the dtype of the output.
 
         Returns None if the base layer's own forward has to run (:func:`.base.operands` returns None, or
         :func:`.base.sums_wider` is true), if the base layer multiplies another tensor than x, for example a cast of x,
@@ -138,20 +150,28 @@ class LowRank(Fused):
         base = self._modules["base_layer"]
         return tensor_parallel.split_of(base) if tensor_parallel.is_split(base) else None
 
+    def joins_gated(self) -> bool:
+        """Returns whether :meth:`output_of_gated` may compute the layer, as far as this depends on the layer's class
+        and adapters: the layer has one active adapter, and the adapter is no variant of LoRA such as DoRA."""
+        return runs_as_made(self) and (name := single_name(self)) is not None and name not in self.lora_variant
+
     def output_of_gated(self, gate: Tensor, up: Optional[Tensor], activation: str) -> Optional[Tensor]:
         """Returns the layer's output for the input ``act(gate) ∘ up``, computed by one operator for the activation and
         the layer; see :func:`peft_ext.ops.gated_lora_linear` for the arguments.
 
-        Returns None if the caller has to compute the activation and then call the layer: under torch.compile, if the
-        layer has no kernel for the activation and the layer together, if hooks would get the layer's input, if
-        autocast would cast it, or if the layer can't be computed together with siblings (see :meth:`joint_state` and
-        :meth:`joint_call`) or is split between processes.
+        Returns None if the caller has to compute the activation and then call the layer: under torch.compile, if
+        :meth:`joins_gated` is false, if hooks would get the layer's input, if autocast would cast it, if gradients are
+        recorded but gate and up need none (gate and up would be kept in place of their product), if the layer has no
+        kernel for the activation and the layer together, or if the layer can't be computed together with siblings (see
+        :meth:`joint_state` and :meth:`joint_call`) or is split between processes.
         """
-        if torch.compiler.is_compiling() or any_global_hook() or has_hooks(self):
+        if torch.compiler.is_compiling() or any_global_hook() or not self.joins_gated() or has_hooks(self):
             return None
-        if kernel_reason("gated_lora_linear", gate.device.type) is not None or self.joint_split() is not None:
+        if torch.is_grad_enabled() and not (gate.requires_grad or (up is not None and up.requires_grad)):
             return None
-        if self.joint_state() is None or autocast_dtype(gate) not in (None, gate.dtype):
+        if autocast_dtype(gate) not in (None, gate.dtype) or self.joint_split() is not None:
+            return None
+        if self.joint_state() is None or kernel_reason("gated_lora_linear", gate.device.type) is not None:
             return None
         like = gate if up is not None else gate[..., : gate.shape[-1] // 2]  # of the shape, dtype and device of h
         if not accepts_input(like) or (call := self.joint_call(like)) is None:

@@ -17,9 +17,9 @@ __all__ = ["computed_again", "has_hooks"]
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Returns whether hooks on the layer or its children get the layer's input. The backward must not compute the input
-    of a layer with hooks again, because a hook may change the input in place without an increase of its version
-    counter."""
+    """Returns whether the layer or one of its direct children has hooks, which get the layer's input. The backward must
+    not compute the input of a layer with hooks again, because a hook may change the input in place without an increase
+    of its version counter."""
     return hooked(layer) or any(child is not None and hooked(child) for child in layer._modules.values())
 
 

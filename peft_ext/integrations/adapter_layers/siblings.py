@@ -22,11 +22,18 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.checks import autocast_dtype
+from .base import Fused
 from .linear import MANY_TOKENS
 from .reasons import accepts_input, hooked, kernel_reason
 from .tensor_parallel import sum_gradient
 
-__all__ = ["joint_reason", "output_of", "together"]
+__all__ = ["joins_siblings", "joint_reason", "output_of", "together"]
+
+
+def joins_siblings(layer: Any) -> bool:
+    """Returns whether ``layer`` is a fused layer that can be computed together with siblings. A wrapper around such a
+    layer, which may hand out the layer's attributes, is none."""
+    return isinstance(layer, Fused) and hasattr(layer, "joint_state")
 
 
 # --- while a module's forward runs ------------------------------------------------------------------------------------
@@ -54,7 +61,7 @@ def _together(module: nn.Module, groups: Iterable[tuple[str, ...]]) -> Iterator[
     before, hooks, held = NOW.groups, NOW.hooks, {}
     for names in groups:
         layers = [module._modules.get(name) for name in names]
-        layers = [layer for layer in layers if hasattr(layer, "joint_state")]
+        layers = [layer for layer in layers if joins_siblings(layer)]
         if len(layers) > 1:
             held.update(dict.fromkeys(map(id, layers), _Group(layers)))
     NOW.groups, NOW.hooks = held, _saving_hooks()

@@ -119,7 +119,7 @@ class Attention(Block):
     def _joint_reason(self, like: Tensor) -> Optional[str]:
         reasons = []
         for names in self.peft_ext_known.groups:
-            layers = [layer for name in names if hasattr(layer := self._modules.get(name), "joint_state")]
+            layers = [layer for name in names if siblings.joins_siblings(layer := self._modules.get(name))]
             states = [layer.joint_state() for layer in layers]
             reasons.append(siblings.joint_reason(layers, states, like.device.type))
         return None if None in reasons else f"{', '.join(self.peft_ext_known.groups[0])}: {reasons[0]}"

@@ -3,7 +3,8 @@
 The operator of the activation computes its result in one pass, and saves for the backward only the operator's inputs,
 which are the outputs of the MLP's first layers. If ``down`` needs its input in the backward, the backward computes this
 input again, except, for example, if ``down`` has hooks. If ``down`` is a fused layer with one LoRA or AdaLoRA adapter,
-one operator computes the gated activation and ``down`` (see :func:`peft_ext.ops.gated_lora_linear`).
+one operator computes the gated activation and ``down`` (see :func:`peft_ext.ops.gated_lora_linear`) in an eager call
+without hooks on ``down`` and without a dropout behind the activation.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ...reference.activations import ACTIVATIONS
 from ...text import dtype_name
 from ..adapter_layers import siblings
 from ..adapter_layers.few_tokens import Facts, direct, few_reason, kernel_of, together
+from ..adapter_layers.lora import LowRank
 from ..adapter_layers.reasons import accepts_input, any_global_hook, hooked, kernel_reason
 from ..adapter_layers.recompute import computed_again, has_hooks
 from ..forms import Row
@@ -83,7 +85,18 @@ class Mlp(Planned):
             return "its activation is none of the known ones"
         if any(not isinstance(self._modules.get(name), nn.Module) for name in known.layers):
             return "one of its layers is no module"
-        return kernel_reason("gated_activation" if known.gated else "activation", device_of(self))
+        device = device_of(self)
+        if self._joins(self._modules[known.out] if known.out else None):
+            # Proves the kernels now, as those of the other operators. If these kernels can't run, two operators compute
+            # the activation and the last layer.
+            kernel_reason("gated_lora_linear", device)
+        return kernel_reason("gated_activation" if known.gated else "activation", device)
+
+    def _joins(self, out: Any) -> bool:
+        """Returns whether one operator may compute the activation and the last layer ``out``. A wrapper around a layer
+        that hands out the attributes of the layer is called as a module."""
+        known = self.peft_ext_known
+        return known.gated and known.drops != "act" and isinstance(out, LowRank) and out.joins_gated()
 
     def _act_reason(self, dtype: torch.dtype) -> Optional[str]:
         is_known = activation_name(getattr(self, self.peft_ext_known.act), dtype) is not None
@@ -135,9 +148,8 @@ class Mlp(Planned):
             return self._behind(inner, x)
         operator = ops.gated_activation if known.gated else ops.activation
         args = (*inner, *([None] if known.gated and len(inner) == 1 else []), name)
-        if known.gated and known.drops != "act" and hasattr(out, "output_of_gated"):
-            if (y := out.output_of_gated(*args)) is not None:
-                return self._dropped(y, "out")
+        if self._joins(out) and (y := out.output_of_gated(*args)) is not None:
+            return self._dropped(y, "out")
         return operator(*args) if out is None else self._dropped(self._finished(operator, args, out), "out")
 
     def _behind(self, inner: Sequence[Tensor], x: Tensor) -> Tensor:
