@@ -3,10 +3,10 @@
     python tools/include_check.py [--graph]
 
 The levels, from the lowest: common; emulator; cpu and cuda; weight; nf4; packed; linear; the folders of the operators,
-none of which includes another; and decoder_layer, whose operator calls functions of other operators. Files for the CPU
-include no files for CUDA, and files for CUDA include no files for the CPU, except that files of the emulator may. The
-program prints each wrong include, and fails if it finds one. ``--graph`` only prints the number of includes between
-each two folders.
+none of which includes another; and decoder_layer and gated_lora, which call functions of other operators. Files for
+the CPU include no files for CUDA, and files for CUDA include no files for the CPU, except that files of the emulator
+may. The program prints each wrong include, and fails if it finds one. ``--graph`` only prints the number of includes
+between each two folders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 FLOORS = (("common",), ("emulator",), ("cpu", "cuda"), ("weight",), ("nf4",), ("packed",), ("linear",))
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
-FLOOR["decoder_layer"] = len(FLOORS) + 1
+FLOOR["decoder_layer"] = FLOOR["gated_lora"] = len(FLOORS) + 1
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 

@@ -1,8 +1,8 @@
 // The operator gated_lora_linear on CUDA: Y = h Wᵀ + (x̃ Aᵀ ∘ ρ) Bᵀ + b with h = act(gate) ∘ up and x̃ = dropout(h).
-// See linear/cuda/gated_linear.cuh.
+// See gated_lora/cuda/gated_linear.cuh.
 #include <tuple>
 
-#include "linear/cuda/gated_linear.cuh"
+#include "gated_lora/cuda/gated_linear.cuh"
 
 namespace peft_ext {
 namespace {

@@ -255,19 +255,6 @@ template <typename T>
 void launch_siblings(const Launcher& launcher, const Grid& grid, int warps, const SiblingsPass& pass,
                      const SiblingVariant& variant);
 
-// --- rank passes of a gated activation -------------------------------------------------------------------------------
-
-struct GatedPass;
-
-// Parameters that select an instance of rank_gated_kernel. launch_gated launches the instance for element type T; each
-// element type has its own translation unit.
-struct GatedVariant {
-  int64_t ranks, terms;
-  bool columns;
-};
-template <typename T>
-void launch_gated(const Launcher& launcher, const Grid& grid, const GatedPass& pass, const GatedVariant& variant);
-
 // --- products with few ranks added to a matrix -----------------------------------------------------------------------
 
 // An additional term of `expand`: (g - 1) ∘ z, where g is `scale`.

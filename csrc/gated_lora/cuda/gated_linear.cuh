@@ -8,6 +8,17 @@
 
 namespace peft_ext {
 
+struct GatedPass;
+
+// Parameters that select an instance of rank_gated_kernel. launch_gated launches the instance for element type T; each
+// element type has its own translation unit.
+struct GatedVariant {
+  int64_t ranks, terms;
+  bool columns;
+};
+template <typename T>
+void launch_gated(const Launcher& launcher, const Grid& grid, const GatedPass& pass, const GatedVariant& variant);
+
 // Computes Y and S. If rank_gated_kernel can read gate and up, the padded rank is at most 32 and few_tokens_accept does
 // not accept the call, one launch computes h and the partial sums of S. Otherwise one launch computes h, and
 // adapted_forward computes the layer. If up has no value, gate holds both operands.

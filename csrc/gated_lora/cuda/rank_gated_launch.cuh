@@ -2,8 +2,9 @@
 // the instances of an element type.
 #pragma once
 
+#include "gated_lora/cuda/gated_linear.cuh"
+#include "gated_lora/cuda/rank_gated.cuh"
 #include "linear/cuda/passes.cuh"
-#include "linear/cuda/rank_gated.cuh"
 
 namespace peft_ext {
 

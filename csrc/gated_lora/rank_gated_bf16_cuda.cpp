@@ -1,5 +1,5 @@
 // The instances of launch_gated for bfloat16.
-#include "linear/cuda/rank_gated_launch.cuh"
+#include "gated_lora/cuda/rank_gated_launch.cuh"
 
 template void peft_ext::launch_gated<peft_ext::bf16>(const Launcher&, const Grid&, const GatedPass&,
                                                      const GatedVariant&);

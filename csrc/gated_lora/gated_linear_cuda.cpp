@@ -1,8 +1,8 @@
 // Computes the adapted layer whose input is a gated activation; see gated_linear.cuh. The kernel is in rank_gated.cuh.
-#include "linear/cuda/gated_linear.cuh"
+#include "gated_lora/cuda/gated_linear.cuh"
 
 #include "linear/cuda/call.cuh"
-#include "linear/cuda/rank_gated.cuh"
+#include "gated_lora/cuda/rank_gated.cuh"
 #include "linear/cuda/rank_plan.cuh"
 
 namespace peft_ext {
