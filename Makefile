@@ -26,7 +26,7 @@ export MAX_JOBS
 # BATTERY has the tests of the operators and of the modules that can run on every CPU path, build and device. It leaves
 # out tests of the build, of loading and of dispatch, and tests that choose their kernels themselves, such as
 # test_cuda_packed.py, which runs only on the emulator or on a GPU.
-BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cuda_library cuda_packed cuda_passes \
+BATTERY := $(filter-out $(patsubst %,tests/ops/test_%.py,bad_input cpu_paths cuda_gated cuda_library cuda_packed cuda_passes \
   cuda_quantize cuda_siblings determinism gpu_training prove prove_cards raw_operators registry threads),$(sort $(wildcard tests/ops/test_*.py))) tests/nn/test_nn.py
 
 # tools/limit.py SECONDS COMMAND ends a command that hangs, and all processes that the command started, after SECONDS.

@@ -1,11 +1,12 @@
-"""Times a training step of LoRA on a gated activation: one operator for the activation and the layer, and two.
+"""Compares one operator for the activation and the layer with two operators, in a training step of LoRA on a gated
+activation.
 
     h = silu(x) ∘ up      Y = h Wᵀ + s · dropout(h) Aᵀ Bᵀ
 
 The layer has a bf16 base and a float32 adapter of rank 16; up is a constant. The contender "frozen" is PyTorch's
 activation and bf16 F.linear, with the gradient of x. The lower bound of the time counts the reads of x, up, W and dY in
-the forward and the backward, the writes of h, Y, dX and the gradient of up, which both of peft_ext's contenders write,
-and the products with W, A and B.
+the forward and the backward, the writes of h, Y and dX, and the products with W, A and B. up needs no gradient, but
+both contenders of peft_ext write the gradient of up, so that the lower bound counts this write.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ for family in [name for name in prove.families(device.type.upper()) if name not 
 CORE = "tests/ops/test_covering.py"
 BATTERY = ("tests/ops/test_ops.py", "tests/ops/test_op_edges.py", "tests/nn/test_nn.py")
 METHODS = "LoRA; QLoRA; DoRA"  # Methods of the part "training", as benchmarks.e2e names them.
-FIRST = ("lora", "nf4", "dora", "siblings", "gated_lora", "ia3", "experts", "grouped_lora")  # of the part "table"
+FIRST = ("lora", "nf4", "dora", "siblings", "gated_lora", "ia3", "experts", "grouped_lora")  # "table" runs these first.
 WORKERS = 8  # Largest number of processes that run the tests of one part; all of them use one GPU.
 # The tests of the part "sanitizer": linear layers in bfloat16 with dropout or over NF4, with sizes that no tile
 # divides.

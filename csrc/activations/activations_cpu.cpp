@@ -32,7 +32,7 @@ Parts parts_of(const char* op, const Tensor& gate, const std::optional<Tensor>& 
   const int64_t last = gate.dim() - 1, columns = halves ? gate.size(last) / 2 : gate.size(last);
   const std::vector<int64_t> shape = with_last(gate, columns);
   if (halves) {
-    STD_TORCH_CHECK(gate.size(last) % 2 == 0, op, ": gate has ", gate.size(last), " columns, wanted an even count");
+    STD_TORCH_CHECK(gate.size(last) % 2 == 0, op, ": gate has ", gate.size(last), " columns, wanted an even number");
     Tensor whole = gate;
     return {rows_apart(torch::stable::narrow(whole, last, 0, columns)),
             rows_apart(torch::stable::narrow(whole, last, columns, columns)), shape, rows_of(gate), columns};

@@ -12,7 +12,7 @@ Parts gated_parts(const char* op, const Tensor& gate, const std::optional<Tensor
   std::vector<int64_t> shape(gate.sizes().begin(), gate.sizes().end());
   shape.back() = columns;
   if (halves) {
-    STD_TORCH_CHECK(gate.size(last) % 2 == 0, op, ": gate has ", gate.size(last), " columns, wanted an even count");
+    STD_TORCH_CHECK(gate.size(last) % 2 == 0, op, ": gate has ", gate.size(last), " columns, wanted an even number");
     Tensor whole = gate;
     return {rows_apart(torch::stable::narrow(whole, last, 0, columns)),
             rows_apart(torch::stable::narrow(whole, last, columns, columns)), shape, device_rows(gate), columns};

@@ -1,5 +1,5 @@
-// Declares the functions that compute a gated activation on CUDA, for operators that compute one as one of their steps,
-// and the functions that make the argument of a kernel. activations_cuda.cpp defines the functions.
+// Declares the functions that compute a gated activation on CUDA, for operators of which a gated activation is a
+// step, and the functions that make the argument of a kernel. activations_cuda.cpp defines the functions.
 #pragma once
 
 #include "activations/activations.cuh"
@@ -13,8 +13,8 @@ namespace peft_ext {
 // [..., F] or has no value.
 Parts gated_parts(const char* op, const Tensor& gate, const std::optional<Tensor>& up, bool halves);
 
-// The gradients of the operands gate and up. If one tensor holds both operands, `gate` holds both gradients and `up` is
-// [0].
+// The gradients of the operands gate and up. If the call has no tensor up, `up` is [0]; if one tensor holds both
+// operands, `gate` holds both gradients.
 struct GatedGradients {
   Tensor gate, up;
 };

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> dora_weight_norm_cuda(const Tensor& weight, const std
                                                  const Tensor& lora_B, double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_weight_norm";
   const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
-  const WeightNorm out = weight_norm(kOp, held, lora_A, lora_B, scaling, type);
+  const DeviceNorm out = weight_norm(kOp, held, lora_A, lora_B, scaling, type);
   return {out.norm, out.u};
 }
 
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> dora_weight_norm_backward_cuda(
     double scaling, ScalarType type) {
   constexpr const char* kOp = "dora_weight_norm_backward";
   const DeviceWeight held = device_weight(kOp, weight, {part1, part2, part3, part4}, layout, shape, type);
-  const WeightNormGradient out = weight_norm_backward(kOp, grad, held, lora_A, lora_B, norm, u, scaling, type);
+  const DeviceNormGradient out = weight_norm_backward(kOp, grad, held, lora_A, lora_B, norm, u, scaling, type);
   return {out.grad_A, out.grad_B};
 }
 

@@ -9,7 +9,7 @@ namespace peft_ext {
 namespace {
 
 // Returns whether rank_gated_kernel takes the operands and the rank.
-bool gated_read(const Parts& parts, const LinearSizes& size) {
+bool gated_read(const Parts& parts, const DeviceSizes& size) {
   const auto whole = [](const RowsApart& rows) { return rows.stride % kVector == 0 && aligned(rows.held, 16); };
   return parts.gate.held.scalar_type() != ScalarType::Float && parts.columns % kVector == 0 && whole(parts.gate) &&
          whole(*parts.up) && parts.columns < kMaxRankColumns && parts.columns > 0 && size.padded <= 32 && size.rank > 0;
@@ -52,7 +52,7 @@ PartialSums gated_pass(const Launcher& launcher, const GatedWork& work, const Pa
 struct GatedCall {
   Parts parts;
   Activation activation;
-  LinearSizes size;
+  DeviceSizes size;
 
   const Tensor& like() const { return parts.gate.held; }
 };
@@ -62,7 +62,7 @@ GatedCall checked_call(const char* op, const Tensor& gate, const std::optional<T
   const Activation kind = checked_gate(op, activation);
   const Parts parts = gated_parts(op, gate, up, !up.has_value());
   check_same_device(op, "gate", gate, weight.weight, "weight");
-  const LinearSizes size = checked_sizes(op, parts.gate.held, weight, adapter);
+  const DeviceSizes size = checked_sizes(op, parts.gate.held, weight, adapter);
   STD_TORCH_CHECK(size.tokens == 0 || (size.inputs > 0 && size.outputs > 0), op, ": weight is [", size.outputs, ", ",
                   size.inputs, "], wanted at least one output and one input");
   return {parts, kind, size};
@@ -75,7 +75,7 @@ DeviceForward gated_forward(const char* op, const Tensor& gate, const std::optio
                             const DeviceAdapter& adapter) {
   const GatedCall call = checked_call(op, gate, up, activation, weight, adapter);
   const ScalarType type = gate.scalar_type();
-  const LinearSizes& size = call.size;
+  const DeviceSizes& size = call.size;
   checked_bias(op, bias, gate, size.outputs);
   if (size.tokens == 0 || !gated_read(call.parts, size) || few_tokens_accept(weight, type, size.tokens, adapter))
     return adapted_forward(op, gated_value(op, gate, up, activation), weight, bias, adapter, false, false);
@@ -83,8 +83,8 @@ DeviceForward gated_forward(const char* op, const Tensor& gate, const std::optio
   const Tensor a = matrix(adapter.lora_A), b = matrix(adapter.lora_B);
   Splitter splitter(gate, type);
   const HeldTerms a_terms = splitter.right_of_pass(a, false);
-  const Shrunk shrunk{device_empty(gate, {size.tokens, size.rank}, ScalarType::Float),
-                      left_terms(gate, size.tokens, size.padded, type), splitter.right_of_expand(b, false)};
+  const DeviceShrunk shrunk{device_empty(gate, {size.tokens, size.rank}, ScalarType::Float),
+                            left_terms(gate, size.tokens, size.padded, type), splitter.right_of_expand(b, false)};
   splitter.run();
   Launcher launcher(gate);
   const GatedWork work = gated_value_work(launcher, call.parts, call.activation, h);
@@ -98,7 +98,7 @@ GatedBackward gated_backward(const char* op, const Tensor& grad, const Tensor& g
                              const Tensor& s, bool needs_grad_gate) {
   const GatedCall call = checked_call(op, gate, up, activation, weight, adapter);
   const ScalarType type = gate.scalar_type();
-  const LinearSizes& size = call.size;
+  const DeviceSizes& size = call.size;
   check_grad(op, grad, call.like(), size);
   check_tensor(op, "s", s, ScalarType::Float, size.tokens * size.rank, gate);
   GatedBackward out{{device_empty(gate, {0}, type), device_empty(gate, {0}, type)}, {}};

@@ -128,10 +128,11 @@ def _scales(given: dict[str, Any]) -> bool:
 def _of_gated(given: dict[str, Any], device: str) -> int:
     """Returns the scratch bytes of a layer whose input h is a gated activation.
 
-    The scratch of the forward is h and the scratch of the product. The backward has h again, then h, its gradient and
-    the scratch of the product, and then the gradient of h and the operator's results. The gradients of gate and up are
-    as large as h and its gradient, so that the scratch beside the results is the larger one of h and the scratch of the
-    product.
+    The forward holds h and the scratch of the product. The backward first holds at most h, the gradient of h and the
+    scratch of the product, and later the gradient of h and the gradients of gate and up, which are results. The
+    gradients of gate and up are as large as h and the gradient of h together, so that the scratch in addition to the
+    results is at most the larger of h and the scratch of the product. A backward that needs no gradient of gate and up
+    holds h and the scratch of the product.
     """
     gate, backward = given["gate"], "grad" in given
     rows = gate.numel() // max(1, gate.shape[-1])

@@ -7,10 +7,11 @@ with h in the place of x; ``dgate = dh ∘ up ∘ act'(gate)``; ``dup = dh ∘ a
 S and the dropout's seed, besides the frozen weight, lora_A, lora_B and rank_scale. The backward computes h and the
 dropout mask again.
 
-On a GPU, one pass computes h and S, and one pass computes dgate, dup and the gradient of lora_A, if the operands have
-16 bits, their rows can be read in vectors of eight and the rank is at most 32, except in forwards for which the kernels
-for few tokens compute the product with a packed weight, and in backwards in which neither gate nor up needs a gradient.
-Otherwise, and on the CPU, the kernel of :func:`gated_activation` computes h first.
+On a GPU, one pass computes h and S, and one pass computes dgate, dup and the gradient of lora_A, if gate and up have 16
+bits, if their rows can be read in vectors of eight, and if the rank is at most 32. These passes do not run in a forward
+of few tokens over a packed weight, because the kernels for few tokens compute this product, and not in a backward in
+which neither gate nor up needs a gradient. In all other calls, and on the CPU, the kernel of :func:`gated_activation`
+computes h first.
 
 Sources: gated units (arXiv 2002.05202), LoRA (arXiv 2106.09685).
 """

@@ -201,8 +201,8 @@ def assert_same_everywhere(tensors: dict[str, Tensor]) -> None:
 def counted_calls() -> Iterator[dict[str, int]]:
     """Counts the calls of adapter layers.
 
-    "fused" are calls of one layer's operator, "joint" calls of the operator for several layers with one input, "stock"
-    calls of PEFT's own code.
+    "fused" are calls of one layer's operator, also together with the activation in front of it, "joint" calls of the
+    operator for several layers with one input, "stock" calls of PEFT's own code.
     """
     counts = {"fused": 0, "joint": 0, "stock": 0}
     kinds = (LowRank, IA3Layer)
@@ -221,14 +221,20 @@ def counted_calls() -> Iterator[dict[str, int]]:
         counts["joint"] += y is not None
         return y
 
-    joint = siblings.output_of
+    def counting_gated(layer: Any, *args: Any) -> Optional[Tensor]:
+        y = gated(layer, *args)
+        counts["fused"] += y is not None
+        return y
+
+    joint, gated = siblings.output_of, LowRank.output_of_gated
+    LowRank.output_of_gated = counting_gated
     for kind, inner in zip(kinds, before, strict=True):
         kind._fused = counting(inner)
     siblings.output_of = counting_joint
     try:
         yield counts
     finally:
-        siblings.output_of = joint
+        siblings.output_of, LowRank.output_of_gated = joint, gated
         for kind, inner in zip(kinds, before, strict=True):
             kind._fused = inner
 

@@ -305,7 +305,8 @@ def test_the_result_of_the_activation_is_not_kept(
 
 
 def test_what_the_operator_keeps() -> None:
-    """Of the width of the activation, the operator keeps gate and up alone."""
+    """gate and up are the only tensors with as many columns as h that the operator keeps for its backward, besides the
+    weight and the adapter."""
     gate, up = (torch.randn(40, 48, requires_grad=True) for _ in range(2))
     weight, a, b = torch.randn(32, 48), torch.randn(4, 48, requires_grad=True), torch.randn(32, 4, requires_grad=True)
     kept: list[Tensor] = []

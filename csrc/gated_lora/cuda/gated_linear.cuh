@@ -28,12 +28,14 @@ DeviceForward gated_forward(const char* op, const Tensor& gate, const std::optio
 
 struct GatedBackward {
   GatedGradients grads;  // both [0] if needs_grad_gate is false
-  DeviceBackward layer;  // the gradients of lora_A, lora_B and rank_scale
+  DeviceBackward layer;  // the gradients of lora_A, lora_B and rank_scale; grad_x is not a result
 };
 
-// Computes the backward. s is S from the forward. Under the conditions on gate, up and the rank of gated_forward, and
-// if needs_grad_gate is true, the low-rank part of dh and PyTorch's product dY W are added up to dh first, and one
-// launch then computes the gradients of gate and up and the partial sums of the gradient of lora_A, without a tensor h.
+// Computes the backward. s is S from the forward. If needs_grad_gate is true, rank_gated_kernel can read gate and up,
+// and the padded rank is at most 32, the low-rank part of dh is written first, PyTorch adds dY W, and one launch then
+// computes the gradients of gate and up and the partial sums of the gradient of lora_A, without a tensor h. Otherwise
+// one launch computes h, adapted_backward computes the gradients of the layer, and another launch computes the
+// gradients of gate and up, if needs_grad_gate is true.
 GatedBackward gated_backward(const char* op, const Tensor& grad, const Tensor& gate, const std::optional<Tensor>& up,
                              int64_t activation, const DeviceWeight& weight, const DeviceAdapter& adapter,
                              const Tensor& s, bool needs_grad_gate);

@@ -1,13 +1,12 @@
-// Computes a rank pass of the last layer of a gated MLP, whose input is h = act(gate) ∘ up [T, F], in the pass that
-// computes h or the gradients of gate and up:
+// The last layer of a gated MLP has the input h = act(gate) ∘ up [T, F]. rank_gated_kernel computes in one pass:
 //
 //   rows:     h = act(gate) ∘ up;   S [T, R] = x̃ Aᵀ,   x̃ = mask ∘ h
 //   columns:  d gate = dh ∘ up ∘ act'(gate);   d up = dh ∘ act(gate);   dAᵀ [F, R] = x̃ᵀ P,   with h computed again
 //
 // P is the matrix P of the layer (see backward_cuda.cpp), and dh is the gradient of h. A and Pᵀ are given as bfloat16
 // terms (terms.cuh), as the factors F and L of rank_pass.cuh. gate, up and dh are bfloat16 or float16, and each group
-// of eight columns is aligned to 16 bytes. h is rounded to this type before the product, as the layer's other products
-// read it.
+// of eight columns is aligned to 16 bytes. h is rounded to this type before the products with A and P, because the
+// product h Wᵀ also reads the rounded h.
 //
 // A thread block computes tiles of 64 x 64 elements of h. A thread copies eight columns of four rows of gate, up and dh
 // by cp.async to shared memory that no other thread reads, computes these elements, stores the results, and writes the
@@ -17,8 +16,8 @@
 //
 // The sums have the order of rank_pass.cuh, and the results have the same bits as those of gated_kernel and
 // rank_pass_kernel one after the other (under the emulator; on a GPU, if the compiler contracts the products of both
-// kernels alike). Bytes moved by a launch: gate, up and h once; for the gradients gate, up, dh, d
-// gate and d up once; and the partial sums once.
+// kernels alike). Bytes moved by a launch: gate, up and h once; for the gradients gate, up, dh, d gate and d up once;
+// and the partial sums once.
 #pragma once
 
 #include "activations/activations.cuh"
@@ -131,7 +130,8 @@ __global__ void __launch_bounds__(kRankThreads, 3) rank_gated_kernel(GatedPass p
       load_shared_eight<T>(place(0, j), gate);
       load_shared_eight<T>(place(1, j), up);
       if constexpr (kColumns) load_shared_eight<T>(place(2, j), grad);
-      // cp.async has no order with this thread's earlier reads of the same memory, and the barrier gives one.
+      // Without a barrier, cp.async may overwrite shared memory before this thread's earlier reads; the barrier orders
+      // the reads first.
       sync_warp();
       if (outer + 1 < tiles) copy(j, next_rows, next_columns);
       gated_columns<true, kColumns>(kSilu ? Activation::kSilu : work.activation, gate, up, grad, h, of_gate, of_up);

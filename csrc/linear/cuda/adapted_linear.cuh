@@ -39,14 +39,14 @@ struct DeviceForward {
   Tensor z;  // Z + b₀, [T, N] of x's dtype; shape [0] if want_z is false
 };
 
-struct Shrunk;
+struct DeviceShrunk;
 
 // Computes the forward of the adapted linear layer. If bias_inside is true, `bias` is b₀, which g scales; otherwise
-// `bias` is b₁, which g does not scale. shrunk: S and the bfloat16 terms (terms.cuh) of S ∘ ρ and of B, if a pass over
-// x for several layers has already computed S; otherwise null.
+// `bias` is b₁, which g does not scale. shrunk: S and the bfloat16 terms (terms.cuh) of S ∘ ρ and of B, if another
+// pass has already computed S (a pass over x for several layers, or rank_gated_kernel); otherwise null.
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
-                              bool want_z, const Shrunk* shrunk = nullptr);
+                              bool want_z, const DeviceShrunk* shrunk = nullptr);
 
 // The adapters of a mixed batch, in which each sample has its own adapter or none.
 struct DeviceGroups {
@@ -117,17 +117,17 @@ ColumnProducts scale_columns(const Tensor& m, const std::optional<Tensor>& scale
 
 // Results of weight_norm. norm: the norm of each row of W + s B A, [N] float32, where s is the LoRA scaling. u: U = W
 // Aᵀ, [N, R] float32. A packed weight is decoded to `type`.
-struct WeightNorm {
+struct DeviceNorm {
   Tensor norm, u;
 };
-WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
+DeviceNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
                        double scaling, ScalarType type);
 
-// The gradients of lora_A and lora_B through WeightNorm::norm, in the dtypes of lora_A and lora_B.
-struct WeightNormGradient {
+// The gradients of lora_A and lora_B through DeviceNorm::norm, in the dtypes of lora_A and lora_B.
+struct DeviceNormGradient {
   Tensor grad_A, grad_B;
 };
-WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const DeviceWeight& weight,
+DeviceNormGradient weight_norm_backward(const char* op, const Tensor& grad, const DeviceWeight& weight,
                                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
                                         double scaling, ScalarType type);
 

@@ -12,7 +12,7 @@
 #include "linear/cuda/call.cuh"
 
 namespace peft_ext {
-void check_grad(const char* op, const Tensor& grad, const Tensor& x, const LinearSizes& size) {
+void check_grad(const char* op, const Tensor& grad, const Tensor& x, const DeviceSizes& size) {
   check_same_device(op, "grad", grad, x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim() && device_rows(grad) == size.tokens &&
                       grad.size(grad.dim() - 1) == size.outputs,
@@ -29,7 +29,7 @@ Tensor empty_grad_x(const Tensor& x, bool needs_grad_x) {
 }
 
 // Sets grad_A and grad_B to zeros if the layer has lora_A and lora_B, for a call whose x has no tokens.
-void no_tokens(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, DeviceBackward* out) {
+void no_tokens(const Tensor& x, const DeviceAdapter& adapter, const DeviceSizes& size, DeviceBackward* out) {
   if (size.rank == 0) return;
   out->grad_A = device_zeros(x, {size.rank, size.inputs}, adapter.lora_A->scalar_type());
   out->grad_B = device_zeros(x, {size.outputs, size.rank}, adapter.lora_B->scalar_type());
@@ -40,7 +40,7 @@ void no_tokens(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes&
 DeviceBackward adapted_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceWeight& weight,
                                 const DeviceAdapter& adapter, const std::optional<Tensor>& s, bool needs_grad_x,
                                 const std::optional<Tensor>& z) {
-  const LinearSizes size = checked_sizes(op, x, weight, adapter);
+  const DeviceSizes size = checked_sizes(op, x, weight, adapter);
   check_grad(op, grad, x, size);
   if (size.rank > 0) check_tensor(op, "s", *s, ScalarType::Float, size.tokens * size.rank, x);
   if (z.has_value()) check_tensor(op, "z", *z, x.scalar_type(), size.tokens * size.outputs, x);
@@ -130,7 +130,7 @@ DeviceSiblingsBackward adapted_backwards(const char* op, const std::vector<std::
     DeviceBackward& own = out.layers[i];
     own.grad_A = own.grad_B = own.grad_rank_scale = device_empty(x, {0}, ScalarType::Float);
     if (!grads[i].has_value()) continue;
-    const LinearSizes size = checked_sizes(op, x, layers[i].weight, adapter);
+    const DeviceSizes size = checked_sizes(op, x, layers[i].weight, adapter);
     check_grad(op, *grads[i], x, size);
     if (size.rank > 0) check_tensor(op, "s", s[i], ScalarType::Float, size.tokens * size.rank, x);
     if (size.tokens == 0) {

@@ -7,16 +7,17 @@
 
 namespace peft_ext {
 
-struct LinearSizes {
+struct DeviceSizes {
   int64_t tokens, inputs, outputs, rank, padded;
 };
 
 // Returns the sizes of a call: tokens, inputs, outputs, rank and padded rank. Raises an error if the size or device of
 // x, lora_A or lora_B does not fit the weight.
-LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter);
+DeviceSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter);
 
-// Checks the dtype, the sizes and the device of dY. x: a tensor of the shape of the layer's input.
-void check_grad(const char* op, const Tensor& grad, const Tensor& x, const LinearSizes& size);
+// Checks the dtype, the sizes and the device of dY. x: a tensor with the shape, the dtype and the device of the layer's
+// input.
+void check_grad(const char* op, const Tensor& grad, const Tensor& x, const DeviceSizes& size);
 
 inline Tensor matrix(const std::optional<Tensor>& tensor) { return as_contiguous(*tensor); }
 
@@ -25,12 +26,12 @@ inline Tensor matrix(const std::optional<Tensor>& tensor) { return as_contiguous
 Reduced shrunk_results(const DeviceAdapter& adapter, const Tensor& s, const HeldTerms* terms);
 
 // shrink computes S [T, R] by a rank pass over x and, unless `terms` is null, the bfloat16 terms of S ∘ ρ.
-void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
+void shrink(const Tensor& x, const DeviceAdapter& adapter, const DeviceSizes& size, const HeldTerms& a, const Tensor& s,
             const HeldTerms* terms);
 
 // shrink_few computes S for few tokens, at most kMaxShrinkTokens, in one launch.
 constexpr int64_t kMaxShrinkTokens = 16;
-void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const Tensor& s);
+void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const DeviceSizes& size, const Tensor& s);
 
 // Checks the dtype, size and device of a bias, and returns the bias as a contiguous tensor, or nullopt if there is no
 // bias.
@@ -53,7 +54,7 @@ inline const TokenFactor* read_factors(const Launcher& launcher, const HeldFacto
 // want_z is true, from S in out.s. factors: the TokenFactors of a mixed batch; null if the batch is not mixed.
 bool few_tokens_accept(const DeviceWeight& weight, ScalarType type, int64_t tokens, const DeviceAdapter& adapter);
 void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
-                        const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
+                        const DeviceAdapter& adapter, const DeviceSizes& size, bool bias_inside,
                         const DeviceForward& out, const Tensor& y, bool want_z, const HeldFactors* factors = nullptr);
 
 // Computes y = scaling s Bᵀ + bias for few tokens of a mixed batch, with scaling and B of each token's own adapter.
@@ -64,16 +65,16 @@ void expand_few(const Tensor& y, const Tensor& s, const HeldFactors& factors, co
 // no terms.
 struct RankGradients {
   HeldTerms p, a;
-  HeldTerms p_transposed;      // the terms of Pᵀ, the factor L of the pass that computes dA; none if dA is computed
+  HeldTerms p_transposed;  // the terms of Pᵀ, the factor L of the pass for dA; empty in the results of rank_gradients
   std::optional<Tensor> kept;  // bits of the dropout mask that the pass over x drew; nullopt if the pass stored no bits
 };
 
-// A layer whose low-rank gradients rank_gradients computes. The objects that a DeviceRankCall points to must live until
-// rank_gradients returns.
+// The operands and the results of a layer, for rank_gradients, grad_B_of and grad_A_results. The objects that a
+// DeviceRankCall points to must live until the last of these calls returns.
 struct DeviceRankCall {
   Tensor grad;  // dY as a matrix [T, N]
   const DeviceAdapter* adapter;
-  LinearSizes size;
+  DeviceSizes size;
   Tensor s;
   const Tensor* z;      // Z + b₀ as a matrix, for grad_out_scale; or null
   DeviceBackward* out;  // receives grad_A, grad_B, grad_rank_scale and grad_out_scale
@@ -94,8 +95,9 @@ Reduced grad_A_results(const DeviceRankCall& call);
 std::vector<RankGradients> rank_gradients(const Tensor& x, const Tensor& flat_x,
                                           const std::vector<DeviceRankCall>& calls, bool needs_grad_x);
 
-// The results of a pass over x that several layers share, for the forward of one of these layers.
-struct Shrunk {
+// The results of a pass that has computed S before adapted_forward: a pass over x for several layers, or
+// rank_gated_kernel.
+struct DeviceShrunk {
   Tensor s;
   HeldTerms s_terms, b_terms;  // bfloat16 terms of S ∘ ρ and of B
 };

@@ -31,10 +31,10 @@ constexpr int kExpandThreads = 128;
 
 // Selects the operands, besides L Fᵀ, of an instance of expand_kernel. Besides L Fᵀ, an instance for kBias has only the
 // bias. Besides L Fᵀ, an instance for kMask has only the stored bits of the dropout mask, and an instance for kDrawn
-// has only a dropout mask that it draws. An instance for kOnto adds `before`, the bias and (g - 1) ∘ z. An instance for
-// kAny has all these operands, for any shape and alignment, and draws the dropout mask. An instance for kGrouped has
-// the bias and the rows of a RowTable, in which each tile has its own factor F or none. An instance for kGroupedAny is
-// like one for kGrouped, for any shape and alignment.
+// has only the dropout mask, which the kernel draws. An instance for kOnto adds `before`, the bias and (g - 1) ∘ z. An
+// instance for kAny has all these operands, for any shape and alignment, and draws the dropout mask. An instance for
+// kGrouped has the bias and the rows of a RowTable, in which each tile has its own factor F or none. An instance for
+// kGroupedAny is like one for kGrouped, for any shape and alignment.
 enum class ExpandWork { kBias, kMask, kDrawn, kOnto, kAny, kGrouped, kGroupedAny };
 
 struct ExpandTerms {

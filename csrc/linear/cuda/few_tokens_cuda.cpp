@@ -22,7 +22,7 @@ bool few_tokens_accept(const DeviceWeight& weight, ScalarType type, int64_t toke
          !(adapter.drop_base && adapter.seed.has_value());
 }
 
-void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const Tensor& s) {
+void shrink_few(const Tensor& x, const DeviceAdapter& adapter, const DeviceSizes& size, const Tensor& s) {
   const Tensor a = matrix(adapter.lora_A);
   Launcher launcher(x);
   ShrinkFew work{};
@@ -63,7 +63,7 @@ void launch_skinny(const Launcher& launcher, const Skinny& work, const Grid& gri
 }
 
 template <typename T>
-void run_skinny(const Launcher& launcher, const Tensor& x, const LinearSizes& size, Skinny work,
+void run_skinny(const Launcher& launcher, const Tensor& x, const DeviceSizes& size, Skinny work,
                 const TokensFinish& finish) {
   // K, the number of inputs, is divided into slabs of kSkinnySlab inputs. The slabs are divided into as many parts as
   // give enough thread blocks, but into at most ceil(slabs / 4) parts, because the kernel loads up to four slabs ahead.
@@ -95,7 +95,7 @@ void run_few(const Launcher& launcher, const FewWork& work) {
 }  // namespace
 
 void few_tokens_forward(const Tensor& x, const DeviceWeight& weight, const std::optional<Tensor>& bias,
-                        const DeviceAdapter& adapter, const LinearSizes& size, bool bias_inside,
+                        const DeviceAdapter& adapter, const DeviceSizes& size, bool bias_inside,
                         const DeviceForward& out, const Tensor& y, bool want_z, const HeldFactors* factors) {
   Launcher launcher(x);
   const Tensor held = aligned(x, 16) ? x : torch::stable::clone(x);

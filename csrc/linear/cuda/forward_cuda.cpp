@@ -22,8 +22,8 @@ std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& 
 
 DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceAdapter& adapter, bool bias_inside,
-                              bool want_z, const Shrunk* shrunk) {
-  const LinearSizes size = checked_sizes(op, x, weight, adapter);
+                              bool want_z, const DeviceShrunk* shrunk) {
+  const DeviceSizes size = checked_sizes(op, x, weight, adapter);
   const ScalarType type = x.scalar_type();
   DeviceForward out;
   out.y = device_empty(x, shape_with_last(x, size.outputs), type);
@@ -106,11 +106,11 @@ DeviceForward adapted_forward(const char* op, const Tensor& x, const DeviceWeigh
 
 std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, const std::vector<DeviceLayer>& layers) {
   // The sizes of all layers are checked before any launch, so that a call with wrong sizes launches nothing.
-  std::vector<LinearSizes> sizes;
+  std::vector<DeviceSizes> sizes;
   for (const DeviceLayer& layer : layers) sizes.push_back(checked_sizes(op, x, layer.weight, layer.adapter));
   check_kernel_dtype(op, "x", x.scalar_type());
   const ScalarType type = x.scalar_type();
-  std::vector<std::optional<Shrunk>> shrunk(layers.size());
+  std::vector<std::optional<DeviceShrunk>> shrunk(layers.size());
   const Tensor held = flat_rows(x);
   if (held.numel() > 0 && siblings_read(held)) {
     std::vector<int64_t> kinds;
@@ -133,8 +133,9 @@ std::vector<DeviceForward> adapted_forwards(const char* op, const Tensor& x, con
         const Tensor a = matrix(layers[i].adapter.lora_A), b = matrix(layers[i].adapter.lora_B);
         matrices.push_back(a), matrices.push_back(b);
         a_terms[i] = splitter.right_of_pass(a, false);
-        shrunk[i] = Shrunk{device_empty(x, {sizes[i].tokens, sizes[i].rank}, ScalarType::Float),
-                           left_terms(x, sizes[i].tokens, sizes[i].padded, type), splitter.right_of_expand(b, false)};
+        shrunk[i] =
+            DeviceShrunk{device_empty(x, {sizes[i].tokens, sizes[i].rank}, ScalarType::Float),
+                         left_terms(x, sizes[i].tokens, sizes[i].padded, type), splitter.right_of_expand(b, false)};
       }
     }
     splitter.run();

@@ -174,7 +174,7 @@ Prepared prepare(const char* op, const Batch& batch) {
 
 DeviceForward grouped_forward(const char* op, const Tensor& x, const DeviceWeight& weight,
                               const std::optional<Tensor>& bias, const DeviceGroups& groups) {
-  const LinearSizes size = checked_sizes(op, x, weight, DeviceAdapter{});
+  const DeviceSizes size = checked_sizes(op, x, weight, DeviceAdapter{});
   const ScalarType type = x.scalar_type();
   DeviceForward out;
   out.y = device_empty(x, shape_with_last(x, size.outputs), type);

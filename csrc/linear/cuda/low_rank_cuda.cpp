@@ -18,11 +18,11 @@ DeviceAdapter lora_device_adapter(const char* op, const Tensor& lora_A, const Te
   return adapter;
 }
 
-LinearSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter) {
+DeviceSizes checked_sizes(const char* op, const Tensor& x, const DeviceWeight& weight, const DeviceAdapter& adapter) {
   check_same_device(op, "x", x, weight.weight, "weight");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == weight.inputs, op, ": x has ",
                   x.dim() >= 1 ? x.size(x.dim() - 1) : 0, " columns, wanted ", weight.inputs);
-  LinearSizes size{device_rows(x), weight.inputs, weight.outputs, 0, 0};
+  DeviceSizes size{device_rows(x), weight.inputs, weight.outputs, 0, 0};
   if (!adapter.lora_A.has_value()) return size;
   const Tensor &a = *adapter.lora_A, &b = *adapter.lora_B;
   check_matrix(op, "lora_A", a, x);
@@ -46,14 +46,14 @@ Reduced shrunk_results(const DeviceAdapter& adapter, const Tensor& s, const Held
   return wanted;
 }
 
-void shrink(const Tensor& x, const DeviceAdapter& adapter, const LinearSizes& size, const HeldTerms& a, const Tensor& s,
+void shrink(const Tensor& x, const DeviceAdapter& adapter, const DeviceSizes& size, const HeldTerms& a, const Tensor& s,
             const HeldTerms* terms) {
   reduce(rank_pass(dense_input(x, &adapter), &a, nullptr).rows, size.rank, shrunk_results(adapter, s, terms));
 }
 
 namespace {
 
-// Operands and results that rank_gradients holds for one layer.
+// Operands and results that grad_B_of holds for one layer.
 struct RankWorkOf {
   Tensor a, b, s, products, dots;
   HeldTerms right, left;
@@ -132,7 +132,7 @@ std::vector<RankGradients> grad_B_of(const Tensor& x, const std::vector<DeviceRa
   for (size_t i = 0; i < calls.size(); ++i) {
     const DeviceRankCall& call = calls[i];
     const DeviceAdapter& adapter = *call.adapter;
-    const LinearSizes& size = call.size;
+    const DeviceSizes& size = call.size;
     PassWants dots;
     dots.beside = call.z;
     work[i].sums = rank_pass(dense_input(call.grad), &work[i].right, &work[i].left, dots);
@@ -177,7 +177,7 @@ std::vector<RankGradients> grad_B_of(const Tensor& x, const std::vector<DeviceRa
   for (size_t i = 0; i < calls.size(); ++i) {
     work[i].sums = PassSums();
     if (!calls[i].adapter->rank_scale.has_value()) continue;
-    const LinearSizes& size = calls[i].size;
+    const DeviceSizes& size = calls[i].size;
     const Tensor wide = as_type(work[i].b, ScalarType::Float);
     calls[i].out->grad_rank_scale = device_empty(x, {size.rank}, ScalarType::Float);
     Launcher launcher(wide);
@@ -212,7 +212,7 @@ DeviceWeight no_weight(const char* op, const DeviceAdapter& adapter) {
 }  // namespace
 
 DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& residual, const DeviceAdapter& adapter) {
-  const LinearSizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
+  const DeviceSizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(
       same_device(residual, x) && residual.scalar_type() == type && residual.numel() == size.tokens * size.outputs, op,
@@ -238,7 +238,7 @@ DeviceForward low_rank_forward(const char* op, const Tensor& x, const Tensor& re
 
 DeviceBackward low_rank_backward(const char* op, const Tensor& grad, const Tensor& x, const DeviceAdapter& adapter,
                                  const Tensor& s, bool needs_grad_x) {
-  const LinearSizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
+  const DeviceSizes size = checked_sizes(op, x, no_weight(op, adapter), adapter);
   check_tensor(op, "grad", grad, x.scalar_type(), size.tokens * size.outputs, x);
   check_tensor(op, "s", s, ScalarType::Float, size.tokens * size.rank, x);
   DeviceBackward out;

@@ -19,11 +19,11 @@
 // fills the other stages (for NF4 weights and for matrices for which kWhole is false, plain loads and stores fill the
 // stages). The thread that copied eight elements also applies dropout to these elements in place. Fragments of a 16-bit
 // D are loaded by ldmatrix, transposed for Q. Fragments of F and L, which many thread blocks read, are loaded from L1
-// and L2. For P and Q of a bfloat16 D with up to 16 ranks, a warp keeps the fragments of F for all its tiles of rows.
-// In a pass for only P or only Q, a warp loads as many fragments of F or L as fit in registers before the warp waits
-// for a tile of D. A stage holds a tile of D with 64 rows and 64 columns. For a 16-bit dtype, the eight groups of eight
-// columns of a row are stored in the order group ^ row % 8, so that ldmatrix has no bank conflicts. In a stage of
-// float32, each row is padded to 72 elements.
+// and L2. If a pass computes P and Q of a bfloat16 D with up to 16 ranks, a warp loads the fragments of F for a tile of
+// columns once, for all kRankTilesOfBoth tiles of rows. In a pass for only P or only Q, a warp loads as many fragments
+// of F or L as fit in registers before the warp waits for a tile of D. A stage holds a tile of D with 64 rows and 64
+// columns. For a 16-bit dtype, the eight groups of eight columns of a row are stored in the order group ^ row % 8, so
+// that ldmatrix has no bank conflicts. In a stage of float32, each row is padded to 72 elements.
 //
 // Sums are float32. The products of each tile (or half of a tile) are summed separately and then added to the thread
 // block's sums, because a tensor core rounds its sums toward zero. Thread blocks write partial sums [chunks][padded
@@ -400,7 +400,8 @@ __global__ void __launch_bounds__(kRankThreads, (kRankBlocks<T, kNf4, kWork, kWh
   }
   uint32_t stage = 0;
   for (int outer = 0; outer < tiles; ++outer) {
-    // In bfloat16, the fragments of F stay in registers for kAround tiles of rows; other types need these registers.
+    // In bfloat16, the fragments of F stay in registers for kAround tiles of rows. For float16 and float32 D, these
+    // registers hold the terms of D's elements.
     constexpr bool kHeld = kRoomy && kBoth && kTermsOf<T> == 1;
     if constexpr (kHeld) right_factor.start(right);
 #pragma unroll

@@ -49,11 +49,11 @@ DeviceWeight pass_weight(const DeviceWeight& weight, ScalarType type) {
 
 }  // namespace
 
-WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
+DeviceNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor& lora_A, const Tensor& lora_B,
                        double scaling, ScalarType type) {
   check_adapter(op, weight, lora_A, lora_B);
   const int64_t rows = weight.outputs, rank = lora_A.size(0);
-  WeightNorm out;
+  DeviceNorm out;
   out.norm = device_empty(weight.weight, {rows}, ScalarType::Float);
   out.u = device_empty(weight.weight, {rows, rank}, ScalarType::Float);
   if (rows == 0 || weight.inputs == 0) {
@@ -91,7 +91,7 @@ WeightNorm weight_norm(const char* op, const DeviceWeight& weight, const Tensor&
   return out;
 }
 
-WeightNormGradient weight_norm_backward(const char* op, const Tensor& grad, const DeviceWeight& weight,
+DeviceNormGradient weight_norm_backward(const char* op, const Tensor& grad, const DeviceWeight& weight,
                                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& norm, const Tensor& u,
                                         double scaling, ScalarType type) {
   check_adapter(op, weight, lora_A, lora_B);

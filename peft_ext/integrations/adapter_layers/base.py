@@ -64,7 +64,8 @@ def fuses(stock: type) -> Callable[[type], type]:
 
     def register(fused: type) -> type:
         fused.__name__, fused.stock_class, fused.stock_forward = stock.__name__, stock, stock.forward
-        fused.own_forward = fused.__dict__.get("forward")
+        # The forward in the class's own __dict__, or None; runs_as_made compares it.
+        fused.made_forward = fused.__dict__.get("forward")
         FUSED[stock], STOCK[fused] = fused, stock
         for alike in (LINEAR, FOUR_BIT):
             if stock in alike:
@@ -133,7 +134,7 @@ def runs_as_made(module: nn.Module) -> bool:
     class is no subclass of the fused class, nobody has replaced the fused class's forward, and ``module.compile()`` was
     not called. The forward of the stock class and hooks are checked elsewhere (see :mod:`.reasons`)."""
     held = type(module).__dict__
-    if type(module) not in STOCK or held.get("forward") is not held.get("own_forward", held.get("forward")):
+    if type(module) not in STOCK or held.get("forward") is not held.get("made_forward", held.get("forward")):
         return False
     return module.__dict__.get("_compiled_call_impl") is None
 

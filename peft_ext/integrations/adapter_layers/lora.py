@@ -160,10 +160,10 @@ class LowRank(Fused):
         the layer; see :func:`peft_ext.ops.gated_lora_linear` for the arguments.
 
         Returns None if the caller has to compute the activation and then call the layer: under torch.compile, if
-        :meth:`joins_gated` is false, if hooks would get the layer's input, if autocast would cast it, if gradients are
-        recorded but gate and up need none (gate and up would be kept in place of their product), if the layer has no
-        kernel for the activation and the layer together, or if the layer can't be computed together with siblings (see
-        :meth:`joint_state` and :meth:`joint_call`) or is split between processes.
+        :meth:`joins_gated` is false, if the layer or a child of it has hooks, if autocast would cast the layer's input,
+        if gradients are recorded but gate and up need none (gate and up would be kept in place of their product), if no
+        kernel computes the activation and the layer together on this device, if the layer can't be computed together
+        with siblings (see :meth:`joint_state` and :meth:`joint_call`), or if the base layer is split between processes.
         """
         if torch.compiler.is_compiling() or any_global_hook() or not self.joins_gated() or has_hooks(self):
             return None

@@ -31,8 +31,8 @@ __all__ = ["joins_siblings", "joint_reason", "output_of", "together"]
 
 
 def joins_siblings(layer: Any) -> bool:
-    """Returns whether ``layer`` is a fused layer that can be computed together with siblings. A wrapper around such a
-    layer, which may hand out the layer's attributes, is none."""
+    """Returns whether ``layer`` is a fused layer that can be computed together with siblings. Returns False for a
+    wrapper around such a layer, even if the wrapper's ``__getattr__`` returns the layer's attributes."""
     return isinstance(layer, Fused) and hasattr(layer, "joint_state")
 
 

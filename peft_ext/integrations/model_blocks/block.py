@@ -154,7 +154,7 @@ def class_of(mixin: type, stock: type, row: Row, form: Form) -> type:
     class."""
     if (made := _CLASSES.get((mixin, stock, row))) is None:
         known = types.SimpleNamespace(**mixin.settled(stock, row))
-        held = {"stock_class": stock, "peft_ext_known": known, "own_forward": None, "__doc__": stock.__doc__,
+        held = {"stock_class": stock, "peft_ext_known": known, "made_forward": None, "__doc__": stock.__doc__,
                 "__module__": stock.__module__}  # fmt: skip
         # type.__new__ skips the __new__ of the stock class's metaclass.
         made = type.__new__(type(stock), stock.__name__, (mixin, stock), held)

@@ -4,7 +4,8 @@ The operator of the activation computes its result in one pass, and saves for th
 which are the outputs of the MLP's first layers. If ``down`` needs its input in the backward, the backward computes this
 input again, except, for example, if ``down`` has hooks. If ``down`` is a fused layer with one LoRA or AdaLoRA adapter,
 one operator computes the gated activation and ``down`` (see :func:`peft_ext.ops.gated_lora_linear`) in an eager call
-without hooks on ``down`` and without a dropout behind the activation.
+without hooks on ``down`` and without a dropout behind the activation. If gradients are recorded, gate or up must need a
+gradient; :meth:`.LowRank.output_of_gated` lists all conditions.
 """
 
 from __future__ import annotations
@@ -87,14 +88,15 @@ class Mlp(Planned):
             return "one of its layers is no module"
         device = device_of(self)
         if self._joins(self._modules[known.out] if known.out else None):
-            # Proves the kernels now, as those of the other operators. If these kernels can't run, two operators compute
-            # the activation and the last layer.
+            # Proves the kernels of gated_lora_linear before the first step, as ``accelerate`` does for all operators of
+            # the model. If these kernels can't run, two operators compute the activation and the last layer.
             kernel_reason("gated_lora_linear", device)
         return kernel_reason("gated_activation" if known.gated else "activation", device)
 
     def _joins(self, out: Any) -> bool:
-        """Returns whether one operator may compute the activation and the last layer ``out``. A wrapper around a layer
-        that hands out the attributes of the layer is called as a module."""
+        """Returns whether one operator may compute the activation and the last layer ``out``. If ``out`` is a wrapper
+        around a layer, such as FSDP's or a checkpoint wrapper, the result is False, so that the MLP calls the wrapper
+        as a module, even if the wrapper's ``__getattr__`` returns the layer's attributes."""
         known = self.peft_ext_known
         return known.gated and known.drops != "act" and isinstance(out, LowRank) and out.joins_gated()
 
