@@ -60,7 +60,7 @@ HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
   work.factors = static_cast<TokenFactor*>(launcher.scratch<void>(factors));
   int64_t count = 0;
   each_group(batch, [&](int64_t group, const std::vector<int64_t>& samples) {
-    TokenGroup all{};
+    DeviceTokenGroup all{};
     if (group >= 0) {
       const auto g = static_cast<size_t>(group);
       const Tensor &a = batch.lora_A[g], &b = batch.lora_B[g];
@@ -72,7 +72,7 @@ HeldFactors shrink_grouped(const Batch& batch, const Tensor& s) {
     }
     const auto tokens = static_cast<int64_t>(samples.size()) * batch.length;
     for (int64_t first = 0; first < tokens; first += kShrinkTokens) {
-      TokenGroup& part = work.groups[count++] = all;
+      DeviceTokenGroup& part = work.groups[count++] = all;
       for (int64_t at = first; at < std::min<int64_t>(first + kShrinkTokens, tokens); ++at)
         part.tokens[part.count++] =
             static_cast<int8_t>(samples[static_cast<size_t>(at / batch.length)] * batch.length + at % batch.length);

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kShrinkThreads) shrink_few_kernel(ShrinkFew wo
 
 // The tokens of one thread block in a mixed batch: up to kShrinkTokens tokens that have the same adapter, or that all
 // have none (then lora_A is null and factor.rank is 0).
-struct TokenGroup {
+struct DeviceTokenGroup {
   const void* lora_A;  // [factor.rank, inputs]
   DType type_A;
   bool whole_A;
@@ -99,15 +99,15 @@ constexpr int kGroupedFewTokens = 64;
 struct ShrinkGrouped {
   ShrinkFew few;         // the kernel uses only the fields x, inputs, whole, rank and s
   TokenFactor* factors;  // [tokens]: receives the TokenFactors that the next kernel reads
-  TokenGroup groups[kGroupedFewTokens];
+  DeviceTokenGroup groups[kGroupedFewTokens];
 };
 static_assert(sizeof(ShrinkGrouped) <= 4096, "a launch's arguments");
 
-// Grid: x has a thread block for each rank; y has one for each TokenGroup.
+// Grid: x has a thread block for each rank; y has one for each DeviceTokenGroup.
 template <typename T>
 __global__ void __launch_bounds__(kShrinkThreads) shrink_grouped_kernel(ShrinkGrouped work) {
   PEFT_EXT_KERNEL;
-  const TokenGroup& group = work.groups[blockIdx.y];
+  const DeviceTokenGroup& group = work.groups[blockIdx.y];
   const int64_t r = blockIdx.x;
   int64_t tokens[kShrinkTokens];
 #pragma unroll
