@@ -23,7 +23,7 @@ def gated_lora_linear_forward(
     gate: Tensor, up: Optional[Tensor], activation: str, weight: Union[Tensor, PackedWeight], *args: Any
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(Y [..., N], S [T, R])``. h is rounded to gate's dtype; ``args`` are the further arguments of
-    :func:`.lora.lora_linear_forward`."""
+    ``peft_ext.reference.lora.lora_linear_forward``."""
     return lora_linear_forward(gated_activation_forward(gate, up, activation), weight, *args)
 
 
@@ -31,7 +31,7 @@ def gated_lora_linear_backward(
     grad: Tensor, gate: Tensor, up: Optional[Tensor], activation: str, weight: Union[Tensor, PackedWeight], *args: Any
 ) -> tuple[Tensor, Optional[Tensor], Tensor, Tensor, Optional[Tensor]]:
     """Returns the gradients of gate, up, lora_A, lora_B and rank_scale; ``args`` are the further arguments of
-    :func:`.lora.lora_linear_backward`.
+    ``peft_ext.reference.lora.lora_linear_backward``.
 
     With up None, the gradient of gate holds the gradients of both halves, and the gradient of up is None. The gradient
     of rank_scale is None if rank_scale is None.
