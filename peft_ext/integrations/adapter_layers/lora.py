@@ -176,10 +176,9 @@ class LowRank(Fused):
         like = gate if up is not None else gate[..., : gate.shape[-1] // 2]  # of the shape, dtype and device of h
         if not accepts_input(like) or (call := self.joint_call(like)) is None:
             return None
-        weight, bias, lora_A, lora_B, rank_scale, scaling, p, dtype = call
-        y = ops.gated_lora_linear(gate, up, activation, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
-                                  scaling=scaling, dropout_p=p, training=True)  # fmt: skip
-        return y if y.dtype is dtype else y.to(dtype)
+        weight, bias, lora_A, lora_B, rank_scale, scaling, p, _ = call  # the dtype of the output is gate's
+        return ops.gated_lora_linear(gate, up, activation, weight, lora_A, lora_B, bias, rank_scale=rank_scale,
+                                     scaling=scaling, dropout_p=p, training=True)  # fmt: skip
 
     def _scale_tensors(self, name: str) -> tuple[Tensor, ...]:
         """Returns the tensors from which :meth:`_rank_scale` computes the scale per rank."""
