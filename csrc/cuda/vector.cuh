@@ -28,6 +28,18 @@ __device__ __forceinline__ void store_words(Words* to, Words words) {
   }
 }
 
+// Converts eight elements of a 16-bit type to floats.
+template <typename T>
+__device__ __forceinline__ void unpack_eight(uint4 words, float (&values)[kVector]) {
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack2<T>(pairs[i]);
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
+
 // Loads eight elements from an address that is aligned to 16 bytes.
 template <Reuse kReuse = Reuse::kSoon, typename T>
 __device__ __forceinline__ void load_vector(const T* from, float (&values)[kVector]) {
@@ -37,14 +49,7 @@ __device__ __forceinline__ void load_vector(const T* from, float (&values)[kVect
     values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
     values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
   } else {
-    const uint4 words = load_words<kReuse>(reinterpret_cast<const uint4*>(from));
-    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack2<T>(pairs[i]);
-      values[2 * i] = pair.x;
-      values[2 * i + 1] = pair.y;
-    }
+    unpack_eight<T>(load_words<kReuse>(reinterpret_cast<const uint4*>(from)), values);
   }
 }
 

@@ -44,18 +44,6 @@ struct GatedShared {
   uint4 operands[kMatrices][4][kRankThreads];
 };
 
-template <typename T>
-__device__ __forceinline__ void load_shared_eight(SharedAt from, float (&values)[kVector]) {
-  const uint4 words = load_shared_16(from);
-  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = unpack2<T>(pairs[i]);
-    values[2 * i] = pair.x;
-    values[2 * i + 1] = pair.y;
-  }
-}
-
 // kRanks: number of tiles of 8 ranks, 2 or 4. kTerms: number of terms of A; Pᵀ always has three terms. kColumns:
 // whether the results are the gradients and dAᵀ; if false, the results are h and S. kDropped: whether the layer has
 // dropout. Grid: x has chunks · ceil(rows / 64) thread blocks, or chunks · ceil(columns / 64) if kColumns is true.
@@ -127,9 +115,9 @@ __global__ void __launch_bounds__(kRankThreads, 3) rank_gated_kernel(GatedPass p
 #pragma unroll 1
     for (int j = 0; j < 4; ++j) {
       float gate[kVector], up[kVector], grad[kVector], h[kVector], of_gate[kVector], of_up[kVector];
-      load_shared_eight<T>(place(0, j), gate);
-      load_shared_eight<T>(place(1, j), up);
-      if constexpr (kColumns) load_shared_eight<T>(place(2, j), grad);
+      unpack_eight<T>(load_shared_16(place(0, j)), gate);
+      unpack_eight<T>(load_shared_16(place(1, j)), up);
+      if constexpr (kColumns) unpack_eight<T>(load_shared_16(place(2, j)), grad);
       // Without a barrier, cp.async may overwrite shared memory before this thread's earlier reads; the barrier orders
       // the reads first.
       sync_warp();
