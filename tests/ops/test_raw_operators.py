@@ -42,7 +42,7 @@ def norm(lora_A: Tensor, lora_B: Tensor) -> object:
          "q has 3 heads, wanted a multiple of k's 2"),
         (lambda: RAW.cross_entropy_rows(B.T, torch.zeros(4, dtype=torch.int64), None, 1.0, 0.0, 0.0, -100, True),
          r"logits is not \[T, V\] .* contiguous"),
-        (lambda: RAW.gated_activation(torch.randn(3, 5), None, 0), "gate has 5 columns, wanted an even count"),
+        (lambda: RAW.gated_activation(torch.randn(3, 5), None, 0), "gate has 5 columns, wanted an even number"),
         (lambda: RAW.gated_activation(torch.randn(12, 1), torch.randn(1, 12), 3), "up is not of gate's shape"),
         (lambda: RAW.gated_activation_backward(torch.randn(3, 4), torch.randn(2, 6), torch.randn(2, 6), 3),
          "grad is not of the result's shape"),
