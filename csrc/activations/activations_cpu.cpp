@@ -12,7 +12,6 @@
 #include "linear/cpu/packing.h"
 
 namespace peft_ext {
-namespace {
 
 const ActivationKernels& activation_kernels() {
 #if defined(__x86_64__)
@@ -23,6 +22,8 @@ const ActivationKernels& activation_kernels() {
   return kActivationKernelsScalar;
 #endif
 }
+
+namespace {
 
 // Returns the operands gate and up as RowsApart objects, and the sizes of the result. If `halves`, the argument `gate`
 // is a tensor [..., 2F] whose first half is gate and whose second half is up. Otherwise gate is [..., F], and up is

@@ -47,4 +47,7 @@ extern const ActivationKernels kActivationKernelsAvx512;
 extern const ActivationKernels kActivationKernelsNeon;
 #endif
 
+// Returns the kernels for the current CPU path.
+const ActivationKernels& activation_kernels();
+
 }  // namespace peft_ext

@@ -28,17 +28,17 @@ constexpr int64_t kStreams = 32;
 // that run at the same time. The sums of a single split or of a single stream may exceed kMostSums.
 constexpr int64_t kMostSums = int64_t{1} << 25;
 
-const AttentionKernels& attention_kernels(DType dtype) {
-#if defined(__x86_64__)
-  if (dtype == DType::kBF16 && current_isa() == Isa::kAmx) return kAttentionKernelsAmx;
-  if (dtype == DType::kBF16 && current_isa() == Isa::kAmxEmulated) return kAttentionKernelsAmxEmulated;
-  if (dtype == DType::kBF16 && current_isa() == Isa::kAvx512Bf16) return kAttentionKernelsAvx512Bf16;
-  return select_kernels(&kAttentionKernelsScalar, &kAttentionKernelsAvx2, &kAttentionKernelsAvx512);
-#elif defined(__aarch64__)
-  return select_kernels(&kAttentionKernelsScalar, &kAttentionKernelsNeon);
-#else
-  return kAttentionKernelsScalar;
-#endif
+// Raises an error unless `given` [B, H, T, S] has the sizes in `wanted`, or 1.
+void check_scores(const char* op, const char* argument, const Tensor& given, const int64_t (&wanted)[4]) {
+  STD_TORCH_CHECK(given.dim() == 4, op, ": ", argument, " is not [B, H, T, S]");
+  for (int d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(given.size(d) == wanted[d] || given.size(d) == 1, op, ": ", argument, " has ", given.size(d),
+                    " in dimension ", d, ", wanted ", wanted[d], " or 1");
+}
+
+void check_mask(const char* op, const Tensor& mask, const int64_t (&wanted)[4]) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, op, ": mask is not of bools");
+  check_scores(op, "mask", mask, wanted);
 }
 
 void check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -52,19 +52,10 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k, const Ten
                   ": k or v is not of q's type");
   STD_TORCH_CHECK(scale > 0.0 && std::isfinite(scale), op, ": scale is ", scale, ", wanted a finite number above 0");
   const int64_t wanted[] = {q.size(0), q.size(1), q.size(2), k.size(2)};
-  const auto check_scores = [&](const char* argument, const Tensor& given) {
-    STD_TORCH_CHECK(given.dim() == 4, op, ": ", argument, " is not [B, H, T, S]");
-    for (int d = 0; d < 4; ++d)
-      STD_TORCH_CHECK(given.size(d) == wanted[d] || given.size(d) == 1, op, ": ", argument, " has ", given.size(d),
-                      " in dimension ", d, ", wanted ", wanted[d], " or 1");
-  };
-  if (mask.has_value()) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, op, ": mask is not of bools");
-    check_scores("mask", *mask);
-  }
+  if (mask.has_value()) check_mask(op, *mask, wanted);
   if (bias.has_value()) {
     dtype_of(op, "bias", *bias);
-    check_scores("bias", *bias);
+    check_scores(op, "bias", *bias, wanted);
   }
 }
 
@@ -103,6 +94,33 @@ Tensor mask_words(const Tensor& mask, int64_t queries, int64_t keys) {
   return words;
 }
 
+}  // namespace
+
+const AttentionKernels& attention_kernels(DType dtype) {
+#if defined(__x86_64__)
+  if (dtype == DType::kBF16 && current_isa() == Isa::kAmx) return kAttentionKernelsAmx;
+  if (dtype == DType::kBF16 && current_isa() == Isa::kAmxEmulated) return kAttentionKernelsAmxEmulated;
+  if (dtype == DType::kBF16 && current_isa() == Isa::kAvx512Bf16) return kAttentionKernelsAvx512Bf16;
+  return select_kernels(&kAttentionKernelsScalar, &kAttentionKernelsAvx2, &kAttentionKernelsAvx512);
+#elif defined(__aarch64__)
+  return select_kernels(&kAttentionKernelsScalar, &kAttentionKernelsNeon);
+#else
+  return kAttentionKernelsScalar;
+#endif
+}
+
+void set_seen(const char* op, const Tensor& mask, Attention* work) {
+  check_mask(op, mask, {work->batches, work->heads, work->queries, work->keys});
+  const auto stride = [&](int d) { return mask.size(d) == 1 ? int64_t{0} : mask.stride(d); };
+  work->seen = static_cast<const uint8_t*>(mask.const_data_ptr());
+  work->seen_batch = stride(0);
+  work->seen_head = stride(1);
+  work->seen_query = stride(2);
+  work->seen_key = stride(3);
+}
+
+namespace {
+
 // The arguments of one call of an attention operator, and the tensors that the call must keep alive.
 struct Call {
   const AttentionKernels& isa;
@@ -135,12 +153,7 @@ struct Call {
     work.k = heads_of(k);
     work.v = heads_of(v);
     if (mask.has_value() && mask->numel() > 0 && has_few_queries(bias)) {
-      const auto stride = [&](int d) { return mask->size(d) == 1 ? int64_t{0} : mask->stride(d); };
-      work.seen = static_cast<const uint8_t*>(mask->const_data_ptr());
-      work.seen_batch = stride(0);
-      work.seen_head = stride(1);
-      work.seen_query = stride(2);
-      work.seen_key = stride(3);
+      set_seen(op, *mask, &work);
     } else if (mask.has_value() && mask->numel() > 0) {
       const Tensor words = hold(mask_words(*mask, work.queries, work.keys));
       work.mask = reinterpret_cast<const uint64_t*>(words.const_data_ptr());
@@ -213,8 +226,6 @@ struct Call {
   }
 };
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask,
                                                             bool is_causal, double scale, double dropout_p,
                                                             std::optional<Tensor> seed, std::optional<Tensor> bias) {
@@ -241,8 +252,6 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention_cpu(Tensor q, Tensor k, 
   });
   return {out, lse};
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward_cpu(
     Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> mask, bool is_causal,

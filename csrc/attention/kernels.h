@@ -138,4 +138,7 @@ extern const AttentionKernels kAttentionKernelsAmxEmulated;
 extern const AttentionKernels kAttentionKernelsNeon;
 #endif
 
+// Returns the kernels for the current CPU path, and for q, k and v of `dtype`.
+const AttentionKernels& attention_kernels(DType dtype);
+
 }  // namespace peft_ext

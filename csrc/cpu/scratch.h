@@ -13,7 +13,7 @@ namespace peft_ext {
 // On a thread, no two running functions use the block of the same Scratch value. The thread that calls an operator may
 // have a block for each Scratch value. The other threads of a parallel loop have blocks for the uses kPanel and kRows,
 // and for every use if they compute whole calls of a layer (each_run in linear/cpu/runs.h).
-enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kCount };
+enum class Scratch : int { kPanel = 0, kTokens, kMoreTokens, kScales, kRows, kWeight, kLayer, kCount };
 
 // Largest size of a block that outlives its call. The kPanel block of a linear layer holds panels of W in 512 KiB, and
 // if W has many columns also the float32 sums of these panels. If dropout also acts on the input of the base layer, the

@@ -71,16 +71,18 @@ class Loops {
     loops_.push_back({count, std::max<int64_t>(1, work), total_, std::move(f)});
     total_ += count * loops_.back().work;
   }
+  // The work of all iterations.
+  int64_t total() const { return total_; }
   // Runs the loops. grain: the smallest work of a thread, in the unit of `work`.
   void run(int64_t grain) const {
-    parallel_for(0, total_, grain, [&](int64_t begin, int64_t end) {
-      for (const Loop& loop : loops_) {
-        // An iteration of a loop runs in the call of this function whose range [begin, end) contains the iteration's
-        // first unit of work.
-        const int64_t first = loop.iteration(begin), last = loop.iteration(end);
-        if (first < last) loop.f(first, last);
-      }
-    });
+    parallel_for(0, total_, grain, [&](int64_t begin, int64_t end) { run_part(begin, end); });
+  }
+  // Runs the iterations whose first unit of work is in the range [begin, end) of the total work.
+  void run_part(int64_t begin, int64_t end) const {
+    for (const Loop& loop : loops_) {
+      const int64_t first = loop.iteration(begin), last = loop.iteration(end);
+      if (first < last) loop.f(first, last);
+    }
   }
 
  private:

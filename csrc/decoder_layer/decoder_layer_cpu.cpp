@@ -3,10 +3,13 @@
 //   q, k, v = projections(norm₁(x));   the rotated k, and v, are written to the cache, after its keys and values;
 //   h = x + o(attention(rotated q, all keys, all values));   y = h + down(act(gate(norm₂(h))) ∘ up(norm₂(h)))
 //
-// Most steps run the CPU code of an operator (rms_norm, lora_linears, rotary_embedding,
-// scaled_dot_product_attention, gated_activation), and give the same bits as a call of that operator. The copy of v to
-// the cache and the two additions are computed in this file. One call from Python runs all steps of the layer.
+// Most steps run the kernels of an operator (rms_norm, lora_linears, rotary_embedding, scaled_dot_product_attention,
+// gated_activation), and give the same bits as a call of that operator. The copy of v to the cache and the two additions
+// are computed in this file. One call from Python runs all steps of the layer, as the stages of one parallel loop. Their
+// intermediate values are in one block of the calling thread's scratch, because the allocation of a tensor for each, and
+// a loop for each step, would take as long as the kernels.
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <mutex>
@@ -14,14 +17,17 @@
 #include <utility>
 #include <vector>
 
-#include "activations/operators.h"
+#include "activations/glue.h"
+#include "activations/kernels.h"
 #include "attention/operators.h"
 #include "common/api.h"
 #include "common/registration.h"
 #include "cpu/operator_call.h"
+#include "cpu/stages.h"
 #include "linear/cpu/few_layers.h"
-#include "norm/operators.h"
-#include "rotary/operators.h"
+#include "linear/cpu/packing.h"
+#include "norm/kernels.h"
+#include "rotary/kernels.h"
 #include "siblings/layers.h"
 
 namespace peft_ext {
@@ -45,24 +51,67 @@ struct Lists {
   std::vector<double> numbers;
 };
 
-// What the kernels know of a tensor before they read its values.
-struct TensorFacts {
-  const void* data;
-  ScalarType type;
-  std::vector<int64_t> sizes;
-  bool contiguous;
-
-  explicit TensorFacts(const Tensor& of)
-      : data(of.const_data_ptr()),
-        type(of.scalar_type()),
-        sizes(of.sizes().begin(), of.sizes().end()),
-        contiguous(of.is_contiguous()) {}
-
-  bool holds(const Tensor& of) const {
-    const auto now = of.sizes();
-    return of.const_data_ptr() == data && of.scalar_type() == type && of.is_contiguous() == contiguous &&
-           std::equal(now.begin(), now.end(), sizes.begin(), sizes.end());
+// What the kernels know of tensors before they read the tensors' values.
+class TensorFacts {
+ public:
+  explicit TensorFacts(const std::vector<Tensor>& tensors) {
+    for (const Tensor& of : tensors) {
+      const auto sizes = of.sizes();
+      facts_.push_back({of.const_data_ptr(), of.scalar_type(), of.is_contiguous(), sizes.size()});
+      sizes_.insert(sizes_.end(), sizes.begin(), sizes.end());
+      are_contiguous_ = are_contiguous_ && of.is_contiguous();
+    }
   }
+
+  bool are_contiguous() const { return are_contiguous_; }
+
+  // Returns whether the tensors, as many as before, still have the same memory, dtypes, contiguity and sizes.
+  bool hold(const std::vector<Tensor>& tensors) const {
+    read_ahead(tensors);
+    const int64_t* sizes = sizes_.data();
+    for (size_t i = 0; i < facts_.size(); ++i) {
+      const Tensor& of = tensors[i];
+      const Fact& fact = facts_[i];
+      const auto now = of.sizes();
+      if (of.const_data_ptr() != fact.data || of.scalar_type() != fact.type || of.is_contiguous() != fact.contiguous ||
+          now.size() != fact.dims || !std::equal(now.begin(), now.end(), sizes))
+        return false;
+      sizes += fact.dims;
+    }
+    return true;
+  }
+
+ private:
+  struct Fact {
+    const void* data;
+    ScalarType type;
+    bool contiguous;
+    size_t dims;
+  };
+
+  // Prefetches the objects of torch in which `hold` follows pointers: in generation, reading the model's weights has
+  // displaced them from the cache, and one after the other they would take longer than a small layer's product. Where
+  // torch keeps the pointers is known from at::Tensor, c10::TensorImpl and c10::StorageImpl of torch 2.11 to 2.13; in
+  // another torch, other lines are prefetched, which changes only the time.
+  static void read_ahead(const std::vector<Tensor>& tensors) {
+    constexpr size_t kLine = 64, kStorageAt = 16, kLinesOfTensor = 3;
+    const auto pointer_at = [](const void* object, size_t at) {
+      const char* found = nullptr;
+      memcpy(&found, static_cast<const char*>(object) + at, sizeof(found));
+      return found;
+    };
+    for (const Tensor& tensor : tensors) __builtin_prefetch(tensor.get());
+    for (const Tensor& tensor : tensors) {
+      const char* held = pointer_at(tensor.get(), 0);
+      for (size_t line = 0; line < kLinesOfTensor; ++line) __builtin_prefetch(held + line * kLine);
+    }
+    for (const Tensor& tensor : tensors)
+      __builtin_prefetch(pointer_at(pointer_at(tensor.get(), 0), kStorageAt));
+  }
+
+  std::vector<Fact> facts_;
+  std::vector<int64_t> sizes_;  // of all tensors, one after the other
+  bool are_contiguous_ = true;
 };
 
 // The linear layers of a decoder layer, checked and prepared for an input of one dtype, number of tokens and number of
@@ -76,6 +125,7 @@ class PreparedLayers {
 
   PreparedLayers(std::shared_ptr<const Lists> lists, const Tensor& x)
       : lists_(std::move(lists)),
+        facts_(lists_->tensors),
         isa_(current_isa()),
         type_(x.scalar_type()),
         tokens_(rows_of(x)),
@@ -86,7 +136,19 @@ class PreparedLayers {
                     kOp, ": tensors, sizes or numbers are not those of two norms and ", kLayers, " layers");
     layers_ = lora_layers(kOp, {tensors.begin() + kNorms, tensors.end()}, {sizes.begin() + kOwnSizes, sizes.end()},
                           {numbers.begin() + kOwnNumbers, numbers.end()});
-    for (const Tensor& tensor : tensors) facts_.emplace_back(tensor);
+    checked_gate(kOp, sizes[0]);
+    for (size_t i = 0; i < kNorms; ++i) {
+      const Tensor& weight = tensors[i];
+      dtype_of(kOp, "norm weight", weight);
+      STD_TORCH_CHECK(weight.numel() == columns_, kOp, ": a norm's weight has ", weight.numel(), " elements, wanted ",
+                      columns_);
+      // If a norm rounds before it multiplies by a weight of another dtype than x, its result is float32, which
+      // decoder_layer does not support.
+      STD_TORCH_CHECK(sizes[1] == 0 || weight.scalar_type() == type_, kOp, ": a norm's weight is not of x's type");
+      norms_.push_back(as_contiguous(weight));
+    }
+    const double scale = numbers[kOwnNumbers - 1];
+    STD_TORCH_CHECK(scale > 0.0 && std::isfinite(scale), kOp, ": scale is ", scale, ", wanted a finite number above 0");
     const int64_t columns[kGroups] = {columns_, outputs(0), columns_, outputs(4)};
     for (size_t group = 0; group < kGroups; ++group)
       prepared_.push_back(FewLayers::of(kOp, layers_.data() + kFirst[group], layers_.data() + kFirst[group + 1], type_,
@@ -97,8 +159,7 @@ class PreparedLayers {
 
   // Returns whether a later call with the same lists may use these layers: no value was read and nothing was copied.
   bool may_be_kept() const {
-    for (const TensorFacts& facts : facts_)
-      if (!facts.contiguous) return false;
+    if (!facts_.are_contiguous()) return false;
     for (const Layer& layer : layers_)
       if (layer.adapter.dropout.active) return false;
     return true;
@@ -106,42 +167,51 @@ class PreparedLayers {
 
   // Returns whether these layers are those of the lists for x.
   bool fit(const Lists& lists, const Tensor& x) const {
-    if (&lists != lists_.get() || current_isa() != isa_ || x.scalar_type() != type_ || rows_of(x) != tokens_ ||
-        x.size(2) != columns_)
-      return false;
-    for (size_t i = 0; i < facts_.size(); ++i)
-      if (!facts_[i].holds(lists.tensors[i])) return false;
-    return true;
+    return &lists == lists_.get() && current_isa() == isa_ && x.scalar_type() == type_ && rows_of(x) == tokens_ &&
+           x.size(2) == columns_ && facts_.hold(lists.tensors);
   }
 
   int64_t outputs(size_t layer) const { return layers_[layer].weight.out_features(); }
 
-  // Returns Y of each layer of a group for a contiguous x.
-  std::vector<Tensor> forward(Group group, const Tensor& x) const {
-    std::vector<Tensor> found;
-    const std::optional<FewLayers>& few = prepared_[group];
-    if (!few.has_value()) {
+  const Tensor& norm(size_t i) const { return norms_[i]; }
+
+  // Returns the number of bytes of the room that a call of `add` needs.
+  int64_t bytes() const {
+    int64_t most = 0;
+    for (const std::optional<FewLayers>& few : prepared_)
+      if (few.has_value()) most = std::max(most, few->bytes());
+    return most;
+  }
+
+  // Adds to `stages` the stages that compute a group for x [tokens, columns], and write Y of each layer to its memory in
+  // `ys`. `room` and `runs` must live until the stages have run; several groups may have the same room.
+  void add(Stages* stages, Group group, const void* x, const std::vector<void*>& ys, char* room,
+           std::vector<FewLayers::Run>* runs) const {
+    if (const std::optional<FewLayers>& few = prepared_[group]; few.has_value()) {
+      std::vector<FewLayers::Results> results;
+      for (void* y : ys) results.push_back({y, nullptr, nullptr});
+      return few->add_to(stages, x, results, room, runs);
+    }
+    stages->add_call([=] {
       const std::vector<Layer> layers(layers_.data() + kFirst[group], layers_.data() + kFirst[group + 1]);
-      for (const AdaptedForward& one : adapted_forwards(kOp, x, layers)) found.push_back(one.y);
-      return found;
-    }
-    std::vector<FewLayers::Results> results;
-    for (size_t layer = kFirst[group]; layer < kFirst[group + 1]; ++layer) {
-      found.push_back(empty(with_last(x, outputs(layer)), type_));
-      results.push_back({found.back().mutable_data_ptr(), nullptr, nullptr});
-    }
-    few->run(x.const_data_ptr(), results);
-    return found;
+      const int64_t columns = layers[0].weight.in_features();
+      const Tensor rows = torch::stable::from_blob(const_cast<void*>(x), {tokens_, columns}, {columns, 1},
+                                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), type_);
+      const std::vector<AdaptedForward> found = adapted_forwards(kOp, rows, layers);
+      for (size_t i = 0; i < ys.size(); ++i)
+        memcpy(ys[i], found[i].y.const_data_ptr(), static_cast<size_t>(found[i].y.numel()) * found[i].y.element_size());
+    });
   }
 
  private:
   static constexpr size_t kFirst[kGroups + 1] = {0, 3, 4, 6, kLayers};
 
   std::shared_ptr<const Lists> lists_;
+  TensorFacts facts_;
   Isa isa_;
   ScalarType type_;
   int64_t tokens_, columns_;
-  std::vector<TensorFacts> facts_;
+  std::vector<Tensor> norms_;  // the contiguous weights of the norms
   std::vector<Layer> layers_;
   std::vector<std::optional<FewLayers>> prepared_;
 };
@@ -187,50 +257,76 @@ void keep_layers(int64_t plan, const Plan& made) {
   if (found != plans().end() && found->second.lists == made.lists) replaced = std::exchange(found->second, made);
 }
 
-Tensor strided(const Tensor& tensor, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-               int64_t offset) {
-  AtenTensorHandle out = nullptr;  // the offset is relative to the tensor's storage offset
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(shape.size()), shape.data(),
-                                                        strides.data(), offset, &out));
-  return Tensor(out);
+// Blocks of memory behind each other, of which each begins at a multiple of kFewAlignment bytes. A first object, without
+// memory, finds the number of bytes.
+class Blocks {
+ public:
+  explicit Blocks(char* memory = nullptr) : memory_(memory) {}
+  template <typename T = void>
+  T* take(int64_t bytes) {
+    char* const found = memory_ == nullptr ? nullptr : memory_ + bytes_;
+    bytes_ += round_up(bytes, kFewAlignment);
+    return reinterpret_cast<T*>(found);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+// The intermediate values of a call, in x's dtype but for the factors, rstd and lse, which are float32.
+struct Values {
+  void *normed, *q, *k, *v, *rotated, *attended, *projected, *h, *second, *gate, *up, *gated, *down;
+  float *factors, *rstd, *lse;
+  char* room;
+
+  Values(Blocks* blocks, const PreparedLayers& layers, int64_t tokens, int64_t columns, int64_t rows, int64_t element) {
+    const auto matrix = [&](int64_t of_token) { return blocks->take(tokens * of_token * element); };
+    normed = matrix(columns);
+    q = matrix(layers.outputs(0));
+    k = matrix(layers.outputs(1));
+    v = matrix(layers.outputs(2));
+    rotated = matrix(layers.outputs(0));
+    attended = matrix(layers.outputs(0));
+    projected = matrix(columns);
+    h = matrix(columns);
+    second = matrix(columns);
+    gate = matrix(layers.outputs(4));
+    up = matrix(layers.outputs(5));
+    gated = matrix(layers.outputs(4));
+    down = matrix(columns);
+    constexpr int64_t kFloat = sizeof(float);
+    factors = blocks->take<float>(static_cast<int64_t>(kNorms) * columns * kFloat);
+    rstd = blocks->take<float>(tokens * kFloat);
+    lse = blocks->take<float>(rows * kFloat);
+    room = blocks->take<char>(layers.bytes());
+  }
+};
+
+// Adds a stage that calls f(begin, end) for parts of `rows` rows of `columns` elements each.
+template <typename F>
+void add_rows(Stages* stages, int64_t rows, int64_t columns, const F& f) {
+  stages->add(kPackGrain).add(rows, columns, f);
 }
 
-// Returns y [B, T, H · D] as [B, H, T, D].
-Tensor heads_of(const Tensor& y, int64_t size) {
-  const int64_t batch = y.size(0), tokens = y.size(1), columns = y.size(2);
-  return strided(y, {batch, columns / size, tokens, size}, {tokens * columns, size, columns, 1}, 0);
-}
-
-// Returns the tokens [first, first + count) of the cached keys or values [B, H, capacity, D].
-Tensor tokens_of(const Tensor& held, int64_t first, int64_t count) {
-  return strided(held, {held.size(0), held.size(1), count, held.size(3)},
-                 {held.stride(0), held.stride(1), held.stride(2), 1}, first * held.stride(2));
-}
-
-// Copies v to `to`, both [B, H, T, D] with contiguous rows of elements of two or four bytes.
-void copy_heads(const Tensor& v, const Tensor& to) {
-  const size_t element = v.scalar_type() == ScalarType::Float ? 4 : 2, row = static_cast<size_t>(v.size(3)) * element;
-  const char* from = static_cast<const char*>(v.const_data_ptr());
-  char* into = static_cast<char*>(to.mutable_data_ptr());
-  const int64_t bytes = static_cast<int64_t>(element);
-  for (int64_t b = 0; b < v.size(0); ++b)
-    for (int64_t h = 0; h < v.size(1); ++h)
-      for (int64_t t = 0; t < v.size(2); ++t)
-        memcpy(into + (b * to.stride(0) + h * to.stride(1) + t * to.stride(2)) * bytes,
-               from + (b * v.stride(0) + h * v.stride(1) + t * v.stride(2)) * bytes, row);
-}
-
-// Returns a + b, rounded once. a and b are contiguous, of one shape and dtype.
-Tensor sum_of(const Tensor& a, const Tensor& b) {
-  const Tensor sum = empty({a.sizes().begin(), a.sizes().end()}, a.scalar_type());
-  with_dtype(dtype_of(kOp, "x", a), [&](auto zero) {
+// Writes a + b, rounded once, for the elements [begin, end).
+void add_elements(DType dtype, const void* a, const void* b, void* sum, int64_t begin, int64_t end) {
+  with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T *one = static_cast<const T*>(a.const_data_ptr()), *other = static_cast<const T*>(b.const_data_ptr());
-    T* to = static_cast<T*>(sum.mutable_data_ptr());
-    const int64_t count = a.numel();
-    for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(to_float(one[i]) + to_float(other[i]));
+    const T *one = static_cast<const T*>(a), *other = static_cast<const T*>(b);
+    T* to = static_cast<T*>(sum);
+    for (int64_t i = begin; i < end; ++i) to[i] = from_float<T>(to_float(one[i]) + to_float(other[i]));
   });
-  return sum;
+}
+
+// Writes weight + offset in float32.
+void write_factor(const Tensor& weight, double offset, float* factor) {
+  with_dtype(dtype_of(kOp, "norm weight", weight), [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(weight.const_data_ptr());
+    const auto more = static_cast<float>(offset);
+    for (int64_t k = 0; k < weight.numel(); ++k) factor[k] = to_float(from[k]) + more;
+  });
 }
 
 Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> mask, Tensor keys, Tensor values,
@@ -240,45 +336,140 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   Plan kept = plan_of(plan, {std::move(given_tensors), std::move(given_sizes), std::move(given_numbers)});
   STD_TORCH_CHECK(x.dim() == 3 && keys.dim() == 4 && values.dim() == 4, kOp,
                   ": x is not [B, T, K], or keys or values are not [B, H, capacity, D]");
-  const int64_t batch = x.size(0), tokens = x.size(1), size = keys.size(3);
+  const int64_t batch = x.size(0), tokens = x.size(1), size = keys.size(3), all = past + tokens;
+  STD_TORCH_CHECK(tokens <= kFewQueries, kOp, ": x has ", tokens, " tokens, wanted at most ", kFewQueries);
   for (const Tensor* held : {&keys, &values})
     STD_TORCH_CHECK(held->size(0) == batch && held->size(1) == keys.size(1) && held->size(3) == size && size > 0 &&
-                        held->stride(3) == 1 && held->scalar_type() == x.scalar_type() && past >= 0 &&
+                        size % 2 == 0 && held->stride(3) == 1 && held->scalar_type() == x.scalar_type() && past >= 0 &&
                         past <= held->size(2) - tokens,
                     kOp, ": keys or values have no room for the tokens of x behind ", past, " tokens");
+  for (const Tensor* of : {&cos, &sin})
+    STD_TORCH_CHECK(of->dim() == 3 && (of->size(0) == 1 || of->size(0) == batch) && of->size(0) == cos.size(0) &&
+                        of->size(1) == tokens && of->size(2) == size && of->scalar_type() == x.scalar_type(),
+                    kOp, ": cos and sin are not [B, T, D] or [1, T, D] of x's type");
   if (kept.prepared == nullptr || !kept.prepared->fit(*kept.lists, x)) {
     kept.prepared = std::make_shared<const PreparedLayers>(kept.lists, x);
     if (plan != 0 && kept.prepared->may_be_kept()) keep_layers(plan, kept);
   }
   const PreparedLayers& layers = *kept.prepared;
-  const auto& [tensors, sizes, numbers] = *kept.lists;
-  const int64_t hidden = x.size(2), width = layers.outputs(1);
-  STD_TORCH_CHECK(width == keys.size(1) * size && layers.outputs(2) == width && layers.outputs(0) % size == 0 &&
-                      layers.outputs(3) == hidden && layers.outputs(6) == hidden,
+  const std::vector<int64_t>& sizes = kept.lists->sizes;
+  const std::vector<double>& numbers = kept.lists->numbers;
+  const int64_t hidden = x.size(2), width = layers.outputs(1), of_q = layers.outputs(0), inner = layers.outputs(4);
+  STD_TORCH_CHECK(width == keys.size(1) * size && layers.outputs(2) == width && width > 0 && of_q % width == 0 &&
+                      layers.outputs(3) == hidden && layers.outputs(5) == inner && layers.outputs(6) == hidden,
                   kOp, ": the layers do not give the heads of the keys, or the columns of x");
-  const bool rounds = sizes[1] != 0;
-  const Tensor residual = as_contiguous(x);
-  // If rms_norm_cpu rounds before it multiplies by a weight of another dtype than x, its result is float32, which
-  // decoder_layer does not support.
-  for (size_t i = 0; i < kNorms; ++i)
-    STD_TORCH_CHECK(!rounds || tensors[i].scalar_type() == x.scalar_type(), kOp,
-                    ": a norm's weight is not of x's type");
-  const Tensor normed = std::get<0>(rms_norm_cpu(residual, tensors[0], numbers[0], numbers[2], rounds));
-  const std::vector<Tensor> projected = layers.forward(PreparedLayers::kProjections, normed);
-  const Tensor q = heads_of(projected[0], size);
-  const Tensor rotated = like_with_whole_rows(q);
-  rotate_heads(kOp, q, heads_of(projected[1], size), cos, sin, rotated, tokens_of(keys, past, tokens), false);
-  copy_heads(heads_of(projected[2], size), tokens_of(values, past, tokens));
-  const Tensor attended = std::get<0>(scaled_dot_product_attention_cpu(rotated, tokens_of(keys, 0, past + tokens),
-                                                                       tokens_of(values, 0, past + tokens), mask, false,
-                                                                       numbers[3], 0.0, std::nullopt, std::nullopt));
-  const int64_t columns = layers.outputs(0);
-  const Tensor rows = strided(attended, {batch, tokens, columns}, {tokens * columns, columns, 1}, 0);
-  const Tensor h = sum_of(residual, layers.forward(PreparedLayers::kOutput, rows)[0]);
-  const Tensor second = std::get<0>(rms_norm_cpu(h, tensors[1], numbers[1], numbers[2], rounds));
-  const std::vector<Tensor> inner = layers.forward(PreparedLayers::kGateUp, second);
-  const Tensor gated = gated_activation_cpu(inner[0], inner[1], sizes[0]);
-  return sum_of(h, layers.forward(PreparedLayers::kDown, gated)[0]);
+  const Tensor residual = as_contiguous(x), held_cos = as_contiguous(cos), held_sin = as_contiguous(sin);
+  const Tensor y = empty({batch, tokens, hidden}, x.scalar_type());
+  const int64_t rows = batch * tokens;
+  if (rows == 0) return y;
+  const DType dtype = dtype_of(kOp, "x", x);
+  const int64_t element = static_cast<int64_t>(x.element_size()), heads = of_q / size;
+  Blocks count;
+  Values(&count, layers, rows, hidden, rows * heads, element);
+  Blocks blocks(static_cast<char*>(scratch(Scratch::kLayer, static_cast<size_t>(count.bytes()))));
+  const Values held(&blocks, layers, rows, hidden, rows * heads, element);
+
+  const auto norm = [&](size_t i, const void* from, void* to) {
+    NormRows work;
+    work.dtype = work.out_dtype = dtype;
+    work.columns = hidden;
+    work.centered = false;
+    work.round_first = sizes[1] != 0;
+    work.eps = static_cast<float>(numbers[i]);
+    work.x = from;
+    work.factor = held.factors + static_cast<int64_t>(i) * hidden;
+    work.y = to;
+    work.rstd = held.rstd;
+    return work;
+  };
+  const NormRows first = norm(0, residual.const_data_ptr(), held.normed), second = norm(1, held.h, held.second);
+  const NormKernels& norms = norm_kernels();
+
+  const auto strides = [&](const Tensor& of) { return HeadsOf{of.mutable_data_ptr(), of.stride(0), of.stride(1), of.stride(2)}; };
+  const HeadsOf cache_k = strides(keys), cache_v = strides(values);
+  const int64_t filled = past * cache_k.token * element, filled_v = past * cache_v.token * element;
+  Rotary rotary;
+  rotary.dtype = dtype;
+  rotary.back = false;
+  rotary.tokens = tokens;
+  rotary.size = size;
+  rotary.parts[0] = {held.q, held.rotated, heads, tokens * of_q, size, of_q, tokens * of_q, size, of_q};
+  rotary.parts[1] = {held.k, static_cast<char*>(cache_k.data) + filled, keys.size(1), tokens * width, size, width,
+                     cache_k.batch, cache_k.head, cache_k.token};
+  rotary.cos = held_cos.const_data_ptr();
+  rotary.sin = held_sin.const_data_ptr();
+  rotary.cos_batch = cos.size(0) == 1 ? 0 : tokens * size;
+  const RotaryKernels& rotaries = rotary_kernels();
+  // Copies v of the tokens [begin, end) of all batches to the cache.
+  const auto append_v = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t head = 0; head < keys.size(1); ++head)
+        memcpy(static_cast<char*>(cache_v.data) + filled_v +
+                   (row / tokens * cache_v.batch + row % tokens * cache_v.token + head * cache_v.head) * element,
+               static_cast<const char*>(held.v) + (row * width + head * size) * element,
+               static_cast<size_t>(size * element));
+  };
+
+  Attention attention = {};
+  attention.dtype = dtype;
+  attention.batches = batch;
+  attention.heads = heads;
+  attention.kv_heads = keys.size(1);
+  attention.queries = tokens;
+  attention.keys = all;
+  attention.size = attention.value_size = size;
+  attention.scale = static_cast<float>(numbers[kOwnNumbers - 1]);
+  attention.q = {held.rotated, tokens * of_q, size, of_q};
+  attention.k = cache_k;
+  attention.v = cache_v;
+  attention.out = {held.attended, tokens * of_q, size, of_q};
+  attention.lse = held.lse;
+  if (mask.has_value() && mask->numel() > 0) set_seen(kOp, *mask, &attention);
+  const AttentionKernels& attentions = attention_kernels(dtype);
+  const size_t of_few = attentions.few_scratch(attention);
+  const int64_t units = batch * attention.kv_heads * ceil_div(heads / attention.kv_heads * tokens, kFewRows);
+
+  GatedRows gated;
+  gated.activation = checked_gate(kOp, sizes[0]);
+  gated.dtype = dtype;
+  gated.columns = inner;
+  gated.gate = {held.gate, inner};
+  gated.up = {held.up, inner};
+  gated.out = {held.gated, inner};
+  const ActivationKernels& activations = activation_kernels();
+
+  Stages stages;
+  std::vector<FewLayers::Run> runs[PreparedLayers::kGroups];
+  const auto add_layers = [&](PreparedLayers::Group group, const void* from, const std::vector<void*>& to) {
+    layers.add(&stages, group, from, to, held.room, &runs[group]);
+  };
+  stages.add(1).add(1, 1, [&](int64_t, int64_t) {
+    for (size_t i = 0; i < kNorms; ++i)
+      write_factor(layers.norm(i), numbers[2], held.factors + static_cast<int64_t>(i) * hidden);
+  });
+  add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) { norms.rows(first, begin, end); });
+  add_layers(PreparedLayers::kProjections, held.normed, {held.q, held.k, held.v});
+  add_rows(&stages, rows, of_q + width, [&](int64_t begin, int64_t end) {
+    rotaries.rotate(rotary, begin, end);
+    append_v(begin, end);
+  });
+  stages.add(1).add(units, 1, [&](int64_t begin, int64_t end) {
+    attentions.few(attention, begin, end, scratch(Scratch::kPanel, of_few));
+    release_large_scratch(Scratch::kPanel);
+  });
+  add_layers(PreparedLayers::kOutput, held.attended, {held.projected});
+  add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) {
+    add_elements(dtype, residual.const_data_ptr(), held.projected, held.h, begin * hidden, end * hidden);
+    norms.rows(second, begin, end);
+  });
+  add_layers(PreparedLayers::kGateUp, held.second, {held.gate, held.up});
+  add_rows(&stages, rows, inner, [&](int64_t begin, int64_t end) { activations.rows(gated, begin, end); });
+  add_layers(PreparedLayers::kDown, held.gated, {held.down});
+  add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) {
+    add_elements(dtype, held.h, held.down, y.mutable_data_ptr(), begin * hidden, end * hidden);
+  });
+  stages.run();
+  return y;
 }
 
 }  // namespace

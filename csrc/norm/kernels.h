@@ -57,4 +57,7 @@ extern const NormKernels kNormKernelsAvx512;
 extern const NormKernels kNormKernelsNeon;
 #endif
 
+// Returns the kernels for the current CPU path.
+const NormKernels& norm_kernels();
+
 }  // namespace peft_ext

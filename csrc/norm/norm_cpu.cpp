@@ -9,10 +9,8 @@
 #include "cpu/threads.h"
 #include "linear/cpu/chunk_sums.h"
 #include "norm/kernels.h"
-#include "norm/operators.h"
 
 namespace peft_ext {
-namespace {
 
 const NormKernels& norm_kernels() {
 #if defined(__x86_64__)
@@ -23,6 +21,8 @@ const NormKernels& norm_kernels() {
   return kNormKernelsScalar;
 #endif
 }
+
+namespace {
 
 std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
@@ -134,8 +134,6 @@ NormGradients norm_backward(const char* op, const Tensor& grad, const Tensor& x,
   return found;
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> rms_norm_cpu(Tensor x, std::optional<Tensor> weight, double eps, double offset,
                                         bool round_before_weight) {
   // If x̂ is rounded before the product, the product of x̂ and a weight of another dtype is float32, as in PyTorch.
@@ -144,8 +142,6 @@ std::tuple<Tensor, Tensor> rms_norm_cpu(Tensor x, std::optional<Tensor> weight, 
                       own ? x.scalar_type() : ScalarType::Float);
   return {found.y, found.rstd};
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor> rms_norm_backward_cpu(Tensor grad, Tensor x, std::optional<Tensor> weight, Tensor rstd,
                                                  double offset, bool needs_grad_x, bool needs_grad_weight) {

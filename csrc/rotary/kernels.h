@@ -43,4 +43,7 @@ extern const RotaryKernels kRotaryKernelsAvx512;
 extern const RotaryKernels kRotaryKernelsNeon;
 #endif
 
+// Returns the kernel for the current CPU path.
+const RotaryKernels& rotary_kernels();
+
 }  // namespace peft_ext

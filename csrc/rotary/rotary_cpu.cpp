@@ -9,10 +9,8 @@
 #include "linear/cpu/packing.h"
 #include "rotary/glue.h"
 #include "rotary/kernels.h"
-#include "rotary/operators.h"
 
 namespace peft_ext {
-namespace {
 
 const RotaryKernels& rotary_kernels() {
 #if defined(__x86_64__)
@@ -24,18 +22,19 @@ const RotaryKernels& rotary_kernels() {
 #endif
 }
 
+namespace {
+
 Heads heads_of(const Tensor& x, const Tensor& y) {
   return {x.const_data_ptr(), y.mutable_data_ptr(), x.size(1),   x.stride(0), x.stride(1),
           x.stride(2),        y.stride(0),          y.stride(1), y.stride(2)};
 }
 
-}  // namespace
-
-void rotate_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
-                  const Tensor& y_q, const Tensor& y_k, bool back) {
+// Returns the rotated q and k. If `back`, q and k are the gradients of the rotated q and k, and the results are the
+// gradients of the rotation's inputs.
+std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
+                                   const Tensor& sin, bool back) {
   check_rotary(op, q, k, cos, sin);
-  STD_TORCH_CHECK(y_q.scalar_type() == q.scalar_type() && y_k.scalar_type() == k.scalar_type(), op,
-                  ": the results are not of q's and k's types");
+  const Tensor y_q = like_with_whole_rows(q), y_k = like_with_whole_rows(k);
   const Tensor held_q = with_whole_rows(q), held_k = with_whole_rows(k);
   const Tensor held_cos = as_contiguous(cos), held_sin = as_contiguous(sin);
   Rotary work;
@@ -52,15 +51,6 @@ void rotate_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor
   const RotaryKernels& isa = rotary_kernels();
   parallel_for(0, q.size(0) * work.tokens, ceil_div(kPackGrain, of_token + 1),
                [&](int64_t begin, int64_t end) { isa.rotate(work, begin, end); });
-}
-
-namespace {
-
-std::tuple<Tensor, Tensor> rotated(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
-                                   const Tensor& sin, bool back) {
-  check_rotary(op, q, k, cos, sin);
-  const Tensor y_q = like_with_whole_rows(q), y_k = like_with_whole_rows(k);
-  rotate_heads(op, q, k, cos, sin, y_q, y_k, back);
   return {y_q, y_k};
 }
 

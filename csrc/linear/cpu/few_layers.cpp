@@ -1,25 +1,23 @@
-// Computes adapted layers for few tokens; see few_layers.h. All memory between the loops is the calling thread's
-// scratch, because in a call of one token the allocation of tensors would take as long as the products.
+// Computes adapted layers for few tokens; see few_layers.h. All memory between the stages is one block, because in a
+// call of one token the allocation of tensors would take as long as the products.
 #include "linear/cpu/few_layers.h"
 
 #include <algorithm>
 #include <functional>
 
 #include "cpu/scratch.h"
-#include "cpu/threads.h"
+#include "cpu/stages.h"
 #include "linear/cpu/tiles/products.h"
 #include "packed/cpu/decode.h"
 
 namespace peft_ext {
 namespace {
 
-constexpr int64_t kAlignment = 64;  // bytes; the beginning of each block of scratch is a multiple of kAlignment
-
-// Returns the next `bytes` bytes of the scratch memory at *room.
+// Returns memory for `count` values at *room, and moves *room behind it.
 template <typename T>
 T* take(char** room, int64_t count) {
   char* const found = *room;
-  *room += round_up(count * static_cast<int64_t>(sizeof(T)), kAlignment);
+  *room += round_up(count * static_cast<int64_t>(sizeof(T)), kFewAlignment);
   return reinterpret_cast<T*>(found);
 }
 
@@ -104,23 +102,18 @@ bool few_tokens_accept(const FrozenWeight& weight, ScalarType type, int64_t toke
                                      : tokens <= kFewTokens;
 }
 
-// The kernels' arguments of one layer in a call of FewLayers::run.
-struct FewLayers::Run {
-  const FewTokensProduct* base;
-  int64_t tokens;
-  const void* x;                 // x as base->multiply reads it
-  float* before;                 // the base product [T, N]
-  float* s;                      // [T, R]
-  float* left;                   // S times ρ [T, R]
-  FewTokens shrink{}, expand{};  // S = x Aᵀ and before += left Bᵀ; no rows without lora_A
-  Expand finish{};
+void FewLayers::Run::shrink_rows(const PassKernels& isa, int64_t begin, int64_t end) const {
+  isa.few_tokens(shrink, begin, end);
+  const int64_t rank = shrink.rows;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = begin; r < end; ++r)
+      left[t * rank + r] = s[t * rank + r] * (rank_scale ? scaling * rank_scale[r] : scaling);
+}
 
-  void multiply(int64_t begin, int64_t end) const { base->multiply(x, before, begin, end); }
-  void finish_rows(const PassKernels& isa, int64_t begin, int64_t end) const {
-    if (expand.rows > 0) isa.few_tokens(expand, begin, end);
-    isa.expand(finish, 0, tokens, begin, end);
-  }
-};
+void FewLayers::Run::finish_rows(const PassKernels& isa, int64_t begin, int64_t end) const {
+  if (expand.rows > 0) isa.few_tokens(expand, begin, end);
+  isa.expand(finish, 0, tokens, begin, end);
+}
 
 FewLayers::FewLayers(const char* op, ScalarType type, int64_t tokens, int64_t columns)
     : op_(op), type_(type), dtype_(dtype_of(op, "x", type)), tokens_(tokens), columns_(columns) {
@@ -141,7 +134,7 @@ std::optional<FewLayers> FewLayers::of(const char* op, const Layer* begin, const
   return found;
 }
 
-void FewLayers::reserve(int64_t bytes) { bytes_ += round_up(bytes, kAlignment); }
+void FewLayers::reserve(int64_t bytes) { bytes_ += round_up(bytes, kFewAlignment); }
 
 void FewLayers::add(const FrozenWeight& weight, const Adapter& adapter, const LinearSizes& size,
                     const std::optional<Tensor>& bias, bool bias_inside, const std::optional<Tensor>& scale) {
@@ -183,6 +176,8 @@ void FewLayers::prepare(const Member& member, const void* x, const float* wide, 
   run->before = take<float>(room, tokens_ * size.out);
   run->s = take<float>(room, tokens_ * size.rank);
   run->left = take<float>(room, tokens_ * size.rank);
+  run->scaling = static_cast<float>(adapter.scaling);
+  run->rank_scale = padded_values(op_, "rank_scale", member.rank_scale, size.rank, room);
   if (results.s != nullptr) run->s = results.s;
   if (member.lora_A.has_value()) {
     const float* dropped = wide;
@@ -221,50 +216,57 @@ void FewLayers::prepare(const Member& member, const void* x, const float* wide, 
   finish.before = run->before;
 }
 
-void FewLayers::run(const void* x, const std::vector<Results>& results) const {
+void FewLayers::add_to(Stages* stages, const void* x, const std::vector<Results>& results, char* room,
+                       std::vector<Run>* runs) const {
   const PassKernels& isa = pass_kernels();
-  char* room = static_cast<char*>(scratch(Scratch::kTokens, static_cast<size_t>(bytes_)));
-  const float* wide = static_cast<const float*>(x);
-  if (widens_ && dtype_ != DType::kF32) {
-    float* to = take<float>(&room, tokens_ * columns_);
-    widen_values(x, dtype_, tokens_ * columns_, to);
-    wide = to;
-  }
-  std::vector<Run> runs(members_.size());
-  Loops shrink, rows, last;
+  const bool copies = widens_ && dtype_ != DType::kF32;
+  const auto* wide = copies ? reinterpret_cast<const float*>(room) : static_cast<const float*>(x);
+  runs->resize(members_.size());
+  stages->add(1).add(1, 1, [=](int64_t, int64_t) {
+    char* next = room;
+    if (copies) widen_values(x, dtype_, tokens_ * columns_, take<float>(&next, tokens_ * columns_));
+    for (size_t i = 0; i < members_.size(); ++i) prepare(members_[i], x, wide, results[i], &next, &(*runs)[i]);
+  });
+  Loops &shrink = stages->add(kPackGrain), &rows = stages->add(kDecodeGrain);
+  bool later = false;  // whether a layer's final pass comes after the loop over the rows of W
   for (size_t i = 0; i < members_.size(); ++i) {
-    const Run* run = &runs[i];
-    prepare(members_[i], x, wide, results[i], &room, &runs[i]);
-    shrink.add(run->shrink.rows, run->shrink.columns * tokens_,
-               [&isa, run](int64_t begin, int64_t end) { isa.few_tokens(run->shrink, begin, end); });
-  }
-  shrink.run(kPackGrain);
-  for (size_t i = 0; i < members_.size(); ++i) {
-    const Run* run = &runs[i];
+    const Run& run = (*runs)[i];
     const Member& member = members_[i];
-    const Adapter& adapter = *member.adapter;
-    const int64_t rank = member.size.rank;
-    if (member.lora_A.has_value()) {
-      const auto scaling = static_cast<float>(adapter.scaling);
-      const float* by = padded_values(op_, "rank_scale", member.rank_scale, rank, &room);
-      for (int64_t j = 0; j < tokens_ * rank; ++j) run->left[j] = run->s[j] * (by ? scaling * by[j % rank] : scaling);
-    }
-    if (adapter.groups == nullptr && member.base.by_rows) {
-      rows.add(member.base.units, member.base.work, [&isa, run](int64_t begin, int64_t end) {
-        run->multiply(begin, end);
-        run->finish_rows(isa, begin, end);
+    const FewTokensProduct& base = member.base;
+    if (member.lora_A.has_value())
+      shrink.add(member.size.rank, columns_ * tokens_,
+                 [&isa, &run](int64_t begin, int64_t end) { run.shrink_rows(isa, begin, end); });
+    if (member.finishes_rows())
+      rows.add(base.units, base.work, [&isa, &run](int64_t begin, int64_t end) {
+        run.multiply(begin, end);
+        run.finish_rows(isa, begin, end);
       });
-      continue;
-    }
-    rows.add(member.base.units, member.base.work, [run](int64_t begin, int64_t end) { run->multiply(begin, end); });
-    last.add(member.size.out, tokens_ * (rank + 1),
-             [&isa, run](int64_t begin, int64_t end) { run->finish_rows(isa, begin, end); });
+    else
+      rows.add(base.units, base.work, [&run](int64_t begin, int64_t end) { run.multiply(begin, end); });
+    later = later || !member.finishes_rows();
   }
-  rows.run(kDecodeGrain);
+  if (!later) return;
   for (size_t i = 0; i < members_.size(); ++i)
-    if (const Groups* groups = members_[i].adapter->groups; groups != nullptr)
-      grouped_few_tokens(op_, *groups, wide, columns_, runs[i].before, members_[i].size.out, runs[i].s);
-  last.run(kPackGrain);
+    if (const Groups* groups = members_[i].adapter->groups; groups != nullptr) {
+      const Run& run = (*runs)[i];
+      const int64_t out = members_[i].size.out;
+      stages->add_call([=, &run] { grouped_few_tokens(op_, *groups, wide, columns_, run.before, out, run.s); });
+    }
+  Loops& last = stages->add(kPackGrain);
+  for (size_t i = 0; i < members_.size(); ++i) {
+    const Run& run = (*runs)[i];
+    const LinearSizes& size = members_[i].size;
+    if (!members_[i].finishes_rows())
+      last.add(size.out, tokens_ * (size.rank + 1),
+               [&isa, &run](int64_t begin, int64_t end) { run.finish_rows(isa, begin, end); });
+  }
+}
+
+void FewLayers::run(const void* x, const std::vector<Results>& results) const {
+  Stages stages;
+  std::vector<Run> runs;
+  add_to(&stages, x, results, static_cast<char*>(scratch(Scratch::kTokens, static_cast<size_t>(bytes_))), &runs);
+  stages.run();
 }
 
 }  // namespace peft_ext

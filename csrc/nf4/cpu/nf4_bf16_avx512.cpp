@@ -23,6 +23,7 @@
 
 #include "nf4/nf4_code.h"
 #include "nf4/cpu/nf4_kernels.h"
+#include "cpu/prefetch.h"
 #include "cpu/token_groups.h"
 
 namespace peft_ext {
@@ -46,6 +47,7 @@ __m512i code_table() {
 template <int kTokens, int kRows>
 inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
   const int64_t k = work.columns, stride = nibble_columns(k);
+  const int64_t ahead = prefetch_distance(kRows * k / 2);
   const bf16* x = work.x_ordered + first_token * stride;
   const __m512i table = code_table();
   __m512 sums[kRows][kTokens];
@@ -58,7 +60,7 @@ inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
     for (int r = 0; r < kRows; ++r) {
       const int64_t flat = (n + r) * k + j;
       const auto block = [&](int64_t at) { return (at >> work.block_shift) - first_block; };
-      _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + kRows * k / 2), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + ahead), _MM_HINT_T1);
       scale[r] = _mm512_set1_ps(work.absmax[block(flat)]);
       if (whole) {
         words[r] = _mm512_loadu_si512(work.packed + flat / 2);
@@ -97,6 +99,7 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
   // not depend on how many rows are computed at a time.
   constexpr int kSums = kTokens >= 4 ? 1 : 2;
   const int64_t k = work.columns, stride = nibble_columns(k);
+  const int64_t ahead = prefetch_distance(kRows * k / 2);
   const bf16* x = work.x_ordered + first_token * stride;
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   const __m512i low_bits = _mm512_set1_epi16(15);
@@ -115,9 +118,7 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
         return _mm512_mul_ps(code, _mm512_set1_ps(work.absmax[(at >> work.block_shift) - first_block]));
       };
       const __m512 first = scaled(flat);
-      // Prefetches the row that is kRows rows below this row, because several rows at a time are too many streams for
-      // the hardware prefetcher.
-      _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + kRows * k / 2), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + ahead), _MM_HINT_T1);
       __m512 second = _mm512_setzero_ps();
       if (j + kNibbleGroup <= k) {
         words[r] = _mm512_loadu_si512(work.packed + flat / 2);

@@ -36,6 +36,7 @@
 
 #include <immintrin.h>
 
+#include "cpu/prefetch.h"
 #include "cpu/token_groups.h"
 #include "packed/cpu/few_tokens_kernels.h"
 
@@ -159,7 +160,7 @@ inline void multiply_block(const PackedView& w, const bf16* x, const float* x_su
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) total[r][o][t] = _mm512_setzero_ps();
   }
-  const int64_t ahead = kRows * (steps[0].row_bytes(w));
+  const int64_t ahead = prefetch_distance(kRows * steps[0].row_bytes(w));
   for (int64_t start = 0; start < k; start += kChunkColumns) {
     const int64_t stop = min_i64(start + kChunkColumns, k);
 #pragma GCC unroll 8

@@ -2,6 +2,7 @@
 // row of the matrix is read once for each group. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/token_groups.h"
 #include "linear/cpu/kernels/row_block.h"
 
@@ -32,6 +33,7 @@ inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, 
   constexpr int kSums = kCount >= 4 ? 1 : 4;
   constexpr int kStep = kSums * Vec::kWidth;
   static_assert(kPanel % kStep == 0, "the tail is the last panel's");
+  const int64_t ahead = prefetch_distance(work.columns * static_cast<int64_t>(sizeof(T)));
   alignas(64) float buffer[kPanel];
   Vec sum[kCount][kSums];
 #pragma GCC unroll 8
@@ -40,6 +42,7 @@ inline void few_tokens_row(const FewTokens& work, const T* row, const float* x, 
     for (int i = 0; i < kSums; ++i) sum[t][i] = Vec::zero();
   for (int64_t k = 0; k < work.columns; k += kPanel) {
     const int64_t width = min_i64(kPanel, work.columns - k);
+    prefetch(row + k, width, ahead);
     const float* w = widened(row + k, width, buffer);
     int64_t j = 0;
     for (; j + kStep <= width; j += kStep)
@@ -82,8 +85,10 @@ void few_tokens_short_rows(const FewTokens& work, const float* x, int64_t first,
   Vec values[kCount][kVecs];
   for (int t = 0; t < kCount; ++t)
     for (int i = 0; i < kVecs; ++i) values[t][i] = Vec::load(x + t * kColumns + i * Vec::kWidth);
+  const int64_t ahead = prefetch_distance(kColumns * static_cast<int64_t>(sizeof(float)));
   const float* row = static_cast<const float*>(work.w) + begin * kColumns;
   for (int64_t n = begin; n < end; ++n, row += kColumns) {
+    prefetch(row, kColumns, ahead);
 #pragma GCC unroll 8
     for (int t = 0; t < kCount; ++t) {
       Vec sum = Vec::zero();

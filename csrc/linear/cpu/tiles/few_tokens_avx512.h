@@ -2,6 +2,7 @@
 // AVX512-BF16. Include this file after the target pragma (cpu/target_<isa>.h).
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/simd_avx512.h"
 #include "linear/cpu/tiles/panels.h"
 
@@ -36,10 +37,7 @@ inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
   // multiplier busy.
   constexpr int kSums = kTokens == 1 ? 4 : kTokens <= 3 ? 2 : 1;
   const int64_t k = work.columns;
-  // Distance in bytes from the memory that is read to the memory that is prefetched. If kRows is more than 1, the rows
-  // are too many streams for the hardware prefetcher, so the kernel prefetches the rows that the kernel multiplies
-  // next.
-  const int64_t ahead = kRows == 1 ? 4096 : kRows * k * static_cast<int64_t>(sizeof(bf16));
+  const int64_t ahead = prefetch_distance(kRows * k * static_cast<int64_t>(sizeof(bf16)));
   __m512 sums[kRows][kTokens][kSums];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)

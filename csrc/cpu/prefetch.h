@@ -1,0 +1,27 @@
+// How far ahead the products of few tokens prefetch the matrix W, which they read once, row by row. The computation of a
+// short row takes less time than main memory needs for an answer, so a prefetch of the next rows would come too late.
+// The hardware prefetcher does not follow several rows that are read at a time.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+
+namespace peft_ext {
+namespace {
+
+constexpr int64_t kPrefetchBytes = 8192;  // the smallest distance from the bytes that are read to those prefetched
+
+// Returns the distance in bytes of a kernel that reads whole rows with together `bytes` > 0 bytes at a time: the
+// smallest multiple of `bytes` that is at least kPrefetchBytes. A prefetch behind the end of W has no effect.
+inline int64_t prefetch_distance(int64_t bytes) { return ceil_div(kPrefetchBytes, bytes) * bytes; }
+
+// Prefetches `count` elements that lie `ahead` bytes behind `from`.
+template <typename T>
+inline void prefetch(const T* from, int64_t count, int64_t ahead) {
+  const char* bytes = reinterpret_cast<const char*>(from) + ahead;
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
+}
+
+}  // namespace
+}  // namespace peft_ext
