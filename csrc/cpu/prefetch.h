@@ -1,5 +1,5 @@
-// How far ahead the products of few tokens prefetch the matrix W, which they read once, row by row. The computation of a
-// short row takes less time than main memory needs for an answer, so a prefetch of the next rows would come too late.
+// How far ahead the products of few tokens prefetch the matrix W, which they read once, row by row. The computation of
+// a short row takes less time than main memory needs for an answer, so a prefetch of the next rows would come too late.
 // The hardware prefetcher does not follow several rows that are read at a time.
 #pragma once
 

@@ -12,17 +12,18 @@ namespace peft_ext {
 // The stages run in the order in which they are added. To start and to end a parallel loop takes several microseconds;
 // between two stages the threads of one loop wait for each other, which takes less than one.
 //
-// A thread takes the next piece of a stage that no thread has taken, until none is left, and then waits until the pieces
-// that other threads have taken are computed. So it does not matter how many threads torch gives to the loop, and when
-// they start: one thread alone takes all pieces. The pieces of a stage do not depend on which thread takes them.
+// A thread takes the next piece of a stage that no thread has taken, until none is left, and then waits until the
+// pieces that other threads have taken are computed. So it does not matter how many threads torch gives to the loop,
+// and when they start: one thread alone takes all pieces. The pieces of a stage do not depend on which thread takes
+// them.
 class Stages {
  public:
   // Adds a stage, to whose loops the caller adds its loops. grain: the smallest work of a piece, in the unit of the
   // loops' work.
   Loops& add(int64_t grain);
 
-  // Adds a stage without loops: a function that runs on the calling thread alone, and may run parallel loops. The stages
-  // before it and the stages after it run in different loops.
+  // Adds a stage without loops: a function that runs on the calling thread alone, and may run parallel loops. The
+  // stages before it and the stages after it run in different loops.
   void add_call(std::function<void()> f);
 
   // Runs all stages. If a stage throws, `run` throws the first exception, and later stages do not run.

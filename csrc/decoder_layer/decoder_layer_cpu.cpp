@@ -4,10 +4,10 @@
 //   h = x + o(attention(rotated q, all keys, all values));   y = h + down(act(gate(norm₂(h))) ∘ up(norm₂(h)))
 //
 // Most steps run the kernels of an operator (rms_norm, lora_linears, rotary_embedding, scaled_dot_product_attention,
-// gated_activation), and give the same bits as a call of that operator. The copy of v to the cache and the two additions
-// are computed in this file. One call from Python runs all steps of the layer, as the stages of one parallel loop. Their
-// intermediate values are in one block of the calling thread's scratch, because the allocation of a tensor for each, and
-// a loop for each step, would take as long as the kernels.
+// gated_activation), and give the same bits as a call of that operator. The copy of v to the cache and the two
+// additions are computed in this file. One call from Python runs all steps of the layer, as the stages of one parallel
+// loop. Their intermediate values are in one block of the calling thread's scratch, because the allocation of a tensor
+// for each, and a loop for each step, would take as long as the kernels.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -105,8 +105,7 @@ class TensorFacts {
       const char* held = pointer_at(tensor.get(), 0);
       for (size_t line = 0; line < kLinesOfTensor; ++line) __builtin_prefetch(held + line * kLine);
     }
-    for (const Tensor& tensor : tensors)
-      __builtin_prefetch(pointer_at(pointer_at(tensor.get(), 0), kStorageAt));
+    for (const Tensor& tensor : tensors) __builtin_prefetch(pointer_at(pointer_at(tensor.get(), 0), kStorageAt));
   }
 
   std::vector<Fact> facts_;
@@ -183,8 +182,8 @@ class PreparedLayers {
     return most;
   }
 
-  // Adds to `stages` the stages that compute a group for x [tokens, columns], and write Y of each layer to its memory in
-  // `ys`. `room` and `runs` must live until the stages have run; several groups may have the same room.
+  // Adds to `stages` the stages that compute a group for x [tokens, columns], and write Y of each layer to its memory
+  // in `ys`. `room` and `runs` must live until the stages have run; several groups may have the same room.
   void add(Stages* stages, Group group, const void* x, const std::vector<void*>& ys, char* room,
            std::vector<FewLayers::Run>* runs) const {
     if (const std::optional<FewLayers>& few = prepared_[group]; few.has_value()) {
@@ -257,8 +256,8 @@ void keep_layers(int64_t plan, const Plan& made) {
   if (found != plans().end() && found->second.lists == made.lists) replaced = std::exchange(found->second, made);
 }
 
-// Blocks of memory behind each other, of which each begins at a multiple of kFewAlignment bytes. A first object, without
-// memory, finds the number of bytes.
+// Blocks of memory behind each other, of which each begins at a multiple of kFewAlignment bytes. A first object,
+// without memory, finds the number of bytes.
 class Blocks {
  public:
   explicit Blocks(char* memory = nullptr) : memory_(memory) {}
@@ -325,7 +324,8 @@ void write_factor(const Tensor& weight, double offset, float* factor) {
   with_dtype(dtype_of(kOp, "norm weight", weight), [&](auto zero) {
     const auto* from = static_cast<const decltype(zero)*>(weight.const_data_ptr());
     const auto more = static_cast<float>(offset);
-    for (int64_t k = 0; k < weight.numel(); ++k) factor[k] = to_float(from[k]) + more;
+    const int64_t count = weight.numel();
+    for (int64_t k = 0; k < count; ++k) factor[k] = to_float(from[k]) + more;
   });
 }
 
@@ -385,7 +385,9 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   const NormRows first = norm(0, residual.const_data_ptr(), held.normed), second = norm(1, held.h, held.second);
   const NormKernels& norms = norm_kernels();
 
-  const auto strides = [&](const Tensor& of) { return HeadsOf{of.mutable_data_ptr(), of.stride(0), of.stride(1), of.stride(2)}; };
+  const auto strides = [&](const Tensor& of) {
+    return HeadsOf{of.mutable_data_ptr(), of.stride(0), of.stride(1), of.stride(2)};
+  };
   const HeadsOf cache_k = strides(keys), cache_v = strides(values);
   const int64_t filled = past * cache_k.token * element, filled_v = past * cache_v.token * element;
   Rotary rotary;
@@ -394,8 +396,11 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   rotary.tokens = tokens;
   rotary.size = size;
   rotary.parts[0] = {held.q, held.rotated, heads, tokens * of_q, size, of_q, tokens * of_q, size, of_q};
-  rotary.parts[1] = {held.k, static_cast<char*>(cache_k.data) + filled, keys.size(1), tokens * width, size, width,
-                     cache_k.batch, cache_k.head, cache_k.token};
+  rotary.parts[1] = {held.k,        static_cast<char*>(cache_k.data) + filled,
+                     keys.size(1),  tokens * width,
+                     size,          width,
+                     cache_k.batch, cache_k.head,
+                     cache_k.token};
   rotary.cos = held_cos.const_data_ptr();
   rotary.sin = held_sin.const_data_ptr();
   rotary.cos_batch = cos.size(0) == 1 ? 0 : tokens * size;

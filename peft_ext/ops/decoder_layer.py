@@ -7,13 +7,14 @@ The norms are RMSNorms, and each of the seven linear layers is computed as a lay
 has no public function: the fused decoder layers of :mod:`peft_ext.integrations` call the operator, with checked
 arguments.
 
-keys, values: ``[B, H, capacity, D]``, of which ``past`` tokens are filled. mask: bool ``[B, 1, T, past + T]``, or None;
-without a mask each query sees all keys. tensors: the weights of the two norms, and the tensors of the layers q, k, v,
-o, gate, up and down, see :mod:`.layer_lists`. sizes: the number of the activation, whether the norms round before they
-multiply by the weight, and the list ``sizes`` of the seven layers. numbers: eps of the two norms, the offset of the
-weights of the norms, the scale of attention, and the list ``numbers`` of the seven layers. plan: 0, or a number under
-which the kernel keeps the lists tensors, sizes and numbers. A later call of the kernel with the same ``plan`` passes
-empty lists, whose conversion takes no time. The reference ignores ``plan`` and needs the full lists in each call.
+x: ``[B, T, K]`` with T from 1 to 8. keys, values: ``[B, H, capacity, D]``, of which ``past`` tokens are filled. mask:
+bool ``[B, 1, T, past + T]``, or None; without a mask each query sees all keys. tensors: the weights of the two norms,
+and the tensors of the layers q, k, v, o, gate, up and down, see :mod:`.layer_lists`. sizes: the number of the
+activation, whether the norms round before they multiply by the weight, and the list ``sizes`` of the seven layers.
+numbers: eps of the two norms, the offset of the weights of the norms, the scale of attention, and the list ``numbers``
+of the seven layers. plan: 0, or a number under which the kernel keeps the lists tensors, sizes and numbers. A later
+call of the kernel with the same ``plan`` passes empty lists, whose conversion takes no time. The reference ignores
+``plan`` and needs the full lists in each call.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -172,6 +173,8 @@ def test_a_kept_decoder_layer_sees_each_change() -> None:
         last = wanted
     for tokens in (3, 1, 8, 1):
         assert torch.equal(call(empty, plan, tokens), call(lists, 0, tokens)), tokens
+    with pytest.raises(RuntimeError, match="decoder_layer: x has 9 tokens, wanted at most 8"):
+        call(lists, 0, 9)
     module = _native.STATE.module
     before, found = module.isa(), set()
     try:
@@ -183,6 +186,32 @@ def test_a_kept_decoder_layer_sees_each_change() -> None:
         module.set_isa(before)
     assert len(found) > 1 or len(module.isas()) == 1  # paths sum in different orders
     _native.STATE.module.forget_plan(plan)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_decoder_layer_has_the_same_bits_on_any_number_of_threads(tokens: int) -> None:
+    """The threads take the pieces of a stage in any order; with 24 threads, a thread waits for threads without a core.
+    Calls of two Python threads run at the same time."""
+    size, before = 512, torch.get_num_threads()
+    _, lists = adapted_lists_of_a_decoder_layer(size)
+    x, keys = torch.randn(2, tokens, size), torch.randn(2, size // 16, 16, 16)
+    angles = torch.rand(1, tokens, 16)
+
+    def call(_: int = 0) -> tuple[torch.Tensor, ...]:
+        memory = keys.clone(), keys.clone()
+        return (RAW.decoder_layer(x, angles, angles, None, *memory, 3, *lists, 0), *memory)
+
+    try:
+        torch.set_num_threads(1)
+        wanted = call()
+        for threads in (2, 3, 7, 24):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, call(), wanted)), threads
+        with ThreadPoolExecutor(2) as pool:
+            for found in pool.map(call, range(8)):
+                assert all(map(torch.equal, found, wanted))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -48,10 +48,10 @@ class FewLayers {
   struct Run {
     const FewTokensProduct* base = nullptr;
     int64_t tokens = 0;
-    const void* x = nullptr;       // x as base->multiply reads it
-    float* before = nullptr;       // the base product [T, N]
-    float* s = nullptr;            // [T, R]
-    float* left = nullptr;         // S times ρ [T, R]
+    const void* x = nullptr;  // x as base->multiply reads it
+    float* before = nullptr;  // the base product [T, N]
+    float* s = nullptr;       // [T, R]
+    float* left = nullptr;    // S times ρ [T, R]
     float scaling = 1.0f;
     const float* rank_scale = nullptr;
     FewTokens shrink{}, expand{};  // S = x Aᵀ and before += left Bᵀ; no rows without lora_A
@@ -64,11 +64,11 @@ class FewLayers {
 
   // Adds to `stages` the stages that compute the layers for a contiguous x. x is read when the stages run, so that an
   // earlier stage may write it. The first stage prepares x, and the second computes S of all adapters except those of a
-  // mixed batch. In the third, one thread computes for a row of W the base product, the low-rank term and the final pass
-  // (Expand in kernels.h). For a mixed batch, and for a weight whose product is not computed row by row, the low-rank
-  // term and the final pass come after that. results: one for each layer, in the order of `add`. room: bytes() bytes at
-  // a multiple of kFewAlignment. The room, `runs` and this object must live, and results of a call must not be used,
-  // until the stages have run.
+  // mixed batch. In the third, one thread computes for a row of W the base product, the low-rank term and the final
+  // pass (Expand in kernels.h). For a mixed batch, and for a weight whose product is not computed row by row, the
+  // low-rank term and the final pass come after that. results: one for each layer, in the order of `add`. room: bytes()
+  // bytes at a multiple of kFewAlignment. The room, `runs` and this object must live, and results of a call must not be
+  // used, until the stages have run.
   void add_to(Stages* stages, const void* x, const std::vector<Results>& results, char* room,
               std::vector<Run>* runs) const;
 

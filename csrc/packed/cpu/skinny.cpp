@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "packed/cpu/decode.h"
 #include "packed/cpu/few_tokens_kernels.h"
@@ -132,18 +133,18 @@ FewTokensProduct skinny_parts(const char* op, ScalarType type, int64_t tokens, c
   // part at once.
   const bool nested = nested_scales(weight) > 0;
   const int64_t chunk = nested ? skinny_chunk(weight) : n, blocksize = weight.blocksize();
-  const size_t room = nested ? static_cast<size_t>(chunk * k / blocksize + 2) : 0;
+  const size_t room = nested ? static_cast<size_t>(chunk * k / blocksize + 2) * sizeof(float) : 0;
   product.units = n;
   product.work = k * tokens;
   product.multiply = [=, scales = Scales(weight)](const void* x, float* y, int64_t begin, int64_t end) {
-    std::vector<float> buffer(room);
+    auto* buffer = nested ? static_cast<float*>(scratch(Scratch::kRows, room)) : nullptr;
     Nf4Skinny part = work;
     part.x = ordered ? nullptr : static_cast<const float*>(x);
     part.x_ordered = ordered ? static_cast<const bf16*>(x) : nullptr;
     part.y = y;
     for (int64_t first = begin; first < end; first += chunk) {
       const int64_t last = min_i64(first + chunk, end);
-      part.absmax = scales.decode(first * k / blocksize, ceil_div(last * k, blocksize), buffer.data());
+      part.absmax = scales.decode(first * k / blocksize, ceil_div(last * k, blocksize), buffer);
       kernel.run(part, first, last);
     }
   };
