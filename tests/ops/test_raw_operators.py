@@ -188,13 +188,13 @@ def test_a_kept_decoder_layer_sees_each_change() -> None:
     _native.STATE.module.forget_plan(plan)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_a_decoder_layer_has_the_same_bits_on_any_number_of_threads(tokens: int) -> None:
+@pytest.mark.parametrize("batch, tokens", [(2, 1), (2, 4), (1, 7)])
+def test_a_decoder_layer_has_the_same_bits_on_any_number_of_threads(batch: int, tokens: int) -> None:
     """The threads take the pieces of a stage in any order; with 24 threads, a thread waits for threads without a core.
     Calls of two Python threads run at the same time."""
     size, before = 512, torch.get_num_threads()
     _, lists = adapted_lists_of_a_decoder_layer(size)
-    x, keys = torch.randn(2, tokens, size), torch.randn(2, size // 16, 16, 16)
+    x, keys = torch.randn(batch, tokens, size), torch.randn(batch, size // 16, 16, 16)
     angles = torch.rand(1, tokens, 16)
 
     def call(_: int = 0) -> tuple[torch.Tensor, ...]:
