@@ -12,9 +12,11 @@ namespace {
 
 constexpr int64_t kPrefetchBytes = 8192;  // the smallest distance from the bytes that are read to those prefetched
 
-// Returns the distance in bytes of a kernel that reads whole rows with together `bytes` > 0 bytes at a time: the
+// Returns the distance in bytes of a kernel that reads whole rows with together `bytes` bytes at a time: the
 // smallest multiple of `bytes` that is at least kPrefetchBytes. A prefetch behind the end of W has no effect.
-inline int64_t prefetch_distance(int64_t bytes) { return ceil_div(kPrefetchBytes, bytes) * bytes; }
+inline int64_t prefetch_distance(int64_t bytes) {
+  return bytes > 0 ? ceil_div(kPrefetchBytes, bytes) * bytes : 0;  // rows of rank 0 have no bytes
+}
 
 // Prefetches `count` elements that lie `ahead` bytes behind `from`.
 template <typename T>
