@@ -188,7 +188,7 @@ def test_a_kept_decoder_layer_sees_each_change() -> None:
     _native.STATE.module.forget_plan(plan)
 
 
-@pytest.mark.parametrize("batch, tokens", [(2, 1), (2, 4), (1, 7)])
+@pytest.mark.parametrize("batch, tokens", [(2, 1), (1, 3), (2, 2)])
 def test_a_decoder_layer_has_the_same_bits_on_any_number_of_threads(batch: int, tokens: int) -> None:
     """The threads take the pieces of a stage in any order; with 24 threads, a thread waits for threads without a core.
     Calls of two Python threads run at the same time."""
