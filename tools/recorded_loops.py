@@ -5,8 +5,8 @@ machine has, and the threads' parts of a loop run one after another. Runs with t
 loops, their parts and the CPU time of each part. Runs with a library that is compiled with -fsanitize=thread give the
 cache lines and the memory pages that each thread uses. Needs Linux, g++ and ninja.
 
-A loop of stages (csrc/cpu/stages.h), as that of the operator decoder_layer and of linear layers for few tokens, can't be
-recorded in this way: the first part that runs takes the pieces of all threads. Its record would show one busy thread.
+A loop of stages (csrc/cpu/stages.h), such as that of the operator decoder_layer, can't be recorded in this way: the
+first part that runs takes the pieces of all threads, so that the record would show one busy thread.
 """
 
 from __future__ import annotations
