@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "attention/kernels.h"
+#include "cpu/parts.h"
 #include "cpu/row_loop.h"
 
 namespace peft_ext {
@@ -19,18 +20,6 @@ inline int64_t padded_lanes(int64_t columns) { return whole(columns, kWidth); }
 
 template <typename T>
 constexpr bool kTaken = sizeof(T) == sizeof(Element);
-
-// Divides a thread's scratch memory, from address `at` on, into parts of whole cache lines. If `at` starts at 0, its
-// final value is the number of bytes that all parts need.
-struct Parts {
-  uintptr_t at;
-  template <typename T>
-  T* take(int64_t count) {
-    T* found = reinterpret_cast<T*>(at);
-    at += static_cast<uintptr_t>(whole(count * static_cast<int64_t>(sizeof(T)), 64));
-    return found;
-  }
-};
 
 // Rows of a head [rows, depth] of q, k, v or dO, row-major.
 struct Rows {

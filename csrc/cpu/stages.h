@@ -9,8 +9,8 @@
 
 namespace peft_ext {
 
-// The stages run in the order in which they are added. To start and to end a parallel loop takes several microseconds;
-// between two stages the threads of one loop wait for each other, which takes less than one.
+// The stages run in the order in which they are added. Between two stages the
+// threads of one loop wait for each other, which takes less time than to end a loop and to start the next.
 //
 // A thread takes the next piece of a stage that no thread has taken, until none is left, and then waits until the
 // pieces that other threads have taken are computed. So it does not matter how many threads torch gives to the loop,

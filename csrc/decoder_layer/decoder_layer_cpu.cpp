@@ -23,6 +23,7 @@
 #include "common/api.h"
 #include "common/registration.h"
 #include "cpu/operator_call.h"
+#include "cpu/parts.h"
 #include "cpu/stages.h"
 #include "linear/cpu/few_layers.h"
 #include "linear/cpu/packing.h"
@@ -256,32 +257,14 @@ void keep_layers(int64_t plan, const Plan& made) {
   if (found != plans().end() && found->second.lists == made.lists) replaced = std::exchange(found->second, made);
 }
 
-// Blocks of memory behind each other, of which each begins at a multiple of kFewAlignment bytes. A first object,
-// without memory, finds the number of bytes.
-class Blocks {
- public:
-  explicit Blocks(char* memory = nullptr) : memory_(memory) {}
-  template <typename T = void>
-  T* take(int64_t bytes) {
-    char* const found = memory_ == nullptr ? nullptr : memory_ + bytes_;
-    bytes_ += round_up(bytes, kFewAlignment);
-    return reinterpret_cast<T*>(found);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  int64_t bytes_ = 0;
-};
-
 // The intermediate values of a call, in x's dtype but for the factors, rstd and lse, which are float32.
 struct Values {
   void *normed, *q, *k, *v, *rotated, *attended, *projected, *h, *second, *gate, *up, *gated, *down;
   float *factors, *rstd, *lse;
   char* room;
 
-  Values(Blocks* blocks, const PreparedLayers& layers, int64_t tokens, int64_t columns, int64_t rows, int64_t element) {
-    const auto matrix = [&](int64_t of_token) { return blocks->take(tokens * of_token * element); };
+  Values(Parts* parts, const PreparedLayers& layers, int64_t tokens, int64_t columns, int64_t rows, int64_t element) {
+    const auto matrix = [&](int64_t of_token) { return parts->take<char>(tokens * of_token * element); };
     normed = matrix(columns);
     q = matrix(layers.outputs(0));
     k = matrix(layers.outputs(1));
@@ -295,11 +278,10 @@ struct Values {
     up = matrix(layers.outputs(5));
     gated = matrix(layers.outputs(4));
     down = matrix(columns);
-    constexpr int64_t kFloat = sizeof(float);
-    factors = blocks->take<float>(static_cast<int64_t>(kNorms) * columns * kFloat);
-    rstd = blocks->take<float>(tokens * kFloat);
-    lse = blocks->take<float>(rows * kFloat);
-    room = blocks->take<char>(layers.bytes());
+    factors = parts->take<float>(static_cast<int64_t>(kNorms) * columns);
+    rstd = parts->take<float>(tokens);
+    lse = parts->take<float>(rows);
+    room = parts->take<char>(layers.bytes());
   }
 };
 
@@ -364,10 +346,10 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   if (rows == 0) return y;
   const DType dtype = dtype_of(kOp, "x", x);
   const int64_t element = static_cast<int64_t>(x.element_size()), heads = of_q / size;
-  Blocks count;
+  Parts count{0};
   Values(&count, layers, rows, hidden, rows * heads, element);
-  Blocks blocks(static_cast<char*>(scratch(Scratch::kLayer, static_cast<size_t>(count.bytes()))));
-  const Values held(&blocks, layers, rows, hidden, rows * heads, element);
+  Parts parts{reinterpret_cast<uintptr_t>(scratch(Scratch::kLayer, count.at))};
+  const Values held(&parts, layers, rows, hidden, rows * heads, element);
 
   const auto norm = [&](size_t i, const void* from, void* to) {
     NormRows work;
