@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
+#include "cpu/stages.h"
 #include "cpu/threads.h"
 
 using peft_ext::Isa;
@@ -33,3 +34,4 @@ void peft_ext_set_isa(int isa) { peft_ext::set_current_isa(static_cast<Isa>(isa)
 uint64_t peft_ext_kept_scratch() { return peft_ext::kept_scratch(); }
 uint64_t peft_ext_release_scratch() { return peft_ext::release_scratch(); }
 uint64_t peft_ext_parallel_loops() { return peft_ext::parallel_loops; }
+void peft_ext_stages_as_loops(int on) { peft_ext::Stages::as_loops = on != 0; }

@@ -5,8 +5,8 @@ machine has, and the threads' parts of a loop run one after another. Runs with t
 loops, their parts and the CPU time of each part. Runs with a library that is compiled with -fsanitize=thread give the
 cache lines and the memory pages that each thread uses. Needs Linux, g++ and ninja.
 
-A loop of stages (csrc/cpu/stages.h), such as that of the operator decoder_layer, can't be recorded in this way: the
-first part that runs takes the pieces of all threads, so that the record would show one busy thread.
+The stages of a loop (csrc/cpu/stages.h), such as those of the operator decoder_layer, are recorded as a loop each: of
+the parts of one loop, the first would take the pieces of all threads, and the record would show one busy thread.
 """
 
 from __future__ import annotations
@@ -207,10 +207,11 @@ def record_here(library: str, traces: bool, names: list[str], threads: list[int]
     and number of threads."""
     import torch
 
-    from peft_ext._native import STATE
+    from peft_ext import _native
     from peft_ext.integrations.trainer import keep_freed_memory
 
     keep_freed_memory()
+    ctypes.CDLL(str(Path(_native.__file__).with_name("_kernels.so"))).peft_ext_stages_as_loops(1)
     recorder, rows = Recorder(library, traces), []
     for name, make in steps().items():
         if name not in names:
@@ -228,7 +229,8 @@ def record_here(library: str, traces: bool, names: list[str], threads: list[int]
                     recorder.record(f"backward{turn}", count, partial(backward, y))
             for direction in ("forward", "backward")[: 1 if backward is None else 2]:
                 record = _least([recorder.read(f"{direction}{turn}") for turn in range(repeats)])
-                rows.append({"operator": name, "direction": direction, "threads": count, "isa": STATE.isa} | record)
+                where = {"operator": name, "direction": direction, "threads": count, "isa": _native.STATE.isa}
+                rows.append(where | record)
             print(f"{name}, {count} threads", file=sys.stderr, flush=True)
         torch.set_num_threads(1)
     return rows

@@ -1,5 +1,5 @@
-// The C functions of the native library that peft_ext's Python code calls, in addition to the operators. The library
-// exports no other symbols.
+// The C functions of the native library that peft_ext's Python code and tools call, in addition to the operators. The
+// library exports no other symbols.
 #pragma once
 
 #include <stdint.h>
@@ -40,6 +40,9 @@ PEFT_EXT_API void peft_ext_forget_plan(int64_t plan);
 
 // The number of parallel loops of CPU operators that woke other threads since the library was loaded.
 PEFT_EXT_API uint64_t peft_ext_parallel_loops();
+// 1: each stage of a parallel loop (see cpu/stages.h) runs as a parallel loop of its own, with the same results, for a
+// tool that runs the parts of a loop one after another. 0: the stages run in one loop, as by default.
+PEFT_EXT_API void peft_ext_stages_as_loops(int on);
 
 // Functions about the CUDA kernels that the operators launch, and about the sources from which NVRTC compiles the
 // kernels.

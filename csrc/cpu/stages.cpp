@@ -33,8 +33,8 @@ void Stages::add_call(std::function<void()> f) { stages_.emplace_back().call = s
 
 void Stages::run() {
   for (Place first = stages_.begin(); first != stages_.end();) {
-    if (first->call) {
-      first->call();
+    if (first->call || as_loops.load(std::memory_order_relaxed)) {
+      first->call ? first->call() : first->loops.run(first->grain);
       ++first;
       continue;
     }

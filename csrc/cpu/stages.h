@@ -29,6 +29,9 @@ class Stages {
   // Runs all stages. If a stage throws, `run` throws the first exception, and later stages do not run.
   void run();
 
+  // Whether `run` runs each stage as a parallel loop of its own; see peft_ext_stages_as_loops in common/api.h.
+  static inline std::atomic<bool> as_loops{false};
+
  private:
   struct Stage {
     Loops loops;

@@ -131,8 +131,7 @@ def test_only_known_operators_are_recorded(monkeypatch: pytest.MonkeyPatch, caps
     "q, k, v with LoRA, dropout 0.05, (4096, 1024, 1024) x 4096", "LoRA over MXFP4, dropout 0.05, 4096 x 4096",
 ], ["RMS norm, 4096"]))  # fmt: skip
 def test_the_records_are_of_these_kernels(records: many_cores.Records, operator: str) -> None:
-    """Compares loops and numbers of parts with a new record on 64 threads, and for loops of a millisecond roughly the
-    share of the longest part in the CPU time."""
+    """Compares the loops, and their numbers of parts, with a new record on 64 threads."""
     kept = {direction: records.rows[operator, direction, 64] for direction in records.directions(operator)}
     if peft_ext._native.STATE.isa != kept["forward"]["isa"]:
         pytest.skip("the records are of another CPU path")
@@ -142,10 +141,6 @@ def test_the_records_are_of_these_kernels(records: many_cores.Records, operator:
             "the kernels divide their work otherwise: run tools/many_cores.py"
         )
         assert row["teams"] == len(found)
-        for loop, of_kept in zip(row["loops"], kept[row["direction"]]["loops"], strict=True):
-            times = [part[recorded_loops.TIME] / 1e9 for part in loop["parts"]]
-            if of_kept["sum"] > 1e-3:
-                assert max(times) / sum(times) < 4 * of_kept["most"] / of_kept["sum"], loop["name"]
 
 
 @needs_tools

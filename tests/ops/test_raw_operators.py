@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,8 +193,9 @@ def test_a_kept_decoder_layer_sees_each_change() -> None:
 @pytest.mark.parametrize("batch, tokens", [(2, 1), (1, 3), (2, 2)])
 def test_a_decoder_layer_has_the_same_bits_on_any_number_of_threads(batch: int, tokens: int) -> None:
     """The threads take the pieces of a stage in any order; with 24 threads, a thread waits for threads without a core.
-    Calls of two Python threads run at the same time."""
+    Calls of two Python threads run at the same time. The last call runs each stage as a loop of its own."""
     size, before = 512, torch.get_num_threads()
+    stages_as_loops = ctypes.CDLL(str(Path(_native.__file__).with_name("_kernels.so"))).peft_ext_stages_as_loops
     _, lists = adapted_lists_of_a_decoder_layer(size)
     x, keys = torch.randn(batch, tokens, size), torch.randn(batch, size // 16, 16, 16)
     angles = torch.rand(1, tokens, 16)
@@ -210,8 +213,11 @@ def test_a_decoder_layer_has_the_same_bits_on_any_number_of_threads(batch: int, 
         with ThreadPoolExecutor(2) as pool:
             for found in pool.map(call, range(8)):
                 assert all(map(torch.equal, found, wanted))
+        stages_as_loops(1)
+        assert all(map(torch.equal, call(), wanted))
     finally:
         torch.set_num_threads(before)
+        stages_as_loops(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
