@@ -105,6 +105,23 @@ def test_few_tokens_have_the_same_bits_for_one_and_two_threads(dtype: torch.dtyp
     assert torch.equal(ops.nf4_linear(x, nf4), both)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize(("blocksize", "nested"), [(64, True), (128, False), (512, True)])
+def test_few_tokens_over_nf4_rows_that_begin_inside_a_block(
+    blocksize: int, nested: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    n, k = 37, 320  # with blocks of 128 and 512 elements, most rows begin inside a block
+    powers = torch.randint(-4, 4, (n, k // 64), generator=torch.Generator().manual_seed(0)).repeat_interleave(64, 1)
+    weight = reference.nf4_quantize(randn(n, k, dtype=torch.float32) * torch.exp2(powers), blocksize, nested)
+    exact = reference.nf4_dequantize(weight, torch.float32).double()
+    for tokens in (1, 2, 3, 4, 5, 8, 13):
+        x = randn(tokens, k, dtype=dtype)
+        y = ops.nf4_linear(x.to(device), weight.to(device)).cpu().double()
+        # Each weight is rounded to bfloat16 at most once, and y once.
+        error = (y - x.double() @ exact.T).abs()
+        assert (error <= 2**-7 * (x.double().abs() @ exact.abs().T)).all(), tokens
+
+
 @pytest.mark.cpu_only("elsewhere the promise changes nothing")
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("case", SAVED_OUTPUT, ids=ids)

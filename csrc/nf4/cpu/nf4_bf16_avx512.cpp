@@ -21,6 +21,8 @@
 // The headers below must be included after the target pragma.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "nf4/nf4_code.h"
 #include "nf4/cpu/nf4_kernels.h"
 #include "cpu/prefetch.h"
@@ -43,47 +45,93 @@ __m512i code_table() {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(code, code));
 }
 
+// Reads the codes and the scales of kRows rows of W, from row n on. If each row begins with a block, as it does when
+// the number of columns is a multiple of the block size (kAligned), the distance between two rows' blocks is the same
+// for every column, and a column's block is computed once for all rows. This makes the product of one token 5% faster.
+template <int kRows, bool kAligned>
+struct CodeRows {
+  CodeRows(const Nf4Skinny& work, int64_t n, int64_t first_block)
+      : codes(work.packed + n * work.columns / 2),
+        row_bytes(work.columns / 2),
+        columns(work.columns),
+        shift(work.block_shift),
+        first_element(n * columns - (first_block << shift)),
+        scales(kAligned ? work.absmax + (first_element >> shift) : work.absmax) {}
+
+  const uint8_t* at(int row, int64_t column) const { return codes + row * row_bytes + (column >> 1); }
+
+  __m512 scale(int row, int64_t column) const {
+    if constexpr (kAligned) return _mm512_set1_ps(scales[row * (columns >> shift) + (column >> shift)]);
+    return _mm512_set1_ps(scales[(first_element + row * columns + column) >> shift]);
+  }
+
+  const uint8_t* codes;  // the codes of row n
+  int64_t row_bytes, columns;
+  int shift;              // the block size is 1 << shift
+  int64_t first_element;  // index of row n's first element, counted from the first element of block first_block
+  const float* scales;
+};
+
+// Calls step(j, whole) for each group of kNibbleGroup columns of a row. `whole` is std::false_type for a last group
+// with one block, beyond which x is zero, and otherwise std::true_type.
+template <typename Step>
+inline void for_groups(int64_t columns, const Step& step) {
+  int64_t j = 0;
+  for (; j + kNibbleGroup <= columns; j += kNibbleGroup) step(j, std::true_type());
+  if (j < columns) step(j, std::false_type());
+}
+
+template <typename Whole>
+inline __m512i load_codes(const uint8_t* from, Whole) {
+  return Whole::value ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi64(0x0f, from);
+}
+
 // Computes the products of the rows [n, n + kRows) of W with kTokens <= kScaledSums tokens.
-template <int kTokens, int kRows>
-inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
-  const int64_t k = work.columns, stride = nibble_columns(k);
-  const int64_t ahead = prefetch_distance(kRows * k / 2);
+template <int kTokens, int kRows, bool kAligned>
+inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token, int64_t ahead) {
+  const int64_t stride = nibble_columns(work.columns);
   const bf16* x = work.x_ordered + first_token * stride;
   const __m512i table = code_table();
+  const CodeRows<kRows, kAligned> rows(work, n, first_block);
   __m512 sums[kRows][kTokens];
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) sums[r][t] = _mm512_setzero_ps();
-  for (int64_t j = 0; j < k; j += kNibbleGroup) {
-    const bool whole = j + kNibbleGroup <= k;
+  for_groups(work.columns, [&](int64_t j, auto whole) {
     __m512i words[kRows];
     __m512 scale[kRows], fresh[kRows][kTokens];
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const int64_t flat = (n + r) * k + j;
-      const auto block = [&](int64_t at) { return (at >> work.block_shift) - first_block; };
-      _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + ahead), _MM_HINT_T1);
-      scale[r] = _mm512_set1_ps(work.absmax[block(flat)]);
-      if (whole) {
-        words[r] = _mm512_loadu_si512(work.packed + flat / 2);
-        scale[r] = _mm512_mask_mov_ps(scale[r], 0xff00, _mm512_set1_ps(work.absmax[block(flat + kSkinnyStep)]));
-      } else {  // the last group has one block; x is zero beyond that block
-        words[r] = _mm512_maskz_loadu_epi64(0x0f, work.packed + flat / 2);
-      }
+      const uint8_t* from = rows.at(r, j);
+      _mm_prefetch(reinterpret_cast<const char*>(from) + ahead, _MM_HINT_T1);
+      words[r] = load_codes(from, whole);
+      scale[r] = rows.scale(r, j);
+      if constexpr (decltype(whole)::value)
+        scale[r] = _mm512_mask_mov_ps(scale[r], 0xff00, rows.scale(r, j + kSkinnyStep));
+#pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) fresh[r][t] = _mm512_setzero_ps();
     }
+#pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       __m512bh w[kRows];
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const __m512i index = v == 0 ? words[r] : _mm512_srli_epi16(words[r], 4 * v);
         w[r] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, table));
       }
+#pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
         const auto values = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + t * stride + j + 32 * v));
+#pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) fresh[r][t] = _mm512_dpbf16_ps(fresh[r][t], values, w[r]);
       }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) sums[r][t] = _mm512_fmadd_ps(fresh[r][t], scale[r], sums[r][t]);
-  }
+  });
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -93,54 +141,51 @@ inline void scaled_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
 // Computes the products of the rows [n, n + kRows) of W with kTokens tokens. A register of x is used for kRows
 // products.
 template <int kTokens, int kRows>
-inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token) {
+inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, int64_t first_token, int64_t ahead) {
   // kSums is the number of sums for each row and token. Several independent sums keep the multiplier busy, because each
   // addition to a sum must wait for the previous addition. kSums does not depend on kRows, so that the bits of a row do
   // not depend on how many rows are computed at a time.
   constexpr int kSums = kTokens >= 4 ? 1 : 2;
-  const int64_t k = work.columns, stride = nibble_columns(k);
-  const int64_t ahead = prefetch_distance(kRows * k / 2);
+  const int64_t stride = nibble_columns(work.columns);
   const bf16* x = work.x_ordered + first_token * stride;
   const __m512 code = _mm512_loadu_ps(kNf4Code);
   const __m512i low_bits = _mm512_set1_epi16(15);
   // Each half of a group of 128 elements lies in one NF4 block: the group's first 16 words of four codes are looked up
   // with the scale of the first half's block, and the last 16 words with the scale of the second half's block.
   const __m512i second_block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const CodeRows<kRows, false> rows(work, n, first_block);
   __m512 sums[kRows][kTokens][kSums];
   for (int r = 0; r < kRows; ++r)
     for (int t = 0; t < kTokens; ++t)
       for (int s = 0; s < kSums; ++s) sums[r][t][s] = _mm512_setzero_ps();
-  for (int64_t j = 0; j < k; j += kNibbleGroup) {
+  for_groups(work.columns, [&](int64_t j, auto whole) {
     __m512i words[kRows], table[kRows];
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const int64_t flat = (n + r) * k + j;
-      const auto scaled = [&](int64_t at) {
-        return _mm512_mul_ps(code, _mm512_set1_ps(work.absmax[(at >> work.block_shift) - first_block]));
-      };
-      const __m512 first = scaled(flat);
-      _mm_prefetch(reinterpret_cast<const char*>(work.packed + flat / 2 + ahead), _MM_HINT_T1);
+      const uint8_t* from = rows.at(r, j);
+      _mm_prefetch(reinterpret_cast<const char*>(from) + ahead, _MM_HINT_T1);
+      words[r] = load_codes(from, whole);
       __m512 second = _mm512_setzero_ps();
-      if (j + kNibbleGroup <= k) {
-        words[r] = _mm512_loadu_si512(work.packed + flat / 2);
-        second = scaled(flat + kSkinnyStep);
-      } else {  // the last group has one block; x is zero beyond that block
-        words[r] = _mm512_maskz_loadu_epi64(0x0f, work.packed + flat / 2);
-      }
-      table[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+      if constexpr (decltype(whole)::value) second = _mm512_mul_ps(code, rows.scale(r, j + kSkinnyStep));
+      table[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, _mm512_mul_ps(code, rows.scale(r, j))));
     }
+#pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       __m512bh w[kRows];
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const __m512i shifted = v == 0 ? words[r] : _mm512_srli_epi16(words[r], 4 * v);
         const __m512i index = _mm512_ternarylogic_epi32(shifted, low_bits, second_block, 0xEA);  // (a & b) | c
         w[r] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(index, table[r]));
       }
+#pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
         const auto values = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + t * stride + j + 32 * v));
+#pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) sums[r][t][v % kSums] = _mm512_dpbf16_ps(sums[r][t][v % kSums], values, w[r]);
       }
     }
-  }
+  });
   // The loop must be unrolled, because the compiler would otherwise keep the sums in memory and store the sums in every
   // step.
 #pragma GCC unroll 4
@@ -153,18 +198,21 @@ inline void skinny_block(const Nf4Skinny& work, int64_t n, int64_t first_block, 
     }
 }
 
-template <int kTokens>
+template <int kTokens, bool kAligned>
 void skinny_rows(const Nf4Skinny& work, int64_t begin, int64_t end, int64_t first_token) {
   constexpr int kRows = kTokens <= 2 ? 4 : kTokens <= kScaledSums || kTokens >= 8 ? 2 : 1;
   const int64_t first_block = begin * work.columns >> work.block_shift;
+  const int64_t ahead = prefetch_distance(kRows * work.columns / 2);
+  const auto block = [&](auto rows, int64_t n) {
+    constexpr int kCount = decltype(rows)::value;
+    if constexpr (kTokens <= kScaledSums)
+      scaled_block<kTokens, kCount, kAligned>(work, n, first_block, first_token, ahead);
+    else
+      skinny_block<kTokens, kCount>(work, n, first_block, first_token, ahead);
+  };
   int64_t n = begin;
-  if constexpr (kTokens <= kScaledSums) {
-    for (; n + kRows <= end; n += kRows) scaled_block<kTokens, kRows>(work, n, first_block, first_token);
-    for (; n < end; ++n) scaled_block<kTokens, 1>(work, n, first_block, first_token);
-  } else {
-    for (; n + kRows <= end; n += kRows) skinny_block<kTokens, kRows>(work, n, first_block, first_token);
-    for (; n < end; ++n) skinny_block<kTokens, 1>(work, n, first_block, first_token);
-  }
+  for (; n + kRows <= end; n += kRows) block(std::integral_constant<int, kRows>(), n);
+  for (; n < end; ++n) block(std::integral_constant<int, 1>(), n);
 }
 
 }  // namespace
@@ -189,8 +237,13 @@ void nf4_nibble_order(const bf16* x, int64_t columns, bf16* out) {
 }
 
 void nf4_skinny_bf16_avx512(const Nf4Skinny& work, int64_t begin, int64_t end) {
-  for_token_groups(work.tokens,
-                   [&](auto tokens, int64_t first) { skinny_rows<decltype(tokens)::kCount>(work, begin, end, first); });
+  const bool aligned = work.columns % (int64_t{1} << work.block_shift) == 0;
+  for_token_groups(work.tokens, [&](auto tokens, int64_t first) {
+    constexpr int kTokens = decltype(tokens)::kCount;
+    if constexpr (kTokens <= kScaledSums)
+      if (aligned) return skinny_rows<kTokens, true>(work, begin, end, first);
+    skinny_rows<kTokens, false>(work, begin, end, first);
+  });
 }
 
 }  // namespace peft_ext

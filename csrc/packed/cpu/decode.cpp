@@ -40,6 +40,13 @@ const float* Scales::decode(int64_t begin, int64_t end, float* buffer) const {
   return buffer;
 }
 
+void Scales::prefetch(int64_t begin, int64_t end) const {
+  constexpr int64_t kLine = 64;  // bytes of a cache line
+  if (!nested_) return;
+  for (int64_t at = begin; at < end; at += kLine) __builtin_prefetch(held_.codes + at);
+  __builtin_prefetch(held_.absmax + begin / kNestedBlock);
+}
+
 namespace {
 
 // Dequantizes the NF4 blocks [begin, end) on one thread. `out` points to the first element of block `begin`.

@@ -18,6 +18,9 @@ class Scales {
   // Returns the scales of the blocks [begin, end): a pointer into the weight, or scales decoded into `buffer`.
   const float* decode(int64_t begin, int64_t end, float* buffer) const;
 
+  // Prefetches what a later call `decode(begin, end, ...)` reads, if the scales are double-quantized.
+  void prefetch(int64_t begin, int64_t end) const;
+
  private:
   bool nested_;
   const float* plain_ = nullptr;

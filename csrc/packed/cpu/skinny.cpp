@@ -145,6 +145,7 @@ FewTokensProduct skinny_parts(const char* op, ScalarType type, int64_t tokens, c
     for (int64_t first = begin; first < end; first += chunk) {
       const int64_t last = min_i64(first + chunk, end);
       part.absmax = scales.decode(first * k / blocksize, ceil_div(last * k, blocksize), buffer);
+      scales.prefetch(last * k / blocksize, ceil_div(min_i64(last + chunk, end) * k, blocksize));
       kernel.run(part, first, last);
     }
   };

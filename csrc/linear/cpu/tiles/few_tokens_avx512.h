@@ -49,7 +49,7 @@ inline void few_tokens_block(const TileFewTokens& work, int64_t row) {
     __m512bh w[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-      _mm_prefetch(reinterpret_cast<const char*>(work.w + (row + r) * k + j) + ahead, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(work.w + (row + r) * k + j) + ahead, _MM_HINT_T1);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
       w[r] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(inside, work.w + (row + r) * k + j));
