@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <string>
@@ -87,44 +88,120 @@ void set_image_source(py::object function) {
   peft_ext_set_image_source(image_of);
 }
 
-// `holds` prefetches the object that is kAhead items, and the table of the dictionary that is kTablesAhead items, after
-// the compared item. In generation, reading the model's weights has displaced most of these objects from the cache.
-constexpr Py_ssize_t kAhead = 16, kTablesAhead = 8;
+// Whether each change gives a dictionary a number that no dictionary had before (PEP 509), so that a dictionary with
+// its old number is unchanged. In Python 3.13, a change of an attribute gives the object's dictionary no new number.
+#define PEFT_EXT_DICTS_ARE_NUMBERED (PY_VERSION_HEX < 0x030D0000)
 
-PyObject* item_of(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }
+// Facts about Python objects: each dictionary in `places` has, under its name in `names`, its object in `values` (None
+// also stands for a missing name), each dictionary in `empty` is empty, each list in `lists` equals its list in
+// `items`, and each object in `objects` has its class in `kinds`.
+class Facts {
+ public:
+  Facts(py::tuple places, py::tuple names, py::tuple values, py::tuple empty, py::tuple lists, py::tuple items,
+        py::tuple objects, py::tuple kinds)
+      : places_(std::move(places)),
+        names_(std::move(names)),
+        values_(std::move(values)),
+        empty_(std::move(empty)),
+        lists_(std::move(lists)),
+        items_(std::move(items)),
+        objects_(std::move(objects)),
+        kinds_(std::move(kinds)) {
+    if (names_.size() != places_.size() || values_.size() != places_.size() || items_.size() != lists_.size() ||
+        kinds_.size() != objects_.size())
+      throw py::value_error("Facts: two tuples whose items belong together have different lengths");
+    for (const py::tuple& dicts : {places_, empty_})
+      for (const py::handle dict : dicts) {
+        if (!PyDict_Check(dict.ptr())) throw py::type_error("Facts: an item of places or empty is no dict");
+#if PEFT_EXT_DICTS_ARE_NUMBERED
+        versions_.emplace_back(dict.ptr(), 0);
+#endif
+      }
+    for (const py::tuple& held : {lists_, items_})
+      for (const py::handle list : held)
+        if (!PyList_Check(list.ptr())) throw py::type_error("Facts: an item of lists or items is no list");
+#if PEFT_EXT_DICTS_ARE_NUMBERED
+    std::sort(versions_.begin(), versions_.end());
+    versions_.erase(std::unique(versions_.begin(), versions_.end()), versions_.end());
+#endif
+  }
 
-void read_ahead(const py::list& objects, Py_ssize_t i, Py_ssize_t count) {
-  if (i + kAhead < count) __builtin_prefetch(item_of(objects, i + kAhead));
-}
+  // Returns whether the facts hold.
+  bool hold() {
+    if (!dictionaries_hold()) return false;
+    for (Py_ssize_t i = 0, count = size_of(objects_); i < count; ++i) {
+      read_ahead(objects_, i);
+      if (reinterpret_cast<PyObject*>(Py_TYPE(item_of(objects_, i))) != item_of(kinds_, i)) return false;
+    }
+    for (Py_ssize_t i = 0, count = size_of(lists_); i < count; ++i) {
+      read_ahead(lists_, i);
+      const int same = PyObject_RichCompareBool(item_of(lists_, i), item_of(items_, i), Py_EQ);
+      if (same < 0) throw py::error_already_set();
+      if (same == 0) return false;
+    }
+    return true;
+  }
 
-bool holds(const py::list& places, const py::list& names, const py::list& values, const py::list& empty,
-           const py::list& modules, const py::list& kinds) {
-  const auto count = static_cast<Py_ssize_t>(places.size()), others = static_cast<Py_ssize_t>(modules.size());
-  if (names.size() != places.size() || values.size() != places.size() || kinds.size() != modules.size())
-    throw py::value_error("holds: places, names and values, or modules and kinds, have different lengths");
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    read_ahead(places, i, count);
-    if (i + kTablesAhead < count && PyDict_Check(item_of(places, i + kTablesAhead)))
-      __builtin_prefetch(reinterpret_cast<PyDictObject*>(item_of(places, i + kTablesAhead))->ma_keys);
-    PyObject* const place = item_of(places, i);
-    if (!PyDict_Check(place)) throw py::type_error("holds: a place is no dict");
-    PyObject* found = PyDict_GetItemWithError(place, item_of(names, i));
-    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    if ((found == nullptr ? Py_None : found) != item_of(values, i)) return false;
+ private:
+  // `hold` prefetches the object that is kAhead items, and the table of the dictionary that is kTablesAhead items,
+  // after the compared item. In generation, reading the model's weights has displaced most of these objects from the
+  // cache.
+  static constexpr Py_ssize_t kAhead = 16, kTablesAhead = 8;
+
+  static PyObject* item_of(const py::tuple& tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple.ptr(), i); }
+  static Py_ssize_t size_of(const py::tuple& tuple) { return PyTuple_GET_SIZE(tuple.ptr()); }
+
+  static void read_ahead(const py::tuple& objects, Py_ssize_t i) {
+    if (i + kAhead < size_of(objects)) __builtin_prefetch(item_of(objects, i + kAhead));
   }
-  const auto containers = static_cast<Py_ssize_t>(empty.size());
-  for (Py_ssize_t i = 0; i < containers; ++i) {
-    read_ahead(empty, i, containers);
-    const int is_full = PyObject_IsTrue(item_of(empty, i));
-    if (is_full < 0) throw py::error_already_set();
-    if (is_full > 0) return false;
+
+#if PEFT_EXT_DICTS_ARE_NUMBERED
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  static uint64_t version_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
+#pragma GCC diagnostic pop
+
+  bool are_unchanged() const {
+    for (size_t i = 0; i < versions_.size(); ++i) {
+      if (i + kAhead < versions_.size()) __builtin_prefetch(versions_[i + kAhead].first);
+      if (version_of(versions_[i].first) != versions_[i].second) return false;
+    }
+    return true;
   }
-  for (Py_ssize_t i = 0; i < others; ++i) {
-    read_ahead(modules, i, others);
-    if (reinterpret_cast<PyObject*>(Py_TYPE(item_of(modules, i))) != item_of(kinds, i)) return false;
+
+  bool dictionaries_hold() {
+    if (are_unchanged()) return true;
+    std::vector<std::pair<PyObject*, uint64_t>> versions = versions_;
+    for (auto& [dict, version] : versions) version = version_of(dict);
+    if (!items_hold()) return false;
+    versions_ = std::move(versions);
+    return true;
   }
-  return true;
-}
+
+  // Each dictionary in places_ and empty_ once, with its number when the facts last held; no number is 0.
+  std::vector<std::pair<PyObject*, uint64_t>> versions_;
+#else
+  bool dictionaries_hold() const { return items_hold(); }
+#endif
+
+  bool items_hold() const {
+    for (Py_ssize_t i = 0, count = size_of(places_); i < count; ++i) {
+      read_ahead(places_, i);
+      if (i + kTablesAhead < count)
+        __builtin_prefetch(reinterpret_cast<PyDictObject*>(item_of(places_, i + kTablesAhead))->ma_keys);
+      PyObject* found = PyDict_GetItemWithError(item_of(places_, i), item_of(names_, i));
+      if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if ((found == nullptr ? Py_None : found) != item_of(values_, i)) return false;
+    }
+    for (Py_ssize_t i = 0, count = size_of(empty_); i < count; ++i) {
+      read_ahead(empty_, i);
+      if (PyDict_GET_SIZE(item_of(empty_, i)) > 0) return false;
+    }
+    return true;
+  }
+
+  py::tuple places_, names_, values_, empty_, lists_, items_, objects_, kinds_;
+};
 
 }  // namespace
 
@@ -149,11 +226,14 @@ PYBIND11_MODULE(_C, m) {
         "Forget the lists that the operator decoder_layer keeps under the number plan.");
   m.def("parallel_loops", &peft_ext_parallel_loops,
         "The number of parallel loops of CPU operators that woke other threads since the library was loaded.");
-  m.def(
-      "holds", &holds, py::arg("places"), py::arg("names"), py::arg("values"), py::arg("empty"), py::arg("modules"),
-      py::arg("kinds"),
-      "Whether each place, a dict, has the value under the name (None: or lacks the name), each container in empty is "
-      "empty, and each module has the class in kinds.");
+  py::class_<Facts>(
+      m, "Facts",
+      "Each dict in places has its object in values under its name in names (None: or lacks the name), each dict in "
+      "empty is empty, each list in lists equals its list in items, and each object has its class in kinds.")
+      .def(py::init<py::tuple, py::tuple, py::tuple, py::tuple, py::tuple, py::tuple, py::tuple, py::tuple>(),
+           py::arg("places"), py::arg("names"), py::arg("values"), py::arg("empty"), py::arg("lists"), py::arg("items"),
+           py::arg("objects"), py::arg("kinds"))
+      .def("hold", &Facts::hold, "Whether all facts hold.");
   m.def("kernels", &kernels, "The CUDA kernels: the C++ expression that names an instance, and the source it is in.");
   m.def("sources", &sources, "The texts of the CUDA kernels' sources, by path.");
   m.def("set_image_source", &set_image_source, py::arg("function"),

@@ -278,9 +278,9 @@ print(kernel._native.STATE.isa, a.grad.shape)
 def test_the_functions_of_the_library_are_those_of_the_pybind11_module(kernel):
     ours, theirs = kernel._native.STATE.module, peft_ext._native.STATE.module
     names = {name for name in dir(theirs) if not name.startswith("_")}
-    # The library of the Hub's kernel repository lacks `holds`, which compares Python objects for peft_ext.integrations;
+    # The library of the Hub's kernel repository lacks `Facts`, which compares Python objects for peft_ext.integrations;
     # the kernel repository does not contain this package.
-    assert names - {"holds"} <= set(dir(ours))
+    assert names - {"Facts"} <= set(dir(ours))
     ours.forget_plan(2**62)
     for name in ("build_info", "isa", "isas", "kernels", "sources"):
         assert getattr(ours, name)() == getattr(theirs, name)()

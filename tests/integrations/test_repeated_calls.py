@@ -4,12 +4,15 @@ arguments that the layers of a model share, and the lists that the operator deco
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peft_ext
 from peft_ext import _native
@@ -30,28 +33,99 @@ def generating_model() -> Any:
     return model
 
 
-def test_the_facts_are_compared_in_one_way() -> None:
-    module, kept = nn.Linear(2, 2), object()
-    place: dict = {"a": kept, "b": None}
-    same: dict[str, Any] = {"places": [place, place, place], "names": ["a", "b", "missing"],
-                            "values": [kept, None, None], "empty": [{}, []], "modules": [module],
-                            "kinds": [nn.Linear]}  # fmt: skip
-    many = {name: values * 20 for name, values in same.items()}
-    changes: list[tuple[dict[str, Any], bool]] = [
-        ({}, True), ({"values": [object(), None, None]}, False), ({"values": [kept, None, kept]}, False),
-        ({"names": ["a", "b", "a"]}, False), ({"empty": [{}, [1]]}, False), ({"empty": [{1: 2}]}, False),
-        ({"kinds": [nn.Module]}, False),
-    ]  # fmt: skip
-    for holds in (few_tokens._holds, _native.STATE.module.holds):
-        assert holds(**many) is True
-        for change, wanted in changes:
-            assert holds(**{**same, **change}) is wanted, change
-    with pytest.raises(ValueError, match="different lengths"):
-        _native.STATE.module.holds(**{**same, "names": ["a"]})
-    with pytest.raises(TypeError, match="a place is no dict"):
-        _native.STATE.module.holds(**{**same, "places": [place, [], place]})
+def test_the_facts_are_checked() -> None:
+    make = _native.STATE.module.Facts
+    same: dict[str, Any] = {"places": ({},), "names": ("a",), "values": (None,), "empty": ({},), "lists": ([],),
+                            "items": ([],), "objects": (1,), "kinds": (int,)}  # fmt: skip
+    assert make(**same).hold()
+    for name in ("places", "names", "values", "lists", "items", "objects", "kinds"):
+        with pytest.raises(ValueError, match="different lengths"):
+            make(**{**same, name: ()})
+    for name, wanted in (("places", "dict"), ("empty", "dict"), ("lists", "list"), ("items", "list")):
+        with pytest.raises(TypeError, match=f"no {wanted}"):
+            make(**{**same, name: (1,)})
     with pytest.raises(TypeError, match="unhashable"):
-        _native.STATE.module.holds(**{**same, "names": ["a", [], "a"]})
+        make(**{**same, "names": ([],)}).hold()
+
+
+def _register(held: dict, one: Any) -> None:
+    one.register_forward_pre_hook(lambda *_: None)
+
+
+def _set_often(held: dict, one: Any) -> None:
+    for _ in range(100):  # Python replaces the instruction of a statement that has run some times by a faster one
+        one.a = held
+
+
+# Changes of a module or of its __dict__, each with whether the facts hold after it.
+CHANGES: dict[str, tuple[Callable[[dict, Any], Any], bool]] = {
+    "none": (lambda held, one: None, True),
+    "another name": (lambda held, one: held.__setitem__("c", 1), True),
+    "another object": (lambda held, one: held.__setitem__("a", object()), False),
+    "the same object": (lambda held, one: held.update(a=held["a"]), True),
+    "update": (lambda held, one: held.update(a=1), False),
+    "or": (lambda held, one: held.__ior__({"a": 1}), False),
+    "pop": (lambda held, one: held.pop("a"), False),
+    "popitem": (lambda held, one: held.popitem(), False),
+    "clear": (lambda held, one: held.clear(), False),
+    "a missing name": (lambda held, one: held.setdefault("missing", 1), False),
+    "None of a missing name": (lambda held, one: held.setdefault("missing"), True),
+    "a deleted name": (lambda held, one: held.__delitem__("a"), False),
+    "a deleted None": (lambda held, one: held.__delitem__("b"), True),
+    "set": (lambda held, one: setattr(one, "a", 1), False),
+    "set often": (_set_often, False),
+    "add": (lambda held, one: setattr(one, "missing", 1), False),
+    "delete": (lambda held, one: delattr(one, "a"), False),
+    "an item in a dict": (lambda held, one: held["empty"].update(a=1), False),
+    "an item in a list": (lambda held, one: held["items"].append(1), False),
+    "another item": (lambda held, one: held["names"].__setitem__(0, "other"), False),
+    "an equal item": (lambda held, one: held["names"].__setitem__(0, "".join(["de", "fault"])), True),
+    "a hook": (_register, False),
+    "a class": (lambda held, one: setattr(one, "__class__", nn.Bilinear), False),
+    "a forward": (lambda held, one: setattr(one, "forward", print), False),
+    "dropped kernels": (lambda held, one: few_tokens.DROPPED.update({("CPU", "lora"): "a test"}), False),
+}
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_facts_hold_until_they_change(change: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_tokens, "DROPPED", {})
+    if not native:
+        monkeypatch.setattr(_native.STATE, "module", None)
+    one, facts = nn.Linear(2, 2), few_tokens.Facts()
+    held, names = one.__dict__, ("a", "b", "missing", "last")
+    held.update({"a": object(), "b": None, "empty": {}, "items": [], "names": ["default"], "last": 1})
+    assert [facts.value(held, name) for name in names] == [held.get(name) for name in names]
+    assert facts.empty(held, "empty") and facts.empty(held, "items") and facts.empty(held, "none")
+    assert facts.plain(one) and facts.same(held["names"])
+    assert facts.hold() and facts.hold()
+    make, wanted = CHANGES[change]
+    make(held, one)
+    assert [facts.hold(), facts.hold()] == [wanted, wanted]
+
+
+def test_the_attention_that_pytorch_is_told_to_run_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, replaced, own = [], [], decoder_layer._decoder_layer
+    monkeypatch.setattr(decoder_layer, "_decoder_layer", lambda *args: calls.append(1) or own(*args))
+    model, stock = generating_model(), F.scaled_dot_product_attention
+
+    def counts() -> tuple[int, int]:
+        """Returns how often a generation of two tokens called the operator, and how often the replaced function."""
+        calls.clear(), replaced.clear()
+        ids = torch.arange(3, 12)[None]
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+        return len(calls), len(replaced)
+
+    layers = len(model.model.layers)
+    assert counts() == (layers, 0)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert counts() == (0, 0)
+    assert counts() == (layers, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: replaced.append(1) or stock(*a, **k))
+        assert counts() == (0, 2 * layers)
+    assert counts() == (layers, 0)
 
 
 @pytest.mark.parametrize("change", ["none", "mask", "positions", "one more", "a name", "tokens", "dtype"])

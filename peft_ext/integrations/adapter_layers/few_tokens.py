@@ -69,7 +69,7 @@ def few_reason(x: Any) -> Optional[str]:
         return "the call records gradients"
     if type(x) not in reasons.plain_types() or x.dtype not in reasons.DTYPES or x.layout is not torch.strided:
         return "its input is no plain tensor in float32, bfloat16 or float16"
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"it is on {x.device.type}, wanted a CPU"
     if x.dim() != 3 or not 0 < x.numel() < MANY_TOKENS * x.shape[-1] or not x.is_contiguous():
         return "the call has many tokens"
@@ -90,13 +90,15 @@ class Facts:
         self._places: list[dict] = []
         self._names: list[Any] = []
         self._values: list[Any] = []
-        self._empty: list[Any] = [DROPPED]
-        self._equal: list[tuple[list, list]] = []
+        self._empty: list[dict] = [DROPPED]
+        self._lists: list[list] = []
+        self._items: list[list] = []
         self._modules: list[nn.Module] = []
         self._kinds: list[type] = []
         self._forwards: dict[type, Any] = {}
         self._tensors: list[Tensor] = []
         self._looks: list[tuple] = []
+        self._compared: Any = None
         self.is_final = True
 
     def value(self, place: dict, name: Any) -> Any:
@@ -108,10 +110,13 @@ class Facts:
         return value
 
     def empty(self, place: dict, name: Any) -> bool:
-        """Returns whether the container ``place[name]`` is empty. Later, ``hold`` returns False if the container is not
-        empty."""
+        """Returns whether the dict or the list ``place[name]`` is empty. Later, ``hold`` returns False if the dict or
+        the list is not empty."""
         held = self.value(place, name)
-        self._empty.append(held)
+        if isinstance(held, dict):
+            self._empty.append(held)
+        elif held is not None:
+            self.same(held)
         return not held
 
     def tensor(self, place: dict, name: Any) -> Optional[Tensor]:
@@ -148,7 +153,8 @@ class Facts:
 
     def same(self, held: list) -> list:
         """Returns the list ``held``. Later, ``hold`` returns False if the list has other items."""
-        self._equal.append((held, list(held)))
+        self._lists.append(held)
+        self._items.append(list(held))
         return held
 
     def add(self, other: Facts) -> None:
@@ -159,25 +165,31 @@ class Facts:
         self.is_final = self.is_final and other.is_final
 
     def hold(self) -> bool:
-        holds = _holds if STATE.module is None else STATE.module.holds
-        if not holds(self._places, self._names, self._values, self._empty, self._modules, self._kinds):
+        """Returns whether all facts still hold.
+
+        The module ``_C`` has a class that compares the facts of dicts, lists and classes as ``_are_same`` does, and
+        faster.
+        """
+        if self._compared is None and STATE.module is not None:
+            self._compared = STATE.module.Facts(*map(tuple, self._of_objects()))
+        if not (self._are_same() if self._compared is None else self._compared.hold()):
             return False
         for kind, forward in self._forwards.items():
             if kind.forward is not forward:
                 return False
-        for held, items in self._equal:
-            if held != items:
-                return False
         return list(map(_look, self._tensors)) == self._looks
 
+    def _of_objects(self) -> tuple[list, ...]:
+        places, lists = (self._places, self._names, self._values, self._empty), (self._lists, self._items)
+        return (*places, *lists, self._modules, self._kinds)
 
-def _holds(places: list, names: list, values: list, empty: list, modules: list, kinds: list) -> bool:
-    """Returns whether the facts that a :class:`Facts` has noted still hold: each dict in ``places`` has, under its name
-    in ``names``, its object in ``values`` (None also stands for a missing name), each container in ``empty`` is empty,
-    and each module has its class in ``kinds``. The module ``_C`` has a faster function that does the work of
-    ``_holds``."""
-    same = all(map(operator.is_, map(dict.get, places, names), values))
-    return same and not any(empty) and all(map(operator.is_, map(type, modules), kinds))
+    def _are_same(self) -> bool:
+        """Returns whether each dict in ``_places`` has, under its name in ``_names``, its object in ``_values`` (None
+        also stands for a missing name), each dict in ``_empty`` is empty, each list in ``_lists`` equals its list in
+        ``_items``, and each module has its class in ``_kinds``."""
+        same = all(map(operator.is_, map(dict.get, self._places, self._names), self._values))
+        same = same and not any(self._empty) and self._lists == self._items
+        return same and all(map(operator.is_, map(type, self._modules), self._kinds))
 
 
 class _Plan(NamedTuple):

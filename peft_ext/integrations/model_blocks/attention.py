@@ -235,7 +235,8 @@ class Attention(Block):
             return "it lacks a layer or a number that its class's forward reads"
         q, k, v, o = (direct(facts, layer, x) for layer in layers)
         is_plain = _IGNORED.issuperset(name for name, _ in known.options)
-        attends = type(groups) is int and is_causal is True and is_plain
+        own = facts.value(vars(F), _OPERATOR) is _OF_PYTORCH and kernel_reason(_OPERATOR, "cpu") is None
+        attends = type(groups) is int and is_causal is True and is_plain and own
         return SimpleNamespace(
             layers=(q, k, v, o), projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim,
             kv_heads=getattr(layers[1], "out_features", 0) // self.head_dim, scaling=self.scaling, attends=attends,
@@ -262,7 +263,7 @@ class Attention(Block):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, known.names.get(_EAGER))
         if attend is not sdpa_attention_forward:
             return None
-        if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _device_reason("cpu"):
+        if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _setting_reason():
             return None
         if not repeats:
             cos, sin = given["position_embeddings"]
@@ -394,13 +395,19 @@ def _isa() -> str:
 def _device_reason(device: str) -> Optional[str]:
     if F.scaled_dot_product_attention is not _OF_PYTORCH:
         return "torch.nn.functional.scaled_dot_product_attention was replaced"
-    if not torch.backends.cuda.flash_sdp_enabled():
-        return "PyTorch is told to take its formula (torch.nn.attention.sdpa_kernel)"
     if device == "cuda":
         return "on a GPU PyTorch's own kernels are used"
+    return _setting_reason() or kernel_reason(_OPERATOR, device)
+
+
+def _setting_reason() -> Optional[str]:
+    """Returns why PyTorch's own attention runs on a CPU under settings of PyTorch and peft_ext that may change between
+    two calls; else None."""
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "PyTorch is told to take its formula (torch.nn.attention.sdpa_kernel)"
     if _isa() not in _PATHS:
         return f"PyTorch's own is used on this CPU path ({_isa()})"
-    return kernel_reason(_OPERATOR, device)
+    return None
 
 
 def sdpa_attention_forward(
@@ -456,7 +463,7 @@ def _of_few(q: Tensor, k: Any, v: Any, mask: Any, scaling: float) -> Optional[Te
 
     Returns None if transformers' function has to compute the call.
     """
-    if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _device_reason("cpu"):
+    if _knows_bias(ALL_ATTENTION_FUNCTIONS["sdpa"]) is None or _setting_reason():
         return None
     if not (accepts_input(k) and accepts_input(v) and k.dtype is v.dtype is q.dtype and k.shape == v.shape):
         return None
