@@ -3,6 +3,8 @@
 //   q, k, v = projections(norm₁(x));   the rotated k, and v, are written to the cache, after its keys and values;
 //   h = x + o(attention(rotated q, all keys, all values));   y = h + down(act(gate(norm₂(h))) ∘ up(norm₂(h)))
 //
+// In some layers, q and k are normed before they are rotated: each head by itself, or all heads of a token together.
+//
 // Most steps run the kernels of an operator (rms_norm, lora_linears, rotary_embedding, scaled_dot_product_attention,
 // gated_activation), and give the same bits as a call of that operator. The copy of v to the cache and the two
 // additions are computed in this file. One call from Python runs all steps of the layer, as the stages of one parallel
@@ -36,13 +38,16 @@ namespace {
 
 constexpr const char* kOp = "decoder_layer";
 constexpr size_t kLayers = 7;  // number of linear layers: q, k, v, o, gate, up, down
-constexpr size_t kNorms = 2, kLayerSizes = 4, kLayerNumbers = 2;
-// Number of entries at the start of the list `sizes`: the activation, and whether the norms round before they multiply
-// by the weight.
-constexpr size_t kOwnSizes = 2;
-// Number of entries at the start of the list `numbers`: eps of each norm, the offset of the norms' weights, and the
-// scale of attention.
-constexpr size_t kOwnNumbers = 4;
+constexpr size_t kLayerSizes = 4, kLayerNumbers = 2;
+// Number of entries at the start of the list `sizes`: the activation, whether the norms round before they multiply by
+// the weight, and the number of norms.
+constexpr size_t kOwnSizes = 3;
+// The list `numbers` starts with eps of each norm; this number of entries follows: the offset of the norms' weights,
+// and the scale of attention.
+constexpr size_t kOwnNumbers = 2;
+// The norms in their order in the lists. A layer without norms of q and k has the first two alone.
+enum Norm : size_t { kFirstNorm, kSecondNorm, kNormOfQ, kNormOfK, kMostNorms };
+constexpr size_t kLeastNorms = kNormOfQ;
 
 // The list arguments of decoder_layer for one decoder layer. To convert these lists from Python takes as long as to
 // compute a small decoder layer.
@@ -131,24 +136,33 @@ class PreparedLayers {
         tokens_(rows_of(x)),
         columns_(x.size(2)) {
     const auto& [tensors, sizes, numbers] = *lists_;
-    STD_TORCH_CHECK(tensors.size() >= kNorms && sizes.size() == kOwnSizes + kLayers * kLayerSizes &&
-                        numbers.size() == kOwnNumbers + kLayers * kLayerNumbers,
-                    kOp, ": tensors, sizes or numbers are not those of two norms and ", kLayers, " layers");
-    layers_ = lora_layers(kOp, {tensors.begin() + kNorms, tensors.end()}, {sizes.begin() + kOwnSizes, sizes.end()},
-                          {numbers.begin() + kOwnNumbers, numbers.end()});
+    STD_TORCH_CHECK(sizes.size() == kOwnSizes + kLayers * kLayerSizes, kOp, ": sizes are not those of ", kLayers,
+                    " layers");
+    STD_TORCH_CHECK(sizes[2] == kLeastNorms || sizes[2] == kMostNorms, kOp, ": ", sizes[2], " norms are given, wanted ",
+                    kLeastNorms, " or ", kMostNorms);
+    const auto norms = static_cast<size_t>(sizes[2]);
+    STD_TORCH_CHECK(tensors.size() >= norms && numbers.size() == norms + kOwnNumbers + kLayers * kLayerNumbers, kOp,
+                    ": tensors or numbers are not those of ", norms, " norms and ", kLayers, " layers");
+    layers_ = lora_layers(kOp, {tensors.begin() + norms, tensors.end()}, {sizes.begin() + kOwnSizes, sizes.end()},
+                          {numbers.begin() + norms + kOwnNumbers, numbers.end()});
     checked_gate(kOp, sizes[0]);
-    for (size_t i = 0; i < kNorms; ++i) {
+    offset_ = numbers[norms];
+    scale_ = numbers[norms + 1];
+    for (size_t i = 0; i < norms; ++i) {
       const Tensor& weight = tensors[i];
       dtype_of(kOp, "norm weight", weight);
-      STD_TORCH_CHECK(weight.numel() == columns_, kOp, ": a norm's weight has ", weight.numel(), " elements, wanted ",
-                      columns_);
+      const bool of_heads = i >= kLeastNorms;  // whether this is the norm of q or of k
+      const int64_t normed = of_heads ? outputs(i - kLeastNorms) : columns_, count = weight.numel();
+      STD_TORCH_CHECK(count == normed || (of_heads && count > 0 && normed % count == 0), kOp, ": a norm's weight has ",
+                      count, " elements, wanted ", of_heads ? "a divisor of " : "", normed);
       // If a norm rounds before it multiplies by a weight of another dtype than x, its result is float32, which
       // decoder_layer does not support.
       STD_TORCH_CHECK(sizes[1] == 0 || weight.scalar_type() == type_, kOp, ": a norm's weight is not of x's type");
       norms_.push_back(as_contiguous(weight));
+      rows_of_norms_.push_back(count == 0 ? 0 : normed / count);
     }
-    const double scale = numbers[kOwnNumbers - 1];
-    STD_TORCH_CHECK(scale > 0.0 && std::isfinite(scale), kOp, ": scale is ", scale, ", wanted a finite number above 0");
+    STD_TORCH_CHECK(scale_ > 0.0 && std::isfinite(scale_), kOp, ": scale is ", scale_,
+                    ", wanted a finite number above 0");
     const int64_t columns[kGroups] = {columns_, outputs(0), columns_, outputs(4)};
     for (size_t group = 0; group < kGroups; ++group)
       prepared_.push_back(FewLayers::of(kOp, layers_.data() + kFirst[group], layers_.data() + kFirst[group + 1], type_,
@@ -173,7 +187,12 @@ class PreparedLayers {
 
   int64_t outputs(size_t layer) const { return layers_[layer].weight.out_features(); }
 
+  size_t norms() const { return norms_.size(); }
   const Tensor& norm(size_t i) const { return norms_[i]; }
+  // Number of rows that norm i norms in each token: the norm of q may norm each head by itself.
+  int64_t rows_of_norm(size_t i) const { return rows_of_norms_[i]; }
+  double offset() const { return offset_; }  // what is added to the weights of the norms
+  double scale() const { return scale_; }    // the scale of attention
 
   // Returns the number of bytes of the room that a call of `add` needs.
   int64_t bytes() const {
@@ -212,6 +231,8 @@ class PreparedLayers {
   ScalarType type_;
   int64_t tokens_, columns_;
   std::vector<Tensor> norms_;  // the contiguous weights of the norms
+  std::vector<int64_t> rows_of_norms_;
+  double offset_ = 0.0, scale_ = 0.0;
   std::vector<Layer> layers_;
   std::vector<std::optional<FewLayers>> prepared_;
 };
@@ -260,7 +281,7 @@ void keep_layers(int64_t plan, const Plan& made) {
 // The intermediate values of a call, in x's dtype but for the factors, rstd and lse, which are float32.
 struct Values {
   void *normed, *q, *k, *v, *rotated, *attended, *projected, *h, *second, *gate, *up, *gated, *down;
-  float *factors, *rstd, *lse;
+  float *factors[kMostNorms], *rstd[kMostNorms], *lse;
   char* room;
 
   Values(Parts* parts, const PreparedLayers& layers, int64_t tokens, int64_t columns, int64_t rows, int64_t element) {
@@ -278,8 +299,10 @@ struct Values {
     up = matrix(layers.outputs(5));
     gated = matrix(layers.outputs(4));
     down = matrix(columns);
-    factors = parts->take<float>(static_cast<int64_t>(kNorms) * columns);
-    rstd = parts->take<float>(tokens);
+    for (size_t i = 0; i < layers.norms(); ++i) {
+      factors[i] = parts->take<float>(layers.norm(i).numel());
+      rstd[i] = parts->take<float>(tokens * layers.rows_of_norm(i));
+    }
     lse = parts->take<float>(rows);
     room = parts->take<char>(layers.bytes());
   }
@@ -335,7 +358,6 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   }
   const PreparedLayers& layers = *kept.prepared;
   const std::vector<int64_t>& sizes = kept.lists->sizes;
-  const std::vector<double>& numbers = kept.lists->numbers;
   const int64_t hidden = x.size(2), width = layers.outputs(1), of_q = layers.outputs(0), inner = layers.outputs(4);
   STD_TORCH_CHECK(width == keys.size(1) * size && layers.outputs(2) == width && width > 0 && of_q % width == 0 &&
                       layers.outputs(3) == hidden && layers.outputs(5) == inner && layers.outputs(6) == hidden,
@@ -351,20 +373,21 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   Parts parts{reinterpret_cast<uintptr_t>(scratch(Scratch::kLayer, count.at))};
   const Values held(&parts, layers, rows, hidden, rows * heads, element);
 
-  const auto norm = [&](size_t i, const void* from, void* to) {
-    NormRows work;
+  const void* const inputs_of_norms[kMostNorms] = {residual.const_data_ptr(), held.h, held.q, held.k};
+  void* const results_of_norms[kMostNorms] = {held.normed, held.second, held.q, held.k};
+  NormRows works[kMostNorms];
+  for (size_t i = 0; i < layers.norms(); ++i) {
+    NormRows& work = works[i];
     work.dtype = work.out_dtype = dtype;
-    work.columns = hidden;
+    work.columns = layers.norm(i).numel();
     work.centered = false;
     work.round_first = sizes[1] != 0;
-    work.eps = static_cast<float>(numbers[i]);
-    work.x = from;
-    work.factor = held.factors + static_cast<int64_t>(i) * hidden;
-    work.y = to;
-    work.rstd = held.rstd;
-    return work;
-  };
-  const NormRows first = norm(0, residual.const_data_ptr(), held.normed), second = norm(1, held.h, held.second);
+    work.eps = static_cast<float>(kept.lists->numbers[i]);
+    work.x = inputs_of_norms[i];
+    work.factor = held.factors[i];
+    work.y = results_of_norms[i];
+    work.rstd = held.rstd[i];
+  }
   const NormKernels& norms = norm_kernels();
 
   const auto strides = [&](const Tensor& of) {
@@ -405,7 +428,7 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   attention.queries = tokens;
   attention.keys = all;
   attention.size = attention.value_size = size;
-  attention.scale = static_cast<float>(numbers[kOwnNumbers - 1]);
+  attention.scale = static_cast<float>(layers.scale());
   attention.q = {held.rotated, tokens * of_q, size, of_q};
   attention.k = cache_k;
   attention.v = cache_v;
@@ -431,12 +454,13 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
     layers.add(&stages, group, from, to, held.room, &runs[group]);
   };
   stages.add(1).add(1, 1, [&](int64_t, int64_t) {
-    for (size_t i = 0; i < kNorms; ++i)
-      write_factor(layers.norm(i), numbers[2], held.factors + static_cast<int64_t>(i) * hidden);
+    for (size_t i = 0; i < layers.norms(); ++i) write_factor(layers.norm(i), layers.offset(), held.factors[i]);
   });
-  add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) { norms.rows(first, begin, end); });
+  add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) { norms.rows(works[kFirstNorm], begin, end); });
   add_layers(PreparedLayers::kProjections, held.normed, {held.q, held.k, held.v});
   add_rows(&stages, rows, of_q + width, [&](int64_t begin, int64_t end) {
+    for (size_t i = kNormOfQ; i < layers.norms(); ++i)
+      norms.rows(works[i], begin * layers.rows_of_norm(i), end * layers.rows_of_norm(i));
     rotaries.rotate(rotary, begin, end);
     append_v(begin, end);
   });
@@ -447,7 +471,7 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   add_layers(PreparedLayers::kOutput, held.attended, {held.projected});
   add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) {
     add_elements(dtype, residual.const_data_ptr(), held.projected, held.h, begin * hidden, end * hidden);
-    norms.rows(second, begin, end);
+    norms.rows(works[kSecondNorm], begin, end);
   });
   add_layers(PreparedLayers::kGateUp, held.second, {held.gate, held.up});
   add_rows(&stages, rows, inner, [&](int64_t begin, int64_t end) { activations.rows(gated, begin, end); });

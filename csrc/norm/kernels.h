@@ -24,7 +24,7 @@ struct NormRows {
   const void* x;                  // x [T, columns]
   const float* factor = nullptr;  // factor [columns]; a null pointer stands for ones
   const float* bias = nullptr;    // bias b [columns]; a null pointer stands for zeros
-  void* y;                        // y [T, columns]
+  void* y;                        // y [T, columns], which may be the memory of x if the dtypes are equal
   float* mean = nullptr;          // μ [T]; null for RMSNorm
   float* rstd;                    // r [T]
 };

@@ -33,6 +33,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
     "Qwen 2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)),
     "Qwen 3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=48)),
+    "OLMo 2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**SIZES)),
     "Mistral, window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=5)),
     "Qwen 3, window": lambda: hf.Qwen3ForCausalLM(
         hf.Qwen3Config(**SIZES, head_dim=48, use_sliding_window=True, sliding_window=5, max_window_layers=1)
@@ -140,8 +141,10 @@ def test_logits_are_those_of_the_layers(
     more = {"cache_implementation": cache, "disable_compile": True} if cache else {}
     found = logits(model, size, **more)
     ran = {kind for kind, made in planned if made is not None}
-    # Mistral's attention runs its own code, in which only the layers of one input are computed together.
-    blocks = ("RMSNorm", "MLP") if name[0] == "M" else ("RMSNorm", "DecoderLayer")
+    # The decoder layer of OLMo 2 has no known form. Mistral's attention runs its own code, in which only the layers of
+    # one input are computed together.
+    blocks = {"OLMo 2": ("RMSNorm", "MLP", "Attention"), "Mistral, window": ("RMSNorm", "MLP")}
+    blocks = blocks.get(name, ("RMSNorm", "DecoderLayer"))
     assert all(any(part in kind for kind in ran) for part in blocks)
     count = len([made for _, made in planned if made is not None])
     with layer_by_layer(monkeypatch):
@@ -182,11 +185,12 @@ def test_one_operator_computes_a_layer(name: str, monkeypatch: Any) -> None:
     ids = torch.tensor([[5], [6]])
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask[:, :-1], past_key_values=out.past_key_values)
-    # The other models do not run the operator of a decoder layer: Qwen 3 has norms of q and k in each head, and
-    # Mistral's attention and caches of a sliding window run stock code.
-    assert len(calls) == (2 if name in ("Llama", "Qwen 2") else 0)
+    # The decoder layer of OLMo 2 has no known form. Mistral's attention runs stock code, and so does a cache of a
+    # sliding window, which one of two layers has.
+    count = {"OLMo 2": 0, "Mistral, window": 0, "Qwen 3, window": 1}.get(name, 2)
+    assert len(calls) == count
     model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)  # autograd is on
-    assert len(calls) == (2 if name in ("Llama", "Qwen 2") else 0)
+    assert len(calls) == count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -434,6 +438,57 @@ def test_a_change_takes_effect(change: str, monkeypatch: Any) -> None:
     assert_close(after, wanted)
     if "lora_dropout" not in change and change not in ("eager attention", "dtype"):
         assert (after - before).abs().max() > 1e-3
+
+
+def _eps_of_q(model: Any) -> None:
+    inner(model).self_attn.q_norm.variance_epsilon = 0.5
+
+
+def _values_of_k(model: Any) -> None:
+    weight = inner(model).self_attn.k_norm.weight
+    weight.data.copy_(torch.linspace(0, 2, len(weight)))
+
+
+def _another_k(model: Any) -> None:
+    norm = inner(model).self_attn.k_norm
+    norm.weight = nn.Parameter(torch.linspace(0, 2, len(norm.weight)))
+
+
+def _no_norm_of_q(model: Any) -> None:
+    inner(model).self_attn.q_norm = nn.Identity()
+
+
+CHANGES_OF_NORMS: dict[str, Callable[[Any], Any]] = {
+    "hook on q_norm": hook("self_attn.q_norm"), "hook before k_norm": hook("self_attn.k_norm", True),
+    "forward of q_norm": replaced("self_attn.q_norm"), "eps of q_norm": _eps_of_q, "values of k_norm": _values_of_k,
+    "weight of k_norm": _another_k, "another module": _no_norm_of_q,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Qwen 3", "OLMo 2"])
+@pytest.mark.parametrize("change", CHANGES_OF_NORMS)
+def test_a_change_of_the_norms_of_q_and_k_takes_effect(change: str, name: str) -> None:
+    model, stock = peft_ext.accelerate(build(name)), build(name)
+    before = logits(model)
+    for one in (model, stock):
+        CHANGES_OF_NORMS[change](one)
+    after = logits(model)
+    assert_close(after, logits(stock))
+    assert (after - before).abs().max() > 1e-3 or change == "hook before k_norm"  # a norm has no scale but its eps
+
+
+def test_an_operator_of_a_layer_has_one_kind_of_norms(monkeypatch: Any) -> None:
+    """A norm of q with another offset than the norms of the hidden states has no place in the operator's lists."""
+    calls, own = [], decoder_layer._decoder_layer
+    monkeypatch.setattr(decoder_layer, "_decoder_layer", lambda *args: calls.append(1) or own(*args))
+    model = build("Qwen 3", method="NF4")
+    for layer in model.model.layers:
+        norm = hf.models.gemma.modeling_gemma.GemmaRMSNorm(48)
+        nn.init.normal_(norm.weight, std=0.1)
+        layer.self_attn.q_norm = norm
+    stock = copy.deepcopy(model)
+    assert_close(logits(peft_ext.accelerate(model)), logits(stock))
+    assert not calls
 
 
 def test_an_adapter_that_is_merged_into_a_dense_weight_is_not_added_again() -> None:

@@ -38,6 +38,7 @@ from ..forms import KINDS, Row, row_of
 from .block import Block, device_of, input_reason
 from .cache import Room, appended, room_for
 from .config_view import OURS, View, view_of
+from .norm import NormCall, RMSNorm
 
 ALL_ATTENTION_FUNCTIONS: Any = None
 # AttentionInterface stays None if transformers lacks one of the four names that the next lines import.
@@ -190,11 +191,12 @@ class Attention(Block):
         heads = (*x.shape[:-1], -1, self.head_dim)
         with nullcontext() if plan is not None else siblings.together(self, known.groups):
             q, k, v = [modules[name](x) for name in known.groups[0]] if plan is None else plan.projections(x)
+        norms = plan.norms if plan is not None else [modules[name] for name in _NORMS if known.norms]
         if known.norms == "flat":
-            q, k = modules["q_norm"](q), modules["k_norm"](k)
+            q, k = norms[0](q), norms[1](k)
         q, k = q.view(heads), k.view(heads)
         if known.norms == "head":
-            q, k = modules["q_norm"](q), modules["k_norm"](k)
+            q, k = norms[0](q), norms[1](k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.view(heads).transpose(1, 2)
         if plan is not None and plan.are_direct and _are_positions(cos, sin, x, plan.size):
             q, k = _rotate(q, k, cos, sin)
@@ -226,7 +228,7 @@ class Attention(Block):
             facts.value(held, name)
         groups, is_causal = facts.value(held, "num_key_value_groups"), facts.value(held, "is_causal")
         layers = [facts.child(self, name) for name in (*known.groups[0], known.o)]
-        norms = [facts.child(self, name) for name in (("q_norm", "k_norm") if known.norms else ())]
+        norms = [facts.child(self, name) for name in _NORMS if known.norms]
         if self.training:
             return "it is in training"
         if reason := self.held_reason(facts) or self._own_reason() or kernel_reason(_ROTARY, "cpu"):
@@ -234,13 +236,17 @@ class Attention(Block):
         if any(name not in held for name in names) or len(layers) != 4 or None in (*layers, *norms):
             return "it lacks a layer or a number that its class's forward reads"
         q, k, v, o = (direct(facts, layer, x) for layer in layers)
+        are_direct = q is not layers[0] and k is not layers[1]
+        if are_direct and norms:
+            widths = [self.head_dim if known.norms == "head" else layer.out_features for layer in layers[:2]]
+            norms = [_norm_call(facts, norm, x, width) for norm, width in zip(norms, widths, strict=True)]
         is_plain = _IGNORED.issuperset(name for name, _ in known.options)
         own = facts.value(vars(F), _OPERATOR) is _OF_PYTORCH and kernel_reason(_OPERATOR, "cpu") is None
         attends = type(groups) is int and is_causal is True and is_plain and own
         return SimpleNamespace(
             layers=(q, k, v, o), projections=together((q, k, v)), o=o, norms=norms, size=self.head_dim,
             kv_heads=getattr(layers[1], "out_features", 0) // self.head_dim, scaling=self.scaling, attends=attends,
-            are_direct=q is not layers[0] and k is not layers[1] and not norms,
+            are_direct=are_direct and all(type(norm) is NormCall for norm in norms),
         )  # fmt: skip
 
     def repeats(self, plan: Any, x: Tensor, given: dict[str, Any]) -> bool:
@@ -303,8 +309,21 @@ class Attention(Block):
 # For each thread: the thread's last call of an attention whose arguments room_of_few accepted, see Attention.repeats.
 _LAST = threading.local()
 
+_NORMS = ("q_norm", "k_norm")  # the names of the norms of q and of k in every known form that has them
 _ROTATES, _EAGER, _ROTARY = "apply_rotary_pos_emb", "eager_attention_forward", "rotary_embedding"
 _OTHER_CACHES = frozenset({"cache", "past_key_value", "past_key_values"})
+
+
+def _norm_call(facts: Facts, norm: nn.Module, x: Tensor, width: int) -> Any:
+    """Returns the plan of the norm of q or k for rows of ``width`` values of x's dtype; the norm itself if it has no
+    plan."""
+    own = Facts()
+    if not isinstance(norm, RMSNorm) or not own.plain(norm):
+        return norm
+    if isinstance(call := norm._few(own, x.new_empty((1, 1, width))), str):
+        return norm
+    facts.add(own)
+    return call
 
 
 def _are_positions(cos: Tensor, sin: Tensor, x: Tensor, size: int) -> bool:

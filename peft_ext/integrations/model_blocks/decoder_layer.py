@@ -86,14 +86,17 @@ def _lists(first: NormCall, second: NormCall, attention: Any, mlp: MlpCall) -> O
     calls = (*attention.layers, *mlp.layers)
     if not has_kernel("decoder_layer", "CPU") or not all(type(call) is Kernel for call in calls):
         return None
-    if not attention.attends or attention.norms or not attention.kv_heads or first[2:] != second[2:]:
+    norms = (first, second, *attention.norms)
+    if not attention.attends or not attention.kv_heads or not all(type(norm) is NormCall for norm in norms):
+        return None
+    if any(norm[2:] != first[2:] for norm in norms):
         return None
     if type(attention.size) is not int or attention.size % 2 or type(attention.scaling) is not float:
         return None
     tensors, sizes, numbers = listed(calls)
-    own = [first.eps, second.eps, first.offset, attention.scaling]
-    sizes = [mlp.number, int(first.rounds), *sizes]
-    return Lists([first.weight, second.weight, *tensors], sizes, [*own, *numbers])
+    sizes = [mlp.number, int(first.rounds), len(norms), *sizes]
+    numbers = [*(norm.eps for norm in norms), first.offset, attention.scaling, *numbers]
+    return Lists([*(norm.weight for norm in norms), *tensors], sizes, numbers)
 
 
 class DecoderLayer(Block):
