@@ -3,15 +3,17 @@
 ``python -m benchmarks.generation``              tokens/s of each contender; writes a result file
 ``python -m benchmarks.generation --prompts 200``  compares the tokens of 200 prompts; writes another result file
 
-The model is SmolLM2-135M-Instruct. Every contender has a process of its own, and generates the same number of tokens
-from the same prompt with transformers' ``generate``, greedily. The contenders generate in turn. The tokens per second
-are those behind the first token: the time of the prompt and of the first token is measured by itself and subtracted.
+The model is SmolLM2-135M-Instruct, and for the last contender a model with random weights. Every contender has a
+process of its own, and generates the same number of tokens from the same prompt with transformers' ``generate``,
+greedily. The contenders generate in turn. The tokens per second are those behind the first token: the time of the
+prompt and of the first token is measured by itself and subtracted.
 
 bf16              the bfloat16 model
 LoRA              the bfloat16 model with a LoRA adapter of rank 16 on all linear layers
 NF4               the linear layers in NF4
 NF4, LoRA         the linear layers in NF4, with the adapter
 NF4, compiled     as NF4, with transformers' static cache, and with ``torch.compile`` over the forward
+NF4, LoRA, Qwen 3 of 0.6B    as "NF4, LoRA", over a model of Qwen3-0.6B's shape, but of 49,152 words
 
 "stock" is transformers and PEFT, and bitsandbytes for NF4; "ours" is the same model after ``peft_ext.accelerate``. All
 models are frozen, and so in particular their heads.
@@ -47,7 +49,8 @@ from .harness import machine
 from .turns import in_turn, serve
 
 NAME, SAME = "run-generation-avx512_bf16", "run-same_tokens-avx512_bf16"
-CONTENDERS = ("bf16", "LoRA", "NF4", "NF4, LoRA", "NF4, compiled")
+QWEN = "NF4, LoRA, Qwen 3 of 0.6B"
+CONTENDERS = ("bf16", "LoRA", "NF4", "NF4, LoRA", "NF4, compiled", QWEN)
 THINGS = ("a river", "the price of bread", "a lost key", "the moon", "a train to the north", "an old computer",
           "the first snow", "a garden wall", "the speed of light", "a cup of tea")  # fmt: skip
 QUESTIONS = ("Write a sentence about {}.", "What is {}?", "Why do people talk about {}?", "Tell me a story about {}.",
@@ -91,9 +94,18 @@ def _with_adapter(model: Any) -> Any:
     return model
 
 
+def _qwen() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=49_152, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+                         num_attention_heads=16, num_key_value_heads=8, head_dim=128, dtype=torch.bfloat16)  # fmt: skip
+    return Qwen3ForCausalLM(config).bfloat16()
+
+
 def contender(name: str, kind: str, load: Callable[[], Any]) -> Any:
     """Returns the model of a contender in evaluation mode. ``kind``: "ours" or "stock"."""
-    model = load()
+    model = _qwen() if name == QWEN else load()
     if name.startswith("NF4"):
         peft_ext.quantize_nf4(model, progress=False)
         if kind == "stock":
@@ -244,7 +256,10 @@ def measure(args: argparse.Namespace) -> Result:
     rows = rates(args)
     for row in rows:
         print(row, flush=True)
-    what = f"SmolLM2-135M-Instruct, {args.tokens} tokens behind a short prompt, greedy, {args.rounds} rounds"
+    what = (
+        f"{args.tokens} tokens behind a short prompt, greedy, {args.rounds} rounds, by SmolLM2-135M-Instruct, and in "
+        "the row of Qwen 3 by a model of Qwen3-0.6B's shape with random weights and 49,152 words"
+    )
     return {"what": what, "rows": rows}
 
 
