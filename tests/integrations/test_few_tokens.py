@@ -458,10 +458,19 @@ def _no_norm_of_q(model: Any) -> None:
     inner(model).self_attn.q_norm = nn.Identity()
 
 
+class Halving(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def _class_of_q(model: Any) -> None:
+    inner(model).self_attn.q_norm.__class__ = Halving
+
+
 CHANGES_OF_NORMS: dict[str, Callable[[Any], Any]] = {
     "hook on q_norm": hook("self_attn.q_norm"), "hook before k_norm": hook("self_attn.k_norm", True),
     "forward of q_norm": replaced("self_attn.q_norm"), "eps of q_norm": _eps_of_q, "values of k_norm": _values_of_k,
-    "weight of k_norm": _another_k, "another module": _no_norm_of_q,
+    "weight of k_norm": _another_k, "another module": _no_norm_of_q, "class of q_norm": _class_of_q,
 }  # fmt: skip
 
 
