@@ -341,7 +341,7 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   Plan kept = plan_of(plan, {std::move(given_tensors), std::move(given_sizes), std::move(given_numbers)});
   STD_TORCH_CHECK(x.dim() == 3 && keys.dim() == 4 && values.dim() == 4, kOp,
                   ": x is not [B, T, K], or keys or values are not [B, H, capacity, D]");
-  const int64_t batch = x.size(0), tokens = x.size(1), size = keys.size(3), all = past + tokens;
+  const int64_t batch = x.size(0), tokens = x.size(1), size = keys.size(3);
   STD_TORCH_CHECK(tokens <= kFewQueries, kOp, ": x has ", tokens, " tokens, wanted at most ", kFewQueries);
   for (const Tensor* held : {&keys, &values})
     STD_TORCH_CHECK(held->size(0) == batch && held->size(1) == keys.size(1) && held->size(3) == size && size > 0 &&
@@ -426,7 +426,7 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   attention.heads = heads;
   attention.kv_heads = keys.size(1);
   attention.queries = tokens;
-  attention.keys = all;
+  attention.keys = past + tokens;
   attention.size = attention.value_size = size;
   attention.scale = static_cast<float>(layers.scale());
   attention.q = {held.rotated, tokens * of_q, size, of_q};
