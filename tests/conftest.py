@@ -44,7 +44,7 @@ FEW_CASES = 20  # --products runs all cases of a test that has at most this numb
 LONGEST = (
     "tests/distributed/", "tests/ops/test_cuda_", "tests/ops/test_ops.py", "tests/faults/",
     "tests/integrations/test_methods.py", "tests/memory/", "tests/integrations/test_loss.py", "tests/gguf/test_load.py",
-    "tests/integrations/test_few_tokens.py", "tests/ops/test_covering.py", "tests/integrations/test_architectures.py",
+    "tests/integrations/test_few_tokens", "tests/ops/test_covering.py", "tests/integrations/test_architectures.py",
     "tests/run/", "tests/cli/", "tests/merge/", "tests/native/", "tests/docs/", "tests/integrations/", "tests/fuzz/",
 )  # fmt: skip
 
