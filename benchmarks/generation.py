@@ -3,7 +3,7 @@
 ``python -m benchmarks.generation``              tokens/s of each contender; writes a result file
 ``python -m benchmarks.generation --prompts 200``  compares the tokens of 200 prompts; writes another result file
 
-The model is SmolLM2-135M-Instruct, and for the last contender a model with random weights. Every contender has a
+The model is SmolLM2-135M-Instruct, and for the last two contenders a model with random weights. Every contender has a
 process of its own, and generates the same number of tokens from the same prompt with transformers' ``generate``,
 greedily. The contenders generate in turn. The tokens per second are those behind the first token: the time of the
 prompt and of the first token is measured by itself and subtracted.
@@ -14,6 +14,7 @@ NF4               the linear layers in NF4
 NF4, LoRA         the linear layers in NF4, with the adapter
 NF4, compiled     as NF4, with transformers' static cache, and with ``torch.compile`` over the forward
 NF4, LoRA, Qwen 3 of 0.6B    as "NF4, LoRA", over a model of Qwen3-0.6B's shape, but of 49,152 words
+NF4, LoRA, Gemma 3 of 1B     as "NF4, LoRA", over a model of Gemma-3-1B's shape, but of 49,152 words
 
 "stock" is transformers and PEFT, and bitsandbytes for NF4; "ours" is the same model after ``peft_ext.accelerate``. All
 models are frozen, and so in particular their heads.
@@ -50,7 +51,8 @@ from .turns import in_turn, serve
 
 NAME, SAME = "run-generation-avx512_bf16", "run-same_tokens-avx512_bf16"
 QWEN = "NF4, LoRA, Qwen 3 of 0.6B"
-CONTENDERS = ("bf16", "LoRA", "NF4", "NF4, LoRA", "NF4, compiled", QWEN)
+GEMMA = "NF4, LoRA, Gemma 3 of 1B"
+CONTENDERS = ("bf16", "LoRA", "NF4", "NF4, LoRA", "NF4, compiled", QWEN, GEMMA)
 THINGS = ("a river", "the price of bread", "a lost key", "the moon", "a train to the north", "an old computer",
           "the first snow", "a garden wall", "the speed of light", "a cup of tea")  # fmt: skip
 QUESTIONS = ("Write a sentence about {}.", "What is {}?", "Why do people talk about {}?", "Tell me a story about {}.",
@@ -103,9 +105,19 @@ def _qwen() -> Any:
     return Qwen3ForCausalLM(config).bfloat16()
 
 
+def _gemma() -> Any:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(vocab_size=49_152, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
+                              num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
+                              dtype=torch.bfloat16)  # fmt: skip
+    return Gemma3ForCausalLM(config).bfloat16()
+
+
 def contender(name: str, kind: str, load: Callable[[], Any]) -> Any:
     """Returns the model of a contender in evaluation mode. ``kind``: "ours" or "stock"."""
-    model = _qwen() if name == QWEN else load()
+    model = {QWEN: _qwen, GEMMA: _gemma}.get(name, load)()
     if name.startswith("NF4"):
         peft_ext.quantize_nf4(model, progress=False)
         if kind == "stock":
@@ -258,7 +270,8 @@ def measure(args: argparse.Namespace) -> Result:
         print(row, flush=True)
     what = (
         f"{args.tokens} tokens behind a short prompt, greedy, {args.rounds} rounds, by SmolLM2-135M-Instruct, and in "
-        "the row of Qwen 3 by a model of Qwen3-0.6B's shape with random weights and 49,152 words"
+        "the rows of Qwen 3 and Gemma 3 by models of the shapes of Qwen3-0.6B and Gemma-3-1B with random weights and "
+        "49,152 words"
     )
     return {"what": what, "rows": rows}
 

@@ -260,10 +260,11 @@ def scan(known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     biased = "yes" if "position_bias" in sdpa_attention_forward.__code__.co_varnames else "no"
     meet(sdpa_attention_forward, "forward", lambda *_: [("sdpa", {"bias": biased})])
     meet(ForCausalLMLoss, "forward", lambda *_: [("causal_loss", {})])
-    from transformers.cache_utils import Cache, DynamicLayer
+    from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
     meet(Cache, "update", lambda *_: [("cache", {})])
     meet(DynamicLayer, "update", lambda *_: [("cache_layer", {})])
+    meet(DynamicSlidingWindowLayer, "update", lambda *_: [("sliding_cache_layer", {})])
     kinds = {cls: rows[digest]["kind"] for cls, digest in by_class.items() if digest in rows}
     battery = {} if known else _battery(by_class, rows)
     return {"rows": rows, "coverage": _coverage(by_class, kinds), "battery": battery}

@@ -114,7 +114,7 @@ def steps() -> dict[str, Callable[[], Step]]:
         make = partial(random, grad=False)
         layers = (((hidden, kv_heads * size, kv_heads * size), hidden), ((hidden,), hidden), ((inner, inner), hidden),
                   ((hidden,), inner))  # fmt: skip
-        tensors, sizes, numbers = [make(hidden), make(hidden)], [0, 0, 2], [1e-5, 1e-5, 0.0, size**-0.5]
+        tensors, sizes, numbers = [make(hidden), make(hidden)], [0, 0, 1], [1e-5, 1e-5, 0.0, size**-0.5]
         for outs, columns in layers:
             weights = [nf4(make(out, columns)) for out in outs]
             found = listed("lora_linears", make(1, columns), weights, *adapters(outs, columns, grad=False), None, None,

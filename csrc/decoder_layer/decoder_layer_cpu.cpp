@@ -1,9 +1,11 @@
 // A decoder layer of a transformer for few tokens on the CPU, without a gradient:
 //
 //   q, k, v = projections(norm₁(x));   the rotated k, and v, are written to the cache, after its keys and values;
-//   h = x + o(attention(rotated q, all keys, all values));   y = h + down(act(gate(norm₂(h))) ∘ up(norm₂(h)))
+//   h = x + post₁(o(attention(rotated q, all keys, all values)));
+//   y = h + post₂(down(act(gate(norm₂(h))) ∘ up(norm₂(h))))
 //
-// In some layers, q and k are normed before they are rotated: each head by itself, or all heads of a token together.
+// norm₁ and norm₂ are norms, or leave their input as it is; so are post₁ and post₂. In some layers, q and k are normed
+// before they are rotated: each head by itself, or all heads of a token together.
 //
 // Most steps run the kernels of an operator (rms_norm, lora_linears, rotary_embedding, scaled_dot_product_attention,
 // gated_activation), and give the same bits as a call of that operator. The copy of v to the cache and the two
@@ -40,14 +42,16 @@ constexpr const char* kOp = "decoder_layer";
 constexpr size_t kLayers = 7;  // number of linear layers: q, k, v, o, gate, up, down
 constexpr size_t kLayerSizes = 4, kLayerNumbers = 2;
 // Number of entries at the start of the list `sizes`: the activation, whether the norms round before they multiply by
-// the weight, and the number of norms.
+// the weight, and which pairs of norms the layer has.
 constexpr size_t kOwnSizes = 3;
 // The list `numbers` starts with eps of each norm; this number of entries follows: the offset of the norms' weights,
 // and the scale of attention.
 constexpr size_t kOwnNumbers = 2;
-// The norms in their order in the lists. A layer without norms of q and k has the first two alone.
-enum Norm : size_t { kFirstNorm, kSecondNorm, kNormOfQ, kNormOfK, kMostNorms };
-constexpr size_t kLeastNorms = kNormOfQ;
+// The norms in their order in the lists, which have the norms of the layer alone. A layer has both norms of a pair or
+// none: the norms before attention and before the MLP (bit 0 of sizes[2]), those behind them (bit 1), and those of q
+// and of k (bit 2).
+enum Norm : size_t { kFirstNorm, kSecondNorm, kFirstPost, kSecondPost, kNormOfQ, kNormOfK, kMostNorms };
+constexpr int64_t kMostPairs = int64_t{1} << kMostNorms / 2;  // sizes[2] is less than this number
 
 // The list arguments of decoder_layer for one decoder layer. To convert these lists from Python takes as long as to
 // compute a small decoder layer.
@@ -119,6 +123,14 @@ class TensorFacts {
   bool are_contiguous_ = true;
 };
 
+// A norm of a decoder layer: its contiguous weight, the number of rows that it norms in each token (more than one for a
+// norm that norms each head of q by itself), and its eps.
+struct NormOfLayer {
+  Tensor weight;
+  int64_t rows;
+  double eps;
+};
+
 // The linear layers of a decoder layer, checked and prepared for an input of one dtype, number of tokens and number of
 // columns. Later calls use them again if the same tensors are still contiguous in the same memory: to check the layers
 // takes a tenth of a small decoder layer's time. The values of the tensors are read in each call.
@@ -138,9 +150,11 @@ class PreparedLayers {
     const auto& [tensors, sizes, numbers] = *lists_;
     STD_TORCH_CHECK(sizes.size() == kOwnSizes + kLayers * kLayerSizes, kOp, ": sizes are not those of ", kLayers,
                     " layers");
-    STD_TORCH_CHECK(sizes[2] == kLeastNorms || sizes[2] == kMostNorms, kOp, ": ", sizes[2], " norms are given, wanted ",
-                    kLeastNorms, " or ", kMostNorms);
-    const auto norms = static_cast<size_t>(sizes[2]);
+    STD_TORCH_CHECK(sizes[2] >= 0 && sizes[2] < kMostPairs, kOp, ": the pairs of norms are ", sizes[2],
+                    ", wanted a number from 0 to ", kMostPairs - 1);
+    const auto has_norm = [&](size_t i) { return (sizes[2] >> (i / 2) & 1) != 0; };
+    size_t norms = 0;
+    for (size_t i = 0; i < kMostNorms; ++i) norms += has_norm(i);
     STD_TORCH_CHECK(tensors.size() >= norms && numbers.size() == norms + kOwnNumbers + kLayers * kLayerNumbers, kOp,
                     ": tensors or numbers are not those of ", norms, " norms and ", kLayers, " layers");
     layers_ = lora_layers(kOp, {tensors.begin() + norms, tensors.end()}, {sizes.begin() + kOwnSizes, sizes.end()},
@@ -148,18 +162,20 @@ class PreparedLayers {
     checked_gate(kOp, sizes[0]);
     offset_ = numbers[norms];
     scale_ = numbers[norms + 1];
-    for (size_t i = 0; i < norms; ++i) {
-      const Tensor& weight = tensors[i];
+    size_t given = 0;
+    for (size_t i = 0; i < kMostNorms; ++i) {
+      if (!has_norm(i)) continue;
+      const Tensor& weight = tensors[given];
       dtype_of(kOp, "norm weight", weight);
-      const bool of_heads = i >= kLeastNorms;  // whether this is the norm of q or of k
-      const int64_t normed = of_heads ? outputs(i - kLeastNorms) : columns_, count = weight.numel();
+      const bool of_heads = i >= kNormOfQ;  // whether this is the norm of q or of k
+      const int64_t normed = of_heads ? outputs(i - kNormOfQ) : columns_, count = weight.numel();
       STD_TORCH_CHECK(count == normed || (of_heads && count > 0 && normed % count == 0), kOp, ": a norm's weight has ",
                       count, " elements, wanted ", of_heads ? "a divisor of " : "", normed);
       // If a norm rounds before it multiplies by a weight of another dtype than x, its result is float32, which
       // decoder_layer does not support.
       STD_TORCH_CHECK(sizes[1] == 0 || weight.scalar_type() == type_, kOp, ": a norm's weight is not of x's type");
-      norms_.push_back(as_contiguous(weight));
-      rows_of_norms_.push_back(count == 0 ? 0 : normed / count);
+      norms_[i] = NormOfLayer{as_contiguous(weight), count == 0 ? 0 : normed / count, numbers[given]};
+      ++given;
     }
     STD_TORCH_CHECK(scale_ > 0.0 && std::isfinite(scale_), kOp, ": scale is ", scale_,
                     ", wanted a finite number above 0");
@@ -187,10 +203,8 @@ class PreparedLayers {
 
   int64_t outputs(size_t layer) const { return layers_[layer].weight.out_features(); }
 
-  size_t norms() const { return norms_.size(); }
-  const Tensor& norm(size_t i) const { return norms_[i]; }
-  // Number of rows that norm i norms in each token: the norm of q may norm each head by itself.
-  int64_t rows_of_norm(size_t i) const { return rows_of_norms_[i]; }
+  // Returns norm i; nullopt if the layer does not have this norm.
+  const std::optional<NormOfLayer>& norm(size_t i) const { return norms_[i]; }
   double offset() const { return offset_; }  // what is added to the weights of the norms
   double scale() const { return scale_; }    // the scale of attention
 
@@ -230,8 +244,7 @@ class PreparedLayers {
   Isa isa_;
   ScalarType type_;
   int64_t tokens_, columns_;
-  std::vector<Tensor> norms_;  // the contiguous weights of the norms
-  std::vector<int64_t> rows_of_norms_;
+  std::optional<NormOfLayer> norms_[kMostNorms];
   double offset_ = 0.0, scale_ = 0.0;
   std::vector<Layer> layers_;
   std::vector<std::optional<FewLayers>> prepared_;
@@ -299,9 +312,10 @@ struct Values {
     up = matrix(layers.outputs(5));
     gated = matrix(layers.outputs(4));
     down = matrix(columns);
-    for (size_t i = 0; i < layers.norms(); ++i) {
-      factors[i] = parts->take<float>(layers.norm(i).numel());
-      rstd[i] = parts->take<float>(tokens * layers.rows_of_norm(i));
+    for (size_t i = 0; i < kMostNorms; ++i) {
+      if (!layers.norm(i).has_value()) continue;
+      factors[i] = parts->take<float>(layers.norm(i)->weight.numel());
+      rstd[i] = parts->take<float>(tokens * layers.norm(i)->rows);
     }
     lse = parts->take<float>(rows);
     room = parts->take<char>(layers.bytes());
@@ -373,22 +387,32 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   Parts parts{reinterpret_cast<uintptr_t>(scratch(Scratch::kLayer, count.at))};
   const Values held(&parts, layers, rows, hidden, rows * heads, element);
 
-  const void* const inputs_of_norms[kMostNorms] = {residual.const_data_ptr(), held.h, held.q, held.k};
-  void* const results_of_norms[kMostNorms] = {held.normed, held.second, held.q, held.k};
+  const void* const inputs_of_norms[kMostNorms] = {
+      residual.const_data_ptr(), held.h, held.projected, held.down, held.q, held.k};
+  void* const results_of_norms[kMostNorms] = {held.normed, held.second, held.projected, held.down, held.q, held.k};
   NormRows works[kMostNorms];
-  for (size_t i = 0; i < layers.norms(); ++i) {
+  for (size_t i = 0; i < kMostNorms; ++i) {
+    const std::optional<NormOfLayer>& norm = layers.norm(i);
+    if (!norm.has_value()) continue;
     NormRows& work = works[i];
     work.dtype = work.out_dtype = dtype;
-    work.columns = layers.norm(i).numel();
+    work.columns = norm->weight.numel();
     work.centered = false;
     work.round_first = sizes[1] != 0;
-    work.eps = static_cast<float>(kept.lists->numbers[i]);
+    work.eps = static_cast<float>(norm->eps);
     work.x = inputs_of_norms[i];
     work.factor = held.factors[i];
     work.y = results_of_norms[i];
     work.rstd = held.rstd[i];
   }
-  const NormKernels& norms = norm_kernels();
+  const NormKernels& norm_kernel = norm_kernels();
+  // Norms the tokens [begin, end) by norm i, if the layer has this norm.
+  const auto norm_tokens = [&](size_t i, int64_t begin, int64_t end) {
+    if (const std::optional<NormOfLayer>& norm = layers.norm(i); norm.has_value())
+      norm_kernel.rows(works[i], begin * norm->rows, end * norm->rows);
+  };
+  // norm₁ or norm₂ of its input, or its input if the layer has no such norm.
+  const auto normed = [&](Norm i) { return layers.norm(i).has_value() ? results_of_norms[i] : inputs_of_norms[i]; };
 
   const auto strides = [&](const Tensor& of) {
     return HeadsOf{of.mutable_data_ptr(), of.stride(0), of.stride(1), of.stride(2)};
@@ -454,13 +478,15 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
     layers.add(&stages, group, from, to, held.room, &runs[group]);
   };
   stages.add(1).add(1, 1, [&](int64_t, int64_t) {
-    for (size_t i = 0; i < layers.norms(); ++i) write_factor(layers.norm(i), layers.offset(), held.factors[i]);
+    for (size_t i = 0; i < kMostNorms; ++i)
+      if (const std::optional<NormOfLayer>& norm = layers.norm(i); norm.has_value())
+        write_factor(norm->weight, layers.offset(), held.factors[i]);
   });
-  add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) { norms.rows(works[kFirstNorm], begin, end); });
-  add_layers(PreparedLayers::kProjections, held.normed, {held.q, held.k, held.v});
+  if (layers.norm(kFirstNorm).has_value())
+    add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) { norm_tokens(kFirstNorm, begin, end); });
+  add_layers(PreparedLayers::kProjections, normed(kFirstNorm), {held.q, held.k, held.v});
   add_rows(&stages, rows, of_q + width, [&](int64_t begin, int64_t end) {
-    for (size_t i = kNormOfQ; i < layers.norms(); ++i)
-      norms.rows(works[i], begin * layers.rows_of_norm(i), end * layers.rows_of_norm(i));
+    for (const Norm i : {kNormOfQ, kNormOfK}) norm_tokens(i, begin, end);
     rotaries.rotate(rotary, begin, end);
     append_v(begin, end);
   });
@@ -470,13 +496,15 @@ Tensor decoder_layer_cpu(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
   });
   add_layers(PreparedLayers::kOutput, held.attended, {held.projected});
   add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) {
+    norm_tokens(kFirstPost, begin, end);
     add_elements(dtype, residual.const_data_ptr(), held.projected, held.h, begin * hidden, end * hidden);
-    norms.rows(works[kSecondNorm], begin, end);
+    norm_tokens(kSecondNorm, begin, end);
   });
-  add_layers(PreparedLayers::kGateUp, held.second, {held.gate, held.up});
+  add_layers(PreparedLayers::kGateUp, normed(kSecondNorm), {held.gate, held.up});
   add_rows(&stages, rows, inner, [&](int64_t begin, int64_t end) { activations.rows(gated, begin, end); });
   add_layers(PreparedLayers::kDown, held.gated, {held.down});
   add_rows(&stages, rows, hidden, [&](int64_t begin, int64_t end) {
+    norm_tokens(kSecondPost, begin, end);
     add_elements(dtype, held.h, held.down, y.mutable_data_ptr(), begin * hidden, end * hidden);
   });
   stages.run();

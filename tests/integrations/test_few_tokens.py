@@ -14,7 +14,6 @@ import transformers as hf
 from few_token_models import (
     METHODS,
     MODELS,
-    SIZES,
     STEPS,
     TOLERANCE,
     assert_close,
@@ -30,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peft_ext
 from peft_ext.integrations.adapter_layers import few_tokens, linear
 from peft_ext.integrations.model_blocks import attention, block, decoder_layer
-from peft_ext.integrations.model_blocks.cache import appended
 from peft_ext.ops import prove
 from peft_ext.ops.library import OPERATORS, PROOFS
 from peft_ext.ops.proof_inputs import ProofInputs
@@ -88,10 +86,8 @@ def test_logits_are_those_of_the_layers(
     more = {"cache_implementation": cache, "disable_compile": True} if cache else {}
     found = logits(model, size, **more)
     ran = {kind for kind, made in planned if made is not None}
-    # The decoder layer of OLMo 2 has no known form. Mistral's attention runs its own code, in which only the layers of
-    # one input are computed together.
-    blocks = {"OLMo 2": ("RMSNorm", "MLP", "Attention"), "Mistral, window": ("RMSNorm", "MLP")}
-    blocks = blocks.get(name, ("RMSNorm", "DecoderLayer"))
+    # Mistral's attention runs its own code, in which only the layers of one input are computed together.
+    blocks = ("RMSNorm", "MLP") if name == "Mistral, window" else ("RMSNorm", "DecoderLayer")
     assert all(any(part in kind for kind in ran) for part in blocks)
     count = len([made for _, made in planned if made is not None])
     with layer_by_layer(monkeypatch):
@@ -130,9 +126,7 @@ def test_one_operator_computes_a_layer(name: str, layer_calls: list[int]) -> Non
     ids = torch.tensor([[5], [6]])
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask[:, :-1], past_key_values=out.past_key_values)
-    # The decoder layer of OLMo 2 has no known form. Mistral's attention runs stock code, and so does a cache of a
-    # sliding window, which one of two layers has.
-    count = {"OLMo 2": 0, "Mistral, window": 0, "Qwen 3, window": 1}.get(name, 2)
+    count = 0 if name == "Mistral, window" else 2  # Mistral's attention runs stock code
     assert len(layer_calls) == count
     model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)  # autograd is on
     assert len(layer_calls) == count
@@ -166,74 +160,22 @@ def test_gradient_checkpointing_computes_layers_again() -> None:
     assert calls == [1]
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
-def test_a_cache_grows_in_place() -> None:
-    torch.manual_seed(0)
-    cache = hf.DynamicCache()
-    k, v = torch.randn(2, 2, 3, 5, 8)
-    assert appended(cache, 0, k, v) is None  # the cache has no layer yet; the next line makes the first layer
-    cache.update(k, v, 0)
-    layer, wanted = cache.layers[0], [k, v]
-    places = set()
-    for count in (1, 1, 3, 80, 1, 1):
-        new = torch.randn(2, 2, 3, count, 8)
-        wanted = [torch.cat(pair, 2) for pair in zip(wanted, new, strict=True)]
-        found = appended(cache, 0, *new)
-        assert found[0] is layer.keys and found[1] is layer.values
-        assert all(map(torch.equal, found, wanted)) and cache.get_seq_length() == wanted[0].shape[2]
-        places.add(layer.keys.data_ptr())
-    assert len(places) == 2  # memory is allocated in the first step, and in the step of 80 tokens
-    cache.update(*new, 0)
-    assert torch.equal(layer.keys, torch.cat([wanted[0], new[0]], 2))
-
-
-@pytest.mark.parametrize("way", ["crop", "copy", "deepcopy", "set", "reorder", "reset"])
-def test_tensors_of_a_cache_keep_their_values(way: str) -> None:
-    torch.manual_seed(0)
-    cache = hf.DynamicCache()
-    cache.update(*torch.randn(2, 2, 3, 5, 8), 0)
-    first = appended(cache, 0, *torch.randn(2, 2, 3, 1, 8))[0]
-    second = appended(cache, 0, *torch.randn(2, 2, 3, 1, 8))[0]
-    kept = [(view, view.clone()) for view in (first, second)]
-    layer = cache.layers[0]
-    if way == "crop":
-        cache.crop(-1)
-    elif way == "copy":
-        layer = copy.copy(layer)
-        cache.layers = [layer]
-    elif way == "deepcopy":
-        cache = copy.deepcopy(cache)
-    elif way == "set":
-        layer.keys, layer.values = first, layer.values[:, :, :-1]
-    elif way == "reorder":
-        cache.reorder_cache(torch.tensor([1, 0]))
-    else:
-        cache.reset()
-        assert appended(cache, 0, *torch.randn(2, 2, 3, 1, 8)) is None
-        cache.update(*torch.randn(2, 2, 3, 5, 8), 0)
-    length = cache.get_seq_length()
-    before, new = cache.layers[0].keys.clone(), torch.randn(2, 2, 3, 1, 8)
-    assert torch.equal(appended(cache, 0, *new)[0], torch.cat([before, new[0]], 2))
-    assert cache.get_seq_length() == length + 1
-    assert all(torch.equal(view, value) for view, value in kept)
-
-
-@pytest.mark.parametrize("why", ["dtype", "batch", "static", "subclass", "gradient"])
-def test_stock_s_update_runs_for_a_cache_that_does_not_fit(why: str) -> None:
-    k = torch.randn(2, 3, 5, 8, requires_grad=why == "gradient")
-    cache = hf.StaticCache(hf.LlamaConfig(**SIZES), 64) if why == "static" else hf.DynamicCache()
-    cache.update(k, k, 0)
-    if why == "subclass":
-
-        class Layer(type(cache.layers[0])):
-            def update(self, *args: Any, **given: Any) -> Any:
-                return super().update(*args, **given)
-
-        cache.layers[0].__class__ = Layer
-    new = torch.randn(2 if why != "batch" else 1, 3, 1, 8, dtype=torch.float64 if why == "dtype" else None)
-    assert appended(cache, 0, new, new) is None
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("how", ["positions", "cache", "the cache's old name"])
+def test_a_layer_is_called_with_few_arguments(name: str, how: str, planned: list) -> None:
+    """Arguments that a caller leaves out have the defaults of the layer's forward."""
+    found = []
+    for model in (peft_ext.accelerate(build(name)), build(name)):
+        layer, cache = inner(model), hf.DynamicCache()
+        x, angles = torch.linspace(-1, 1, 128).sin().view(1, 1, 128), torch.linspace(0, 1, layer.self_attn.head_dim)
+        given: dict[str, Any] = {"position_embeddings": (angles.cos()[None, None], angles.sin()[None, None])}
+        if how != "positions":
+            given["cache" if how == "cache" else "past_key_values"] = cache
+        with torch.no_grad():
+            found.append([layer(x, **given) for _ in range(3)])
+        assert cache.get_seq_length() == (0 if how == "positions" else 3)
+    assert_close(torch.cat(found[0]), torch.cat(found[1]))
+    assert name == "Mistral, window" or any(made and kind.endswith("DecoderLayer") for kind, made in planned)
 
 
 def test_an_operator_of_a_layer_has_one_kind_of_norms(layer_calls: list[int]) -> None:

@@ -159,7 +159,8 @@ def test_a_change_takes_effect(change: str, monkeypatch: Any) -> None:
 
 
 def _eps_of_q(model: Any) -> None:
-    inner(model).self_attn.q_norm.variance_epsilon = 0.5
+    norm = inner(model).self_attn.q_norm
+    setattr(norm, "eps" if "eps" in vars(norm) else "variance_epsilon", 0.5)
 
 
 def _values_of_k(model: Any) -> None:
@@ -190,16 +191,27 @@ def _class_of_q(model: Any) -> None:
     inner(model).self_attn.q_norm.__class__ = Halving
 
 
+def _values_behind(model: Any) -> None:
+    weight = inner(model).post_attention_layernorm.weight
+    weight.data.copy_(torch.linspace(0, 2, len(weight)))
+
+
+def _no_norm_behind(model: Any) -> None:
+    inner(model).post_attention_layernorm = nn.Identity()
+
+
 CHANGES_OF_NORMS: dict[str, Callable[[Any], Any]] = {
     "hook on q_norm": hook("self_attn.q_norm"), "hook before k_norm": _reversed_before_k,
     "forward of q_norm": replaced("self_attn.q_norm"), "eps of q_norm": _eps_of_q, "values of k_norm": _values_of_k,
     "weight of k_norm": _another_k, "another module": _no_norm_of_q, "class of q_norm": _class_of_q,
+    "hook on the norm behind": hook("post_attention_layernorm"), "values of the norm behind": _values_behind,
+    "forward of the norm behind": replaced("post_attention_layernorm"), "no norm behind": _no_norm_behind,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["Qwen 3", "OLMo 2"])
+@pytest.mark.parametrize("name", ["Qwen 3", "OLMo 2", "Gemma 3, window"])
 @pytest.mark.parametrize("change", CHANGES_OF_NORMS)
-def test_a_change_of_the_norms_of_q_and_k_takes_effect(change: str, name: str) -> None:
+def test_a_change_of_a_norm_takes_effect(change: str, name: str) -> None:
     model, stock = peft_ext.accelerate(build(name)), build(name)
     before = logits(model)
     for one in (model, stock):

@@ -291,7 +291,7 @@ def test_a_row_is_true_of_the_classes_that_have_it(digest: str) -> None:
 
 
 def test_rows_of_functions() -> None:
-    from transformers.cache_utils import Cache, DynamicLayer
+    from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -300,6 +300,7 @@ def test_rows_of_functions() -> None:
         (ForCausalLMLoss, "forward", "causal_loss"),
         (Cache, "update", "cache"),
         (DynamicLayer, "update", "cache_layer"),
+        (DynamicSlidingWindowLayer, "update", "sliding_cache_layer"),
     ):
         row, form = row_of(function, method)
         assert row.kind == kind and disproof(function, row, form) is None
@@ -342,9 +343,12 @@ def test_the_norms_of_a_decoder_layer_in_another_order_are_disproved() -> None:
     }
     assert layers
     for digest, (cls, *_) in layers.items():
-        formula = dict(ROWS[digest].formula)
-        formula["norms"] = ",".join(reversed(ROWS[digest].names("norms")))
-        assert disproof(cls, Row(digest, "decoder_layer", tuple(formula.items())), form_of(cls)) is not None
+        norms, posts = (ROWS[digest].names(name) for name in ("norms", "posts"))
+        for wrong in ((norms[::-1], posts), (norms, posts[::-1]), (posts, norms)):
+            if wrong == (norms, posts):
+                continue
+            formula = dict(ROWS[digest].formula) | {"norms": ",".join(wrong[0]), "posts": ",".join(wrong[1])}
+            assert disproof(cls, Row(digest, "decoder_layer", tuple(formula.items())), form_of(cls)) is not None
 
 
 # --- what a forward reaches, replaced ---------------------------------------------------------------------------------

@@ -68,8 +68,9 @@ def test_sizes_that_do_not_fit_are_refused(call: Callable[[], object], says: str
         call()
 
 
-def lists_of_a_decoder_layer(size: int, norms: tuple[torch.dtype, ...]) -> tuple[list, list, list]:
-    tensors, sizes, numbers = [torch.ones(size, dtype=dtype) for dtype in norms], [0, 1, len(norms)], []
+def lists_of_a_decoder_layer(size: int, norms: tuple[torch.dtype, ...], pairs: int = 1) -> tuple[list, list, list]:
+    """Returns the lists of a layer with norms of these dtypes. ``pairs``: which norms these are."""
+    tensors, sizes, numbers = [torch.ones(size, dtype=dtype) for dtype in norms], [0, 1, pairs], []
     numbers += [*(1e-5 for _ in norms), 0.0, 0.2]
     for _ in range(7):  # q, k, v, o, gate, up and down without adapters
         tensors.append(torch.eye(size, dtype=torch.bfloat16 if torch.bfloat16 in norms else torch.float32))
@@ -83,10 +84,14 @@ def lists_of_a_decoder_layer(size: int, norms: tuple[torch.dtype, ...]) -> tuple
     [
         ({"norms": (torch.float32, torch.bfloat16)}, "a norm's weight is not of x's type"),
         ({"norms": (torch.bfloat16, torch.float32)}, "a norm's weight is not of x's type"),
-        ({"norms": (torch.bfloat16,) * 3}, "3 norms are given, wanted 2 or 4"),
-        ({"norms": (torch.bfloat16,) * 4, "of_k": 3}, "a norm's weight has 3 elements, wanted a divisor of 8"),
-        ({"norms": (torch.bfloat16,) * 4, "of_k": 16}, "a norm's weight has 16 elements, wanted a divisor of 8"),
-        ({"norms": (torch.bfloat16,) * 4, "of_k": 0}, "a norm's weight has 0 elements, wanted a divisor of 8"),
+        ({"pairs": 8}, "the pairs of norms are 8, wanted a number from 0 to 7"),
+        ({"pairs": -1}, "the pairs of norms are -1, wanted a number from 0 to 7"),
+        ({"pairs": 0}, "tensors or numbers are not those of 0 norms and 7 layers"),
+        ({"pairs": 7}, "tensors or numbers are not those of 6 norms and 7 layers"),
+        ({"norms": (torch.bfloat16,) * 4, "last": 3}, "a norm's weight has 3 elements, wanted a divisor of 8"),
+        ({"norms": (torch.bfloat16,) * 4, "last": 16}, "a norm's weight has 16 elements, wanted a divisor of 8"),
+        ({"norms": (torch.bfloat16,) * 4, "last": 0}, "a norm's weight has 0 elements, wanted a divisor of 8"),
+        ({"norms": (torch.bfloat16,) * 4, "pairs": 3, "last": 4}, "a norm's weight has 4 elements, wanted 8"),
         ({"norms": (torch.bfloat16,) * 3 + (torch.float32,)}, "a norm's weight is not of x's type"),
         ({"past": 7}, "no room for the tokens of x behind 7 tokens"),
         ({"past": 2**63 - 1}, "no room for the tokens of x"),
@@ -95,9 +100,10 @@ def lists_of_a_decoder_layer(size: int, norms: tuple[torch.dtype, ...]) -> tuple
 )
 def test_a_decoder_layer_writes_only_into_the_room_of_its_cache(changed: dict[str, Any], says: str) -> None:
     bf16, size = torch.bfloat16, 8
-    past, lists = changed.get("past", 6), lists_of_a_decoder_layer(size, changed.get("norms", (bf16, bf16)))
-    if "of_k" in changed:
-        lists[0][3] = torch.ones(changed["of_k"], dtype=bf16)
+    past, norms = changed.get("past", 6), changed.get("norms", (bf16, bf16))
+    lists = lists_of_a_decoder_layer(size, norms, changed.get("pairs", {2: 1, 4: 5}[len(norms)]))
+    if "last" in changed:
+        lists[0][3] = torch.ones(changed["last"], dtype=bf16)
     keys = torch.zeros(1, 1, 8, size, dtype=bf16)
     angles = torch.ones(1, 2, size, dtype=bf16)
     x = torch.randn(1, 2, size, dtype=bf16)
@@ -136,7 +142,7 @@ def adapted_lists_of_a_decoder_layer(size: int) -> tuple[dict[str, torch.Tensor]
         return torch.randn(*shape, generator=generator)
 
     named: dict[str, torch.Tensor] = {}
-    tensors, sizes, numbers = [random(size), random(size)], [0, 1, 2], [1e-5, 1e-5, 0.0, 0.2]
+    tensors, sizes, numbers = [random(size), random(size)], [0, 1, 1], [1e-5, 1e-5, 0.0, 0.2]
     for name in ("q", "k", "v", "o", "gate", "up", "down"):
         weight, parts, layout = random(size, size) / size, [], 0
         if name == "o":

@@ -23,6 +23,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "Qwen 2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)),
     "Qwen 3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=48)),
     "OLMo 2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**SIZES)),
+    "OLMo 3, window": lambda: hf.Olmo3ForCausalLM(
+        hf.Olmo3Config(**SIZES, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "Gemma 3, window": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**SIZES, head_dim=48, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+    ),
     "Mistral, window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=5)),
     "Qwen 3, window": lambda: hf.Qwen3ForCausalLM(
         hf.Qwen3Config(**SIZES, head_dim=48, use_sliding_window=True, sliding_window=5, max_window_layers=1)

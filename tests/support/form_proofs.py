@@ -32,7 +32,7 @@ K, FEATURES = 24, 20
 # class's form.
 READS = {"layer_norm": {"weight", "bias", "eps", "normalized_shape"}}
 # The methods of classes whose code is a form, by kind, for the kinds whose form is not the code of the forward.
-METHODS = {"gate": "_apply_gate", "cache": "update", "cache_layer": "update"}
+METHODS = {"gate": "_apply_gate", "cache": "update", "cache_layer": "update", "sliding_cache_layer": "update"}
 
 
 def disproof(subject: Any, row: Row, form: Form) -> Optional[str]:
@@ -67,17 +67,20 @@ _PASSED = {"attention_mask", "position_embeddings", "position_ids", "use_cache"}
 
 
 def _layers(cls: type, reads: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the formulas of a layer with a cache whose forward reads two norms, an attention and an MLP."""
+    """Yields the formulas of a layer with a cache whose forward reads two or four norms, an attention and an MLP."""
     norms = sorted(name for name in reads if "norm" in name)
     attention = sorted(name for name in reads - set(norms) if "attn" in name or "attention" in name)
     rest = sorted(reads - set(norms) - set(attention))
     takes = set(inspect.signature(cls.forward).parameters)
-    if (len(norms), len(attention), len(rest)) != (2, 1, 1) or not {"cache", "past_key_values"} & takes:
+    if (len(attention), len(rest)) != (1, 1) or len(norms) not in (2, 4) or not {"cache", "past_key_values"} & takes:
         return
     passes = ",".join(sorted(takes & {*_PASSED, "cache", "past_key_values"}))
-    for order in itertools.permutations(norms):
-        parts = {"norms": ",".join(order), "attention": attention[0], "mlp": rest[0]}
-        yield "decoder_layer", {**parts, "passes": passes}
+    for order, befores in itertools.product(itertools.permutations(norms), (2, 0)):
+        if befores == 0 and len(norms) > 2:
+            continue
+        named = {"norms": ",".join(order[:befores]), "posts": ",".join(order[befores:])}
+        parts = {name: value for name, value in named.items() if value}
+        yield "decoder_layer", {**parts, "attention": attention[0], "mlp": rest[0], "passes": passes}
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ class _NotedAttention(nn.Module):
 
 
 def _fill_decoder_layer(made: Any, row: Row, training: bool) -> None:
-    for name in row.names("norms"):
+    for name in row.names("norms") + row.names("posts"):
         setattr(made, name, nn.LayerNorm(K))
     setattr(made, row.get("attention"), _NotedAttention())
     setattr(made, row.get("mlp"), nn.Linear(K, K))
@@ -148,8 +151,9 @@ def _decoder_layer_inputs(row: Row) -> Iterator[tuple[str, Callable[[torch.dtype
 
 
 def _decoder_layer(cls: type, row: Row, form: Form, module: Any) -> Callable:
-    parts = [getattr(module, name) for name in (*row.names("norms"), row.get("attention"), row.get("mlp"))]
-    return lambda x, **given: layer_of_parts(x, parts[0], parts[2], parts[1], parts[3], given)
+    norms, posts = ([getattr(module, name) for name in row.names(names)] for names in ("norms", "posts"))
+    attention, mlp = getattr(module, row.get("attention")), getattr(module, row.get("mlp"))
+    return lambda x, **given: layer_of_parts(x, norms, posts, attention, mlp, given)
 
 
 # In a model, activations and gates get the contiguous output of a linear layer, so the strides of the two results need
@@ -277,6 +281,27 @@ def _cache_disproof(cls: type, layer: Optional[type] = None) -> Optional[str]:
     return None
 
 
+def _sliding_disproof(cls: type) -> Optional[str]:
+    """Returns how the ``update`` of a cache layer with a sliding window of w tokens differs from this: it returns the
+    tokens that the layer held with the new tokens behind them, holds the last w - 1 of these, and counts all tokens in
+    ``cumulative_length``. Returns None if the two agree, or says that a layer has no ``record_past``."""
+    for window in (2, 4, 9, 100):
+        held = cls(sliding_window=window)
+        if getattr(held, "record_past", None) is not False:
+            return "it has no record_past, which would keep all tokens"
+        wanted, count = [torch.empty(2, 3, 0, 8), torch.empty(2, 3, 0, 8)], 0
+        for tokens in (1, 5, 1, 2, 12, 1, 3):
+            new = [torch.randn(2, 3, tokens, 8) for _ in range(2)]
+            wanted, count = [torch.cat(both, 2) for both in zip(wanted, new, strict=True)], count + tokens
+            found = held.update(*new)
+            if not all(map(torch.equal, found, wanted)):
+                return "its keys and values are not the given ones behind the earlier ones"
+            wanted = [value[:, :, max(value.shape[2] - window + 1, 0) :] for value in wanted]
+            if not all(map(torch.equal, (held.keys, held.values), wanted)) or held.cumulative_length != count:
+                return "it does not hold the last tokens of its window"
+    return None
+
+
 def _cache_of_layers_disproof(cls: type) -> Optional[str]:
     from transformers.cache_utils import DynamicLayer
 
@@ -312,4 +337,5 @@ OF_FUNCTIONS: dict[str, Callable[[Any], Optional[str]]] = {
     "causal_loss": _loss_disproof,
     "cache": _cache_of_layers_disproof,
     "cache_layer": _cache_disproof,
+    "sliding_cache_layer": _sliding_disproof,
 }

@@ -33,9 +33,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "gate": ("act",),
     "attention": ("inputs", "interface", "forward", "norms", "o", "cache", "options"),
     "projections": ("inputs",),
-    "decoder_layer": ("norms", "attention", "mlp", "passes"),
+    "decoder_layer": ("norms", "posts", "attention", "mlp", "passes"),
     "cache": (),
     "cache_layer": (),
+    "sliding_cache_layer": (),
     "sdpa": ("bias",),
     "causal_loss": (),
 }
