@@ -26,6 +26,7 @@ _OPTIONS = {
     "attn_logit_softcapping": "softcap:attn_logit_softcapping",
     "sinks": "s_aux:sinks",
 }
+_OF_CONFIG = "sliding_window"  # an option that some classes read from their configuration by getattr
 
 
 def attention_formulas(cls: type, form: Form) -> Iterator[tuple[str, dict[str, str]]]:
@@ -50,6 +51,8 @@ def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) ->
     norms = {"q_norm", "k_norm"} <= reads
     reads -= {"q_norm", "k_norm"}
     options = [option for name, option in _OPTIONS.items() if name in reads]
+    if _OF_CONFIG not in reads and _OF_CONFIG in _constants(cls.forward):
+        options.append(f"{_OF_CONFIG}:config.{_OF_CONFIG}")
     out = reads - set(_OPTIONS)
     if len(groups) > 1 or len(out) != 1 or "apply_rotary_pos_emb" not in inspect.unwrap(cls.forward).__code__.co_names:
         return
@@ -65,6 +68,11 @@ def _own_forwards(cls: type, form: Form, groups: tuple[tuple[str, ...], ...]) ->
             "options": ",".join(options),
         }
         yield {name: value for name, value in formula.items() if value}
+
+
+def _constants(forward: Callable) -> set[Any]:
+    """Returns the strings in the code of a forward."""
+    return {constant for constant in inspect.unwrap(forward).__code__.co_consts if isinstance(constant, str)}
 
 
 def _asks_by_config(cls: type) -> bool:

@@ -169,12 +169,15 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 class _Config:
-    """The configuration of an attention of the proof. Reading an attribute that the formula does not use raises
-    RuntimeError, which ``getattr`` with a default does not catch."""
+    """The configuration of an attention of the proof. It lacks the attributes in ``lacks``. Reading another attribute
+    that the formula does not use raises RuntimeError, which ``getattr`` with a default does not catch."""
 
     _attn_implementation = "_noted"
+    lacks: frozenset[str] = frozenset()
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.lacks:
+            raise AttributeError(f"the configuration has no {name}")
         raise RuntimeError(f"it reads {name} of its configuration, which is not in the formula")
 
 
@@ -199,7 +202,7 @@ _INDEX = _Index()
 def _fill_attention(made: Any, row: Row, training: bool) -> None:
     """Gives an attention, which the proof has made, its layers and attributes. The attributes of the row's options are
     7 in training and None in evaluation, so that the proof finds a forward that computes something else if an option is
-    set."""
+    set. In evaluation, the configuration has no attribute for an option that is read from the configuration."""
     heads, kv_heads, size = 4, 2, 8
     made.config = _Config()
     ALL_ATTENTION_FUNCTIONS.register(_noted.__name__, _noted)
@@ -211,8 +214,13 @@ def _fill_attention(made: Any, row: Row, training: bool) -> None:
     if row.get("norms"):
         flat = row.get("norms") == "flat"
         made.q_norm, made.k_norm = (nn.LayerNorm(count * size if flat else size) for count in (heads, kv_heads))
-    for option in row.names("options"):
-        setattr(made, option.split(":")[1], 7 if training else None)
+    for attribute in (option.split(":")[1] for option in row.names("options")):
+        if of_config := attribute.partition("config.")[2]:
+            made.config.lacks |= {of_config}
+            if training:
+                setattr(made.config, of_config, 7)
+        else:
+            setattr(made, attribute, 7 if training else None)
 
 
 # A summary of the arguments of each call of :func:`_noted`, in the order of the calls.
@@ -505,7 +513,8 @@ def register_form(cls: type[nn.Module], kind: str, **formula: Any) -> Row:
             and v; ``o``, the name of the last layer; ``norms``, "head" or "flat" for layers q_norm and k_norm, which
             are applied after ("head") or before ("flat") the heads are split; ``cache``, the name of the cache's
             argument and how its ``update`` is called, "cache:kwargs", "cache:plain" or "cache:positions"; ``options``,
-            keyword arguments of the attention function with the names of their attributes, as "sliding_window:window".
+            keyword arguments of the attention function with the names of their attributes, as "sliding_window:window",
+            or as "sliding_window:config.window" for ``getattr(self.config, "window", None)``.
             For rms_norm and mlp: ``needs``, attributes of the module that must have the given value, as
             "with_scale:True".
 

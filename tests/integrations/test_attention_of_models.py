@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pytest
@@ -462,6 +462,27 @@ def test_a_call_with_an_argument_that_is_not_known_is_transformers(more: dict, m
     found = attention.sdpa_attention_forward(nn.Module(), q, k, v, None, **more)[0]
     torch.testing.assert_close(found, sdpa_attention_forward(nn.Module(), q, k, v, None)[0])
     assert bool(taken) is ("heat" not in more)
+
+
+@pytest.mark.parametrize("window", [5, None])
+def test_an_attention_function_gets_the_window_of_the_configuration(window: Optional[int], monkeypatch: Any) -> None:
+    """Mistral's attention reads the window from its configuration in each call."""
+    given = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given.append(kwargs["sliding_window"])
+        return sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "noted", noted)
+    model = peft_ext.accelerate(build(DECODERS["Mistral, window"])).eval()
+    parts = [part.kind for part in peft_ext.explain(model).blocks if part.fused]
+    assert parts.count("rotary positions") == 2
+    model.set_attn_implementation("noted")
+    model.config.sliding_window = window
+    with torch.no_grad():
+        model(IDS)
+    model(IDS)
+    assert given == [window] * 4
 
 
 @pytest.mark.slow

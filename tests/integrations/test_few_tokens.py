@@ -86,9 +86,7 @@ def test_logits_are_those_of_the_layers(
     more = {"cache_implementation": cache, "disable_compile": True} if cache else {}
     found = logits(model, size, **more)
     ran = {kind for kind, made in planned if made is not None}
-    # Mistral's attention runs its own code, in which only the layers of one input are computed together.
-    blocks = ("RMSNorm", "MLP") if name == "Mistral, window" else ("RMSNorm", "DecoderLayer")
-    assert all(any(part in kind for kind in ran) for part in blocks)
+    assert all(any(part in kind for kind in ran) for part in ("RMSNorm", "DecoderLayer"))
     count = len([made for _, made in planned if made is not None])
     with layer_by_layer(monkeypatch):
         wanted = logits(model, size, **more)
@@ -126,10 +124,9 @@ def test_one_operator_computes_a_layer(name: str, layer_calls: list[int]) -> Non
     ids = torch.tensor([[5], [6]])
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask[:, :-1], past_key_values=out.past_key_values)
-    count = 0 if name == "Mistral, window" else 2  # Mistral's attention runs stock code
-    assert len(layer_calls) == count
+    assert len(layer_calls) == 2
     model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)  # autograd is on
-    assert len(layer_calls) == count
+    assert len(layer_calls) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -175,7 +172,7 @@ def test_a_layer_is_called_with_few_arguments(name: str, how: str, planned: list
             found.append([layer(x, **given) for _ in range(3)])
         assert cache.get_seq_length() == (0 if how == "positions" else 3)
     assert_close(torch.cat(found[0]), torch.cat(found[1]))
-    assert name == "Mistral, window" or any(made and kind.endswith("DecoderLayer") for kind, made in planned)
+    assert any(made and kind.endswith("DecoderLayer") for kind, made in planned)
 
 
 def test_an_operator_of_a_layer_has_one_kind_of_norms(layer_calls: list[int]) -> None:

@@ -37,7 +37,7 @@ from ..adapter_layers.reasons import accepts_input, kernel_reason, replaced_on_i
 from ..forms import KINDS, Row, row_of
 from .block import Block, device_of, input_reason
 from .cache import Room, appended, room_for
-from .config_view import OURS, View, view_of
+from .config_view import OURS, View, option_of, view_of
 from .norm import NormCall, RMSNorm
 
 ALL_ATTENTION_FUNCTIONS: Any = None
@@ -144,7 +144,7 @@ class Attention(Block):
         or because of the value of one of the ``options`` in the row of the table of forms; else None."""
         if type(size := self.__dict__.get("head_dim")) is int and size > _LARGEST_HEAD:
             return f"the size of its heads is {size}, wanted at most {_LARGEST_HEAD}"
-        given = {name: getattr(self, attribute, None) for name, attribute in self.peft_ext_known.options}
+        given = {name: option_of(self, attribute, None) for name, attribute in self.peft_ext_known.options}
         return _argument_reason(given)
 
     def _own_reason(self) -> Optional[str]:
@@ -209,7 +209,7 @@ class Attention(Block):
         if plan is not None and plan.attends and attend is sdpa_attention_forward and x.shape[1] <= _FEW_QUERIES:
             if _argument_reason(given) is None and (out := _of_few(q, k, v, attention_mask, plan.scaling)) is not None:
                 return project(out.view(*x.shape[:-1], -1)), None
-        options = {name: getattr(self, attribute) for name, attribute in known.options}
+        options = {name: option_of(self, attribute) for name, attribute in known.options}
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **given)
         return project(out.reshape(*x.shape[:-1], -1).contiguous()), weights
@@ -223,7 +223,8 @@ class Attention(Block):
             return "no forward of peft_ext replaces its own"
         for name in known.found:
             facts.value(known.names, name)
-        names = ("head_dim", "layer_idx", "scaling", "training", *(attribute for _, attribute in known.options))
+        own = [attribute for _, attribute in known.options if not attribute.startswith("config.")]
+        names = ("head_dim", "layer_idx", "scaling", "training", *own)
         for name in names:
             facts.value(held, name)
         groups, is_causal = facts.value(held, "num_key_value_groups"), facts.value(held, "is_causal")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-__all__ = ["OURS", "View", "view_of"]
+__all__ = ["OURS", "View", "option_of", "view_of"]
 
 # The name of peft_ext's attention function in transformers' registry.
 OURS = "peft_ext_sdpa"
@@ -34,6 +34,13 @@ class View:
 
     def __deepcopy__(self, memo: dict) -> Any:
         return view_of(copy.deepcopy(self.original, memo))
+
+
+def option_of(attention: Any, attribute: str, *default: Any) -> Any:
+    """Returns ``getattr(attention, attribute, *default)``; for an attribute "config.NAME", the attribute NAME of the
+    attention's configuration, or None if the configuration has no such attribute."""
+    of_config = attribute.partition("config.")[2]
+    return getattr(attention.config, of_config, None) if of_config else getattr(attention, attribute, *default)
 
 
 _VIEWS: dict[type, type] = {}
