@@ -150,9 +150,10 @@ class PreparedLayers {
     const auto& [tensors, sizes, numbers] = *lists_;
     STD_TORCH_CHECK(sizes.size() == kOwnSizes + kLayers * kLayerSizes, kOp, ": sizes are not those of ", kLayers,
                     " layers");
-    STD_TORCH_CHECK(sizes[2] >= 0 && sizes[2] < kMostPairs, kOp, ": the pairs of norms are ", sizes[2],
+    const int64_t pairs = sizes[2];
+    STD_TORCH_CHECK(pairs >= 0 && pairs < kMostPairs, kOp, ": the pairs of norms are ", pairs,
                     ", wanted a number from 0 to ", kMostPairs - 1);
-    const auto has_norm = [&](size_t i) { return (sizes[2] >> (i / 2) & 1) != 0; };
+    const auto has_norm = [pairs](size_t i) { return (pairs >> (i / 2) & 1) != 0; };
     size_t norms = 0;
     for (size_t i = 0; i < kMostNorms; ++i) norms += has_norm(i);
     STD_TORCH_CHECK(tensors.size() >= norms && numbers.size() == norms + kOwnNumbers + kLayers * kLayerNumbers, kOp,
